@@ -1,0 +1,35 @@
+"""Installs cap_pretrain. Ranges are those the test suite was run with."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="cap_pretrain",
+    version="0.1.0",
+    description="Pretraining vision encoders by captioning, in JAX",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["cap_pretrain", "cap_pretrain.*"]),
+    install_requires=[
+        "jax>=0.10.2,<0.12",
+        "flax>=0.12.8,<0.13",
+        "optax>=0.2.8,<0.3",
+        "orbax-checkpoint>=0.12.8,<0.13",
+        "ml_collections>=1.1,<2",
+        "clu>=0.0.12,<0.1",
+        "sentencepiece>=0.2.1,<0.3",
+        "grain>=0.2.15,<0.3",
+        "array-record>=0.8.3,<0.9",
+        "tensorflow-datasets>=4.9.10,<4.10",
+        "tensorboardX>=2.6,<3",
+        "opencv-python-headless>=4.10,<6",
+        "Pillow>=11,<14",
+        "numpy>=2.0,<3",
+        "absl-py>=2.1,<3",
+        "tqdm>=4.66,<5",
+    ],
+    extras_require={
+        "test": ["pytest>=8,<10", "torch==2.13.0", "ruff>=0.14,<0.18"],
+        "tpu": ["jax[tpu]>=0.10.2,<0.12"],
+        "cuda": ["jax[cuda13]>=0.10.2,<0.12"],
+    },
+)
