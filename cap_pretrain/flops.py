@@ -1,0 +1,149 @@
+"""How much arithmetic a function is, and how much a device can do: the two halves of MFU.
+
+    MFU = flops_per_example * examples_per_second / (peak FLOP/s of all devices)
+
+`flops_per_example` is what the *model* needs for training (forward and backward, as counted by
+`count_flops` on a model built without rematerialisation): work done twice to save memory is not
+progress. The peak is the dense bfloat16 rate whatever the compute dtype, as in PaLM
+(arXiv 2204.02311, appendix B), so float32 runs show what they leave unused.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr, jaxprs_in_params
+
+
+def count_flops(fn: Callable, *args: Any) -> int:
+    """Multiply-adds times two of the matrix products and convolutions in `fn(*args)`.
+
+    `args` are trees of arrays or `jax.ShapeDtypeStruct`; `fn` is traced, nothing is computed or
+    allocated. Element-wise work is not counted (memory traffic bounds it, not arithmetic). The body
+    of a scan counts once a turn (`fori_loop` with fixed bounds is one), that of a `while_loop`
+    once in all as its number of turns is unknown, a `cond` as its dearest branch. A causal mask
+    saves nothing. cuDNN attention counts as the products it stands for; a Pallas kernel raises
+    NotImplementedError, for its loop is hidden: trace the plain implementation instead.
+    """
+    return _count(jax.make_jaxpr(fn)(*args).jaxpr)
+
+
+def _count(jaxpr: Jaxpr | ClosedJaxpr) -> int:
+    return sum(_count_equation(equation) for equation in jaxpr.eqns)
+
+
+def _count_equation(equation: Any) -> int:
+    name, params = equation.primitive.name, equation.params
+    shapes = [getattr(var.aval, "shape", ()) for var in equation.invars]
+    out = equation.outvars[0].aval.shape if equation.outvars else ()
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        return 2 * math.prod(out) * math.prod(shapes[0][d] for d in contracted)
+    if name == "conv_general_dilated":
+        kernel = math.prod(shapes[1]) // shapes[1][params["dimension_numbers"].rhs_spec[0]]
+        # Dilating the input (the gradient of a strided convolution) inserts zeros: not work.
+        return 2 * math.prod(out) * kernel // math.prod(params["lhs_dilation"])
+    if name.startswith("dot_product_attention"):  # cuDNN: query [B, T, N, H], key [B, S, K, H]
+        products = 4 if "_bwd" in name else 2  # the scores it computes again are not counted
+        key_length = shapes[1][1 if params["layout"] == 0 else 2]
+        return 2 * products * math.prod(shapes[0]) * key_length
+    if name == "pallas_call":
+        raise NotImplementedError("count_flops cannot see into a Pallas kernel")
+    if name == "cond":
+        return max(_count(branch) for branch in params["branches"])
+    inner = sum(_count(jaxpr) for jaxpr in jaxprs_in_params(params))
+    if name == "scan":
+        return params["length"] * inner
+    if name == "shard_map":  # shapes inside are those of one shard
+        return inner * math.prod(params["mesh"].shape[a] for a in params["newly_manual_axes"])
+    return inner  # jit, while, remat, custom_jvp, custom_vjp, ...
+
+
+# Dense peak FLOP/s of one JAX device, bfloat16 with float32 accumulation. The first name found in
+# the lower-cased `device_kind` counts, so longer names stand before those they contain.
+_PEAKS: tuple[tuple[str, float | None], ...] = (
+    # Google Cloud documentation, "TPU versions", peak compute per chip (bf16). A v2, v3 or 7x chip
+    # shows as two devices.
+    ("tpu v2", 46e12 / 2),
+    ("tpu v3", 123e12 / 2),
+    ("tpu v4 lite", 137e12),  # v4i: Jouppi et al., "Ten Lessons From Three Generations", ISCA 2021
+    ("tpu v4", 275e12),
+    ("tpu v5 lite", 197e12),  # v5e
+    ("tpu v5e", 197e12),
+    ("tpu v5", 459e12),  # v5p
+    ("tpu v6", 918e12),  # v6e, "TPU v6 lite"
+    ("tpu7x", 2307e12 / 2),
+    # NVIDIA data sheets; where one prints the rate "with sparsity", half of that.
+    ("mig", None),  # a slice of a GPU: the name does not tell how much of it computes
+    ("gb200", 2500e12),  # GB200 NVL72 data sheet: 360 PFLOP/s sparse over 72 GPUs
+    ("b200", 2250e12),  # HGX B200 data sheet
+    ("h200 nvl", 835e12),  # H200 data sheet
+    ("h200", 989e12),  # H200 data sheet (SXM), GH200 data sheet
+    ("h100 nvl", 835e12),  # H100 NVL data sheet
+    ("h100 pcie", 756e12),  # H100 data sheet
+    ("h100", 989e12),  # H100 data sheet (SXM)
+    ("a100", 312e12),  # A100 data sheet
+    ("a10g", 70e12),  # A10G data sheet
+    ("a10", 125e12),  # A10 data sheet
+    ("a30", 165e12),  # A30 data sheet
+    ("a40", 149.7e12),  # A40 data sheet
+    ("l40s", 362e12),  # L40S data sheet
+    ("l40", 181e12),  # L40 data sheet
+    ("l4", 121e12),  # L4 data sheet
+    ("rtx 4090", 165.2e12),  # Ada GPU architecture whitepaper, appendix A
+    ("rtx 3090", 71e12),  # GA102 whitepaper, table 9
+    # Without bfloat16 units: the float16 rate.
+    ("t4", 65e12),  # T4 data sheet
+    ("v100-pcie", 112e12),  # V100 data sheet
+    ("v100", 125e12),  # V100 data sheet (SXM2)
+)
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """Dense bfloat16 peak of one device in FLOP/s, by its `device_kind`; None if not known."""
+    kind = device.device_kind.lower()
+    return next((peak for name, peak in _PEAKS if name in kind), None)
+
+
+def measure_matmul_flops(device: jax.Device, size: int = 1024) -> float:
+    """FLOP/s this device reaches in a float32 product of two [size, size] matrices, best of five.
+
+    For CPUs, whose peak no name tells. Takes about 0.2 s.
+    """
+    matrix = jax.device_put(jnp.ones((size, size), jnp.float32), device)
+    multiply = jax.jit(jnp.matmul)
+    multiply(matrix, matrix).block_until_ready()  # compiles
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        multiply(matrix, matrix).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)
+
+
+class Peak(NamedTuple):
+    """What MFU is relative to."""
+
+    flops: float | None  # FLOP/s of all devices together; None: not known, MFU is not shown
+    label: str  # what to call the ratio: "MFU", or "MFU(cpu)" when relative to a measurement
+    source: str  # a line for the log
+
+
+def system_peak(devices: Sequence[jax.Device]) -> Peak:
+    """The peak of all `devices` together; on CPU the measured matmul rate of each host.
+
+    A CPU host counts once however many devices it is split into, as they share its cores.
+    """
+    kind, one = devices[0].device_kind, peak_flops(devices[0])
+    if one is not None:
+        source = f"{len(devices)} x {kind}, {one / 1e12:.4g} TFLOP/s dense bfloat16 each"
+        return Peak(one * len(devices), "MFU", source)
+    if devices[0].platform != "cpu":
+        return Peak(None, "MFU", f"the peak of {kind!r} is not known, so no MFU is shown")
+    hosts = len({device.process_index for device in devices})
+    one = measure_matmul_flops(jax.local_devices(backend="cpu")[0])
+    source = f"{hosts} x {one / 1e9:.4g} GFLOP/s, measured in a float32 matmul on this CPU"
+    return Peak(one * hosts, "MFU(cpu)", source)
