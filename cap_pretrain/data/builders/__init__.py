@@ -1,1 +1,10 @@
-"""TFDS builders that write ArrayRecord datasets without TensorFlow."""
+"""Turns images and captions as people have them into datasets in TFDS format.
+
+A new format is one new module with a `Dataset` class (see `base.ImageDataset`) and one line here.
+"""
+
+FORMATS = {
+    "captions_json": "COCO-style captions (.json, .json.gz) with a folder or zip of images",
+    "image_folder": "images in one folder a class, in a folder or zip",
+}
+"""Name of the module in this package -> what it reads."""

@@ -1,0 +1,77 @@
+"""Builds a dataset so that only a finished one ever carries its name."""
+
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from cap_pretrain.data.builders.base import ImageDataset
+from cap_pretrain.errors import UserError
+
+_NAME = re.compile(r"[a-z][a-z0-9_]*")  # what TFDS accepts and file names survive
+
+
+def build(
+    make: Callable[..., ImageDataset], name: str, out: Path, overwrite: bool = False
+) -> tuple[Path, ImageDataset]:
+    """Writes a dataset to `out/name/VERSION` in ArrayRecord format.
+
+    All work is done in the hidden sibling `out/.name.building`, renamed at the end; what an
+    interrupted build left there is removed first.
+
+    Args:
+        make: the builder, called with `name` and `data_dir`.
+        name: the dataset's name in TFDS, like "my_data".
+        out: the folder of datasets (`data_dir` of TFDS).
+        overwrite: replace a finished dataset of this name and version.
+
+    Returns:
+        The dataset's folder, and the builder with its report.
+
+    Raises:
+        UserError: a bad name, a finished dataset is there, another process is building it, or
+            whatever the builder finds wrong with its files.
+    """
+    if not _NAME.fullmatch(name):
+        raise UserError(f"--name {name!r}: must be lower-case letters, digits and _, like my_data.")
+    final = out / name / str(ImageDataset.VERSION)
+    if final.exists() and not overwrite:
+        raise UserError(f"{final}: exists already; add --overwrite to replace it.")
+    with _work_folder(out / f".{name}.building") as work:
+        builder = make(name=name, data_dir=work)
+        with contextlib.redirect_stdout(None):  # TFDS announces a download, into the work folder
+            builder.download_and_prepare(file_format="array_record")
+        built = Path(builder.data_dir)
+        builder.write_report(built)
+        final.parent.mkdir(exist_ok=True)
+        if final.exists():
+            final.rename(work / "replaced")
+        built.rename(final)
+    return final, builder
+
+
+@contextlib.contextmanager
+def _work_folder(path: Path) -> Iterator[Path]:
+    """An empty folder of this process alone, removed at the end."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {path.parent}: cannot be written ({error.strerror}).") from error
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(
+            handle, fcntl.LOCK_EX | fcntl.LOCK_NB
+        )  # released by the system, even on SIGKILL
+    except BlockingIOError as error:
+        os.close(handle)
+        raise UserError(f"{path}: another process is building this dataset.") from error
+    try:
+        for left_over in path.iterdir():
+            shutil.rmtree(left_over)
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        os.close(handle)

@@ -1,0 +1,96 @@
+"""Image files by name, out of a folder or a zip."""
+
+import functools
+import os
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from cap_pretrain.errors import UserError
+
+READ_ERRORS = (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
+"""What reading one damaged, encrypted or vanished file may raise."""
+
+MAX_BYTES = 2**28
+"""Larger files are refused unread: no photograph, and perhaps a zip that unpacks without end."""
+
+_IMAGE_SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff".split())
+
+
+class Files(Protocol):
+    """Named files; `read` may be called from several threads at once."""
+
+    path: Path
+
+    def names(self) -> Sequence[str]:
+        """The names of all files, sorted, with "/" between folders."""
+
+    def read(self, name: str) -> bytes:
+        """Returns a file's bytes; raises one of READ_ERRORS."""
+
+
+def open_files(path: str | Path) -> Files:
+    """Opens a folder or a zip. Raises UserError for anything else."""
+    path = Path(path).expanduser()
+    if path.is_dir():
+        return _Folder(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such folder or zip.")
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"{path}: neither a folder nor a zip; unpack it, or give the folder.")
+    return _Zip(path)
+
+
+def image_names(files: Files) -> list[str]:
+    """The names that look like images; hidden files and macOS's resource forks are no images.
+
+    Raises:
+        UserError: there is none.
+    """
+    names = [
+        name
+        for name in files.names()
+        if os.path.splitext(name)[1].lower() in _IMAGE_SUFFIXES
+        and not any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
+    ]
+    if not names:
+        raise UserError(f"{files.path}: no images in it ({', '.join(sorted(_IMAGE_SUFFIXES))}).")
+    return names
+
+
+class _Folder:
+    def __init__(self, path: Path):
+        self.path = path
+
+    @functools.cache  # noqa: B019, as long-lived as the program
+    def names(self) -> list[str]:
+        return sorted(
+            os.path.relpath(os.path.join(folder, file), self.path).replace(os.sep, "/")
+            for folder, _, files in os.walk(self.path, followlinks=True)
+            for file in files
+        )
+
+    def read(self, name: str) -> bytes:
+        path = self.path / name
+        _check_size(path.stat().st_size)
+        return path.read_bytes()
+
+
+class _Zip:
+    def __init__(self, path: Path):
+        self.path = path
+        self._zip = zipfile.ZipFile(path)  # locks itself around reads of the shared file
+
+    def names(self) -> list[str]:
+        return sorted(info.filename for info in self._zip.infolist() if not info.is_dir())
+
+    def read(self, name: str) -> bytes:
+        _check_size(self._zip.getinfo(name).file_size)
+        return self._zip.read(name)
+
+
+def _check_size(size: int) -> None:
+    if size > MAX_BYTES:
+        raise OSError(f"{size} bytes is more than the limit of {MAX_BYTES}")

@@ -1,0 +1,75 @@
+"""Builds a dataset in TFDS format (ArrayRecord) from images and captions, or from class folders.
+
+    python tools/build_dataset.py captions_json --name my_data --out data \\
+        --annotations train=captions_train.json.gz val=captions_val.json.gz \\
+        --images train=images_train.zip val=images_val.zip
+    python tools/build_dataset.py image_folder --name my_classes --out data \\
+        --images train=train.zip val=val.zip --classes classes.json
+
+Training then reads it by its path: `data=data/my_data`. Broken and missing images are counted, and
+listed in report.json next to the data.
+"""
+
+import argparse
+import functools
+import importlib
+import sys
+from pathlib import Path
+
+from cap_pretrain.data.builders import FORMATS
+from cap_pretrain.errors import UserError
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line; the usage of a format is longer than a screen is patient."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0 done, 2 the user's mistake, 130 interrupted."""
+    try:
+        args = _parse(argv)
+        return _build(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 130
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    summary, _, rest = __doc__.partition("\n")
+    parser = _Parser(
+        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    formats = parser.add_subparsers(dest="format", required=True, metavar="FORMAT")
+    for name, description in FORMATS.items():
+        sub = formats.add_parser(name, help=description, description=description)
+        sub.add_argument("--name", required=True, help="the dataset's name, like my_data")
+        sub.add_argument("--out", required=True, type=Path, help="written to OUT/NAME/1.0.0")
+        sub.add_argument("--overwrite", action="store_true", help="replace a finished dataset")
+        module = importlib.import_module(f"cap_pretrain.data.builders.{name}")
+        module.Dataset.add_arguments(sub)
+        sub.set_defaults(dataset=module.Dataset)
+    return parser.parse_args(argv)
+
+
+def _build(args: argparse.Namespace) -> int:
+    import tensorflow_datasets as tfds
+
+    from cap_pretrain.data.builders.build import build
+
+    tfds.disable_progress_bar()  # there is one of ours
+    make = functools.partial(args.dataset.from_arguments, args)
+    folder, builder = build(make, args.name, args.out, args.overwrite)
+    for split, report in builder.report.items():
+        print(f"{split}: {report.summary()}")
+    print(f"written to {folder}; losses are listed in its report.json")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
