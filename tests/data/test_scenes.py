@@ -262,7 +262,7 @@ def test_captions_are_true_and_short(split, synonyms):
         scene = source.scene(i)
         for caption in source[i]["captions"]:
             assert is_true(caption, scene), (caption, scene)
-            assert len(caption.split()) <= 30
+            assert len(caption.split()) <= 25
             words |= set(re.findall("[a-z]+", caption))
             full += names_every_object(scene, caption)
             total += 1
