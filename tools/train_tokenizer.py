@@ -1,0 +1,66 @@
+"""Trains a sentencepiece tokenizer on the captions of a dataset.
+
+    python tools/train_tokenizer.py --data data/my_data --out data/my_tokenizer
+    python tools/train_tokenizer.py --data scenes --vocab_size 300 --limit 9999 --out data/tokenizer
+
+Training then encodes with it by the path of OUT/tokenizer.model; OUT/tokenizer.json says how it was
+made.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+from cap_pretrain.data.sources import open_source, parse_mixture
+from cap_pretrain.data.tokenizers import (
+    SentencePieceTokenizer,
+    source_captions,
+    train_sentencepiece,
+)
+from cap_pretrain.errors import UserError
+
+_SMALL_IMAGE = 16  # pixels; generated datasets draw an image for each caption, and nobody looks
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0 done, 2 the user's mistake."""
+    args = _parse(argv)
+    try:
+        captions = tqdm(_captions(args), unit=" captions", disable=None)
+        path = train_sentencepiece(
+            captions, args.out, args.vocab_size, lower=not args.keep_case, seed=args.seed
+        )
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{path}: {SentencePieceTokenizer(path).vocab_size} pieces")
+    return 0
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    summary, _, rest = __doc__.partition("\n")
+    parser = argparse.ArgumentParser(
+        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", required=True, help="a dataset, its path, or a mixture (a+b)")
+    parser.add_argument("--data_dir", default="", help="where datasets are looked for by name")
+    parser.add_argument("--split", default="train", help="default: train")
+    parser.add_argument("--vocab_size", type=int, default=32000, help="default: 32000, as in Cap")
+    parser.add_argument("--limit", type=int, help="use so many examples, spread evenly")
+    parser.add_argument("--keep_case", action="store_true", help="do not lower-case the captions")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", required=True, type=Path, help="folder to write into")
+    return parser.parse_args(argv)
+
+
+def _captions(args: argparse.Namespace) -> Iterator[str]:
+    for name, _ in parse_mixture(args.data):
+        source = open_source(name, args.split, image_size=_SMALL_IMAGE, data_dir=args.data_dir)
+        yield from source_captions(source, args.limit)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
