@@ -1,0 +1,362 @@
+"""From step number to batch: a pure function of (config, seed, step), on Grain.
+
+Everything that decides *what* is in a batch happens in random-access `grain.MapDataset`s, whose
+element t is batch t: shuffling, repeating, mixing, drawing, batching, the share of each host. So a
+run starts at any step without replaying the ones before. Threads and worker processes come after
+that (`iterate`) and only decide *when* a batch is computed.
+"""
+
+import bisect
+import itertools
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import grain
+import numpy as np
+from absl import flags
+
+from cap_pretrain.data import images
+from cap_pretrain.data.sources import Source
+from cap_pretrain.data.tokenizers import SentencePieceTokenizer
+from cap_pretrain.errors import UserError, did_you_mean
+
+BROKEN_IN_A_ROW = 100
+"""So many neighbouring images that do not decode mean that the dataset is at fault."""
+
+DEFAULT_THREADS = max(1, min(16, (os.cpu_count() or 2) // 2))
+"""Half of the cores: the other half is for the training itself."""
+
+_ORDER, _DRAW = 0, 1  # purposes of derived seeds
+
+Batch = dict[str, np.ndarray]
+Row = dict[str, Any]
+
+
+def train_dataset(
+    sources: Sequence[tuple[Source, float]],
+    tokenizer: SentencePieceTokenizer,
+    *,
+    image_size: int,
+    batch_size: int,
+    seed: int,
+    crop: Literal["none", "random"] = "none",
+    flip: bool = False,
+    host: int = 0,
+    hosts: int = 1,
+) -> grain.MapDataset:
+    """An endless dataset whose element t is this host's slice of the global batch of step t.
+
+    Every member of the mixture is shuffled anew in each of its epochs, in which each example comes
+    exactly once; a member that ends just begins its next epoch. Read it with `iterate`: a plain
+    `for` loop reads 500 batches ahead, Grain's default.
+
+    Args:
+        sources: (source, weight) of each member; weights are relative and kept within 1%.
+        tokenizer: encodes the captions; its `max_len` is T.
+        image_size: side S of the square images.
+        batch_size: number of examples of the global batch, B.
+        seed: not negative; decides the order, the captions drawn and the augmentations.
+        crop: "none" squashes the whole image to S x S, the recipe's choice; "random" is a random
+            resized crop.
+        flip: mirror half of the images.
+        host, hosts: which slice of how many; the slices in host order make up the global batch.
+
+    Returns:
+        A dataset of dicts, b = B / hosts:
+            image: uint8 [b, S, S, 3].
+            text: int32 [b, T], one of the image's captions; all 0 when it has none.
+            label: int32 [b], -1 when there is none.
+            index: int64 [b], the position drawn, in the concatenation of the sources.
+            broken: bool [b], whether the image at that position does not decode, so that the
+                nearest following example that does stands in for it.
+
+    Raises:
+        UserError: an empty source, a batch that the hosts cannot share evenly; and, when an
+            element is computed, `BROKEN_IN_A_ROW` broken images in a row.
+    """
+    per_host = _per_host(batch_size, hosts)
+    load = _TrainRow([s for s, _ in sources], tokenizer, image_size, crop, flip)
+    # Positions are shuffled and mixed, and only then loaded: an example's random numbers depend on
+    # its place in the run alone, whatever member it comes from.
+    members = [
+        grain.MapDataset.range(start, stop).shuffle(seed=_derive(seed, _ORDER, k)).repeat()
+        for k, (start, stop) in enumerate(itertools.pairwise(load.bounds))
+    ]
+    return (
+        grain.MapDataset.mix(members, [weight for _, weight in sources])
+        .random_map(load, seed=_derive(seed, _DRAW))
+        .batch(per_host, drop_remainder=True)
+        .slice(slice(host, None, hosts))
+    )
+
+
+def eval_batches(
+    source: Source,
+    tokenizer: SentencePieceTokenizer,
+    *,
+    image_size: int,
+    batch_size: int,
+    crop: Literal["none", "center"] = "none",
+    limit: int | None = None,
+    host: int = 0,
+    hosts: int = 1,
+) -> grain.MapDataset:
+    """The batches that show every example exactly once, in order, as a sequence.
+
+    The last batch is padded with zeros, so all hosts see the same number of equally large batches.
+    Nothing is drawn: the text is the first caption, and the other ones are at
+    `source[index]["captions"]`. Read it with `iterate` to have the next batches prepared meanwhile.
+
+    Args:
+        source: what to show; `limit` examples of it when given.
+        tokenizer: encodes the captions; its `max_len` is T.
+        image_size: side S of the square images.
+        batch_size: number of examples of the global batch, B.
+        crop: "none" squashes the whole image; "center" takes the largest centred square.
+        limit: the first so many examples only.
+        host, hosts: which slice of how many.
+
+    Returns:
+        A sequence of dicts as of `train_dataset`, and
+            mask: bool [b], False for padding and for images that do not decode (`broken`).
+
+    Raises:
+        UserError: an empty source, or a batch that the hosts cannot share evenly.
+    """
+    per_host = _per_host(batch_size, hosts)
+    load = _EvalRow(source, tokenizer, image_size, crop, limit)
+    padded = -(-load.count // batch_size) * batch_size
+    return grain.MapDataset.range(padded).map(load).batch(per_host).slice(slice(host, None, hosts))
+
+
+def iterate(
+    dataset: grain.MapDataset,
+    start: int = 0,
+    stop: int | None = None,
+    *,
+    workers: int = 0,
+    threads: int = DEFAULT_THREADS,
+    prefetch: int = 4,
+) -> "Batches":
+    """Iterates over elements start … stop - 1 of a dataset, preparing them ahead of time.
+
+    What comes out does not depend on `workers`, `threads` and `prefetch`. Preparation begins at
+    once, so that it overlaps with whatever the caller does before the first `next`.
+
+    Args:
+        dataset: of `train_dataset` or `eval_batches`.
+        start: the first element, a step number.
+        stop: where to end; None for the end of the dataset.
+        workers: number of worker processes. They import the main module, so it should import what
+            is heavy late, and guard what it does by `if __name__ == "__main__"`.
+        threads: number of threads that prepare elements when there are no workers; 0 computes each
+            element when it is asked for. They speed up decoding, which releases the GIL; examples
+            made in Python (`scenes`) want worker processes, and come slower with more threads.
+        prefetch: number of elements kept ready, shared out among the workers.
+
+    Returns:
+        An iterator; `close()` it to end its workers at once.
+
+    Raises:
+        UserError: (from the iterator) whatever user error preparing an element met, in any process;
+            a worker that was killed.
+    """
+    elements = dataset.slice(slice(start, stop))
+    workers = min(workers, len(elements))
+    if not workers:
+        buffer = max(prefetch, threads) if threads else 0
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=buffer)
+        iterator = iter(elements.to_iter_dataset(options))
+    else:
+        if not flags.FLAGS.is_parsed():  # Grain reads its flags, to pass them on to the workers
+            flags.FLAGS.mark_as_parsed()
+        # Each worker prepares one element after the other and keeps them in its own queue.
+        options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+        processes = grain.MultiprocessingOptions(workers, max(prefetch // workers, 1))
+        iterator = iter(
+            elements.to_iter_dataset(options).mp_prefetch(processes, worker_init_fn=_follow_parent)
+        )
+        iterator.get_state()  # has Grain make what it otherwise makes at the first `next`
+    iterator.start_prefetch()
+    return Batches(iterator)
+
+
+class Batches(Iterator[Batch]):
+    """An iterator over batches that has threads or worker processes to end when it is closed."""
+
+    def __init__(self, iterator: grain.DatasetIterator):
+        self._iterator = iterator
+
+    def __next__(self) -> Batch:
+        try:
+            return next(self._iterator)
+        except RuntimeError as error:
+            if "Worker process was terminated" not in str(error):
+                raise
+            raise UserError(
+                f"data.workers: {str(error).split('.')[0]}: memory or shared memory (/dev/shm) ran "
+                "out, most likely; give the machine or container more, or lower data.workers."
+            ) from error
+
+    def close(self) -> None:
+        """Ends the threads and processes that prepare batches."""
+        self._iterator.close()
+        self._iterator = iter(())
+
+
+class _TrainRow(grain.transforms.RandomMap):
+    """Position in the concatenated sources -> a row of a training batch."""
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        tokenizer: SentencePieceTokenizer,
+        image_size: int,
+        crop: str,
+        flip: bool,
+    ):
+        for source in sources:
+            _check_not_empty(source)
+        self.bounds = [0, *itertools.accumulate(len(source) for source in sources)]
+        self._sources = list(sources)
+        self._tokenizer = tokenizer
+        self._size = image_size
+        self._crop = _known_crop(crop, ("none", "random"))
+        self._flip = flip
+
+    def random_map(self, position: int, rng: np.random.Generator) -> Row:
+        member = bisect.bisect_right(self.bounds, position) - 1
+        source, first = self._sources[member], position - self.bounds[member]
+        # Drawn before anything else, so that the options of augmentation do not change them.
+        which_caption, side = rng.random(2)
+        for skipped in range(BROKEN_IN_A_ROW):
+            example = source[(first + skipped) % len(source)]
+            try:
+                image = _square(example["image"], self._size, self._crop, rng)
+            except images.ImageError as error:
+                reason = error
+                continue
+            captions = example["captions"]
+            return {
+                "image": images.flip(image) if self._flip and side < 0.5 else image,
+                "text": _text(captions, int(which_caption * len(captions)), self._tokenizer),
+                "label": np.int32(example["label"]),
+                "index": np.int64(position),
+                "broken": np.bool_(skipped > 0),
+            }
+        raise UserError(
+            f"data: all images broken in {source}: {BROKEN_IN_A_ROW} in a row from example {first} "
+            f"on do not decode (the last one: {reason}); build the dataset anew."
+        )
+
+
+class _EvalRow:
+    """Position -> a row of an evaluation batch; positions from `count` on are padding."""
+
+    def __init__(
+        self,
+        source: Source,
+        tokenizer: SentencePieceTokenizer,
+        image_size: int,
+        crop: str,
+        limit: int | None,
+    ):
+        _check_not_empty(source)
+        self.count = len(source) if limit is None else min(limit, len(source))
+        self._source = source
+        self._tokenizer = tokenizer
+        self._size = image_size
+        self._crop = _known_crop(crop, ("none", "center"))
+
+    def __call__(self, position: int) -> Row:
+        row = {
+            "image": np.zeros((self._size, self._size, 3), np.uint8),
+            "text": np.zeros(self._tokenizer.max_len, np.int32),
+            "label": np.int32(0),
+            "index": np.int64(0),
+            "broken": np.bool_(False),
+            "mask": np.bool_(False),
+        }
+        if position >= self.count:
+            return row
+        example = self._source[position]
+        row["text"] = _text(example["captions"], 0, self._tokenizer)
+        row["label"] = np.int32(example["label"])
+        row["index"] = np.int64(position)
+        try:
+            row["image"] = _square(example["image"], self._size, self._crop)
+        except images.ImageError:
+            row["broken"] = np.bool_(True)
+        row["mask"] = ~row["broken"]
+        return row
+
+
+def _square(
+    image: bytes | np.ndarray, size: int, crop: str, rng: np.random.Generator | None = None
+) -> np.ndarray:
+    """Returns uint8 [size, size, 3]; raises `images.ImageError` when `image` does not decode."""
+    if isinstance(image, bytes):
+        # A part of the image needs all of its pixels.
+        image = images.decode(image, min_size=0 if crop == "random" else size)
+    if crop == "random":
+        return images.random_resized_crop(image, size, rng)
+    if image.shape[:2] == (size, size):
+        return image
+    return images.center_crop(image, size) if crop == "center" else images.resize(image, size)
+
+
+def _text(captions: Sequence[str], which: int, tokenizer: SentencePieceTokenizer) -> np.ndarray:
+    """Returns int32 [T], the ids of one of the captions; zeros when there are none."""
+    if not captions:
+        return np.zeros(tokenizer.max_len, np.int32)
+    return tokenizer.encode(captions[which])
+
+
+def _check_not_empty(source: Source) -> None:
+    if not len(source):
+        raise UserError(f"data: {source} has no examples; name another dataset or split.")
+
+
+def _known_crop(crop: str, known: Sequence[str]) -> str:
+    if crop not in known:
+        raise UserError(f"data.crop: there is no {crop!r} here.{did_you_mean(crop, known)}")
+    return crop
+
+
+def _per_host(batch_size: int, hosts: int) -> int:
+    if batch_size < 1 or batch_size % hosts:
+        raise UserError(
+            f"batch_size: {batch_size} examples cannot be shared evenly by {hosts} host(s); "
+            f"choose a positive multiple of {hosts}."
+        )
+    return batch_size // hosts
+
+
+def _derive(seed: int, *purpose: int) -> int:
+    """A 32-bit seed for one purpose.
+
+    Grain shuffles epoch e with seed + e, so nearby seeds may not be handed to it: run 1 would see
+    the second epoch of run 0 first.
+    """
+    return int(np.random.SeedSequence([seed, *purpose]).generate_state(1)[0])
+
+
+def _follow_parent(worker: int, workers: int) -> None:
+    """Makes this worker process live as long as its parent wants, and no longer than it lives.
+
+    Signals meant for the whole process group (Ctrl-C, a scheduler's SIGTERM) are the parent's to
+    answer: it needs batches until it has saved. A parent that was killed leaves no workers behind.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def end_with_parent():
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
