@@ -165,8 +165,9 @@ class TfdsSource:
 
         try:
             builder = tfds.builder_from_directory(folder)
-        except (ValueError, OSError) as error:
-            raise UserError(f"dataset {folder}: cannot be read ({error}).") from error
+        except Exception as error:  # whatever TFDS stumbles over in the files of the folder
+            why = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"dataset {folder}: cannot be read ({why}); build it again.") from error
         self._where = f"dataset {folder}"
         self._paths, features = self._find_fields(builder.info.features, fields or {})
         self.class_names = list(getattr(features.get("label"), "names", None) or [])
@@ -179,6 +180,8 @@ class TfdsSource:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Example:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
         record = self._records[index]
         values = {field: _lookup(record, path) for field, path in self._paths.items()}
         captions = values.get("captions", [])
@@ -212,25 +215,26 @@ class TfdsSource:
         resolved = "+".join(self._resolve(part, known) for part in split.split("+"))
         try:
             info = known[resolved]
-            missing = [path for path in info.filepaths if not path.exists()]
-        except (ValueError, AssertionError, KeyError) as error:
+        except (ValueError, AssertionError) as error:
             why = str(error).splitlines()[-1]
             raise UserError(f"{self._where}: split {split!r} is not valid ({why}).") from error
         if not info.num_examples:
             raise UserError(f"{self._where}: split {split!r} is empty; choose another.")
-        if missing:
-            raise UserError(f"{self._where}: {missing[0].name} is missing; copy or build it again.")
         decoders = skip
         for part in reversed(self._paths["image"].split("/")):
             decoders = {part: decoders}
         try:
-            return builder.as_data_source(resolved, decoders=decoders)
+            records = builder.as_data_source(resolved, decoders=decoders)
         except NotImplementedError as error:
             raise UserError(
-                f"{self._where}: stored as {builder.info.file_format.value}, which has no random "
-                "access.\nConvert it: tfds convert_format --out_file_format=array_record "
+                f"{self._where}: stored as {builder.info.file_format.value}, without random access."
+                "\nConvert it: tfds convert_format --out_file_format=array_record "
                 f"--dataset_version_dir={builder.data_dir} --out_dir=NEW_FOLDER"
             ) from error
+        for path in info.filepaths:
+            if not path.exists():
+                raise UserError(f"{self._where}: {path.name} is missing; copy or build it again.")
+        return records
 
     def _resolve(self, part: str, known: Mapping[str, Any]) -> str:
         name, bracket, rest = part.strip().partition("[")

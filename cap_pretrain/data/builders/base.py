@@ -48,28 +48,30 @@ class SplitReport:
     def __init__(self, candidates: int):
         self.candidates = candidates
         self.kept = 0
-        self.dropped: dict[str, dict[str, str]] = {}  # reason -> file -> details
-        self.reencoded: list[str] = []
+        self.dropped: dict[str, list[dict[str, str]]] = {}  # by reason
+        self.reencoded: list[str] = []  # files
 
-    def drop(self, reason: str, file: str, details: str = "") -> None:
-        self.dropped.setdefault(reason, {})[file] = details
+    def drop(self, candidate: Candidate, reason: str, why: str = "") -> None:
+        lost = {"id": candidate.id, "file": candidate.file, "why": why}
+        self.dropped.setdefault(reason, []).append({k: v for k, v in lost.items() if v})
 
     def summary(self) -> str:
         """One line: "5990 of 6000 kept; dropped: 8 broken, 2 missing; 3 re-encoded"."""
         line = f"{self.kept} of {self.candidates} kept"
         if self.dropped:
-            counts = (f"{len(files)} {reason}" for reason, files in self.dropped.items())
+            counts = (f"{len(lost)} {reason}" for reason, lost in self.dropped.items())
             line += f"; dropped: {', '.join(counts)}"
         return line + (f"; {len(self.reencoded)} re-encoded" if self.reencoded else "")
 
     def to_json(self) -> dict[str, Any]:
-        dropped = {r: {"count": len(f), "files": f} for r, f in self.dropped.items()}
-        reencoded = {"count": len(self.reencoded), "files": self.reencoded}
         return {
             "candidates": self.candidates,
             "kept": self.kept,
-            "dropped": dropped,
-            "reencoded": reencoded,
+            "dropped": {
+                reason: {"count": len(lost), "examples": lost}
+                for reason, lost in self.dropped.items()
+            },
+            "reencoded": {"count": len(self.reencoded), "files": self.reencoded},
         }
 
 
@@ -139,10 +141,10 @@ class ImageDataset(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         # disable=None: no bar where there is no terminal
         for candidate, outcome in tqdm(pairs, desc=split, total=total, unit="img", disable=None):
             if isinstance(outcome, _Unusable):
-                report.drop(outcome.reason, candidate.file, outcome.details)
+                report.drop(candidate, outcome.reason, outcome.why)
                 continue
             if candidate.id in seen:
-                report.drop("duplicate id", candidate.file, candidate.id)
+                report.drop(candidate, "duplicate id")
                 continue
             seen.add(candidate.id)
             report.kept += 1
@@ -169,17 +171,17 @@ class _Usable:
 @dataclasses.dataclass(frozen=True)
 class _Unusable:
     reason: str
-    details: str
+    why: str = ""
 
 
 def _check(candidate: Candidate) -> _Usable | _Unusable:
     if candidate.problem:
-        return _Unusable(candidate.problem, "")
+        return _Unusable(candidate.problem)
     try:
         data = candidate.read()
         plain = images.to_plain(data)
     except FileNotFoundError:
-        return _Unusable("missing", "")
+        return _Unusable("missing")
     except (images.ImageError, *READ_ERRORS) as error:
         return _Unusable("broken", str(error))
     return _Usable(plain, reencoded=plain is not data)

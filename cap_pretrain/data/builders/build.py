@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ from cap_pretrain.data.builders.base import ImageDataset
 from cap_pretrain.errors import UserError
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")  # what TFDS accepts and file names survive
+_LOCK = "lock"
 
 
 def build(
@@ -60,18 +60,17 @@ def _work_folder(path: Path) -> Iterator[Path]:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {path.parent}: cannot be written ({error.strerror}).") from error
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(
-            handle, fcntl.LOCK_EX | fcntl.LOCK_NB
-        )  # released by the system, even on SIGKILL
-    except BlockingIOError as error:
-        os.close(handle)
-        raise UserError(f"{path}: another process is building this dataset.") from error
-    try:
-        for left_over in path.iterdir():
-            shutil.rmtree(left_over)
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
-        os.close(handle)
+    with (path / _LOCK).open("w") as lock:
+        try:
+            fcntl.flock(
+                lock, fcntl.LOCK_EX | fcntl.LOCK_NB
+            )  # falls with the process, however it ends
+        except BlockingIOError as error:
+            raise UserError(f"{path}: another process is building this dataset.") from error
+        try:
+            for left_over in path.iterdir():
+                if left_over.name != _LOCK:
+                    shutil.rmtree(left_over)
+            yield path
+        finally:
+            shutil.rmtree(path, ignore_errors=True)

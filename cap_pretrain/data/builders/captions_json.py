@@ -70,7 +70,7 @@ class Dataset(base.ImageDataset, skip_registration=True):
                 file=file_name,
                 read=functools.partial(_read, files, find, file_name),
                 features={"captions": captions},
-                problem="" if captions else "without captions",
+                problem=_problem(file_name, captions),
             )
 
     def features(self) -> dict[str, Any]:
@@ -85,7 +85,8 @@ def read_captions(path: Path) -> list[tuple[str, str, list[str]]]:
 
     Returns:
         (id, file name, captions) of each image in the order of the file; captions are stripped,
-        empty ones left out, so an image may have none.
+        empty ones left out, so an image may have none. Captions of images that are not listed
+        follow, with an empty file name.
 
     Raises:
         UserError: no such file, no JSON, or not laid out as COCO captions.
@@ -101,7 +102,15 @@ def read_captions(path: Path) -> list[tuple[str, str, list[str]]]:
         if isinstance(caption, str) and caption.strip():
             captions[str(image_id)].append(caption.strip())
     images = [_take(path, "images", entry, "id", "file_name") for entry in content["images"]]
-    return [(str(i), str(file_name), captions[str(i)]) for i, file_name in images]
+    rows = [(str(i), str(file_name), captions.get(str(i), [])) for i, file_name in images]
+    listed = {image_id for image_id, _, _ in rows}
+    return rows + [(i, "", unlisted) for i, unlisted in captions.items() if i not in listed]
+
+
+def _problem(file_name: str, captions: list[str]) -> str:
+    if not file_name:
+        return "captioned but not listed"
+    return "" if captions else "without captions"
 
 
 def _read_json(path: Path) -> Any:

@@ -1,0 +1,274 @@
+"""The one default configuration, every field documented, and what makes a configuration valid.
+
+A config file in `configs/` starts from `default()` and says only what differs. The default is
+locked: a field that does not exist cannot be set.
+
+Durations (`total`, `optim.warmup`, `optim.cooldown`, `checkpoint.every`, `eval.every`, `log.every`)
+come as `…_steps`, `…_examples`, `…_epochs` or `…_share` (of the whole run; not for `total`). The
+first of these that is set counts, in that order, so `--config.total_steps=100` shortens any run,
+however its file gives the duration.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+from ml_collections import ConfigDict
+
+from cap_pretrain import evals, learners, optim
+from cap_pretrain.data.scenes import ScenesOptions
+from cap_pretrain.data.sources import parse_mixture
+from cap_pretrain.errors import UserError, did_you_mean
+from cap_pretrain.models.build import encoder_size
+from cap_pretrain.models.layers import REMAT_POLICIES
+from cap_pretrain.models.sizes import parse_name
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+CHOICES = {
+    "dtype": DTYPES,
+    "model.pool": ("gap", "map"),
+    "model.attention": ("auto", "xla", "cudnn"),
+    "model.remat": tuple(REMAT_POLICIES),
+    "data.crop": ("none", "random"),
+    "optim.name": tuple(optim.OPTIMIZERS),
+    "optim.decay": tuple(optim.DECAYS),
+}
+
+
+def default() -> ConfigDict:
+    """Returns the default configuration: the recipe of Cap B/16 (Tschannen et al. 2023)."""
+    c = ConfigDict()
+    # Every random choice of a run follows from this number.
+    c.seed = 0
+    # Length of the run. The authors' public config: 366,500 steps of 8192, 3.0B examples.
+    c.total_steps = 0
+    c.total_examples = 0
+    c.total_epochs = 0.0
+    # Examples a step, over all devices and hosts.
+    c.batch_size = 8192
+    # Parts in which the gradient of a batch is computed, one after the other, to save memory.
+    c.accumulate = 1
+    # Of activations; parameters, softmax and loss are float32. "auto": bfloat16, on CPU float32.
+    c.dtype = "auto"
+    # An exported encoder or a workdir to start from (probes, captioning); "" is none.
+    c.encoder = ""
+
+    c.model = ConfigDict()
+    # Size and patch: mu, Ti, S, M, B, L, So400m, H, g with /PATCH, as B/16 or L/14.
+    c.model.name = "B/16"
+    # Overrides of the named size; 0 keeps it.
+    c.model.width = 0
+    c.model.depth = 0
+    c.model.mlp = 0
+    c.model.heads = 0
+    # Layers of a caption decoder; 0 is half the encoder's.
+    c.model.decoder_depth = 0
+    # How the encoder's pooled vector is made: mean of the tokens (gap) or attention pooling (map).
+    c.model.pool = "gap"
+    # Attention kernel: xla, cudnn (fused, NVIDIA GPUs, half precision), auto (cudnn where it runs).
+    c.model.attention = "auto"
+    # What is kept for the backward pass: none (recompute nothing), full, dots, dots_no_batch.
+    c.model.remat = "none"
+    # Layers per iteration of the scan over depth: more compile time for, maybe, less run time.
+    c.model.unroll = 1
+    c.model.dropout = 0.0
+    c.model.stochastic_depth = 0.0
+
+    # What is learned from: a learner's name and its Options (see cap_pretrain/learners).
+    c.learner = learners.defaults("captioner")
+
+    c.data = ConfigDict()
+    # "scenes", a TFDS name, the path of a TFDS-format dataset, or a mixture "a:0.2+b:0.8".
+    c.data.name = "scenes"
+    c.data.split = "train"
+    c.data.eval_split = "val"
+    # Where TFDS looks for datasets given by name; "" is its own default (~/tensorflow_datasets).
+    c.data.dir = ""
+    # Names of the features in a stored dataset; nested ones as "captions/text".
+    c.data.fields = ConfigDict(
+        {"image": "image", "captions": "captions", "label": "label", "id": "id"}
+    )
+    # Side in pixels. The recipe resizes to 224 x 224, ignoring the aspect ratio.
+    c.data.image_size = 224
+    # "none" resizes the whole image; "random" crops a random part (area 0.08 to 1) first.
+    c.data.crop = "none"
+    # Mirror half of the images. Captions that say left and right become wrong.
+    c.data.flip = False
+    # Worker processes that prepare batches; 0 uses threads of the training process.
+    c.data.workers = 0
+    # The embedded dataset `scenes`.
+    c.data.scenes = ConfigDict(dataclasses.asdict(ScenesOptions()))
+
+    c.text = ConfigDict()
+    # A sentencepiece model file; "" trains one on the training captions and keeps it in the workdir.
+    c.text.tokenizer = ""
+    c.text.vocab_size = 32_000
+    # Tokens a caption, EOS included; shorter ones are padded, longer ones cut.
+    c.text.length = 64
+    c.text.lower = True
+
+    c.optim = ConfigDict()
+    c.optim.name = "adafactor"
+    c.optim.lr = 1e-3
+    # Gradients are scaled down to this global norm; 0 leaves them.
+    c.optim.clip_norm = 1.0
+    # Decoupled weight decay, times the learning rate: p -= lr * weight_decay * p.
+    c.optim.weight_decay = 0.1
+    # Moments and epsilon; 0 keeps the optimizer's own default (see cap_pretrain/optim.py).
+    c.optim.b1 = 0.0
+    c.optim.b2 = 0.0
+    c.optim.eps = 0.0
+    # Shape of the learning rate after the warm-up: cosine, linear, rsqrt, constant.
+    c.optim.decay = "cosine"
+    # Linear from 0. The recipe's 10,000 of 366,500 steps.
+    c.optim.warmup_steps = 0
+    c.optim.warmup_examples = 0
+    c.optim.warmup_epochs = 0.0
+    c.optim.warmup_share = 10_000 / 366_500
+    # Linear to 0 at the end, for rsqrt and constant.
+    c.optim.cooldown_steps = 0
+    c.optim.cooldown_examples = 0
+    c.optim.cooldown_epochs = 0.0
+    c.optim.cooldown_share = 0.0
+    # Rules on parameter paths, (regular expression, number); the first match wins, others get 1.
+    # Learning rate multipliers; 0 freezes (no update, no optimizer state).
+    c.optim.lr_rules = ()
+    # Weight decay multipliers; kernels decay, other parameters do not, unless a rule says so.
+    c.optim.decay_rules = ()
+    # Decay of an exponential moving average of the parameters, used by evaluators; 0 is none.
+    c.optim.ema = 0.0
+
+    c.mesh = ConfigDict()
+    # Devices along each axis; at most one is -1: what the others leave.
+    c.mesh.data = -1
+    c.mesh.fsdp = 1
+    c.mesh.tensor = 1
+    # Sharding rules that go before the built-in ones: (regular expression, axes of trailing dims),
+    # as (".*/mlp/up/kernel", ("fsdp", "tensor")).
+    c.mesh.rules = ()
+
+    c.checkpoint = ConfigDict()
+    c.checkpoint.every_steps = 0
+    c.checkpoint.every_examples = 0
+    c.checkpoint.every_epochs = 0.0
+    c.checkpoint.every_share = 0.05
+    # How many of the newest are kept; every multiple of keep_every_steps is kept besides (0: none).
+    c.checkpoint.keep_last = 2
+    c.checkpoint.keep_every_steps = 0
+
+    c.log = ConfigDict()
+    c.log.every_steps = 50
+    c.log.every_examples = 0
+    c.log.every_epochs = 0.0
+    c.log.every_share = 0.0
+
+    c.eval = ConfigDict()
+    c.eval.every_steps = 0
+    c.eval.every_examples = 0
+    c.eval.every_epochs = 0.0
+    c.eval.every_share = 0.1
+    # Evaluators by the name under which their results are kept (see cap_pretrain/evals).
+    c.evals = ConfigDict()
+    return c.lock()
+
+
+def arguments(text: str | None, **defaults) -> SimpleNamespace:
+    """Reads the `key=value,…` after the colon of `--config=FILE:…`.
+
+    Args:
+      text: what follows the colon.
+      **defaults: the accepted keys. A tuple lists the accepted values, the default first; any
+        other value is the default itself.
+
+    Raises:
+      UserError: an unknown key or value.
+    """
+    values = {k: v[0] if isinstance(v, tuple) else v for k, v in defaults.items()}
+    for part in filter(None, (text or "").split(",")):
+        key, equals, value = part.partition("=")
+        if not equals or key not in defaults:
+            raise UserError(
+                f"--config: no argument {key!r} in {part!r}.{did_you_mean(key, defaults)}"
+            )
+        choices = defaults[key]
+        if isinstance(choices, tuple) and value not in choices:
+            raise UserError(f"--config: {key}={value!r} is unknown.{did_you_mean(value, choices)}")
+        values[key] = value
+    return SimpleNamespace(**values)
+
+
+def duration(section: ConfigDict, name: str, *, batch_size: int, epoch: int, total: int = 0) -> int:
+    """Returns a duration in steps, rounded up, however it was given; 0 if it was not.
+
+    Args:
+      section: the part of the config that holds the fields.
+      name: "total", "warmup", "cooldown" or "every".
+      batch_size: examples a step.
+      epoch: training examples in an epoch.
+      total: steps of the whole run, for shares.
+    """
+    if steps := section[f"{name}_steps"]:
+        return steps
+    examples = section[f"{name}_examples"] or section[f"{name}_epochs"] * epoch
+    if examples:
+        return max(1, -int(-examples // batch_size))
+    share = section.get(f"{name}_share", 0.0)
+    return max(1, -int(-share * total // 1)) if share else 0
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks what can be checked before anything is built. Raises UserError."""
+    for field, choices in CHOICES.items():
+        value = get(config, field)
+        if value not in choices:
+            raise UserError(f"{field}: {value!r} is unknown.{did_you_mean(value, choices)}")
+    _, patch = parse_name(config.model.name)
+    size = encoder_size(config)
+    if size.width % size.heads:
+        raise UserError(
+            f"model.heads: {size.heads} does not divide the width {size.width}; choose one that does."
+        )
+    if config.data.image_size % patch:
+        raise UserError(
+            f"data.image_size: {config.data.image_size} is no multiple of the patch size {patch} "
+            f"of {config.model.name}; choose {max(1, config.data.image_size // patch) * patch}."
+        )
+    for field in ("batch_size", "accumulate", "text.length", "text.vocab_size", "model.unroll"):
+        if get(config, field) < 1:
+            raise UserError(f"{field}: {get(config, field)} must be at least 1.")
+    if config.batch_size % config.accumulate:
+        raise UserError(
+            f"accumulate: {config.accumulate} parts do not divide batch_size={config.batch_size}."
+        )
+    if not (config.total_steps or config.total_examples or config.total_epochs):
+        raise UserError("total_steps: the length of the run is not set; give --config.total_steps.")
+    for field in ("optim.lr", "optim.weight_decay", "optim.clip_norm", "data.workers"):
+        if get(config, field) < 0:
+            raise UserError(f"{field}: {get(config, field)} must not be negative.")
+    if not 0 <= config.optim.ema < 1:
+        raise UserError(f"optim.ema: {config.optim.ema} is not in [0, 1).")
+    if config.text.tokenizer and not Path(config.text.tokenizer).is_file():
+        raise UserError(f"text.tokenizer: there is no file {config.text.tokenizer!r}.")
+    parse_mixture(config.data.name)
+    cls = learners.learner_class(config.learner.name)
+    learners.options(config)
+    if config.accumulate > 1 and not cls.sum_over_batch:
+        raise UserError(
+            f"accumulate: {config.accumulate} would change the loss of a {config.learner.name}, "
+            "which compares every example with the whole batch; set accumulate=1."
+        )
+    for name, section in config.evals.items():
+        evals.options(name, section)
+
+
+def get(config: ConfigDict, field: str):
+    """Returns `config.a.b` for the field "a.b"."""
+    for part in field.split("."):
+        config = config[part]
+    return config
+
+
+def to_json(config: ConfigDict) -> str:
+    """The resolved configuration as readable JSON, keys in the order of the default."""
+    return json.dumps(config.to_dict(), indent=2) + "\n"

@@ -1,0 +1,175 @@
+"""Evaluators: what is measured of a learner, during training or after it.
+
+An evaluator is a class with
+
+  Options                     a frozen dataclass: its documented settings and defaults
+  __init__(context, options)  builds what it needs once (see `Context`)
+  __call__(variables)         measures the learner with these variables -> Result
+
+`Result.figures` are scalars (they go to metrics.jsonl and the console), `Result.details` whatever
+else belongs into `evals/NAME/STEP.json`, `Result.lines` what the console shows besides. To add an
+evaluator, write its file and register it here; the loop need not know.
+"""
+
+import dataclasses
+import importlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from cap_pretrain import partition
+from cap_pretrain.data import pipeline, sources
+from cap_pretrain.errors import UserError, did_you_mean
+
+REGISTRY = {
+    "loss": "cap_pretrain.evals.loss:Loss",
+    "captions": "cap_pretrain.evals.captions:Captions",
+    "scene_captions": "cap_pretrain.evals.scene_captions:SceneCaptions",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What an evaluator found: scalars, anything else that is JSON, and lines for people."""
+
+    figures: dict[str, float]
+    details: dict[str, Any] = dataclasses.field(default_factory=dict)
+    lines: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What evaluators work with.
+
+    Attributes:
+      config: the run's configuration.
+      graphdef: the learner's structure; `nnx.merge(graphdef, *variables)` is the learner.
+      tokenizer: encodes and decodes text.
+      mesh: where to compute.
+    """
+
+    config: ConfigDict
+    graphdef: nnx.GraphDef
+    tokenizer: Any
+    mesh: Mesh
+
+    def jit(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """Compiles `fn(learner, *arrays)` into a function of `(variables, *arrays)`.
+
+        Its results are on every host in whole.
+        """
+
+        def call(variables, *args):
+            return fn(nnx.merge(self.graphdef, *variables), *args)
+
+        return jax.jit(call, out_shardings=partition.replicated(self.mesh))
+
+    def source(self, split: str = "", data: str = "") -> sources.Source:
+        """Opens a split of a dataset; by default the run's own evaluation split."""
+        return open_data(self.config, split or self.config.data.eval_split, data)
+
+    def batches(self, source: sources.Source, batch_size: int, limit: int | None = None):
+        """Iterates over `(batch on the devices, the same batch on this host)`, each example once.
+
+        The batch size is rounded up to what the mesh divides.
+        """
+        ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        dataset = pipeline.eval_batches(
+            source,
+            self.tokenizer,
+            image_size=self.config.data.image_size,
+            batch_size=-(-batch_size // ways) * ways,
+            limit=limit,
+            host=jax.process_index(),
+            hosts=jax.process_count(),
+        )
+        batches = pipeline.iterate(dataset)
+        try:
+            for batch in batches:
+                arrays = {k: batch[k] for k in ("image", "text", "label", "mask", "index")}
+                arrays["index"] = arrays["index"].astype(np.int32)
+                yield partition.put_batch(arrays, self.mesh), batch
+        finally:
+            batches.close()
+
+
+def open_data(config: ConfigDict, split: str, name: str = "") -> sources.Source:
+    """Opens a dataset as `config.data` says."""
+    return sources.open_source(
+        name or config.data.name,
+        split,
+        image_size=config.data.image_size,
+        data_dir=config.data.dir,
+        fields=config.data.fields.to_dict(),
+        scenes=config.data.scenes.to_dict(),
+    )
+
+
+def evaluator_class(name: str) -> type:
+    """Returns the class registered as `name`; raises UserError for an unknown name."""
+    if name not in REGISTRY:
+        raise UserError(f"evals: no evaluator {name!r}.{did_you_mean(name, REGISTRY)}")
+    module, _, cls = REGISTRY[name].partition(":")
+    return getattr(importlib.import_module(module), cls)
+
+
+def defaults(name: str, **overrides: Any) -> ConfigDict:
+    """Returns an entry of `config.evals`: the evaluator's name and its options.
+
+    Besides the evaluator's own options, `when` is "always" or "end" (of the run only).
+    """
+    when = overrides.pop("when", "always")
+    options = evaluator_class(name).Options(**overrides)
+    return ConfigDict({"evaluator": name, "when": when, **dataclasses.asdict(options)})
+
+
+def options(name: str, section: ConfigDict) -> Any:
+    """Returns the `Options` that the entry `name` of `config.evals` describes."""
+    fields = section.to_dict()
+    if fields.pop("when") not in ("always", "end"):
+        raise UserError(f"evals.{name}.when: {section.when!r} is neither 'always' nor 'end'.")
+    return evaluator_class(fields.pop("evaluator")).Options(**fields)
+
+
+class Suite:
+    """The evaluators of a run, each built when it is first needed.
+
+    Args:
+      context: what they work with.
+      workdir: where the results go, `evals/NAME/STEP.json`; None writes nothing.
+    """
+
+    def __init__(self, context: Context, workdir: Path | None):
+        self._context, self._workdir = context, workdir
+        self._built: dict[str, Any] = {}
+
+    def run(self, step: int, variables: Any, *, end: bool) -> dict[str, Result]:
+        """Runs those whose turn it is; returns their results by name."""
+        results = {}
+        for name, section in self._context.config.evals.items():
+            if section.when == "end" and not end:
+                continue
+            if name not in self._built:
+                cls = evaluator_class(section.evaluator)
+                self._built[name] = cls(self._context, options(name, section))
+            results[name] = result = self._built[name](variables)
+            if self._workdir is not None:
+                write_result(self._workdir / "evals" / name / f"{step}.json", section, step, result)
+        return results
+
+
+def write_result(path: Path, section: Mapping, step: int, result: Result) -> None:
+    """Writes a result as JSON, completely or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"step": step, "options": section.to_dict(), **result.figures, **result.details}
+    fresh = path.with_suffix(".tmp")
+    fresh.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(fresh, path)

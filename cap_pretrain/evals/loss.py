@@ -1,0 +1,89 @@
+"""The learner's own loss and metrics on held-out data, next to a unigram model of the captions."""
+
+import dataclasses
+import itertools
+
+import jax
+import numpy as np
+
+from cap_pretrain.evals import Context, Result, open_data
+
+# Training captions that are counted for the unigram model.
+UNIGRAM_CAPTIONS = 50_000
+
+
+class Loss:
+    """Validation loss, exact over the split: each example counts once, whatever the batch size.
+
+    Contrastive losses depend on the batch they see; theirs is the mean over batches, by examples.
+    """
+
+    @dataclasses.dataclass(frozen=True)
+    class Options:
+        """Settings.
+
+        Attributes:
+          data: dataset; "" is the run's own.
+          split: "" is `data.eval_split`.
+          batch_size: examples a batch.
+          limit: at most so many examples; 0 is all.
+          unigram: also give the loss of the best guess that ignores image and context: token
+            frequencies of the training captions. What a captioner must beat.
+        """
+
+        data: str = ""
+        split: str = ""
+        batch_size: int = 128
+        limit: int = 0
+        unigram: bool = False
+
+    def __init__(self, context: Context, options: Options):
+        self._context, self._options = context, options
+        self._source = context.source(options.split, options.data)
+        self._loss = context.jit(_loss_and_metrics)
+        self._unigram: dict[str, float] | None = None
+
+    def __call__(self, variables) -> Result:
+        totals: dict[str, float] = {}
+        weight_sum = 0.0
+        for batch, _ in self._batches():
+            figures = {k: float(v) for k, v in self._loss(variables, batch).items()}
+            weight = figures.pop("loss_weight")
+            weight_sum += weight
+            for name, value in figures.items():
+                totals[name] = totals.get(name, 0.0) + weight * value
+        figures = {name: total / max(weight_sum, 1e-9) for name, total in totals.items()}
+        if self._options.unigram:
+            if self._unigram is None:
+                self._unigram = {"unigram_loss": self._unigram_loss()}
+            figures |= self._unigram
+        return Result(figures, {"examples": min(len(self._source), self._limit or 10**18)})
+
+    @property
+    def _limit(self) -> int | None:
+        return self._options.limit or None
+
+    def _batches(self):
+        return self._context.batches(self._source, self._options.batch_size, self._limit)
+
+    def _unigram_loss(self) -> float:
+        """Mean over captions of the mean over tokens, as the captioner's loss; add-one smoothed."""
+        config, tokenizer = self._context.config, self._context.tokenizer
+        train = open_data(config, config.data.split)
+        counts = np.ones(tokenizer.vocab_size)
+        captions = (c for i in range(len(train)) for c in train[i]["captions"])
+        for caption in itertools.islice(captions, UNIGRAM_CAPTIONS):
+            ids = tokenizer.encode(caption)
+            np.add.at(counts, ids[ids != tokenizer.pad_id], 1)
+        nll = -np.log(counts / counts.sum())
+        losses = []
+        for index in range(min(len(self._source), self._limit or len(self._source))):
+            ids = tokenizer.encode(self._source[index]["captions"][0])
+            losses.append(nll[ids[ids != tokenizer.pad_id]].mean())
+        return float(np.mean(losses))
+
+
+def _loss_and_metrics(learner, batch):
+    # Evaluation draws nothing, but the signature wants a key.
+    loss, metrics = learner.loss(batch, jax.random.key(0), train=False)
+    return {"loss": loss, **metrics}

@@ -1,0 +1,55 @@
+"""Learners: modules that own an encoder and say how to learn.
+
+A learner is an `nnx.Module` class with
+
+  Options                              a frozen dataclass: its documented settings and defaults
+  encoder                              the part that is kept: images -> EncoderOutput
+  from_config(config, vocab_size, rngs) classmethod that builds it
+  loss(batch, key, train)              -> (scalar loss, metrics: dict of scalars)
+  sum_over_batch                       whether the loss of a batch is the (weighted) mean of the
+                                       losses of its parts, so that gradients may be accumulated
+
+`metrics` may hold "loss_weight": what a part of a batch weighs against another (default: equal).
+To add a learner, write its file and register it here.
+"""
+
+import dataclasses
+import importlib
+from typing import Any
+
+import jax
+from flax import nnx
+from ml_collections import ConfigDict
+
+from cap_pretrain.errors import UserError, did_you_mean
+
+REGISTRY = {
+    "captioner": "cap_pretrain.learners.captioner:Captioner",
+    "dual_encoder": "cap_pretrain.learners.dual_encoder:DualEncoder",
+}
+
+
+def learner_class(name: str) -> type[nnx.Module]:
+    """Returns the class registered as `name`; raises UserError for an unknown name."""
+    if name not in REGISTRY:
+        raise UserError(f"learner.name: no learner {name!r}.{did_you_mean(name, REGISTRY)}")
+    module, _, cls = REGISTRY[name].partition(":")
+    return getattr(importlib.import_module(module), cls)
+
+
+def defaults(name: str, **overrides: Any) -> ConfigDict:
+    """Returns the `learner` section of a config: the learner's name and its options."""
+    options = learner_class(name).Options(**overrides)
+    return ConfigDict({"name": name, **dataclasses.asdict(options)})
+
+
+def options(config: ConfigDict) -> Any:
+    """Returns the `Options` of the learner that `config.learner` describes."""
+    fields = config.learner.to_dict()
+    return learner_class(fields.pop("name")).Options(**fields)
+
+
+def build(config: ConfigDict, vocab_size: int, key: jax.Array) -> nnx.Module:
+    """Builds the learner of `config`, with fresh parameters drawn from `key`."""
+    cls = learner_class(config.learner.name)
+    return cls.from_config(config, vocab_size, nnx.Rngs(params=key))

@@ -1,0 +1,178 @@
+"""Cap and CapPa: learning an encoder by captioning (Tschannen et al. 2023, arXiv 2306.07915)."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from ml_collections import ConfigDict
+
+from cap_pretrain.errors import UserError
+from cap_pretrain.models.build import build_encoder, compute, decoder_size
+from cap_pretrain.models.layers import normalize_images
+from cap_pretrain.models.text import Decoder
+
+PAD = 0  # also what stands before the first token
+
+
+def shift_right(text: jax.Array) -> jax.Array:
+    """[B, T] -> [B, T]: what each position may have read last; the first reads padding."""
+    return jnp.pad(text, ((0, 0), (1, 0)), constant_values=PAD)[:, :-1]
+
+
+class Captioner(nnx.Module):
+    """A ViT encoder and a transformer decoder that predicts the caption from its tokens.
+
+    With CapPa, each training example is, with probability `parallel_fraction`, predicted in
+    parallel: every input is the mask token and there is no causal mask, so each token must come
+    from the image and its position. Otherwise, and always in evaluation, it is autoregressive.
+    """
+
+    @dataclasses.dataclass(frozen=True)
+    class Options:
+        """Settings of `config.learner`.
+
+        Attributes:
+          parallel_fraction: probability of parallel prediction; 0 is Cap, 0.75 the paper's CapPa.
+          label_smoothing: mass spread evenly over the vocabulary.
+          average: "example" averages over the tokens of each caption, then over captions (the
+            recipe); "token" averages over all tokens of the batch.
+        """
+
+        parallel_fraction: float = 0.0
+        label_smoothing: float = 0.0
+        average: str = "example"
+
+        def __post_init__(self):
+            if not 0 <= self.parallel_fraction <= 1:
+                raise UserError(
+                    f"learner.parallel_fraction: {self.parallel_fraction} is not in [0, 1]."
+                )
+            if not 0 <= self.label_smoothing < 1:
+                raise UserError(
+                    f"learner.label_smoothing: {self.label_smoothing} is not in [0, 1)."
+                )
+            if self.average not in ("example", "token"):
+                raise UserError(
+                    f"learner.average: {self.average!r} is neither 'example' nor 'token'."
+                )
+
+    sum_over_batch = True
+
+    def __init__(
+        self,
+        encoder: nnx.Module,
+        decoder: Decoder,
+        *,
+        length: int,
+        options: Options,
+        rngs: nnx.Rngs,
+    ):
+        self.encoder = encoder
+        self.decoder = decoder
+        width = decoder.size.width
+        init = nnx.initializers.normal(width**-0.5)
+        self.text_positions = nnx.Param(init(rngs.params(), (length, width)))
+        self.options = options
+
+    @classmethod
+    def from_config(cls, config: ConfigDict, vocab_size: int, rngs: nnx.Rngs) -> "Captioner":
+        fields = config.learner.to_dict()
+        fields.pop("name")
+        decoder = Decoder(
+            decoder_size(config), vocab_size=vocab_size, compute=compute(config), rngs=rngs
+        )
+        return cls(
+            build_encoder(config, rngs),
+            decoder,
+            length=config.text.length,
+            options=cls.Options(**fields),
+            rngs=rngs,
+        )
+
+    def encode(self, images: jax.Array, *, train: bool = False, key: jax.Array | None = None):
+        """uint8 images [B, H, W, 3] -> EncoderOutput."""
+        images = normalize_images(images, self.decoder.compute.dtype)
+        return self.encoder(images, train=train, key=key)
+
+    def predict(
+        self,
+        encoded: jax.Array,
+        text: jax.Array,
+        parallel: jax.Array | None = None,
+        *,
+        key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Logits [B, T, V] of every token of `text` int32 [B, T].
+
+        Args:
+          encoded: [B, N, D] tokens of the encoder.
+          text: the tokens to be predicted.
+          parallel: bool [B], which examples are predicted in parallel (default: none).
+          key: for dropout.
+        """
+        inputs = shift_right(text)
+        mask = jnp.tril(jnp.ones((text.shape[1],) * 2, bool))[None, None]
+        if parallel is not None:
+            inputs = jnp.where(parallel[:, None], self.decoder.vocab_size, inputs)
+            mask = mask | parallel[:, None, None, None]
+        return self.decoder(inputs, self.text_positions[...], encoded, mask, key=key)
+
+    def loss(
+        self, batch: dict[str, jax.Array], key: jax.Array, train: bool
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        """Cross-entropy of the captions; padding and masked examples do not count."""
+        text = batch["text"]
+        parallel_key, encoder_key, decoder_key = jax.random.split(key, 3)
+        encoded = self.encode(batch["image"], train=train, key=encoder_key).tokens
+        parallel = None
+        if train and self.options.parallel_fraction:
+            p = self.options.parallel_fraction
+            parallel = jax.random.bernoulli(parallel_key, p, (len(text),))
+        logits = self.predict(encoded, text, parallel, key=decoder_key if train else None)
+
+        weights = (text != PAD).astype(jnp.float32)
+        examples = batch.get("mask", jnp.ones(len(text), bool)).astype(jnp.float32)
+        examples = examples * jnp.any(text != PAD, axis=1)
+        weights = weights * examples[:, None]
+        nll = token_loss(logits, text, self.options.label_smoothing if train else 0.0)
+        per_example = jnp.sum(nll * weights, 1) / jnp.maximum(jnp.sum(weights, 1), 1)
+        by_token = self.options.average == "token"
+        total = jnp.sum(nll * weights) if by_token else jnp.sum(per_example)
+        weight = jnp.sum(weights) if by_token else jnp.sum(examples)
+        loss = total / jnp.maximum(weight, 1)
+
+        right = (jnp.argmax(logits, -1) == text) * weights
+        metrics = {
+            "loss_weight": weight,
+            "token_accuracy": jnp.sum(right) / jnp.maximum(jnp.sum(weights), 1),
+        }
+        if parallel is not None:
+            metrics["parallel_share"] = jnp.mean(parallel.astype(jnp.float32))
+            metrics["loss_parallel"] = mean_where(per_example, parallel * examples)
+            metrics["loss_autoregressive"] = mean_where(per_example, ~parallel * examples)
+        return loss, metrics
+
+    def init_decoding(self, images: jax.Array) -> dict[str, jax.Array]:
+        """uint8 images [B, H, W, 3] -> the cache that `decoding` carries along."""
+        return self.decoder.init_cache(self.encode(images).tokens, len(self.text_positions))
+
+    def decode_step(self, tokens: jax.Array, position: jax.Array, cache: Any):
+        """The logits [B, V] of what follows `tokens` int32 [B] at `position`, and the new cache."""
+        return self.decoder.step(tokens, position, self.text_positions[...], cache)
+
+
+def token_loss(logits: jax.Array, labels: jax.Array, smoothing: float) -> jax.Array:
+    """Cross-entropy of each token, [B, T], with label smoothing."""
+    nll = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    if not smoothing:
+        return nll
+    uniform = -jnp.mean(jax.nn.log_softmax(logits), axis=-1)
+    return (1 - smoothing) * nll + smoothing * uniform
+
+
+def mean_where(values: jax.Array, where: jax.Array) -> jax.Array:
+    """Mean of `values` weighted by `where`; 0 where nothing is selected."""
+    return jnp.sum(values * where) / jnp.maximum(jnp.sum(where), 1)

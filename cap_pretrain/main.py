@@ -1,0 +1,90 @@
+"""python -m cap_pretrain.main --config=configs/NAME.py[:key=value,…] --workdir=DIR
+
+Any field of the config is set with `--config.some.field=value`. Run again with the same workdir, it
+goes on where it stopped. `--dry_run` writes WORKDIR/plan.json and prints it.
+
+Exit status: 0 done, 2 the user's mistake, 143 stopped by SIGTERM after saving.
+"""
+
+import sys
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from cap_pretrain.errors import UserError, did_you_mean
+
+CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/NAME.py[:key=value,…]")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: everything it writes.")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only plan: sizes, arithmetic, memory.")
+
+
+def parse(argv: list[str]) -> list[str]:
+    """Parses the command line, with mistakes told as the user's."""
+    logging.set_verbosity(logging.WARNING)  # libraries need not tell; --verbosity=0 lets them
+    try:
+        rest = flags.FLAGS(argv)
+    except flags.UnrecognizedFlagError as e:
+        fields = _field_names()
+        known = (
+            [f for f in fields if f.startswith("config.")] if "config." in e.flagname else fields
+        )
+        raise UserError(
+            f"--{e.flagname}: there is no such field.{did_you_mean(e.flagname, known)}"
+        ) from e
+    except flags.Error as e:
+        raise UserError(str(e).splitlines()[0]) from e
+    except FileNotFoundError as e:
+        raise UserError(f"--config: there is no file {e.filename!r}.") from e
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        raise UserError(f"--config: {str(e).splitlines()[0]}") from e
+    if CONFIG.value is None or not WORKDIR.value:
+        missing = "--config" if CONFIG.value is None else "--workdir"
+        raise UserError(f"{missing} is missing; say --config=configs/NAME.py --workdir=DIR.")
+    if len(rest) > 1:
+        raise UserError(f"{rest[1]!r} is no flag; write --field=value.")
+    return rest
+
+
+def _field_names() -> list[str]:
+    from cap_pretrain import config, rules
+
+    fields = rules.flatten(config.default().to_dict())
+    return ["config", "workdir", "dry_run", *(f"config.{f.replace('/', '.')}" for f in fields)]
+
+
+def main(_: list[str]) -> None:
+    """Dispatches, after the flags are parsed."""
+    from cap_pretrain import partition, train
+
+    partition.start_distributed()
+    workdir = Path(WORKDIR.value)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"--workdir: cannot make {str(workdir)!r} ({e.strerror}).") from e
+    if DRY_RUN.value:
+        print(train.dry_run(CONFIG.value, workdir))
+    else:
+        train.run(CONFIG.value, workdir)
+
+
+def entry() -> int:
+    """Runs `main` and turns its ends into exit codes."""
+    try:
+        app.run(main, flags_parser=parse)
+    except UserError as e:
+        print(f"cap_pretrain: {e}", file=sys.stderr)
+        return 2
+    except SystemExit as e:
+        return e.code if isinstance(e.code, int) else 1
+    except Exception as e:
+        if type(e).__name__ != "Stopped":
+            raise
+        print(f"cap_pretrain: {e}", file=sys.stderr)
+        return 143
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(entry())

@@ -1,0 +1,215 @@
+"""Building blocks of the transformers: attention, MLP, blocks, and stacks of blocks under scan.
+
+Modules hold float32 parameters and compute in `dtype`; softmax and layer normalisation statistics
+are float32. Initialisers follow the authors' code (big_vision `vit.py`): Xavier uniform kernels.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+XAVIER = nnx.initializers.xavier_uniform()
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """How a model computes, as opposed to what.
+
+    Attributes:
+      dtype: of activations and of the parameters as they enter a product.
+      attention: "xla", "cudnn" (fused, GPU only) or "auto" (cudnn where it applies).
+      remat: what the backward pass keeps: "none" recomputes nothing; "full" recomputes all but the
+        layer inputs; "dots" keeps the results of matrix products.
+      unroll: layers per iteration of the scan over depth; the depth itself unrolls it whole.
+      dropout: rate after attention and MLP.
+      stochastic_depth: rate of dropping a residual branch, growing linearly with depth.
+    """
+
+    dtype: Any = jnp.float32
+    attention: str = "xla"
+    remat: str = "none"
+    unroll: int = 1
+    dropout: float = 0.0
+    stochastic_depth: float = 0.0
+
+
+REMAT_POLICIES: dict[str, Any] = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class EncoderOutput(NamedTuple):
+    """What every encoder returns: `tokens` [B, N, D] and `pooled` [B, D]."""
+
+    tokens: jax.Array
+    pooled: jax.Array
+
+
+def constrain(x: jax.Array) -> jax.Array:
+    """Keeps the leading axis of `x` on the batch axes of the mesh in use, if there is one."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, P(("data", "fsdp")))
+
+
+def normalize_images(images: jax.Array, dtype: Any) -> jax.Array:
+    """uint8 [B, H, W, 3] -> values in [-1, 1], the recipe's range."""
+    return (images.astype(jnp.float32) / 127.5 - 1.0).astype(dtype)
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Inverted dropout; does nothing without a key (evaluation)."""
+    if key is None or rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
+
+
+def drop_branch(x: jax.Array, rate: jax.Array | float, key: jax.Array | None) -> jax.Array:
+    """Stochastic depth (Huang et al. 2016): zeroes the whole branch of some examples."""
+    if key is None:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, (x.shape[0],) + (1,) * (x.ndim - 1))
+    return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
+
+
+def split_optional(key: jax.Array | None, n: int) -> tuple[jax.Array | None, ...]:
+    """Splits a key that may be None (no randomness wanted)."""
+    return (None,) * n if key is None else tuple(jax.random.split(key, n))
+
+
+class Mlp(nnx.Module):
+    """Two linear layers with GELU (tanh approximation, as in the authors' code)."""
+
+    def __init__(self, width: int, hidden: int, *, bias: bool, compute: Compute, rngs: nnx.Rngs):
+        kwargs = dict(
+            use_bias=bias,
+            dtype=compute.dtype,
+            kernel_init=XAVIER,
+            bias_init=nnx.initializers.normal(1e-6),
+            rngs=rngs,
+        )
+        self.up = nnx.Linear(width, hidden, **kwargs)
+        self.down = nnx.Linear(hidden, width, **kwargs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(nnx.gelu(self.up(x)))
+
+
+class Attention(nnx.Module):
+    """Multi-head attention, of `x` to itself or to `context`; exposes its parts for decoding."""
+
+    def __init__(self, width: int, heads: int, *, bias: bool, compute: Compute, rngs: nnx.Rngs):
+        kwargs = dict(use_bias=bias, dtype=compute.dtype, kernel_init=XAVIER, rngs=rngs)
+        self.query = nnx.Linear(width, width, **kwargs)
+        self.key = nnx.Linear(width, width, **kwargs)
+        self.value = nnx.Linear(width, width, **kwargs)
+        self.out = nnx.Linear(width, width, **kwargs)
+        self.heads = heads
+        self.implementation = compute.attention
+
+    def _split_heads(self, x: jax.Array) -> jax.Array:
+        return x.reshape(*x.shape[:-1], self.heads, -1)
+
+    def keys_values(self, context: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """context [B, S, D] -> keys and values, each [B, S, heads, D / heads]."""
+        return self._split_heads(self.key(context)), self._split_heads(self.value(context))
+
+    def attend(
+        self, x: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array | None = None
+    ) -> jax.Array:
+        """x [B, T, D], keys and values [B, S, heads, D / heads], mask bool [B | 1, 1, T, S]."""
+        query = self._split_heads(self.query(x))
+        out = jax.nn.dot_product_attention(
+            query, keys, values, mask=mask, implementation=self._implementation(query)
+        )
+        return self.out(out.reshape(x.shape))
+
+    def __call__(
+        self, x: jax.Array, context: jax.Array | None = None, mask: jax.Array | None = None
+    ) -> jax.Array:
+        return self.attend(x, *self.keys_values(x if context is None else context), mask)
+
+    def _implementation(self, query: jax.Array) -> str:
+        if self.implementation != "auto":
+            return self.implementation
+        # cuDNN's fused kernel takes half precision and head sizes that are multiples of 8 up to 128.
+        size = query.shape[-1]
+        half = query.dtype in (jnp.bfloat16, jnp.float16)
+        fused = jax.default_backend() == "gpu" and half and size % 8 == 0 and size <= 128
+        return "cudnn" if fused else "xla"
+
+
+class EncoderBlock(nnx.Module):
+    """Pre-norm self-attention and MLP, with biases (ViT; also the text tower)."""
+
+    def __init__(self, width: int, mlp: int, heads: int, *, compute: Compute, rngs: nnx.Rngs):
+        norm = dict(dtype=compute.dtype, rngs=rngs)
+        self.norm1 = nnx.LayerNorm(width, **norm)
+        self.attention = Attention(width, heads, bias=True, compute=compute, rngs=rngs)
+        self.norm2 = nnx.LayerNorm(width, **norm)
+        self.mlp = Mlp(width, mlp, bias=True, compute=compute, rngs=rngs)
+        self.rate = compute.dropout
+
+    def __call__(self, x: jax.Array, key: jax.Array | None, drop: jax.Array) -> jax.Array:
+        """x [B, N, D]; `key` None means evaluation; `drop` is this layer's stochastic depth."""
+        k1, k2, k3, k4 = split_optional(key, 4)
+        y = dropout(self.attention(self.norm1(x)), self.rate, k1)
+        x = constrain(x + drop_branch(y, drop, k2))
+        y = dropout(self.mlp(self.norm2(x)), self.rate, k3)
+        return constrain(x + drop_branch(y, drop, k4))
+
+
+def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
+    """Returns `depth` equal layers as one module whose parameters have a leading layer axis."""
+    return nnx.split_rngs(splits=depth)(nnx.vmap(make, in_axes=0, out_axes=0))(rngs)
+
+
+def scan_layers(
+    layers: nnx.Module,
+    body: Callable[..., tuple[jax.Array, Any]],
+    x: jax.Array,
+    per_layer: Any,
+    *,
+    depth: int,
+    compute: Compute,
+) -> tuple[jax.Array, Any]:
+    """Runs stacked layers one after the other; compile time does not grow with depth.
+
+    Args:
+      layers: from `stack_layers`.
+      body: `(layer, x, inputs of this layer) -> (x, output of this layer)`.
+      x: what flows through.
+      per_layer: pytree of arrays with a leading layer axis (or None).
+      depth: the number of layers.
+      compute: gives rematerialisation and unrolling.
+    """
+    graphdef, params = nnx.split(layers)
+
+    def step(x, inputs):
+        params, inputs = inputs
+        return body(nnx.merge(graphdef, params), x, inputs)
+
+    if compute.remat != "none":
+        step = jax.checkpoint(step, policy=REMAT_POLICIES[compute.remat], prevent_cse=False)
+    return jax.lax.scan(
+        step, x, (params, per_layer), length=depth, unroll=min(compute.unroll, depth)
+    )
+
+
+def layer_randomness(
+    key: jax.Array | None, depth: int, compute: Compute
+) -> tuple[jax.Array | None, jax.Array]:
+    """Returns one key a layer (None in evaluation) and the stochastic depth rates [depth]."""
+    if not (compute.dropout or compute.stochastic_depth):
+        key = None  # Nothing is random: no keys, no masks.
+    keys = None if key is None else jax.random.split(key, depth)
+    return keys, jnp.linspace(0.0, compute.stochastic_depth, depth)

@@ -1,0 +1,41 @@
+"""Named transformer sizes."""
+
+import dataclasses
+
+from cap_pretrain.errors import UserError, did_you_mean
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Shape of a transformer: `width` D, `depth` layers, `mlp` hidden units, attention `heads`."""
+
+    width: int
+    depth: int
+    mlp: int
+    heads: int
+
+
+# mu is ours, for tests. Ti, S, B, L, H: Dosovitskiy et al. 2020 (2010.11929) and Touvron et al. 2020
+# (2012.12877); M: Tschannen et al. 2023 (2306.07915); So400m: Alabdulmohsin et al. 2023 (2305.13035);
+# g: Zhai et al. 2021 (2106.04560).
+SIZES = {
+    "mu": Size(64, 2, 256, 2),
+    "Ti": Size(192, 12, 768, 3),
+    "S": Size(384, 12, 1536, 6),
+    "M": Size(512, 12, 2048, 8),
+    "B": Size(768, 12, 3072, 12),
+    "L": Size(1024, 24, 4096, 16),
+    "So400m": Size(1152, 27, 4304, 16),
+    "H": Size(1280, 32, 5120, 16),
+    "g": Size(1408, 40, 6144, 16),
+}
+
+
+def parse_name(name: str) -> tuple[Size, int]:
+    """`"B/16"` -> (the size B, patch size 16). Raises UserError for an unknown name."""
+    variant, _, patch = name.partition("/")
+    if variant not in SIZES:
+        raise UserError(f"model.name: no size {variant!r}.{did_you_mean(variant, SIZES)}")
+    if not patch.isdigit() or int(patch) < 1:
+        raise UserError(f"model.name: {name!r} lacks a patch size; write it as {variant}/16.")
+    return SIZES[variant], int(patch)

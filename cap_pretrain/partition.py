@@ -1,0 +1,168 @@
+"""One mesh of devices (data, fsdp, tensor) and what lies where on it.
+
+Arrays are global: every computation is one `jax.jit` over the mesh and the compiler inserts the
+communication (`pmap` is retired upstream, and `pjit` is `jit` now). Batches are split over data and
+fsdp; parameters over fsdp and tensor by rules on their paths; optimizer state as its parameters.
+"""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from cap_pretrain import rules
+from cap_pretrain.errors import UserError
+
+BATCH_AXES = ("data", "fsdp")
+
+# (path, axes of the trailing dimensions); leading dimensions, such as that of stacked layers, are
+# whole. Tensor parallelism: heads and hidden units are split, and so is the vocabulary.
+RULES = (
+    (r".*/(query|key|value)/kernel", ("fsdp", "tensor")),
+    (r".*/(query|key|value)/bias", ("tensor",)),
+    (r".*/out/kernel", ("tensor", "fsdp")),
+    (r".*/up/kernel", ("fsdp", "tensor")),
+    (r".*/up/bias", ("tensor",)),
+    (r".*/down/kernel", ("tensor", "fsdp")),
+    (r".*/embedding", ("tensor", "fsdp")),
+    (r".*/logits/kernel", ("fsdp", "tensor")),
+    (r".*/logits/bias", ("tensor",)),
+    (r".*/kernel", ("fsdp", None)),
+    (r".*positions", (None, "fsdp")),
+)
+
+
+def start_distributed() -> None:
+    """Joins the other hosts if the environment says there are any.
+
+    `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` say so explicitly; Slurm,
+    Open MPI and TPU pods are recognised by JAX itself.
+    """
+    explicit = "JAX_COORDINATOR_ADDRESS" in os.environ
+    slurm = int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in os.environ
+    mpi = int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1)) > 1
+    tpu_pod = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    if explicit or slurm or mpi or tpu_pod:
+        address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+        processes = os.environ.get("JAX_NUM_PROCESSES")
+        process = os.environ.get("JAX_PROCESS_ID")
+        jax.distributed.initialize(
+            address,
+            num_processes=int(processes) if processes else None,
+            process_id=int(process) if process else None,
+        )
+
+
+def mesh_shape(config: ConfigDict, devices: int) -> dict[str, int]:
+    """Returns the size of each axis of a config's mesh over so many devices.
+
+    Raises:
+      UserError: the axes do not multiply to the number of devices, or do not divide the batch.
+    """
+    shape = {axis: config.mesh[axis] for axis in ("data", "fsdp", "tensor")}
+    said = ", ".join(f"mesh.{axis}={n}" for axis, n in shape.items())
+    free = [axis for axis, n in shape.items() if n == -1]
+    if len(free) > 1 or any(n < 1 and n != -1 for n in shape.values()):
+        raise UserError(
+            f"{said}: axes are positive, and at most one is -1 (what the others leave)."
+        )
+    fixed = math.prod(n for n in shape.values() if n != -1)
+    if free:
+        shape[free[0]] = max(1, devices // fixed)
+    if math.prod(shape.values()) != devices:
+        needs = f"a multiple of {fixed}" if free else f"{fixed}"
+        raise UserError(f"{said}: this needs {needs} devices, there are {devices}.")
+    ways = shape["data"] * shape["fsdp"] * config.accumulate
+    if config.batch_size % ways:
+        raise UserError(
+            f"batch_size: {config.batch_size} is not divisible by data x fsdp x accumulate = {ways}."
+        )
+    return shape
+
+
+def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Returns the mesh of a config over `devices` (default: all); see `mesh_shape`."""
+    devices = jax.devices() if devices is None else devices
+    shape = mesh_shape(config, len(devices))
+    kinds = (AxisType.Auto,) * len(shape)
+    return jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=kinds, devices=devices)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of scalars and keys: the whole on every device."""
+    return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of a batch: the leading axis over data and fsdp."""
+    return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Makes global arrays of this host's slice of a batch, sent to the devices explicitly."""
+    sharding = batch_sharding(mesh)
+    return {
+        k: jax.make_array_from_process_local_data(sharding, np.asarray(v)) for k, v in batch.items()
+    }
+
+
+def param_shardings(params: Any, mesh: Mesh, extra_rules: Sequence = ()) -> Any:
+    """Returns the sharding of every parameter.
+
+    An axis that does not divide its dimension is left out: that dimension stays whole.
+
+    Raises:
+      UserError: one of `extra_rules` (`config.mesh.rules`) matches nothing.
+    """
+    rules.apply_rules(extra_rules, params, default=(), field="mesh.rules")  # strict
+    axes = rules.apply_rules(
+        (*extra_rules, *RULES), params, default=(), field="mesh.rules", strict=False
+    )
+    return jax.tree.map(lambda p, a: _sharding(p.shape, a, mesh), params, axes)
+
+
+def state_shardings(state: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
+    """Returns the sharding of each leaf of `state`, such as an optimizer's.
+
+    A leaf whose path ends in a parameter's path lies as that parameter does; a factored moment,
+    whose shape lacks a dimension of the parameter's, lies as the dimensions it has.
+    """
+    known = {
+        path: (leaf.shape, rules.flatten(shardings)[path].spec)
+        for path, leaf in rules.flatten(params).items()
+    }
+
+    def sharding_of(key_path, leaf):
+        parts = rules.path_string(key_path).split("/")
+        for start in range(len(parts)):
+            path = "/".join(parts[start:])
+            if path in known:
+                return NamedSharding(mesh, _spec_like(leaf.shape, *known[path]))
+        return replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(sharding_of, state)
+
+
+def _spec_like(shape: tuple[int, ...], param_shape: tuple[int, ...], spec: P) -> P:
+    full = tuple(spec) + (None,) * (len(param_shape) - len(spec))
+    if shape == param_shape:
+        return P(*full)
+    for missing in range(len(param_shape)):
+        if shape == param_shape[:missing] + param_shape[missing + 1 :]:
+            return P(*(full[:missing] + full[missing + 1 :]))
+    return P()
+
+
+def _sharding(shape: tuple[int, ...], axes: tuple, mesh: Mesh) -> NamedSharding:
+    axes = (None,) * (len(shape) - len(axes)) + tuple(axes)[max(0, len(axes) - len(shape)) :]
+    fits = [
+        axis if axis and dim % mesh.shape[axis] == 0 else None
+        for dim, axis in zip(shape, axes, strict=True)
+    ]
+    return NamedSharding(mesh, P(*fits))

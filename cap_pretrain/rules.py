@@ -1,0 +1,60 @@
+"""One idea, used for sharding, weight decay, learning rates and freezing: rules on parameter paths.
+
+A parameter's path is its place in the learner, e.g. `encoder/blocks/attention/query/kernel`. A rule
+is a pair (regular expression, value); the expression must match the whole path, the first rule that
+matches wins, and a rule that matches no parameter at all is an error, since it is a typing mistake.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+
+from cap_pretrain.errors import UserError
+
+
+def path_string(key_path: Sequence[Any]) -> str:
+    """`(DictKey('encoder'), DictKey('kernel'))` -> `"encoder/kernel"`."""
+    return jax.tree_util.keystr(key_path, simple=True, separator="/")
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """Returns the leaves of `tree` by path."""
+    return {path_string(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def apply_rules(
+    rules: Iterable[tuple[str, Any]], tree: Any, *, default: Any, field: str, strict: bool = True
+) -> Any:
+    """Returns a tree like `tree` that holds, for each leaf, the value of the first matching rule.
+
+    Args:
+      rules: pairs (regular expression on the whole path, value).
+      tree: any pytree, usually parameters.
+      default: the value where no rule matches; must not be None (None is an empty pytree).
+      field: the config field the rules come from, for the error message.
+      strict: whether a rule that matches nothing is an error.
+
+    Raises:
+      UserError: a rule is no regular expression or, if `strict`, matches no path of `tree`.
+    """
+    compiled = []
+    for pattern, value in rules:
+        try:
+            compiled.append((re.compile(pattern), value))
+        except re.error as e:
+            raise UserError(f"{field}: {pattern!r} is not a regular expression ({e}).") from e
+    paths = list(flatten(tree))
+    for regex, _ in compiled if strict else ():
+        if not any(regex.fullmatch(path) for path in paths):
+            raise UserError(
+                f"{field}: {regex.pattern!r} matches no parameter. "
+                f"Paths look like {paths[0]!r}; the whole path must match."
+            )
+
+    def value_of(key_path, _):
+        path = path_string(key_path)
+        return next((v for regex, v in compiled if regex.fullmatch(path)), default)
+
+    return jax.tree_util.tree_map_with_path(value_of, tree)

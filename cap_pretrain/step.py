@@ -1,0 +1,170 @@
+"""The one training step: state in, state and metrics out, under one `jax.jit` for every learner."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx, struct
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from cap_pretrain import partition, rng
+
+
+@struct.dataclass
+class TrainState:
+    """Everything that training changes.
+
+    Attributes:
+      step: int32 scalar, the number of steps taken.
+      params: parameters of the learner, nested dict by path.
+      stats: other variables of the learner, such as BatchNorm statistics.
+      opt_state: state of the optimizer.
+      ema: moving average of `params`, or None.
+    """
+
+    step: jax.Array
+    params: Any
+    stats: Any
+    opt_state: Any
+    ema: Any = None
+
+    @property
+    def variables(self) -> tuple[Any, Any]:
+        """What evaluation reads: averaged parameters if there are any, and the statistics."""
+        return (self.params if self.ema is None else self.ema), self.stats
+
+
+def split_learner(learner: nnx.Module) -> tuple[nnx.GraphDef, Any, Any]:
+    """Returns the learner's structure, its parameters and its other variables as nested dicts."""
+    graphdef, params, stats = nnx.split(learner, nnx.Param, ...)
+    return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
+
+
+def init_state(
+    build: Callable[[jax.Array], nnx.Module],
+    make_optimizer: Callable[[Any], optax.GradientTransformation],
+    config: ConfigDict,
+    mesh: Mesh,
+) -> tuple[Callable[[], TrainState], TrainState, nnx.GraphDef, optax.GradientTransformation]:
+    """Prepares the initial state without making it.
+
+    Args:
+      build: makes the learner from a key.
+      make_optimizer: makes the optimizer from the (abstract) parameters.
+      config: gives seed, EMA and sharding rules.
+      mesh: where the state is to lie.
+
+    Returns:
+      A function that makes the state on the mesh, its abstract form with shardings, the learner's
+      structure, and the optimizer.
+    """
+    key = rng.key(config.seed, 0, "init")
+    graphdef, abstract_params, _ = split_learner(nnx.eval_shape(lambda: build(key)))
+    tx = make_optimizer(abstract_params)
+
+    def init() -> TrainState:
+        _, params, stats = split_learner(build(key))
+        return TrainState(
+            step=jnp.int32(0),
+            params=params,
+            stats=stats,
+            opt_state=tx.init(params),
+            ema=jax.tree.map(jnp.copy, params) if config.optim.ema else None,
+        )
+
+    abstract = jax.eval_shape(init)
+    of_params = partition.param_shardings(abstract.params, mesh, config.mesh.rules)
+    shardings = partition.state_shardings(abstract, abstract.params, of_params, mesh)
+    abstract = jax.tree.map(
+        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
+        abstract,
+        shardings,
+    )
+    return jax.jit(init, out_shardings=shardings), abstract, graphdef, tx
+
+
+def loss_and_stats(
+    graphdef: nnx.GraphDef, params: Any, stats: Any, batch: Any, key: jax.Array
+) -> tuple[jax.Array, tuple[dict[str, jax.Array], Any]]:
+    """The training loss, with metrics and the learner's updated other variables."""
+    learner = nnx.merge(graphdef, params, stats)
+    loss, metrics = learner.loss(batch, key, train=True)
+    return loss, (metrics, split_learner(learner)[2])
+
+
+def accumulated_gradients(
+    graphdef: nnx.GraphDef, params: Any, stats: Any, batch: Any, key: jax.Array, parts: int
+) -> tuple[Any, dict[str, jax.Array], Any]:
+    """Gradient of the loss of the whole batch, computed in `parts`, one after the other.
+
+    Each part counts by its "loss_weight", so that a mean over tokens or examples stays one.
+    """
+    gradient = jax.value_and_grad(loss_and_stats, argnums=1, has_aux=True)
+
+    def one(stats, batch, key):
+        (loss, (metrics, stats)), grads = gradient(graphdef, params, stats, batch, key)
+        return grads, {"loss": loss, **metrics}, stats
+
+    if parts == 1:
+        return one(stats, batch, key)
+
+    def add(carry, inputs):
+        stats, total, grad_sum, metric_sum = carry
+        part, index = inputs
+        grads, metrics, stats = one(stats, part, jax.random.fold_in(key, index))
+        weight = metrics.get("loss_weight", jnp.float32(1))
+        grad_sum = jax.tree.map(lambda s, g: s + weight * g, grad_sum, grads)
+        metric_sum = jax.tree.map(lambda s, m: s + weight * m, metric_sum, metrics)
+        return (stats, total + weight, grad_sum, metric_sum), None
+
+    # Part i holds every parts-th example, so each device keeps its own slice of the batch.
+    split = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1), batch)
+    first = jax.tree.map(lambda x: x[0], split)
+    shapes = jax.eval_shape(one, stats, first, key)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes[:2])
+    carry = (stats, jnp.float32(0), *zeros)
+    (stats, total, grads, metrics), _ = jax.lax.scan(add, carry, (split, jnp.arange(parts)))
+    total = jnp.maximum(total, 1e-9)
+    return *jax.tree.map(lambda x: x / total, (grads, metrics)), stats
+
+
+def make_train_step(
+    graphdef: nnx.GraphDef,
+    tx: optax.GradientTransformation,
+    rate: optax.Schedule,
+    config: ConfigDict,
+    shardings: TrainState,
+) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
+    """Returns the jitted `(state, batch) -> (state, metrics)`; the state passed in is given up.
+
+    Args:
+      graphdef: the learner's structure.
+      tx: the optimizer.
+      rate: the learning rate, for the log.
+      config: gives seed, accumulation and EMA.
+      shardings: where the state lies.
+    """
+
+    def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        key = rng.key(config.seed, state.step, "train")
+        grads, metrics, stats = accumulated_gradients(
+            graphdef, state.params, state.stats, batch, key, config.accumulate
+        )
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if ema is not None:
+            ema = optax.incremental_update(params, ema, 1.0 - config.optim.ema)
+        metrics.pop("loss_weight", None)
+        metrics |= {
+            "learning_rate": rate(state.step),
+            "grad_norm": optax.tree.norm(grads),
+            "param_norm": optax.tree.norm(params),
+            "update_norm": optax.tree.norm(updates),
+        }
+        return TrainState(state.step + 1, params, stats, opt_state, ema), metrics
+
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))

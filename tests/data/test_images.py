@@ -1,0 +1,236 @@
+import io
+import zlib
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from cap_pretrain.data import images
+
+HEIGHT, WIDTH = 48, 64
+
+
+def picture() -> np.ndarray:
+    """uint8 [48, 64, 3]: smooth, and different in every corner and channel."""
+    y, x = np.mgrid[0:1:48j, 0:1:64j]
+    return (np.stack([x, y, (x + y) / 2], -1) * 200 + 20).astype(np.uint8)
+
+
+def encode(image: np.ndarray | Image.Image, format: str, **options) -> bytes:
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def rotated_jpeg(orientation: int) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encode(picture(), "JPEG", quality=95, exif=exif)
+
+
+def png_16_bit(channels: int) -> bytes:
+    pixels = picture()[..., :channels].astype(np.uint16) * 257
+    return cv2.imencode(".png", pixels[..., ::-1] if channels > 1 else pixels)[1].tobytes()
+
+
+GREY = picture()[..., 1]
+FILES = {
+    "jpeg": (encode(picture(), "JPEG", quality=95), picture()),
+    "progressive": (encode(picture(), "JPEG", quality=95, progressive=True), picture()),
+    "grey jpeg": (encode(GREY, "JPEG", quality=95), GREY),
+    "cmyk jpeg": (encode(Image.fromarray(picture()).convert("CMYK"), "JPEG"), picture()),
+    "png": (encode(picture(), "PNG"), picture()),
+    "grey png": (encode(GREY, "PNG"), GREY),
+    "webp": (encode(picture(), "WEBP", quality=95), picture()),
+    "gif": (encode(Image.fromarray(GREY), "GIF"), GREY),
+    "bmp": (encode(picture(), "BMP"), picture()),
+    "16-bit grey": (png_16_bit(1), picture()[..., 0]),
+    "16-bit rgb": (png_16_bit(3), picture()),
+    "palette": (encode(Image.fromarray(picture()).quantize(256), "PNG"), picture()),
+    "1-bit": (encode(Image.fromarray(GREY > 120), "PNG"), (GREY > 120) * np.uint8(255)),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_decode_gives_rgb_of_the_same_picture(name):
+    data, expected = FILES[name]
+    image = images.decode(data)
+    assert image.shape == (HEIGHT, WIDTH, 3) and image.dtype == np.uint8
+    expected = expected if expected.ndim == 3 else expected[..., None]
+    assert np.abs(image.astype(int) - expected).mean() < 4
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_decode_turns_as_exif_asks_exactly_once(orientation):
+    upright = picture()
+    if orientation in (2, 4, 5, 7):  # mirrored, per Exif 2.32
+        upright = upright[:, ::-1]
+    upright = np.rot90(upright, {1: 0, 2: 0, 3: 2, 4: 2, 5: 1, 6: 3, 7: 3, 8: 1}[orientation])
+    image = images.decode(rotated_jpeg(orientation))
+    assert image.shape == upright.shape
+    assert np.abs(image.astype(int) - upright).mean() < 3
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
+def test_transparency_is_composited_on_white(mode):
+    solid = Image.new("RGBA", (4, 4), (10, 10, 10, 255))
+    solid.paste((10, 10, 10, 0), (0, 0, 2, 4))
+    if mode == "RGB":  # one colour declared transparent
+        image = Image.new("RGB", (4, 4), (10, 10, 10))
+        image.paste((1, 2, 3), (0, 0, 2, 4))
+        data = encode(image, "PNG", transparency=(1, 2, 3))
+    elif mode == "P":
+        image = Image.new("P", (4, 4), 1)
+        image.putpalette([200, 0, 0, 10, 10, 10])
+        image.paste(0, (0, 0, 2, 4))
+        data = encode(image, "GIF", transparency=0)
+    else:
+        data = encode(solid.convert(mode), "PNG")
+    decoded = images.decode(data)
+    assert (decoded[:, :2] == 255).all() and (decoded[:, 2:] == 10).all()
+
+
+def test_half_transparency_is_a_mixture():
+    data = encode(Image.new("RGBA", (2, 2), (0, 0, 0, 128)), "PNG")
+    assert abs(int(images.decode(data)[0, 0, 0]) - 127) <= 1
+
+
+def test_animation_gives_its_first_frame():
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+    data = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert images.decode(data)[4, 4].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_truncated_file_is_broken_never_half_a_picture(name):
+    data = FILES[name][0]
+    whole = images.decode(data)
+    for length in np.linspace(0, len(data) - 1, 60).astype(int):
+        try:
+            image = images.decode(data[:length])
+        except images.ImageError:
+            continue
+        # All pixels were there; what was cut off is an end marker or a checksum.
+        assert len(data) - length < 40 and (image == whole).all()
+
+
+@pytest.mark.parametrize("min_size", [0, 12])
+@pytest.mark.parametrize("name", ["jpeg", "progressive", "grey jpeg"])
+def test_a_cut_jpeg_is_broken_at_any_scale(name, min_size):
+    data = FILES[name][0]
+    with pytest.raises(images.ImageError, match="truncated"):
+        images.decode(data[:-80], min_size=min_size)
+
+
+@pytest.mark.parametrize("data", [b"", b"a text named .jpg\n" * 50, b"\xff\xd8\xff", bytes(1000)])
+def test_what_is_no_image_is_refused(data):
+    with pytest.raises(images.ImageError):
+        images.decode(data)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("side", [9_460, 60_000])  # just above the limit, and far above
+@pytest.mark.parametrize("format", ["PNG", "JPEG"])
+def test_bombs_are_refused_by_their_header(format, side):
+    data = bytearray(encode(Image.new("L", (8, 8)), format))
+    if format == "PNG":
+        data[16:24] = side.to_bytes(4) * 2
+        data[29:33] = zlib.crc32(bytes(data[12:29])).to_bytes(4)
+    else:
+        start = data.index(b"\xff\xc0") + 5
+        data[start : start + 4] = side.to_bytes(2) * 2
+    with pytest.raises(images.ImageError, match="refused"):
+        images.decode(bytes(data))
+
+
+@pytest.mark.parametrize(
+    "min_size, expected", [(0, 48), (48, 48), (25, 48), (24, 24), (12, 12), (1, 6)]
+)
+def test_min_size_is_never_undercut(min_size, expected):
+    image = images.decode(FILES["jpeg"][0], min_size=min_size)
+    assert image.shape == (expected, expected * WIDTH // HEIGHT, 3)
+    small = cv2.resize(picture(), image.shape[1::-1], interpolation=cv2.INTER_AREA)
+    assert np.abs(image.astype(int) - small).mean() < 3
+
+
+def test_to_plain_keeps_what_every_decoder_reads_alike():
+    for name in ("jpeg", "progressive", "grey jpeg", "png", "grey png", "palette"):
+        data = FILES[name][0]
+        assert images.to_plain(data) is data
+
+
+@pytest.mark.parametrize("name", ["cmyk jpeg", "webp", "gif", "bmp", "16-bit grey", "16-bit rgb"])
+def test_to_plain_encodes_the_rest_again(name):
+    data, _ = FILES[name]
+    plain = images.to_plain(data)
+    with Image.open(io.BytesIO(plain)) as image:
+        assert image.mode == "RGB" and image.format in ("JPEG", "PNG")
+        lossless = image.format == "PNG"
+    difference = np.abs(images.decode(plain).astype(int) - images.decode(data))
+    assert difference.max() == 0 if lossless else difference.mean() < 3
+    assert lossless == (name not in ("cmyk jpeg", "webp"))
+
+
+def test_to_plain_refuses_broken_files():
+    with pytest.raises(images.ImageError):
+        images.to_plain(FILES["jpeg"][0][:-100])
+
+
+@pytest.mark.parametrize("shape", [(48, 64), (300, 20), (20, 300), (7, 7), (32, 32)])
+def test_resize_squashes_to_a_square(shape):
+    y, x = np.mgrid[0 : 1 : shape[0] * 1j, 0 : 1 : shape[1] * 1j]
+    image = (np.stack([x, y, x], -1) * 255).astype(np.uint8)
+    result = images.resize(image, 32)
+    assert result.shape == (32, 32, 3)
+    y, x = np.mgrid[0:1:32j, 0:1:32j]
+    assert np.abs(result - np.stack([x, y, x], -1) * 255).mean() < 12
+
+
+@pytest.mark.parametrize("shape", [(256, 256), (16, 256), (256, 16)])
+def test_resize_is_antialiased_where_it_shrinks(shape):
+    rows, columns = np.indices(shape)
+    stripes = (rows if shape[0] > shape[1] else columns) % 2 * 255
+    image = np.repeat(stripes[..., None], 3, -1).astype(np.uint8)
+    assert np.abs(images.resize(image, 32).astype(int) - 127.5).max() < 2
+
+
+def test_center_crop_takes_the_central_square():
+    image = np.zeros((40, 100, 3), np.uint8)
+    image[:, 30:70] = 255
+    assert (images.center_crop(image, 16) == 255).all()
+    assert (images.center_crop(image.swapaxes(0, 1), 16) == 255).all()
+
+
+def test_flip_mirrors_left_to_right():
+    assert (images.flip(picture()) == picture()[:, ::-1]).all()
+
+
+def test_random_resized_crop_depends_on_the_generator_alone():
+    crops = [
+        images.random_resized_crop(picture(), 16, np.random.default_rng(seed)) for seed in (1, 1, 2)
+    ]
+    assert (crops[0] == crops[1]).all() and (crops[0] != crops[2]).any()
+
+
+def test_random_resized_crop_keeps_the_area_and_ratio_it_was_asked_for():
+    y, x = np.mgrid[0:100, 0:200].astype(np.float32)
+    image = np.stack([x, y, y], -1)  # the value of a pixel is its place
+    rng = np.random.default_rng(0)
+    areas, ratios = [], []
+    for _ in range(300):
+        crop = images.random_resized_crop(image, 50, rng, area=(0.1, 0.5), ratio=(0.5, 2))
+        width, height = (np.ptp(crop[..., c]) * 50 / 49 for c in (0, 1))
+        areas.append(width * height / 20_000)
+        ratios.append(width / height)
+    assert 0.08 < min(areas) < 0.15 and 0.42 < max(areas) < 0.53
+    assert 0.45 < min(ratios) < 0.65 and 1.6 < max(ratios) < 2.1
+
+
+def test_random_resized_crop_of_a_thread_is_its_middle():
+    image = np.zeros((4, 900, 3), np.uint8)
+    image[:, 448:452] = 255
+    rng = np.random.default_rng(0)
+    assert (images.random_resized_crop(image, 8, rng, area=(0.9, 1)) == 255).all()
