@@ -1,7 +1,7 @@
 """Encoded images in, RGB uint8 [H, W, 3] out, and the geometry done on the host.
 
-Nearly every file of a captioning dataset is a plain JPEG; it goes through simplejpeg (libjpeg-turbo),
-which is the fastest and the only one to tell when a file has no data for a part of its pixels.
+Nearly every file of a captioning dataset is a plain JPEG; it goes through simplejpeg, which is the
+fastest (libjpeg-turbo) and the only one to tell when a file lacks the data of some of its pixels.
 Everything else (PNG, WebP, GIF, CMYK, alpha, palettes, 16 bits, EXIF rotation) goes through Pillow.
 tools/bench_decode.py measures the choice.
 """

@@ -1,3 +1,4 @@
+import contextlib
 import io
 import zlib
 
@@ -123,6 +124,24 @@ def test_a_cut_jpeg_is_broken_at_any_scale(name, min_size):
     data = FILES[name][0]
     with pytest.raises(images.ImageError, match="truncated"):
         images.decode(data[:-80], min_size=min_size)
+
+
+def test_a_jpeg_without_the_data_of_its_lower_half_is_broken():
+    """libjpeg shows such pixels grey: what a cut file becomes once some program ends it properly."""
+    data = FILES["jpeg"][0]
+    with pytest.raises(images.ImageError, match="broken"):
+        images.decode(data[: (data.index(b"\xff\xda") + len(data)) // 2] + b"\xff\xd9")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_damage_gives_an_image_or_an_image_error(name):
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        data = bytearray(FILES[name][0])
+        for position in rng.integers(len(data), size=3):
+            data[position] = rng.integers(256)
+        with contextlib.suppress(images.ImageError):
+            assert images.decode(bytes(data)).shape[-1] == 3
 
 
 @pytest.mark.parametrize("data", [b"", b"a text named .jpg\n" * 50, b"\xff\xd8\xff", bytes(1000)])
