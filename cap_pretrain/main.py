@@ -22,35 +22,32 @@ DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only plan: sizes, arithmetic, mem
 def parse(argv: list[str]) -> list[str]:
     """Parses the command line, with mistakes told as the user's."""
     logging.set_verbosity(logging.WARNING)  # libraries need not tell; --verbosity=0 lets them
+    for arg in argv:
+        if arg.startswith("--config="):
+            file = arg.removeprefix("--config=").split(":")[0]
+            if not Path(file).is_file():
+                near = did_you_mean(file, map(str, Path("configs").glob("*.py")))
+                raise UserError(f"--config: there is no file {file!r}.{near}")
     try:
         rest = flags.FLAGS(argv)
     except flags.UnrecognizedFlagError as e:
-        fields = _field_names()
-        known = (
-            [f for f in fields if f.startswith("config.")] if "config." in e.flagname else fields
-        )
-        raise UserError(
-            f"--{e.flagname}: there is no such field.{did_you_mean(e.flagname, known)}"
-        ) from e
+        near = did_you_mean(e.flagname, ("config", "workdir", "dry_run"))
+        raise UserError(f"--{e.flagname}: there is no such flag.{near}") from e
     except flags.Error as e:
         raise UserError(str(e).splitlines()[0]) from e
-    except FileNotFoundError as e:
-        raise UserError(f"--config: there is no file {e.filename!r}.") from e
-    except (AttributeError, KeyError, TypeError, ValueError) as e:
+    except (
+        AttributeError,
+        KeyError,
+    ) as e:  # from the locked config: names the field and the nearest
+        raise UserError(f"--config: no field {' '.join(str(e.args[0]).split())}") from e
+    except (TypeError, ValueError) as e:
         raise UserError(f"--config: {str(e).splitlines()[0]}") from e
     if CONFIG.value is None or not WORKDIR.value:
         missing = "--config" if CONFIG.value is None else "--workdir"
         raise UserError(f"{missing} is missing; say --config=configs/NAME.py --workdir=DIR.")
     if len(rest) > 1:
-        raise UserError(f"{rest[1]!r} is no flag; write --field=value.")
+        raise UserError(f"{rest[1]!r} is no flag; write --config.some.field=value.")
     return rest
-
-
-def _field_names() -> list[str]:
-    from cap_pretrain import config, rules
-
-    fields = rules.flatten(config.default().to_dict())
-    return ["config", "workdir", "dry_run", *(f"config.{f.replace('/', '.')}" for f in fields)]
 
 
 def main(_: list[str]) -> None:

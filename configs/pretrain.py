@@ -1,0 +1,36 @@
+"""The paper's matched comparison: Cap, CapPa, CLIP, SigLIP; nothing but the objective differs.
+
+python -m cap_pretrain.main --workdir=runs/cappa \
+    --config=configs/pretrain.py:objective=cappa,model=B/16,data=cc12m
+
+The defaults are the recipe of Tschannen et al. 2023 (arXiv 2306.07915): 366,500 steps of 8192, made
+for a pod. On less, say how long and how much at once:
+    --config.total_steps=… or --config.total_epochs=…, --config.batch_size=…
+"""
+
+from ml_collections import ConfigDict
+
+from cap_pretrain import config, evals, learners
+
+OBJECTIVES = {
+    "cappa": ("captioner", {"parallel_fraction": 0.75}),
+    "cap": ("captioner", {"parallel_fraction": 0.0}),
+    "clip": ("dual_encoder", {"contrast": "softmax"}),
+    "siglip": ("dual_encoder", {"contrast": "sigmoid"}),
+}
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """Returns the configuration for `objective=cappa|cap|clip|siglip,model=…,data=…`."""
+    args = config.arguments(arg, objective=tuple(OBJECTIVES), model="S/16", data="scenes")
+    learner, options = OBJECTIVES[args.objective]
+    c = config.default()
+    c.total_steps = 366_500
+    c.model.name = args.model
+    c.data.name = args.data
+    c.learner = learners.defaults(learner, **options)
+    captions = learner == "captioner"
+    c.evals = ConfigDict({"val": evals.defaults("loss", unigram=captions)})
+    if captions:
+        c.evals.samples = evals.defaults("captions")
+    return c
