@@ -127,7 +127,7 @@ def test_a_cut_jpeg_is_broken_at_any_scale(name, min_size):
 
 
 def test_a_jpeg_without_the_data_of_its_lower_half_is_broken():
-    """libjpeg shows such pixels grey: what a cut file becomes once some program ends it properly."""
+    """A cut file to which some program has added an end: libjpeg shows the rest in grey."""
     data = FILES["jpeg"][0]
     with pytest.raises(images.ImageError, match="broken"):
         images.decode(data[: (data.index(b"\xff\xda") + len(data)) // 2] + b"\xff\xd9")

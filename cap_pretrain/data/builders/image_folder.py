@@ -79,14 +79,11 @@ def classified(names: Sequence[str], split: str) -> list[tuple[str, str]]:
     it belongs to other splits), or one that holds everything. A file in no class folder has "".
     """
     members = [(name, name.split("/")) for name in names]
-    while True:
-        heads = {parts[0] for _, parts in members if len(parts) > 1}
-        if split in heads:
-            inside = [(n, p) for n, p in members if p[0] == split and len(p) > 1]
-            return [(n, p[1] if len(p) > 2 else "") for n, p in inside]
-        if len(heads) != 1 or not all(len(parts) > 2 for _, parts in members):
-            return [(n, p[0] if len(p) > 1 else "") for n, p in members]
+    if any(split in parts[:-2] for _, parts in members):
+        members = [(n, p[p.index(split) + 1 :]) for n, p in members if split in p[:-1]]
+    while len({parts[0] for _, parts in members}) == 1 and all(len(p) > 2 for _, p in members):
         members = [(n, p[1:]) for n, p in members]
+    return [(n, p[0] if len(p) > 1 else "") for n, p in members]
 
 
 def class_names(folders: Sequence[str], path: Path | None) -> dict[str, str]:
