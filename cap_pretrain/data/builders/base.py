@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core import writer
+from tensorflow_datasets.proto import tf_example_pb2
 from tqdm import tqdm
 
 from cap_pretrain.data import images
@@ -155,11 +157,26 @@ class ImageDataset(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         if not report.kept:
             raise UserError(f"split {split!r}: no usable image ({report.summary()}).")
 
+    def _example_writer(self) -> writer.ExampleWriter:
+        return _SortedWriter(file_format=self.info.file_format)
+
     def write_report(self, folder: Path) -> None:
         """Writes report.json: per split what was kept, dropped (why, which) and re-encoded."""
         splits = {split: report.to_json() for split, report in self.report.items()}
         text = json.dumps({"dataset": self.name, "splits": splits}, indent=2, ensure_ascii=False)
         (folder / "report.json").write_text(text + "\n", encoding="utf-8")
+
+
+class _SortedWriter(writer.ExampleWriter):
+    """Writes the features of a record in a fixed order, so that equal builds give equal bytes.
+
+    TFDS leaves the order to protobuf's maps, which differs from process to process.
+    """
+
+    def write(self, path: str, examples: Iterable[tuple[Any, bytes]]) -> Any:
+        parse = tf_example_pb2.Example.FromString
+        ordered = ((k, parse(data).SerializeToString(deterministic=True)) for k, data in examples)
+        return super().write(path, ordered)
 
 
 @dataclasses.dataclass(frozen=True)
