@@ -2,7 +2,7 @@
 
 Nearly every file of a captioning dataset is a plain JPEG; it goes through simplejpeg, which is the
 fastest (libjpeg-turbo) and the only one to tell when a file lacks the data of some of its pixels.
-Everything else (PNG, WebP, GIF, CMYK, alpha, palettes, 16 bits, EXIF rotation) goes through Pillow.
+Everything else (PNG, WebP, GIF, CMYK, alpha, palettes, 16 bits) goes through Pillow.
 tools/bench_decode.py measures the choice.
 """
 
@@ -20,12 +20,23 @@ cv2.setNumThreads(0)
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS
 """Larger images are refused before anything is decoded: Pillow's limit, 2**30 // 4 // 3 pixels."""
 
-# Pillow only warns of what exceeds its limit; here an ImageError follows.
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+# Pillow remarks on damaged EXIF, which photographs from the web often have, and on its own limit,
+# for which an ImageError follows here.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 # Of what Pillow reads. Not EPS and the like, for which it starts other programs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 _EXIF_ORIENTATION = 0x0112  # Exif 2.32, table 4
+_UPRIGHT = {
+    2: lambda pixels: pixels[:, ::-1],
+    3: lambda pixels: pixels[::-1, ::-1],
+    4: lambda pixels: pixels[::-1],
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: pixels[::-1].swapaxes(0, 1),
+    7: lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1),
+    8: lambda pixels: pixels[:, ::-1].swapaxes(0, 1),
+}
+"""What makes [H, W, 3] upright, by EXIF orientation."""
 _JPEG = ("JPEG", "MPO")  # MPO: what some cameras write, a JPEG with further JPEGs behind it
 _LOSSLESS = ("PNG", "GIF", "BMP", "TIFF", "PPM")
 
@@ -50,9 +61,11 @@ def decode(data: bytes, min_size: int = 0) -> np.ndarray:
         ImageError: not an image, broken, truncated, or more than MAX_PIXELS pixels.
     """
     with _open(data) as image:
-        if _is_plain_jpeg(image) and not _is_rotated(image):
-            return _decode_jpeg(data, image.size, _scale(image.size, min_size))
-        return _decode_carefully(image)
+        if not _is_plain_jpeg(image):
+            return _decode_carefully(image)
+        pixels = _decode_jpeg(data, image.size, _scale(image.size, min_size))
+        turn = _UPRIGHT.get(_orientation(image))
+        return pixels if turn is None else np.ascontiguousarray(turn(pixels))
 
 
 def to_plain(data: bytes) -> bytes:
@@ -162,8 +175,9 @@ def _is_plain_png(image: Image.Image, data: bytes) -> bool:
     return bit_depth <= 8 and image.mode in ("RGB", "L", "P")
 
 
-def _is_rotated(image: Image.Image) -> bool:
-    return "exif" in image.info and image.getexif().get(_EXIF_ORIENTATION, 1) != 1
+def _orientation(image: Image.Image) -> int:
+    """EXIF's orientation, 1 (upright) to 8."""
+    return image.getexif().get(_EXIF_ORIENTATION, 1) if "exif" in image.info else 1
 
 
 def _scale(size: tuple[int, int], min_size: int) -> int:

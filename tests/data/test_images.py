@@ -75,6 +75,19 @@ def test_decode_turns_as_exif_asks_exactly_once(orientation):
     assert np.abs(image.astype(int) - upright).mean() < 3
 
 
+@pytest.mark.filterwarnings("ignore:::PIL")
+def test_damaged_exif_costs_no_picture():
+    data = rotated_jpeg(6)
+    start = data.index(b"Exif\0\0") + 6
+    end = start - 8 + int.from_bytes(data[start - 8 : start - 6])  # the segment's own length
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        damaged = bytearray(data)
+        for position in rng.integers(start, end, size=3):
+            damaged[position] = rng.integers(256)
+        assert sorted(images.decode(bytes(damaged)).shape) == [3, HEIGHT, WIDTH]
+
+
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
 def test_transparency_is_composited_on_white(mode):
     solid = Image.new("RGBA", (4, 4), (10, 10, 10, 255))
