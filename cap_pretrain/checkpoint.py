@@ -1,13 +1,12 @@
 """Saving and restoring the training state with Orbax, in `WORKDIR/checkpoints/STEP/`.
 
-A checkpoint has two parts: `learner` (what evaluation and export need) and `optimizer`. Orbax writes
-to a temporary folder and renames it when complete, so an interrupted save never harms an older one.
+A checkpoint has two parts: `learner` (what evaluation and export need) and `optimizer`. Orbax
+writes to a temporary folder and renames it when complete: an interrupted save harms no older one.
 """
 
 from pathlib import Path
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
@@ -89,8 +88,3 @@ def _parts(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
         "ema": state.ema,
     }
     return learner, {"opt_state": state.opt_state}
-
-
-def wait_for(tree: Any) -> None:
-    """Blocks until the arrays of `tree` are computed."""
-    jax.block_until_ready(tree)

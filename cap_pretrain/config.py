@@ -101,7 +101,7 @@ def default() -> ConfigDict:
     c.data.scenes = ConfigDict(dataclasses.asdict(ScenesOptions()))
 
     c.text = ConfigDict()
-    # A sentencepiece model file; "" trains one on the training captions and keeps it in the workdir.
+    # A sentencepiece model file; "" trains one on the training captions, kept in the workdir.
     c.text.tokenizer = ""
     c.text.vocab_size = 32_000
     # Tokens a caption, EOS included; shorter ones are padded, longer ones cut.
@@ -227,7 +227,7 @@ def validate(config: ConfigDict) -> None:
     size = encoder_size(config)
     if size.width % size.heads:
         raise UserError(
-            f"model.heads: {size.heads} does not divide the width {size.width}; choose one that does."
+            f"model.heads: {size.heads} does not divide the width {size.width}; choose another."
         )
     if config.data.image_size % patch:
         raise UserError(

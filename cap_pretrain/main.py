@@ -39,7 +39,8 @@ def parse(argv: list[str]) -> list[str]:
         AttributeError,
         KeyError,
     ) as e:  # from the locked config: names the field and the nearest
-        raise UserError(f"--config: no field {' '.join(str(e.args[0]).split())}") from e
+        message = str(e.args[0]).replace("\\n", " ").strip("'\"").replace("\\'", "'")
+        raise UserError(f"--config: no field {' '.join(message.split())}") from e
     except (TypeError, ValueError) as e:
         raise UserError(f"--config: {str(e).splitlines()[0]}") from e
     if CONFIG.value is None or not WORKDIR.value:

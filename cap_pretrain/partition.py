@@ -81,7 +81,7 @@ def mesh_shape(config: ConfigDict, devices: int) -> dict[str, int]:
     ways = shape["data"] * shape["fsdp"] * config.accumulate
     if config.batch_size % ways:
         raise UserError(
-            f"batch_size: {config.batch_size} is not divisible by data x fsdp x accumulate = {ways}."
+            f"batch_size: {config.batch_size} does not divide by data x fsdp x accumulate = {ways}."
         )
     return shape
 

@@ -20,11 +20,12 @@ from cap_pretrain.step import init_state, loss_and_stats, split_learner
 def abstract_batch(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of the global batch as the learner gets it."""
     b, s, t = config.batch_size, config.data.image_size, config.text.length
-    return {
+    everything = {
         "image": jax.ShapeDtypeStruct((b, s, s, 3), np.uint8),
         "text": jax.ShapeDtypeStruct((b, t), np.int32),
         "label": jax.ShapeDtypeStruct((b,), np.int32),
     }
+    return {k: everything[k] for k in learners.learner_class(config.learner.name).reads}
 
 
 def flops_per_example(config: ConfigDict, vocab_size: int) -> dict[str, float]:

@@ -4,10 +4,10 @@ Step t is a function of (config, seed, t, state): batch t comes from the pipelin
 random key of step t from the seed. So a run that is started again only needs the saved state.
 """
 
+import contextlib
 import dataclasses
 import io
 import math
-import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -15,19 +15,14 @@ from typing import Any
 
 import jax
 import optax
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from cap_pretrain import config as configs
-from cap_pretrain import evals, flops, learners, optim, partition, plan, telemetry
+from cap_pretrain import evals, flops, inputs, learners, optim, partition, plan, telemetry
 from cap_pretrain.checkpoint import Checkpoints
-from cap_pretrain.data import pipeline, tokenizers
-from cap_pretrain.data.sources import Source, parse_mixture
+from cap_pretrain.data import pipeline
 from cap_pretrain.errors import UserError
 from cap_pretrain.step import init_state, make_train_step
-
-# Examples of each dataset whose captions a new tokenizer is trained on.
-TOKENIZER_EXAMPLES = 50_000
 
 
 class Stopped(Exception):
@@ -56,9 +51,9 @@ def run(config: ConfigDict, workdir: Path) -> None:
     configs.validate(config)
     mesh = partition.make_mesh(config)
     is_main = jax.process_index() == 0
-    sources = open_sources(config)
-    schedule = make_schedule(config, epoch=sum(len(source) for source, _ in sources))
-    tokenizer = prepare_tokenizer(config, sources, workdir)
+    mixture = inputs.open_sources(config)
+    schedule = make_schedule(config, epoch=sum(len(source) for source, _ in mixture))
+    tokenizer = inputs.prepare_tokenizer(config, mixture, workdir)
     if is_main:
         (workdir / "config.json").write_text(configs.to_json(config))
 
@@ -99,64 +94,62 @@ def run(config: ConfigDict, workdir: Path) -> None:
         checkpoints.close()
         return
 
-    writer = telemetry.MetricsWriter(workdir, enabled=is_main, resume_step=start)
-    context = evals.Context(config, graphdef, tokenizer, mesh)
-    suite = evals.Suite(context, workdir if is_main else None)
-    batches = pipeline.iterate(
-        training_batches(config, sources, tokenizer),
-        start,
-        schedule.total,
-        workers=config.data.workers,
-    )
-    stop = _SigtermFlag()
+    suite = evals.Suite(evals.Context(config, graphdef, tokenizer, mesh), workdir, write=is_main)
+    reads = learners.learner_class(config.learner.name).reads
     losses = _FiniteLosses(workdir)
     broken = 0
-    try:
-        with stop, jax.set_mesh(mesh):
-            for step in range(start + 1, schedule.total + 1):
-                with timer.data_wait():
-                    batch = next(batches)
-                broken += int(batch["broken"].sum())
-                arrays = partition.put_batch(
-                    {k: batch[k] for k in plan.abstract_batch(config)}, mesh
-                )
-                with jax.transfer_guard("disallow"):
-                    state, metrics = step_fn(state, arrays)
-                losses.watch(step, metrics)
-                progress.update(step)
+    with contextlib.ExitStack() as stack:
+        stack.callback(progress.close)
+        stack.callback(checkpoints.close)
+        writer = telemetry.MetricsWriter(workdir, enabled=is_main, resume_step=start)
+        stack.callback(writer.close)
+        dataset = inputs.training_batches(config, mixture, tokenizer)
+        batches = pipeline.iterate(dataset, start, schedule.total, workers=config.data.workers)
+        stack.callback(batches.close)
+        sigterm = stack.enter_context(_SigtermFlag())
+        stack.enter_context(jax.set_mesh(mesh))
 
-                last = step == schedule.total
-                if step == start + 1 or last or stop.is_set() or _due(step, schedule):
-                    losses.check()  # also waits for the device, so that the clock is right
-                timer.step_done()
-                if last or _every(step, schedule.log):
-                    figures = {f"train/{k}": float(v) for k, v in jax.device_get(metrics).items()}
-                    figures |= {"data/broken": broken, **timer.report(step)}
-                    writer.write(step, figures)
-                    progress.update(step, figures)
-                with timer.pause():
-                    if last or stop.is_set() or _every(step, schedule.save):
-                        checkpoints.save(state)
-                    if stop.is_set():
-                        raise Stopped(f"SIGTERM: stopped after step {step}, which is saved.")
-                    if last or _every(step, schedule.evaluate):
-                        results = suite.run(step, state.variables, end=last)
-                        _report(step, results, writer, progress)
-    finally:
-        batches.close()
-        checkpoints.close()
-        writer.close()
-        progress.close()
+        for step in range(start + 1, schedule.total + 1):
+            with timer.data_wait():
+                batch = next(batches)
+            arrays = partition.put_batch({k: batch[k] for k in reads}, mesh)
+            with jax.transfer_guard("disallow"):
+                state, metrics = step_fn(state, arrays)
+            broken += int(batch["broken"].sum())
+            losses.watch(step, metrics)
+
+            last = step == schedule.total
+            log, evaluate, save = (
+                last or (period and step % period == 0)
+                for period in (schedule.log, schedule.evaluate, schedule.save)
+            )
+            stop = sigterm.is_set()
+            if step == start + 1 or log or evaluate or save or stop:
+                losses.check()  # which also waits for the device, so that the clock is right
+            timer.step_done()
+            progress.update(step)
+            if log:
+                figures = {f"train/{k}": float(v) for k, v in jax.device_get(metrics).items()}
+                figures |= {"data/broken": broken, **timer.report(step)}
+                writer.write(step, figures)
+                progress.update(step, figures)
+            with timer.pause():
+                if save or stop:
+                    checkpoints.save(state)
+                if stop and not last:
+                    raise Stopped(f"SIGTERM: stopped after step {step}, which is saved.")
+                if evaluate:
+                    _report(step, suite.run(step, state.variables, end=last), writer, progress)
 
 
 def dry_run(config: ConfigDict, workdir: Path) -> str:
     """Writes `workdir/plan.json` and returns it as text; builds abstract shapes only."""
     configs.validate(config)
-    sources = open_sources(config)
-    schedule = make_schedule(config, epoch=sum(len(source) for source, _ in sources))
+    mixture = inputs.open_sources(config)
+    schedule = make_schedule(config, epoch=sum(len(source) for source, _ in mixture))
     vocab_size = config.text.vocab_size
     if config.text.tokenizer:
-        vocab_size = open_tokenizer(config, config.text.tokenizer).vocab_size
+        vocab_size = inputs.open_tokenizer(config, config.text.tokenizer).vocab_size
     rate = learning_rate(config, schedule)
     made = plan.make_plan(
         config,
@@ -187,66 +180,6 @@ def learning_rate(config: ConfigDict, schedule: Schedule) -> optax.Schedule:
     return optim.schedule(
         config.optim, total=schedule.total, warmup=schedule.warmup, cooldown=schedule.cooldown
     )
-
-
-def open_sources(config: ConfigDict) -> list[tuple[Source, float]]:
-    """Opens the members of the training mixture, with their weights."""
-    return [
-        (evals.open_data(config, config.data.split, name), weight)
-        for name, weight in parse_mixture(config.data.name)
-    ]
-
-
-def open_tokenizer(config: ConfigDict, path: str | Path) -> tokenizers.SentencePieceTokenizer:
-    """Opens a sentencepiece model with the config's length and casing."""
-    return tokenizers.SentencePieceTokenizer(path, config.text.length, config.text.lower)
-
-
-def prepare_tokenizer(
-    config: ConfigDict, sources: list[tuple[Source, float]], workdir: Path
-) -> tokenizers.SentencePieceTokenizer:
-    """Returns the run's tokenizer, kept in `workdir/tokenizer/`: given, or trained once."""
-    path = workdir / "tokenizer" / "tokenizer.model"
-    if jax.process_index() == 0 and not path.exists():
-        if config.text.tokenizer:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            open_tokenizer(config, config.text.tokenizer)  # refuses a file that does not fit
-            shutil.copyfile(config.text.tokenizer, path)
-        else:
-            captions = (
-                caption
-                for source, _ in sources
-                for caption in tokenizers.source_captions(source, TOKENIZER_EXAMPLES)
-            )
-            tokenizers.train_sentencepiece(
-                captions, path.parent, config.text.vocab_size, lower=config.text.lower
-            )
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("tokenizer")
-    return open_tokenizer(config, path)
-
-
-def training_batches(config: ConfigDict, sources: list[tuple[Source, float]], tokenizer: Any):
-    """The dataset whose element t is this host's slice of batch t."""
-    return pipeline.train_dataset(
-        sources,
-        tokenizer,
-        image_size=config.data.image_size,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        crop=config.data.crop,
-        flip=config.data.flip,
-        host=jax.process_index(),
-        hosts=jax.process_count(),
-    )
-
-
-def _every(step: int, period: int) -> bool:
-    return bool(period) and step % period == 0
-
-
-def _due(step: int, schedule: Schedule) -> bool:
-    return any(_every(step, period) for period in (schedule.log, schedule.evaluate, schedule.save))
 
 
 def _report(

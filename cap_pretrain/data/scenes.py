@@ -127,6 +127,9 @@ class Scenes:
                 f"{len(self._pairs)} held-out pairs; raise scenes.colours and scenes.shapes."
             )
 
+    def __str__(self) -> str:
+        return f"scenes, split {self.split!r}"
+
     @property
     def class_names(self) -> list[str]:
         """The names that `label` in the records indexes."""

@@ -125,7 +125,7 @@ def find_dataset(name: str, data_dir: str = "") -> Path:
         return _version_folder(path)
     raise UserError(
         f"dataset {name!r}: no folder, and not prepared in {root}.{_near(name, root, _GENERATED)}\n"
-        "Build one from your files with tools/build_dataset.py, or set data.data_dir."
+        "Build one from your files with tools/build_dataset.py, or set data.dir."
     )
 
 
@@ -176,6 +176,9 @@ class TfdsSource:
     def __reduce__(self):
         return TfdsSource, self._arguments
 
+    def __str__(self) -> str:
+        return f"{self._where}, split {self._arguments[1]!r}"
+
     def __len__(self) -> int:
         return len(self._records)
 
@@ -202,7 +205,8 @@ class TfdsSource:
                     f"data.fields: no field {field!r}.{did_you_mean(field, DEFAULT_FIELDS)}"
                 )
         for field, path in paths.items():
-            if path not in leaves and (field in chosen or field == "image"):
+            wanted = field == "image" or path != DEFAULT_FIELDS[field]
+            if wanted and path not in leaves:
                 raise UserError(
                     f"{self._where}: no feature {path!r} for the field {field!r}; it has "
                     f"{', '.join(sorted(leaves))}. Set data.fields.{field}."

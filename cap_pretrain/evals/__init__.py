@@ -25,7 +25,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from cap_pretrain import partition
+from cap_pretrain import inputs, partition
 from cap_pretrain.data import pipeline, sources
 from cap_pretrain.errors import UserError, did_you_mean
 
@@ -74,7 +74,7 @@ class Context:
 
     def source(self, split: str = "", data: str = "") -> sources.Source:
         """Opens a split of a dataset; by default the run's own evaluation split."""
-        return open_data(self.config, split or self.config.data.eval_split, data)
+        return inputs.open_data(self.config, split or self.config.data.eval_split, data)
 
     def batches(self, source: sources.Source, batch_size: int, limit: int | None = None):
         """Iterates over `(batch on the devices, the same batch on this host)`, each example once.
@@ -99,18 +99,6 @@ class Context:
                 yield partition.put_batch(arrays, self.mesh), batch
         finally:
             batches.close()
-
-
-def open_data(config: ConfigDict, split: str, name: str = "") -> sources.Source:
-    """Opens a dataset as `config.data` says."""
-    return sources.open_source(
-        name or config.data.name,
-        split,
-        image_size=config.data.image_size,
-        data_dir=config.data.dir,
-        fields=config.data.fields.to_dict(),
-        scenes=config.data.scenes.to_dict(),
-    )
 
 
 def evaluator_class(name: str) -> type:
@@ -144,11 +132,12 @@ class Suite:
 
     Args:
       context: what they work with.
-      workdir: where the results go, `evals/NAME/STEP.json`; None writes nothing.
+      workdir: where the results go, as `evals/NAME/STEP.json`.
+      write: whether this host writes them.
     """
 
-    def __init__(self, context: Context, workdir: Path | None):
-        self._context, self._workdir = context, workdir
+    def __init__(self, context: Context, workdir: Path, *, write: bool = True):
+        self._context, self._workdir, self._write = context, workdir, write
         self._built: dict[str, Any] = {}
 
     def run(self, step: int, variables: Any, *, end: bool) -> dict[str, Result]:
@@ -161,7 +150,7 @@ class Suite:
                 cls = evaluator_class(section.evaluator)
                 self._built[name] = cls(self._context, options(name, section))
             results[name] = result = self._built[name](variables)
-            if self._workdir is not None:
+            if self._write:
                 write_result(self._workdir / "evals" / name / f"{step}.json", section, step, result)
         return results
 

@@ -6,7 +6,8 @@ import itertools
 import jax
 import numpy as np
 
-from cap_pretrain.evals import Context, Result, open_data
+from cap_pretrain import inputs
+from cap_pretrain.evals import Context, Result
 
 # Training captions that are counted for the unigram model.
 UNIGRAM_CAPTIONS = 50_000
@@ -69,7 +70,7 @@ class Loss:
     def _unigram_loss(self) -> float:
         """Mean over captions of the mean over tokens, as the captioner's loss; add-one smoothed."""
         config, tokenizer = self._context.config, self._context.tokenizer
-        train = open_data(config, config.data.split)
+        train = inputs.open_data(config, config.data.split)
         counts = np.ones(tokenizer.vocab_size)
         captions = (c for i in range(len(train)) for c in train[i]["captions"])
         for caption in itertools.islice(captions, UNIGRAM_CAPTIONS):

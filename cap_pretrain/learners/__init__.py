@@ -3,6 +3,7 @@
 A learner is an `nnx.Module` class with
 
   Options                              a frozen dataclass: its documented settings and defaults
+  reads                                the parts of a batch it learns from, as ("image", "text")
   encoder                              the part that is kept: images -> EncoderOutput
   from_config(config, vocab_size, rngs) classmethod that builds it
   loss(batch, key, train)              -> (scalar loss, metrics: dict of scalars)

@@ -59,6 +59,7 @@ class Captioner(nnx.Module):
                     f"learner.average: {self.average!r} is neither 'example' nor 'token'."
                 )
 
+    reads = ("image", "text")
     sum_over_batch = True
 
     def __init__(

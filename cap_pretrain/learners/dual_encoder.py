@@ -43,6 +43,7 @@ class DualEncoder(nnx.Module):
                     f"learner.contrast: {self.contrast!r} is not 'softmax' or 'sigmoid'."
                 )
 
+    reads = ("image", "text")
     sum_over_batch = False
 
     def __init__(

@@ -141,7 +141,7 @@ class Attention(nnx.Module):
     def _implementation(self, query: jax.Array) -> str:
         if self.implementation != "auto":
             return self.implementation
-        # cuDNN's fused kernel takes half precision and head sizes that are multiples of 8 up to 128.
+        # cuDNN's fused kernel wants half precision and head sizes in multiples of 8, up to 128.
         size = query.shape[-1]
         half = query.dtype in (jnp.bfloat16, jnp.float16)
         fused = jax.default_backend() == "gpu" and half and size % 8 == 0 and size <= 128

@@ -15,9 +15,9 @@ class Size:
     heads: int
 
 
-# mu is ours, for tests. Ti, S, B, L, H: Dosovitskiy et al. 2020 (2010.11929) and Touvron et al. 2020
-# (2012.12877); M: Tschannen et al. 2023 (2306.07915); So400m: Alabdulmohsin et al. 2023 (2305.13035);
-# g: Zhai et al. 2021 (2106.04560).
+# mu is ours, for tests. B, L, H: Dosovitskiy et al. 2020 (2010.11929); Ti, S: Touvron et al. 2020
+# (2012.12877); M: Tschannen et al. 2023 (2306.07915); So400m: Alabdulmohsin et al. 2023
+# (2305.13035); g: Zhai et al. 2021 (2106.04560).
 SIZES = {
     "mu": Size(64, 2, 256, 2),
     "Ti": Size(192, 12, 768, 3),

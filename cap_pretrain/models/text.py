@@ -70,9 +70,7 @@ class Decoder(nnx.Module):
       vocab_size: V, the number of tokens that can be predicted.
     """
 
-    def __init__(
-        self, size: Size, *, vocab_size: int, compute: Compute = Compute(), rngs: nnx.Rngs
-    ):
+    def __init__(self, size: Size, *, vocab_size: int, compute: Compute, rngs: nnx.Rngs):
         self.embedding = nnx.Embed(
             vocab_size + 1,
             size.width,
@@ -179,7 +177,7 @@ class TextTower(nnx.Module):
         *,
         vocab_size: int,
         length: int,
-        compute: Compute = Compute(),
+        compute: Compute,
         rngs: nnx.Rngs,
     ):
         self.embedding = nnx.Embed(

@@ -58,7 +58,7 @@ class ViT(nnx.Module):
         patch: int,
         image_size: int,
         pool: str = "gap",
-        compute: Compute = Compute(),
+        compute: Compute,
         rngs: nnx.Rngs,
     ):
         self.patch_embedding = nnx.Linear(

@@ -1,0 +1,100 @@
+"""From a config to what a run reads: datasets, tokenizer, batches."""
+
+import shutil
+from pathlib import Path
+
+import grain
+import jax
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from cap_pretrain import learners
+from cap_pretrain.data import pipeline, sources, tokenizers
+from cap_pretrain.data.sources import Source
+from cap_pretrain.errors import UserError
+
+# Examples of each dataset whose captions a new tokenizer is trained on.
+TOKENIZER_EXAMPLES = 50_000
+
+Mixture = list[tuple[Source, float]]
+
+
+def open_data(config: ConfigDict, split: str, name: str = "") -> Source:
+    """Opens a dataset as `config.data` says; by default the (first of the) run's own."""
+    return sources.open_source(
+        name or sources.parse_mixture(config.data.name)[0][0],
+        split,
+        image_size=config.data.image_size,
+        data_dir=config.data.dir,
+        fields=config.data.fields.to_dict(),
+        scenes=config.data.scenes.to_dict(),
+    )
+
+
+def open_sources(config: ConfigDict) -> Mixture:
+    """Opens the members of the training mixture, with their weights.
+
+    Raises:
+      UserError: a dataset is missing, or lacks what the learner reads.
+    """
+    reads = learners.learner_class(config.learner.name).reads
+    members = []
+    for name, weight in sources.parse_mixture(config.data.name):
+        source = open_data(config, config.data.split, name)
+        example = source[0]
+        for part, missing in (("text", not example["captions"]), ("label", example["label"] < 0)):
+            if part in reads and missing:
+                raise UserError(
+                    f"data.name: {source} has no {part}, which a {config.learner.name} learns "
+                    "from; name another dataset or set data.fields."
+                )
+        members.append((source, weight))
+    return members
+
+
+def open_tokenizer(config: ConfigDict, path: str | Path) -> tokenizers.SentencePieceTokenizer:
+    """Opens a sentencepiece model with the config's length and casing."""
+    return tokenizers.SentencePieceTokenizer(path, config.text.length, config.text.lower)
+
+
+def prepare_tokenizer(
+    config: ConfigDict, mixture: Mixture, workdir: Path
+) -> tokenizers.SentencePieceTokenizer:
+    """Returns the run's tokenizer, kept in `workdir/tokenizer/`: given, or trained once."""
+    path = workdir / "tokenizer" / "tokenizer.model"
+    if jax.process_index() == 0 and not path.exists():
+        if config.text.tokenizer:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            open_tokenizer(config, config.text.tokenizer)  # refuses a file that does not fit
+            fresh = path.with_suffix(".tmp")
+            shutil.copyfile(config.text.tokenizer, fresh)
+            fresh.replace(path)
+        else:
+            captions = (
+                caption
+                for source, _ in mixture
+                for caption in tokenizers.source_captions(source, TOKENIZER_EXAMPLES)
+            )
+            tokenizers.train_sentencepiece(
+                captions, path.parent, config.text.vocab_size, lower=config.text.lower
+            )
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("tokenizer")
+    return open_tokenizer(config, path)
+
+
+def training_batches(
+    config: ConfigDict, mixture: Mixture, tokenizer: tokenizers.SentencePieceTokenizer
+) -> grain.MapDataset:
+    """The dataset whose element t is this host's slice of batch t."""
+    return pipeline.train_dataset(
+        mixture,
+        tokenizer,
+        image_size=config.data.image_size,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        crop=config.data.crop,
+        flip=config.data.flip,
+        host=jax.process_index(),
+        hosts=jax.process_count(),
+    )
