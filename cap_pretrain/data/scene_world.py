@@ -21,7 +21,7 @@ MAX_OBJECTS = 3
 # an encoder trained on six colours has not seen these either.
 HELD_OUT = frozenset((c, SHAPES[(k + 1) % len(SHAPES)]) for k, c in enumerate(COLOURS))
 
-_SMALLEST = 0.115  # radius: 11 pixels across at 48, where the shapes can still be told apart
+SMALLEST = 0.115  # radius: 11 pixels across at 48, where the shapes can still be told apart
 _LARGEST = (0.30, 0.25, 0.21)  # radius of the main object among one, two, three objects
 _STEP = 1.2  # each object is at least this much larger than the next, so "the main one" is visible
 _SMALL, _BIG = 0.135, 0.18  # radii below and above which people are taken to name the size
@@ -144,9 +144,18 @@ def pairs_of(colours: int, shapes: int, held_out: bool) -> list[Pair]:
 
 
 def draw_scene(
-    rng: Random, pairs: Sequence[Pair], min_objects: int, max_objects: int, patterns: bool
+    rng: Random,
+    pairs: Sequence[Pair],
+    *,
+    min_objects: int,
+    max_objects: int,
+    smallest: float,
+    patterns: bool,
 ) -> Scene:
-    """Draws a scene whose objects bear distinct `pairs` (at least `max_objects` of them)."""
+    """Draws a scene whose objects bear distinct `pairs` (at least `max_objects` of them).
+
+    `smallest` is the least radius of an object, at most `largest_smallest(max_objects)`.
+    """
     count = min_objects + int(rng.random() * (max_objects - min_objects + 1))
     named: list[Pair] = []
     while len(named) < count:
@@ -154,20 +163,25 @@ def draw_scene(
         if pair not in named:
             named.append(pair)
     things = []
-    for (colour, shape), (x, y, radius) in zip(named, _places(rng, count), strict=True):
+    for (colour, shape), (x, y, radius) in zip(named, _places(rng, count, smallest), strict=True):
         pattern = choose(rng, PATTERNS[1:]) if patterns and rng.random() < 0.5 else PATTERNS[0]
         angle = between(rng, -_TURN, _TURN)
         things.append(Thing(colour, shape, pattern, x, y, radius, angle, _tint(rng)))
     return Scene(tuple(things), _background(rng), noise=rng.random(), noise_seed=rng.random())
 
 
-def _places(rng: Random, count: int) -> list[tuple[float, float, float]]:
+def largest_smallest(objects: int) -> float:
+    """The radius that the smallest of so many objects can have at most."""
+    return _LARGEST[objects - 1] / _STEP ** (objects - 1)
+
+
+def _places(rng: Random, count: int, smallest: float) -> list[tuple[float, float, float]]:
     """x, y and radius of `count` circles, largest first: apart, and the first two not diagonal."""
     while True:
         places: list[tuple[float, float, float]] = []
         ceiling = _LARGEST[count - 1]
         for rank in range(count):
-            radius = between(rng, _SMALLEST * _STEP ** (count - 1 - rank), ceiling)
+            radius = between(rng, smallest * _STEP ** (count - 1 - rank), ceiling)
             ceiling = radius / _STEP
             margin = radius + _GAP
             for _ in range(8):

@@ -35,6 +35,9 @@ class ScenesOptions:
     Attributes:
         min_objects: fewest objects in a scene, 1 to 3.
         max_objects: most objects in a scene, `min_objects` to 3.
+        smallest: least radius of an object as a fraction of the image's side: from the default, at
+            which shapes can still be told apart at 48 pixels, to 0.3, 0.2, 0.14 for at most one,
+            two, three objects.
         colours: how many colours occur (the first ones of `COLOURS`), 2 to 8.
         shapes: how many shapes occur (the first ones of `SHAPES`), 2 to 8.
         patterns: whether half of the objects are striped, dotted or checkered.
@@ -54,6 +57,7 @@ class ScenesOptions:
 
     min_objects: int = 1
     max_objects: int = MAX_OBJECTS
+    smallest: float = scene_world.SMALLEST
     colours: int = len(COLOURS)
     shapes: int = len(SHAPES)
     patterns: bool = True
@@ -82,6 +86,12 @@ class ScenesOptions:
             raise UserError(
                 f"scenes.min_objects is {self.min_objects}, above max_objects "
                 f"({self.max_objects}); lower it or raise the other."
+            )
+        most = scene_world.largest_smallest(self.max_objects)
+        if not scene_world.SMALLEST <= self.smallest <= most:
+            raise UserError(
+                f"scenes.smallest is {self.smallest}; with {self.max_objects} objects give "
+                f"{scene_world.SMALLEST} to {most:.2g}."
             )
         if self.label not in LABELS:
             raise UserError(
@@ -173,9 +183,10 @@ class Scenes:
         return scene_world.draw_scene(
             self._rng(index, "scene"),
             self._pairs,
-            self.options.min_objects,
-            self.options.max_objects,
-            self.options.patterns,
+            min_objects=self.options.min_objects,
+            max_objects=self.options.max_objects,
+            smallest=self.options.smallest,
+            patterns=self.options.patterns,
         )
 
     def negatives(self, index: int) -> dict[str, tuple[str, str]]:
