@@ -1,0 +1,45 @@
+"""Tests run on the CPU, offline, and compile each program once."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import pytest
+from absl import flags
+
+from cap_pretrain.data.scenes import Scenes
+from cap_pretrain.data.tokenizers import source_captions, train_sentencepiece
+
+if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()  # worker processes ask for it
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--update_golden", action="store_true", help="write tests/golden/ anew instead of comparing"
+    )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compile_once(tmp_path_factory):
+    """Keeps compiled programs for the whole session: a rerun of a workdir need not compile again.
+
+    Subprocesses share them through the environment.
+    """
+    folder = str(tmp_path_factory.mktemp("compiled"))
+    settings = {
+        "jax_compilation_cache_dir": folder,
+        "jax_persistent_cache_min_compile_time_secs": 0.2,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    for name, value in settings.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_path(tmp_path_factory):
+    """A sentencepiece model of about a hundred pieces, made from captions of `scenes`."""
+    captions = source_captions(Scenes("train", 16, length_train=200), 200)
+    return train_sentencepiece(captions, tmp_path_factory.mktemp("tokenizer"), vocab_size=100)

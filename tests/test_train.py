@@ -1,0 +1,205 @@
+"""The loop: what a run leaves behind, exact resume, and how it ends when it must."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import pytest
+import sentencepiece
+
+from cap_pretrain import partition, telemetry, train
+from cap_pretrain.errors import UserError
+from tests import toy
+
+STEPS = 4
+# Everything random that a step may draw, and an average besides the parameters.
+CAPPA = ("captioner", {"parallel_fraction": 0.75}, {"model__dropout": 0.2, "optim__ema": 0.9})
+CLIP = ("dual_encoder", {"contrast": "softmax"}, {"optim__name": "adamw"})
+
+
+def make_config(case, tokenizer_path, **fields):
+    learner, options, more = case
+    fields = {"text__tokenizer": str(tokenizer_path), "checkpoint__every_steps": 2} | more | fields
+    return toy.config(learner, options, total_steps=STEPS, **fields)
+
+
+class PowerCut(BaseException):
+    pass
+
+
+def sigterm_in(step, monkeypatch):
+    """Has SIGTERM come while that step of the next run is computed."""
+    put, calls = partition.put_batch, []
+
+    def put_batch(batch, mesh):
+        calls.append(1)
+        if len(calls) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return put(batch, mesh)
+
+    monkeypatch.setattr(partition, "put_batch", put_batch)
+
+
+def power_cut_after(step, monkeypatch):
+    """Ends the next run when it has logged that step."""
+    write = telemetry.MetricsWriter.write
+
+    def write_then_die(self, now, metrics):
+        write(self, now, metrics)
+        if now == step:
+            raise PowerCut
+
+    monkeypatch.setattr(telemetry.MetricsWriter, "write", write_then_die)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, tokenizer_path):
+    """Workdirs of uninterrupted runs, by case."""
+    workdirs = {}
+
+    def of(case):
+        if case[0] not in workdirs:
+            workdirs[case[0]] = tmp_path_factory.mktemp(case[0])
+            train.run(make_config(case, tokenizer_path), workdirs[case[0]])
+        return workdirs[case[0]]
+
+    return of
+
+
+@pytest.mark.parametrize(
+    ("case", "stop", "at", "goes_on_from"),
+    [
+        (CAPPA, sigterm_in, 1, 1),  # saved where it was stopped
+        (CAPPA, power_cut_after, 3, 2),  # from the last save; step 3 is done again
+        (CLIP, sigterm_in, 3, 3),
+    ],
+    ids=["cappa-sigterm", "cappa-power-cut", "clip-sigterm"],
+)
+def test_a_run_that_was_stopped_goes_on_exactly(
+    case, stop, at, goes_on_from, straight, tokenizer_path, tmp_path, monkeypatch, capsys
+):
+    config = make_config(case, tokenizer_path)
+    whole = straight(case)
+    with monkeypatch.context() as patch:
+        stop(at, patch)
+        with pytest.raises((train.Stopped, PowerCut)):
+            train.run(config, tmp_path)
+    assert [line["step"] for line in toy.losses(tmp_path)] == list(range(1, at + 1))
+    capsys.readouterr()
+    train.run(config, tmp_path)
+    assert f"Going on from step {goes_on_from}." in capsys.readouterr().out
+
+    assert toy.losses(tmp_path) == toy.losses(whole)
+    states = [toy.saved_state(config, w, vocab_size(w), STEPS) for w in (whole, tmp_path)]
+    toy.assert_same(*states)
+    assert states[0].step == STEPS
+
+
+def vocab_size(workdir):
+    path = workdir / "tokenizer" / "tokenizer.model"
+    return sentencepiece.SentencePieceProcessor(model_file=str(path)).vocab_size()
+
+
+def test_a_finished_run_says_so_and_does_nothing(straight, tokenizer_path, capsys):
+    workdir = straight(CAPPA)
+    before = (workdir / "metrics.jsonl").read_bytes()
+    train.run(make_config(CAPPA, tokenizer_path), workdir)
+    assert f"Already at step {STEPS} of {STEPS}: nothing to do." in capsys.readouterr().out
+    assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
+def test_the_newest_checkpoints_and_every_nth_are_kept(straight):
+    kept = sorted(int(p.name) for p in (straight(CAPPA) / "checkpoints").iterdir())
+    assert kept == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("when", "name"), [("before", "loss"), ("after", "param_norm")], ids=["loss", "update"]
+)
+def test_what_is_not_finite_stops_the_run_and_spares_the_checkpoints(
+    when, name, straight, tokenizer_path, tmp_path, monkeypatch
+):
+    """The parameters are ruined before or after the third step; the step is the loop's own."""
+    config = make_config(CAPPA, tokenizer_path, checkpoint__every_steps=1)
+    make, calls = train.make_train_step, []
+
+    def ruin(params):
+        with jax.transfer_guard("allow"):
+            return jax.tree.map(lambda p: p * jnp.nan, params)
+
+    def make_train_step(*args):
+        take = make(*args)
+
+        def take_and_ruin(state, batch):
+            calls.append(1)
+            if len(calls) == 3 and when == "before":
+                state = state.replace(params=ruin(state.params))
+            state, metrics = take(state, batch)
+            if len(calls) == 3 and when == "after":
+                metrics["param_norm"] = ruin(metrics["param_norm"])
+            return state, metrics
+
+        return take_and_ruin
+
+    monkeypatch.setattr(train, "make_train_step", make_train_step)
+    with pytest.raises(UserError, match=f"step 3: {name} is nan") as error:
+        train.run(config, tmp_path)
+    assert str(tmp_path / "checkpoints") in str(error.value)
+    assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == [1, 2]
+    size = vocab_size(tmp_path)
+    toy.assert_same(
+        toy.saved_state(config, tmp_path, size, 2),
+        toy.saved_state(config, straight(CAPPA), size, 2),
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "steps"),
+    [
+        ({"total_steps": 10}, 10),
+        ({"total_steps": 0, "total_examples": 80}, 10),
+        ({"total_steps": 0, "total_examples": 81}, 11),
+        ({"total_steps": 0, "total_epochs": 0.4}, 10),
+        ({"total_steps": 10, "total_examples": 800, "total_epochs": 9.0}, 10),
+        ({"total_steps": 0, "total_examples": 80, "total_epochs": 9.0}, 10),
+    ],
+)
+def test_the_length_of_a_run_in_steps_examples_or_epochs(given, steps):
+    assert train.make_schedule(toy.config(**given), epoch=200).total == steps
+
+
+@pytest.mark.slow
+def test_sigterm_ends_the_program_with_143_after_saving(tokenizer_path, tmp_path):
+    command = [
+        *(sys.executable, "-m", "cap_pretrain.main"),
+        *(f"--config={toy.CONFIGS / 'quickstart.py'}", f"--workdir={tmp_path}"),
+        *("--config.model.width=64", "--config.model.depth=1", "--config.batch_size=8"),
+        *("--config.data.image_size=16", f"--config.text.tokenizer={tokenizer_path}"),
+        *(
+            "--config.total_steps=100000",
+            "--config.log.every_steps=1",
+            "--config.eval.every_share=1",
+        ),
+    ]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    metrics = tmp_path / "metrics.jsonl"
+    while time.monotonic() < deadline and not (metrics.exists() and metrics.stat().st_size):
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 143, stderr
+    stopped_at = toy.losses(tmp_path)[-1]["step"]
+    assert f"stopped after step {stopped_at}, which is saved" in stderr
+    assert "Traceback" not in stderr
+    assert (tmp_path / "checkpoints" / str(stopped_at)).is_dir()
+    steps = stopped_at + 2
+    again = [a for a in command if "total_steps" not in a] + [f"--config.total_steps={steps}"]
+    done = subprocess.run(again, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"Going on from step {stopped_at}." in done.stdout
+    assert [line["step"] for line in toy.losses(tmp_path)] == list(range(1, steps + 1))

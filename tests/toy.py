@@ -1,0 +1,115 @@
+"""Configurations small enough for tests, and what they leave behind."""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from cap_pretrain import config as configs
+from cap_pretrain import learners, optim, partition, step, train
+from cap_pretrain.checkpoint import Checkpoints
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def load(name: str, arg: str | None = None) -> ConfigDict:
+    """Returns `get_config` of `configs/NAME.py`, with its argument if it has one."""
+    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config() if arg is None else module.get_config(arg)
+
+
+def shrink(config: ConfigDict, **fields: Any) -> ConfigDict:
+    """Makes a configuration run in seconds: `fields` are `a__b=value` for `config.a.b`."""
+    config.total_steps = 2
+    config.batch_size = 8
+    config.dtype = "float32"
+    config.model.name = "mu/8"
+    for field in ("width", "depth", "mlp", "heads"):
+        config.model[field] = 0
+    config.data.name = "scenes"
+    config.data.image_size = 16
+    config.data.scenes.length_train = 200
+    config.data.scenes.length_val = 20
+    config.text.length = 16
+    config.text.vocab_size = 100
+    config.log.every_steps = 1
+    for field, value in fields.items():
+        *sections, last = field.split("__")
+        section = config
+        for name in sections:
+            section = section[name]
+        section[last] = value
+    return config
+
+
+def config(learner: str = "captioner", options: dict | None = None, **fields: Any) -> ConfigDict:
+    """Returns the default configuration with a learner and its options, shrunk."""
+    c = configs.default()
+    c.learner = learners.defaults(learner, **(options or {}))
+    return shrink(c, **fields)
+
+
+def lines(workdir: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(workdir: Path) -> list[dict[str, float]]:
+    """What was logged of each training step, times left out."""
+    return [
+        {k: v for k, v in line.items() if k == "step" or k.startswith("train/")}
+        for line in lines(workdir)
+        if "train/loss" in line
+    ]
+
+
+def prepared(c: ConfigDict, vocab_size: int = 100, mesh: Any = None):
+    """Returns (initial state, its abstract form, graphdef, optimizer, learning rate, mesh)."""
+    mesh = mesh or partition.make_mesh(c)
+    rate = train.learning_rate(c, train.make_schedule(c, epoch=200))
+    init, abstract, graphdef, tx = step.init_state(
+        lambda key: learners.build(c, vocab_size, key),
+        lambda params: optim.build(c.optim, params, rate),
+        c,
+        mesh,
+    )
+    return init, abstract, graphdef, tx, rate, mesh
+
+
+def saved_state(c: ConfigDict, workdir: Path, vocab_size: int, at: int) -> step.TrainState:
+    """The state that a run has saved at a step, on this host."""
+    _, abstract, *_ = prepared(c, vocab_size)
+    checkpoints = Checkpoints(workdir, c, read_only=True)
+    try:
+        return jax.device_get(checkpoints.restore(abstract, at))
+    finally:
+        checkpoints.close()
+
+
+def batch(c: ConfigDict, seed: int = 0, vocab_size: int = 100) -> dict[str, np.ndarray]:
+    """A batch of noise with captions of every length from 2 on."""
+    rng = np.random.default_rng(seed)
+    b, s, t = c.batch_size, c.data.image_size, c.text.length
+    text = rng.integers(1, vocab_size, (b, t)).astype(np.int32)
+    lengths = 2 + np.arange(b) * (t - 2) // max(b - 1, 1)
+    return {
+        "image": rng.integers(0, 256, (b, s, s, 3)).astype(np.uint8),
+        "text": np.where(np.arange(t) < lengths[:, None], text, 0),
+        "label": np.zeros(b, np.int32),
+    }
+
+
+def assert_same(a: Any, b: Any) -> None:
+    """Two trees hold the same arrays, bit by bit."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for (path, x), y in zip(
+        jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True
+    ):
+        x, y = np.asarray(x), np.asarray(y)
+        assert x.dtype == y.dtype and x.tobytes() == y.tobytes(), jax.tree_util.keystr(path)
