@@ -34,13 +34,15 @@ def parse(argv: list[str]) -> list[str]:
         near = did_you_mean(e.flagname, ("config", "workdir", "dry_run"))
         raise UserError(f"--{e.flagname}: there is no such flag.{near}") from e
     except flags.Error as e:
-        raise UserError(str(e).splitlines()[0]) from e
-    except (
-        AttributeError,
-        KeyError,
-    ) as e:  # from the locked config: names the field and the nearest
-        message = str(e.args[0]).replace("\\n", " ").strip("'\"").replace("\\'", "'")
-        raise UserError(f"--config: no field {' '.join(message.split())}") from e
+        lines = [line for line in str(e).splitlines() if line.strip()]
+        # A config file that fails gives its traceback; what counts is in its last line.
+        raise UserError(" ".join([lines[0], *lines[1:][-1:]])) from e
+    except (AttributeError, KeyError) as e:  # from the locked config
+        message = e.args[0]
+        while isinstance(message, Exception):
+            message = message.args[0]
+        name, _, hint = str(message).partition("\n")
+        raise UserError(f"--config: no field {name}. {hint}".rstrip()) from e
     except (TypeError, ValueError) as e:
         raise UserError(f"--config: {str(e).splitlines()[0]}") from e
     if CONFIG.value is None or not WORKDIR.value:

@@ -40,7 +40,11 @@ def apply_rules(
       UserError: a rule is no regular expression or, if `strict`, matches no path of `tree`.
     """
     compiled = []
-    for pattern, value in rules:
+    for rule in rules:
+        try:
+            pattern, value = rule
+        except (TypeError, ValueError) as e:
+            raise UserError(f"{field}: {rule!r} is not a pair (pattern, value).") from e
         try:
             compiled.append((re.compile(pattern), value))
         except re.error as e:

@@ -201,7 +201,7 @@ def _report(
 
 
 class _FiniteLosses:
-    """Stops the run at the first step whose loss or gradient is not finite.
+    """Stops the run at the first step whose loss, gradient or parameters are not finite.
 
     The device runs one step ahead of the check, and nothing is saved unchecked.
     """
@@ -213,7 +213,7 @@ class _FiniteLosses:
     def watch(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Checks the step before, and remembers this one."""
         self.check()
-        self._pending = (step, {k: metrics[k] for k in ("loss", "grad_norm")})
+        self._pending = (step, {k: metrics[k] for k in ("loss", "grad_norm", "param_norm")})
 
     def check(self) -> None:
         """Checks the step remembered, waiting for it if need be."""

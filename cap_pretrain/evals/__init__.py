@@ -116,7 +116,7 @@ def defaults(name: str, **overrides: Any) -> ConfigDict:
     """
     when = overrides.pop("when", "always")
     options = evaluator_class(name).Options(**overrides)
-    return ConfigDict({"evaluator": name, "when": when, **dataclasses.asdict(options)})
+    return ConfigDict({"evaluator": name, "when": when, **dataclasses.asdict(options)}).lock()
 
 
 def options(name: str, section: ConfigDict) -> Any:

@@ -79,8 +79,9 @@ class Loss:
         nll = -np.log(counts / counts.sum())
         losses = []
         for index in range(min(len(self._source), self._limit or len(self._source))):
-            ids = tokenizer.encode(self._source[index]["captions"][0])
-            losses.append(nll[ids[ids != tokenizer.pad_id]].mean())
+            for caption in self._source[index]["captions"][:1]:
+                ids = tokenizer.encode(caption)
+                losses.append(nll[ids[ids != tokenizer.pad_id]].mean())
         return float(np.mean(losses))
 
 

@@ -41,7 +41,7 @@ def learner_class(name: str) -> type[nnx.Module]:
 def defaults(name: str, **overrides: Any) -> ConfigDict:
     """Returns the `learner` section of a config: the learner's name and its options."""
     options = learner_class(name).Options(**overrides)
-    return ConfigDict({"name": name, **dataclasses.asdict(options)})
+    return ConfigDict({"name": name, **dataclasses.asdict(options)}).lock()
 
 
 def options(config: ConfigDict) -> Any:

@@ -139,17 +139,18 @@ class Captioner(nnx.Module):
         examples = examples * jnp.any(text != PAD, axis=1)
         weights = weights * examples[:, None]
         nll = token_loss(logits, text, self.options.label_smoothing if train else 0.0)
-        per_example = jnp.sum(nll * weights, 1) / jnp.maximum(jnp.sum(weights, 1), 1)
         by_token = self.options.average == "token"
-        total = jnp.sum(nll * weights) if by_token else jnp.sum(per_example)
+        per_caption = weights / jnp.maximum(jnp.sum(weights, 1, keepdims=True), 1)
+        shares = weights if by_token else per_caption  # what each token counts
         weight = jnp.sum(weights) if by_token else jnp.sum(examples)
-        loss = total / jnp.maximum(weight, 1)
+        loss = jnp.sum(nll * shares) / jnp.maximum(weight, 1)
 
-        right = (jnp.argmax(logits, -1) == text) * weights
+        right = jnp.argmax(logits, -1) == text
         metrics = {
             "loss_weight": weight,
-            "token_accuracy": jnp.sum(right) / jnp.maximum(jnp.sum(weights), 1),
+            "token_accuracy": jnp.sum(right * shares) / jnp.maximum(weight, 1),
         }
+        per_example = jnp.sum(nll * per_caption, 1)
         if parallel is not None:
             metrics["parallel_share"] = jnp.mean(parallel.astype(jnp.float32))
             metrics["loss_parallel"] = mean_where(per_example, parallel * examples)

@@ -1,0 +1,83 @@
+"""The validation loss is a property of the split, not of how it is batched."""
+
+import math
+from collections import Counter
+
+import jax
+import numpy as np
+import pytest
+
+from cap_pretrain import evals, inputs, learners, partition, step
+from cap_pretrain.evals import Context
+from cap_pretrain.evals.loss import Loss
+from tests import toy
+
+
+def context_of(c, tokenizer_path):
+    tokenizer = inputs.open_tokenizer(c, tokenizer_path)
+    learner = learners.build(c, tokenizer.vocab_size, jax.random.key(0))
+    graphdef, params, stats = step.split_learner(learner)
+    # Noise, or else a fresh logits layer makes every token equally likely.
+    params = jax.tree.map(lambda p: p + 0.3 * jax.random.normal(jax.random.key(1), p.shape), params)
+    return Context(c, graphdef, tokenizer, partition.make_mesh(c)), (params, stats)
+
+
+@pytest.fixture(scope="module")
+def captioner(tokenizer_path):
+    return context_of(toy.config(model__depth=1, data__scenes__length_val=13), tokenizer_path)
+
+
+def measured(captioner, **options):
+    context, variables = captioner
+    return Loss(context, Loss.Options(**options))(variables)
+
+
+def test_the_batch_size_and_padding_do_not_matter(captioner):
+    results = [measured(captioner, batch_size=size) for size in (3, 5, 13)]
+    for result in results:
+        assert result.figures.keys() == {"loss", "token_accuracy"}
+        assert result.details == {"examples": 13}
+        for name, value in result.figures.items():
+            np.testing.assert_allclose(value, results[0].figures[name], rtol=1e-5, err_msg=name)
+    assert not math.isclose(results[0].figures["loss"], math.log(100), rel_tol=0.01)
+
+
+def test_limit_takes_the_first_examples(captioner):
+    whole, limited = measured(captioner, batch_size=5), measured(captioner, batch_size=5, limit=7)
+    assert limited.details == {"examples": 7}
+    assert limited.figures["loss"] != whole.figures["loss"]
+    context, variables = captioner
+    source = context.source()
+    tokenizer = context.tokenizer
+    batch = {
+        "image": np.stack([source[i]["image"] for i in range(7)]),
+        "text": np.stack([tokenizer.encode(source[i]["captions"][0]) for i in range(7)]),
+    }
+    loss, _ = step.loss_and_stats(context.graphdef, *variables, batch, jax.random.key(0))
+    np.testing.assert_allclose(limited.figures["loss"], loss, rtol=1e-5)
+
+
+def test_the_unigram_model_counts_the_training_captions(captioner):
+    context, _ = captioner
+    tokenizer = context.tokenizer
+
+    def tokens(caption):
+        return [int(i) for i in tokenizer.encode(caption) if i != 0]
+
+    train, val = context.source("train"), context.source("val")
+    counts = Counter(t for i in range(len(train)) for c in train[i]["captions"] for t in tokens(c))
+    total = sum(counts.values()) + tokenizer.vocab_size  # one is added to each
+    nll = [
+        np.mean([-math.log((counts[t] + 1) / total) for t in tokens(val[i]["captions"][0])])
+        for i in range(13)
+    ]
+    result = measured(captioner, batch_size=5, unigram=True)
+    np.testing.assert_allclose(result.figures["unigram_loss"], np.mean(nll), rtol=1e-6)
+
+
+def test_contrastive_learners_are_measured_in_their_batches(tokenizer_path):
+    c = toy.config("dual_encoder", model__depth=1, data__scenes__length_val=13)
+    result = measured(context_of(c, tokenizer_path), batch_size=13)
+    assert {"loss", "image_to_text_accuracy", "text_to_image_accuracy"} <= result.figures.keys()
+    assert 0 <= result.figures["image_to_text_accuracy"] <= 1
+    assert evals.defaults("loss").evaluator == "loss"

@@ -1,0 +1,91 @@
+"""Captions of scenes are judged by what they name."""
+
+import pytest
+
+from cap_pretrain.data.scenes import Scenes
+from cap_pretrain.errors import UserError
+from cap_pretrain.evals import scene_captions
+from cap_pretrain.evals.scene_captions import SceneCaptions
+
+SOURCE = Scenes("val", 16, length_val=20, partial_captions=False, max_objects=2)
+
+
+class Context:
+    def __init__(self, source=SOURCE):
+        self._source = source
+
+    def source(self, split, data):
+        assert data == "scenes"
+        return self._source
+
+
+@pytest.fixture
+def judged(monkeypatch):
+    """Returns the evaluator's result for captions that are handed to it."""
+
+    def judge(captions):
+        class Captioning:
+            def __init__(self, context, source, *, batch_size, limit):
+                assert limit == 20
+
+            def __call__(self, variables):
+                yield from captions.items()
+
+        monkeypatch.setattr(scene_captions, "Captioning", Captioning)
+        return SceneCaptions(Context(), SceneCaptions.Options(count=20))(None)
+
+    return judge
+
+
+def right(i):
+    return " and ".join(f"a {t.colour} {t.shape}" for t in SOURCE.scene(i).things)
+
+
+def test_captions_that_name_everything_are_right(judged):
+    result = judged({i: right(i) for i in range(20)})
+    assert result.figures["accuracy"] == 1
+    assert result.figures["accuracy_1_objects"] == result.figures["accuracy_2_objects"] == 1
+    assert result.details == {"images": 20, "mistakes": []}
+    assert result.lines[0].startswith("20 of 20 captions") and "100.0%" in result.lines[0]
+
+
+def test_the_datasets_own_full_captions_are_right(judged):
+    assert judged({i: SOURCE[i]["captions"][i % 5] for i in range(20)}).figures["accuracy"] == 1
+
+
+def test_wrong_captions_are_wrong_and_listed(judged):
+    two = [i for i in range(20) if len(SOURCE.scene(i).things) == 2]
+    one = [i for i in range(20) if len(SOURCE.scene(i).things) == 1]
+    first, second = SOURCE.scene(two[0]).things
+    captions = {i: right(i) for i in range(20)}
+    captions[two[0]] = f"a {first.colour} {first.shape}"  # leaves one out
+    captions[two[1]] = right(two[1]) + " and a red heart and a blue ring"  # invents some
+    captions[two[2]] = ""
+    captions[one[0]] = right(one[0]).replace(SOURCE.scene(one[0]).things[0].colour, "striped")
+    result = judged(captions)
+    assert result.figures["accuracy"] == 16 / 20
+    assert result.figures["accuracy_2_objects"] == (len(two) - 3) / len(two)
+    mistakes = {mistake["index"]: mistake for mistake in result.details["mistakes"]}
+    assert mistakes.keys() == {two[0], two[1], two[2], one[0]}
+    assert mistakes[two[0]]["caption"] == captions[two[0]]
+    assert mistakes[two[0]]["mentioned"] == [(first.colour, first.shape)]
+    assert (second.colour, second.shape) in mistakes[two[0]]["true"]
+
+
+def test_exchanged_colours_are_wrong(judged):
+    index, things = next(
+        (i, things)
+        for i in range(20)
+        if len(things := SOURCE.scene(i).things) == 2
+        and things[0].colour != things[1].colour
+        and things[0].shape != things[1].shape
+    )
+    a, b = things
+    captions = {i: right(i) for i in range(20)}
+    captions[index] = f"a {b.colour} {a.shape} and a {a.colour} {b.shape}"
+    assert judged(captions).figures["accuracy"] == 19 / 20
+
+
+def test_other_datasets_have_no_scenes_to_judge_by():
+    with pytest.raises(UserError, match="scene_captions works on the dataset `scenes` only"):
+        SceneCaptions(Context([1, 2]), SceneCaptions.Options())

@@ -1,0 +1,77 @@
+"""When evaluators run, and where their results go."""
+
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import pytest
+from ml_collections import ConfigDict
+
+from cap_pretrain import evals
+from cap_pretrain.errors import UserError
+from cap_pretrain.evals import Result
+
+
+class Fake:
+    built = 0
+
+    @dataclasses.dataclass(frozen=True)
+    class Options:
+        scale: float = 2.0
+
+    def __init__(self, context, options):
+        Fake.built += 1
+        self._options = options
+
+    def __call__(self, variables):
+        return Result({"score": variables * self._options.scale}, {"words": ["é"]}, ("a line",))
+
+
+@pytest.fixture
+def suite(monkeypatch, tmp_path):
+    monkeypatch.setattr(Fake, "built", 0)
+    monkeypatch.setattr(evals, "evaluator_class", lambda name: Fake)
+
+    def make(**kwargs):
+        entries = ConfigDict(
+            {"often": evals.defaults("fake"), "last": evals.defaults("fake", scale=3.0, when="end")}
+        )
+        context = SimpleNamespace(config=SimpleNamespace(evals=entries))
+        return evals.Suite(context, tmp_path, **kwargs)
+
+    return make
+
+
+def test_each_runs_in_its_turn_and_is_built_once(suite):
+    s = suite()
+    assert Fake.built == 0
+    assert s.run(10, 1.0, end=False).keys() == {"often"}
+    assert s.run(20, 1.0, end=False)["often"].figures == {"score": 2.0}
+    assert Fake.built == 1
+    assert s.run(30, 1.0, end=True)["last"].figures == {"score": 3.0}
+    assert Fake.built == 2
+
+
+def test_results_are_json_where_scripts_look(suite, tmp_path):
+    suite().run(30, 1.0, end=True)
+    files = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
+    assert files == {"evals/often/30.json", "evals/last/30.json"}
+    assert json.loads((tmp_path / "evals/last/30.json").read_text(encoding="utf-8")) == {
+        "step": 30,
+        "options": {"evaluator": "fake", "when": "end", "scale": 3.0},
+        "score": 3.0,
+        "words": ["é"],
+    }
+
+
+def test_other_hosts_measure_and_write_nothing(suite, tmp_path):
+    assert suite(write=False).run(30, 1.0, end=True).keys() == {"often", "last"}
+    assert not list(tmp_path.iterdir())
+
+
+def test_mistakes_are_the_users():
+    with pytest.raises(UserError, match="evals: no evaluator 'los'. Did you mean 'loss'?"):
+        evals.defaults("los")
+    section = evals.defaults("loss", when="sometimes")
+    with pytest.raises(UserError, match="evals.val.when: 'sometimes'"):
+        evals.options("val", section)
