@@ -11,6 +11,7 @@ however its file gives the duration.
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -210,11 +211,12 @@ def duration(section: ConfigDict, name: str, *, batch_size: int, epoch: int, tot
     """
     if steps := section[f"{name}_steps"]:
         return steps
-    examples = section[f"{name}_examples"] or section[f"{name}_epochs"] * epoch
-    if examples:
-        return max(1, -int(-examples // batch_size))
-    share = section.get(f"{name}_share", 0.0)
-    return max(1, -int(-share * total // 1)) if share else 0
+    if examples := section[f"{name}_examples"] or section[f"{name}_epochs"] * epoch:
+        steps = examples / batch_size
+    else:
+        steps = section.get(f"{name}_share", 0.0) * total
+    # Without the noise of floating point: 0.07 of 100 steps are 7.000000000000001.
+    return max(1, math.ceil(round(steps, 6))) if steps else 0
 
 
 def validate(config: ConfigDict) -> None:

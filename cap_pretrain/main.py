@@ -76,14 +76,13 @@ def entry() -> int:
     except UserError as e:
         print(f"cap_pretrain: {e}", file=sys.stderr)
         return 2
-    except SystemExit as e:
-        return e.code if isinstance(e.code, int) else 1
+    except SystemExit as e:  # as app.run always ends
+        return e.code or 0
     except Exception as e:
         if type(e).__name__ != "Stopped":
             raise
         print(f"cap_pretrain: {e}", file=sys.stderr)
         return 143
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,124 @@
+"""The configuration: arguments, durations, and every mistake that can be seen before building."""
+
+import json
+
+import pytest
+
+from cap_pretrain import config as configs
+from cap_pretrain import learners
+from cap_pretrain.errors import UserError
+from tests import toy
+
+
+def test_the_default_is_locked_and_says_what_is_near():
+    c = configs.default()
+    with pytest.raises(AttributeError, match="learner"):
+        c.lerner = 1
+    with pytest.raises(AttributeError, match="cooldown_steps"):
+        c.optim.coldown_steps = 1
+    assert json.loads(configs.to_json(c)) == json.loads(json.dumps(c.to_dict()))
+
+
+def test_arguments_have_defaults_and_are_overridden():
+    args = configs.arguments("data=coco,model=B/16", objective=("cap", "clip"), model="", data="a")
+    assert vars(args) == {"objective": "cap", "model": "B/16", "data": "coco"}
+    assert configs.arguments(None, data="a").data == "a"
+    assert configs.arguments("data=a=b", data="").data == "a=b"  # a path may hold anything
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("objectve=cap", "no argument 'objectve'.*Did you mean 'objective'"),
+        ("objective", "no argument 'objective' in 'objective'"),
+        ("objective=clap", "objective='clap' is unknown. Did you mean 'clip'|'cap'"),
+        ("objective=xyz", "objective='xyz' is unknown. Choose from: cap, clip."),
+    ],
+)
+def test_unknown_arguments(text, said):
+    with pytest.raises(UserError, match=said):
+        configs.arguments(text, objective=("cap", "clip"))
+
+
+@pytest.mark.parametrize(
+    ("given", "steps"),
+    [
+        ({"warmup_steps": 7}, 7),
+        ({"warmup_examples": 56}, 7),
+        ({"warmup_examples": 57}, 8),  # rounded up
+        ({"warmup_epochs": 0.28}, 7),
+        ({"warmup_share": 0.07}, 7),
+        ({"warmup_share": 0.0}, 0),
+        ({"warmup_steps": 7, "warmup_examples": 800, "warmup_epochs": 3.0}, 7),
+        ({"warmup_examples": 56, "warmup_epochs": 3.0, "warmup_share": 0.5}, 7),
+        ({"warmup_epochs": 0.28, "warmup_share": 0.5}, 7),
+        ({"warmup_share": 1e-9}, 1),
+    ],
+)
+def test_durations_agree_and_the_first_given_counts(given, steps):
+    c = configs.default()
+    c.optim.warmup_share = 0.0
+    for name, value in given.items():
+        c.optim[name] = value
+    assert configs.duration(c.optim, "warmup", batch_size=8, epoch=200, total=100) == steps
+
+
+def test_the_recipes_warm_up_is_ten_thousand_steps():
+    c = configs.default()
+    kwargs = dict(batch_size=8192, epoch=1, total=366_500)
+    assert configs.duration(c.optim, "warmup", **kwargs) == 10_000
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"dtype": "float8"}, "dtype: 'float8' is unknown. Did you mean 'float"),
+        ({"optim__name": "adam"}, "optim.name: 'adam' is unknown. Did you mean 'adamw'"),
+        ({"optim__decay": "cosin"}, "optim.decay: 'cosin' is unknown. Did you mean 'cosine'"),
+        ({"model__pool": "cls"}, "model.pool: 'cls' is unknown. Choose from: gap, map"),
+        ({"model__name": "Q/8"}, "model.name: no size 'Q'"),
+        ({"model__name": "B"}, "model.name: 'B' lacks a patch size; write it as B/16"),
+        ({"model__heads": 3}, "model.heads: 3 does not divide the width 64"),
+        ({"data__image_size": 20}, "data.image_size: 20 is no multiple of the patch size 8"),
+        ({"batch_size": 0}, "batch_size: 0 must be at least 1"),
+        ({"text__length": 0}, "text.length: 0 must be at least 1"),
+        ({"accumulate": 3}, "accumulate: 3 parts do not divide batch_size=8"),
+        ({"total_steps": 0}, "total_steps: .*not set; give --config.total_steps"),
+        ({"optim__lr": -1.0}, "optim.lr: -1.0 must not be negative"),
+        ({"optim__ema": 1.0}, r"optim.ema: 1.0 is not in \[0, 1\)"),
+        ({"text__tokenizer": "no.model"}, "text.tokenizer: there is no file 'no.model'"),
+        ({"data__name": "a:0+b"}, "data.name .*the weight of 'a' is 0"),
+    ],
+)
+def test_mistakes_are_told_by_field_before_anything_is_built(fields, said):
+    with pytest.raises(UserError, match=said) as error:
+        configs.validate(toy.config(**fields))
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("learner", "options", "said"),
+    [
+        ("captioner", {"parallel_fraction": 1.5}, "learner.parallel_fraction: 1.5"),
+        ("captioner", {"average": "batch"}, "learner.average: 'batch'"),
+        ("captioner", {"label_smoothing": 1.0}, "learner.label_smoothing: 1.0"),
+        ("dual_encoder", {"contrast": "hinge"}, "learner.contrast: 'hinge'"),
+    ],
+)
+def test_options_of_learners_are_checked_however_they_are_given(learner, options, said):
+    with pytest.raises(UserError, match=said):
+        learners.defaults(learner, **options)
+    c = toy.config(learner)
+    for name, value in options.items():
+        c.learner[name] = value
+    with pytest.raises(UserError, match=said):
+        configs.validate(c)
+
+
+def test_unknown_learners():
+    with pytest.raises(UserError, match="learner.name: no learner 'captoner'. Did you mean"):
+        learners.defaults("captoner")
+    c = toy.config()
+    c.learner.name = "clip"
+    with pytest.raises(UserError, match="learner.name: no learner 'clip'. Choose from: captioner"):
+        configs.validate(c)
