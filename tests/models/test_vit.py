@@ -1,0 +1,69 @@
+"""The ViT against torch, and on images of other sizes than it was made for."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from torch.nn import functional as F
+
+from cap_pretrain.models.layers import normalize_images
+from cap_pretrain.models.vit import resample_positions
+from tests import tiny, torch_reference
+
+
+def encode(learner, images):
+    return learner.encode(images)
+
+
+@pytest.mark.parametrize("pool", ["gap", "map"])
+def test_tokens_and_pooled_vector_are_those_of_torch(pool):
+    split = tiny.split(tiny.config(pool=pool))
+    images = tiny.images(4)
+    out = tiny.jitted(split, encode)(images)
+    tokens, pooled = torch_reference.vit(split[1]["encoder"], images, tiny.HEADS)
+    assert out.tokens.shape == (4, 16, 16) and out.pooled.shape == (4, 16)
+    np.testing.assert_allclose(out.tokens, tokens, atol=1e-4)
+    np.testing.assert_allclose(out.pooled, pooled, atol=1e-4)
+
+
+def test_pixels_are_normalised_to_minus_one_and_one():
+    images = np.array([0, 51, 255], np.uint8)[:, None, None, None]
+    np.testing.assert_allclose(normalize_images(images, jnp.float32).ravel(), [-1, -0.6, 1], 1e-6)
+    assert normalize_images(images, jnp.bfloat16).dtype == jnp.bfloat16
+
+
+def test_positions_resampled_to_their_own_grid_do_not_change():
+    grid = np.random.default_rng(0).standard_normal((12, 5)).astype(np.float32)
+    np.testing.assert_allclose(resample_positions(grid, (3, 4), (3, 4)), grid, atol=1e-6)
+
+
+def test_constant_positions_stay_constant():
+    grid = np.tile(np.float32([1, -2, 3]), (16, 1))
+    out = resample_positions(grid, (4, 4), (8, 8))
+    np.testing.assert_allclose(out, np.tile(grid[:1], (64, 1)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("new", [(8, 8), (3, 3), (6, 2)])
+def test_positions_are_resampled_as_torch_resizes_an_image(new):
+    grid = np.random.default_rng(0).standard_normal((16, 5)).astype(np.float32)
+    image = torch_reference.tensor(grid).reshape(1, 4, 4, 5).permute(0, 3, 1, 2)
+    expected = F.interpolate(image, new, mode="bilinear", antialias=True)
+    expected = expected.permute(0, 2, 3, 1).reshape(-1, 5)
+    np.testing.assert_allclose(resample_positions(grid, (4, 4), new), expected, atol=1e-5)
+
+
+def test_a_vit_for_32_pixels_runs_on_48_as_one_made_for_48_would():
+    c = tiny.config()
+    c.data.image_size = 32
+    graphdef, params, _ = tiny.split(c)
+    c.data.image_size = 48
+    larger, _, _ = tiny.abstract(c)
+    row = params["encoder"]["positions"][:1]
+    images = tiny.images(2, side=48)
+
+    def tokens(graphdef, patches):
+        params["encoder"]["positions"] = jnp.tile(row, (patches, 1))
+        return tiny.jitted((graphdef, params, {}), encode)(images).tokens
+
+    out = tokens(graphdef, 64)
+    assert out.shape == (2, 144, 16)
+    np.testing.assert_allclose(out, tokens(larger, 144), atol=1e-5)

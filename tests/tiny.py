@@ -1,0 +1,73 @@
+"""Learners small enough to compile in a second, with every parameter random."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+
+from cap_pretrain import learners
+from cap_pretrain.step import split_learner
+from tests import toy
+
+VOCAB, LENGTH, SIDE, PATCH, HEADS = 23, 7, 16, 4, 4
+Split = tuple[nnx.GraphDef, Any, Any]
+
+
+def config(
+    learner: str = "captioner", options: dict | None = None, dtype: str = "float32", **fields: Any
+) -> ConfigDict:
+    """A tiny config, with other `fields` of its model section."""
+    c = toy.config(learner, options, dtype=dtype, data__image_size=SIDE, text__length=LENGTH)
+    c.model.name = f"mu/{PATCH}"
+    c.model.update(dict(width=16, depth=3, mlp=40, heads=HEADS, decoder_depth=2) | fields)
+    return c
+
+
+def abstract(c: ConfigDict, vocab: int = VOCAB) -> Split:
+    """The learner of a config, split, without numbers."""
+    return split_learner(nnx.eval_shape(lambda: learners.build(c, vocab, jax.random.key(0))))
+
+
+def split(c: ConfigDict, seed: int = 0) -> Split:
+    """The learner of a config, split; nothing is left zero or one as by initialisation."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        name, noise = path[-1].key, rng.standard_normal(leaf.shape)
+        if name == "kernel":
+            noise /= leaf.shape[-2] ** 0.5
+        elif name == "scale":
+            noise = 1 + 0.3 * noise
+        elif name != "embedding":
+            noise = 0.5 * noise
+        return jnp.asarray(noise, leaf.dtype)
+
+    graphdef, params, stats = abstract(c)
+    return graphdef, jax.tree_util.tree_map_with_path(draw, params), stats
+
+
+def jitted(split: Split, fn: Callable, **options: Any) -> Callable:
+    """`fn(learner, *args)` as a compiled function of the other arguments."""
+    graphdef, *variables = split
+    compiled = jax.jit(
+        lambda variables, *args: fn(nnx.merge(graphdef, *variables), *args), **options
+    )
+    return lambda *args: compiled(variables, *args)
+
+
+def images(n: int, side: int = SIDE, seed: int = 0) -> np.ndarray:
+    """Random uint8 [n, side, side, 3]: noise over four fields of colour, so that images differ."""
+    rng = np.random.default_rng(seed)
+    fields = rng.integers(0, 128, (n, 2, 2, 3), np.uint8)
+    fields = fields.repeat(side // 2, axis=1).repeat(side // 2, axis=2)
+    return fields + rng.integers(0, 128, (n, side, side, 3), np.uint8)
+
+
+def texts(lengths: list[int], seed: int = 0) -> np.ndarray:
+    """Random int32 [n, LENGTH], row i with lengths[i] tokens, then padding."""
+    text = np.random.default_rng(seed).integers(1, VOCAB, (len(lengths), LENGTH), np.int32)
+    return np.where(np.arange(LENGTH) < np.asarray(lengths)[:, None], text, 0)

@@ -1,0 +1,163 @@
+"""The models once more, from torch's own transformer layers: what the parity tests compare with.
+
+Written from the description of the architecture. Parameters come as the nested dict that a learner
+splits into: kernels [in, out], layers stacked along a leading axis.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+EPSILON = 1e-6  # of every layer normalisation
+
+
+def tensor(array: Any) -> torch.Tensor:
+    return torch.from_numpy(np.array(array))
+
+
+def gelu(x: torch.Tensor) -> torch.Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def load(module: nn.Module, state: dict[str, Any]) -> nn.Module:
+    """Loads all parameters of `module`: none left out, none left over."""
+    module.load_state_dict({name: tensor(value) for name, value in state.items()}, strict=True)
+    return module.eval().requires_grad_(False)
+
+
+def attention_state(prefix: str, p: dict) -> dict[str, Any]:
+    parts = [p[name] for name in ("query", "key", "value")]
+    state = {
+        prefix + "in_proj_weight": np.concatenate([part["kernel"].T for part in parts]),
+        prefix + "out_proj.weight": p["out"]["kernel"].T,
+    }
+    if "bias" in p["out"]:
+        state[prefix + "in_proj_bias"] = np.concatenate([part["bias"] for part in parts])
+        state[prefix + "out_proj.bias"] = p["out"]["bias"]
+    return state
+
+
+def linear_state(prefix: str, p: dict) -> dict[str, Any]:
+    renamed = {"kernel": "weight", "scale": "weight", "bias": "bias"}
+    return {prefix + renamed[k]: v.T for k, v in p.items()}
+
+
+def unstack(blocks: dict) -> list[dict]:
+    """Parameters of stacked layers -> those of each."""
+    if isinstance(blocks, dict):
+        parts = {name: unstack(part) for name, part in blocks.items()}
+        depth = len(next(iter(parts.values())))
+        return [{name: part[i] for name, part in parts.items()} for i in range(depth)]
+    return list(np.asarray(blocks))
+
+
+def norm(p: dict, x: torch.Tensor) -> torch.Tensor:
+    bias = tensor(p["bias"]) if "bias" in p else None
+    return F.layer_norm(x, x.shape[-1:], tensor(p["scale"]), bias, EPSILON)
+
+
+def linear(p: dict, x: torch.Tensor) -> torch.Tensor:
+    return F.linear(x, tensor(p["kernel"].T), tensor(p["bias"]))
+
+
+def encoder_layers(blocks: dict, x: torch.Tensor, heads: int) -> torch.Tensor:
+    """Pre-norm self-attention layers with biases, x [B, N, D]."""
+    for p in unstack(blocks):
+        layer = nn.TransformerEncoderLayer(
+            x.shape[-1],
+            heads,
+            p["mlp"]["up"]["kernel"].shape[1],
+            activation=gelu,
+            layer_norm_eps=EPSILON,
+            batch_first=True,
+            norm_first=True,
+        )
+        state = attention_state("self_attn.", p["attention"])
+        state |= linear_state("norm1.", p["norm1"]) | linear_state("norm2.", p["norm2"])
+        state |= linear_state("linear1.", p["mlp"]["up"])
+        state |= linear_state("linear2.", p["mlp"]["down"])
+        x = load(layer, state)(x)
+    return x
+
+
+def decoder_layers(
+    blocks: dict, x: torch.Tensor, encoded: torch.Tensor, blocked: torch.Tensor, heads: int
+) -> torch.Tensor:
+    """Pre-norm decoder layers without any bias; `blocked` [B, T, T] is True where none may look."""
+    for p in unstack(blocks):
+        layer = nn.TransformerDecoderLayer(
+            x.shape[-1],
+            heads,
+            p["mlp"]["up"]["kernel"].shape[1],
+            activation=gelu,
+            layer_norm_eps=EPSILON,
+            batch_first=True,
+            norm_first=True,
+            bias=False,
+        )
+        state = attention_state("self_attn.", p["self_attention"])
+        state |= attention_state("multihead_attn.", p["cross_attention"])
+        for name in ("norm1", "norm2", "norm3"):
+            state |= linear_state(name + ".", p[name])
+        state |= linear_state("linear1.", p["mlp"]["up"])
+        state |= linear_state("linear2.", p["mlp"]["down"])
+        x = load(layer, state)(x, encoded, tgt_mask=blocked.repeat_interleave(heads, dim=0))
+    return x
+
+
+def vit(params: dict, images: np.ndarray, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """uint8 images [B, H, W, 3] -> tokens [B, N, D], pooled [B, D]."""
+    kernel = params["patch_embedding"]["kernel"]
+    patch = round((kernel.shape[0] / 3) ** 0.5)
+    weight = tensor(kernel).reshape(patch, patch, 3, -1).permute(3, 2, 0, 1)
+    pixels = tensor(images).float().permute(0, 3, 1, 2) / 255 * 2 - 1
+    x = F.conv2d(pixels, weight, tensor(params["patch_embedding"]["bias"]), stride=patch)
+    x = x.flatten(2).transpose(1, 2) + tensor(params["positions"])
+    tokens = norm(params["norm"], encoder_layers(params["blocks"], x, heads))
+    if "head" not in params:
+        return tokens, tokens.mean(1)
+    head = params["head"]
+    attention = nn.MultiheadAttention(tokens.shape[-1], heads, batch_first=True)
+    load(attention, attention_state("", head["attention"]))
+    probe = tensor(head["probe"]).expand(len(tokens), 1, -1)
+    x, _ = attention(probe, tokens, tokens)
+    y = linear(head["mlp"]["down"], gelu(linear(head["mlp"]["up"], norm(head["norm"], x))))
+    return tokens, (x + y)[:, 0]
+
+
+def captioner(
+    params: dict, images: np.ndarray, text: np.ndarray, parallel: np.ndarray, heads: int
+) -> torch.Tensor:
+    """Logits [B, T, V]; where `parallel` [B], inputs are the mask token and nothing is hidden."""
+    decoder, length = params["decoder"], text.shape[1]
+    embedding = tensor(decoder["embedding"]["embedding"])
+    inputs = tensor(text).long().roll(1, dims=1)
+    inputs[:, 0] = 0
+    inputs[tensor(parallel)] = len(embedding) - 1
+    blocked = torch.ones(length, length, dtype=torch.bool).triu(1).repeat(len(text), 1, 1)
+    blocked[tensor(parallel)] = False
+    x = embedding[inputs] + tensor(params["text_positions"])
+    tokens, _ = vit(params["encoder"], images, heads)
+    x = decoder_layers(decoder["blocks"], x, tokens, blocked, heads)
+    return linear(decoder["logits"], norm(decoder["norm"], x))
+
+
+def text_tower(params: dict, text: np.ndarray, heads: int) -> torch.Tensor:
+    """Text int [B, T] -> [B, D], read at the last position."""
+    x = tensor(params["embedding"]["embedding"])[tensor(text).long()] + tensor(params["positions"])
+    return norm(params["norm"], encoder_layers(params["blocks"], x, heads))[:, -1]
+
+
+def dual_encoder(
+    params: dict, images: np.ndarray, text: np.ndarray, heads: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Unit vectors of images and texts, [B, D] each, and their logits [B, B]."""
+    _, pooled = vit(params["encoder"], images, heads)
+    z_image = F.normalize(linear(params["image_projection"], pooled), dim=-1)
+    read = text_tower(params["text_tower"], text, heads)
+    z_text = F.normalize(linear(params["text_projection"], read), dim=-1)
+    logits = z_image @ z_text.T * tensor(params["log_scale"]).exp()
+    return z_image, z_text, logits + tensor(params["bias"]) if "bias" in params else logits
