@@ -206,6 +206,8 @@ class _FiniteLosses:
     The device runs one step ahead of the check, and nothing is saved unchecked.
     """
 
+    CHECKED = ("loss", "grad_norm", "param_norm")
+
     def __init__(self, workdir: Path):
         self._workdir = workdir
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
@@ -213,18 +215,20 @@ class _FiniteLosses:
     def watch(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Checks the step before, and remembers this one."""
         self.check()
-        self._pending = (step, {k: metrics[k] for k in ("loss", "grad_norm", "param_norm")})
+        self._pending = (step, {name: metrics[name] for name in self.CHECKED})
 
     def check(self) -> None:
         """Checks the step remembered, waiting for it if need be."""
         if self._pending is None:
             return
         (step, metrics), self._pending = self._pending, None
-        for name, value in jax.device_get(metrics).items():
-            if not math.isfinite(value):
+        values = jax.device_get(metrics)
+        for name in self.CHECKED:
+            if not math.isfinite(values[name]):
                 raise UserError(
-                    f"step {step}: {name} is {value}; nothing was saved since. Lower optim.lr or "
-                    f"optim.clip_norm and start again: {self._workdir / 'checkpoints'} is intact."
+                    f"step {step}: {name} is {values[name]}; nothing was saved since. Lower "
+                    "optim.lr or optim.clip_norm and start again: "
+                    f"{self._workdir / 'checkpoints'} is intact."
                 )
 
 
