@@ -199,7 +199,9 @@ def scan_layers(
         return body(nnx.merge(graphdef, params), x, inputs)
 
     if compute.remat != "none":
-        step = jax.checkpoint(step, policy=REMAT_POLICIES[compute.remat], prevent_cse=False)
+        # XLA merges nothing across two loops; without loops it would undo the recomputation.
+        whole = compute.unroll >= depth
+        step = jax.checkpoint(step, policy=REMAT_POLICIES[compute.remat], prevent_cse=whole)
     return jax.lax.scan(
         step, x, (params, per_layer), length=depth, unroll=min(compute.unroll, depth)
     )
