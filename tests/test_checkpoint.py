@@ -1,5 +1,7 @@
 """Checkpoints hold the whole state, go onto another layout, and say when they do not fit."""
 
+import contextlib
+
 import jax
 import numpy as np
 import pytest
@@ -44,23 +46,22 @@ def saved(workdir, *states, **fields):
     checkpoints.close()
 
 
-def opened(workdir):
-    return Checkpoints(workdir, toy.config(), read_only=True)
+def opened(workdir, read_only=True):
+    return contextlib.closing(Checkpoints(workdir, toy.config(), read_only=read_only))
 
 
 @pytest.mark.parametrize("ema", [True, False])
 def test_everything_comes_back_bit_by_bit(ema, tmp_path):
     state = make_state(ema=ema)
     saved(tmp_path, state)
-    checkpoints = opened(tmp_path)
-    assert checkpoints.latest_step() == 3
-    toy.assert_same(checkpoints.restore(abstract(state), 3), state)
+    with opened(tmp_path) as checkpoints:
+        assert checkpoints.latest_step() == 3
+        toy.assert_same(checkpoints.restore(abstract(state), 3), state)
 
 
 def test_there_is_none_at_first(tmp_path):
-    checkpoints = Checkpoints(tmp_path, toy.config())
-    assert checkpoints.latest_step() is None
-    checkpoints.close()
+    with opened(tmp_path, read_only=False) as checkpoints:
+        assert checkpoints.latest_step() is None
 
 
 def test_keeps_the_last_and_every_nth(tmp_path):
@@ -77,8 +78,9 @@ def test_keeps_the_last_and_every_nth(tmp_path):
 )
 def test_a_checkpoint_of_another_model_is_refused(other, tmp_path):
     saved(tmp_path, make_state())
-    with pytest.raises(UserError, match="checkpoints/3: does not hold the model") as error:
-        opened(tmp_path).restore(abstract(make_state(**other)), 3)
+    message = "checkpoints/3: does not hold the model"
+    with opened(tmp_path) as checkpoints, pytest.raises(UserError, match=message) as error:
+        checkpoints.restore(abstract(make_state(**other)), 3)
     assert len(str(error.value).splitlines()) == 1
 
 
@@ -86,10 +88,11 @@ def test_a_save_that_was_interrupted_does_not_count(tmp_path):
     saved(tmp_path, make_state(2))
     half = tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp"
     (half / "learner").mkdir(parents=True)
-    assert opened(tmp_path).latest_step() == 2
-    checkpoints = Checkpoints(tmp_path, toy.config())
-    assert checkpoints.latest_step() == 2
-    checkpoints.save(make_state(4))
-    checkpoints.close()
-    assert opened(tmp_path).latest_step() == 4
+    with opened(tmp_path) as checkpoints:
+        assert checkpoints.latest_step() == 2
+    with opened(tmp_path, read_only=False) as checkpoints:
+        assert checkpoints.latest_step() == 2
+        checkpoints.save(make_state(4))
+    with opened(tmp_path) as checkpoints:
+        assert checkpoints.latest_step() == 4
     assert not half.exists()
