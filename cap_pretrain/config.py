@@ -73,6 +73,7 @@ def default() -> ConfigDict:
     c.model.remat = "none"
     # Layers per iteration of the scan over depth: more compile time for, maybe, less run time.
     c.model.unroll = 1
+    # After attention and MLP; and of whole residual branches (encoder and text tower).
     c.model.dropout = 0.0
     c.model.stochastic_depth = 0.0
 
@@ -272,5 +273,5 @@ def get(config: ConfigDict, field: str):
 
 
 def to_json(config: ConfigDict) -> str:
-    """The resolved configuration as readable JSON, keys in the order of the default."""
+    """The resolved configuration as readable JSON, keys in alphabetical order."""
     return json.dumps(config.to_dict(), indent=2) + "\n"

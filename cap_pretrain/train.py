@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
@@ -89,11 +90,6 @@ def run(config: ConfigDict, workdir: Path) -> None:
             state = checkpoints.restore(abstract, start)
         else:
             state = init()
-    if start >= schedule.total:
-        progress.say(f"Already at step {start} of {schedule.total}: nothing to do.")
-        checkpoints.close()
-        return
-
     suite = evals.Suite(evals.Context(config, graphdef, tokenizer, mesh), workdir, write=is_main)
     reads = learners.learner_class(config.learner.name).reads
     losses = _FiniteLosses(workdir)
@@ -103,11 +99,19 @@ def run(config: ConfigDict, workdir: Path) -> None:
         stack.callback(checkpoints.close)
         writer = telemetry.MetricsWriter(workdir, enabled=is_main, resume_step=start)
         stack.callback(writer.close)
+        stack.enter_context(jax.set_mesh(mesh))
+        if start and (start >= schedule.total or start % max(1, schedule.evaluate) == 0):
+            # The run before may have been stopped between saving and evaluating.
+            end = start >= schedule.total
+            results = suite.run(start, state.variables, end=end, only_missing=True)
+            _report(start, results, writer, progress)
+        if start >= schedule.total:
+            progress.say(f"Already at step {start} of {schedule.total}: nothing to do.")
+            return
         dataset = inputs.training_batches(config, mixture, tokenizer)
         batches = pipeline.iterate(dataset, start, schedule.total, workers=config.data.workers)
         stack.callback(batches.close)
         sigterm = stack.enter_context(_SigtermFlag())
-        stack.enter_context(jax.set_mesh(mesh))
 
         for step in range(start + 1, schedule.total + 1):
             with timer.data_wait():
@@ -193,11 +197,11 @@ def _report(
     if figures:
         writer.write(step, figures)
     for name, result in results.items():
-        progress.say(
-            f"step {step}  {name}: " + "  ".join(f"{k} {v:.4g}" for k, v in result.figures.items())
-        )
-        for line in result.lines:
-            progress.say(f"    {line}")
+        figures = "  ".join(f"{k} {v:.4g}" for k, v in result.figures.items())
+        progress.say("\n    ".join([f"step {step}  {name}: {figures}", *result.lines]))
+        if result.pictures:
+            images, captions = zip(*result.pictures, strict=True)
+            writer.images(step, name, np.stack(images), captions)
 
 
 class _FiniteLosses:

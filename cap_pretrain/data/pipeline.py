@@ -236,7 +236,7 @@ class _TrainRow(grain.transforms.RandomMap):
         for skipped in range(BROKEN_IN_A_ROW):
             example = source[(first + skipped) % len(source)]
             try:
-                image = _square(example["image"], self._size, self._crop, rng)
+                image = square(example["image"], self._size, self._crop, rng)
             except images.ImageError as error:
                 reason = error
                 continue
@@ -288,14 +288,14 @@ class _EvalRow:
         row["label"] = np.int32(example["label"])
         row["index"] = np.int64(position)
         try:
-            row["image"] = _square(example["image"], self._size, self._crop)
+            row["image"] = square(example["image"], self._size, self._crop)
         except images.ImageError:
             row["broken"] = np.bool_(True)
         row["mask"] = ~row["broken"]
         return row
 
 
-def _square(
+def square(
     image: bytes | np.ndarray, size: int, crop: str, rng: np.random.Generator | None = None
 ) -> np.ndarray:
     """Returns uint8 [size, size, 3]; raises `images.ImageError` when `image` does not decode."""

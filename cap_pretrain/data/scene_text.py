@@ -174,13 +174,15 @@ def _listed(names: list[str]) -> str:
 
 
 def captions(
-    scene: Scene, rng: Random, *, partial: bool, relations: bool, synonyms: bool
+    scene: Scene, rng: Random, *, plain: bool, partial: bool, relations: bool, synonyms: bool
 ) -> list[str]:
     """Five different true captions: different openings, order, details and words.
 
     Args:
         scene: what to describe.
         rng: where all choices come from.
+        plain: say nothing but each object's colour and shape, as "a red circle and a blue ring";
+            only the order varies (and words, with `synonyms`), so captions may be the same.
         partial: let about two in five leave something out, as people do; otherwise each names
             every object's colour and shape.
         relations: let some say how objects lie to each other.
@@ -188,6 +190,10 @@ def captions(
     """
     told = []
     for lead in shuffled(rng, _LEADS)[:CAPTIONS_PER_IMAGE]:  # no two captions can be the same
+        if plain:
+            phrases = (Phrase(thing.colour, thing.shape) for thing in shuffled(rng, scene.things))
+            told.append(Wording(rng, synonyms).caption(Claim(tuple(phrases)), lead=""))
+            continue
         claim = _partial_claim(scene, rng) if partial and rng.random() < 0.4 else None
         claim = claim or _full_claim(scene, rng, relations and rng.random() < 0.6)
         told.append(Wording(rng, synonyms).caption(claim, lead))

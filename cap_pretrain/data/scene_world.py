@@ -91,6 +91,9 @@ class Background:
         return "dark" if self.level < _DARK else "light" if self.level > _LIGHT else None
 
 
+PLAIN = Background(level=128.0, cells=1, tones=(128.0,), tint=(0.0, 0.0, 0.0))
+
+
 @dataclass(frozen=True, slots=True)
 class Scene:
     """One to three objects that never overlap, the largest (the main one) first.
@@ -151,6 +154,7 @@ def draw_scene(
     max_objects: int,
     smallest: float,
     patterns: bool,
+    backgrounds: bool,
 ) -> Scene:
     """Draws a scene whose objects bear distinct `pairs` (at least `max_objects` of them).
 
@@ -167,7 +171,8 @@ def draw_scene(
         pattern = choose(rng, PATTERNS[1:]) if patterns and rng.random() < 0.5 else PATTERNS[0]
         angle = between(rng, -_TURN, _TURN)
         things.append(Thing(colour, shape, pattern, x, y, radius, angle, _tint(rng)))
-    return Scene(tuple(things), _background(rng), noise=rng.random(), noise_seed=rng.random())
+    background = _background(rng) if backgrounds else PLAIN
+    return Scene(tuple(things), background, noise=rng.random(), noise_seed=rng.random())
 
 
 def largest_smallest(objects: int) -> float:

@@ -41,8 +41,12 @@ class ScenesOptions:
         colours: how many colours occur (the first ones of `COLOURS`), 2 to 8.
         shapes: how many shapes occur (the first ones of `SHAPES`), 2 to 8.
         patterns: whether half of the objects are striped, dotted or checkered.
+        backgrounds: whether backgrounds vary in brightness, tint and shading; else mid-grey.
         noise: largest standard deviation of the pixel noise (each image draws its own, up to this),
             as a fraction of full scale, 0 to 0.5.
+        plain_captions: whether captions only list colours and shapes ("a red circle and a blue
+            ring"), with nothing left out and nothing added; the options on captions that follow
+            then have no say, except `synonyms`.
         partial_captions: whether some captions leave out objects, colours or shapes. When False,
             all five name every object's colour and shape.
         relations: whether some captions say how objects lie to each other.
@@ -61,7 +65,9 @@ class ScenesOptions:
     colours: int = len(COLOURS)
     shapes: int = len(SHAPES)
     patterns: bool = True
+    backgrounds: bool = True
     noise: float = 0.04
+    plain_captions: bool = False
     partial_captions: bool = True
     relations: bool = True
     synonyms: bool = True
@@ -164,6 +170,7 @@ class Scenes:
         told = scene_text.captions(
             scene,
             self._rng(index, "captions"),
+            plain=self.options.plain_captions,
             partial=self.options.partial_captions,
             relations=self.options.relations,
             synonyms=self.options.synonyms,
@@ -187,6 +194,7 @@ class Scenes:
             max_objects=self.options.max_objects,
             smallest=self.options.smallest,
             patterns=self.options.patterns,
+            backgrounds=self.options.backgrounds,
         )
 
     def negatives(self, index: int) -> dict[str, tuple[str, str]]:

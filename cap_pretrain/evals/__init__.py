@@ -6,8 +6,7 @@ An evaluator is a class with
   __init__(context, options)  builds what it needs once (see `Context`)
   __call__(variables)         measures the learner with these variables -> Result
 
-`Result.figures` are scalars (they go to metrics.jsonl and the console), `Result.details` whatever
-else belongs into `evals/NAME/STEP.json`, `Result.lines` what the console shows besides. To add an
+A `Result` goes to metrics.jsonl, the console, TensorBoard and `evals/NAME/STEP.json`. To add an
 evaluator, write its file and register it here; the loop need not know.
 """
 
@@ -38,11 +37,19 @@ REGISTRY = {
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What an evaluator found: scalars, anything else that is JSON, and lines for people."""
+    """What an evaluator found.
+
+    Attributes:
+      figures: scalars.
+      details: anything else that is JSON.
+      lines: what people read on the console.
+      pictures: uint8 images [H, W, 3] of one size with their captions, for TensorBoard.
+    """
 
     figures: dict[str, float]
     details: dict[str, Any] = dataclasses.field(default_factory=dict)
     lines: tuple[str, ...] = ()
+    pictures: tuple[tuple[np.ndarray, str], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,18 +147,24 @@ class Suite:
         self._context, self._workdir, self._write = context, workdir, write
         self._built: dict[str, Any] = {}
 
-    def run(self, step: int, variables: Any, *, end: bool) -> dict[str, Result]:
-        """Runs those whose turn it is; returns their results by name."""
+    def run(
+        self, step: int, variables: Any, *, end: bool, only_missing: bool = False
+    ) -> dict[str, Result]:
+        """Runs those whose turn it is; returns their results by name.
+
+        `only_missing` passes over those whose result for this step is there already.
+        """
         results = {}
         for name, section in self._context.config.evals.items():
-            if section.when == "end" and not end:
+            path = self._workdir / "evals" / name / f"{step}.json"
+            if (section.when == "end" and not end) or (only_missing and path.exists()):
                 continue
             if name not in self._built:
                 cls = evaluator_class(section.evaluator)
                 self._built[name] = cls(self._context, options(name, section))
             results[name] = result = self._built[name](variables)
             if self._write:
-                write_result(self._workdir / "evals" / name / f"{step}.json", section, step, result)
+                write_result(path, section, step, result)
         return results
 
 

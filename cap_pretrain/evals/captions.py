@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from cap_pretrain import decoding
+from cap_pretrain.data import pipeline
 from cap_pretrain.evals import Context, Result
 from cap_pretrain.learners.captioner import PAD
 
@@ -63,26 +64,27 @@ class Captions:
         shown: int = 5
 
     def __init__(self, context: Context, options: Options):
-        self._options = options
+        self._context, self._options = context, options
         self._source = context.source(options.split, options.data)
         self._captioning = Captioning(
             context, self._source, batch_size=options.count, limit=options.count
         )
 
     def __call__(self, variables) -> Result:
-        captions = dict(self._captioning(variables))
-        samples = [
-            {"id": e["id"], "caption": caption, "references": list(e["captions"])}
-            for caption, e in ((c, self._source[i]) for i, c in captions.items())
-        ]
-        # Captioners are known to collapse to one sentence without anybody noticing.
-        distinct = len(set(captions.values())) / max(len(captions), 1)
-        lengths = [len(c.split()) for c in captions.values()]
-        lines = []
-        for sample in samples[: self._options.shown]:
-            lines.append(f"{sample['id']}: {sample['caption']}")
-            lines.append(
-                f"    reference: {sample['references'][0]}" if sample["references"] else ""
-            )
-        figures = {"distinct_share": distinct, "mean_words": float(np.mean(lengths))}
-        return Result(figures, {"samples": samples}, tuple(filter(None, lines)))
+        size = self._context.config.data.image_size
+        samples, pictures, lines = [], [], []
+        for index, caption in self._captioning(variables):
+            example = self._source[index]
+            references = list(example["captions"])
+            samples.append({"id": example["id"], "caption": caption, "references": references})
+            if len(samples) <= self._options.shown:
+                pictures.append((pipeline.square(example["image"], size, "none"), caption))
+                lines.append(f"{example['id']}: {caption}")
+                lines += [f"    reference: {reference}" for reference in references[:1]]
+        captions = [sample["caption"] for sample in samples]
+        figures = {
+            # Captioners are known to collapse to one sentence without anybody noticing.
+            "distinct_share": len(set(captions)) / max(len(captions), 1),
+            "mean_words": float(np.mean([len(caption.split()) for caption in captions])),
+        }
+        return Result(figures, {"samples": samples}, tuple(lines), tuple(pictures))

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from cap_pretrain import inputs
@@ -88,4 +89,4 @@ class Loss:
 def _loss_and_metrics(learner, batch):
     # Evaluation draws nothing, but the signature wants a key.
     loss, metrics = learner.loss(batch, jax.random.key(0), train=False)
-    return {"loss": loss, **metrics}
+    return {"loss": loss, "loss_weight": jnp.sum(batch["mask"]), **metrics}

@@ -1,7 +1,8 @@
 """Building blocks of the transformers: attention, MLP, blocks, and stacks of blocks under scan.
 
 Modules hold float32 parameters and compute in `dtype`; softmax and layer normalisation statistics
-are float32. Initialisers follow the authors' code (big_vision `vit.py`): Xavier uniform kernels.
+are float32. Initialisers follow the authors' code (big_vision `vit.py`): Xavier uniform kernels,
+but LeCun normal (the default of Flax) for the patch embedding.
 """
 
 import dataclasses

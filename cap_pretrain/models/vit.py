@@ -62,7 +62,7 @@ class ViT(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.patch_embedding = nnx.Linear(
-            patch * patch * 3, size.width, dtype=compute.dtype, kernel_init=XAVIER, rngs=rngs
+            patch * patch * 3, size.width, dtype=compute.dtype, rngs=rngs
         )
         grid = image_size // patch
         init = nnx.initializers.normal(size.width**-0.5)

@@ -411,3 +411,20 @@ def test_mistakes_are_told_with_a_way_out(split, options, told):
 def test_every_option_is_documented():
     for name in ScenesOptions.__dataclass_fields__:
         assert f"{name}:" in ScenesOptions.__doc__
+
+
+def test_easier_scenes_are_as_their_options_say():
+    options = {"max_objects": 2, "smallest": 0.2, "backgrounds": False, "noise": 0.0}
+    source = Scenes("train", 48, plain_captions=True, synonyms=False, **options)
+    for index in range(20):
+        scene, record = source.scene(index), source[index]
+        assert min(thing.radius for thing in scene.things) >= 0.2
+        assert np.all(record["image"][0, 0] == 128)  # nothing reaches the corner
+        for caption in record["captions"]:
+            assert set(caption.split()) - set(COLOURS) - set(SHAPES) <= {"a", "an", "and"}
+            assert names_every_object(scene, caption)
+
+
+def test_objects_can_only_be_as_large_as_they_fit():
+    with pytest.raises(UserError, match="smallest is 0.25; with 2 objects give 0.115 to 0.21"):
+        Scenes("train", 48, max_objects=2, smallest=0.25)
