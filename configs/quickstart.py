@@ -1,6 +1,10 @@
 """CapPa on `scenes`, on a CPU, in minutes.
 
 python -m cap_pretrain.main --config=configs/quickstart.py --workdir=runs/quickstart
+
+At the end, about nine in ten of 500 unseen images should be captioned with every object's colour
+and shape. What is easier here than in `scenes` as such, so that minutes are enough: at most two
+objects, large ones, four shapes, no patterns, plain backgrounds and plain captions.
 """
 
 from ml_collections import ConfigDict
@@ -9,32 +13,39 @@ from cap_pretrain import config, evals, learners
 
 
 def get_config() -> ConfigDict:
-    """Returns the configuration: a small CapPa, scenes of one or two objects, full captions."""
+    """Returns the configuration: a small CapPa on easy scenes."""
     c = config.default()
-    c.total_steps = 1500
-    c.batch_size = 128
-    c.dtype = "float32"
-    c.model.name = "mu/8"
-    c.model.width = 128
-    c.model.depth = 4
-    c.model.mlp = 512
+    c.total_steps = 5000
+    c.batch_size = 64
+    c.model.name = "mu/12"
+    c.model.width = 96
+    c.model.depth = 3
+    c.model.mlp = 384
     c.model.heads = 4
-    c.learner = learners.defaults("captioner", parallel_fraction=0.75)
+    c.model.decoder_depth = 2
+    c.model.unroll = 3
+    # The paper's 0.75 leaves a short run too little of what decoding needs, reading on.
+    c.learner = learners.defaults("captioner", parallel_fraction=0.5)
     c.data.image_size = 48
     c.data.scenes.max_objects = 2
-    c.data.scenes.partial_captions = False
-    c.text.length = 24
-    c.text.vocab_size = 256
+    c.data.scenes.smallest = 0.2
+    c.data.scenes.shapes = 4
+    c.data.scenes.patterns = False
+    c.data.scenes.backgrounds = False
+    c.data.scenes.plain_captions = True
+    c.data.scenes.synonyms = False
+    c.text.vocab_size = 128
+    c.text.length = 12
     c.optim.name = "adamw"
-    c.optim.lr = 2e-3
-    c.optim.warmup_share = 0.1
-    c.optim.b2 = 0.95
-    c.eval.every_share = 0.2
+    c.optim.lr = 1e-3
+    c.optim.weight_decay = 0.01
+    c.optim.warmup_share = 0.05
+    c.log.every_steps = 100
     c.evals = ConfigDict(
         {
             "val": evals.defaults("loss", limit=1000, unigram=True),
+            "samples": evals.defaults("captions", count=8, when="end"),
             "scenes": evals.defaults("scene_captions"),
-            "samples": evals.defaults("captions", when="end"),
         }
     )
     return c
