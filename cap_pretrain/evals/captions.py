@@ -76,7 +76,8 @@ class Captions:
         for index, caption in self._captioning(variables):
             example = self._source[index]
             references = list(example["captions"])
-            samples.append({"id": example["id"], "caption": caption, "references": references})
+            sample = {"index": index, "id": example["id"], "caption": caption}
+            samples.append(sample | {"references": references})
             if len(samples) <= self._options.shown:
                 pictures.append((pipeline.square(example["image"], size, "none"), caption))
                 lines.append(f"{example['id']}: {caption}")

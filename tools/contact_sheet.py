@@ -1,0 +1,108 @@
+"""Draws images with their captions, or with what a run says of them.
+
+    python tools/contact_sheet.py --data scenes --split novel --image_size 96 --out scenes.png
+    python tools/contact_sheet.py --workdir runs/quickstart --out captions.png
+
+With --workdir, the images and captions are those of the run's last sample captions
+(`evals/samples`, see configs).
+"""
+
+import argparse
+import json
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image, ImageDraw, ImageFont
+
+from cap_pretrain import inputs
+from cap_pretrain.data import pipeline
+from cap_pretrain.data.sources import open_source
+from cap_pretrain.errors import UserError
+
+Picture = tuple[np.ndarray, str]
+
+
+def of_dataset(data: str, split: str, size: int) -> Iterator[Picture]:
+    """Yields the images of a dataset, uint8 [size, size, 3], with their first captions."""
+    source = open_source(data, split, image_size=size)
+    for index in range(len(source)):
+        example = source[index]
+        yield pipeline.square(example["image"], size, "none"), "; ".join(example["captions"][:1])
+
+
+def of_run(workdir: Path, evaluation: str) -> Iterator[Picture]:
+    """Yields the images that a run captioned last, as it saw them, with its captions."""
+    results = sorted(
+        (workdir / "evals" / evaluation).glob("*.json"), key=lambda path: int(path.stem)
+    )
+    if not results:
+        raise UserError(f"{workdir}: there is no evals/{evaluation}; let the run evaluate first.")
+    result = json.loads(results[-1].read_text(encoding="utf-8"))
+    config = ConfigDict(json.loads((workdir / "config.json").read_text(encoding="utf-8")))
+    options = result["options"]
+    source = inputs.open_data(config, options["split"] or config.data.eval_split, options["data"])
+    for sample in result["samples"]:
+        image = source[sample["index"]]["image"]
+        yield pipeline.square(image, config.data.image_size, "none"), sample["caption"]
+
+
+def draw(pictures: Sequence[Picture], columns: int, side: int) -> Image.Image:
+    """Returns a grid of the pictures, `side` pixels wide, each above its caption."""
+    gap = 8
+    font = ImageFont.load_default(max(11, side // 10))
+    line = font.getbbox("Ag")[3] + 2
+    letters = max(1, int(side / font.getlength("n")))
+    captions = [textwrap.wrap(caption, letters) for _, caption in pictures]
+    step_x, step_y = side + gap, side + gap + line * max(map(len, captions))
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * step_x + gap, rows * step_y + gap), "white")
+    pen = ImageDraw.Draw(sheet)
+    for k, (image, _) in enumerate(pictures):
+        x, y = gap + k % columns * step_x, gap + k // columns * step_y
+        sheet.paste(Image.fromarray(image).resize((side, side)), (x, y))
+        pen.multiline_text((x, y + side + 1), "\n".join(captions[k]), "black", font, spacing=2)
+    return sheet
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0 done, 2 the user's mistake."""
+    args = _parse(argv)
+    try:
+        found = (
+            of_run(args.workdir, args.evaluation)
+            if args.workdir
+            else of_dataset(args.data, args.split, args.image_size)
+        )
+        pictures = [picture for picture, _ in zip(found, range(args.count), strict=False)]
+        draw(pictures, args.columns, args.side).save(args.out)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {args.out}")
+    return 0
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    summary, _, rest = __doc__.partition("\n")
+    parser = argparse.ArgumentParser(
+        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--data", help="a dataset or its path")
+    what.add_argument("--workdir", type=Path, help="the folder of a run")
+    parser.add_argument("--split", default="train", help="with --data; default: train")
+    parser.add_argument("--image_size", type=int, default=96, help="with --data; default: 96")
+    parser.add_argument("--evaluation", default="samples", help="with --workdir; default: samples")
+    parser.add_argument("--count", type=int, default=8)
+    parser.add_argument("--columns", type=int, default=4)
+    parser.add_argument("--side", type=int, default=144, help="of each picture, in pixels")
+    parser.add_argument("--out", required=True, type=Path, help="a picture file")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
