@@ -93,7 +93,8 @@ def default() -> ConfigDict:
     )
     # Side in pixels. The recipe resizes to 224 x 224, ignoring the aspect ratio.
     c.data.image_size = 224
-    # "none" resizes the whole image; "random" crops a random part (area 0.08 to 1) first.
+    # "none" resizes the whole image; "random" crops a random part (area 0.08 to 1) first, and
+    # evaluation takes the central square.
     c.data.crop = "none"
     # Mirror half of the images. Captions that say left and right become wrong.
     c.data.flip = False

@@ -94,6 +94,7 @@ class Context:
             self.tokenizer,
             image_size=self.config.data.image_size,
             batch_size=-(-batch_size // ways) * ways,
+            crop="center" if self.config.data.crop == "random" else "none",
             limit=limit,
             host=jax.process_index(),
             hosts=jax.process_count(),

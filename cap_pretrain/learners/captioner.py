@@ -9,6 +9,7 @@ import optax
 from flax import nnx
 from ml_collections import ConfigDict
 
+from cap_pretrain import learners
 from cap_pretrain.errors import UserError
 from cap_pretrain.models.build import build_encoder, compute, decoder_size
 from cap_pretrain.models.layers import normalize_images
@@ -80,8 +81,6 @@ class Captioner(nnx.Module):
 
     @classmethod
     def from_config(cls, config: ConfigDict, vocab_size: int, rngs: nnx.Rngs) -> "Captioner":
-        fields = config.learner.to_dict()
-        fields.pop("name")
         decoder = Decoder(
             decoder_size(config), vocab_size=vocab_size, compute=compute(config), rngs=rngs
         )
@@ -89,7 +88,7 @@ class Captioner(nnx.Module):
             build_encoder(config, rngs),
             decoder,
             length=config.text.length,
-            options=cls.Options(**fields),
+            options=learners.options(config),
             rngs=rngs,
         )
 

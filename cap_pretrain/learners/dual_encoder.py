@@ -14,6 +14,7 @@ import optax
 from flax import nnx
 from ml_collections import ConfigDict
 
+from cap_pretrain import learners
 from cap_pretrain.errors import UserError
 from cap_pretrain.models.build import build_encoder, compute, encoder_size
 from cap_pretrain.models.layers import XAVIER, normalize_images
@@ -68,8 +69,6 @@ class DualEncoder(nnx.Module):
 
     @classmethod
     def from_config(cls, config: ConfigDict, vocab_size: int, rngs: nnx.Rngs) -> "DualEncoder":
-        fields = config.learner.to_dict()
-        fields.pop("name")
         tower = TextTower(
             encoder_size(config),
             vocab_size=vocab_size,
@@ -77,7 +76,7 @@ class DualEncoder(nnx.Module):
             compute=compute(config),
             rngs=rngs,
         )
-        return cls(build_encoder(config, rngs), tower, options=cls.Options(**fields), rngs=rngs)
+        return cls(build_encoder(config, rngs), tower, options=learners.options(config), rngs=rngs)
 
     def embed_images(self, images: jax.Array, *, train: bool = False, key=None) -> jax.Array:
         """uint8 images [B, H, W, 3] -> unit vectors [B, D] float32."""

@@ -6,13 +6,17 @@ but LeCun normal (the default of Flax) for the patch embedding.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 from flax import nnx
 from jax.sharding import PartitionSpec as P
+
+from cap_pretrain.models.sizes import Size
 
 XAVIER = nnx.initializers.xavier_uniform()
 
@@ -129,9 +133,10 @@ class Attention(nnx.Module):
     ) -> jax.Array:
         """x [B, T, D], keys and values [B, S, heads, D / heads], mask bool [B | 1, 1, T, S]."""
         query = self._split_heads(self.query(x))
-        out = jax.nn.dot_product_attention(
-            query, keys, values, mask=mask, implementation=self._implementation(query)
-        )
+        kind = self.implementation
+        if kind == "auto":
+            kind = "cudnn" if fused_attention_works(query, keys, mask is not None) else "xla"
+        out = jax.nn.dot_product_attention(query, keys, values, mask=mask, implementation=kind)
         return self.out(out.reshape(x.shape))
 
     def __call__(
@@ -139,14 +144,32 @@ class Attention(nnx.Module):
     ) -> jax.Array:
         return self.attend(x, *self.keys_values(x if context is None else context), mask)
 
-    def _implementation(self, query: jax.Array) -> str:
-        if self.implementation != "auto":
-            return self.implementation
-        # cuDNN's fused kernel wants half precision and head sizes in multiples of 8, up to 128.
-        size = query.shape[-1]
-        half = query.dtype in (jnp.bfloat16, jnp.float16)
-        fused = jax.default_backend() == "gpu" and half and size % 8 == 0 and size <= 128
-        return "cudnn" if fused else "xla"
+
+def fused_attention_works(query: jax.Array, keys: jax.Array, masked: bool) -> bool:
+    """Whether cuDNN's fused kernel takes attention of these shapes, forward and backward."""
+    half = query.dtype in (jnp.bfloat16, jnp.float16)
+    if jax.default_backend() != "gpu" or not half or query.shape[1] == 1:
+        return False  # one query, as in decoding, is no work for it
+    return _cudnn_compiles(query.shape, keys.shape, query.dtype, masked)
+
+
+@functools.cache
+def _cudnn_compiles(
+    query: tuple[int, ...], keys: tuple[int, ...], dtype: Any, masked: bool
+) -> bool:
+    # What it takes depends on the versions of cuDNN and of the GPU, so it is asked and not guessed.
+    def attend(q, k, v):
+        mask = jnp.ones((1, 1, query[1], keys[1]), bool) if masked else None
+        out = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
+        return jnp.sum(out.astype(jnp.float32))
+
+    shapes = [jax.ShapeDtypeStruct((1, *shape[1:]), dtype) for shape in (query, keys, keys)]
+    try:
+        jax.jit(jax.grad(attend, argnums=(0, 1, 2))).lower(*shapes).compile()
+    except Exception as e:  # a choice of kernel, not an error: every refusal means "the other one"
+        logging.info("cuDNN attention does not take %s x %s: %s", query, keys, e)
+        return False
+    return True
 
 
 class EncoderBlock(nnx.Module):
@@ -206,6 +229,30 @@ def scan_layers(
     return jax.lax.scan(
         step, x, (params, per_layer), length=depth, unroll=min(compute.unroll, depth)
     )
+
+
+def encoder_blocks(size: Size, *, compute: Compute, rngs: nnx.Rngs) -> nnx.Module:
+    """Returns the stacked blocks of a transformer encoder, of images or of text."""
+    return stack_layers(
+        lambda rngs: EncoderBlock(size.width, size.mlp, size.heads, compute=compute, rngs=rngs),
+        size.depth,
+        rngs,
+    )
+
+
+def run_encoder_blocks(
+    blocks: nnx.Module, x: jax.Array, key: jax.Array | None, *, depth: int, compute: Compute
+) -> jax.Array:
+    """Runs `encoder_blocks` on x [B, N, D]; `key` None means evaluation."""
+    x, _ = scan_layers(
+        blocks,
+        lambda block, x, inputs: (block(x, *inputs), None),
+        x,
+        layer_randomness(key, depth, compute),
+        depth=depth,
+        compute=compute,
+    )
+    return x
 
 
 def layer_randomness(

@@ -7,11 +7,12 @@ from flax import nnx
 from cap_pretrain.models.layers import (
     Attention,
     Compute,
-    EncoderBlock,
     Mlp,
     constrain,
     dropout,
+    encoder_blocks,
     layer_randomness,
+    run_encoder_blocks,
     scan_layers,
     split_optional,
     stack_layers,
@@ -189,11 +190,7 @@ class TextTower(nnx.Module):
         )
         init = nnx.initializers.normal(size.width**-0.5)
         self.positions = nnx.Param(init(rngs.params(), (length, size.width)))
-        self.blocks = stack_layers(
-            lambda rngs: EncoderBlock(size.width, size.mlp, size.heads, compute=compute, rngs=rngs),
-            size.depth,
-            rngs,
-        )
+        self.blocks = encoder_blocks(size, compute=compute, rngs=rngs)
         self.norm = nnx.LayerNorm(size.width, dtype=compute.dtype, rngs=rngs)
         self.size, self.compute = size, compute
 
@@ -203,13 +200,6 @@ class TextTower(nnx.Module):
         """text int32 [B, T] -> [B, D]."""
         x = self.embedding(text)
         x = constrain(x + self.positions[...].astype(x.dtype))
-        per_layer = layer_randomness(key if train else None, self.size.depth, self.compute)
-        x, _ = scan_layers(
-            self.blocks,
-            lambda block, x, inputs: (block(x, *inputs), None),
-            x,
-            per_layer,
-            depth=self.size.depth,
-            compute=self.compute,
-        )
+        key = key if train else None
+        x = run_encoder_blocks(self.blocks, x, key, depth=self.size.depth, compute=self.compute)
         return self.norm(x)[:, -1]

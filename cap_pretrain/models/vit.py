@@ -8,12 +8,10 @@ from cap_pretrain.models.layers import (
     XAVIER,
     Attention,
     Compute,
-    EncoderBlock,
     EncoderOutput,
     Mlp,
-    layer_randomness,
-    scan_layers,
-    stack_layers,
+    encoder_blocks,
+    run_encoder_blocks,
 )
 from cap_pretrain.models.sizes import Size
 
@@ -67,11 +65,7 @@ class ViT(nnx.Module):
         grid = image_size // patch
         init = nnx.initializers.normal(size.width**-0.5)
         self.positions = nnx.Param(init(rngs.params(), (grid * grid, size.width)))
-        self.blocks = stack_layers(
-            lambda rngs: EncoderBlock(size.width, size.mlp, size.heads, compute=compute, rngs=rngs),
-            size.depth,
-            rngs,
-        )
+        self.blocks = encoder_blocks(size, compute=compute, rngs=rngs)
         self.norm = nnx.LayerNorm(size.width, dtype=compute.dtype, rngs=rngs)
         if pool == "map":
             self.head = MapHead(size, compute=compute, rngs=rngs)
@@ -84,15 +78,8 @@ class ViT(nnx.Module):
         """images [B, H, W, 3] float in [-1, 1] -> tokens [B, N, D], pooled [B, D]."""
         x = self.patch_embedding(self._patchify(images.astype(self.compute.dtype)))
         x = x + self._positions(images.shape[1:3]).astype(x.dtype)
-        per_layer = layer_randomness(key if train else None, self.size.depth, self.compute)
-        x, _ = scan_layers(
-            self.blocks,
-            lambda block, x, inputs: (block(x, *inputs), None),
-            x,
-            per_layer,
-            depth=self.size.depth,
-            compute=self.compute,
-        )
+        key = key if train else None
+        x = run_encoder_blocks(self.blocks, x, key, depth=self.size.depth, compute=self.compute)
         tokens = self.norm(x)
         pooled = self.head(tokens) if self.pool == "map" else jnp.mean(tokens, axis=1)
         return EncoderOutput(tokens, pooled)
