@@ -150,7 +150,7 @@ def fused_attention_works(query: jax.Array, keys: jax.Array, masked: bool) -> bo
     half = query.dtype in (jnp.bfloat16, jnp.float16)
     if jax.default_backend() != "gpu" or not half or query.shape[1] == 1:
         return False  # one query, as in decoding, is no work for it
-    return _cudnn_compiles(query.shape, keys.shape, query.dtype, masked)
+    return _cudnn_compiles(query.shape[1:], keys.shape[1:], query.dtype, masked)
 
 
 @functools.cache
@@ -159,11 +159,11 @@ def _cudnn_compiles(
 ) -> bool:
     # What it takes depends on the versions of cuDNN and of the GPU, so it is asked and not guessed.
     def attend(q, k, v):
-        mask = jnp.ones((1, 1, query[1], keys[1]), bool) if masked else None
+        mask = jnp.ones((1, 1, query[0], keys[0]), bool) if masked else None
         out = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
         return jnp.sum(out.astype(jnp.float32))
 
-    shapes = [jax.ShapeDtypeStruct((1, *shape[1:]), dtype) for shape in (query, keys, keys)]
+    shapes = [jax.ShapeDtypeStruct((1, *shape), dtype) for shape in (query, keys, keys)]
     try:
         jax.jit(jax.grad(attend, argnums=(0, 1, 2))).lower(*shapes).compile()
     except Exception as e:  # a choice of kernel, not an error: every refusal means "the other one"
