@@ -6,6 +6,7 @@ goes on where it stopped. `--dry_run` writes WORKDIR/plan.json and prints it.
 Exit status: 0 done, 2 the user's mistake, 143 stopped by SIGTERM after saving.
 """
 
+import gc
 import sys
 from pathlib import Path
 
@@ -67,6 +68,7 @@ def main(_: list[str]) -> None:
         print(train.dry_run(CONFIG.value, workdir))
     else:
         train.run(CONFIG.value, workdir)
+        gc.collect()  # JAX lets go of the last batches, which may lie in shared memory
 
 
 def entry() -> int:
