@@ -205,8 +205,10 @@ class TfdsSource:
                     f"data.fields: no field {field!r}.{did_you_mean(field, DEFAULT_FIELDS)}"
                 )
         for field, path in paths.items():
-            wanted = field == "image" or path != DEFAULT_FIELDS[field]
-            if wanted and path not in leaves:
+            chosen_or_nested = path != DEFAULT_FIELDS[field] or any(
+                leaf.startswith(f"{path}/") for leaf in leaves
+            )
+            if path not in leaves and (field == "image" or chosen_or_nested):
                 raise UserError(
                     f"{self._where}: no feature {path!r} for the field {field!r}; it has "
                     f"{', '.join(sorted(leaves))}. Set data.fields.{field}."

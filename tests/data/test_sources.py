@@ -131,6 +131,10 @@ def test_fields_can_be_elsewhere(data_dir):
     assert all(e["captions"][0][1:] == e["captions"][1][1:] for e in nested)
     assert sorted(e["captions"][0] for e in nested) == [f"a{i}" for i in range(10)]
 
+    # What a config says by default may be missing; only another name must be there.
+    fields = {"image": "image", "captions": "captions/text", "label": "label", "id": "id"}
+    assert {e["label"] for e in read(data_dir / "nested_captions", fields=fields)} == {-1}
+
     fields = {"captions": "meta/text", "id": "meta/number", "label": "meta/number"}
     for example in read(data_dir / "one_caption", fields=fields):
         i = int(example["id"]) // 7
