@@ -100,12 +100,12 @@ def run(config: ConfigDict, workdir: Path) -> None:
         writer = telemetry.MetricsWriter(workdir, enabled=is_main, resume_step=start)
         stack.callback(writer.close)
         stack.enter_context(jax.set_mesh(mesh))
-        if start and (start >= schedule.total or start % max(1, schedule.evaluate) == 0):
+        finished = start >= schedule.total
+        if finished or (start and schedule.evaluate and start % schedule.evaluate == 0):
             # The run before may have been stopped between saving and evaluating.
-            end = start >= schedule.total
-            results = suite.run(start, state.variables, end=end, only_missing=True)
+            results = suite.run(start, state.variables, end=finished, only_missing=True)
             _report(start, results, writer, progress)
-        if start >= schedule.total:
+        if finished:
             progress.say(f"Already at step {start} of {schedule.total}: nothing to do.")
             return
         dataset = inputs.training_batches(config, mixture, tokenizer)

@@ -179,7 +179,7 @@ def test_a_run_imports_no_tensorflow(tmp_path):
         "sys.exit(code)\n"
     )
     small = ("--config.total_steps=1", "--config.batch_size=4", "--config.model.depth=1")
-    data = ("--config.data.image_size=16", "--config.data.scenes.length_train=200")
+    data = ("--config.data.image_size=24", "--config.data.scenes.length_train=200")
     counts = ("scenes.count=4", "samples.count=4", "val.limit=4")
     done = subprocess.run(
         [

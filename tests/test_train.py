@@ -1,6 +1,8 @@
 """The loop: what a run leaves behind, exact resume, and how it ends when it must."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 import sentencepiece
+from ml_collections import ConfigDict
 
-from cap_pretrain import partition, telemetry, train
+from cap_pretrain import evals, partition, telemetry, train
 from cap_pretrain.errors import UserError
 from tests import toy
 
@@ -110,6 +113,21 @@ def test_a_finished_run_says_so_and_does_nothing(straight, tokenizer_path, capsy
     train.run(make_config(CAPPA, tokenizer_path), workdir)
     assert f"Already at step {STEPS} of {STEPS}: nothing to do." in capsys.readouterr().out
     assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
+def test_an_evaluation_that_a_stop_prevented_is_made_up_for_once(
+    straight, tokenizer_path, tmp_path
+):
+    workdir = shutil.copytree(straight(CAPPA), tmp_path / "run")
+    config = make_config(CAPPA, tokenizer_path)
+    config.evals = ConfigDict({"late": evals.defaults("loss", limit=8)})
+    train.run(config, workdir)
+    result = workdir / "evals" / "late" / f"{STEPS}.json"
+    assert json.loads(result.read_text())["examples"] == 8
+    assert toy.lines(workdir)[-1]["late/loss"] == json.loads(result.read_text())["loss"]
+    before = (result.stat().st_mtime_ns, len(toy.lines(workdir)))
+    train.run(config, workdir)
+    assert (result.stat().st_mtime_ns, len(toy.lines(workdir))) == before
 
 
 def test_the_newest_checkpoints_and_every_nth_are_kept(straight):
