@@ -196,7 +196,7 @@ def test_sigterm_ends_the_program_with_143_after_saving(tokenizer_path, tmp_path
         *(sys.executable, "-m", "cap_pretrain.main"),
         *(f"--config={toy.CONFIGS / 'quickstart.py'}", f"--workdir={tmp_path}"),
         *("--config.model.width=64", "--config.model.depth=1", "--config.batch_size=8"),
-        *("--config.data.image_size=16", f"--config.text.tokenizer={tokenizer_path}"),
+        *("--config.data.image_size=24", f"--config.text.tokenizer={tokenizer_path}"),
         *(
             "--config.total_steps=100000",
             "--config.log.every_steps=1",
