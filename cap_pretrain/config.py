@@ -52,7 +52,8 @@ def default() -> ConfigDict:
     c.accumulate = 1
     # Of activations; parameters, softmax and loss are float32. "auto": bfloat16, on CPU float32.
     c.dtype = "auto"
-    # An exported encoder or a workdir to start from (probes, captioning); "" is none.
+    # An exported encoder or a workdir to start from; for probes and captioning, which are yet to
+    # come: anything but "" is refused.
     c.encoder = ""
 
     c.model = ConfigDict()
@@ -255,6 +256,11 @@ def validate(config: ConfigDict) -> None:
     if config.text.tokenizer and not Path(config.text.tokenizer).is_file():
         raise UserError(f"text.tokenizer: there is no file {config.text.tokenizer!r}.")
     parse_mixture(config.data.name)
+    if config.encoder:
+        raise UserError(
+            f"encoder: {config.encoder!r} cannot be used, no learner of this version starts from "
+            "an encoder; leave it empty."
+        )
     cls = learners.learner_class(config.learner.name)
     learners.options(config)
     if config.accumulate > 1 and not cls.sum_over_batch:
