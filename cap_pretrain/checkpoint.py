@@ -1,17 +1,80 @@
 """Saving and restoring the training state with Orbax, in `WORKDIR/checkpoints/STEP/`.
 
-A checkpoint has two parts: `learner` (what evaluation and export need) and `optimizer`. Orbax
-writes to a temporary folder and renames it when complete: an interrupted save harms no older one.
+A checkpoint has three items: `learner` (what evaluation and export need), `optimizer`, and a
+`manifest` with the path, shape, dtype and fingerprint of every array in the other two. Orbax writes
+to a temporary folder and renames it when complete: an interrupted save harms no older one. What is
+restored is compared with the manifest, so a damaged checkpoint is noticed, whatever the damage, and
+told from the checkpoint of another model.
 """
 
+import contextlib
+import dataclasses
+import functools
+import json
+import logging
+import shutil
+import sys
+import time
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
+from orbax.checkpoint import checkpoint_managers as policies
 
-from cap_pretrain.errors import UserError
+from cap_pretrain import rules
+from cap_pretrain.errors import UserError, disk_error
+from cap_pretrain.fingerprint import fingerprints
 from cap_pretrain.step import TrainState
+
+ITEMS = ("learner", "optimizer")
+# What reading may fail of though the checkpoint is sound.
+_NOT_DAMAGE = ("RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
+Leaves = dict[str, dict[str, Any]]
+
+
+class Damaged(Exception):
+    """A checkpoint that is not what was saved; the message says in what."""
+
+
+def checkpoints_folder(workdir: str | Path) -> Path:
+    """The folder of a workdir's checkpoints."""
+    return Path(workdir).absolute() / "checkpoints"
+
+
+def saved_steps(workdir: str | Path) -> list[int]:
+    """The steps of which there is a checkpoint, ascending; whether it is sound is not looked at."""
+    folder = checkpoints_folder(workdir)
+    paths = folder.iterdir() if folder.is_dir() else ()
+    return sorted(int(p.name) for p in paths if p.name.isdecimal() and p.is_dir())
+
+
+def load_arrays(workdir: str | Path, step: int) -> dict[str, np.ndarray]:
+    """Returns every array saved at `step` by path, as "learner/params/encoder/…", on this host.
+
+    Needs neither the model nor its config.
+
+    Raises:
+      Damaged: the checkpoint is not what was saved.
+    """
+    folder = checkpoints_folder(workdir) / str(step)
+    manifest = _read_manifest(folder)
+    reader = ocp.PyTreeCheckpointer()
+
+    def read(item: str) -> Any:
+        metadata = reader.metadata(folder / item).item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
+        return reader.restore(folder / item, restore_args=as_numpy)
+
+    tree = _reading(folder, lambda: {item: read(item) for item in ITEMS})
+    _compare(folder, _described(tree, jax.jit(fingerprints)(tree)), manifest["leaves"])
+    return rules.flatten(tree)
 
 
 class Checkpoints:
@@ -20,71 +83,301 @@ class Checkpoints:
     Args:
       workdir: the run's folder.
       config: gives what is kept.
+      identity: further strings that a checkpoint is bound to, by the file they stand for; one that
+        was made with others is refused.
       read_only: for evaluation and export of somebody's run.
+
+    Raises:
+      UserError: the folder cannot be made.
     """
 
-    def __init__(self, workdir: str | Path, config: ConfigDict, *, read_only: bool = False):
+    def __init__(
+        self,
+        workdir: str | Path,
+        config: ConfigDict,
+        *,
+        identity: Mapping[str, str] | None = None,
+        read_only: bool = False,
+    ):
+        self._workdir = Path(workdir)
+        self._identity = dict(identity or {})
+        self._best = config.checkpoint.best
+        self._lowest = config.checkpoint.best_mode == "min"
+        self._minutes = config.checkpoint.every_minutes
+        self._saved_at = time.monotonic()
+        self._saving = self._failed = False
+        self._fingerprints = jax.jit(fingerprints)
         keep_every = config.checkpoint.keep_every_steps
         self._manager = ocp.CheckpointManager(
-            (Path(workdir) / "checkpoints").absolute(),
+            checkpoints_folder(workdir),
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=config.checkpoint.keep_last,
-                keep_period=keep_every or None,
+                preservation_policy=policies.AnyPreservationPolicy(
+                    [
+                        policies.LatestN(config.checkpoint.keep_last),
+                        *([policies.EveryNSteps(keep_every)] if keep_every else []),
+                        _KeepStep(self.best_step),
+                    ]
+                ),
                 read_only=read_only,
                 create=not read_only,
                 cleanup_tmp_directories=not read_only,
+                # Otherwise the process hangs where folders cannot be made.
+                async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
             ),
         )
 
     def latest_step(self) -> int | None:
         """The step of the newest complete checkpoint, or None."""
-        return self._manager.latest_step()
+        return max(saved_steps(self._workdir), default=None)
+
+    def best_step(self) -> int | None:
+        """The saved step with the best `config.checkpoint.best`; None if that is not known."""
+        evaluator, _, figure = self._best.rpartition("/")
+        figures = {}
+        for step in saved_steps(self._workdir) if self._best else ():
+            path = self._workdir / "evals" / evaluator / f"{step}.json"
+            if path.exists():
+                figures[step] = json.loads(path.read_text(encoding="utf-8")).get(figure)
+        known = {step: f if self._lowest else -f for step, f in figures.items() if f is not None}
+        return min(known, key=known.get, default=None)
+
+    def prepare(self, abstract: TrainState) -> None:
+        """Compiles what `save` runs on the devices, so that no step has to wait for it."""
+        self._fingerprints = self._fingerprints.lower(_items(abstract)).compile()
+
+    def minutes_passed(self) -> bool:
+        """Whether `config.checkpoint.every_minutes` have passed since the last save.
+
+        All hosts are told what the first one's clock says.
+        """
+        passed = bool(self._minutes) and time.monotonic() - self._saved_at > 60 * self._minutes
+        if self._minutes and jax.process_count() > 1:
+            passed = bool(multihost_utils.broadcast_one_to_all(np.array(passed)))
+        return passed
 
     def save(self, state: TrainState) -> None:
-        """Begins to save; training may go on at once."""
-        learner, optimizer = _parts(state)
-        self._manager.save(
-            int(state.step),
-            args=ocp.args.Composite(
-                learner=ocp.args.StandardSave(learner),
-                optimizer=ocp.args.StandardSave(optimizer),
-            ),
-        )
+        """Begins to save; training may go on at once.
+
+        Raises:
+          UserError: this save, or the one before, found no room or no permission.
+        """
+        step, items = int(state.step), _items(state)
+        self._saved_at = time.monotonic()
+        leaves = _described(items, self._fingerprints(items))
+        manifest = {"step": step, "identity": self._identity, "leaves": leaves}
+        with self._failure_told():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    **{item: ocp.args.StandardSave(items[item]) for item in ITEMS},
+                    manifest=ocp.args.JsonSave({**manifest, "checksum": _checksum(manifest)}),
+                ),
+            )
+        self._saving = True
+
+    def check(self) -> None:
+        """Raises UserError if the save under way has failed by now."""
+        if self._saving and not self._manager.is_saving_in_progress():
+            with self._failure_told():
+                self._manager.wait_until_finished()
+            self._saving = False
+
+    def restore_newest(
+        self, abstract: TrainState, say: Callable[[str], None] = print
+    ) -> TrainState | None:
+        """Returns the newest state that is sound, laid out as `abstract` says; None if none is saved.
+
+        Newer ones that are damaged are told through `say` and set aside as `STEP.damaged`.
+
+        Raises:
+          UserError: see `restore`; or there are checkpoints, but all are damaged.
+        """
+        steps = saved_steps(self._workdir)
+        for step in reversed(steps):
+            try:
+                return self.restore(abstract, step)
+            except Damaged as e:
+                say(f"{e}. It is set aside as {step}.damaged.")
+                self._set_aside(step)
+        if steps:
+            raise UserError(
+                f"{self._manager.directory}: every checkpoint is damaged, from {steps[0]} to "
+                f"{steps[-1]}. Put a sound one back, or use another --workdir to begin again."
+            )
+        return None
 
     def restore(self, abstract: TrainState, step: int) -> TrainState:
         """Returns the state saved at `step`, laid out as `abstract` says.
 
         Raises:
-          UserError: the checkpoint holds another model or optimizer than the config describes.
+          Damaged: the checkpoint is not what was saved.
+          UserError: it holds another model or optimizer than the config describes, was made with
+            another tokenizer, or may not be read.
         """
-        learner, optimizer = _parts(abstract)
-        try:
-            saved = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    learner=ocp.args.StandardRestore(learner),
-                    optimizer=ocp.args.StandardRestore(optimizer),
-                ),
-            )
-        except (ValueError, KeyError, TypeError) as e:
-            reason = (str(e).strip() or repr(e)).splitlines()[0]
-            raise UserError(
-                f"{self._manager.directory / str(step)}: does not hold the model of this config "
-                f"({reason[:200]}). Use another --workdir or the config it was made with."
-            ) from e
+        folder = self._manager.directory / str(step)
+        manifest = _read_manifest(folder)
+        target = _items(abstract)
+        self._check_fit(folder, manifest, target)
+        read = functools.partial(
+            self._manager.restore,
+            step,
+            args=ocp.args.Composite(
+                **{item: ocp.args.StandardRestore(target[item]) for item in ITEMS}
+            ),
+        )
+        saved = dict(_reading(folder, read).items())
+        _compare(folder, _described(saved, self._fingerprints(saved)), manifest["leaves"])
         return TrainState(**saved["learner"], opt_state=saved["optimizer"]["opt_state"])
 
     def close(self) -> None:
-        """Waits for a save under way and lets go."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Waits for a save under way and lets go; raises UserError if that save failed."""
+        with contextlib.suppress(*([Exception] if self._failed else [])):  # told already
+            try:
+                with self._failure_told():
+                    self._manager.wait_until_finished()
+            finally:
+                self._manager.close()
+
+    def _check_fit(self, folder: Path, manifest: dict[str, Any], target: Any) -> None:
+        """Raises UserError unless the checkpoint is one of this model, tokenizer and optimizer."""
+        for file, found in self._identity.items():
+            if manifest["identity"].get(file) != found:
+                raise UserError(
+                    f"{self._workdir / file}: is not the file that {folder} was trained with. "
+                    "Put that one back, or use another --workdir."
+                )
+        saved, wanted = manifest["leaves"], _described(target)
+        for path in [*wanted, *(path for path in saved if path not in wanted)]:
+            there, here = (_shape_of(leaves.get(path)) for leaves in (saved, wanted))
+            if there != here:
+                raise UserError(
+                    f"{folder}: holds another model than this config describes: {path} is {there} "
+                    f"there, {here} here.\nUse another --workdir, or the config it was made with."
+                )
+
+    def _set_aside(self, step: int) -> None:
+        if jax.process_index() == 0:
+            folder = self._manager.directory / str(step)
+            aside = folder.with_name(f"{step}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"damaged {step}")
+        self._manager.reload()
+
+    @contextlib.contextmanager
+    def _failure_told(self) -> Iterator[None]:
+        """Turns what a full or forbidden disk makes of a save into a UserError."""
+        try:
+            yield
+        except Exception as e:
+            self._saving, self._failed = False, True
+            reason = disk_error(e)
+            if reason is None:
+                raise
+            left = saved_steps(self._workdir)
+            on = (
+                f"it goes on from step {left[-1]}, which is intact"
+                if left
+                else "none was saved yet"
+            )
+            raise UserError(
+                f"{self._manager.directory}: a checkpoint could not be saved ({reason}).\n"
+                f"Mend that and run again: {on}."
+            ) from e
 
 
-def _parts(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
-    learner = {
-        "step": state.step,
-        "params": state.params,
-        "stats": state.stats,
-        "ema": state.ema,
+class _KeepStep(policies.PreservationPolicy):
+    """Preserves the step that `choose` returns when Orbax clears away old checkpoints."""
+
+    def __init__(self, choose: Callable[[], int | None]):
+        self._choose = choose
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        kept = self._choose()
+        return [checkpoint.step == kept for checkpoint in checkpoints]
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+    """The items of a checkpoint besides the manifest."""
+    fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    return {"optimizer": {"opt_state": fields.pop("opt_state")}, "learner": fields}
+
+
+def _described(tree: Any, prints: Mapping[str, Any] | None = None) -> Leaves:
+    """Path -> shape, dtype and, if given, fingerprint of each array of `tree`."""
+    leaves = {
+        path: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
+        for path, leaf in rules.flatten(tree).items()
     }
-    return learner, {"opt_state": state.opt_state}
+    for path, value in jax.device_get(prints or {}).items():
+        leaves[path]["fingerprint"] = int(value)
+    return leaves
+
+
+def _shape_of(leaf: Mapping[str, Any] | None) -> str:
+    return f"{leaf['dtype']} {leaf['shape']}" if leaf else "missing"
+
+
+def _checksum(manifest: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(manifest, sort_keys=True).encode())
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((folder / "manifest" / "metadata").read_text(encoding="utf-8"))
+        checksum = manifest.pop("checksum")
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as e:
+        raise Damaged(f"{folder}: is damaged (its manifest is missing)") from e
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise Damaged(f"{folder}: is damaged (its manifest is not readable)") from e
+    if checksum != _checksum(manifest):
+        raise Damaged(f"{folder}: is damaged (its manifest has changed)")
+    if str(manifest["step"]) != folder.name:
+        raise Damaged(f"{folder}: is damaged (it holds step {manifest['step']})")
+    return manifest
+
+
+def _reading(folder: Path, read: Callable[[], Any]) -> Any:
+    """Returns `read()`, on every host or on none; raises Damaged if it fails of the files."""
+    result, damage = None, None
+    try:
+        with warnings.catch_warnings():
+            # Orbax leaves coroutines behind when it fails.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            result = read()
+    except Exception as e:
+        if reason := disk_error(e):
+            raise UserError(f"{folder}: cannot be read ({reason}).") from e
+        if isinstance(e, MemoryError) or any(word in str(e) for word in _NOT_DAMAGE):
+            raise
+        damage = e
+        sys.excepthook = functools.partial(_without_late_callbacks, sys.excepthook)
+    fine = damage is None
+    if jax.process_count() > 1:
+        fine = bool(np.all(multihost_utils.process_allgather(np.array(fine))))
+    if not fine:
+        reason = (str(damage).strip() or repr(damage)).splitlines()[0]
+        raise Damaged(f"{folder}: is damaged ({reason[:200]})") from damage
+    return result
+
+
+def _without_late_callbacks(hook: Callable, kind: type, error: BaseException, trace: Any) -> None:
+    """An exception hook for TensorStore's threads, which still report to a loop that has failed."""
+    if str(error) != "Event loop is closed":
+        hook(kind, error, trace)
+
+
+def _compare(folder: Path, found: Leaves, saved: Leaves) -> None:
+    for path in [*saved, *(path for path in found if path not in saved)]:
+        if found.get(path) != saved.get(path):
+            raise Damaged(f"{folder}: is damaged ({path} is not what was saved)")
+
+
+def _told_once(record: logging.LogRecord) -> bool:
+    """Passes over what Orbax logs of a failure, with its traceback, many times and from threads."""
+    return not (record.levelno >= logging.ERROR and record.exc_info)
+
+
+for _name in ("absl", "asyncio"):
+    logging.getLogger(_name).addFilter(_told_once)

@@ -12,8 +12,10 @@ however its file gives the duration.
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -32,9 +34,17 @@ CHOICES = {
     "model.attention": ("auto", "xla", "cudnn"),
     "model.remat": tuple(REMAT_POLICIES),
     "data.crop": ("none", "random"),
+    "checkpoint.best_mode": ("min", "max"),
     "optim.name": tuple(optim.OPTIMIZERS),
     "optim.decay": tuple(optim.DECAYS),
 }
+
+# Sections and fields that may differ from one start of a run to the next. They say where and how
+# fast it runs and what is told and kept of it, not what is learned.
+FREE = (
+    *("checkpoint", "log", "eval", "evals", "mesh", "deterministic", "data.workers", "data.dir"),
+    *("data.eval_split", "model.attention", "model.remat", "model.unroll"),
+)
 
 
 def default() -> ConfigDict:
@@ -52,6 +62,9 @@ def default() -> ConfigDict:
     c.accumulate = 1
     # Of activations; parameters, softmax and loss are float32. "auto": bfloat16, on CPU float32.
     c.dtype = "auto"
+    # Bit for bit the same result on every run of the same program, on NVIDIA GPUs too, where it
+    # costs speed. On CPU and TPU it is so anyway.
+    c.deterministic = False
     # An exported encoder or a workdir to start from; for probes and captioning, which are yet to
     # come: anything but "" is refused.
     c.encoder = ""
@@ -142,6 +155,9 @@ def default() -> ConfigDict:
     c.optim.decay_rules = ()
     # Decay of an exponential moving average of the parameters, used by evaluators; 0 is none.
     c.optim.ema = 0.0
+    # How many steps in all may be left out because loss, gradient or update were not finite. With
+    # 0 the first such step ends the run.
+    c.optim.skip_bad_steps = 0
 
     c.mesh = ConfigDict()
     # Devices along each axis; at most one is -1: what the others leave.
@@ -157,15 +173,27 @@ def default() -> ConfigDict:
     c.checkpoint.every_examples = 0
     c.checkpoint.every_epochs = 0.0
     c.checkpoint.every_share = 0.05
+    # And when so many minutes have passed since the last, looked at when a step is logged; 0: never.
+    c.checkpoint.every_minutes = 30.0
     # How many of the newest are kept; every multiple of keep_every_steps is kept besides (0: none).
     c.checkpoint.keep_last = 2
     c.checkpoint.keep_every_steps = 0
+    # An evaluator's figure, as "val/loss": the checkpoint with the best one is kept besides, and
+    # every evaluation comes with a checkpoint. "" keeps none.
+    c.checkpoint.best = ""
+    # Which figure is the best: min or max.
+    c.checkpoint.best_mode = "min"
 
     c.log = ConfigDict()
     c.log.every_steps = 50
     c.log.every_examples = 0
     c.log.every_epochs = 0.0
     c.log.every_share = 0.0
+    # At each step, a fingerprint of which examples it has seen in which order: data/ids.
+    c.log.ids = False
+    # A loss so many robust standard deviations above the median of the last 100 steps is told and
+    # logged as spike/loss; 0: none is.
+    c.log.spikes = 8.0
 
     c.eval = ConfigDict()
     c.eval.every_steps = 0
@@ -248,7 +276,8 @@ def validate(config: ConfigDict) -> None:
         )
     if not (config.total_steps or config.total_examples or config.total_epochs):
         raise UserError("total_steps: the length of the run is not set; give --config.total_steps.")
-    for field in ("optim.lr", "optim.weight_decay", "optim.clip_norm", "data.workers"):
+    not_negative = ("optim.lr", "optim.weight_decay", "optim.clip_norm", "optim.skip_bad_steps")
+    for field in (*not_negative, "data.workers", "checkpoint.every_minutes", "log.spikes"):
         if get(config, field) < 0:
             raise UserError(f"{field}: {get(config, field)} must not be negative.")
     if not 0 <= config.optim.ema < 1:
@@ -270,6 +299,68 @@ def validate(config: ConfigDict) -> None:
         )
     for name, section in config.evals.items():
         evals.options(name, section)
+    best = config.checkpoint.best
+    if best and best.rpartition("/")[0] not in config.evals:
+        raise UserError(
+            f"checkpoint.best: {best!r} is no figure of an evaluator of this config; write "
+            f"EVALUATOR/FIGURE.{did_you_mean(best.rpartition('/')[0], config.evals)}"
+        )
+
+
+def check_unchanged(config: ConfigDict, path: Path, allowed: Sequence[str] = ()) -> list[str]:
+    """Compares a config with the one stored at `path`, with which the run in that folder began.
+
+    Fields in FREE may differ. Fields that one of the two lacks count with their default.
+
+    Args:
+      config: the present one.
+      path: a config.json.
+      allowed: fields or sections that may differ too; "all" stands for every one.
+
+    Returns:
+      What has changed and was allowed to, a line each.
+
+    Raises:
+      UserError: another field differs, or the file is no JSON object.
+    """
+    try:
+        then = _fields(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, AttributeError) as e:
+        raise UserError(
+            f"{path}: is not readable JSON, so what the run began with is not known. Put it back, "
+            "or remove it to go on with the present config."
+        ) from e
+    now = _fields(json.loads(to_json(config)))
+    usual = default()
+    with usual.unlocked():
+        usual.learner = learners.defaults(config.learner.name)
+    usual = _fields(json.loads(to_json(usual)))
+    changed = {}
+    for field in sorted({*then, *now}):
+        values = [fields.get(field, usual.get(field)) for fields in (then, now)]
+        if values[0] != values[1] and not _covered(field, FREE):
+            changed[field] = f"{field} was {values[0]!r}, is now {values[1]!r}"
+    refused = [f for f in changed if not (_covered(f, allowed) or "all" in allowed)]
+    if refused:
+        raise UserError(
+            f"{path}: the run began with another config: {'; '.join(map(changed.get, refused))}.\n"
+            "Put it back, use another --workdir, or go on with "
+            f"--allow_changes={','.join(refused)}."
+        )
+    return list(changed.values())
+
+
+def _fields(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"optim": {"lr": 1}} -> {"optim.lr": 1}."""
+    fields = {}
+    for name, value in section.items():
+        inside = _fields(value, f"{prefix}{name}.") if isinstance(value, dict) else None
+        fields |= {prefix + name: value} if inside is None else inside
+    return fields
+
+
+def _covered(field: str, names: Sequence[str]) -> bool:
+    return any(field == name or field.startswith(f"{name}.") for name in names)
 
 
 def get(config: ConfigDict, field: str):

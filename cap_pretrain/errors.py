@@ -1,7 +1,16 @@
 """The one exception that means "the user can fix this", and the hint that goes with it."""
 
 import difflib
+import errno
+import os
+import re
 from collections.abc import Iterable
+
+# What is the matter with somebody's disk, not with the program.
+_DISK = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),  # full
+    *(errno.EROFS, errno.EACCES, errno.EPERM),  # forbidden
+)
 
 
 class UserError(Exception):
@@ -18,3 +27,17 @@ def did_you_mean(word: str, options: Iterable[str]) -> str:
     if near:
         return f" Did you mean {near[0]!r}?"
     return f" Choose from: {', '.join(options)}." if options else ""
+
+
+def disk_error(error: BaseException) -> str | None:
+    """Returns what is wrong with the disk ("No space left on device"), if that caused `error`."""
+    codes = []
+    if isinstance(error, OSError):
+        codes.append(error.errno)
+    # TensorStore, which Orbax writes with, has ValueErrors that end in the number.
+    codes += map(int, re.findall(r"\[os_error_code='(\d+)'", str(error)))
+    for code in codes:
+        if code in _DISK:
+            return os.strerror(code)
+    cause = error.__cause__ or error.__context__
+    return disk_error(cause) if cause else None

@@ -1,5 +1,6 @@
 """From a config to what a run reads: datasets, tokenizer, batches."""
 
+import hashlib
 import shutil
 from pathlib import Path
 
@@ -57,12 +58,19 @@ def open_tokenizer(config: ConfigDict, path: str | Path) -> tokenizers.SentenceP
     return tokenizers.SentencePieceTokenizer(path, config.text.length, config.text.lower)
 
 
+# Where a workdir keeps the tokenizer of its run.
+TOKENIZER_FILE = "tokenizer/tokenizer.model"
+
+
 def prepare_tokenizer(
-    config: ConfigDict, mixture: Mixture, workdir: Path
+    config: ConfigDict, mixture: Mixture, workdir: Path, *, anew: bool
 ) -> tokenizers.SentencePieceTokenizer:
-    """Returns the run's tokenizer, kept in `workdir/tokenizer/`: given, or trained once."""
-    path = workdir / "tokenizer" / "tokenizer.model"
-    if jax.process_index() == 0 and not path.exists():
+    """Returns the run's tokenizer, kept in `workdir/tokenizer/`: given, or trained once.
+
+    With `anew`, one that is there already counts for nothing: no checkpoint was made with it.
+    """
+    path = workdir / TOKENIZER_FILE
+    if jax.process_index() == 0 and (anew or not path.exists()):
         if config.text.tokenizer:
             path.parent.mkdir(parents=True, exist_ok=True)
             open_tokenizer(config, config.text.tokenizer)  # refuses a file that does not fit
@@ -81,6 +89,12 @@ def prepare_tokenizer(
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("tokenizer")
     return open_tokenizer(config, path)
+
+
+def tokenizer_identity(workdir: Path) -> dict[str, str]:
+    """What binds a checkpoint to the run's tokenizer: its file and the SHA-256 of that."""
+    content = (workdir / TOKENIZER_FILE).read_bytes()
+    return {TOKENIZER_FILE: hashlib.sha256(content).hexdigest()}
 
 
 def training_batches(

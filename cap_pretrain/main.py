@@ -3,7 +3,7 @@
 Any field of the config is set with `--config.some.field=value`. Run again with the same workdir, it
 goes on where it stopped. `--dry_run` writes WORKDIR/plan.json and prints it.
 
-Exit status: 0 done, 2 the user's mistake, 143 stopped by SIGTERM after saving.
+Exit status: 0 done, 2 the user's mistake, 143 stopped by SIGTERM after saving, 130 by Ctrl-C.
 """
 
 import gc
@@ -13,10 +13,13 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from cap_pretrain.errors import UserError, did_you_mean
+from cap_pretrain.errors import UserError, did_you_mean, disk_error
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/NAME.py[:key=value,…]")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: everything it writes.")
+ALLOW_CHANGES = flags.DEFINE_list(
+    "allow_changes", [], "Fields in which --config may differ from the one the run began with."
+)
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only plan: sizes, arithmetic, memory.")
 
 
@@ -32,7 +35,7 @@ def parse(argv: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
     except flags.UnrecognizedFlagError as e:
-        near = did_you_mean(e.flagname, ("config", "workdir", "dry_run"))
+        near = did_you_mean(e.flagname, ("config", "workdir", "allow_changes", "dry_run"))
         raise UserError(f"--{e.flagname}: there is no such flag.{near}") from e
     except flags.Error as e:
         lines = [line for line in str(e).splitlines() if line.strip()]
@@ -67,7 +70,7 @@ def main(_: list[str]) -> None:
     if DRY_RUN.value:
         print(train.dry_run(CONFIG.value, workdir))
     else:
-        train.run(CONFIG.value, workdir)
+        train.run(CONFIG.value, workdir, ALLOW_CHANGES.value)
         gc.collect()  # JAX lets go of the last batches, which may lie in shared memory
 
 
@@ -76,15 +79,26 @@ def entry() -> int:
     try:
         app.run(main, flags_parser=parse)
     except UserError as e:
-        print(f"cap_pretrain: {e}", file=sys.stderr)
-        return 2
+        return say(e, 2)
+    except OSError as e:
+        if not disk_error(e):
+            raise
+        where = f"{e.filename}: " if e.filename else ""
+        return say(f"{where}{e.strerror}. Mend that and run again: the checkpoints are intact.", 2)
+    except KeyboardInterrupt:
+        return say("interrupted before the first step of this start; nothing is lost.", 130)
     except SystemExit as e:  # as app.run always ends
         return e.code or 0
     except Exception as e:
-        if type(e).__name__ != "Stopped":
+        if not hasattr(e, "exit_code"):  # of train.Stopped, which is not imported for a mistake
             raise
-        print(f"cap_pretrain: {e}", file=sys.stderr)
-        return 143
+        return say(e, e.exit_code)
+
+
+def say(message: object, code: int) -> int:
+    """Tells why the program ends; returns the exit code."""
+    print(f"cap_pretrain: {message}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

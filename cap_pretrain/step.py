@@ -11,6 +11,10 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from cap_pretrain import partition, rng
+from cap_pretrain.fingerprint import fingerprint
+
+# What makes XLA's programs for NVIDIA GPUs give the same bits each time; other backends ignore it.
+DETERMINISTIC = {"xla_gpu_deterministic_ops": True}
 
 
 @struct.dataclass
@@ -22,6 +26,8 @@ class TrainState:
       params: parameters of the learner, nested dict by path.
       stats: other variables of the learner, such as BatchNorm statistics.
       opt_state: state of the optimizer.
+      counts: int32 scalars since step 0: `broken`, images that did not decode; `skipped`, steps
+        whose update was left out because it was not finite.
       ema: moving average of `params`, or None.
     """
 
@@ -29,6 +35,7 @@ class TrainState:
     params: Any
     stats: Any
     opt_state: Any
+    counts: dict[str, jax.Array]
     ema: Any = None
 
     @property
@@ -72,6 +79,7 @@ def init_state(
             params=params,
             stats=stats,
             opt_state=tx.init(params),
+            counts={"broken": jnp.int32(0), "skipped": jnp.int32(0)},
             ema=jax.tree.map(jnp.copy, params) if config.optim.ema else None,
         )
 
@@ -131,6 +139,10 @@ def accumulated_gradients(
     return *jax.tree.map(lambda x: x / total, (grads, metrics)), stats
 
 
+# What must be finite for a step to count as a good one.
+FINITE = ("loss", "grad_norm", "update_norm", "param_norm")
+
+
 def make_train_step(
     graphdef: nnx.GraphDef,
     tx: optax.GradientTransformation,
@@ -140,15 +152,20 @@ def make_train_step(
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
     """Returns the jitted `(state, batch) -> (state, metrics)`; the state passed in is given up.
 
+    Besides what the learner reads, a batch may hold `broken` (bool [B], counted) and `index`
+    (uint32 [B], the examples' numbers, whose fingerprint becomes the metric `data/ids`).
+
     Args:
       graphdef: the learner's structure.
       tx: the optimizer.
       rate: the learning rate, for the log.
-      config: gives seed, accumulation and EMA.
+      config: gives seed, accumulation, EMA, and what becomes of steps that are not finite.
       shardings: where the state lies.
     """
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        batch = dict(batch)
+        broken, index = batch.pop("broken", jnp.zeros(1, bool)), batch.pop("index", None)
         key = rng.key(config.seed, state.step, "train")
         grads, metrics, stats = accumulated_gradients(
             graphdef, state.params, state.stats, batch, key, config.accumulate
@@ -165,6 +182,22 @@ def make_train_step(
             "param_norm": optax.tree.norm(params),
             "update_norm": optax.tree.norm(updates),
         }
-        return TrainState(state.step + 1, params, stats, opt_state, ema), metrics
+        counts = {**state.counts, "broken": state.counts["broken"] + jnp.sum(broken)}
+        new = TrainState(state.step + 1, params, stats, opt_state, counts, ema)
+        if config.optim.skip_bad_steps:
+            good = jnp.all(jnp.isfinite(jnp.stack([metrics[name] for name in FINITE])))
+            left_out = state.replace(step=new.step, counts=counts)
+            new = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, left_out)
+            new.counts["skipped"] += ~good
+            metrics["skipped"] = new.counts["skipped"]
+        metrics["data/broken"] = new.counts["broken"]
+        if index is not None:
+            metrics["data/ids"] = fingerprint(index)
+        return new, metrics
 
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+    return jax.jit(
+        train_step,
+        donate_argnums=0,
+        out_shardings=(shardings, None),
+        compiler_options=DETERMINISTIC if config.deterministic else None,
+    )

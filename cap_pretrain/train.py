@@ -7,9 +7,8 @@ random key of step t from the seed. So a run that is started again only needs th
 import contextlib
 import dataclasses
 import io
-import math
-import signal
-from collections.abc import Callable
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,24 @@ import optax
 from ml_collections import ConfigDict
 
 from cap_pretrain import config as configs
-from cap_pretrain import evals, flops, inputs, learners, optim, partition, plan, telemetry
-from cap_pretrain.checkpoint import Checkpoints
+from cap_pretrain import evals, files, flops, inputs, learners, optim, partition, plan, telemetry
+from cap_pretrain.checkpoint import Checkpoints, saved_steps
 from cap_pretrain.data import pipeline
 from cap_pretrain.errors import UserError
 from cap_pretrain.step import init_state, make_train_step
+from cap_pretrain.watch import StopRequest, Watch
 
 
 class Stopped(Exception):
-    """SIGTERM came; the state has been saved."""
+    """A signal asked the run to stop, and the state has been saved.
+
+    Attributes:
+      exit_code: 128 + the signal's number, as shells have it.
+    """
+
+    def __init__(self, request: StopRequest, step: int):
+        super().__init__(f"{request.signal.name}: stopped after step {step}, which is saved.")
+        self.exit_code = 128 + request.signal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,21 +50,25 @@ class Schedule:
     save: int
 
 
-def run(config: ConfigDict, workdir: Path) -> None:
+def run(config: ConfigDict, workdir: Path, allow_changes: Sequence[str] = ()) -> None:
     """Trains as `config` says, in `workdir`, from where an earlier run there stopped.
+
+    Args:
+      config: see config.py.
+      workdir: the folder of everything the run writes.
+      allow_changes: fields in which `config` may differ from the one the run began with.
 
     Raises:
       UserError: the user's mistake.
-      Stopped: SIGTERM ended the run early, after saving.
+      Stopped: SIGTERM or SIGINT ended the run early, after saving.
     """
     configs.validate(config)
     mesh = partition.make_mesh(config)
     is_main = jax.process_index() == 0
     mixture = inputs.open_sources(config)
     schedule = make_schedule(config, epoch=sum(len(source) for source, _ in mixture))
-    tokenizer = inputs.prepare_tokenizer(config, mixture, workdir)
-    if is_main:
-        (workdir / "config.json").write_text(configs.to_json(config))
+    changes = prepare_workdir(config, workdir, allow_changes)
+    tokenizer = inputs.prepare_tokenizer(config, mixture, workdir, anew=not saved_steps(workdir))
 
     rate = learning_rate(config, schedule)
     init, abstract, graphdef, tx = init_state(
@@ -82,68 +94,110 @@ def run(config: ConfigDict, workdir: Path) -> None:
         peak_flops=peak.flops,
     )
 
-    checkpoints = Checkpoints(workdir, config)
-    with timer.pause(), jax.set_mesh(mesh):
-        start = checkpoints.latest_step() or 0
-        if start:
-            progress.say(f"Going on from step {start}.")
-            state = checkpoints.restore(abstract, start)
-        else:
-            state = init()
-    suite = evals.Suite(evals.Context(config, graphdef, tokenizer, mesh), workdir, write=is_main)
-    reads = learners.learner_class(config.learner.name).reads
-    losses = _FiniteLosses(workdir)
-    broken = 0
     with contextlib.ExitStack() as stack:
         stack.callback(progress.close)
+        stack.enter_context(jax.set_mesh(mesh))
+        checkpoints = Checkpoints(workdir, config, identity=inputs.tokenizer_identity(workdir))
         stack.callback(checkpoints.close)
+        with timer.pause():
+            checkpoints.prepare(abstract)
+            state = checkpoints.restore_newest(abstract, progress.say) or init()
+        start = int(state.step)
+        if start:
+            progress.say("\n".join([f"Going on from step {start}.", *changes]))
+        if is_main:
+            keep_config(config, workdir, start)
         writer = telemetry.MetricsWriter(workdir, enabled=is_main, resume_step=start)
         stack.callback(writer.close)
-        stack.enter_context(jax.set_mesh(mesh))
+        watch = Watch(config, workdir, writer, progress)
+        stop = stack.enter_context(StopRequest())
+        # Hosts of a cluster may not leave an evaluation one by one.
+        interrupt = stop.is_set if jax.process_count() == 1 else lambda: False
+        context = evals.Context(config, graphdef, tokenizer, mesh, interrupt)
+        suite = evals.Suite(context, workdir, write=is_main)
+
+        def evaluate(step: int, **options: bool) -> None:
+            try:
+                results = suite.run(step, state.variables, **options)
+            except evals.Interrupted:
+                if checkpoints.latest_step() != step:
+                    checkpoints.save(state)
+                raise Stopped(stop, step) from None
+            _report(step, results, writer, progress)
+
         finished = start >= schedule.total
         if finished or (start and schedule.evaluate and start % schedule.evaluate == 0):
             # The run before may have been stopped between saving and evaluating.
-            results = suite.run(start, state.variables, end=finished, only_missing=True)
-            _report(start, results, writer, progress)
+            evaluate(start, end=finished, only_missing=True)
         if finished:
             progress.say(f"Already at step {start} of {schedule.total}: nothing to do.")
             return
+        reads = (*learners.learner_class(config.learner.name).reads, "broken")
+        reads += ("index",) if config.log.ids else ()
         dataset = inputs.training_batches(config, mixture, tokenizer)
         batches = pipeline.iterate(dataset, start, schedule.total, workers=config.data.workers)
         stack.callback(batches.close)
-        sigterm = stack.enter_context(_SigtermFlag())
+        stack.enter_context(jax.transfer_guard("disallow"))
 
         for step in range(start + 1, schedule.total + 1):
             with timer.data_wait():
                 batch = next(batches)
-            arrays = partition.put_batch({k: batch[k] for k in reads}, mesh)
-            with jax.transfer_guard("disallow"):
-                state, metrics = step_fn(state, arrays)
-            broken += int(batch["broken"].sum())
-            losses.watch(step, metrics)
+            state, metrics = step_fn(state, partition.put_batch({k: batch[k] for k in reads}, mesh))
+            watch.add(step, metrics)
 
             last = step == schedule.total
-            log, evaluate, save = (
-                last or (period and step % period == 0)
+            log, due, save = (
+                last or bool(period and step % period == 0)
                 for period in (schedule.log, schedule.evaluate, schedule.save)
             )
-            stop = sigterm.is_set()
-            if step == start + 1 or log or evaluate or save or stop:
-                losses.check()  # which also waits for the device, so that the clock is right
+            save |= (log and checkpoints.minutes_passed()) or (due and bool(config.checkpoint.best))
+            stopped = stop.is_set()
+            if step == start + 1 or log or due or save or stopped:
+                watch.check()  # which also waits for the device, so that the clock is right
             timer.step_done()
             progress.update(step)
             if log:
-                figures = {f"train/{k}": float(v) for k, v in jax.device_get(metrics).items()}
-                figures |= {"data/broken": broken, **timer.report(step)}
+                figures = {
+                    k if "/" in k else f"train/{k}": v for k, v in jax.device_get(metrics).items()
+                }
+                figures |= timer.report(step)
                 writer.write(step, figures)
                 progress.update(step, figures)
             with timer.pause():
-                if save or stop:
+                checkpoints.check()
+                if save or stopped:
                     checkpoints.save(state)
-                if stop and not last:
-                    raise Stopped(f"SIGTERM: stopped after step {step}, which is saved.")
-                if evaluate:
-                    _report(step, suite.run(step, state.variables, end=last), writer, progress)
+                if stopped and not last:
+                    raise Stopped(stop, step)
+                if due:
+                    evaluate(step, end=last)
+
+
+def prepare_workdir(config: ConfigDict, workdir: Path, allow_changes: Sequence[str]) -> list[str]:
+    """Makes sure that a run with `config` may go on in `workdir`; returns the changes allowed.
+
+    Raises:
+      UserError: nothing can be written there, or the run there began with another config.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=workdir):
+            pass
+    except OSError as e:
+        raise UserError(
+            f"--workdir: {str(workdir)!r} is not writable ({e.strerror}); name another one."
+        ) from e
+    path = workdir / "config.json"
+    if saved_steps(workdir) and path.exists():
+        return configs.check_unchanged(config, path, allow_changes)
+    return []
+
+
+def keep_config(config: ConfigDict, workdir: Path, start: int) -> None:
+    """Writes config.json; the one before, if it differs, stays as config.until_STEP.json."""
+    path, text = workdir / "config.json", configs.to_json(config)
+    if start and path.exists() and path.read_text(encoding="utf-8") != text:
+        path.replace(workdir / f"config.until_{start}.json")
+    files.write_text(path, text)
 
 
 def dry_run(config: ConfigDict, workdir: Path) -> str:
@@ -202,57 +256,3 @@ def _report(
         if result.pictures:
             images, captions = zip(*result.pictures, strict=True)
             writer.images(step, name, np.stack(images), captions)
-
-
-class _FiniteLosses:
-    """Stops the run at the first step whose loss, gradient or parameters are not finite.
-
-    The device runs one step ahead of the check, and nothing is saved unchecked.
-    """
-
-    CHECKED = ("loss", "grad_norm", "param_norm")
-
-    def __init__(self, workdir: Path):
-        self._workdir = workdir
-        self._pending: tuple[int, dict[str, jax.Array]] | None = None
-
-    def watch(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Checks the step before, and remembers this one."""
-        self.check()
-        self._pending = (step, {name: metrics[name] for name in self.CHECKED})
-
-    def check(self) -> None:
-        """Checks the step remembered, waiting for it if need be."""
-        if self._pending is None:
-            return
-        (step, metrics), self._pending = self._pending, None
-        values = jax.device_get(metrics)
-        for name in self.CHECKED:
-            if not math.isfinite(values[name]):
-                raise UserError(
-                    f"step {step}: {name} is {values[name]}; nothing was saved since. Lower "
-                    "optim.lr or optim.clip_norm and start again: "
-                    f"{self._workdir / 'checkpoints'} is intact."
-                )
-
-
-class _SigtermFlag:
-    """Remembers SIGTERM while active, instead of dying of it; the second one kills."""
-
-    def __init__(self):
-        self._set = False
-
-    def is_set(self) -> bool:
-        return self._set
-
-    def __enter__(self) -> "_SigtermFlag":
-        self._before: Callable | int | None = signal.getsignal(signal.SIGTERM)
-        signal.signal(signal.SIGTERM, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self._before)
-
-    def _handle(self, *_: object) -> None:
-        self._set = True
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -29,6 +29,7 @@ def make_state(step=3, width=4, ema=True, names=("kernel",)):
         params=params,
         stats={"norm": {"mean": array(width)}},
         opt_state=({"mu": array(3, width, dtype=jax.numpy.bfloat16), "none": ()},),
+        counts={"broken": jax.device_put(np.int32(1), NamedSharding(mesh, P()))},
         ema={"encoder": {name: array(3, width) for name in names}} if ema else None,
     )
 
@@ -78,10 +79,10 @@ def test_keeps_the_last_and_every_nth(tmp_path):
 )
 def test_a_checkpoint_of_another_model_is_refused(other, tmp_path):
     saved(tmp_path, make_state())
-    message = "checkpoints/3: does not hold the model"
+    message = "checkpoints/3: holds another model"
     with opened(tmp_path) as checkpoints, pytest.raises(UserError, match=message) as error:
         checkpoints.restore(abstract(make_state(**other)), 3)
-    assert len(str(error.value).splitlines()) == 1
+    assert len(str(error.value).splitlines()) == 2
 
 
 def test_a_save_that_was_interrupted_does_not_count(tmp_path):

@@ -1,6 +1,8 @@
 """The command line: exit codes, mistakes in one or two lines, plans."""
 
+import errno
 import json
+import signal
 import subprocess
 import sys
 
@@ -23,7 +25,7 @@ def command(monkeypatch, capsys):
         """A process parses its flags once; the fields of its config become flags too."""
         for name in set(flags.FLAGS) - known:
             delattr(flags.FLAGS, name)
-        for name in ("config", "workdir", "dry_run"):
+        for name in ("config", "workdir", "allow_changes", "dry_run"):
             flags.FLAGS[name].unparse()
 
     def run(*args):
@@ -92,7 +94,7 @@ def test_a_tokenizer_file_that_is_none(command, tmp_path):
 def test_bugs_keep_their_traceback(command, tmp_path, monkeypatch):
     from cap_pretrain import train
 
-    def run(config, workdir):
+    def run(*_):
         raise ZeroDivisionError
 
     monkeypatch.setattr(train, "run", run)
@@ -100,16 +102,39 @@ def test_bugs_keep_their_traceback(command, tmp_path, monkeypatch):
         command(QUICKSTART, f"--workdir={tmp_path}")
 
 
-def test_a_run_that_was_stopped_exits_143(command, tmp_path, monkeypatch):
-    from cap_pretrain import train
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_run_that_was_stopped_says_by_what(number, code, command, tmp_path, monkeypatch):
+    from cap_pretrain import train, watch
 
-    def run(config, workdir):
+    def run(config, workdir, allow_changes):
         assert config.total_steps == 7 and workdir == tmp_path
-        raise train.Stopped("SIGTERM: stopped after step 5, which is saved.")
+        assert allow_changes == ["seed", "optim"]
+        request = watch.StopRequest()
+        request.signal = number
+        raise train.Stopped(request, 5)
 
     monkeypatch.setattr(train, "run", run)
-    code, _, stderr = command(QUICKSTART, f"--workdir={tmp_path}", "--config.total_steps=7")
-    assert code == 143 and "stopped after step 5" in stderr
+    args = (f"--workdir={tmp_path}", "--config.total_steps=7", "--allow_changes=seed,optim")
+    found, _, stderr = command(QUICKSTART, *args)
+    assert found == code and f"{number.name}: stopped after step 5, which is saved" in stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "x.jsonl"), "x.jsonl: No space left"),
+        (OSError(errno.EROFS, "Read-only file system"), "cap_pretrain: Read-only file system"),
+    ],
+)
+def test_a_full_or_forbidden_disk_is_the_users(error, said, command, tmp_path, monkeypatch):
+    from cap_pretrain import train
+
+    def run(*_):
+        raise error
+
+    monkeypatch.setattr(train, "run", run)
+    code, _, stderr = command(QUICKSTART, f"--workdir={tmp_path}")
+    assert code == 2 and said in stderr and len(stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(

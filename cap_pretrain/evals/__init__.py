@@ -52,6 +52,10 @@ class Result:
     pictures: tuple[tuple[np.ndarray, str], ...] = ()
 
 
+class Interrupted(Exception):
+    """An evaluation was given up, since the run is to stop."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Context:
     """What evaluators work with.
@@ -61,12 +65,14 @@ class Context:
       graphdef: the learner's structure; `nnx.merge(graphdef, *variables)` is the learner.
       tokenizer: encodes and decodes text.
       mesh: where to compute.
+      stop: whether to end early, asked before each batch.
     """
 
     config: ConfigDict
     graphdef: nnx.GraphDef
     tokenizer: Any
     mesh: Mesh
+    stop: Callable[[], bool] = lambda: False
 
     def jit(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """Compiles `fn(learner, *arrays)` into a function of `(variables, *arrays)`.
@@ -87,6 +93,9 @@ class Context:
         """Iterates over `(batch on the devices, the same batch on this host)`, each example once.
 
         The batch size is rounded up to what the mesh divides.
+
+        Raises:
+          Interrupted: `stop` says so.
         """
         ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         dataset = pipeline.eval_batches(
@@ -102,6 +111,8 @@ class Context:
         batches = pipeline.iterate(dataset)
         try:
             for batch in batches:
+                if self.stop():
+                    raise Interrupted
                 arrays = {k: batch[k] for k in ("image", "text", "label", "mask", "index")}
                 arrays["index"] = arrays["index"].astype(np.int32)
                 yield partition.put_batch(arrays, self.mesh), batch

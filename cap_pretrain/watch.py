@@ -1,0 +1,118 @@
+"""What the loop keeps an eye on: the figures of every step, and signals that ask it to stop."""
+
+import collections
+import math
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from cap_pretrain import telemetry
+from cap_pretrain.errors import UserError
+from cap_pretrain.step import FINITE
+
+# Loss spikes are judged by so many steps before, once there are some.
+SPIKE_WINDOW, SPIKE_MINIMUM = 100, 20
+# The standard deviation of a normal distribution, in median absolute deviations.
+NORMAL_MAD = 1.4826
+
+
+class Watch:
+    """Looks at the figures of each step: not finite, a spike, which examples were seen.
+
+    The device runs one step ahead of the check, and nothing is saved unchecked.
+
+    Args:
+      config: gives how many bad steps may be skipped, what a spike is, whether ids are logged.
+      workdir: for the message.
+      writer, progress: where it is told.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir: Path,
+        writer: telemetry.MetricsWriter,
+        progress: telemetry.Progress,
+    ):
+        self._may_skip = config.optim.skip_bad_steps
+        self._spikes = config.log.spikes
+        self._workdir, self._writer, self._progress = workdir, writer, progress
+        self._losses = collections.deque(maxlen=SPIKE_WINDOW)
+        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+
+    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Checks the step before, and remembers this one."""
+        self.check()
+        names = (*FINITE, "skipped", "data/ids")
+        self._pending = (step, {name: metrics[name] for name in names if name in metrics})
+
+    def check(self) -> None:
+        """Checks the step remembered, waiting for it if need be.
+
+        Raises:
+          UserError: it is not finite, and no more may be skipped.
+        """
+        if self._pending is None:
+            return
+        (step, metrics), self._pending = self._pending, None
+        values = jax.device_get(metrics)
+        if "data/ids" in values:
+            self._writer.write(step, {"data/ids": values["data/ids"]})
+        bad = next((name for name in FINITE if not math.isfinite(values[name])), None)
+        if bad is None:
+            self._look_for_spike(step, float(values["loss"]))
+            return
+        skipped = int(values.get("skipped", 1))
+        if skipped > self._may_skip:
+            allowed = f" ({skipped - 1} such steps were skipped)" if self._may_skip else ""
+            raise UserError(
+                f"step {step}: {bad} is {values[bad]}{allowed}; nothing was saved since. Lower "
+                "optim.lr or optim.clip_norm and start again: "
+                f"{self._workdir / 'checkpoints'} is intact."
+            )
+        self._progress.say(
+            f"step {step}: {bad} is {values[bad]}; skipped, {skipped} of {self._may_skip} allowed"
+        )
+
+    def _look_for_spike(self, step: int, loss: float) -> None:
+        if self._spikes and len(self._losses) >= SPIKE_MINIMUM:
+            median = float(np.median(self._losses))
+            deviation = NORMAL_MAD * float(np.median(np.abs(np.subtract(self._losses, median))))
+            if loss > median + self._spikes * deviation:
+                self._writer.write(step, {"spike/loss": loss, "spike/median": median})
+                self._progress.say(
+                    f"step {step}: the loss spikes to {loss:.4f}, around {median:.4f} before"
+                )
+        self._losses.append(loss)
+
+
+class StopRequest:
+    """Remembers SIGTERM or SIGINT while active, instead of dying of it; the second one kills."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self):
+        self.signal: signal.Signals | None = None
+
+    def is_set(self) -> bool:
+        return self.signal is not None
+
+    def __enter__(self) -> "StopRequest":
+        self._before: dict[signal.Signals, Callable | int | None] = {
+            number: signal.signal(number, self._handle) for number in self.SIGNALS
+        }
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        self.signal = signal.Signals(number)
+        for each in self.SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
