@@ -185,7 +185,7 @@ class Checkpoints:
     def restore_newest(
         self, abstract: TrainState, say: Callable[[str], None] = print
     ) -> TrainState | None:
-        """Returns the newest state that is sound, laid out as `abstract` says; None if none is saved.
+        """Returns the newest sound state, laid out as `abstract` says; None if there is none.
 
         Newer ones that are damaged are told through `say` and set aside as `STEP.damaged`.
 
@@ -276,11 +276,7 @@ class Checkpoints:
             if reason is None:
                 raise
             left = saved_steps(self._workdir)
-            on = (
-                f"it goes on from step {left[-1]}, which is intact"
-                if left
-                else "none was saved yet"
-            )
+            on = f"it goes on from step {left[-1]}, which is intact" if left else "it begins anew"
             raise UserError(
                 f"{self._manager.directory}: a checkpoint could not be saved ({reason}).\n"
                 f"Mend that and run again: {on}."

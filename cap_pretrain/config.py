@@ -173,7 +173,7 @@ def default() -> ConfigDict:
     c.checkpoint.every_examples = 0
     c.checkpoint.every_epochs = 0.0
     c.checkpoint.every_share = 0.05
-    # And when so many minutes have passed since the last, looked at when a step is logged; 0: never.
+    # And when so many minutes have passed since the last, looked at as a step is logged; 0: never.
     c.checkpoint.every_minutes = 30.0
     # How many of the newest are kept; every multiple of keep_every_steps is kept besides (0: none).
     c.checkpoint.keep_last = 2

@@ -1,7 +1,7 @@
-"""A 32-bit fingerprint of an array's bits: the same on every layout, another if any element changes.
+"""A 32-bit fingerprint of an array's bits: another if any element changes, the same on any layout.
 
-It is computed where the array lies, so that checking gigabytes moves four bytes. The checkpoints use
-it to notice damage, the loop to log which examples it has seen. It is no cryptographic hash.
+It is computed where the array lies, so that checking gigabytes moves four bytes. Checkpoints use it
+to notice damage, the loop to log which examples it has seen. It is no cryptographic hash.
 """
 
 from typing import Any
