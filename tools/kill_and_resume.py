@@ -14,10 +14,12 @@ often as asked, or processes left behind; 2 the command does not run, or the use
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -143,8 +145,8 @@ class Pace:
 
     Attributes:
       steps: its last step.
-      start: seconds until the first line was logged.
-      line: seconds from one logged line to the next, on average.
+      start: seconds until the first step was logged.
+      line: seconds from one logged step to the next, in the median.
       save: seconds that the quickest save took.
     """
 
@@ -172,7 +174,7 @@ def run_through(run: Run) -> Pace:
     return Pace(
         steps=run.step(),
         start=times[0],
-        line=(times[-1] - times[0]) / max(1, len(times) - 1),
+        line=statistics.median(b - a for a, b in itertools.pairwise([0.0, *times])),
         save=min(seen[-1] - seen[0] for seen in saves.values()),
     )
 
