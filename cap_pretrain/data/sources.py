@@ -9,11 +9,16 @@ and `source.class_names` lists the names of the labels (empty: none). A new kind
 new file with such a class and one entry in `_GENERATED`; everything stored goes through TFDS.
 """
 
+import bisect
 import contextlib
 import importlib
+import io
+import itertools
+import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +34,8 @@ DEFAULT_FIELDS = {"image": "image", "captions": "captions", "label": "label", "i
 _GENERATED = {"scenes": "cap_pretrain.data.scenes:Scenes"}
 _SPLIT_ALIASES = {"val": "validation", "validation": "val"}
 _INFO_FILE = "dataset_info.json"
+_FEATURES_FILE = "features.json"
+_OPENING_THREADS = 16  # of files that may lie on a network disk
 
 
 class Source(Protocol):
@@ -65,13 +72,15 @@ def open_source(
 
     Raises:
         UserError: no such dataset, split or field; an empty split; not stored in a format that
-            allows random access.
+            allows random access; a file that is missing or damaged, as far as opening it tells.
     """
     if name in _GENERATED:
         module, cls = _GENERATED[name].split(":")
         generate = getattr(importlib.import_module(module), cls)
         return generate(split, image_size=image_size, **(scenes or {}))
-    return TfdsSource(find_dataset(name, data_dir), split, fields)
+    source = TfdsSource(find_dataset(name, data_dir), split, fields)
+    source.check_files()
+    return source
 
 
 def parse_mixture(text: str) -> list[tuple[str, float]]:
@@ -155,20 +164,17 @@ def _version_folder(path: Path) -> Path:
 class TfdsSource:
     """A prepared TFDS dataset, read record by record without TensorFlow. A `Source`.
 
-    Only its location is pickled: a worker process opens the files anew.
+    Only its location is pickled: a worker process opens the files anew, without checking them all.
+    Reading an example raises UserError when its file is damaged.
     """
 
     def __init__(self, folder: Path, split: str, fields: Mapping[str, str] | None = None):
         """Opens `split` of the dataset in `folder`. Raises UserError as open_source does."""
         self._arguments = (folder, split, fields)
+        self._where = f"dataset {folder}"
         import tensorflow_datasets as tfds
 
-        try:
-            builder = tfds.builder_from_directory(folder)
-        except Exception as error:  # whatever TFDS stumbles over in the files of the folder
-            why = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"dataset {folder}: cannot be read ({why}); build it again.") from error
-        self._where = f"dataset {folder}"
+        builder = self._open_builder(folder)
         self._paths, features = self._find_fields(builder.info.features, fields or {})
         self.class_names = list(getattr(features.get("label"), "names", None) or [])
         self._records = self._open_split(builder, split, tfds.decode.SkipDecoding())
@@ -185,15 +191,68 @@ class TfdsSource:
     def __getitem__(self, index: int) -> Example:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        record = self._records[index]
-        values = {field: _lookup(record, path) for field, path in self._paths.items()}
-        captions = values.get("captions", [])
-        return {
-            "image": values["image"],
-            "captions": [_text(c) for c in np.atleast_1d(np.asarray(captions, object))],
-            "label": int(values.get("label", -1)),
-            "id": _text(values.get("id", index)),
-        }
+        try:
+            record = self._records[index]
+            values = {field: _lookup(record, path) for field, path in self._paths.items()}
+            captions = values.get("captions", [])
+            return {
+                "image": _image(values["image"]),
+                "captions": [_text(c) for c in np.atleast_1d(np.asarray(captions, object))],
+                "label": int(values.get("label", -1)),
+                "id": _text(values.get("id", index)),
+            }
+        except Exception as error:  # whatever the readers stumble over in the bytes of the file
+            shard = self._shards[bisect.bisect_right(self._ends, index)]
+            self._check_file(shard)  # tells more, if it is not this example alone
+            raise UserError(
+                f"{self}: example {index} in {Path(shard.filename).name} cannot be read "
+                f"({_why(error)}); copy or build the dataset again."
+            ) from error
+
+    def check_files(self) -> None:
+        """Opens every file of the split, without reading the examples.
+
+        Raises:
+            UserError: a file is missing, damaged, not readable, or holds other examples than
+                dataset_info.json says.
+        """
+        with ThreadPoolExecutor(_OPENING_THREADS) as threads:
+            for _ in threads.map(self._check_file, self._shards):
+                pass
+
+    def _check_file(self, shard: Any) -> None:
+        path, count = Path(shard.filename), shard.examples_in_shard
+        try:
+            if not path.exists():
+                raise UserError(f"{self._where}: {path.name} is missing; copy or build it again.")
+            if self._is_array_record:
+                count = _count_examples(path)
+        except (OSError, RuntimeError) as error:
+            why = _why(error) if str(error) else "it is cut off"
+            raise UserError(
+                f"{self._where}: {path.name} cannot be read ({why}); copy or build it again."
+            ) from error
+        if count != shard.examples_in_shard:
+            raise UserError(
+                f"{self._where}: {path.name} holds {count} examples, but {_INFO_FILE} says "
+                f"{shard.examples_in_shard}; copy or build the dataset again."
+            )
+
+    def _open_builder(self, folder: Path) -> Any:
+        import tensorflow_datasets as tfds
+
+        at_fault = _INFO_FILE
+        try:
+            for at_fault in (_INFO_FILE, _FEATURES_FILE):
+                json.loads((folder / at_fault).read_text(encoding="utf-8"))
+            at_fault = f"{_INFO_FILE} or {_FEATURES_FILE}"
+            # It prints that TensorFlow is not installed, where a feature asks for that.
+            with contextlib.redirect_stdout(io.StringIO()):
+                return tfds.builder_from_directory(folder)
+        except Exception as error:  # whatever TFDS stumbles over in these files
+            raise UserError(
+                f"{self._where}: {at_fault} cannot be read ({_why(error)}); copy or build it again."
+            ) from error
 
     def _find_fields(self, features: Any, chosen: Mapping[str, str]) -> tuple[dict, dict]:
         """Returns the path and the feature of each field that the dataset has."""
@@ -237,9 +296,9 @@ class TfdsSource:
                 "\nConvert it: tfds convert_format --out_file_format=array_record "
                 f"--dataset_version_dir={builder.data_dir} --out_dir=NEW_FOLDER"
             ) from error
-        for path in info.filepaths:
-            if not path.exists():
-                raise UserError(f"{self._where}: {path.name} is missing; copy or build it again.")
+        self._shards = info.file_instructions
+        self._ends = list(itertools.accumulate(shard.take for shard in self._shards))
+        self._is_array_record = builder.info.file_format.value == "array_record"
         return records
 
     def _resolve(self, part: str, known: Mapping[str, Any]) -> str:
@@ -267,6 +326,28 @@ def _lookup(record: Mapping[str, Any], path: str) -> Any:
     for part in path.split("/"):
         record = record[part]
     return record
+
+
+def _image(value: Any) -> bytes | np.ndarray:
+    if not isinstance(value, bytes | np.ndarray):
+        raise TypeError("it has no image")
+    return value
+
+
+def _count_examples(path: Path) -> int:
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    reader = ArrayRecordReader(str(path), options="readahead_buffer_size:0")
+    try:
+        return reader.num_records()
+    finally:
+        reader.close()
+
+
+def _why(error: Exception) -> str:
+    """The first clause of what it says: ArrayRecord goes on and on, with all of the path."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return text.strip().partition("\n")[0].partition(";")[0]
 
 
 def _text(value: Any) -> str:
