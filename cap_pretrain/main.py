@@ -59,8 +59,9 @@ def parse(argv: list[str]) -> list[str]:
 
 def main(_: list[str]) -> None:
     """Dispatches, after the flags are parsed."""
-    from cap_pretrain import partition, train
+    from cap_pretrain import determinism, partition, train
 
+    determinism.set_environment(CONFIG.value)
     partition.start_distributed()
     workdir = Path(WORKDIR.value)
     try:

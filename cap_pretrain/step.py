@@ -11,10 +11,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from cap_pretrain import partition, rng
+from cap_pretrain.determinism import compiler_options
 from cap_pretrain.fingerprint import fingerprint
-
-# What makes XLA's programs for NVIDIA GPUs give the same bits each time; other backends ignore it.
-DETERMINISTIC = {"xla_gpu_deterministic_ops": True}
 
 
 @struct.dataclass
@@ -199,5 +197,5 @@ def make_train_step(
         train_step,
         donate_argnums=0,
         out_shardings=(shardings, None),
-        compiler_options=DETERMINISTIC if config.deterministic else None,
+        compiler_options=compiler_options(config.deterministic),
     )

@@ -129,9 +129,9 @@ def unit(x: jax.Array) -> jax.Array:
 def softmax_contrast(logits: jax.Array, valid: jax.Array) -> jax.Array:
     """CLIP: mean cross-entropy of rows and columns of logits [B, B], over valid examples."""
     blocked = jnp.where(valid[:, None] & valid[None, :], logits, -1e9)
-    labels = jnp.arange(len(logits))
-    rows = optax.softmax_cross_entropy_with_integer_labels(blocked, labels)
-    columns = optax.softmax_cross_entropy_with_integer_labels(blocked.T, labels)
+    own = jnp.eye(len(logits))
+    rows = optax.softmax_cross_entropy(blocked, own)
+    columns = optax.softmax_cross_entropy(blocked.T, own)
     return jnp.sum((rows + columns) / 2 * valid) / jnp.maximum(jnp.sum(valid), 1)
 
 

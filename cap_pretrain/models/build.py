@@ -36,6 +36,7 @@ def compute(config: ConfigDict) -> Compute:
         unroll=model.unroll,
         dropout=model.dropout,
         stochastic_depth=model.stochastic_depth,
+        deterministic=config.deterministic,
     )
 
 

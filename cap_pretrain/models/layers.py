@@ -16,6 +16,7 @@ from absl import logging
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from cap_pretrain.determinism import compiler_options
 from cap_pretrain.models.sizes import Size
 
 XAVIER = nnx.initializers.xavier_uniform()
@@ -33,6 +34,7 @@ class Compute:
       unroll: layers per iteration of the scan over depth; the depth itself unrolls it whole.
       dropout: rate after attention and MLP.
       stochastic_depth: rate of dropping a residual branch, growing linearly with depth.
+      deterministic: whether the gradients are to have the same bits each time on GPUs.
     """
 
     dtype: Any = jnp.float32
@@ -41,6 +43,7 @@ class Compute:
     unroll: int = 1
     dropout: float = 0.0
     stochastic_depth: float = 0.0
+    deterministic: bool = False
 
 
 REMAT_POLICIES: dict[str, Any] = {
@@ -119,7 +122,7 @@ class Attention(nnx.Module):
         self.value = nnx.Linear(width, width, **kwargs)
         self.out = nnx.Linear(width, width, **kwargs)
         self.heads = heads
-        self.implementation = compute.attention
+        self.compute = compute
 
     def _split_heads(self, x: jax.Array) -> jax.Array:
         return x.reshape(*x.shape[:-1], self.heads, -1)
@@ -133,9 +136,10 @@ class Attention(nnx.Module):
     ) -> jax.Array:
         """x [B, T, D], keys and values [B, S, heads, D / heads], mask bool [B | 1, 1, T, S]."""
         query = self._split_heads(self.query(x))
-        kind = self.implementation
+        kind = self.compute.attention
         if kind == "auto":
-            kind = "cudnn" if fused_attention_works(query, keys, mask is not None) else "xla"
+            fused = fused_attention_works(query, keys, mask is not None, self.compute.deterministic)
+            kind = "cudnn" if fused else "xla"
         out = jax.nn.dot_product_attention(query, keys, values, mask=mask, implementation=kind)
         return self.out(out.reshape(x.shape))
 
@@ -145,17 +149,19 @@ class Attention(nnx.Module):
         return self.attend(x, *self.keys_values(x if context is None else context), mask)
 
 
-def fused_attention_works(query: jax.Array, keys: jax.Array, masked: bool) -> bool:
+def fused_attention_works(
+    query: jax.Array, keys: jax.Array, masked: bool, deterministic: bool
+) -> bool:
     """Whether cuDNN's fused kernel takes attention of these shapes, forward and backward."""
     half = query.dtype in (jnp.bfloat16, jnp.float16)
     if jax.default_backend() != "gpu" or not half or query.shape[1] == 1:
         return False  # one query, as in decoding, is no work for it
-    return _cudnn_compiles(query.shape[1:], keys.shape[1:], query.dtype, masked)
+    return _cudnn_compiles(query.shape[1:], keys.shape[1:], query.dtype, masked, deterministic)
 
 
 @functools.cache
 def _cudnn_compiles(
-    query: tuple[int, ...], keys: tuple[int, ...], dtype: Any, masked: bool
+    query: tuple[int, ...], keys: tuple[int, ...], dtype: Any, masked: bool, deterministic: bool
 ) -> bool:
     # What it takes depends on the versions of cuDNN and of the GPU, so it is asked and not guessed.
     def attend(q, k, v):
@@ -165,7 +171,9 @@ def _cudnn_compiles(
 
     shapes = [jax.ShapeDtypeStruct((1, *shape), dtype) for shape in (query, keys, keys)]
     try:
-        jax.jit(jax.grad(attend, argnums=(0, 1, 2))).lower(*shapes).compile()
+        options = compiler_options(deterministic)  # which rule out some of its kernels
+        grad = jax.jit(jax.grad(attend, argnums=(0, 1, 2)), compiler_options=options)
+        grad.lower(*shapes).compile()
     except Exception as e:  # a choice of kernel, not an error: every refusal means "the other one"
         logging.info("cuDNN attention does not take %s x %s: %s", query, keys, e)
         return False

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from cap_pretrain.determinism import rows_of
 from cap_pretrain.models.layers import (
     Attention,
     Compute,
@@ -18,6 +19,13 @@ from cap_pretrain.models.layers import (
     stack_layers,
 )
 from cap_pretrain.models.sizes import Size
+
+
+def embed(embedding: nnx.Embed, tokens: jax.Array, compute: Compute) -> jax.Array:
+    """The embeddings [B, T, D] of tokens int32 [B, T]."""
+    if not compute.deterministic:
+        return embedding(tokens)
+    return rows_of(embedding.embedding[...].astype(compute.dtype), tokens)
 
 
 class DecoderBlock(nnx.Module):
@@ -113,7 +121,7 @@ class Decoder(nnx.Module):
         Returns:
           logits [B, T, V] float32.
         """
-        x = self.embedding(tokens)
+        x = embed(self.embedding, tokens, self.compute)
         x = constrain(x + positions.astype(x.dtype))
         keys, _ = layer_randomness(key, self.size.depth, self.compute)
         x, _ = scan_layers(
@@ -198,7 +206,7 @@ class TextTower(nnx.Module):
         self, text: jax.Array, *, train: bool = False, key: jax.Array | None = None
     ) -> jax.Array:
         """text int32 [B, T] -> [B, D]."""
-        x = self.embedding(text)
+        x = embed(self.embedding, text, self.compute)
         x = constrain(x + self.positions[...].astype(x.dtype))
         key = key if train else None
         x = run_encoder_blocks(self.blocks, x, key, depth=self.size.depth, compute=self.compute)
