@@ -24,6 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers as policies
@@ -65,12 +66,13 @@ def load_arrays(workdir: str | Path, step: int) -> dict[str, np.ndarray]:
     """
     folder = checkpoints_folder(workdir) / str(step)
     manifest = _read_manifest(folder)
-    reader = ocp.PyTreeCheckpointer()
+    reader = ocp.PyTreeCheckpointHandler()
 
     def read(item: str) -> Any:
-        metadata = reader.metadata(folder / item).item_metadata.tree
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
-        return reader.restore(folder / item, restore_args=as_numpy)
+        path = epath.Path(folder / item)
+        as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
+        args = jax.tree.map(lambda _: as_numpy, reader.metadata(path).tree)
+        return reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=args))
 
     tree = _reading(folder, lambda: {item: read(item) for item in ITEMS})
     _compare(folder, _described(tree, jax.jit(fingerprints)(tree)), manifest["leaves"])
@@ -348,7 +350,7 @@ def _reading(folder: Path, read: Callable[[], Any]) -> Any:
         if isinstance(e, MemoryError) or any(word in str(e) for word in _NOT_DAMAGE):
             raise
         damage = e
-        sys.excepthook = functools.partial(_without_late_callbacks, sys.excepthook)
+        sys.unraisablehook = functools.partial(_without_late_callbacks, sys.unraisablehook)
     fine = damage is None
     if jax.process_count() > 1:
         fine = bool(np.all(multihost_utils.process_allgather(np.array(fine))))
@@ -358,10 +360,10 @@ def _reading(folder: Path, read: Callable[[], Any]) -> Any:
     return result
 
 
-def _without_late_callbacks(hook: Callable, kind: type, error: BaseException, trace: Any) -> None:
-    """An exception hook for TensorStore's threads, which still report to a loop that has failed."""
-    if str(error) != "Event loop is closed":
-        hook(kind, error, trace)
+def _without_late_callbacks(hook: Callable, unraisable: Any) -> None:
+    """A hook for TensorStore's threads, which go on reporting to an event loop that has failed."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        hook(unraisable)
 
 
 def _compare(folder: Path, found: Leaves, saved: Leaves) -> None:

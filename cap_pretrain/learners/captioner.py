@@ -167,7 +167,7 @@ class Captioner(nnx.Module):
 def token_loss(logits: jax.Array, labels: jax.Array, smoothing: float) -> jax.Array:
     """Cross-entropy of each token, [B, T], with label smoothing."""
     # Picked by comparing, which joins the other loops over the vocabulary: indexing has a scatter
-    # for its gradient, which fills an array as large as the logits and is not deterministic on GPUs.
+    # for its gradient, which fills an array as large as the logits and is not exact on GPUs.
     own = jnp.arange(logits.shape[-1]) == labels[..., None]
     nll = jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(own, logits, 0.0), axis=-1)
     if not smoothing:
