@@ -26,6 +26,7 @@ setup(
         "Pillow>=11,<14",
         "numpy>=2.0,<3",
         "absl-py>=2.1,<3",
+        "etils>=1.13,<2",
         "tqdm>=4.66,<5",
     ],
     extras_require={

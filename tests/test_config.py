@@ -5,7 +5,7 @@ import json
 import pytest
 
 from cap_pretrain import config as configs
-from cap_pretrain import learners
+from cap_pretrain import evals, learners
 from cap_pretrain.errors import UserError
 from tests import toy
 
@@ -123,3 +123,87 @@ def test_unknown_learners():
     c.learner.name = "clip"
     with pytest.raises(UserError, match="learner.name: no learner 'clip'. Choose from: captioner"):
         configs.validate(c)
+
+
+def stored(tmp_path, config):
+    (tmp_path / "config.json").write_text(configs.to_json(config))
+    return tmp_path / "config.json"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"data__workers": 3, "mesh__fsdp": 4, "model__remat": "full", "deterministic": True},
+        {"checkpoint__keep_last": 9, "log__ids": True, "eval__every_steps": 3},
+        {"evals": {"val": evals.defaults("loss")}},
+    ],
+)
+def test_where_and_how_fast_a_run_goes_may_change(fields, tmp_path):
+    path = stored(tmp_path, toy.config())
+    assert configs.check_unchanged(toy.config(**fields), path) == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"optim__lr": 0.5}, "optim.lr was 0.001, is now 0.5"),
+        ({"seed": 1}, "seed was 0, is now 1"),
+        (
+            {"total_steps": 3, "data__name": "b"},
+            "'scenes', is now 'b'; total_steps was 2, is now 3",
+        ),
+        (
+            {"optim__decay_rules": ((".*", 0.0),)},
+            r"decay_rules was \[\], is now \[\['.\*', 0.0\]\]",
+        ),
+        ({"data__scenes__shapes": 2}, "data.scenes.shapes was 8, is now 2"),
+    ],
+)
+def test_what_is_learned_may_not_unless_allowed(fields, said, tmp_path):
+    path, c = stored(tmp_path, toy.config()), toy.config(**fields)
+    with pytest.raises(UserError, match=said) as error:
+        configs.check_unchanged(c, path)
+    assert len(str(error.value).splitlines()) == 2
+    allowed = str(error.value).rpartition("--allow_changes=")[2].rstrip(".").split(",")
+    with pytest.raises(UserError):
+        configs.check_unchanged(c, path, allowed[1:])
+    assert len(configs.check_unchanged(c, path, allowed)) == len(allowed)
+    sections = [field.partition(".")[0] for field in allowed]
+    assert configs.check_unchanged(c, path, sections) == configs.check_unchanged(c, path, ["all"])
+
+
+def test_another_learner_is_another_config(tmp_path):
+    path = stored(tmp_path, toy.config())
+    with pytest.raises(UserError, match="learner.name was 'captioner', is now 'dual_encoder'"):
+        configs.check_unchanged(toy.config("dual_encoder"), path)
+
+
+def test_a_field_that_is_new_counts_with_its_default(tmp_path):
+    c = toy.config()
+    then = json.loads(configs.to_json(c))
+    del then["optim"]["ema"], then["learner"]["label_smoothing"]
+    then["optim"]["gone"] = 3
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(then))
+    with pytest.raises(UserError, match="config: optim.gone was 3, is now None[.]"):
+        configs.check_unchanged(c, path)
+    c.optim.ema = 0.5
+    with pytest.raises(UserError, match=r"optim.ema was 0.0, is now 0.5[.]"):
+        configs.check_unchanged(c, path, ["optim.gone"])
+
+
+@pytest.mark.parametrize("content", ["", "{torn", "[1]"])
+def test_a_stored_config_that_cannot_be_read(content, tmp_path):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match="config.json: is not readable JSON"):
+        configs.check_unchanged(toy.config(), tmp_path / "config.json")
+
+
+def test_the_best_checkpoint_needs_an_evaluator_of_the_config():
+    c = toy.config(checkpoint__best="vall/loss")
+    c.evals = {"val": evals.defaults("loss")}
+    with pytest.raises(UserError, match="checkpoint.best: 'vall/loss' .*Did you mean 'val'"):
+        configs.validate(c)
+    c.checkpoint.best = "val/loss"
+    configs.validate(c)
