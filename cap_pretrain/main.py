@@ -64,10 +64,6 @@ def main(_: list[str]) -> None:
     determinism.set_environment(CONFIG.value)
     partition.start_distributed()
     workdir = Path(WORKDIR.value)
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"--workdir: cannot make {str(workdir)!r} ({e.strerror}).") from e
     if DRY_RUN.value:
         print(train.dry_run(CONFIG.value, workdir))
     else:

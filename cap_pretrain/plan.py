@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
-from cap_pretrain import flops, learners, partition, telemetry
+from cap_pretrain import files, flops, learners, partition, telemetry
 from cap_pretrain.step import init_state, loss_and_stats, split_learner
 
 
@@ -100,8 +100,7 @@ def make_plan(
 
 def write_plan(plan: dict[str, Any], workdir: Path) -> str:
     """Writes `plan.json` and returns the plan as tables for people."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "plan.json").write_text(json.dumps(plan, indent=2) + "\n")
+    files.write_text(workdir / "plan.json", json.dumps(plan, indent=2) + "\n")
     parameters = [(part, n, f"{n / 1e6:.1f}M") for part, n in plan["parameters"].items()]
     forward, training = (plan["flops_per_example"][k] for k in ("forward", "training"))
     whole = training * plan["batch_size"] * plan["total_steps"]

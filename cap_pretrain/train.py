@@ -7,7 +7,6 @@ random key of step t from the seed. So a run that is started again only needs th
 import contextlib
 import dataclasses
 import io
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from cap_pretrain import config as configs
 from cap_pretrain import evals, files, flops, inputs, learners, optim, partition, plan, telemetry
 from cap_pretrain.checkpoint import Checkpoints, saved_steps
 from cap_pretrain.data import pipeline
-from cap_pretrain.errors import UserError
 from cap_pretrain.step import init_state, make_train_step
 from cap_pretrain.watch import StopRequest, Watch
 
@@ -67,7 +65,8 @@ def run(config: ConfigDict, workdir: Path, allow_changes: Sequence[str] = ()) ->
     is_main = jax.process_index() == 0
     mixture = inputs.open_sources(config)
     schedule = make_schedule(config, epoch=sum(len(source) for source, _ in mixture))
-    changes = prepare_workdir(config, workdir, allow_changes)
+    files.make_workdir(workdir)
+    changes = allowed_changes(config, workdir, allow_changes)
     tokenizer = inputs.prepare_tokenizer(config, mixture, workdir, anew=not saved_steps(workdir))
 
     rate = learning_rate(config, schedule)
@@ -173,22 +172,15 @@ def run(config: ConfigDict, workdir: Path, allow_changes: Sequence[str] = ()) ->
                     evaluate(step, end=last)
 
 
-def prepare_workdir(config: ConfigDict, workdir: Path, allow_changes: Sequence[str]) -> list[str]:
-    """Makes sure that a run with `config` may go on in `workdir`; returns the changes allowed.
+def allowed_changes(config: ConfigDict, workdir: Path, allowed: Sequence[str]) -> list[str]:
+    """Returns what has changed since the run in `workdir` began, if it may.
 
     Raises:
-      UserError: nothing can be written there, or the run there began with another config.
+      UserError: it may not.
     """
-    try:
-        with tempfile.TemporaryFile(dir=workdir):
-            pass
-    except OSError as e:
-        raise UserError(
-            f"--workdir: {str(workdir)!r} is not writable ({e.strerror}); name another one."
-        ) from e
     path = workdir / "config.json"
     if saved_steps(workdir) and path.exists():
-        return configs.check_unchanged(config, path, allow_changes)
+        return configs.check_unchanged(config, path, allowed)
     return []
 
 
@@ -203,6 +195,7 @@ def keep_config(config: ConfigDict, workdir: Path, start: int) -> None:
 def dry_run(config: ConfigDict, workdir: Path) -> str:
     """Writes `workdir/plan.json` and returns it as text; builds abstract shapes only."""
     configs.validate(config)
+    files.make_workdir(workdir)
     mixture = inputs.open_sources(config)
     schedule = make_schedule(config, epoch=sum(len(source) for source, _ in mixture))
     vocab_size = config.text.vocab_size

@@ -80,7 +80,7 @@ def test_a_workdir_must_be_named_and_be_one(command, tmp_path):
     assert code == 2 and "--workdir is missing" in stderr
     (tmp_path / "file").write_text("")
     code, _, stderr = command(QUICKSTART, f"--workdir={tmp_path / 'file'}")
-    assert code == 2 and "--workdir: cannot make" in stderr
+    assert code == 2 and "--workdir: cannot write to" in stderr
 
 
 def test_a_tokenizer_file_that_is_none(command, tmp_path):

@@ -41,6 +41,42 @@ def test_accumulation_is_refused_where_it_would_change_the_loss():
         configs.validate(c)
 
 
+def test_a_bad_step_is_left_out_whole():
+    c = toy.config(optim__ema=0.5, optim__skip_bad_steps=3, optim__warmup_share=0.0, **SMALL)
+    init, abstract, graphdef, tx, rate, mesh = toy.prepared(c)
+    take = step.make_train_step(
+        graphdef, tx, rate, c, jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    )
+    batch = partition.put_batch(toy.batch(c), mesh)
+    ruined = jax.tree.map(lambda p: p * np.nan, init().params["decoder"])
+    state = init()
+    good = jax.device_get(state.params["decoder"])
+    state = state.replace(params=state.params | {"decoder": ruined})
+    before = jax.device_get(state)
+    state, metrics = take(state, batch)
+    after = jax.device_get(state)
+    assert not np.isfinite(metrics["loss"]) and metrics["skipped"] == 1
+    assert after.step == 1 and after.counts["skipped"] == 1
+    for part in ("params", "stats", "opt_state", "ema"):
+        toy.assert_same(getattr(after, part), getattr(before, part))
+    state, metrics = take(state.replace(params=state.params | {"decoder": good}), batch)
+    assert np.isfinite(metrics["update_norm"]) and metrics["skipped"] == 1 and state.step == 2
+
+
+def test_examples_and_broken_images_are_counted_where_the_step_runs():
+    c = toy.config(**SMALL)
+    init, abstract, graphdef, tx, rate, mesh = toy.prepared(c)
+    take = step.make_train_step(
+        graphdef, tx, rate, c, jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    )
+    batch = toy.batch(c) | {"index": np.arange(8), "broken": np.arange(8) % 4 == 0}
+    state, first = take(init(), partition.put_batch(batch, mesh))
+    batch["index"] = batch["index"][::-1]
+    state, second = take(state, partition.put_batch(batch, mesh))
+    assert (first["data/broken"], second["data/broken"], state.counts["broken"]) == (2, 4, 4)
+    assert first["data/ids"].dtype == np.uint32 and first["data/ids"] != second["data/ids"]
+
+
 def test_a_step_counts_averages_and_leaves_what_is_frozen():
     c = toy.config(
         optim__ema=0.75,

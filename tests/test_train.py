@@ -15,6 +15,8 @@ import sentencepiece
 from ml_collections import ConfigDict
 
 from cap_pretrain import evals, partition, telemetry, train
+from cap_pretrain.checkpoint import Checkpoints, saved_steps
+from cap_pretrain.data.tokenizers import train_sentencepiece
 from cap_pretrain.errors import UserError
 from tests import toy
 
@@ -27,7 +29,7 @@ CLIP = ("dual_encoder", {"contrast": "softmax"}, {"optim__name": "adamw"})
 def make_config(case, tokenizer_path, **fields):
     learner, options, more = case
     fields = {"text__tokenizer": str(tokenizer_path), "checkpoint__every_steps": 2} | more | fields
-    return toy.config(learner, options, total_steps=STEPS, **fields)
+    return toy.config(learner, options, **{"total_steps": STEPS, **fields})
 
 
 class PowerCut(BaseException):
@@ -173,6 +175,91 @@ def test_what_is_not_finite_stops_the_run_and_spares_the_checkpoints(
         toy.saved_state(config, tmp_path, size, 2),
         toy.saved_state(config, straight(CAPPA), size, 2),
     )
+
+
+def test_an_evaluation_gives_way_to_a_signal_and_is_made_up_for(
+    tokenizer_path, tmp_path, monkeypatch
+):
+    """The step is evaluated but not due to be saved: it is saved then."""
+    config = make_config(CAPPA, tokenizer_path, eval__every_steps=3, checkpoint__every_steps=4)
+    config.evals = ConfigDict({"val": evals.defaults("loss", limit=8)})
+    batches = evals.Context.batches
+
+    def interrupted(self, *args, **kwargs):
+        os.kill(os.getpid(), signal.SIGINT)
+        return batches(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evals.Context, "batches", interrupted)
+        with pytest.raises(train.Stopped, match="SIGINT: stopped after step 3") as stopped:
+            train.run(config, tmp_path)
+    assert stopped.value.exit_code == 130 and saved_steps(tmp_path) == [3]
+    assert not (tmp_path / "evals").exists()
+    train.run(config, tmp_path)
+    steps = sorted(int(p.stem) for p in (tmp_path / "evals" / "val").iterdir())
+    assert steps == [3, STEPS]
+    config = make_config(CAPPA, tokenizer_path, checkpoint__best="val/loss", eval__every_steps=1)
+    config.evals = ConfigDict({"val": evals.defaults("loss", limit=8)})
+    train.run(config, tmp_path / "best")
+    assert saved_steps(tmp_path / "best") == [3, 4]  # each was saved; the last is the best
+
+
+def test_the_examples_seen_are_logged_step_by_step(tokenizer_path, tmp_path):
+    seen = []
+    for name, fields in (("a", {}), ("b", {"data__workers": 1}), ("c", {"seed": 1})):
+        config = make_config(CLIP, tokenizer_path, log__ids=True, log__every_steps=3, **fields)
+        train.run(config, tmp_path / name)
+        lines = [line for line in toy.lines(tmp_path / name) if "train/loss" not in line]
+        assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+        seen.append([line["data/ids"] for line in lines])
+    assert seen[0] == seen[1] and len(set(seen[0])) == STEPS
+    assert not set(seen[0]) & set(seen[2])
+
+
+def test_a_run_goes_on_with_another_config_only_if_told(straight, tokenizer_path, tmp_path, capsys):
+    workdir = shutil.copytree(straight(CAPPA), tmp_path / "run")
+    before = (workdir / "config.json").read_bytes()
+    config = make_config(CAPPA, tokenizer_path)
+    config.total_steps = STEPS + 1
+    with pytest.raises(UserError, match="total_steps was 4, is now 5"):
+        train.run(config, workdir)
+    assert (workdir / "config.json").read_bytes() == before
+    train.run(config, workdir, ["total_steps"])
+    assert "Going on from step 4.\ntotal_steps was 4, is now 5" in capsys.readouterr().out
+    assert toy.losses(workdir)[-1]["step"] == STEPS + 1
+    assert (workdir / f"config.until_{STEPS}.json").read_bytes() == before
+    assert json.loads((workdir / "config.json").read_text())["total_steps"] == STEPS + 1
+
+
+def test_a_tokenizer_that_does_not_fit_the_checkpoint(straight, tokenizer_path, tmp_path):
+    workdir = shutil.copytree(straight(CAPPA), tmp_path / "run")
+    train_sentencepiece(["a red square", "a blue circle"] * 9, workdir / "tokenizer", 30)
+    with pytest.raises(UserError, match="tokenizer.model: is not the file that .*checkpoints/4"):
+        train.run(make_config(CAPPA, tokenizer_path), workdir)
+
+
+def test_a_checkpoint_of_another_model_is_not_gone_on_from(straight, tokenizer_path, tmp_path):
+    workdir = shutil.copytree(straight(CAPPA), tmp_path / "run")
+    config = make_config(CAPPA, tokenizer_path, model__width=32)
+    with pytest.raises(UserError, match="holds another model than this config describes") as error:
+        train.run(config, workdir, ["all"])
+    assert len(str(error.value).splitlines()) == 2
+    assert saved_steps(workdir) == [2, 4]
+
+
+def test_without_a_checkpoint_nothing_binds_the_run(straight, tokenizer_path, tmp_path):
+    workdir = shutil.copytree(straight(CAPPA), tmp_path / "run")
+    shutil.rmtree(workdir / "checkpoints")
+    config = make_config(CLIP, tokenizer_path, total_steps=1)
+    train.run(config, workdir)
+    assert [line["step"] for line in toy.losses(workdir)] == [1]
+
+
+def test_saving_by_minutes(tokenizer_path, tmp_path, monkeypatch):
+    monkeypatch.setattr(Checkpoints, "minutes_passed", lambda self: True)
+    fields = {"checkpoint__every_steps": 100, "checkpoint__keep_last": 9, "log__every_steps": 2}
+    train.run(make_config(CLIP, tokenizer_path, total_steps=5, **fields), tmp_path)
+    assert saved_steps(tmp_path) == [2, 4, 5]
 
 
 @pytest.mark.parametrize(
