@@ -6,7 +6,9 @@ run starts at any step without replaying the ones before. Threads and worker pro
 that (`iterate`) and only decide *when* a batch is computed.
 """
 
+import atexit
 import bisect
+import gc
 import itertools
 import multiprocessing
 import os
@@ -181,6 +183,7 @@ def iterate(
             elements.to_iter_dataset(options).mp_prefetch(processes, worker_init_fn=_follow_parent)
         )
         iterator.get_state()  # has Grain make what it otherwise makes at the first `next`
+        atexit.register(_free_shared_memory)  # runs before what multiprocessing registered earlier
     iterator.start_prefetch()
     return Batches(iterator)
 
@@ -343,6 +346,18 @@ def _derive(seed: int, *purpose: int) -> int:
     the second epoch of run 0 first.
     """
     return int(np.random.SeedSequence([seed, *purpose]).generate_state(1)[0])
+
+
+def _free_shared_memory() -> None:
+    """Frees the last batches of worker processes, which would be called leaked otherwise.
+
+    They lie in shared memory that the last one to hold them frees, in a thread of Grain's: JAX
+    holds what it computed with, and the traceback of an error the local variables on its way.
+    """
+    gc.collect()
+    deletions = getattr(grain.multiprocessing.SharedMemoryArray, "_del_thread_pool", None)
+    if deletions:
+        deletions.apply(int)  # one thread: returns when all that came before are done
 
 
 def _follow_parent(worker: int, workers: int) -> None:

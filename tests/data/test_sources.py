@@ -20,7 +20,7 @@ def png(i: int) -> bytes:
     return file.getvalue()
 
 
-def write(data_dir, name: str, features, example, sizes=SIZES):
+def write(data_dir, name: str, features, example, sizes=SIZES, shards=1):
     """Writes a TFDS dataset whose example i of a split is `example(i)`; returns its folder."""
     import tensorflow_datasets as tfds
 
@@ -42,7 +42,9 @@ def write(data_dir, name: str, features, example, sizes=SIZES):
 
     Builder.name = name
     builder = Builder(data_dir=data_dir)
-    builder.download_and_prepare(file_format="array_record")
+    builder.download_and_prepare(
+        file_format="array_record", download_config=tfds.download.DownloadConfig(num_shards=shards)
+    )
     return data_dir / name / "1.0.0"
 
 
