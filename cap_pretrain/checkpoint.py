@@ -180,9 +180,13 @@ class Checkpoints:
     def check(self) -> None:
         """Raises UserError if the save under way has failed by now."""
         if self._saving and not self._manager.is_saving_in_progress():
-            with self._failure_told():
-                self._manager.wait_until_finished()
-            self._saving = False
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits for the save under way; raises UserError if it fails."""
+        with self._failure_told():
+            self._manager.wait_until_finished()
+        self._saving = False
 
     def restore_newest(
         self, abstract: TrainState, say: Callable[[str], None] = print
@@ -235,8 +239,7 @@ class Checkpoints:
         """Waits for a save under way and lets go; raises UserError if that save failed."""
         with contextlib.suppress(*([Exception] if self._failed else [])):  # told already
             try:
-                with self._failure_told():
-                    self._manager.wait_until_finished()
+                self.wait()
             finally:
                 self._manager.close()
 
