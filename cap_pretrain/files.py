@@ -1,7 +1,9 @@
-"""A run's folder, and small files in it that are either there in whole or not at all."""
+"""A run's folder and what it writes: files that are there in whole or not at all, and logs."""
 
+import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from cap_pretrain.errors import UserError
@@ -20,8 +22,45 @@ def make_workdir(workdir: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes `text` to `path`, making its folder; a kill leaves the old file or the new one."""
+    """Writes `text` to `path`, making its folder; a kill leaves the old file or the new one.
+
+    Raises:
+      OSError: with the name of the file, as when the disk is full; the old file is still there.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(path.name + ".tmp")
-    fresh.write_text(text, encoding="utf-8")
-    os.replace(fresh, path)
+    with naming(path):
+        fresh.write_text(text, encoding="utf-8")
+        os.replace(fresh, path)
+
+
+class Appended:
+    """A file that only grows. What `write` has returned from is with the operating system.
+
+    Every method raises OSError, with the name of the file, when the disk does not take it. What has
+    not been written is forgotten then: `close` does not try again.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._file = path.open("ab", buffering=0)
+
+    def write(self, data: bytes) -> None:
+        """Appends all of `data`, or as much of it as there is room for."""
+        with naming(self._path):
+            while data:
+                data = data[self._file.write(data) :]
+
+    def close(self) -> None:
+        with naming(self._path):
+            self._file.close()
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Lets errors of writing to `path` say so, as by themselves only those of opening do."""
+    try:
+        yield
+    except OSError as e:
+        e.filename, e.filename2 = str(path), None
+        raise

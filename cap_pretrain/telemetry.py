@@ -15,6 +15,8 @@ from typing import Any, TextIO
 import numpy as np
 from clu import parameter_overview
 
+from cap_pretrain import files
+
 
 class MetricsWriter:
     """Appends metrics to `metrics.jsonl` and to TensorBoard files in `tensorboard/`.
@@ -22,6 +24,9 @@ class MetricsWriter:
     `resume_step` is the step the run goes on from, 0 for one that starts from nothing. What an
     earlier, killed process wrote after that step is dropped, a torn last line included, so every
     step is there once. Only one host should have `enabled=True`; elsewhere all calls do nothing.
+
+    Every method raises OSError, with the name of the file, when the disk does not take it, be it
+    for TensorBoard alone: such a disk would not take the next checkpoint either.
     """
 
     def __init__(
@@ -30,7 +35,7 @@ class MetricsWriter:
         self._enabled = enabled
         if not enabled:
             return
-        import tensorboardX  # here and not above: it takes a second where torch is installed
+        from cap_pretrain import tensorboard  # not above: a second where torch is installed
 
         workdir = Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
@@ -38,10 +43,8 @@ class MetricsWriter:
         first_step = resume_step + 1 if resume_step else 0
         path = workdir / "metrics.jsonl"
         _drop_lines_from(path, first_step)
-        self._lines = path.open("a", encoding="utf-8")
-        self._board = tensorboardX.SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=first_step, flush_secs=30
-        )
+        self._lines = files.Appended(path)
+        self._board = tensorboard.EventFile(workdir / "tensorboard", first_step)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Appends one line. Values are numbers or arrays of one; NaN and infinity become null."""
@@ -49,22 +52,21 @@ class MetricsWriter:
             return
         values = {tag: float(value) for tag, value in metrics.items()}
         finite = {tag: value if math.isfinite(value) else None for tag, value in values.items()}
-        self._lines.write(json.dumps({"step": int(step)} | finite, allow_nan=False) + "\n")
-        self._lines.flush()
-        for tag, value in values.items():
-            self._board.add_scalar(tag, value, int(step))
+        line = json.dumps({"step": int(step)} | finite, allow_nan=False) + "\n"
+        self._lines.write(line.encode())
+        self._board.scalars(int(step), values)
 
     def text(self, step: int, tag: str, text: str) -> None:
         """Shows `text`, read as Markdown, in TensorBoard."""
         if self._enabled:
-            self._board.add_text(tag, text, int(step))
+            self._board.text(int(step), tag, text)
 
     def images(self, step: int, tag: str, images: np.ndarray, captions: Sequence[str]) -> None:
         """Shows images uint8 [N, H, W, 3] as one grid and their N captions as a numbered list."""
         if len(images) != len(captions):
             raise ValueError(f"{len(images)} images but {len(captions)} captions for {tag!r}")
         if self._enabled:
-            self._board.add_images(tag, np.asarray(images), int(step), dataformats="NHWC")
+            self._board.images(int(step), tag, np.asarray(images))
             self.text(step, tag, "\n".join(f"{i}. {c}" for i, c in enumerate(captions, 1)))
 
     def close(self) -> None:
@@ -84,9 +86,7 @@ def _drop_lines_from(path: Path, first_step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue  # torn by a kill or a full disk
-    fresh = path.with_name(path.name + ".tmp")
-    fresh.write_text("".join(kept), encoding="utf-8")
-    os.replace(fresh, path)  # a kill here leaves the old file or the new one, never half a file
+    files.write_text(path, "".join(kept))
 
 
 class StepTimer:

@@ -13,7 +13,6 @@ evaluator, write its file and register it here; the loop need not know.
 import dataclasses
 import importlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from cap_pretrain import inputs, partition
+from cap_pretrain import files, inputs, partition
 from cap_pretrain.data import pipeline, sources
 from cap_pretrain.errors import UserError, did_you_mean
 
@@ -181,9 +180,6 @@ class Suite:
 
 
 def write_result(path: Path, section: Mapping, step: int, result: Result) -> None:
-    """Writes a result as JSON, completely or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes a result as JSON, completely or not at all; raises OSError as `files.write_text`."""
     content = {"step": step, "options": section.to_dict(), **result.figures, **result.details}
-    fresh = path.with_suffix(".tmp")
-    fresh.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(fresh, path)
+    files.write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")

@@ -1,0 +1,61 @@
+"""TensorBoard's event files, written where the caller is.
+
+tensorboardX makes what is in them. Its own writer is not used: it writes in a thread, and when that
+dies, as of a full disk, the training waits for it for ever.
+"""
+
+import os
+import socket
+import struct
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tensorboardX import summary
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import masked_crc32c
+
+from cap_pretrain import files
+
+
+class EventFile:
+    """A new event file in `folder`.
+
+    Args:
+      folder: where TensorBoard looks; made if need be.
+      first_step: what earlier files there say of this step and later ones is hidden.
+
+    Every method raises OSError, with the file's name, when the disk does not take it.
+    """
+
+    def __init__(self, folder: Path, first_step: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+        self._file = files.Appended(folder / name)
+        self._add(file_version="brain.Event:2")
+        self._add(step=first_step, session_log=SessionLog(status=SessionLog.START))
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Adds a point to the curve of each name."""
+        points = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+        self._add(step=step, summary=Summary(value=points))
+
+    def text(self, step: int, tag: str, text: str) -> None:
+        """Adds a text, which is read as Markdown."""
+        self._add(step=step, summary=summary.text(tag, text))
+
+    def images(self, step: int, tag: str, images: np.ndarray) -> None:
+        """Adds images uint8 [N, H, W, 3] as one grid."""
+        self._add(step=step, summary=summary.image(tag, images, dataformats="NHWC"))
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _add(self, **fields: Any) -> None:
+        data = Event(wall_time=time.time(), **fields).SerializeToString()
+        # The frame of a TFRecord.
+        length = struct.pack("<Q", len(data))
+        checksums = [struct.pack("<I", masked_crc32c(part)) for part in (length, data)]
+        self._file.write(length + checksums[0] + data + checksums[1])
