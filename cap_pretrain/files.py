@@ -22,7 +22,12 @@ def make_workdir(workdir: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes `text` to `path`, making its folder; a kill leaves the old file or the new one.
+    """`write_bytes` of a text, as UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes `data` to `path`, making its folder; a kill leaves the old file or the new one.
 
     Raises:
       OSError: with the name of the file, as when the disk is full; the old file is still there.
@@ -30,7 +35,7 @@ def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(path.name + ".tmp")
     with naming(path):
-        fresh.write_text(text, encoding="utf-8")
+        fresh.write_bytes(data)
         os.replace(fresh, path)
 
 

@@ -5,6 +5,7 @@ import json
 import struct
 import subprocess
 import sys
+import threading
 
 import jax
 import numpy as np
@@ -117,6 +118,29 @@ def test_tensorboard_events_read_back(tmp_path):
     assert text.tensor.string_val[0].decode() == "1. a red square\n2. a blue disc"
     # The restart mark: what an earlier process wrote from step 5 on is hidden.
     assert [e.step for e in events if e.session_log.status == 1] == [5]
+
+
+def test_event_files_are_framed_as_tensorboardx_frames_them(tmp_path):
+    from tensorboardX import RecordWriter
+
+    writer = MetricsWriter(tmp_path)
+    writer.write(1, {"train/loss": 0.5, "train/acc": 1.0})
+    writer.text(2, "note", "text")
+    writer.close()
+    theirs = RecordWriter(str(tmp_path / "theirs"))
+    for event in read_events(tmp_path):
+        theirs.write(event.SerializeToString())
+    theirs.close()
+    (ours,) = (tmp_path / "tensorboard").iterdir()
+    assert ours.read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+def test_writing_leaves_no_thread(tmp_path):
+    before = threading.enumerate()
+    writer = MetricsWriter(tmp_path)
+    writer.write(1, {"a": 1.0})
+    assert threading.enumerate() == before
+    writer.close()
 
 
 def test_images_need_a_caption_each(tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
+from cap_pretrain import files
 from cap_pretrain.errors import UserError
 
 # Larger corpora are sampled down to this many captions: ample for 32k pieces, and the trainer
@@ -110,16 +111,22 @@ def train_sentencepiece(
 
     Raises:
         UserError: no captions, or fewer pieces asked than the captions have characters.
+        OSError: with the name of the file, as when the disk is full.
+        Exception: whatever `captions` raises.
     """
-    used = 0
+    used, failure = 0, None
 
     def sentences() -> Iterator[str]:
-        nonlocal used
-        for caption in captions:
-            # A line feed would split the caption in two.
-            if sentence := " ".join((caption.lower() if lower else caption).split()):
-                used += 1
-                yield sentence
+        nonlocal used, failure
+        try:
+            for caption in captions:
+                # A line feed would split the caption in two.
+                if sentence := " ".join((caption.lower() if lower else caption).split()):
+                    used += 1
+                    yield sentence
+        except Exception as error:  # of which sentencepiece makes a RuntimeError
+            failure = error
+            raise
 
     model = io.BytesIO()
     sentencepiece.set_random_generator_seed(seed)
@@ -141,6 +148,8 @@ def train_sentencepiece(
             minloglevel=2,
         )
     except RuntimeError as error:
+        if failure:
+            raise failure from None
         if not used:
             raise UserError("tokenizer: there are no captions to train it on.") from error
         if "vocab" in str(error).lower():
@@ -152,9 +161,8 @@ def train_sentencepiece(
     size = len(sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()))
     made = {"captions": used, "lower": lower, "vocab_size": size, "asked": vocab_size, "seed": seed}
     path = Path(out_dir) / "tokenizer.model"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write_whole(path.with_suffix(".json"), (json.dumps(made, indent=2) + "\n").encode())
-    _write_whole(path, model.getvalue())
+    files.write_text(path.with_suffix(".json"), json.dumps(made, indent=2) + "\n")
+    files.write_bytes(path, model.getvalue())
     return path
 
 
@@ -176,10 +184,3 @@ def _load(path: str) -> sentencepiece.SentencePieceProcessor:
         ) from error
     except RuntimeError as error:
         raise UserError(f"tokenizer: {path!r} is not a sentencepiece model.") from error
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    """Writes a file that is either there as a whole or not at all."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_bytes(data)
-    os.replace(part, path)

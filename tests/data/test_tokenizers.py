@@ -143,6 +143,16 @@ def test_captions_of_a_source():
     assert list(source_captions(source, limit=3)) == ["0a", "0b", "3a", "3b", "7a", "7b"]
 
 
+def test_captions_that_cannot_be_read_say_so_themselves(tmp_path):
+    def captions():
+        yield from ["a red circle"] * 50
+        raise UserError("dataset 'x': example 50 cannot be read")
+
+    with pytest.raises(UserError, match="example 50"):
+        train_sentencepiece(captions(), tmp_path, 30)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.fixture
 def train_tokenizer():
     tool = Path(__file__).parents[2] / "tools" / "train_tokenizer.py"
