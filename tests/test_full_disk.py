@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from cap_pretrain import evals, files, train
 from cap_pretrain.telemetry import MetricsWriter
 from tests import toy
+from tests.test_train import CAPPA, make_config
 
 full_device = pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 
@@ -73,8 +74,7 @@ def test_metrics_go_on_where_the_disk_ended(metrics, file, tmp_path):
 
 @full_device
 def test_a_result_that_does_not_fit_stops_a_run_that_can_go_on(tokenizer_path, tmp_path):
-    config = toy.config(text__tokenizer=str(tokenizer_path), eval__every_steps=1)
-    config.checkpoint.every_steps = 1
+    config = make_config(CAPPA, tokenizer_path, checkpoint__every_steps=1, eval__every_steps=1)
     config.evals = ConfigDict({"val": evals.defaults("loss", limit=8)})
     blocked = tmp_path / "evals" / "val" / "1.json.tmp"
     blocked.parent.mkdir(parents=True)
@@ -84,8 +84,9 @@ def test_a_result_that_does_not_fit_stops_a_run_that_can_go_on(tokenizer_path, t
     assert raised.value.filename == str(blocked.with_suffix(""))
     blocked.unlink()
     train.run(config, tmp_path)
-    assert [line["step"] for line in toy.losses(tmp_path)] == [1, 2]
-    assert {path.name for path in blocked.parent.iterdir()} == {"1.json", "2.json"}
+    steps = list(range(1, config.total_steps + 1))
+    assert [line["step"] for line in toy.losses(tmp_path)] == steps
+    assert {path.name for path in blocked.parent.iterdir()} == {f"{step}.json" for step in steps}
 
 
 SMALL = {
