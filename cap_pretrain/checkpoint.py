@@ -353,7 +353,6 @@ def _reading(folder: Path, read: Callable[[], Any]) -> Any:
         if isinstance(e, MemoryError) or any(word in str(e) for word in _NOT_DAMAGE):
             raise
         damage = e
-        sys.unraisablehook = functools.partial(_without_late_callbacks, sys.unraisablehook)
     fine = damage is None
     if jax.process_count() > 1:
         fine = bool(np.all(multihost_utils.process_allgather(np.array(fine))))
@@ -361,12 +360,6 @@ def _reading(folder: Path, read: Callable[[], Any]) -> Any:
         reason = (str(damage).strip() or repr(damage)).splitlines()[0]
         raise Damaged(f"{folder}: is damaged ({reason[:200]})") from damage
     return result
-
-
-def _without_late_callbacks(hook: Callable, unraisable: Any) -> None:
-    """A hook for TensorStore's threads, which go on reporting to an event loop that has failed."""
-    if str(unraisable.exc_value) != "Event loop is closed":
-        hook(unraisable)
 
 
 def _compare(folder: Path, found: Leaves, saved: Leaves) -> None:
@@ -380,5 +373,12 @@ def _told_once(record: logging.LogRecord) -> bool:
     return not (record.levelno >= logging.ERROR and record.exc_info)
 
 
+def _but_late_callbacks(unraisable: Any, before: Callable = sys.unraisablehook) -> None:
+    """Passes over TensorStore's threads reporting to an event loop that Orbax has given up."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        before(unraisable)
+
+
+sys.unraisablehook = _but_late_callbacks
 for _name in ("absl", "asyncio"):
     logging.getLogger(_name).addFilter(_told_once)

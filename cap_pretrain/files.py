@@ -17,7 +17,8 @@ def make_workdir(workdir: Path) -> None:
             file.write(b"to see whether there is room")
     except OSError as e:
         raise UserError(
-            f"--workdir: cannot write to {str(workdir)!r} ({e.strerror}); name another folder."
+            f"--workdir: cannot write to {str(workdir)!r} ({e.strerror}); mend that or name "
+            "another folder."
         ) from e
 
 

@@ -1,7 +1,6 @@
 """From a config to what a run reads: datasets, tokenizer, batches."""
 
 import hashlib
-import shutil
 from pathlib import Path
 
 import grain
@@ -9,7 +8,7 @@ import jax
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from cap_pretrain import learners
+from cap_pretrain import files, learners
 from cap_pretrain.data import pipeline, sources, tokenizers
 from cap_pretrain.data.sources import Source
 from cap_pretrain.errors import UserError
@@ -72,11 +71,8 @@ def prepare_tokenizer(
     path = workdir / TOKENIZER_FILE
     if jax.process_index() == 0 and (anew or not path.exists()):
         if config.text.tokenizer:
-            path.parent.mkdir(parents=True, exist_ok=True)
             open_tokenizer(config, config.text.tokenizer)  # refuses a file that does not fit
-            fresh = path.with_suffix(".tmp")
-            shutil.copyfile(config.text.tokenizer, fresh)
-            fresh.replace(path)
+            files.write_bytes(path, Path(config.text.tokenizer).read_bytes())
         else:
             captions = (
                 caption

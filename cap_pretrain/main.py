@@ -6,7 +6,6 @@ goes on where it stopped. `--dry_run` writes WORKDIR/plan.json and prints it.
 Exit status: 0 done, 2 the user's mistake, 143 stopped by SIGTERM after saving, 130 by Ctrl-C.
 """
 
-import gc
 import sys
 from pathlib import Path
 
@@ -68,7 +67,6 @@ def main(_: list[str]) -> None:
         print(train.dry_run(CONFIG.value, workdir))
     else:
         train.run(CONFIG.value, workdir, ALLOW_CHANGES.value)
-        gc.collect()  # JAX lets go of the last batches, which may lie in shared memory
 
 
 def entry() -> int:
@@ -78,10 +76,11 @@ def entry() -> int:
     except UserError as e:
         return say(e, 2)
     except OSError as e:
-        if not disk_error(e):
+        reason = disk_error(e)
+        if not reason:
             raise
         where = f"{e.filename}: " if e.filename else ""
-        return say(f"{where}{e.strerror}. Mend that and run again: the checkpoints are intact.", 2)
+        return say(f"{where}{reason}. Mend that and run again: the checkpoints are intact.", 2)
     except KeyboardInterrupt:
         return say("interrupted before the first step of this start; nothing is lost.", 130)
     except SystemExit as e:  # as app.run always ends

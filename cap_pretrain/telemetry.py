@@ -42,7 +42,8 @@ class MetricsWriter:
         # Without a checkpoint (step 0) the run begins again, step 0's own metrics included.
         first_step = resume_step + 1 if resume_step else 0
         path = workdir / "metrics.jsonl"
-        _drop_lines_from(path, first_step)
+        kept = [line for line in read_metrics(workdir) if line["step"] < first_step]
+        files.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._lines = files.Appended(path)
         self._board = tensorboard.EventFile(workdir / "tensorboard", first_step)
 
@@ -75,18 +76,18 @@ class MetricsWriter:
             self._board.close()
 
 
-def _drop_lines_from(path: Path, first_step: int) -> None:
-    """Rewrites a metrics file with the whole lines of steps before `first_step` only."""
+def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The lines of a workdir's metrics.jsonl, but any torn by a kill or a full disk."""
+    path = Path(workdir) / "metrics.jsonl"
     if not path.exists():
-        return
-    kept = []
+        return []
+    lines = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            if json.loads(line)["step"] < first_step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue  # torn by a kill or a full disk
-    files.write_text(path, "".join(kept))
+        with contextlib.suppress(ValueError):
+            value = json.loads(line)
+            if isinstance(value, dict) and "step" in value:
+                lines.append(value)
+    return lines
 
 
 class StepTimer:

@@ -106,6 +106,10 @@ def run(config: ConfigDict, workdir: Path, allow_changes: Sequence[str] = ()) ->
             progress.say("\n".join([f"Going on from step {start}.", *changes]))
         if is_main:
             keep_config(config, workdir, start)
+        logged = telemetry.read_metrics(workdir)
+        evaluated = {
+            name.rpartition("/")[0] for line in logged if line["step"] == start for name in line
+        }
         writer = telemetry.MetricsWriter(workdir, enabled=is_main, resume_step=start)
         stack.callback(writer.close)
         watch = Watch(config, workdir, writer, progress)
@@ -115,19 +119,19 @@ def run(config: ConfigDict, workdir: Path, allow_changes: Sequence[str] = ()) ->
         context = evals.Context(config, graphdef, tokenizer, mesh, interrupt)
         suite = evals.Suite(context, workdir, write=is_main)
 
-        def evaluate(step: int, **options: bool) -> None:
+        def evaluate(step: int, **options: Any) -> None:
             try:
-                results = suite.run(step, state.variables, **options)
+                for name, result in suite.run(step, state.variables, **options):
+                    _report(step, name, result, writer, progress)
             except evals.Interrupted:
                 if checkpoints.latest_step() != step:
                     checkpoints.save(state)
                 raise Stopped(stop, step) from None
-            _report(step, results, writer, progress)
 
         finished = start >= schedule.total
         if finished or (start and schedule.evaluate and start % schedule.evaluate == 0):
             # The run before may have been stopped between saving and evaluating.
-            evaluate(start, end=finished, only_missing=True)
+            evaluate(start, end=finished, done=evaluated)
         if finished:
             progress.say(f"Already at step {start} of {schedule.total}: nothing to do.")
             return
@@ -156,6 +160,7 @@ def run(config: ConfigDict, workdir: Path, allow_changes: Sequence[str] = ()) ->
             timer.step_done()
             progress.update(step)
             if log:
+                metrics.pop("data/ids", None)  # which the watch logs, of every step
                 figures = {
                     k if "/" in k else f"train/{k}": v for k, v in jax.device_get(metrics).items()
                 }
@@ -235,17 +240,15 @@ def learning_rate(config: ConfigDict, schedule: Schedule) -> optax.Schedule:
 
 def _report(
     step: int,
-    results: dict[str, evals.Result],
+    name: str,
+    result: evals.Result,
     writer: telemetry.MetricsWriter,
     progress: telemetry.Progress,
 ) -> None:
-    """Shows what the evaluators found, and keeps the figures with the metrics."""
-    figures = {f"{n}/{k}": v for n, result in results.items() for k, v in result.figures.items()}
-    if figures:
-        writer.write(step, figures)
-    for name, result in results.items():
-        figures = "  ".join(f"{k} {v:.4g}" for k, v in result.figures.items())
-        progress.say("\n    ".join([f"step {step}  {name}: {figures}", *result.lines]))
-        if result.pictures:
-            images, captions = zip(*result.pictures, strict=True)
-            writer.images(step, name, np.stack(images), captions)
+    """Shows what an evaluator found, and keeps the figures with the metrics."""
+    writer.write(step, {f"{name}/{k}": v for k, v in result.figures.items()})
+    figures = "  ".join(f"{k} {v:.4g}" for k, v in result.figures.items())
+    progress.say("\n    ".join([f"step {step}  {name}: {figures}", *result.lines]))
+    if result.pictures:
+        images, captions = zip(*result.pictures, strict=True)
+        writer.images(step, name, np.stack(images), captions)

@@ -49,13 +49,13 @@ def sigterm_in(step, monkeypatch):
     monkeypatch.setattr(partition, "put_batch", put_batch)
 
 
-def power_cut_after(step, monkeypatch):
-    """Ends the next run when it has logged that step."""
+def power_cut_after(step, monkeypatch, when="step"):
+    """Ends the next run when it has logged that step, or the figure `when` of it."""
     write = telemetry.MetricsWriter.write
 
     def write_then_die(self, now, metrics):
         write(self, now, metrics)
-        if now == step:
+        if now == step and when in {"step", *metrics}:
             raise PowerCut
 
     monkeypatch.setattr(telemetry.MetricsWriter, "write", write_then_die)
@@ -130,6 +130,25 @@ def test_an_evaluation_that_a_stop_prevented_is_made_up_for_once(
     before = (result.stat().st_mtime_ns, len(toy.lines(workdir)))
     train.run(config, workdir)
     assert (result.stat().st_mtime_ns, len(toy.lines(workdir))) == before
+
+
+def test_of_two_evaluations_only_the_one_that_a_kill_prevented_is_made_up_for(
+    straight, tokenizer_path, tmp_path, monkeypatch
+):
+    config = make_config(CAPPA, tokenizer_path, eval__every_steps=2)
+    config.evals = ConfigDict({name: evals.defaults("loss", limit=8) for name in ("a", "b")})
+    train.run(config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        power_cut_after(2, patch, when="a/loss")
+        with pytest.raises(PowerCut):
+            train.run(config, tmp_path / "cut")
+    assert "b/loss" not in toy.lines(tmp_path / "cut")[-1]
+    train.run(config, tmp_path / "cut")
+    figures = [
+        [(line["step"], k, v) for line in toy.lines(w) for k, v in line.items() if "/loss" in k]
+        for w in (tmp_path / "whole", tmp_path / "cut")
+    ]
+    assert figures[0] == figures[1] and len(figures[0]) > 8
 
 
 def test_the_newest_checkpoints_and_every_nth_are_kept(straight):

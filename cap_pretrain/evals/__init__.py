@@ -13,7 +13,7 @@ evaluator, write its file and register it here; the loop need not know.
 import dataclasses
 import importlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -159,24 +159,23 @@ class Suite:
         self._built: dict[str, Any] = {}
 
     def run(
-        self, step: int, variables: Any, *, end: bool, only_missing: bool = False
-    ) -> dict[str, Result]:
-        """Runs those whose turn it is; returns their results by name.
+        self, step: int, variables: Any, *, end: bool, done: Collection[str] = ()
+    ) -> Iterator[tuple[str, Result]]:
+        """Runs those whose turn it is; yields each one's name and result at once.
 
-        `only_missing` passes over those whose result for this step is there already.
+        Those in `done` are passed over.
         """
-        results = {}
         for name, section in self._context.config.evals.items():
-            path = self._workdir / "evals" / name / f"{step}.json"
-            if (section.when == "end" and not end) or (only_missing and path.exists()):
+            if (section.when == "end" and not end) or name in done:
                 continue
             if name not in self._built:
                 cls = evaluator_class(section.evaluator)
                 self._built[name] = cls(self._context, options(name, section))
-            results[name] = result = self._built[name](variables)
+            result = self._built[name](variables)
             if self._write:
+                path = self._workdir / "evals" / name / f"{step}.json"
                 write_result(path, section, step, result)
-        return results
+            yield name, result
 
 
 def write_result(path: Path, section: Mapping, step: int, result: Result) -> None:

@@ -45,15 +45,22 @@ def suite(monkeypatch, tmp_path):
 def test_each_runs_in_its_turn_and_is_built_once(suite):
     s = suite()
     assert Fake.built == 0
-    assert s.run(10, 1.0, end=False).keys() == {"often"}
-    assert s.run(20, 1.0, end=False)["often"].figures == {"score": 2.0}
+    assert dict(s.run(10, 1.0, end=False)).keys() == {"often"}
+    assert dict(s.run(20, 1.0, end=False))["often"].figures == {"score": 2.0}
     assert Fake.built == 1
-    assert s.run(30, 1.0, end=True)["last"].figures == {"score": 3.0}
+    assert dict(s.run(30, 1.0, end=True))["last"].figures == {"score": 3.0}
     assert Fake.built == 2
+    assert dict(s.run(30, 1.0, end=True, done={"often", "loss"})).keys() == {"last"}
+
+
+def test_each_result_is_there_before_the_next_is_begun(suite, tmp_path):
+    results = suite().run(30, 1.0, end=True)
+    assert Fake.built == 0 and next(results)[0] == "last"
+    assert (tmp_path / "evals/last/30.json").exists() and Fake.built == 1
 
 
 def test_results_are_json_where_scripts_look(suite, tmp_path):
-    suite().run(30, 1.0, end=True)
+    list(suite().run(30, 1.0, end=True))
     files = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
     assert files == {"evals/often/30.json", "evals/last/30.json"}
     assert json.loads((tmp_path / "evals/last/30.json").read_text(encoding="utf-8")) == {
@@ -65,7 +72,7 @@ def test_results_are_json_where_scripts_look(suite, tmp_path):
 
 
 def test_other_hosts_measure_and_write_nothing(suite, tmp_path):
-    assert suite(write=False).run(30, 1.0, end=True).keys() == {"often", "last"}
+    assert dict(suite(write=False).run(30, 1.0, end=True)).keys() == {"often", "last"}
     assert not list(tmp_path.iterdir())
 
 
