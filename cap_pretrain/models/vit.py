@@ -76,13 +76,30 @@ class ViT(nnx.Module):
         self, images: jax.Array, *, train: bool = False, key: jax.Array | None = None
     ) -> EncoderOutput:
         """images [B, H, W, 3] float in [-1, 1] -> tokens [B, N, D], pooled [B, D]."""
-        x = self.patch_embedding(self._patchify(images.astype(self.compute.dtype)))
-        x = x + self._positions(images.shape[1:3]).astype(x.dtype)
         key = key if train else None
+        x = self._embed(images)
         x = run_encoder_blocks(self.blocks, x, key, depth=self.size.depth, compute=self.compute)
         tokens = self.norm(x)
         pooled = self.head(tokens) if self.pool == "map" else jnp.mean(tokens, axis=1)
         return EncoderOutput(tokens, pooled)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers whose output `tokens_at` gives, first to last."""
+        return tuple(f"block_{n + 1}" for n in range(self.size.depth))
+
+    def tokens_at(self, layer: str, images: jax.Array) -> jax.Array:
+        """images as for `__call__` -> [B, N, D] as they leave a layer; those above do not run."""
+        depth = self.layers.index(layer) + 1
+        graphdef, params = nnx.split(self.blocks)
+        first = nnx.merge(graphdef, jax.tree.map(lambda p: p[:depth], params))
+        x = self._embed(images)
+        return run_encoder_blocks(first, x, None, depth=depth, compute=self.compute)
+
+    def _embed(self, images: jax.Array) -> jax.Array:
+        """images [B, H, W, 3] -> what the first block reads, [B, N, D]."""
+        x = self.patch_embedding(self._patchify(images.astype(self.compute.dtype)))
+        return x + self._positions(images.shape[1:3]).astype(x.dtype)
 
     def _patchify(self, images: jax.Array) -> jax.Array:
         """[B, H, W, 3] -> [B, N, patch * patch * 3], rows first: a convolution as a product."""

@@ -1,5 +1,6 @@
 """The ViT against torch, and on images of other sizes than it was made for."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -29,6 +30,28 @@ def test_pixels_are_normalised_to_minus_one_and_one():
     images = np.array([0, 51, 255], np.uint8)[:, None, None, None]
     np.testing.assert_allclose(normalize_images(images, jnp.float32).ravel(), [-1, -0.6, 1], 1e-6)
     assert normalize_images(images, jnp.bfloat16).dtype == jnp.bfloat16
+
+
+def test_a_layers_tokens_are_those_that_the_blocks_up_to_it_make():
+    graphdef, params, stats = tiny.split(tiny.config())
+    images = tiny.images(4)
+
+    def tokens_at(learner, images):
+        encoder = learner.encoder
+        return {name: encoder.tokens_at(name, images) for name in encoder.layers}
+
+    whole = (graphdef, params, stats)
+    pixels = normalize_images(images, jnp.float32)
+    layers = tiny.jitted(whole, tokens_at)(pixels)
+    assert list(layers) == ["block_1", "block_2", "block_3"]
+    last = tiny.jitted(whole, lambda learner, x: learner.encoder.norm(x))(layers["block_3"])
+    np.testing.assert_allclose(last, tiny.jitted(whole, encode)(images).tokens, atol=1e-5)
+    # Blocks above the second have no say in what leaves it, those below it have.
+    for block, changed in ((2, ["block_3"]), (1, ["block_2", "block_3"])):
+        other = jax.tree.map(lambda p, n=block: p.at[n].add(0.1), params["encoder"]["blocks"])
+        split = (graphdef, params | {"encoder": params["encoder"] | {"blocks": other}}, stats)
+        found = tiny.jitted(split, tokens_at)(pixels)
+        assert [name for name in layers if (found[name] != layers[name]).any()] == changed
 
 
 def test_positions_resampled_to_their_own_grid_do_not_change():
