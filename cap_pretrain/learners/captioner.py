@@ -104,11 +104,11 @@ class Captioner(nnx.Module):
         *,
         key: jax.Array | None = None,
     ) -> jax.Array:
-        """Logits [B, T, V] of every token of `text` int32 [B, T].
+        """Logits [B * C, T, V] of every token of `text` int32 [B * C, T].
 
         Args:
           encoded: [B, N, D] tokens of the encoder.
-          text: the tokens to be predicted.
+          text: the tokens to be predicted, C texts for each image, side by side.
           parallel: bool [B], which examples are predicted in parallel (default: none).
           key: for dropout.
         """
@@ -117,7 +117,8 @@ class Captioner(nnx.Module):
         if parallel is not None:
             inputs = jnp.where(parallel[:, None], self.decoder.vocab_size, inputs)
             mask = mask | parallel[:, None, None, None]
-        return self.decoder(inputs, self.text_positions[...], encoded, mask, key=key)
+        positions = self.text_positions[: text.shape[1]]
+        return self.decoder(inputs, positions, encoded, mask, key=key)
 
     def loss(
         self, batch: dict[str, jax.Array], key: jax.Array, train: bool
@@ -154,6 +155,32 @@ class Captioner(nnx.Module):
             metrics["loss_parallel"] = mean_where(per_example, parallel * examples)
             metrics["loss_autoregressive"] = mean_where(per_example, ~parallel * examples)
         return loss, metrics
+
+    def image_features(self, images: jax.Array) -> jax.Array:
+        """uint8 images [B, H, W, 3] -> what `compare` wants of them: the tokens [B, N, D]."""
+        return self.encode(images).tokens
+
+    def text_features(self, text: jax.Array) -> jax.Array:
+        """text int32 [..., T] -> what `compare` wants of it: the text itself."""
+        return text
+
+    def compare(self, encoded: jax.Array, text: jax.Array) -> jax.Array:
+        """Log-likelihoods [B, C] float32, in nats, of texts as captions of encoded images.
+
+        Summed over the tokens of a text, EOS included, padding not; always autoregressive.
+
+        Args:
+          encoded: [B, N, D] tokens of the encoder.
+          text: int32 [C, T], the same texts for each image, or [B, C, T], its own.
+        """
+        text = jnp.broadcast_to(text, (len(encoded), *text.shape[-2:]))
+        flat = text.reshape(-1, text.shape[-1])
+        nll = token_loss(self.predict(encoded, flat), flat, smoothing=0.0)
+        return -jnp.sum(nll * (flat != PAD), axis=-1).reshape(text.shape[:2])
+
+    def score(self, images: jax.Array, text: jax.Array) -> jax.Array:
+        """uint8 images [B, H, W, 3], text int32 [B, C, T] -> log-likelihoods [B, C]."""
+        return self.compare(self.image_features(images), self.text_features(text))
 
     def init_decoding(self, images: jax.Array) -> dict[str, jax.Array]:
         """uint8 images [B, H, W, 3] -> the cache that `decoding` carries along."""

@@ -93,6 +93,29 @@ class DualEncoder(nnx.Module):
         logits = jnp.exp(self.log_scale[...]) * jnp.matmul(images, texts.T, precision="highest")
         return logits + self.bias[...] if self.options.contrast == "sigmoid" else logits
 
+    def image_features(self, images: jax.Array) -> jax.Array:
+        """uint8 images [B, H, W, 3] -> what `compare` wants of them: unit vectors [B, D]."""
+        return self.embed_images(images)
+
+    def text_features(self, text: jax.Array) -> jax.Array:
+        """text int32 [..., T] -> what `compare` wants of it: unit vectors [..., D]."""
+        vectors = self.embed_text(text.reshape(-1, text.shape[-1]))
+        return vectors.reshape(*text.shape[:-1], -1)
+
+    def compare(self, images: jax.Array, texts: jax.Array) -> jax.Array:
+        """Cosines [B, C] float32 of unit vectors.
+
+        Args:
+          images: [B, D].
+          texts: [C, D], the same for each image, or [B, C, D], its own.
+        """
+        product = "bd,cd->bc" if texts.ndim == 2 else "bd,bcd->bc"
+        return jnp.einsum(product, images, texts, precision="highest")
+
+    def score(self, images: jax.Array, text: jax.Array) -> jax.Array:
+        """uint8 images [B, H, W, 3], text int32 [B, C, T] -> cosines [B, C]."""
+        return self.compare(self.image_features(images), self.text_features(text))
+
     def loss(
         self, batch: dict[str, jax.Array], key: jax.Array, train: bool
     ) -> tuple[jax.Array, dict[str, Any]]:

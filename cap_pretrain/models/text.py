@@ -45,10 +45,15 @@ class DecoderBlock(nnx.Module):
     def __call__(
         self, x: jax.Array, encoded: jax.Array, mask: jax.Array, key: jax.Array | None
     ) -> jax.Array:
-        """x [B, T, D], encoded [B, N, D], mask bool [B | 1, 1, T, T] -> [B, T, D]."""
+        """x [B * C, T, D], encoded [B, N, D], mask bool [B * C | 1, 1, T, T] -> [B * C, T, D].
+
+        The C texts of an image ask it in one go, so its keys and values are made once.
+        """
         k1, k2, k3 = split_optional(key, 3)
         x = constrain(x + dropout(self.self_attention(self.norm1(x), mask=mask), self.rate, k1))
-        x = constrain(x + dropout(self.cross_attention(self.norm2(x), encoded), self.rate, k2))
+        queries = self.norm2(x).reshape(len(encoded), -1, x.shape[-1])
+        seen = self.cross_attention(queries, encoded).reshape(x.shape)
+        x = constrain(x + dropout(seen, self.rate, k2))
         return constrain(x + dropout(self.mlp(self.norm3(x)), self.rate, k3))
 
     def step(
@@ -112,14 +117,15 @@ class Decoder(nnx.Module):
         """Predicts every position at once (teacher forcing).
 
         Args:
-          tokens: int32 [B, T] inputs, already shifted or masked.
+          tokens: int32 [B * C, T] inputs, already shifted or masked; the C texts of an image (in
+            training one) lie side by side.
           positions: [T, D] position embeddings.
           encoded: [B, N, D] tokens of the encoder.
-          mask: bool [B | 1, 1, T, T], True where a position may look.
+          mask: bool [B * C | 1, 1, T, T], True where a position may look.
           key: for dropout; None in evaluation.
 
         Returns:
-          logits [B, T, V] float32.
+          logits [B * C, T, V] float32.
         """
         x = embed(self.embedding, tokens, self.compute)
         x = constrain(x + positions.astype(x.dtype))
