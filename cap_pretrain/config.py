@@ -24,13 +24,15 @@ from cap_pretrain.data.scenes import ScenesOptions
 from cap_pretrain.data.sources import parse_mixture
 from cap_pretrain.errors import UserError, did_you_mean
 from cap_pretrain.models.build import encoder_size
-from cap_pretrain.models.layers import REMAT_POLICIES
+from cap_pretrain.models.layers import ACTIVATIONS, REMAT_POLICIES
 from cap_pretrain.models.sizes import parse_name
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 CHOICES = {
     "dtype": DTYPES,
-    "model.pool": ("gap", "map"),
+    "model.pool": ("gap", "map", "class"),
+    "model.final_norm": ("tokens", "pooled"),
+    "model.activation": tuple(ACTIVATIONS),
     "model.attention": ("auto", "xla", "cudnn"),
     "model.remat": tuple(REMAT_POLICIES),
     "data.crop": ("none", "random"),
@@ -79,8 +81,20 @@ def default() -> ConfigDict:
     c.model.heads = 0
     # Layers of a caption decoder; 0 is half the encoder's.
     c.model.decoder_depth = 0
-    # How the encoder's pooled vector is made: mean of the tokens (gap) or attention pooling (map).
+    # How the encoder's pooled vector is made: mean of the patches' tokens (gap), attention pooling
+    # (map), the class token (class).
     c.model.pool = "gap"
+    # The rest of what tells encoders of one size apart; an imported one sets these. A learned token
+    # before those of the patches.
+    c.model.class_token = False
+    # A LayerNorm before the first block, as in CLIP.
+    c.model.pre_norm = False
+    # What the last LayerNorm is applied to: all tokens, or only the pooled vector, as in CLIP.
+    c.model.final_norm = "tokens"
+    # Of the encoder's MLPs: gelu_tanh (approximated as by the authors), gelu, quick_gelu (CLIP).
+    c.model.activation = "gelu_tanh"
+    # What the encoder's layer normalisations add to the variance.
+    c.model.norm_eps = 1e-6
     # Attention kernel: xla, cudnn (fused, NVIDIA GPUs, half precision), auto (cudnn where it runs).
     c.model.attention = "auto"
     # What is kept for the backward pass: none (recompute nothing), full, dots, dots_no_batch.
@@ -262,6 +276,10 @@ def validate(config: ConfigDict) -> None:
         raise UserError(
             f"model.heads: {size.heads} does not divide the width {size.width}; choose another."
         )
+    if config.model.pool == "class" and not config.model.class_token:
+        raise UserError("model.pool: 'class' needs --config.model.class_token=True.")
+    if config.model.norm_eps <= 0:
+        raise UserError(f"model.norm_eps: {config.model.norm_eps} must be positive.")
     if config.data.image_size % patch:
         raise UserError(
             f"data.image_size: {config.data.image_size} is no multiple of the patch size {patch} "

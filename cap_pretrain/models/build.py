@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from cap_pretrain.models.layers import Compute
 from cap_pretrain.models.sizes import Size, parse_name
-from cap_pretrain.models.vit import ViT
+from cap_pretrain.models.vit import Options, ViT
 
 
 def encoder_size(config: ConfigDict) -> Size:
@@ -40,6 +40,11 @@ def compute(config: ConfigDict) -> Compute:
     )
 
 
+def encoder_options(config: ConfigDict) -> Options:
+    """The encoder's options, which have the names of the config's fields."""
+    return Options(**{f.name: config.model[f.name] for f in dataclasses.fields(Options)})
+
+
 def build_encoder(config: ConfigDict, rngs: nnx.Rngs) -> ViT:
     """Builds the image encoder of a config."""
     _, patch = parse_name(config.model.name)
@@ -47,7 +52,7 @@ def build_encoder(config: ConfigDict, rngs: nnx.Rngs) -> ViT:
         encoder_size(config),
         patch=patch,
         image_size=config.data.image_size,
-        pool=config.model.pool,
+        options=encoder_options(config),
         compute=compute(config),
         rngs=rngs,
     )

@@ -94,10 +94,41 @@ def split_optional(key: jax.Array | None, n: int) -> tuple[jax.Array | None, ...
     return (None,) * n if key is None else tuple(jax.random.split(key, n))
 
 
-class Mlp(nnx.Module):
-    """Two linear layers with GELU (tanh approximation, as in the authors' code)."""
+# By the name in a config. Ours is the tanh approximation, as in the authors' code; quick_gelu is
+# that of CLIP (Radford et al. 2021, `model.py` of their code).
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu_tanh": nnx.gelu,
+    "gelu": functools.partial(nnx.gelu, approximate=False),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+}
 
-    def __init__(self, width: int, hidden: int, *, bias: bool, compute: Compute, rngs: nnx.Rngs):
+
+@dataclasses.dataclass(frozen=True)
+class Details:
+    """In what encoder blocks of one size differ between families of models.
+
+    Attributes:
+      activation: of the MLP, one of ACTIVATIONS.
+      norm_eps: what layer normalisation adds to the variance.
+    """
+
+    activation: str = "gelu_tanh"
+    norm_eps: float = 1e-6
+
+
+class Mlp(nnx.Module):
+    """Two linear layers with an activation between them."""
+
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        *,
+        bias: bool,
+        activation: str = Details.activation,
+        compute: Compute,
+        rngs: nnx.Rngs,
+    ):
         kwargs = dict(
             use_bias=bias,
             dtype=compute.dtype,
@@ -107,9 +138,10 @@ class Mlp(nnx.Module):
         )
         self.up = nnx.Linear(width, hidden, **kwargs)
         self.down = nnx.Linear(hidden, width, **kwargs)
+        self.activation = activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(nnx.gelu(self.up(x)))
+        return self.down(ACTIVATIONS[self.activation](self.up(x)))
 
 
 class Attention(nnx.Module):
@@ -183,12 +215,13 @@ def _cudnn_compiles(
 class EncoderBlock(nnx.Module):
     """Pre-norm self-attention and MLP, with biases (ViT; also the text tower)."""
 
-    def __init__(self, width: int, mlp: int, heads: int, *, compute: Compute, rngs: nnx.Rngs):
-        norm = dict(dtype=compute.dtype, rngs=rngs)
-        self.norm1 = nnx.LayerNorm(width, **norm)
-        self.attention = Attention(width, heads, bias=True, compute=compute, rngs=rngs)
-        self.norm2 = nnx.LayerNorm(width, **norm)
-        self.mlp = Mlp(width, mlp, bias=True, compute=compute, rngs=rngs)
+    def __init__(self, size: Size, *, details: Details, compute: Compute, rngs: nnx.Rngs):
+        kwargs = dict(compute=compute, rngs=rngs)
+        norm = dict(epsilon=details.norm_eps, dtype=compute.dtype, rngs=rngs)
+        self.norm1 = nnx.LayerNorm(size.width, **norm)
+        self.attention = Attention(size.width, size.heads, bias=True, **kwargs)
+        self.norm2 = nnx.LayerNorm(size.width, **norm)
+        self.mlp = Mlp(size.width, size.mlp, bias=True, activation=details.activation, **kwargs)
         self.rate = compute.dropout
 
     def __call__(self, x: jax.Array, key: jax.Array | None, drop: jax.Array) -> jax.Array:
@@ -239,10 +272,12 @@ def scan_layers(
     )
 
 
-def encoder_blocks(size: Size, *, compute: Compute, rngs: nnx.Rngs) -> nnx.Module:
+def encoder_blocks(
+    size: Size, *, details: Details = Details(), compute: Compute, rngs: nnx.Rngs
+) -> nnx.Module:
     """Returns the stacked blocks of a transformer encoder, of images or of text."""
     return stack_layers(
-        lambda rngs: EncoderBlock(size.width, size.mlp, size.heads, compute=compute, rngs=rngs),
+        lambda rngs: EncoderBlock(size, details=details, compute=compute, rngs=rngs),
         size.depth,
         rngs,
     )

@@ -1,4 +1,10 @@
-"""The Vision Transformer: no class token, learned position embedding, final LayerNorm."""
+"""The Vision Transformer: patches, learned position embedding, final LayerNorm.
+
+By default as the paper has it, without a class token; its options make it the ViT of CLIP, of
+SigLIP or of the original paper (Dosovitskiy et al. 2020), so that weights can travel (see convert).
+"""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +14,7 @@ from cap_pretrain.models.layers import (
     XAVIER,
     Attention,
     Compute,
+    Details,
     EncoderOutput,
     Mlp,
     encoder_blocks,
@@ -16,14 +23,37 @@ from cap_pretrain.models.layers import (
 from cap_pretrain.models.sizes import Size
 
 
+@dataclasses.dataclass(frozen=True)
+class Options(Details):
+    """In what ViTs of one size differ, besides the `Details` of their blocks.
+
+    Attributes:
+      pool: how the pooled vector is made: "gap", the mean of the patches' tokens; "map", attention
+        pooling; "class", the token of the class.
+      class_token: whether there is a learned token before those of the patches. It has no position
+        embedding of its own: another would only be added to it.
+      pre_norm: whether a LayerNorm comes before the first block (CLIP).
+      final_norm: what the last LayerNorm is applied to: "tokens", of which one is pooled then, or
+        "pooled" (CLIP), so that the tokens are as the last block leaves them.
+    """
+
+    pool: str = "gap"
+    class_token: bool = False
+    pre_norm: bool = False
+    final_norm: str = "tokens"
+
+
 class MapHead(nnx.Module):
     """Multi-head attention pooling (Zhai et al. 2021): a learned query attends to the tokens."""
 
-    def __init__(self, size: Size, *, compute: Compute, rngs: nnx.Rngs):
+    def __init__(self, size: Size, *, details: Details, compute: Compute, rngs: nnx.Rngs):
+        kwargs = dict(compute=compute, rngs=rngs)
         self.probe = nnx.Param(XAVIER(rngs.params(), (1, size.width)))
-        self.attention = Attention(size.width, size.heads, bias=True, compute=compute, rngs=rngs)
-        self.norm = nnx.LayerNorm(size.width, dtype=compute.dtype, rngs=rngs)
-        self.mlp = Mlp(size.width, size.mlp, bias=True, compute=compute, rngs=rngs)
+        self.attention = Attention(size.width, size.heads, bias=True, **kwargs)
+        self.norm = nnx.LayerNorm(
+            size.width, epsilon=details.norm_eps, dtype=compute.dtype, rngs=rngs
+        )
+        self.mlp = Mlp(size.width, size.mlp, bias=True, activation=details.activation, **kwargs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """tokens [B, N, D] -> [B, D]."""
@@ -39,14 +69,14 @@ def resample_positions(positions: jax.Array, old: tuple[int, int], new: tuple[in
 
 
 class ViT(nnx.Module):
-    """An encoder: images in, patch tokens and one pooled vector out.
+    """An encoder: images in, tokens and one pooled vector out.
 
     Args:
       size: width, depth, mlp, heads.
       patch: patch size in pixels.
       image_size: side of the (square) images the position embedding is made for; other sizes
         that are multiples of `patch` are accepted and get a resampled embedding.
-      pool: "gap" (mean of the tokens) or "map" (attention pooling head).
+      options: see `Options`.
     """
 
     def __init__(
@@ -55,33 +85,43 @@ class ViT(nnx.Module):
         *,
         patch: int,
         image_size: int,
-        pool: str = "gap",
+        options: Options = Options(),
         compute: Compute,
         rngs: nnx.Rngs,
     ):
+        norm = dict(epsilon=options.norm_eps, dtype=compute.dtype, rngs=rngs)
+        kwargs = dict(details=options, compute=compute, rngs=rngs)
         self.patch_embedding = nnx.Linear(
             patch * patch * 3, size.width, dtype=compute.dtype, rngs=rngs
         )
         grid = image_size // patch
         init = nnx.initializers.normal(size.width**-0.5)
         self.positions = nnx.Param(init(rngs.params(), (grid * grid, size.width)))
-        self.blocks = encoder_blocks(size, compute=compute, rngs=rngs)
-        self.norm = nnx.LayerNorm(size.width, dtype=compute.dtype, rngs=rngs)
-        if pool == "map":
-            self.head = MapHead(size, compute=compute, rngs=rngs)
-        self.size, self.patch, self.grid, self.pool = size, patch, grid, pool
+        if options.class_token:
+            self.class_token = nnx.Param(init(rngs.params(), (1, size.width)))
+        if options.pre_norm:
+            self.pre_norm = nnx.LayerNorm(size.width, **norm)
+        self.blocks = encoder_blocks(size, **kwargs)
+        self.norm = nnx.LayerNorm(size.width, **norm)
+        if options.pool == "map":
+            self.head = MapHead(size, **kwargs)
+        self.size, self.patch, self.grid, self.options = size, patch, grid, options
         self.compute = compute
 
     def __call__(
         self, images: jax.Array, *, train: bool = False, key: jax.Array | None = None
     ) -> EncoderOutput:
-        """images [B, H, W, 3] float in [-1, 1] -> tokens [B, N, D], pooled [B, D]."""
+        """images [B, H, W, 3] float in [-1, 1] -> tokens [B, N, D], pooled [B, D].
+
+        The tokens are those of the patches, row by row, after that of the class if there is one.
+        """
         key = key if train else None
         x = self._embed(images)
         x = run_encoder_blocks(self.blocks, x, key, depth=self.size.depth, compute=self.compute)
+        if self.options.final_norm == "pooled":
+            return EncoderOutput(x, self.norm(self._pool(x)))
         tokens = self.norm(x)
-        pooled = self.head(tokens) if self.pool == "map" else jnp.mean(tokens, axis=1)
-        return EncoderOutput(tokens, pooled)
+        return EncoderOutput(tokens, self._pool(tokens))
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -99,7 +139,20 @@ class ViT(nnx.Module):
     def _embed(self, images: jax.Array) -> jax.Array:
         """images [B, H, W, 3] -> what the first block reads, [B, N, D]."""
         x = self.patch_embedding(self._patchify(images.astype(self.compute.dtype)))
-        return x + self._positions(images.shape[1:3]).astype(x.dtype)
+        x = x + self._positions(images.shape[1:3]).astype(x.dtype)
+        if self.options.class_token:
+            token = self.class_token[...].astype(x.dtype)
+            x = jnp.concatenate([jnp.broadcast_to(token, (len(x), *token.shape)), x], axis=1)
+        return self.pre_norm(x) if self.options.pre_norm else x
+
+    def _pool(self, tokens: jax.Array) -> jax.Array:
+        """[B, N, D] -> [B, D]."""
+        if self.options.pool == "map":
+            return self.head(tokens)
+        if self.options.pool == "class":
+            return tokens[:, 0]
+        patches = tokens[:, 1:] if self.options.class_token else tokens
+        return jnp.mean(patches, axis=1)
 
     def _patchify(self, images: jax.Array) -> jax.Array:
         """[B, H, W, 3] -> [B, N, patch * patch * 3], rows first: a convolution as a product."""
