@@ -30,6 +30,7 @@ from cap_pretrain.errors import UserError, did_you_mean
 REGISTRY = {
     "loss": "cap_pretrain.evals.loss:Loss",
     "captions": "cap_pretrain.evals.captions:Captions",
+    "caption_scores": "cap_pretrain.evals.caption_scores:CaptionScores",
     "scene_captions": "cap_pretrain.evals.scene_captions:SceneCaptions",
 }
 

@@ -2,9 +2,11 @@
 
 import gzip
 import json
+import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -97,7 +99,9 @@ def test_as_a_program_with_java(with_java, write):
     command = [sys.executable, score_captions.__file__]
     command += ["--annotations", write("a.json", annotations())]
     command += ["--results", write("r.json", results(captions)), "--spice", "no"]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True)
+    root = Path(score_captions.__file__).parent.parent
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    printed = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     last = json.loads(printed.stdout.splitlines()[-1])
     assert_published(last)
     assert last["tokenizer"] == "PTB" and last["skipped"] == {"SPICE": "not asked for"}

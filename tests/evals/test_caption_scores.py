@@ -1,0 +1,163 @@
+"""Captions of a split and their scores: the same on every host, and kept to be scored again."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from cap_pretrain import evals
+from cap_pretrain.errors import UserError
+from cap_pretrain.evals import Interrupted, caption_scores
+from cap_pretrain.evals.caption_scores import CaptionScores
+from tests import toy
+from tests.evals.test_caption_metrics import CAPTIONS, PUBLISHED, REFERENCES
+from tests.evals.test_loss import context_of
+from tools import score_captions
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(autouse=True)
+def no_java(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+
+
+class Context:
+    """Images "a" and "b" of a dataset of three; the last does not decode."""
+
+    def __init__(self, references=REFERENCES):
+        self.examples = [{"id": i, "captions": list(texts)} for i, texts in references.items()]
+        self.examples.append({"id": "broken", "captions": ["never seen"]})
+        self.config = SimpleNamespace(data=SimpleNamespace(name="mine:0.5+more", eval_split="val"))
+        self.stopped = False
+
+    def source(self, split, data):
+        return self.examples
+
+    def stop(self):
+        return self.stopped
+
+
+@pytest.fixture
+def evaluator(monkeypatch):
+    """Returns the evaluator of captions that are handed to it."""
+
+    def make(captions=CAPTIONS, context=None, **options):
+        class Captioning:
+            def __init__(self, context, source, *, batch_size, limit, **rest):
+                assert limit is None
+
+            def __call__(self, variables):
+                yield from enumerate(captions.values())
+
+        monkeypatch.setattr(caption_scores, "Captioning", Captioning)
+        return CaptionScores(context or Context(), CaptionScores.Options(**options))
+
+    return make
+
+
+def test_captions_are_scored_and_kept(evaluator, tmp_path, capsys):
+    result = evaluator()(None)
+    expected = {name: value for name, value in PUBLISHED.items() if name != "METEOR"}
+    found = {name: value for name, value in result.figures.items() if name in expected}
+    assert found == pytest.approx(expected, abs=1e-6)
+    assert result.figures["distinct_share"] == 1 and result.figures["commonest_share"] == 0.5
+    assert result.figures["mean_words"] == 10
+    details = result.details
+    assert (details["dataset"], details["split"]) == ("mine", "val")
+    assert (details["images"], details["references"]) == (2, 4)
+    assert details["tokenizer"] == "Python (not PTB)"
+    assert "pycocoevalcap 1" in details["protocol"]
+    assert details["skipped"]["SPICE"] == "not asked for"
+    assert "2 images of mine val (Python (not PTB)): Bleu_1 0.5500" in result.lines[0]
+
+    path = tmp_path / "evals" / "test" / "1.json"
+    evals.write_result(path, evals.defaults("caption_scores"), 1, result)
+    assert score_captions.main(["--results", str(path)]) == 0
+    again = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {name: again[name] for name in expected} == found
+
+
+def test_captioners_that_say_the_same_always_are_seen_through(evaluator):
+    result = evaluator({"a": "a dog", "b": "a dog"})(None)
+    assert result.figures["distinct_share"] == 0.5 and result.figures["commonest_share"] == 1
+    assert result.details["commonest"] == "a dog"
+
+
+def test_mistakes(evaluator):
+    with pytest.raises(UserError, match="compares with captions, and mine has none"):
+        evaluator(context=Context({"a": []}))
+    with pytest.raises(UserError, match="image 'b' of mine has no captions to compare with"):
+        evaluator(context=Context({"a": ["x"], "b": []}))(None)
+    with pytest.raises(UserError, match="spice: there is no 'si'"):
+        evaluator(spice="si")
+    with pytest.raises(UserError, match="tokenizer: 'ptb' cannot run, there is no java"):
+        evaluator(tokenizer="ptb")(None)
+
+
+def test_a_run_that_is_to_stop_does_not_wait_for_the_scores(evaluator):
+    context = Context()
+    evaluate = evaluator(context=context)
+    context.stopped = True
+    with pytest.raises(Interrupted):
+        evaluate(None)
+
+
+def test_a_captioner_is_scored_alike_whatever_the_batch_size(tokenizer_path):
+    c = toy.config(model__depth=1, data__scenes__length_val=13, text__length=8)
+    context, variables = context_of(c, tokenizer_path)
+    one, other = (
+        CaptionScores(context, CaptionScores.Options(batch_size=size))(variables)
+        for size in (5, 13)
+    )
+    assert one == other
+    assert one.details["images"] == 13 and len(one.details["captions"]) == 13
+    assert one.details["captions"][3]["references"] == context.source()[3]["captions"]
+
+
+HOST = """
+import json, sys
+import jax
+from cap_pretrain import partition
+from cap_pretrain.errors import UserError
+from cap_pretrain.evals.caption_scores import on_first_host
+
+def fails():
+    raise UserError("no é")
+
+def never():
+    raise SystemExit("this host was not to do it")
+
+partition.start_distributed()
+first = jax.process_index() == 0
+with jax.transfer_guard("disallow"):
+    print(json.dumps(on_first_host((lambda: {"CIDEr": 0.1 + 0.2, "é": [1]}) if first else never)))
+    try:
+        on_first_host(fails if first else never)
+    except UserError as error:
+        print(error)
+"""
+
+
+@pytest.mark.slow
+def test_what_one_host_finds_all_have():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    hosts = []
+    for host in range(2):
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+        environment |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+        environment |= {"JAX_PROCESS_ID": str(host), "PYTHONIOENCODING": "utf-8"}
+        command = [sys.executable, "-c", HOST]
+        pipes = {"stdout": subprocess.PIPE, "encoding": "utf-8"}
+        hosts.append(subprocess.Popen(command, env=environment, **pipes))
+    printed = [host.communicate(timeout=120)[0].splitlines() for host in hosts]
+    for *_, found, error in printed:  # the first lines are of those who connect them
+        assert json.loads(found) == {"CIDEr": 0.1 + 0.2, "é": [1]}
+        assert error == "no é"
