@@ -98,8 +98,10 @@ class CaptionScores:
             "commonest": commonest,
             "captions": kept,
         }
-        head = f"{scores.images} images of {self._dataset} {self._split} ({scores.tokenizer}): "
-        line = head + ", ".join(f"{name} {value:.4f}" for name, value in scores.figures.items())
+        line = (
+            f"{scores.images} images of {self._dataset} {self._split}, words by {scores.tokenizer}"
+        )
+        line += "".join(f"; {name} skipped: {why}" for name, why in scores.skipped.items())
         return {"figures": figures, "details": details, "line": line}
 
     def _kept(self, index: int, caption: str) -> dict[str, Any]:
