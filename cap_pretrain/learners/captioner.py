@@ -12,7 +12,7 @@ from cap_pretrain import learners
 from cap_pretrain.errors import UserError
 from cap_pretrain.models.build import build_encoder, compute, decoder_size
 from cap_pretrain.models.layers import normalize_images
-from cap_pretrain.models.text import Decoder
+from cap_pretrain.models.text import Cache, Decoder
 
 PAD = 0  # also what stands before the first token
 
@@ -182,12 +182,14 @@ class Captioner(nnx.Module):
         """uint8 images [B, H, W, 3], text int32 [B, C, T] -> log-likelihoods [B, C]."""
         return self.compare(self.image_features(images), self.text_features(text))
 
-    def init_decoding(self, images: jax.Array) -> dict[str, jax.Array]:
+    def init_decoding(self, images: jax.Array, beams: int = 1) -> Cache:
         """uint8 images [B, H, W, 3] -> the cache that `decoding` carries along."""
-        return self.decoder.init_cache(self.encode(images).tokens, len(self.text_positions))
+        return self.decoder.init_cache(self.encode(images).tokens, len(self.text_positions), beams)
 
-    def decode_step(self, tokens: jax.Array, position: jax.Array, cache: Any):
-        """The logits [B, V] of what follows `tokens` int32 [B] at `position`, and the new cache."""
+    def decode_step(
+        self, tokens: jax.Array, position: jax.Array, cache: Cache
+    ) -> tuple[jax.Array, Cache]:
+        """Logits [B * beams, V] of what follows `tokens` int32 [B * beams] at `position`; cache."""
         return self.decoder.step(tokens, position, self.text_positions[...], cache)
 
 

@@ -1,5 +1,7 @@
 """Transformers over text: the caption decoder and the tower of the dual encoders."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -19,6 +21,8 @@ from cap_pretrain.models.layers import (
     stack_layers,
 )
 from cap_pretrain.models.sizes import Size
+
+Cache = tuple[jax.Array, Any]
 
 
 def embed(embedding: nnx.Embed, tokens: jax.Array, compute: Compute) -> jax.Array:
@@ -57,20 +61,62 @@ class DecoderBlock(nnx.Module):
         return constrain(x + dropout(self.mlp(self.norm3(x)), self.rate, k3))
 
     def step(
-        self, x: jax.Array, position: jax.Array, cache: dict[str, jax.Array]
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """One position, x [B, 1, D], with this layer's cache; returns the cache with it added."""
+        self,
+        x: jax.Array,
+        mask: jax.Array,
+        at: tuple[jax.Array, jax.Array],
+        own: tuple[jax.Array, jax.Array],
+        cross: tuple[jax.Array, jax.Array],
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """One position of the C captions of each image.
+
+        Args:
+          x: [B, C, D].
+          mask: bool [B, 1, C, S], which of S keys each caption may see.
+          at: which layer this is, and where in S the keys of this position go.
+          own: keys and values of all layers' self-attention, [layers, …] of `for_queries`.
+          cross: keys and values of the image for this layer, of `for_queries`.
+
+        Returns:
+          [B, C, D], and `own` with the keys and values of this position put in.
+        """
+        layer, start = at
         y = self.norm1(x)
-        keys, values = self.self_attention.keys_values(y)
-        at = (0, position, 0, 0)
-        keys = jax.lax.dynamic_update_slice(cache["keys"], keys, at)
-        values = jax.lax.dynamic_update_slice(cache["values"], values, at)
-        seen = (jnp.arange(keys.shape[1]) <= position)[None, None, None]
-        x = x + self.self_attention.attend(y, keys, values, seen)
-        x = x + self.cross_attention.attend(
-            self.norm2(x), cache["cross_keys"], cache["cross_values"]
+        keys, values = for_queries(*self.self_attention.keys_values(y))
+        own = (
+            jax.lax.dynamic_update_slice(own[0], keys[None], (layer, 0, 0, 0, start)),
+            jax.lax.dynamic_update_slice(own[1], values[None], (layer, 0, 0, start, 0)),
         )
-        return x + self.mlp(self.norm3(x)), cache | {"keys": keys, "values": values}
+        seen = (jax.lax.dynamic_index_in_dim(part, layer, keepdims=False) for part in own)
+        x = x + ask(self.self_attention, y, *seen, mask)
+        x = x + ask(self.cross_attention, self.norm2(x), *cross)
+        return x + self.mlp(self.norm3(x)), own
+
+
+def for_queries(keys: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """[B, S, heads, D / heads] each -> [B, heads, D / heads, S] and [B, heads, S, D / heads].
+
+    As the two products of attention read them: what is asked at every position need not be turned
+    around at every position.
+    """
+    return keys.transpose(0, 2, 3, 1), values.transpose(0, 2, 1, 3)
+
+
+def ask(
+    attention: Attention,
+    x: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    mask: jax.Array | None = None,
+) -> jax.Array:
+    """What `attention` gives to x [B, C, D], with keys and values of `for_queries`: [B, C, D]."""
+    query = attention.query(x).reshape(*x.shape[:2], attention.heads, -1)
+    weights = jnp.einsum("bchd,bhds->bhcs", query, keys, preferred_element_type=jnp.float32)
+    weights = weights * query.shape[-1] ** -0.5
+    if mask is not None:
+        weights = jnp.where(mask, weights, -jnp.inf)
+    weights = jax.nn.softmax(weights, axis=-1).astype(values.dtype)
+    return attention.out(jnp.einsum("bhcs,bhsd->bchd", weights, values).reshape(x.shape))
 
 
 class Decoder(nnx.Module):
@@ -140,42 +186,62 @@ class Decoder(nnx.Module):
         )
         return self.logits(self.norm(x)).astype(jnp.float32)
 
-    def init_cache(self, encoded: jax.Array, length: int) -> dict[str, jax.Array]:
-        """Returns the key-value cache for `length` positions; leaves [layers, B, ...]."""
-        batch, heads = encoded.shape[0], self.size.heads
-        shape = (batch, length, heads, self.size.width // heads)
+    def init_cache(self, encoded: jax.Array, length: int, beams: int = 1) -> Cache:
+        """Returns the cache of `length` positions for `beams` captions of each image.
 
-        def cache_of(block, x, _):
-            cross_keys, cross_values = block.cross_attention.keys_values(encoded)
-            empty = jnp.zeros(shape, cross_keys.dtype)
-            return x, dict(
-                keys=empty, values=empty, cross_keys=cross_keys, cross_values=cross_values
-            )
+        Keys and values stay where they were written, also when captions change places in beam
+        search: what goes with a caption is only the table of where its past is.
 
-        _, cache = scan_layers(
-            self.blocks, cache_of, (), None, depth=self.size.depth, compute=self.compute
-        )
-        return cache
+        Args:
+          encoded: [B, N, D] tokens of the encoder.
+          length: T.
+          beams: C, captions of each image that are written at once.
+
+        Returns:
+          What goes with a caption, int32 [B * C, T]: which of the C rows of its image wrote the
+          token that it has at this position, -1 before there is one. And what does not: keys and
+          values of the T * C tokens, position by position, and those of the image, once.
+        """
+        batch, heads, depth = len(encoded), self.size.heads, self.size.depth
+
+        def cross_of(block, x, _):
+            return x, for_queries(*block.cross_attention.keys_values(encoded))
+
+        _, cross = scan_layers(self.blocks, cross_of, (), None, depth=depth, compute=self.compute)
+        keys = jnp.zeros((depth, batch, heads, self.size.width // heads, length * beams))
+        keys = keys.astype(cross[0].dtype)
+        own = (keys, keys.swapaxes(-1, -2))
+        return jnp.full((batch * beams, length), -1, jnp.int32), (own, cross)
 
     def step(
-        self,
-        tokens: jax.Array,
-        position: jax.Array,
-        positions: jax.Array,
-        cache: dict[str, jax.Array],
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Predicts what follows `tokens` int32 [B] at `position`: logits [B, V], new cache."""
-        x = self.embedding(tokens)[:, None]
+        self, tokens: jax.Array, position: jax.Array, positions: jax.Array, cache: Cache
+    ) -> tuple[jax.Array, Cache]:
+        """Predicts what follows `tokens` int32 [B * C] at `position`: logits [B * C, V], cache."""
+        writers, (own, cross) = cache
+        batch = cross[0].shape[1]
+        beams = len(tokens) // batch
+        row = jnp.arange(beams, dtype=jnp.int32)
+        writers = writers.at[:, position].set(jnp.tile(row, batch))
+        mask = writers.reshape(batch, 1, beams, -1, 1) == row  # -1, the future, is nobody
+        mask = mask.reshape(batch, 1, beams, -1)
+
+        x = self.embedding(tokens).reshape(batch, beams, -1)
         x = x + jax.lax.dynamic_slice_in_dim(positions, position, 1).astype(x.dtype)
-        x, cache = scan_layers(
+
+        def layer(block, carry, inputs):
+            index, cross = inputs
+            return block.step(carry[0], mask, (index, position * beams), carry[1], cross), None
+
+        (x, own), _ = scan_layers(
             self.blocks,
-            lambda block, x, cache: block.step(x, position, cache),
-            x,
-            cache,
+            layer,
+            (x, own),
+            (jnp.arange(self.size.depth), cross),
             depth=self.size.depth,
             compute=self.compute,
         )
-        return self.logits(self.norm(x))[:, 0].astype(jnp.float32), cache
+        logits = self.logits(self.norm(x)).astype(jnp.float32)
+        return logits.reshape(batch * beams, -1), (writers, (own, cross))
 
 
 class TextTower(nnx.Module):
