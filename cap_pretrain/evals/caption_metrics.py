@@ -248,8 +248,8 @@ def _spice(references: References, captions: Captions, when: str) -> Found:
             if process.returncode:
                 raise ValueError(f"it ended with {process.returncode}")
             results = json.loads(found.read_text(encoding="utf-8"))
-    by_image = {item["image_id"]: float(item["scores"]["All"]["f"]) for item in results}
-    scores = [by_image[k] for k in range(len(captions))]
+            by_image = {item["image_id"]: float(item["scores"]["All"]["f"]) for item in results}
+            scores = [by_image[k] for k in range(len(captions))]
     return [(sum(scores) / len(scores), scores)]
 
 

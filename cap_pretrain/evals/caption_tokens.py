@@ -53,7 +53,8 @@ def java(*arguments: str, images: int) -> Iterator[subprocess.Popen]:
 
     Raises:
       Unavailable: there is no Java, the block could not make sense of what the program printed
-        (that is: raised OSError or ValueError), or the program took too long for so many images.
+        (it raised OSError, LookupError or ValueError), or the program took too long for so many
+        images.
     """
     command = find_java()
     seconds = START_SECONDS + IMAGE_SECONDS * images
@@ -68,7 +69,7 @@ def java(*arguments: str, images: int) -> Iterator[subprocess.Popen]:
         watchdog.start()
         try:
             yield process
-        except (OSError, ValueError) as error:
+        except (OSError, LookupError, ValueError) as error:
             if late.is_set():
                 raise Unavailable(f"java did not finish within {seconds:.0f} seconds") from error
             process.kill()

@@ -75,19 +75,24 @@ def test_published_figures_without_java(no_java):
 def test_published_figures_with_java_quietly(capfd):
     package = caption_tokens.package_folder()
     before = sorted(package.rglob("[!_]*"))
-    captions = {i: caption.capitalize() + "." for i, caption in CAPTIONS.items()} | {"c": ""}
-    references = REFERENCES | {"c": ["(Nothing)", "a café ||| with\nlines"]}
-    scores = score(references, captions, spice="no")
-    for metric, by_image in scores.per_image.items():
-        assert by_image.keys() == captions.keys()
-        assert by_image["c"] == pytest.approx(0, abs=1e-6), metric
-
-    scores = score(REFERENCES, CAPTIONS, spice="no")
+    captions = {i: caption.capitalize() + "." for i, caption in CAPTIONS.items()}
+    scores = score(REFERENCES, captions, spice="no")
     assert scores.figures == pytest.approx(PUBLISHED, abs=1e-6)
     assert scores.tokenizer == "PTB"
     assert scores.skipped == {"SPICE": "not asked for"}
     assert capfd.readouterr() == ("", "")
     assert sorted(package.rglob("[!_]*")) == before
+
+
+@pytest.mark.slow  # METEOR takes seconds to start
+@needs_java
+def test_captions_without_words_are_worth_nothing():
+    references = REFERENCES | {"c": ["(Nothing)", "a café ||| with\nlines"]}
+    scores = score(references, CAPTIONS | {"c": "?"}, spice="no")
+    assert scores.per_image.keys() == PUBLISHED.keys()
+    for metric, by_image in scores.per_image.items():
+        assert by_image["c"] == pytest.approx(0, abs=1e-6), metric
+        assert by_image["b"] > 0.1, metric
 
 
 def test_worked_examples_of_the_papers(no_java):
@@ -223,11 +228,18 @@ def test_spice_runs_where_its_models_are(fake_java, package, capfd):
     assert "SPICE" not in score(REFERENCES, CAPTIONS, tokenizer="python", spice="no").figures
 
 
-def test_spice_that_fails_says_why(fake_java, package):
-    fake_java("sys.exit('Exception in thread main: InaccessibleObjectException')")
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        ("sys.exit('Exception in thread main: Inaccessible')", "Exception in thread main: Inacc"),
+        (SPICE_PROGRAM.replace("reversed(entries)", "entries[1:]"), "java failed: 0"),
+        (SPICE_PROGRAM.replace("json.dump(", "print("), "java failed: "),
+    ],
+)
+def test_spice_that_fails_says_why(fake_java, package, program, reason):
+    fake_java(program)
     add_models(package)
-    scores = score(REFERENCES, CAPTIONS, tokenizer="python")
-    assert "InaccessibleObjectException" in scores.skipped["SPICE"]
+    assert reason in score(REFERENCES, CAPTIONS, tokenizer="python").skipped["SPICE"]
 
 
 def test_spice_fetches_its_models_only_if_asked(fake_java, package, monkeypatch, capfd):
