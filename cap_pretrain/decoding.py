@@ -66,6 +66,17 @@ class Decoding:
         """Captions followed up at once for each image: what the cache is made for."""
         return self.beams if self.method == "beam" else 1
 
+    @property
+    def protocol(self) -> str:
+        """The method and its settings, for people."""
+        if self.method == "greedy":
+            return "greedy decoding"
+        if self.method == "beam":
+            return f"beam search, {self.beams} beams, log p / tokens ** {self.length_norm:g}"
+        return (
+            f"sampling, temperature {self.temperature:g}, top_k {self.top_k}, top_p {self.top_p:g}"
+        )
+
 
 def decode(
     step: Step,

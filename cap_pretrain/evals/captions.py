@@ -5,30 +5,79 @@ from collections.abc import Iterator
 
 import jax
 import numpy as np
+from flax import nnx
 
-from cap_pretrain import decoding
+from cap_pretrain import rng
 from cap_pretrain.data import pipeline
+from cap_pretrain.data.sources import parse_mixture
+from cap_pretrain.decoding import Decoding, decode
+from cap_pretrain.errors import UserError
 from cap_pretrain.evals import Context, Result
 from cap_pretrain.learners.captioner import PAD
 
 
-class Captioning:
-    """Greedy captions of the examples of a source, in batches under one `jax.jit`."""
+def write_captions(
+    learner: nnx.Module,
+    images: jax.Array,
+    how: Decoding,
+    *,
+    length: int,
+    eos: int,
+    keys: jax.Array | None = None,
+) -> jax.Array:
+    """A captioner's captions of uint8 images [B, H, W, 3]: int32 [B, length]; see `decode`."""
+    return decode(
+        learner.decode_step,
+        learner.init_decoding(images, how.rows),
+        how,
+        batch=len(images),
+        length=length,
+        start=PAD,
+        eos=eos,
+        keys=keys,
+    )
 
-    def __init__(self, context: Context, source, *, batch_size: int, limit: int | None):
+
+class Captioning:
+    """Captions of the examples of a source, in batches under one `jax.jit`.
+
+    Args:
+      context: what evaluators work with.
+      source: the examples.
+      batch_size: images a batch.
+      limit: only the first so many examples.
+      how: the decoding. What is drawn depends on the run's seed and the example's index alone.
+
+    Raises:
+      UserError: the learner writes no captions.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        source,
+        *,
+        batch_size: int,
+        limit: int | None,
+        how: Decoding = Decoding(),  # noqa: B008
+    ):
+        learner = context.graphdef.nodes[0].type
+        if not hasattr(learner, "decode_step"):
+            raise UserError(
+                "evals: this evaluator reads captions, and a learner of the kind "
+                f"{learner.__name__} writes none; take a captioner, or leave it out."
+            )
         self._context, self._source = context, source
         self._batch_size, self._limit = batch_size, limit
-        length, eos = context.config.text.length, context.tokenizer.eos_id
+        length, eos, seed = (
+            context.config.text.length,
+            context.tokenizer.eos_id,
+            context.config.seed,
+        )
 
-        def caption(learner, images):
-            return decoding.greedy(
-                learner.decode_step,
-                learner.init_decoding(images),
-                batch=len(images),
-                length=length,
-                start=PAD,
-                eos=eos,
-            )
+        def caption(learner, images, index):
+            keys = jax.vmap(lambda i: rng.key(seed, i, "captions"))(index)
+            return write_captions(learner, images, how, length=length, eos=eos, keys=keys)
 
         self._caption = context.jit(caption)
         self._gather = context.jit(lambda _, arrays: arrays)
@@ -36,7 +85,7 @@ class Captioning:
     def __call__(self, variables) -> Iterator[tuple[int, str]]:
         """Yields (index in the source, caption), in order."""
         for batch, _ in self._context.batches(self._source, self._batch_size, self._limit):
-            tokens = self._caption(variables, batch["image"])
+            tokens = self._caption(variables, batch["image"], batch["index"])
             where = self._gather(variables, {k: batch[k] for k in ("index", "mask")})
             tokens, where = jax.device_get((tokens, where))
             for ids, index, real in zip(tokens, where["index"], where["mask"], strict=True):
@@ -48,8 +97,8 @@ class Captions:
     """Captions of the first images of a split, with their references."""
 
     @dataclasses.dataclass(frozen=True)
-    class Options:
-        """Settings.
+    class Options(Decoding):
+        """Settings: how captions are decoded (see `Decoding`), and
 
         Attributes:
           data: dataset; "" is the run's own.
@@ -67,8 +116,14 @@ class Captions:
         self._context, self._options = context, options
         self._source = context.source(options.split, options.data)
         self._captioning = Captioning(
-            context, self._source, batch_size=options.count, limit=options.count
+            context, self._source, batch_size=options.count, limit=options.count, how=options
         )
+        config = context.config
+        self._details = {
+            "protocol": options.protocol,
+            "dataset": options.data or parse_mixture(config.data.name)[0][0],
+            "split": options.split or config.data.eval_split,
+        }
 
     def __call__(self, variables) -> Result:
         size = self._context.config.data.image_size
@@ -88,4 +143,5 @@ class Captions:
             "distinct_share": len(set(captions)) / max(len(captions), 1),
             "mean_words": float(np.mean([len(caption.split()) for caption in captions])),
         }
-        return Result(figures, {"samples": samples}, tuple(lines), tuple(pictures))
+        details = self._details | {"images": len(samples), "samples": samples}
+        return Result(figures, details, tuple(lines), tuple(pictures))

@@ -4,17 +4,18 @@ import dataclasses
 
 from cap_pretrain.data.scene_text import mentions, names_every_object
 from cap_pretrain.data.scenes import Scenes
+from cap_pretrain.decoding import Decoding
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals import Context, Result
 from cap_pretrain.evals.captions import Captioning
 
 
 class SceneCaptions:
-    """Share of greedy captions that name each object, right in colour and shape, and no other."""
+    """Share of captions that name each object, right in colour and shape, and no other."""
 
     @dataclasses.dataclass(frozen=True)
-    class Options:
-        """Settings.
+    class Options(Decoding):
+        """Settings: how captions are decoded (see `Decoding`), and
 
         Attributes:
           split: of `scenes`: val, test, or novel (colour-shape pairs that training never shows).
@@ -31,8 +32,13 @@ class SceneCaptions:
         if not isinstance(self._source, Scenes):
             raise UserError("evals: scene_captions works on the dataset `scenes` only.")
         self._captioning = Captioning(
-            context, self._source, batch_size=options.batch_size, limit=options.count
+            context, self._source, batch_size=options.batch_size, limit=options.count, how=options
         )
+        self._details = {
+            "protocol": f"{options.protocol}; every object's colour and shape, and no other",
+            "dataset": "scenes",
+            "split": options.split,
+        }
 
     def __call__(self, variables) -> Result:
         right, by_count, mistakes = 0, {}, []
@@ -59,4 +65,5 @@ class SceneCaptions:
             f"{right} of {len(captions)} captions of unseen images name every object's colour and "
             f"shape ({accuracy:.1%})"
         )
-        return Result(figures, {"images": len(captions), "mistakes": mistakes}, (line,))
+        details = self._details | {"images": len(captions), "mistakes": mistakes}
+        return Result(figures, details, (line,))

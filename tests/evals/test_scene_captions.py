@@ -25,8 +25,8 @@ def judged(monkeypatch):
 
     def judge(captions):
         class Captioning:
-            def __init__(self, context, source, *, batch_size, limit):
-                assert limit == 20
+            def __init__(self, context, source, *, batch_size, limit, how):
+                assert limit == 20 and how.method == "greedy"
 
             def __call__(self, variables):
                 yield from captions.items()
@@ -45,7 +45,10 @@ def test_captions_that_name_everything_are_right(judged):
     result = judged({i: right(i) for i in range(20)})
     assert result.figures["accuracy"] == 1
     assert result.figures["accuracy_1_objects"] == result.figures["accuracy_2_objects"] == 1
-    assert result.details == {"images": 20, "mistakes": []}
+    protocol = result.details.pop("protocol")
+    assert protocol == "greedy decoding; every object's colour and shape, and no other"
+    expected = {"dataset": "scenes", "split": "val", "images": 20, "mistakes": []}
+    assert result.details == expected
     assert result.lines[0].startswith("20 of 20 captions") and "100.0%" in result.lines[0]
 
 
