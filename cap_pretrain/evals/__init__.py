@@ -66,6 +66,7 @@ class Context:
       tokenizer: encodes and decodes text.
       mesh: where to compute.
       stop: whether to end early, asked before each batch.
+      workdir: the run's folder, where evaluators may keep what took long to compute; None: nowhere.
     """
 
     config: ConfigDict
@@ -73,6 +74,7 @@ class Context:
     tokenizer: Any
     mesh: Mesh
     stop: Callable[[], bool] = lambda: False
+    workdir: Path | None = None
 
     def jit(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """Compiles `fn(learner, *arrays)` into a function of `(variables, *arrays)`.
