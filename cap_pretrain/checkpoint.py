@@ -38,6 +38,11 @@ ITEMS = ("learner", "optimizer")
 # What reading may fail of though the checkpoint is sound.
 _NOT_DAMAGE = ("RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
 Leaves = dict[str, dict[str, Any]]
+# By default the replicas of an array save a slice each, and the first save would stop to compile
+# hundreds of slices. One replica saves it all.
+ocp.type_handlers.register_type_handler(
+    jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False), override=True
+)
 
 
 class Damaged(Exception):
@@ -163,11 +168,12 @@ class Checkpoints:
         Raises:
           UserError: this save, or the one before, found no room or no permission.
         """
-        step, items = int(state.step), _items(state)
+        step, items = int(jax.device_get(state.step)), _items(state)
         self._saved_at = time.monotonic()
         leaves = _described(items, self._fingerprints(items))
         manifest = {"step": step, "identity": self._identity, "leaves": leaves}
-        with self._failure_told():
+        # Orbax copies to the host without telling the transfer guard.
+        with self._failure_told(), jax.transfer_guard_device_to_host("allow"):
             self._manager.save(
                 step,
                 args=ocp.args.Composite(

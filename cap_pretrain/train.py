@@ -121,8 +121,10 @@ def run(config: ConfigDict, workdir: Path, allow_changes: Sequence[str] = ()) ->
 
         def evaluate(step: int, **options: Any) -> None:
             try:
-                for name, result in suite.run(step, state.variables, **options):
-                    _report(step, name, result, writer, progress)
+                # Evaluators bring their figures to the host as they like.
+                with jax.transfer_guard_device_to_host("allow"):
+                    for name, result in suite.run(step, state.variables, **options):
+                        _report(step, name, result, writer, progress)
             except evals.Interrupted:
                 if checkpoints.latest_step() != step:
                     checkpoints.save(state)

@@ -49,7 +49,7 @@ class Loss:
         totals: dict[str, float] = {}
         weight_sum = 0.0
         for batch, _ in self._batches():
-            figures = {k: float(v) for k, v in self._loss(variables, batch).items()}
+            figures = {k: float(v) for k, v in jax.device_get(self._loss(variables, batch)).items()}
             weight = figures.pop("loss_weight")
             weight_sum += weight
             for name, value in figures.items():
