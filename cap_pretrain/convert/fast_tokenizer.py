@@ -1,0 +1,148 @@
+"""A sentencepiece model as the `tokenizer.json` of the Hugging Face tokenizers.
+
+`transformers` has a SiglipTokenizer, which reads a sentencepiece model as it is. But it removes
+punctuation first, as SigLIP's own training did and ours does not, so its ids are others. These
+files give the ids of `SentencePieceTokenizer`, in nearly all texts: a text that contains the name
+of a special piece, as "</s>", is not read letter by letter, and capital sigmas at the end of Greek
+words are lower-cased otherwise.
+"""
+
+import base64
+import json
+from typing import Any
+
+from cap_pretrain.errors import UserError
+
+
+def files(model: bytes, *, length: int, lower: bool) -> dict[str, bytes]:
+    """Returns the content of a tokenizer's files by name: two in JSON, and the model itself.
+
+    Args:
+      model: a sentencepiece model (the bytes of its file) of type BPE or unigram.
+      length: ids in a text.
+      lower: whether texts are lower-cased first.
+
+    Raises:
+      UserError: the model is of another type, or splits text in a way that cannot be expressed.
+    """
+    proto = _parse(model)
+    content = {
+        "tokenizer.json": _tokenizer(proto, lower),
+        "tokenizer_config.json": _config(proto.trainer_spec, length),
+    }
+    texts = {k: json.dumps(v, ensure_ascii=False, indent=1) + "\n" for k, v in content.items()}
+    return {k: text.encode() for k, text in texts.items()} | {"tokenizer.model": model}
+
+
+def special_ids(model: bytes) -> dict[str, int | None]:
+    """The ids of special pieces as a config.json of transformers has them."""
+    trained = _parse(model).trainer_spec
+    return {"pad_token_id": trained.pad_id, "eos_token_id": trained.eos_id, "bos_token_id": None}
+
+
+def _parse(model: bytes) -> Any:
+    from sentencepiece import sentencepiece_model_pb2
+
+    return sentencepiece_model_pb2.ModelProto.FromString(model)
+
+
+def _tokenizer(proto: Any, lower: bool) -> dict[str, Any]:
+    """What is in `tokenizer.json`."""
+    trained, normalizer = proto.trainer_spec, proto.normalizer_spec
+    if (
+        trained.model_type not in (trained.BPE, trained.UNIGRAM)
+        or trained.treat_whitespace_as_suffix
+    ):
+        raise UserError(
+            "tokenizer: only sentencepiece models of type BPE or unigram, with the space before "
+            "the word, can be written for transformers."
+        )
+    special = [
+        {"id": n, "content": piece.piece, "special": True, "normalized": False}
+        | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+        for n, piece in enumerate(proto.pieces)
+        if piece.type in (piece.CONTROL, piece.UNKNOWN)
+    ]
+    space = {
+        "type": "Metaspace",
+        "replacement": "▁",
+        "prepend_scheme": "always" if normalizer.add_dummy_prefix else "never",
+        "split": trained.split_by_whitespace,
+    }
+    eos = trained.eos_piece
+    end = {"SpecialToken": {"id": eos, "type_id": 0}}
+    text, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": special,
+        "normalizer": {"type": "Sequence", "normalizers": _normalizers(normalizer, lower)},
+        "pre_tokenizer": space,
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [text, end],
+            "pair": [text, second, end],
+            "special_tokens": {eos: {"id": eos, "ids": [trained.eos_id], "tokens": [eos]}},
+        },
+        "decoder": space,
+        "model": _unigram(proto) if trained.model_type == trained.UNIGRAM else _bpe(proto),
+    }
+
+
+def _config(trained: Any, length: int) -> dict[str, Any]:
+    """What is in `tokenizer_config.json`.
+
+    The tokenizer is to return no attention mask, since SigLIP's text tower, and ours, read padding
+    as any other token.
+    """
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": length,
+        "model_input_names": ["input_ids"],
+        "padding_side": "right",
+        "pad_token": trained.pad_piece,
+        "eos_token": trained.eos_piece,
+        "unk_token": trained.unk_piece,
+        "clean_up_tokenization_spaces": False,
+    }
+
+
+def _normalizers(spec: Any, lower: bool) -> list[dict[str, Any]]:
+    """What is done to a text before it is split, in the order of sentencepiece."""
+    steps: list[dict[str, Any]] = [{"type": "Lowercase"}] if lower else []
+    if spec.precompiled_charsmap:
+        charsmap = base64.b64encode(spec.precompiled_charsmap).decode()
+        steps.append({"type": "Precompiled", "precompiled_charsmap": charsmap})
+    if spec.remove_extra_whitespaces:
+        steps.append({"type": "Strip", "strip_left": True, "strip_right": True})
+        steps.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "})
+    return steps
+
+
+def _unigram(proto: Any) -> dict[str, Any]:
+    return {
+        "type": "Unigram",
+        "unk_id": proto.trainer_spec.unk_id,
+        "vocab": [[piece.piece, piece.score] for piece in proto.pieces],
+        "byte_fallback": proto.trainer_spec.byte_fallback,
+    }
+
+
+def _bpe(proto: Any) -> dict[str, Any]:
+    ids = {piece.piece: n for n, piece in enumerate(proto.pieces)}
+    # Sentencepiece puts together whatever makes the piece with the best score.
+    merges = [
+        (piece[:cut], piece[cut:])
+        for piece in sorted(ids, key=lambda piece: -proto.pieces[ids[piece]].score)
+        for cut in range(1, len(piece))
+        if piece[:cut] in ids and piece[cut:] in ids
+    ]
+    return {
+        "type": "BPE",
+        "unk_token": proto.trainer_spec.unk_piece,
+        "fuse_unk": True,
+        "byte_fallback": proto.trainer_spec.byte_fallback,
+        "vocab": ids,
+        "merges": merges,
+    }

@@ -1,0 +1,119 @@
+"""Checkpoints in the layout of OpenAI's CLIP, which OpenCLIP writes, too.
+
+A file of weights says everything but the activation: without a config beside it, that is taken to
+be OpenAI's.
+"""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from cap_pretrain.convert import clip
+from cap_pretrain.convert.encoder import Form, Pretrained, assemble
+from cap_pretrain.convert.tables import Fused
+from cap_pretrain.convert.weights import Weights, read_json
+from cap_pretrain.convert.weights import open_file as open_weights
+from cap_pretrain.convert.weights import open_folder as open_weights_of
+from cap_pretrain.errors import UserError
+from cap_pretrain.models.sizes import Size
+
+CONFIG = "open_clip_config.json"
+WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+
+# Of every CLIP of OpenAI's: `vision_heads = vision_width // 64` and torch's own epsilon (model.py).
+HEAD_WIDTH = 64
+NORM_EPS = 1e-5
+
+_POSITIONS = "visual.positional_embedding"
+_LAYER = "visual.transformer.resblocks.{}."
+_NUMBER = _LAYER.replace(".", r"\.").format(r"(\d+)")
+
+NAMES = {
+    "patch_embedding": "visual.conv1",
+    "patch_embedding/bias": None,
+    "positions": lambda take: take(_POSITIONS)[1:],
+    "class_token": lambda take: take("visual.class_embedding") + take(_POSITIONS)[:1],
+    "pre_norm": "visual.ln_pre",
+    "blocks/norm1": _LAYER + "ln_1",
+    "blocks/attention/query": Fused(_LAYER + "attn.in_proj", 0),
+    "blocks/attention/key": Fused(_LAYER + "attn.in_proj", 1),
+    "blocks/attention/value": Fused(_LAYER + "attn.in_proj", 2),
+    "blocks/attention/out": _LAYER + "attn.out_proj",
+    "blocks/norm2": _LAYER + "ln_2",
+    "blocks/mlp/up": _LAYER + "mlp.c_fc",
+    "blocks/mlp/down": _LAYER + "mlp.c_proj",
+    "norm": "visual.ln_post",
+}
+
+# The projection, the text side, and what OpenAI's archives hold besides weights.
+IGNORED = (
+    *("visual.proj", "transformer.", "token_embedding.", "positional_embedding", "ln_final."),
+    *("text_projection", "text.", "attn_mask", "logit_scale", "logit_bias"),
+    *("input_resolution", "context_length", "vocab_size"),
+)
+
+# Of OpenCLIP's vision_cfg: what the weights' shapes say already, and the one thing they do not.
+_IN_SHAPES = ("image_size", "layers", "width", "patch_size", "mlp_ratio")
+_HEAD_WIDTH = "head_width"
+
+
+def open_file(path: Path) -> Pretrained:
+    """Reads the vision encoder of a file with weights; see `convert.open_encoder`."""
+    return _read(open_weights(path), "quick_gelu", HEAD_WIDTH, clip.MEAN, clip.STD, "OpenAI's CLIP")
+
+
+def open_folder(folder: Path) -> Pretrained:
+    """Reads the vision encoder of a folder of OpenCLIP's; see `convert.open_encoder`."""
+    config = read_json(folder / CONFIG)
+    model, preprocessing = config.get("model_cfg") or {}, config.get("preprocess_cfg") or {}
+    vision = model.get("vision_cfg") or {}
+    other = [k for k, v in vision.items() if v and k not in (*_IN_SHAPES, _HEAD_WIDTH)]
+    if other:
+        raise UserError(
+            f"{folder / CONFIG}: its vision encoder has {', '.join(other)}; only the plain ViT of "
+            "CLIP can be read."
+        )
+    return _read(
+        open_weights_of(folder, *WEIGHTS),
+        "quick_gelu" if model.get("quick_gelu") else "gelu",
+        vision.get(_HEAD_WIDTH, HEAD_WIDTH),
+        preprocessing.get("mean", clip.MEAN),
+        preprocessing.get("std", clip.STD),
+        "CLIP of OpenCLIP",
+    )
+
+
+def _read(
+    weights: Weights,
+    activation: str,
+    head_width: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    source: str,
+) -> Pretrained:
+    layers = {m[1] for name in weights.names if (m := re.match(_NUMBER, name))}
+    if not layers or "visual.conv1.weight" not in weights.names:
+        found = ", ".join(weights.names[:3]) or "nothing"
+        raise UserError(
+            f"{weights.where}: holds no ViT in the layout of OpenAI's CLIP, with names as "
+            f"visual.transformer.resblocks.0.ln_1.weight; it holds {found}."
+        )
+    width, _, _, patch = weights.take("visual.conv1.weight").shape
+    mlp = len(weights.take(NAMES["blocks/mlp/up"].format(0) + ".bias"))
+    grid = round((len(weights.take(_POSITIONS)) - 1) ** 0.5)
+    form = Form(
+        Size(width=width, depth=len(layers), mlp=mlp, heads=width // head_width),
+        patch=patch,
+        image_size=grid * patch,
+        options=dataclasses.replace(clip.OPTIONS, activation=activation, norm_eps=NORM_EPS),
+    )
+    return assemble(
+        form,
+        weights,
+        NAMES,
+        ignored=IGNORED,
+        mean=mean,
+        std=std,
+        source=source,
+    )

@@ -1,0 +1,47 @@
+"""The ViT of the original paper as `transformers` has it: ViTModel and ViTForImageClassification.
+
+Dosovitskiy et al. 2020 (2010.11929). The pooled vector is the normalised class token, which the
+classifier reads; classifier and pooler are left behind.
+"""
+
+from typing import Any
+
+from cap_pretrain.convert.family import Family
+from cap_pretrain.convert.tables import Table
+from cap_pretrain.models.vit import Options
+
+_POSITIONS = "embeddings.position_embeddings"
+_LAYER = "encoder.layer.{}."
+
+NAMES = {
+    "patch_embedding": "embeddings.patch_embeddings.projection",
+    "positions": lambda take: take(_POSITIONS)[0, 1:],
+    "class_token": lambda take: take("embeddings.cls_token")[0] + take(_POSITIONS)[0, :1],
+    "blocks/norm1": _LAYER + "layernorm_before",
+    "blocks/attention/query": _LAYER + "attention.attention.query",
+    "blocks/attention/key": _LAYER + "attention.attention.key",
+    "blocks/attention/value": _LAYER + "attention.attention.value",
+    "blocks/attention/out": _LAYER + "attention.output.dense",
+    "blocks/norm2": _LAYER + "layernorm_after",
+    "blocks/mlp/up": _LAYER + "intermediate.dense",
+    "blocks/mlp/down": _LAYER + "output.dense",
+    "norm": "layernorm",
+}
+
+
+def describe(config: dict[str, Any]) -> tuple[Options, Table]:
+    """The options of such a ViT and the names of its weights."""
+    no_bias = {f"blocks/attention/{part}/bias": None for part in ("query", "key", "value")}
+    names = NAMES if config.get("qkv_bias", True) else NAMES | no_bias
+    return Options(pool="class", class_token=True), names
+
+
+FAMILY = Family(
+    name="ViT",
+    prefix="vit.",
+    describe=describe,
+    ignored=("pooler.", "classifier."),
+    defaults={"patch_size": 16, "hidden_act": "gelu", "layer_norm_eps": 1e-12},
+    mean=(0.5,) * 3,
+    std=(0.5,) * 3,
+)
