@@ -32,6 +32,7 @@ REGISTRY = {
     "captions": "cap_pretrain.evals.captions:Captions",
     "caption_scores": "cap_pretrain.evals.caption_scores:CaptionScores",
     "scene_captions": "cap_pretrain.evals.scene_captions:SceneCaptions",
+    "perplexity": "cap_pretrain.evals.perplexity:Perplexity",
 }
 
 
