@@ -63,6 +63,8 @@ _RELATION_FORMS = {
     "below": ("below", "under"),
 }
 _LEADS = ("", "there is ", "a picture of ", "an image of ", "we see ", "a drawing of ", "here is ")
+# Where any noun may follow, of whatever number.
+LABEL_TEMPLATES = tuple(f"{lead}{{}}" for lead in _LEADS if " is " not in lead)
 _NUMBERS = ("no", "one", "two", "three")
 
 _COLOUR_OF = {word: c for c in COLOURS for word in _WORDS[c]}
@@ -201,7 +203,14 @@ def captions(
 
 
 def negatives(
-    scene: Scene, rng: Random, *, pairs: Collection[Pair], relations: bool, synonyms: bool
+    scene: Scene,
+    rng: Random,
+    *,
+    pairs: Collection[Pair],
+    counts: Collection[int],
+    plain: bool,
+    relations: bool,
+    synonyms: bool,
 ) -> dict[str, tuple[str, str]]:
     """Pairs of a true caption and a false one that differs as little as the kind allows.
 
@@ -210,34 +219,58 @@ def negatives(
         rng: where all choices come from.
         pairs: the colour-shape pairs that a false caption may mention, lest one never seen in
             training give it away.
+        counts: likewise, the numbers of objects.
+        plain: say nothing but each object's colour and shape, as `captions` does.
         relations: whether captions speak of relations; without, there are no negatives of them.
         synonyms: use more than one word for the same thing.
 
     Returns:
-        kind -> (true, false), kinds that do not apply left out. `attributes_swapped`: the colours
-        of two objects; `relation_reversed`: left for right, above for below;
-        `objects_exchanged`: the two sides of the relation; `word_replaced`: one colour or shape.
+        kind -> (true, false), kinds that do not apply left out. `colour_replaced` and
+        `shape_replaced`: of one object; `attributes_swapped`: the colours of two objects;
+        `relation_reversed`: left for right, above for below; `objects_exchanged`: the two sides of
+        the relation; `count_changed`: of a caption that says no more than how many there are.
     """
-    claim = _full_claim(scene, rng, relations)
-    changed = {"word_replaced": _replacements(claim, rng)}
+    if plain:
+        phrases = (Phrase(thing.colour, thing.shape) for thing in shuffled(rng, scene.things))
+        claim = Claim(tuple(phrases))
+    else:
+        claim = _full_claim(scene, rng, relations)
+    changed = {
+        "colour_replaced": (claim, _replacements(claim, "colour", COLOURS, rng)),
+        "shape_replaced": (claim, _replacements(claim, "shape", SHAPES, rng)),
+    }
     if len(claim.phrases) > 1:
         a, b, *others = claim.phrases
         swapped = (replace(a, colour=b.colour), replace(b, colour=a.colour), *others)
-        changed["attributes_swapped"] = [replace(claim, phrases=swapped)]
+        changed["attributes_swapped"] = (claim, [replace(claim, phrases=swapped)])
     if claim.relation:
-        changed["relation_reversed"] = [replace(claim, relation=OPPOSITE[claim.relation])]
-        changed["objects_exchanged"] = [replace(claim, phrases=(b, a, *others))]
+        reverse = replace(claim, relation=OPPOSITE[claim.relation])
+        changed["relation_reversed"] = (claim, [reverse])
+        changed["objects_exchanged"] = (claim, [replace(claim, phrases=(b, a, *others))])
+    if not plain:
+        miscounts = [Claim((), count=count) for count in shuffled(rng, sorted(counts))]
+        changed["count_changed"] = (Claim((), count=len(scene.things)), miscounts)
 
     found = {}
-    wording = Wording(rng, synonyms)
-    true = wording.caption(claim)
-    for kind, candidates in changed.items():
+    wording, lead = Wording(rng, synonyms), "" if plain else None
+    for kind, (true, candidates) in changed.items():
         for false in candidates:
             usual = all((p.colour, p.shape) in pairs for p in false.phrases)
             if usual and not false.holds(scene):
-                found[kind] = (true, wording.caption(false))
+                found[kind] = (wording.caption(true, lead), wording.caption(false, lead))
                 break
     return found
+
+
+def label_caption(labelling: str, name: str) -> str:
+    """What a caption says of a scene whose label under a labelling is `name`, and no more."""
+    if labelling == "relation" and name in OPPOSITE:
+        return f"a big shape {_RELATION_FORMS[name][0]} a small shape"
+    if labelling in ("relation", "count"):  # no relation, as there is but one
+        claim = Claim((), count=1 if name == "none" else int(name))
+    else:
+        claim = Claim((Phrase(None, name) if labelling == "shape" else Phrase(name, None),))
+    return Wording(Random(0), synonyms=False).caption(claim, lead="")
 
 
 def mentions(caption: str) -> list[tuple[str | None, str | None]]:
@@ -297,14 +330,13 @@ def _describe(thing: Thing, rng: Random) -> Phrase:
     return Phrase(thing.colour, thing.shape, size, pattern)
 
 
-def _replacements(claim: Claim, rng: Random) -> list[Claim]:
-    """The claim with one colour or shape exchanged for another, in every way, shuffled."""
+def _replacements(claim: Claim, attribute: str, values: Sequence[str], rng: Random) -> list[Claim]:
+    """The claim with the colour or the shape of one object exchanged, in every way, shuffled."""
     changed = []
     for k, phrase in enumerate(claim.phrases):
-        others = [replace(phrase, colour=c) for c in COLOURS if c != phrase.colour]
-        others += [replace(phrase, shape=s) for s in SHAPES if s != phrase.shape]
-        changed += [
-            replace(claim, phrases=(*claim.phrases[:k], other, *claim.phrases[k + 1 :]))
-            for other in others
-        ]
+        for value in values:
+            if value != getattr(phrase, attribute):
+                other = replace(phrase, **{attribute: value})
+                phrases = (*claim.phrases[:k], other, *claim.phrases[k + 1 :])
+                changed.append(replace(claim, phrases=phrases))
     return shuffled(rng, changed)

@@ -152,6 +152,15 @@ class Scenes:
         return self.label_classes[self.options.label]
 
     @property
+    def class_captions(self) -> list[str]:
+        """What a caption would say of each class, such as "a red shape" or "two shapes"."""
+        labelling = self.options.label
+        return [scene_text.label_caption(labelling, name) for name in self.class_names]
+
+    class_templates = scene_text.LABEL_TEMPLATES
+    """Openings of captions, with {} where one of `class_captions` goes."""
+
+    @property
     def label_classes(self) -> dict[str, list[str]]:
         """The class names of every labelling, as `Scene.labels()` uses them."""
         return {
@@ -200,14 +209,19 @@ class Scenes:
     def negatives(self, index: int) -> dict[str, tuple[str, str]]:
         """kind -> (true caption, false caption) of example `index`: see `scene_text.negatives`.
 
-        Outside `novel` the false captions only mention colour-shape pairs that occur in training.
+        Outside `novel` the false captions only mention colour-shape pairs that occur in training,
+        and everywhere only numbers of objects that do.
         """
+        options = self.options
+        counts = range(options.min_objects, options.max_objects + 1)
         return scene_text.negatives(
             self.scene(index),
             self._rng(index, "negatives"),
             pairs=self._pairs_in_negatives,
-            relations=self.options.relations,
-            synonyms=self.options.synonyms,
+            counts=counts if options.partial_captions else (),
+            plain=options.plain_captions,
+            relations=options.relations,
+            synonyms=options.synonyms,
         )
 
     def _rng(self, index: int, purpose: str) -> Random:
