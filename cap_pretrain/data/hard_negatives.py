@@ -1,0 +1,74 @@
+"""Sets of questions about images: a true caption against false ones that hardly differ from it."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from cap_pretrain.data.scene_text import mentions
+from cap_pretrain.data.scenes import Scenes
+from cap_pretrain.data.sources import Source
+from cap_pretrain.data.word_order import shuffles, words_of
+
+
+@dataclass(frozen=True)
+class Question:
+    """A caption that is true of an image, and false ones by what is wrong with them."""
+
+    true: str
+    false: Mapping[str, str]  # kind -> caption
+
+
+class QuestionSet(Protocol):
+    """Images and the questions about each.
+
+    Attributes:
+        source: the images.
+        protocol: one sentence on how the false captions are made.
+    """
+
+    source: Source
+    protocol: str
+
+    def questions(self, index: int) -> list[Question]:
+        """The questions about image `index`, the same each time; there may be none."""
+
+
+class SceneQuestions:
+    """Captions of `scenes` against ones that are false of the scene: see `Scenes.negatives`."""
+
+    protocol = "captions of scenes with one thing changed"
+
+    def __init__(self, source: Scenes):
+        self.source = source
+
+    def questions(self, index: int) -> list[Question]:
+        by_true: dict[str, dict[str, str]] = {}
+        for kind, (true, false) in self.source.negatives(index).items():
+            by_true.setdefault(true, {})[kind] = false
+        return [Question(true, false) for true, false in by_true.items()]
+
+
+class OrderQuestions:
+    """Each caption of a dataset against its words in other orders: see `word_order`.
+
+    Of `scenes` it is known what a caption says: no false one names the same objects.
+    """
+
+    protocol = "the four shuffles of ARO, with the differences that data/word_order.py names"
+
+    def __init__(self, source: Source):
+        self.source = source
+        self._says_the_same = _same_mentions if isinstance(source, Scenes) else None
+
+    def questions(self, index: int) -> list[Question]:
+        found = []
+        for k, caption in enumerate(self.source[index]["captions"]):
+            false = shuffles(caption, f"{index}/{k}", self._says_the_same)
+            if false:
+                found.append(Question(" ".join(words_of(caption)), false))
+        return found
+
+
+def _same_mentions(caption: str, other: str) -> bool:
+    return Counter(mentions(caption)) == Counter(mentions(other))
