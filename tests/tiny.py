@@ -32,7 +32,7 @@ def abstract(c: ConfigDict, vocab: int = VOCAB) -> Split:
     return split_learner(nnx.eval_shape(lambda: learners.build(c, vocab, jax.random.key(0))))
 
 
-def split(c: ConfigDict, seed: int = 0) -> Split:
+def split(c: ConfigDict, seed: int = 0, vocab: int = VOCAB) -> Split:
     """The learner of a config, split; nothing is left zero or one as by initialisation."""
     rng = np.random.default_rng(seed)
 
@@ -46,7 +46,7 @@ def split(c: ConfigDict, seed: int = 0) -> Split:
             noise = 0.5 * noise
         return jnp.asarray(noise, leaf.dtype)
 
-    graphdef, params, stats = abstract(c)
+    graphdef, params, stats = abstract(c, vocab)
     return graphdef, jax.tree_util.tree_map_with_path(draw, params), stats
 
 

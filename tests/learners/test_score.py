@@ -100,4 +100,3 @@ def test_an_option_of_training_has_no_say_in_evaluation(text):
     np.testing.assert_array_equal(
         tiny.jitted((other, *split[1:]), score)(*args), tiny.jitted(split, score)(*args)
     )
-

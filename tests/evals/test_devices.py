@@ -1,0 +1,65 @@
+"""Evaluators of language give the same figures on one device and on eight, in batches of any size.
+
+Retrieval asks for all there is: texts for all images and for each its own, with and without prior.
+The others add up the same scores on the host; they are compared too where there is time for it.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from cap_pretrain.evals.composition import Composition
+from cap_pretrain.evals.retrieval import Retrieval
+from cap_pretrain.evals.zero_shot import ZeroShot
+from tests import toy
+from tests.evals import stubs
+
+OTHERS = (
+    (ZeroShot, {}),
+    (Composition, {"questions": "scenes"}),
+    (Composition, {"questions": "order"}),
+)
+
+
+def figures(tokenizer_path, every, batch_size, pairs):
+    """The figures for both kinds of learners on all devices there are."""
+    found = []
+    for kind in ("captioner", "dual_encoder"):
+        mesh = {"mesh__data": -1, "mesh__fsdp": min(2, len(jax.devices()))}
+        context, variables = stubs.small(kind, tokenizer_path, **mesh)
+        with jax.set_mesh(context.mesh):
+            for cls, more in ((Retrieval, {}), *(OTHERS if every else ())):
+                options = cls.Options(batch_size=batch_size, pairs=pairs, **more)
+                result = cls(context, options)(variables)
+                assert {"protocol", "dataset", "split", "images"} <= result.details.keys()
+                found.append(json.loads(json.dumps(result.figures | result.details)))
+    return found
+
+
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_one_device_and_eight_give_the_same_figures(tokenizer_path, every):
+    program = (
+        "import json, sys\n"
+        "from tests.evals.test_devices import figures\n"
+        "print(json.dumps(figures(*json.loads(sys.argv[1]))))\n"
+    )
+    arguments = json.dumps([str(tokenizer_path), every, 5, 64])
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
+    eight = subprocess.Popen(
+        [sys.executable, "-c", program, arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=toy.CONFIGS.parent,
+        env=os.environ | {"XLA_FLAGS": flags},
+    )
+    one = figures(str(tokenizer_path), every, 3, 8)
+    out, err = eight.communicate(timeout=300)
+    assert eight.returncode == 0, err
+    assert json.loads(out.splitlines()[-1]) == one
+    values = {x for result in one for x in result.values() if isinstance(x, float)}
+    assert len(values) > (20 if every else 10)

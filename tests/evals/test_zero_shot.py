@@ -1,0 +1,147 @@
+"""Zero-shot classification: ensembles against NumPy, rules of captioners, ties, files."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from cap_pretrain.data.scenes import Scenes
+from cap_pretrain.errors import UserError
+from cap_pretrain.evals import zero_shot
+from cap_pretrain.evals.zero_shot import ZeroShot
+from tests import tiny
+from tests.evals import stubs
+
+CLASSES = [str(k) for k in range(10)]
+
+
+def measured(learner, labels, classes=CLASSES, broken=(), **options):
+    pictures = stubs.Pictures(labels=labels, classes=classes, broken=broken)
+    context, variables = stubs.context(learner, pictures)
+    return ZeroShot(context, ZeroShot.Options(**options))(variables)
+
+
+@pytest.fixture
+def templates(tmp_path):
+    path = tmp_path / "templates.txt"
+    path.write_text("{}\n\n{} 3\n")
+    return str(path)
+
+
+def test_an_oracle_is_always_right_and_a_constant_guesses(templates):
+    labels = list(range(10))
+    assert measured(stubs.Oracle, labels, templates=templates, batch_size=3).figures == {
+        "top1": 1.0,
+        "top5": 1.0,
+        "mean_per_class": 1.0,
+    }
+    assert measured(stubs.Constant, labels, templates=templates).figures == pytest.approx(
+        {"top1": 0.1, "top5": 0.5, "mean_per_class": 0.1}
+    )
+    assert set(measured(stubs.Diverged, labels, templates=templates).figures.values()) == {0.0}
+
+
+def test_the_mean_per_class_counts_classes_and_top1_images(templates):
+    # The oracle names the image: wrong for images 1 and 2, of class 0.
+    result = measured(stubs.Oracle, [0, 0, 0, 3, 4], templates=templates)
+    assert result.figures["top1"] == pytest.approx(3 / 5 + 2 / 5 * 0)
+    assert result.figures["mean_per_class"] == pytest.approx((1 / 3 + 1 + 1) / 3)
+    assert result.details["images"] == 5
+
+
+def test_broken_images_and_those_without_label_do_not_count(templates):
+    result = measured(stubs.Oracle, [0, 0, 2, -1, 4], broken=[1], templates=templates, batch_size=2)
+    assert result.details["images"] == 3 and result.figures["top1"] == 1.0
+
+
+def accuracy(scores, label):
+    """Top-1 and top-5 of scores [n, K] without ties."""
+    order = np.argsort(-scores, axis=1)
+    return [(order[:, :k] == label[:, None]).any(1).mean() for k in (1, 5)]
+
+
+@pytest.fixture(scope="module", params=["captioner", "dual_encoder"])
+def small(request, tokenizer_path):
+    return request.param, *stubs.small(request.param, tokenizer_path)
+
+
+def test_figures_are_those_of_numpy_whatever_the_batch_size(small):
+    kind, context, variables = small
+    split = (context.graphdef, *variables)
+    source = context.source()
+    images = np.stack([source[i]["image"] for i in range(13)])
+    label = np.array([source[i]["label"] for i in range(13)])
+    encode = context.tokenizer.encode
+    tokens = np.stack(
+        [
+            [encode(template.replace("{}", name)) for template in source.class_templates]
+            for name in source.class_captions
+        ]
+    )  # [K, templates, T]
+    flat = tokens.reshape(-1, tokens.shape[-1])
+    if kind == "dual_encoder":
+        embed = tiny.jitted(split, lambda x, i, t: (x.embed_images(i), x.embed_text(t)))
+        i, t = jax.device_get(embed(images, flat))
+        classes = t.reshape(*tokens.shape[:2], -1).mean(1)
+        scores = {"": i @ (classes / np.linalg.norm(classes, axis=1, keepdims=True)).T}
+    else:
+        score = tiny.jitted(split, lambda x, i, t: x.score(i, t))
+        blank = np.full((1, *images.shape[1:]), 128, np.uint8)
+        every = np.broadcast_to(flat, (14, *flat.shape))
+        every = np.asarray(score(np.concatenate([images, blank]), every))
+        found, prior = every[:13], every[13]
+        rules = {"": found, "_over_prior": found - prior, "_per_token": found / (flat > 0).sum(1)}
+        scores = {s: x.reshape(13, *tokens.shape[:2]).mean(2) for s, x in rules.items()}
+    results = [
+        ZeroShot(context, ZeroShot.Options(batch_size=size, pairs=pairs))(variables)
+        for size, pairs in ((4, 16), (13, 1000))
+    ]
+    assert results[0].figures == results[1].figures
+    figures = results[0].figures
+    assert len(figures) == 3 * len(scores)
+    for suffix, expected in scores.items():
+        top = [figures[f"top{k}{suffix}"] for k in (1, 5)]
+        np.testing.assert_allclose(top, accuracy(expected, label))
+    assert results[0].details["classes"][0] == "a circle"
+
+
+def test_an_ensemble_is_the_unit_vector_along_the_mean():
+    vectors = np.array([[[1, 0], [0, 1]], [[0.6, 0.8], [0.6, 0.8]]], np.float32)
+    expected = [[0.5**0.5, 0.5**0.5], [0.6, 0.8]]
+    np.testing.assert_allclose(zero_shot.ensemble(vectors), expected, rtol=1e-6)
+
+
+def test_names_and_templates_come_from_files(tmp_path):
+    plain = stubs.Pictures(labels=[0], classes=["n01", "n02"])
+    names = tmp_path / "names.json"
+    names.write_text(json.dumps(["tench", "English springer"]))
+    lines = tmp_path / "templates.txt"
+    lines.write_text("une photo de {}\n")
+    found = zero_shot.prompts(plain, str(names), str(lines))
+    assert found == (("tench", "English springer"), ("une photo de {}",))
+    assert zero_shot.prompts(plain, "", "") == (("n01", "n02"), zero_shot.TEMPLATES)
+    scenes = Scenes("val", 16, label="colour")
+    classes, templates = zero_shot.prompts(scenes, "", "")
+    assert classes[0] == "a red shape" and classes[5] == "an orange shape" and "{}" in templates
+
+
+def test_mistakes_are_the_users(tmp_path):
+    plain = stubs.Pictures(labels=[0], classes=["n01", "n02"])
+    file = tmp_path / "file.json"
+    for content, told in (
+        ('["one"]', "has 1 names, but pictures has 2 classes"),
+        ('{"a": 1}', "not a JSON list"),
+        ("[", "cannot read"),
+        ("[]", "is empty"),
+    ):
+        file.write_text(content)
+        with pytest.raises(UserError, match=told):
+            zero_shot.prompts(plain, str(file), "")
+    file.write_text('["a photo"]')
+    with pytest.raises(UserError, match="'a photo'; put {} where"):
+        zero_shot.prompts(plain, "", str(file))
+    with pytest.raises(UserError, match="cannot read .*nowhere"):
+        zero_shot.prompts(plain, str(tmp_path / "nowhere"), "")
+    with pytest.raises(UserError, match="has no class names"):
+        zero_shot.prompts(stubs.Pictures(labels=[0]), "", "")
