@@ -33,6 +33,9 @@ REGISTRY = {
     "caption_scores": "cap_pretrain.evals.caption_scores:CaptionScores",
     "scene_captions": "cap_pretrain.evals.scene_captions:SceneCaptions",
     "perplexity": "cap_pretrain.evals.perplexity:Perplexity",
+    "zero_shot": "cap_pretrain.evals.zero_shot:ZeroShot",
+    "retrieval": "cap_pretrain.evals.retrieval:Retrieval",
+    "composition": "cap_pretrain.evals.composition:Composition",
 }
 
 
