@@ -61,10 +61,12 @@ def saved_steps(workdir: str | Path) -> list[int]:
     return sorted(int(p.name) for p in paths if p.name.isdecimal() and p.is_dir())
 
 
-def load_arrays(workdir: str | Path, step: int) -> dict[str, np.ndarray]:
+def load_arrays(
+    workdir: str | Path, step: int, items: Sequence[str] = ITEMS
+) -> dict[str, np.ndarray]:
     """Returns every array saved at `step` by path, as "learner/params/encoder/…", on this host.
 
-    Needs neither the model nor its config.
+    Needs neither the model nor its config. Only those of `items` are read.
 
     Raises:
       Damaged: the checkpoint is not what was saved.
@@ -79,8 +81,9 @@ def load_arrays(workdir: str | Path, step: int) -> dict[str, np.ndarray]:
         args = jax.tree.map(lambda _: as_numpy, reader.metadata(path).tree)
         return reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=args))
 
-    tree = _reading(folder, lambda: {item: read(item) for item in ITEMS})
-    _compare(folder, _described(tree, jax.jit(fingerprints)(tree)), manifest["leaves"])
+    tree = _reading(folder, lambda: {item: read(item) for item in items})
+    saved = {k: leaf for k, leaf in manifest["leaves"].items() if k.split("/")[0] in items}
+    _compare(folder, _described(tree, jax.jit(fingerprints)(tree)), saved)
     return rules.flatten(tree)
 
 

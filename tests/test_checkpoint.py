@@ -227,10 +227,16 @@ def test_arrays_are_read_without_the_model(tmp_path):
     )
     assert arrays["optimizer/opt_state/0/mu"].dtype == jax.numpy.bfloat16
     assert len(arrays) == len(jax.tree.leaves(state))
-    for path in data_files(tmp_path / "checkpoints" / "4"):
+    for path in data_files(tmp_path / "checkpoints" / "4" / "optimizer"):
         flip(path)
     with pytest.raises(Damaged):
         load_arrays(tmp_path, 4)
+    learner = load_arrays(tmp_path, 4, items=("learner",))
+    assert list(learner) == [path for path in arrays if path.startswith("learner/")]
+    for path in data_files(tmp_path / "checkpoints" / "4" / "learner"):
+        flip(path)
+    with pytest.raises(Damaged):
+        load_arrays(tmp_path, 4, items=("learner",))
 
 
 @pytest.mark.parametrize(("mode", "best"), [("min", 4), ("max", 8)])
