@@ -14,7 +14,7 @@ from cap_pretrain.convert.weights import read_json
 
 # Parts of a config that say where and how a run went, not what was learned.
 _NOT_SHOWN = ("checkpoint", "log", "eval", "evals", "mesh", "deterministic", "encoder")
-_NOT_SHOWN_OF_DATA = ("dir", "workers")
+_NOT_SHOWN_OF_DATA = ("dir", "workers", "eval_split")
 
 # An absolute path, one from a home or parent folder, or the part of a URL behind the scheme.
 _FOLDERS = re.compile(r"(?:(?<=^)|(?<=[\s:+,;=('\"]))(?:~\w*|\.{1,2})?/(?:[^\s:+,;)'\"/]*/)*")

@@ -72,8 +72,8 @@ def why_not_whole(config: ConfigDict) -> str:
     """Why a config's learner is not expressed by a SiglipModel; "" if it is."""
     if config.learner.name != "dual_encoder":
         return (
-            f"the rest of a {config.learner.name} has no counterpart in transformers and stays in "
-            "the checkpoint"
+            f"of the learner {config.learner.name}, transformers has a counterpart for the encoder "
+            "alone; the rest stays in the checkpoint"
         )
     if config.model.pool != "gap":
         return (
