@@ -26,6 +26,19 @@ def test_tokens_and_pooled_vector_are_those_of_torch(pool):
     np.testing.assert_allclose(out.pooled, pooled, atol=1e-4)
 
 
+def test_the_class_token_comes_first_and_is_no_part_of_the_mean():
+    images = tiny.images(4)
+    out = {
+        pool: tiny.jitted(tiny.split(tiny.config(pool=pool, class_token=True)), encode)(images)
+        for pool in ("gap", "class")
+    }
+    tokens = out["gap"].tokens
+    assert tokens.shape == (4, 17, 16)
+    np.testing.assert_array_equal(out["class"].tokens, tokens)
+    np.testing.assert_allclose(out["gap"].pooled, tokens[:, 1:].mean(1), atol=1e-6)
+    np.testing.assert_array_equal(out["class"].pooled, tokens[:, 0])
+
+
 def test_pixels_are_normalised_to_minus_one_and_one():
     images = np.array([0, 51, 255], np.uint8)[:, None, None, None]
     np.testing.assert_allclose(normalize_images(images, jnp.float32).ravel(), [-1, -0.6, 1], 1e-6)

@@ -1,0 +1,336 @@
+"""Encoders made elsewhere compute here what they compute there; what cannot be read is told."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cap_pretrain.convert import encoder, open_encoder
+from cap_pretrain.errors import UserError
+from tests import tiny
+from tests.convert import torch_models
+from tests.convert.torch_models import SIDE, TEXT, VISION
+
+transformers = pytest.importorskip("transformers")
+
+
+def clip():
+    config = transformers.CLIPConfig(text_config=TEXT, vision_config=VISION)
+    return transformers.CLIPModel(config)
+
+
+def siglip(**fields):
+    return transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**VISION, **fields))
+
+
+def siglip_pair():
+    config = transformers.SiglipConfig(text_config=TEXT, vision_config=VISION)
+    return transformers.SiglipModel(config)
+
+
+def vit_classifier():
+    config = transformers.ViTConfig(**VISION, qkv_bias=False, hidden_act="gelu_new")
+    return transformers.ViTForImageClassification(config)
+
+
+# Each with the part of it that sees.
+MODELS = {
+    "CLIPModel": (clip, lambda model: model.vision_model),
+    "CLIPVisionModel": (
+        lambda: transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**VISION)),
+        lambda model: model,
+    ),
+    "SiglipModel": (siglip_pair, lambda model: model.vision_model),
+    "SiglipVisionModel": (siglip, lambda model: model),
+    "SiglipVisionModel without a head": (
+        lambda: siglip(vision_use_head=False),
+        lambda model: model,
+    ),
+    "ViTModel": (
+        lambda: transformers.ViTModel(transformers.ViTConfig(**VISION)),
+        lambda model: model,
+    ),
+    "ViTForImageClassification": (vit_classifier, lambda model: model.vit),
+}
+
+
+def expected(vision, images, pretrained):
+    """Tokens and pooled vector by torch."""
+    out = vision(torch_models.pixels(images, pretrained.mean, pretrained.std))
+    tokens = out.last_hidden_state
+    if isinstance(vision, transformers.ViTModel):
+        return tokens, tokens[:, 0]  # its pooler is no part of the encoder
+    return tokens, tokens.mean(1) if out.pooler_output is None else out.pooler_output
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_a_model_of_transformers_computes_the_same(case, tmp_path):
+    make, vision = MODELS[case]
+    model = torch_models.randomised(make())
+    pretrained = open_encoder(torch_models.save(model, tmp_path))
+    assert pretrained.image_size == SIDE and type(model).__name__ in pretrained.source
+    images = tiny.images(3, side=SIDE)
+    tokens, pooled = expected(vision(model), images, pretrained)
+    out = torch_models.encode(pretrained, images)
+    assert np.abs(tokens.numpy()).max() > 1
+    np.testing.assert_allclose(out.tokens, tokens, atol=1e-4)
+    np.testing.assert_allclose(out.pooled, pooled, atol=1e-4)
+
+
+def openai_state(model):
+    """The weights of a CLIPModel under the names that OpenAI's code has for them."""
+    vision = {
+        k.removeprefix("vision_model."): v
+        for k, v in model.state_dict().items()
+        if k.startswith("vision_model.")
+    }
+    state = {
+        "conv1.weight": vision["embeddings.patch_embedding.weight"],
+        "class_embedding": vision["embeddings.class_embedding"],
+        "positional_embedding": vision["embeddings.position_embedding.weight"],
+        "proj": model.visual_projection.weight.T.contiguous(),
+    }
+    for ours, theirs in (("ln_pre", "pre_layrnorm"), ("ln_post", "post_layernorm")):
+        state |= {f"{ours}.{leaf}": vision[f"{theirs}.{leaf}"] for leaf in ("weight", "bias")}
+    for layer in range(VISION["num_hidden_layers"]):
+        block, source = f"transformer.resblocks.{layer}.", f"encoder.layers.{layer}."
+        for leaf in ("weight", "bias"):
+            state[f"{block}attn.in_proj_{leaf}"] = torch.cat(
+                [vision[f"{source}self_attn.{part}_proj.{leaf}"] for part in "qkv"]
+            )
+            for ours, theirs in (
+                ("attn.out_proj", "self_attn.out_proj"),
+                ("ln_1", "layer_norm1"),
+                ("ln_2", "layer_norm2"),
+                ("mlp.c_fc", "mlp.fc1"),
+                ("mlp.c_proj", "mlp.fc2"),
+            ):
+                state[f"{block}{ours}.{leaf}"] = vision[f"{source}{theirs}.{leaf}"]
+    text = {
+        "token_embedding.weight": torch.zeros(3, 2),
+        "positional_embedding": torch.zeros(3, 2),
+        "transformer.resblocks.0.ln_1.weight": torch.zeros(2),
+        "ln_final.weight": torch.zeros(2),
+        "text_projection": torch.zeros(2, 2),
+        "logit_scale": torch.zeros(()),
+    }
+    return {f"visual.{k}": v for k, v in state.items()} | text
+
+
+@pytest.fixture(scope="module")
+def openai_model():
+    """A CLIP whose heads are as wide as all of OpenAI's, and its state dict in their layout."""
+    wide = VISION | {"hidden_size": 128, "num_attention_heads": 2}
+    config = transformers.CLIPConfig(text_config=TEXT, vision_config=wide)
+    model = torch_models.randomised(transformers.CLIPModel(config))
+    return model, openai_state(model)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pt", "training", "open_clip"])
+def test_openais_layout_computes_the_same_in_any_file(kind, openai_model, tmp_path):
+    model, state = openai_model
+    path = tmp_path / "clip.pt"
+    if kind == "safetensors":
+        path = tmp_path / "clip.safetensors"
+        save_file(state, path)
+    elif kind == "pt":
+        torch.save(state, path)
+    elif kind == "training":
+        state = {f"module.{k}": v for k, v in state.items()}
+        torch.save({"epoch": 3, "state_dict": state, "optimizer": {"lr": 0.1}}, path)
+    else:
+        path = tmp_path
+        save_file(state, path / "open_clip_model.safetensors")
+        vision = {"image_size": SIDE, "layers": 3, "width": 128, "patch_size": 8, "head_width": 64}
+        config = {"model_cfg": {"quick_gelu": True, "vision_cfg": vision}}
+        (path / "open_clip_config.json").write_text(json.dumps(config))
+    pretrained = open_encoder(path)
+    images = tiny.images(3, side=SIDE)
+    tokens, pooled = expected(model.vision_model, images, pretrained)
+    out = torch_models.encode(pretrained, images)
+    np.testing.assert_allclose(out.tokens, tokens, atol=1e-4)
+    np.testing.assert_allclose(out.pooled, pooled, atol=1e-4)
+
+
+def test_openclips_config_says_what_the_weights_do_not(openai_model, tmp_path):
+    _, state = openai_model
+    save_file(state, tmp_path / "open_clip_model.safetensors")
+
+    def opened(vision=None, **fields):
+        config = {"model_cfg": {"vision_cfg": vision or {}, **fields}, "preprocess_cfg": {}}
+        (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+        return open_encoder(tmp_path).model
+
+    assert opened()["activation"] == "gelu"
+    assert opened(quick_gelu=True)["activation"] == "quick_gelu"
+    assert opened({"head_width": 32, "ls_init_value": None})["heads"] == 4
+    with pytest.raises(UserError, match="its vision encoder has timm_model_name; only the plain"):
+        opened({"timm_model_name": "vit"})
+
+
+def test_shards_and_half_precision_are_read_as_what_they_hold(tmp_path):
+    model = torch_models.randomised(siglip()).bfloat16()
+    whole = open_encoder(torch_models.save(model, tmp_path / "whole"))
+    shards = torch_models.save(model, tmp_path / "shards", max_shard_size="100KB")
+    assert len(list(shards.glob("*.safetensors"))) > 2
+    for (path, array), other in zip(flat(whole), flat(open_encoder(shards)), strict=True):
+        assert array.dtype == np.float32 and array.tobytes() == other[1].tobytes(), path
+
+
+def flat(pretrained):
+    from cap_pretrain import rules
+
+    return rules.flatten(pretrained.params).items()
+
+
+def test_folding_the_normalisation_changes_nothing_but_rounding():
+    rng = np.random.default_rng(0)
+    kernel, bias = rng.standard_normal((4 * 4 * 3, 7)), rng.standard_normal(7)
+    mean, std = (0.48, 0.45, 0.40), (0.26, 0.27, 0.28)
+    unit = rng.random((5, 4 * 4, 3))
+    before = ((unit - mean) / std).reshape(5, -1) @ kernel + bias
+    folded, shifted = encoder.fold_normalization(kernel, bias, mean, std)
+    assert folded.dtype == shifted.dtype == np.float32
+    np.testing.assert_allclose((2 * unit - 1).reshape(5, -1) @ folded + shifted, before, atol=1e-5)
+
+
+def test_preprocessing_is_read_from_the_folder(tmp_path):
+    torch_models.save(siglip(), tmp_path)
+
+    def read(**settings):
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+        pretrained = open_encoder(tmp_path)
+        return pretrained.mean[0], pretrained.std[0]
+
+    assert read() == (0.5, 0.5)
+    assert read(image_mean=[0.4] * 3, image_std=[0.2] * 3) == (0.4, 0.2)
+    assert read(do_normalize=False) == (0, 1)
+    assert read(rescale_factor=1 / 127.5, image_mean=[1.0] * 3, image_std=[1.0] * 3) == (0.5, 0.5)
+
+
+def test_defaults_that_published_configs_leave_out_are_those_of_transformers():
+    from cap_pretrain.convert import huggingface
+
+    for kind, config in (
+        ("clip", transformers.CLIPVisionConfig()),
+        ("siglip", transformers.SiglipVisionConfig()),
+        ("vit", transformers.ViTConfig()),
+    ):
+        said = huggingface.DEFAULTS | dict(huggingface.FAMILIES[kind].defaults)
+        assert said == {k: getattr(config, k) for k in said}
+
+
+class Hostile:
+    """What pickle would execute."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("kind", ["pickle", "torch", "folder"])
+def test_a_hostile_pickle_is_refused_and_not_executed(kind, tmp_path):
+    trap, path = tmp_path / "executed", tmp_path / "weights.pt"
+    content = {"visual.conv1.weight": torch.zeros(1), "more": Hostile(trap)}
+    if kind == "folder":
+        model = tmp_path / "model"
+        torch_models.save(siglip(), model)
+        (model / "model.safetensors").unlink()
+        torch.save(content, model / "pytorch_model.bin")
+        path = model
+    elif kind == "torch":
+        torch.save(content, path)
+    else:
+        path.write_bytes(pickle.dumps(content, protocol=2))
+    with pytest.raises(UserError, match="holds more than tensors, or is broken, and was not read"):
+        open_encoder(path)
+    assert not trap.exists()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`")
+def test_a_torchscript_archive_is_refused_with_the_way_out(tmp_path):
+    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "ViT-B-32.pt")
+    with pytest.raises(UserError, match="(?s)TorchScript archive, a program.*torch.jit.load"):
+        open_encoder(tmp_path / "ViT-B-32.pt")
+
+
+def changed(folder, change):
+    """Rewrites the weights of a folder."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def without_a_bias(tensors):
+    del tensors["encoder.layers.1.mlp.fc1.bias"], tensors["head.attention.in_proj_weight"]
+
+
+def with_an_adapter(tensors):
+    tensors["encoder.layers.0.adapter.weight"] = torch.zeros(2)
+
+
+def with_a_wide_layer(tensors):
+    tensors["encoder.layers.2.mlp.fc1.weight"] = torch.zeros(81, 64)
+
+
+def of_another_model(tensors):
+    tensors.clear()
+    tensors["roberta.weight"] = torch.zeros(2)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (without_a_bias, "lacks encoder.layers.1.mlp.fc1.bias, head.attention.in_proj_weight.$"),
+        (with_an_adapter, "holds the unknown encoder.layers.0.adapter.weight.$"),
+        (with_a_wide_layer, r"layers.2.mlp.fc1.weight has the shape \[81, 64\], which does not"),
+        (of_another_model, "lacks .* and 58 more, and holds the unknown roberta.weight"),
+    ],
+)
+def test_missing_and_unknown_weights_are_named(change, said, tmp_path):
+    torch_models.save(siglip(), tmp_path)
+    changed(tmp_path, change)
+    with pytest.raises(UserError, match=said) as error:
+        open_encoder(tmp_path)
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"model_type": "siglp"}, "model_type is 'siglp', of which .*Did you mean 'siglip'"),
+        ({"hidden_act": "silu"}, "hidden_act 'silu' is unknown"),
+        ({"num_channels": 1}, "num_channels is 1, it must be 3"),
+        ({"image_size": [24, 32]}, r"image_size is \[24, 32\]; only squares"),
+    ],
+)
+def test_what_is_no_vit_of_ours_is_told_by_field(fields, said, tmp_path):
+    torch_models.save(siglip(), tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    with pytest.raises(UserError, match=said):
+        open_encoder(tmp_path)
+
+
+def test_what_is_not_there_or_broken_is_told(tmp_path):
+    with pytest.raises(UserError, match="is no file, nor a folder with a config.json"):
+        open_encoder("openai/clip-vit-base-patch32")
+    with pytest.raises(UserError, match="has neither a config.json"):
+        open_encoder(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be read as JSON"):
+        open_encoder(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(UserError, match="has no weights; it needs one of model.safetensors, "):
+        open_encoder(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"<html>")
+    with pytest.raises(UserError, match="cannot be read as safetensors"):
+        open_encoder(tmp_path)
+    save_file({"layer1.0.conv1.weight": torch.zeros(1)}, tmp_path / "resnet.safetensors")
+    with pytest.raises(UserError, match="no ViT in the layout of OpenAI's CLIP.*it holds layer1"):
+        open_encoder(tmp_path / "resnet.safetensors")

@@ -1,0 +1,234 @@
+"""Exported runs: transformers computes with them what we do, and `open_encoder` takes them back."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+from cap_pretrain import config as configs
+from cap_pretrain import rules
+from cap_pretrain.checkpoint import Checkpoints
+from cap_pretrain.convert import card, open_encoder
+from cap_pretrain.convert.export import form
+from cap_pretrain.data.tokenizers import SentencePieceTokenizer
+from cap_pretrain.errors import UserError
+from cap_pretrain.step import TrainState
+from tests import tiny
+from tools import export_encoder
+
+transformers = pytest.importorskip("transformers")
+
+
+def make_run(workdir, tokenizer_path, learner="captioner", options=None, steps=(5,), **fields):
+    """A run whose parameters, averaged ones if there are any, are drawn anew for each checkpoint.
+
+    `fields` are of the model section, or `optim__ema`. Returns the config and the learner with the
+    parameters that are to be exported, split.
+    """
+    ema = fields.pop("optim__ema", 0.0)
+    c = tiny.config(learner, options, **fields)
+    c.optim.ema = ema
+    vocabulary = SentencePieceTokenizer(tokenizer_path, c.text.length).vocab_size
+    graphdef, params, stats = tiny.split(c, vocab=vocabulary)
+    checkpoints = Checkpoints(workdir, c)
+    for step in steps:
+        trained, averaged = (
+            jax.tree.map(lambda p, n=n: p + np.float32(0.01 * n), params)
+            for n in (step, step + 0.5 if ema else 0)
+        )
+        state = TrainState(
+            step=jax.numpy.int32(step),
+            params=trained,
+            stats=stats,
+            opt_state={"moment": jax.numpy.zeros(2)},
+            counts={},
+            ema=averaged if ema else None,
+        )
+        checkpoints.save(state)
+    checkpoints.close()
+    (workdir / "config.json").write_text(configs.to_json(c))
+    (workdir / "tokenizer").mkdir()
+    (workdir / "tokenizer" / "tokenizer.model").write_bytes(tokenizer_path.read_bytes())
+    return c, (graphdef, state.variables[0], stats)
+
+
+@pytest.fixture(scope="module")
+def run(tokenizer_path, tmp_path_factory):
+    """The folder of a captioner's run, its config and what it learned."""
+    workdir = tmp_path_factory.mktemp("run")
+    return workdir, *make_run(workdir, tokenizer_path)
+
+
+def export(workdir, out, *arguments):
+    return export_encoder.main(["--checkpoint", str(workdir), "--out", str(out), *arguments])
+
+
+def loaded(cls, folder):
+    """A model of transformers, of which no weight is missing or left over."""
+    model, info = cls.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    return model.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("pool", ["gap", "map"])
+def test_transformers_computes_the_same_and_the_folder_comes_back(
+    pool, run, tokenizer_path, tmp_path
+):
+    workdir, c, split = run
+    if pool == "map":
+        workdir = tmp_path / "run"
+        c, split = make_run(workdir, tokenizer_path, pool="map")
+    assert export(workdir, tmp_path / "out") == 0
+    assert not (tmp_path / "out" / "siglip").exists()
+    model = loaded(transformers.SiglipVisionModel, tmp_path / "out")
+    assert model.config.vision_use_head == (pool == "map")
+    assert type(loaded(transformers.AutoModel, tmp_path / "out")) is type(model)
+
+    images = tiny.images(4)
+    ours = tiny.jitted(split, lambda learner, images: learner.encode(images))(images)
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out")
+    out = model(**processor(images=list(images), return_tensors="pt"))
+    np.testing.assert_allclose(out.last_hidden_state, ours.tokens, atol=1e-4)
+    if pool == "map":
+        np.testing.assert_allclose(out.pooler_output, ours.pooled, atol=1e-4)
+
+    back = open_encoder(tmp_path / "out")
+    assert (back.image_size, back.mean, back.std) == (tiny.SIDE, (0.5,) * 3, (0.5,) * 3)
+    encoder = rules.flatten(split[1]["encoder"])
+    for path, array in rules.flatten(back.params).items():
+        assert array.tobytes() == np.asarray(encoder.pop(path)).tobytes(), path
+    assert not encoder
+    config = tiny.config(**back.model)
+    assert config.model.to_dict() == c.model.to_dict() | {"name": "B/4", "decoder_depth": 2}
+
+
+@pytest.mark.parametrize("contrast", ["sigmoid", pytest.param("softmax", marks=pytest.mark.slow)])
+def test_a_dual_encoder_compares_images_with_texts_as_here(contrast, tokenizer_path, tmp_path):
+    c, split = make_run(tmp_path / "run", tokenizer_path, "dual_encoder", {"contrast": contrast})
+    assert export(tmp_path / "run", tmp_path / "out") == 0
+    folder = tmp_path / "out" / "siglip"
+    texts = ["A red star.", "two circles; one blue", "a green ring " * 5, ""]
+    images = tiny.images(3)
+    processor = transformers.AutoProcessor.from_pretrained(folder)
+    inputs = processor(
+        images=list(images),
+        text=texts,
+        padding="max_length",
+        truncation=True,
+        return_tensors="pt",
+    )
+    tokenizer = SentencePieceTokenizer(tokenizer_path, c.text.length)
+    ids = np.stack([tokenizer.encode(text) for text in texts])
+    np.testing.assert_array_equal(inputs["input_ids"], ids)
+
+    def logits(learner, images, ids):
+        return learner.logits(learner.embed_images(images), learner.embed_text(ids))
+
+    out = loaded(transformers.SiglipModel, folder)(**inputs)
+    ours = tiny.jitted(split, logits)(images, ids)
+    np.testing.assert_allclose(out.logits_per_image, ours, atol=1e-4)
+    # What the encoder's own folder holds is the same, without the projection.
+    plain = loaded(transformers.SiglipVisionModel, tmp_path / "out")
+    tokens = plain(inputs["pixel_values"]).last_hidden_state
+    torch.testing.assert_close(out.vision_model_output.last_hidden_state, tokens)
+
+
+def test_a_projection_behind_a_map_head_is_not_exported_and_that_is_said(
+    tokenizer_path, tmp_path, capsys
+):
+    make_run(tmp_path / "run", tokenizer_path, "dual_encoder", pool="map")
+    assert export(tmp_path / "run", tmp_path / "out") == 0
+    said = "the projection of a vector pooled by model.pool=map cannot be expressed"
+    assert said in capsys.readouterr().out
+    assert said in (tmp_path / "out" / "README.md").read_text()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        *("README.md", "config.json", "model.safetensors", "preprocessor_config.json"),
+    ]
+
+
+def test_averaged_parameters_of_the_newest_sound_checkpoint_leave(tokenizer_path, tmp_path, capsys):
+    _, (_, newest, _) = make_run(tmp_path / "run", tokenizer_path, steps=(5, 6), optim__ema=0.9)
+    checkpoints = tmp_path / "run" / "checkpoints"
+
+    def scale(*arguments):
+        out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
+        assert export(tmp_path / "run", out, *arguments) == 0
+        return open_encoder(out).params["norm"]["scale"]
+
+    newest = np.asarray(newest["encoder"]["norm"]["scale"])
+    assert scale().tobytes() == newest.tobytes()
+    assert "averaged parameters" in capsys.readouterr().out
+    np.testing.assert_allclose(scale("--step", "5"), newest - 0.01, atol=1e-6)
+    (checkpoints / "6" / "manifest" / "metadata").write_text("{}")
+    np.testing.assert_allclose(scale(), newest - 0.01, atol=1e-6)
+    assert f"{checkpoints / '6'}: is damaged" in capsys.readouterr().err
+
+    for arguments, said in (
+        (["--step", "7"], "there is no checkpoint of step 7; there are 5, 6."),
+        (["--step", "6"], "no sound checkpoint"),
+    ):
+        assert export(tmp_path / "run", tmp_path / "no", *arguments) == 2
+        assert said in capsys.readouterr().err
+        assert not (tmp_path / "no").exists()
+
+
+def test_the_folder_is_there_in_whole_or_not_at_all(run, tmp_path, capsys, monkeypatch):
+    workdir, *_ = run
+    with monkeypatch.context() as patch:
+
+        def full(*args, **kwargs):
+            raise OSError(28, "No space left on device", "README.md")
+
+        patch.setattr(card, "write_card", full)
+        assert export(workdir, tmp_path / "out") == 2
+    assert "No space left" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == []
+    assert export(workdir, tmp_path / "out") == 0
+    before = (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns
+    assert export(workdir, tmp_path / "out") == 2
+    assert "is there already" in capsys.readouterr().err
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns == before
+    assert export(tmp_path / "nothing", tmp_path / "other") == 2
+
+
+@pytest.mark.parametrize(
+    "fields", [{"class_token": True}, {"pre_norm": True}, {"final_norm": "pooled"}]
+)
+def test_an_encoder_that_is_no_siglip_is_refused(fields):
+    with pytest.raises(UserError, match="is no SiglipVisionModel, and cannot be exported"):
+        form(tiny.config(**fields))
+
+
+def test_the_card_tells_training_and_figures_and_no_paths(run, tmp_path):
+    shutil.copytree(run[0], tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    c = json.loads(path.read_text())
+    c["data"]["name"] = "/home/somebody/flickr8k:0.5+~/data/my_data:0.5"
+    c["data"]["dir"] = c["text"]["tokenizer"] = "/home/somebody/tokenizer.model"
+    c["optim"]["lr_rules"] = [["encoder/blocks/.*", 0.5]]
+    del c["model"]["class_token"]  # as of a run from before there was such a field
+    path.write_text(json.dumps(c))
+    for step in (4, 5):
+        result = {
+            "step": step,
+            "protocol": "R@1/5/10 of /mnt/x/pairs.json",
+            "dataset": "/home/somebody/flickr8k",
+            "split": "test",
+            "recall": 0.25 * step / 4,
+            "images": 1000,
+            "samples": ["a dog"],
+        }
+        folder = tmp_path / "run" / "evals" / "retrieval"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{step}.json").write_text(json.dumps(result))
+    assert export(tmp_path / "run", tmp_path / "out") == 0
+    text = (tmp_path / "out" / "README.md").read_text()
+    row = "| `retrieval` | flickr8k test | recall 0.3125 | images 1,000 | R@1/5/10 of pairs.json |"
+    assert row in text
+    assert '"name": "flickr8k:0.5+my_data:0.5"' in text and '"tokenizer.model"' in text
+    assert "encoder/blocks/.*" in text and '"parallel_fraction": 0.0' in text
+    for word in ("somebody", "/mnt", "~", str(tmp_path)):
+        assert word not in text
