@@ -126,7 +126,7 @@ def write_dual_encoder(
         },
         "vision_config": vision_config(config) | {"vision_use_head": True},
     }
-    _write(folder, config, architecture, tensors, processor="SiglipProcessor")
+    _write(folder, config, architecture, tensors, processor_class="SiglipProcessor")
     for name, content in fast_tokenizer.files(
         tokenizer_model, length=config.text.length, lower=config.text.lower
     ).items():

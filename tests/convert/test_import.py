@@ -223,6 +223,16 @@ def test_defaults_that_published_configs_leave_out_are_those_of_transformers():
         assert said == {k: getattr(config, k) for k in said}
 
 
+def test_the_second_section_of_old_clip_configs_counts(tmp_path):
+    torch_models.save(clip(), tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    config["vision_config_dict"] = config.pop("vision_config")
+    config["vision_config"] = {"hidden_size": 9, "image_size": 9}
+    path.write_text(json.dumps(config))
+    assert open_encoder(tmp_path).model["width"] == VISION["hidden_size"]
+
+
 class Hostile:
     """What pickle would execute."""
 
