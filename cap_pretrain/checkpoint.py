@@ -87,6 +87,15 @@ def load_arrays(
     return rules.flatten(tree)
 
 
+def saved_identity(workdir: str | Path, step: int) -> dict[str, str]:
+    """Returns what the checkpoint of `step` is bound to: `identity` of `Checkpoints` as it saved.
+
+    Raises:
+      Damaged: the checkpoint is not what was saved.
+    """
+    return _read_manifest(checkpoints_folder(workdir) / str(step))["identity"]
+
+
 class Checkpoints:
     """The checkpoints of one workdir.
 

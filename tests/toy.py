@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cap_pretrain import config as configs
-from cap_pretrain import learners, optim, partition, step, train
+from cap_pretrain import inputs, learners, optim, partition, step, train
 from cap_pretrain.checkpoint import Checkpoints
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -90,6 +91,30 @@ def saved_state(c: ConfigDict, workdir: Path, vocab_size: int, at: int) -> step.
         return jax.device_get(checkpoints.restore(abstract, at))
     finally:
         checkpoints.close()
+
+
+def saved_run(c: ConfigDict, workdir: Path, tokenizer_path: Path, *steps: int) -> step.TrainState:
+    """Makes a workdir like one of a run, with random parameters and next to no optimizer.
+
+    Returns the state that is saved there at all `steps`; parameters and their average differ.
+    """
+    path = workdir / inputs.TOKENIZER_FILE
+    path.parent.mkdir(parents=True)
+    shutil.copyfile(tokenizer_path, path)
+    _, abstract, *_ = prepared(c, inputs.open_tokenizer(c, path).vocab_size)
+    abstract = abstract.replace(opt_state={"count": abstract.step})
+    rng = np.random.default_rng(0)
+    draw = lambda leaf: (0.3 * rng.standard_normal(leaf.shape)).astype(leaf.dtype)  # noqa: E731
+    state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract).replace(
+        params=jax.tree.map(draw, abstract.params), ema=jax.tree.map(draw, abstract.ema)
+    )
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    (workdir / "config.json").write_text(configs.to_json(c))
+    checkpoints = Checkpoints(workdir, c, identity=inputs.tokenizer_identity(workdir))
+    for at in steps:
+        checkpoints.save(jax.device_put(state.replace(step=np.int32(at)), shardings))
+    checkpoints.close()
+    return state
 
 
 def batch(c: ConfigDict, seed: int = 0, vocab_size: int = 100) -> dict[str, np.ndarray]:
