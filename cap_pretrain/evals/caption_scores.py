@@ -12,6 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from cap_pretrain.data.sources import parse_mixture
+from cap_pretrain.decoding import Decoding
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals import Context, Interrupted, Result, caption_metrics
 from cap_pretrain.evals.captions import Captioning
@@ -25,8 +26,8 @@ class CaptionScores:
     """
 
     @dataclasses.dataclass(frozen=True)
-    class Options:
-        """Settings.
+    class Options(Decoding):
+        """Settings: how captions are decoded (see `Decoding`), and
 
         Attributes:
           data: dataset; "" is the run's own.
@@ -48,7 +49,8 @@ class CaptionScores:
         """Builds the evaluator.
 
         Raises:
-          UserError: the dataset has no captions, or nothing can be scored with these options.
+          UserError: the learner writes no captions, the dataset has none, or nothing can be scored
+            with these options.
         """
         config = context.config
         self._context, self._options = context, options
@@ -62,7 +64,11 @@ class CaptionScores:
             )
         caption_metrics.check_options(options.tokenizer, options.spice)
         self._captioning = Captioning(
-            context, self._source, batch_size=options.batch_size, limit=options.limit or None
+            context,
+            self._source,
+            batch_size=options.batch_size,
+            limit=options.limit or None,
+            how=options,
         )
 
     def __call__(self, variables) -> Result:
@@ -91,7 +97,7 @@ class CaptionScores:
         }
         version = importlib.metadata.version("pycocoevalcap")
         details = {
-            "protocol": f"COCO caption evaluation, pycocoevalcap {version}",
+            "protocol": f"{self._options.protocol}; COCO evaluation by pycocoevalcap {version}",
             "dataset": self._dataset,
             "split": self._split,
             **scores.protocol(),

@@ -8,13 +8,15 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import pytest
 
 from cap_pretrain import evals
+from cap_pretrain.data.scenes import Scenes
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals import Interrupted, caption_scores
 from cap_pretrain.evals.caption_scores import CaptionScores
-from tests import toy
+from tests import tiny, toy
 from tests.evals.test_caption_metrics import CAPTIONS, PUBLISHED, REFERENCES
 from tests.evals.test_loss import context_of
 from tools import score_captions
@@ -49,8 +51,8 @@ def evaluator(monkeypatch):
 
     def make(captions=CAPTIONS, context=None, **options):
         class Captioning:
-            def __init__(self, context, source, *, batch_size, limit, **rest):
-                assert limit is None
+            def __init__(self, context, source, *, batch_size, limit, how):
+                assert limit is None and how.rows == options.get("beams", 1)
 
             def __call__(self, variables):
                 yield from enumerate(captions.values())
@@ -72,7 +74,7 @@ def test_captions_are_scored_and_kept(evaluator, tmp_path, capsys):
     assert (details["dataset"], details["split"]) == ("mine", "val")
     assert (details["images"], details["references"]) == (2, 4)
     assert details["tokenizer"] == "Python (not PTB)"
-    assert "pycocoevalcap 1" in details["protocol"]
+    assert details["protocol"] == "greedy decoding; COCO evaluation by pycocoevalcap 1.2"
     assert details["skipped"]["SPICE"] == "not asked for"
     assert result.lines[0].startswith(
         "2 images of mine val, words by Python (not PTB); PTB skipped"
@@ -86,7 +88,8 @@ def test_captions_are_scored_and_kept(evaluator, tmp_path, capsys):
 
 
 def test_captioners_that_say_the_same_always_are_seen_through(evaluator):
-    result = evaluator({"a": "a dog", "b": "a dog"})(None)
+    result = evaluator({"a": "a dog", "b": "a dog"}, method="beam", beams=3)(None)
+    assert result.details["protocol"].startswith("beam search, 3 beams")
     assert result.figures["distinct_share"] == 0.5 and result.figures["commonest_share"] == 1
     assert result.details["commonest"] == "a dog"
 
@@ -110,16 +113,53 @@ def test_a_run_that_is_to_stop_does_not_wait_for_the_scores(evaluator):
         evaluate(None)
 
 
-def test_a_captioner_is_scored_alike_whatever_the_batch_size(tokenizer_path):
+def of_a_captioner(tokenizer_path, batch_size, **how):
+    """The result for a learner on all devices there are."""
     c = toy.config(model__depth=1, data__scenes__length_val=13, text__length=8)
+    c.mesh.data, c.mesh.fsdp = -1, min(2, len(jax.devices()))
     context, variables = context_of(c, tokenizer_path)
-    one, other = (
-        CaptionScores(context, CaptionScores.Options(batch_size=size))(variables)
-        for size in (5, 13)
-    )
+    options = CaptionScores.Options(batch_size=batch_size, **how)
+    with jax.transfer_guard_host_to_device("disallow"):
+        return CaptionScores(context, options)(variables)
+
+
+def test_a_captioner_is_scored_alike_whatever_the_batch_size(tokenizer_path):
+    one, other = (of_a_captioner(tokenizer_path, batch_size) for batch_size in (5, 13))
     assert one == other
-    assert one.details["images"] == 13 and len(one.details["captions"]) == 13
-    assert one.details["captions"][3]["references"] == context.source()[3]["captions"]
+    assert one.details["images"] == 13
+    captions = one.details["captions"]
+    source = Scenes("val", 16, **toy.config(data__scenes__length_val=13).data.scenes)
+    assert [entry["image_id"] for entry in captions] == [source[i]["id"] for i in range(13)]
+    assert [entry["references"] for entry in captions] == [source[i]["captions"] for i in range(13)]
+
+
+@pytest.mark.slow
+def test_a_captioner_is_scored_alike_on_eight_devices(tokenizer_path):
+    program = (
+        "import json, sys\n"
+        "from tests.evals.test_caption_scores import of_a_captioner\n"
+        "result = of_a_captioner(sys.argv[1], 5, method='beam', beams=2)\n"
+        "print(json.dumps([result.figures, result.details]))\n"
+    )
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
+    eight = subprocess.run(
+        [sys.executable, "-c", program, str(tokenizer_path)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"XLA_FLAGS": flags},
+        check=True,
+    )
+    one = of_a_captioner(tokenizer_path, 3, method="beam", beams=2)
+    assert json.loads(eight.stdout.splitlines()[-1]) == [one.figures, one.details]
+
+
+def test_contrastive_learners_write_no_captions():
+    graphdef, *_ = tiny.abstract(tiny.config("dual_encoder"))
+    context = Context()
+    context.graphdef = graphdef
+    with pytest.raises(UserError, match="reads captions, and a learner of the kind DualEncoder"):
+        CaptionScores(context, CaptionScores.Options())
 
 
 HOST = """
