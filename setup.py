@@ -18,6 +18,7 @@ setup(
         "clu>=0.0.12,<0.1",
         "simplejpeg>=1.9,<2",
         "sentencepiece>=0.2.1,<0.3",
+        "safetensors>=0.5,<1",
         "grain>=0.2.15,<0.3",
         "array-record>=0.8.3,<0.9",
         "tensorflow-datasets>=4.9.10,<4.10",
@@ -30,7 +31,12 @@ setup(
         "tqdm>=4.66,<5",
     ],
     extras_require={
-        "test": ["pytest>=8,<10", "torch==2.13.0", "ruff>=0.14,<0.18"],
+        "test": [
+            *("pytest>=8,<10", "ruff>=0.14,<0.18", "torch==2.13.0", "transformers>=5.23,<6"),
+            *("scikit-learn>=1.6,<2", "pycocoevalcap>=1.2,<1.3"),
+        ],
+        "captions": ["pycocoevalcap>=1.2,<1.3"],
+        "torch": ["torch>=2.6"],
         "tpu": ["jax[tpu]>=0.10.2,<0.12"],
         "cuda": ["jax[cuda13]>=0.10.2,<0.12"],
     },

@@ -67,8 +67,8 @@ def default() -> ConfigDict:
     # Bit for bit the same result on every run of the same program, on NVIDIA GPUs too, where it
     # costs speed. On CPU and TPU it is so anyway.
     c.deterministic = False
-    # An exported encoder or a workdir to start from; for probes and captioning, which are yet to
-    # come: anything but "" is refused.
+    # What to begin with: a workdir, an exported encoder, or one of another ecosystem (see convert).
+    # Its weights, `model` fields and image size are taken over.
     c.encoder = ""
 
     c.model = ConfigDict()
@@ -264,6 +264,11 @@ def duration(section: ConfigDict, name: str, *, batch_size: int, epoch: int, tot
     return max(1, math.ceil(round(steps, 6))) if steps else 0
 
 
+def trains(config: ConfigDict) -> bool:
+    """Whether there are steps to take; without any, a run evaluates what it begins with."""
+    return bool(config.total_steps or config.total_examples or config.total_epochs)
+
+
 def validate(config: ConfigDict) -> None:
     """Checks what can be checked before anything is built. Raises UserError."""
     for field, choices in CHOICES.items():
@@ -292,7 +297,7 @@ def validate(config: ConfigDict) -> None:
         raise UserError(
             f"accumulate: {config.accumulate} parts do not divide batch_size={config.batch_size}."
         )
-    if not (config.total_steps or config.total_examples or config.total_epochs):
+    if not trains(config) and not (config.encoder and len(config.evals)):
         raise UserError("total_steps: the length of the run is not set; give --config.total_steps.")
     not_negative = ("optim.lr", "optim.weight_decay", "optim.clip_norm", "optim.skip_bad_steps")
     for field in (*not_negative, "data.workers", "checkpoint.every_minutes", "log.spikes"):
@@ -303,11 +308,6 @@ def validate(config: ConfigDict) -> None:
     if config.text.tokenizer and not Path(config.text.tokenizer).is_file():
         raise UserError(f"text.tokenizer: there is no file {config.text.tokenizer!r}.")
     parse_mixture(config.data.name)
-    if config.encoder:
-        raise UserError(
-            f"encoder: {config.encoder!r} cannot be used, no learner of this version starts from "
-            "an encoder; leave it empty."
-        )
     cls = learners.learner_class(config.learner.name)
     learners.options(config)
     if config.accumulate > 1 and not cls.sum_over_batch:

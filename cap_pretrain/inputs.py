@@ -63,11 +63,14 @@ TOKENIZER_FILE = "tokenizer/tokenizer.model"
 
 def prepare_tokenizer(
     config: ConfigDict, mixture: Mixture, workdir: Path, *, anew: bool
-) -> tokenizers.SentencePieceTokenizer:
+) -> tokenizers.SentencePieceTokenizer | tokenizers.NoText:
     """Returns the run's tokenizer, kept in `workdir/tokenizer/`: given, or trained once.
 
-    With `anew`, one that is there already counts for nothing: no checkpoint was made with it.
+    With `anew`, one that is there already counts for nothing: no checkpoint was made with it. For a
+    learner that reads no text there is none.
     """
+    if "text" not in learners.learner_class(config.learner.name).reads:
+        return tokenizers.NoText()
     path = workdir / TOKENIZER_FILE
     if jax.process_index() == 0 and (anew or not path.exists()):
         if config.text.tokenizer:
@@ -89,8 +92,8 @@ def prepare_tokenizer(
 
 def tokenizer_identity(workdir: Path) -> dict[str, str]:
     """What binds a checkpoint to the run's tokenizer: its file and the SHA-256 of that."""
-    content = (workdir / TOKENIZER_FILE).read_bytes()
-    return {TOKENIZER_FILE: hashlib.sha256(content).hexdigest()}
+    path = workdir / TOKENIZER_FILE
+    return {TOKENIZER_FILE: hashlib.sha256(path.read_bytes()).hexdigest()} if path.exists() else {}
 
 
 def training_batches(

@@ -1,6 +1,5 @@
 """What a run has learned, read back from its workdir: for captioning, evaluation and export."""
 
-import functools
 import json
 import sys
 from collections.abc import Callable
@@ -21,7 +20,11 @@ from cap_pretrain.errors import UserError
 from cap_pretrain.step import split_learner
 
 Say = Callable[[str], None]
-to_stderr: Say = functools.partial(print, file=sys.stderr)
+
+
+def to_stderr(text: str) -> None:
+    """Tells people who read the results on stdout."""
+    print(text, file=sys.stderr)
 
 
 class Weights(NamedTuple):

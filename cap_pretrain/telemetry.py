@@ -21,16 +21,16 @@ from cap_pretrain import files
 class MetricsWriter:
     """Appends metrics to `metrics.jsonl` and to TensorBoard files in `tensorboard/`.
 
-    `resume_step` is the step the run goes on from, 0 for one that starts from nothing. What an
-    earlier, killed process wrote after that step is dropped, a torn last line included, so every
-    step is there once. Only one host should have `enabled=True`; elsewhere all calls do nothing.
+    What an earlier, killed process wrote after the step `keep_until` is dropped, a torn last line
+    included, so every step is there once. Only one host should have `enabled=True`; elsewhere all
+    calls do nothing.
 
     Every method raises OSError, with the name of the file, when the disk does not take it, be it
     for TensorBoard alone: such a disk would not take the next checkpoint either.
     """
 
     def __init__(
-        self, workdir: str | os.PathLike[str], enabled: bool = True, resume_step: int = 0
+        self, workdir: str | os.PathLike[str], enabled: bool = True, keep_until: int = -1
     ) -> None:
         self._enabled = enabled
         if not enabled:
@@ -39,13 +39,11 @@ class MetricsWriter:
 
         workdir = Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
-        # Without a checkpoint (step 0) the run begins again, step 0's own metrics included.
-        first_step = resume_step + 1 if resume_step else 0
         path = workdir / "metrics.jsonl"
-        kept = [line for line in read_metrics(workdir) if line["step"] < first_step]
+        kept = [line for line in read_metrics(workdir) if line["step"] <= keep_until]
         files.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._lines = files.Appended(path)
-        self._board = tensorboard.EventFile(workdir / "tensorboard", first_step)
+        self._board = tensorboard.EventFile(workdir / "tensorboard", keep_until + 1)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Appends one line. Values are numbers or arrays of one; NaN and infinity become null."""

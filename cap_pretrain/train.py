@@ -17,7 +17,18 @@ import optax
 from ml_collections import ConfigDict
 
 from cap_pretrain import config as configs
-from cap_pretrain import evals, files, flops, inputs, learners, optim, partition, plan, telemetry
+from cap_pretrain import (
+    evals,
+    files,
+    flops,
+    initial,
+    inputs,
+    learners,
+    optim,
+    partition,
+    plan,
+    telemetry,
+)
 from cap_pretrain.checkpoint import Checkpoints, saved_steps
 from cap_pretrain.data import pipeline
 from cap_pretrain.step import init_state, make_train_step
@@ -60,10 +71,11 @@ def run(config: ConfigDict, workdir: Path, allow_changes: Sequence[str] = ()) ->
       UserError: the user's mistake.
       Stopped: SIGTERM or SIGINT ended the run early, after saving.
     """
+    config, beginning = initial.resolve(config)
     configs.validate(config)
     mesh = partition.make_mesh(config)
     is_main = jax.process_index() == 0
-    mixture = inputs.open_sources(config)
+    mixture = inputs.open_sources(config) if configs.trains(config) else []
     schedule = make_schedule(config, epoch=sum(len(source) for source, _ in mixture))
     files.make_workdir(workdir)
     changes = allowed_changes(config, workdir, allow_changes)
@@ -99,9 +111,13 @@ def run(config: ConfigDict, workdir: Path, allow_changes: Sequence[str] = ()) ->
         checkpoints = Checkpoints(workdir, config, identity=inputs.tokenizer_identity(workdir))
         stack.callback(checkpoints.close)
         with timer.pause():
-            checkpoints.prepare(abstract)
+            if schedule.total:
+                checkpoints.prepare(abstract)
             state = checkpoints.restore_newest(abstract, progress.say) or init()
-        start = int(state.step)
+            start = int(state.step)
+            if beginning and not start:
+                state = beginning.put(state)
+                progress.say(f"Beginning with {beginning.source}.")
         if start:
             progress.say("\n".join([f"Going on from step {start}.", *changes]))
         if is_main:
@@ -110,7 +126,9 @@ def run(config: ConfigDict, workdir: Path, allow_changes: Sequence[str] = ()) ->
         evaluated = {
             name.rpartition("/")[0] for line in logged if line["step"] == start for name in line
         }
-        writer = telemetry.MetricsWriter(workdir, enabled=is_main, resume_step=start)
+        # Without a checkpoint a run begins again, step 0's own metrics included.
+        keep_until = start if start or not schedule.total else -1
+        writer = telemetry.MetricsWriter(workdir, enabled=is_main, keep_until=keep_until)
         stack.callback(writer.close)
         watch = Watch(config, workdir, writer, progress)
         stop = stack.enter_context(StopRequest())
@@ -135,7 +153,8 @@ def run(config: ConfigDict, workdir: Path, allow_changes: Sequence[str] = ()) ->
             # The run before may have been stopped between saving and evaluating.
             evaluate(start, end=finished, done=evaluated)
         if finished:
-            progress.say(f"Already at step {start} of {schedule.total}: nothing to do.")
+            if schedule.total:
+                progress.say(f"Already at step {start} of {schedule.total}: nothing to do.")
             return
         reads = (*learners.learner_class(config.learner.name).reads, "broken")
         reads += ("index",) if config.log.ids else ()
@@ -186,7 +205,7 @@ def allowed_changes(config: ConfigDict, workdir: Path, allowed: Sequence[str]) -
       UserError: it may not.
     """
     path = workdir / "config.json"
-    if saved_steps(workdir) and path.exists():
+    if path.exists() and (saved_steps(workdir) or not configs.trains(config)):
         return configs.check_unchanged(config, path, allowed)
     return []
 
@@ -201,9 +220,10 @@ def keep_config(config: ConfigDict, workdir: Path, start: int) -> None:
 
 def dry_run(config: ConfigDict, workdir: Path) -> str:
     """Writes `workdir/plan.json` and returns it as text; builds abstract shapes only."""
+    config, _ = initial.resolve(config)
     configs.validate(config)
     files.make_workdir(workdir)
-    mixture = inputs.open_sources(config)
+    mixture = inputs.open_sources(config) if configs.trains(config) else []
     schedule = make_schedule(config, epoch=sum(len(source) for source, _ in mixture))
     vocab_size = config.text.vocab_size
     if config.text.tokenizer:

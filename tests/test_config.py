@@ -90,7 +90,6 @@ def test_the_recipes_warm_up_is_ten_thousand_steps():
         ({"optim__lr": -1.0}, "optim.lr: -1.0 must not be negative"),
         ({"optim__ema": 1.0}, r"optim.ema: 1.0 is not in \[0, 1\)"),
         ({"text__tokenizer": "no.model"}, "text.tokenizer: there is no file 'no.model'"),
-        ({"encoder": "runs/cap"}, "encoder: 'runs/cap' cannot be used.*leave it empty"),
         ({"data__name": "a:0+b"}, "data.name .*the weight of 'a' is 0"),
     ],
 )

@@ -66,7 +66,7 @@ def test_metrics_go_on_where_the_disk_ended(metrics, file, tmp_path):
     assert file in raised.value.filename and 3 < step < 99
     writer.close()
 
-    writer = MetricsWriter(tmp_path, resume_step=3)
+    writer = MetricsWriter(tmp_path, keep_until=3)
     writer.write(4, metrics)
     writer.close()
     assert toy.lines(tmp_path) == [{"step": step} | metrics for step in (1, 2, 3, 4)]

@@ -24,14 +24,18 @@ CASES = {
     },
 }
 
+# Those that train nothing, see tests/test_initial.py.
+EVALUATIONS = {"evaluate": ("evaluate", "evals=loss+captions")}
+
 
 def test_every_config_is_here():
-    assert {name for name, _ in CASES.values()} == {p.stem for p in toy.CONFIGS.glob("*.py")}
+    files = {name for name, _ in (*CASES.values(), *EVALUATIONS.values())}
+    assert files == {p.stem for p in toy.CONFIGS.glob("*.py")}
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *EVALUATIONS])
 def test_resolves_to_what_it_did(case, request):
-    resolved = configs.to_json(toy.load(*CASES[case]))
+    resolved = configs.to_json(toy.load(*(CASES | EVALUATIONS)[case]))
     path = GOLDEN / f"{case}.json"
     if request.config.getoption("update_golden"):
         path.write_text(resolved)

@@ -68,7 +68,7 @@ def test_resume_keeps_each_step_once_and_mends_a_torn_line(tmp_path):
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 40, "train/lo')  # killed here
 
-    writer = MetricsWriter(tmp_path, resume_step=20)
+    writer = MetricsWriter(tmp_path, keep_until=20)
     writer.write(30, {"train/loss": -1.0})
     writer.close()
     expected = [(0, 0.0), (10, 10.0), (20, 20.0), (20, 7.0), (30, -1.0)]
@@ -78,7 +78,7 @@ def test_resume_keeps_each_step_once_and_mends_a_torn_line(tmp_path):
 
 def test_whole_last_line_without_newline_is_kept_apart_from_the_next(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "a": 1.0}\n{"step": 2, "a": 2.0}')
-    writer = MetricsWriter(tmp_path, resume_step=2)
+    writer = MetricsWriter(tmp_path, keep_until=2)
     writer.write(3, {"a": 3.0})
     writer.close()
     assert [line["step"] for line in read_lines(tmp_path)] == [1, 2, 3]
@@ -103,7 +103,7 @@ def test_other_hosts_write_nothing(tmp_path):
 
 
 def test_tensorboard_events_read_back(tmp_path):
-    writer = MetricsWriter(tmp_path, resume_step=4)
+    writer = MetricsWriter(tmp_path, keep_until=4)
     writer.write(5, {"train/loss": 0.5})
     images = np.full((2, 8, 8, 3), 200, np.uint8)
     writer.images(5, "samples", images, ["a red square", "a blue disc"])

@@ -15,59 +15,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-from ml_collections import ConfigDict
-
-from cap_pretrain import config as configs
-from cap_pretrain.checkpoint import Damaged, load_arrays, saved_steps
 from cap_pretrain.convert import card, export
-from cap_pretrain.convert.weights import read_json
 from cap_pretrain.errors import UserError
 from cap_pretrain.inputs import TOKENIZER_FILE
+from cap_pretrain.pretrained import read_config, read_weights
 
 DUAL = "siglip"  # folder of the SiglipModel
-
-
-def run_config(workdir: Path) -> ConfigDict:
-    """The config of a run; what was no field yet when it ran has its default.
-
-    Raises:
-      UserError: there is none to be read.
-    """
-    stored = read_json(workdir / "config.json")
-    config = configs.default()
-    with config.unlocked():
-        config.learner = ConfigDict(stored.pop("learner"))
-        config.update(stored)
-    return config
-
-
-def load_params(workdir: Path, step: int | None) -> tuple[int, dict[str, np.ndarray], bool]:
-    """Returns (step, parameters of the learner by path, whether they are averaged ones).
-
-    Args:
-      workdir: of the run.
-      step: which checkpoint; None takes the newest that is sound, and tells of others.
-
-    Raises:
-      UserError: there is none, or the one asked for is damaged.
-    """
-    steps = saved_steps(workdir)
-    if not steps or (step is not None and step not in steps):
-        asked = "no checkpoint" if step is None else f"no checkpoint of step {step}"
-        there = f"there are {', '.join(map(str, steps))}" if steps else "it is no folder of a run"
-        raise UserError(f"{workdir}: there is {asked}; {there}.")
-    for candidate in [step] if step is not None else reversed(steps):
-        try:
-            arrays = load_arrays(workdir, candidate)
-        except Damaged as e:
-            print(f"{e}, and is passed over.", file=sys.stderr)
-            continue
-        averaged = any(path.startswith("learner/ema/") for path in arrays)
-        prefix = "learner/ema/" if averaged else "learner/params/"
-        params = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
-        return candidate, params, averaged
-    raise UserError(f"{workdir}: no sound checkpoint; train further, or choose another --step.")
 
 
 def write(workdir: Path, step: int | None, out: Path) -> str:
@@ -76,8 +29,8 @@ def write(workdir: Path, step: int | None, out: Path) -> str:
     Raises:
       UserError: there is nothing to be exported, or `out` is there already.
     """
-    config = run_config(workdir)
-    step, params, averaged = load_params(workdir, step)
+    config = read_config(workdir)
+    step, averaged, params, _ = read_weights(workdir, step)
     encoder = {k.removeprefix("encoder/"): v for k, v in params.items() if k.startswith("encoder/")}
     left_out = export.why_not_whole(config)
     with complete_or_not_there(out) as folder:

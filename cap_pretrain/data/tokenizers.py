@@ -21,6 +21,16 @@ _TRAIN_CAPTIONS = 1_000_000
 _CHARACTER_COVERAGE = 0.9999
 
 
+class NoText:
+    """Stands for a tokenizer where no text is read: every text is empty."""
+
+    pad_id = eos_id = vocab_size = max_len = 0
+
+    def encode(self, text: str) -> np.ndarray:
+        """Returns int32 [0]."""
+        return np.zeros(0, np.int32)
+
+
 class SentencePieceTokenizer:
     """A sentencepiece model with fixed-length output: id 0 pads, EOS ends every text.
 

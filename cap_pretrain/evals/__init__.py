@@ -36,6 +36,9 @@ REGISTRY = {
     "zero_shot": "cap_pretrain.evals.zero_shot:ZeroShot",
     "retrieval": "cap_pretrain.evals.retrieval:Retrieval",
     "composition": "cap_pretrain.evals.composition:Composition",
+    "linear_probe": "cap_pretrain.evals.linear_probe:LinearProbe",
+    "few_shot": "cap_pretrain.evals.few_shot:FewShot",
+    "knn": "cap_pretrain.evals.knn:KNearestNeighbours",
 }
 
 
@@ -170,19 +173,26 @@ class Suite:
     ) -> Iterator[tuple[str, Result]]:
         """Runs those whose turn it is; yields each one's name and result at once.
 
-        Those in `done` are passed over.
+        Those in `done` are passed over, if their result was made with the present options.
         """
         for name, section in self._context.config.evals.items():
-            if (section.when == "end" and not end) or name in done:
+            path = self._workdir / "evals" / name / f"{step}.json"
+            if (section.when == "end" and not end) or (name in done and _made_with(section, path)):
                 continue
             if name not in self._built:
                 cls = evaluator_class(section.evaluator)
                 self._built[name] = cls(self._context, options(name, section))
             result = self._built[name](variables)
             if self._write:
-                path = self._workdir / "evals" / name / f"{step}.json"
                 write_result(path, section, step, result)
             yield name, result
+
+
+def _made_with(section: ConfigDict, path: Path) -> bool:
+    if not path.exists():
+        return False
+    options = json.loads(path.read_text(encoding="utf-8"))["options"]
+    return options == json.loads(json.dumps(section.to_dict()))
 
 
 def write_result(path: Path, section: Mapping, step: int, result: Result) -> None:

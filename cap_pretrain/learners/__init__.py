@@ -27,6 +27,8 @@ from cap_pretrain.errors import UserError, did_you_mean
 REGISTRY = {
     "captioner": "cap_pretrain.learners.captioner:Captioner",
     "dual_encoder": "cap_pretrain.learners.dual_encoder:DualEncoder",
+    "encoder": "cap_pretrain.learners.encoder:Encoder",
+    "pretrained": "cap_pretrain.learners.encoder:Pretrained",
 }
 
 

@@ -51,6 +51,7 @@ def test_each_runs_in_its_turn_and_is_built_once(suite):
     assert dict(s.run(30, 1.0, end=True))["last"].figures == {"score": 3.0}
     assert Fake.built == 2
     assert dict(s.run(30, 1.0, end=True, done={"often", "loss"})).keys() == {"last"}
+    assert dict(s.run(40, 1.0, end=False, done={"often"})).keys() == {"often"}  # not there
 
 
 def test_each_result_is_there_before_the_next_is_begun(suite, tmp_path):

@@ -1,0 +1,106 @@
+"""Beginning with an encoder that is there already: a workdir's, or one made elsewhere."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from cap_pretrain import checkpoint, evals, initial, learners, train
+from cap_pretrain.errors import UserError
+from tests import toy
+
+SMALL = dict(model__depth=1, model__width=32, model__mlp=64)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory, tokenizer_path):
+    """A CLIP of two steps, with an average of its parameters."""
+    c = toy.config("dual_encoder", text__tokenizer=str(tokenizer_path), optim__ema=0.5, **SMALL)
+    c.evals = ConfigDict({"val": evals.defaults("loss", batch_size=10)})
+    folder = tmp_path_factory.mktemp("clip")
+    train.run(c, folder)
+    return folder
+
+
+def evaluation(path, **fields):
+    """A config that evaluates what is at `path`."""
+    c = toy.load("evaluate", "evals=loss")
+    c.encoder = str(path)
+    c.evals = ConfigDict({"val": evals.defaults("loss", batch_size=10)})
+    for field, value in fields.items():
+        c[field] = value
+    return c
+
+
+def test_a_run_is_judged_again_as_it_judged_itself(workdir, tmp_path, capsys):
+    train.run(evaluation(workdir), tmp_path)
+    assert "Beginning with step 2 of" in capsys.readouterr().out
+    own, again = (
+        json.loads((folder / "evals" / "val" / f"{step}.json").read_text())
+        for folder, step in ((workdir, 2), (tmp_path, 0))
+    )
+    assert {**again, "step": 2} == own  # by the average, on the same data
+    assert [line["step"] for line in toy.lines(tmp_path)] == [0]
+
+    before = (tmp_path / "evals" / "val" / "0.json").stat().st_mtime_ns
+    train.run(evaluation(workdir), tmp_path)
+    assert (tmp_path / "evals" / "val" / "0.json").stat().st_mtime_ns == before
+    changed = evaluation(workdir)
+    changed.evals.val.batch_size = 5
+    train.run(changed, tmp_path)
+    assert (tmp_path / "evals" / "val" / "0.json").stat().st_mtime_ns != before
+    with pytest.raises(UserError, match="seed was 0, is now 1"):
+        train.run(evaluation(workdir, seed=1), tmp_path)
+
+
+def test_another_learner_takes_the_encoder_and_nothing_else(workdir, tokenizer_path, tmp_path):
+    c = toy.config(
+        encoder=str(workdir),
+        text__tokenizer=str(tokenizer_path),
+        data__image_size=24,
+        model__name="S/8",
+        model__decoder_depth=1,
+        optim__lr_rules=(("encoder/.*", 0.0),),
+    )
+    train.run(c, tmp_path)
+    theirs = checkpoint.load_arrays(workdir, 2)
+    ours = checkpoint.load_arrays(tmp_path, 2)
+    of_encoder = [path for path in ours if path.startswith("learner/params/encoder/")]
+    assert len(of_encoder) > 10
+    for path in of_encoder:
+        np.testing.assert_array_equal(ours[path], theirs[path.replace("/params/", "/ema/")])
+    assert ours["learner/params/decoder/embedding/embedding"].shape[1] == 32
+    kept = json.loads((tmp_path / "config.json").read_text())
+    assert kept["model"]["name"] == "mu/8" and kept["data"]["image_size"] == 16
+    assert kept["model"]["decoder_depth"] == 1 and kept["learner"]["name"] == "captioner"
+
+
+def test_arrays_that_do_not_fit_are_named(workdir):
+    c, beginning = initial.resolve(toy.config(encoder=str(workdir), **SMALL))
+    c.model.mlp = 48
+    init, *_ = toy.prepared(c)
+    with pytest.raises(UserError, match=r"has encoder/blocks/mlp/.* they do not fit"):
+        beginning.put(init())
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [("", "encoder: is empty"), ("/no/such/encoder", "/no/such/encoder"), (None, "no checkpoint")],
+)
+def test_an_encoder_that_is_not_there(path, said, workdir, tmp_path):
+    if path is None:
+        path = tmp_path
+        (path / "checkpoints").mkdir()
+        (path / "config.json").write_bytes((workdir / "config.json").read_bytes())
+    with pytest.raises(UserError, match=said):
+        initial.resolve(evaluation(path))
+
+
+def test_an_encoder_alone_learns_nothing():
+    c = toy.config()
+    c.learner = learners.defaults("encoder")
+    learner = learners.build(c, 0, jax.random.key(0))
+    with pytest.raises(UserError, match="set total_steps=0 to evaluate"):
+        learner.loss({}, jax.random.key(0), train=True)
