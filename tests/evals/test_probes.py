@@ -1,0 +1,217 @@
+"""The probes: right where NumPy and scikit-learn are, and the same on any mesh."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression, Ridge
+
+from cap_pretrain import partition
+from cap_pretrain.errors import UserError
+from cap_pretrain.evals import few_shot, knn, probing
+from cap_pretrain.evals.features import Features
+from cap_pretrain.evals.few_shot import FewShot
+from cap_pretrain.evals.knn import KNearestNeighbours
+from cap_pretrain.evals.linear_probe import LinearProbe
+from tests import tiny, toy
+from tests.evals.labelled import Coloured, context
+
+TRAIN, TEST = Coloured(160, 4), Coloured(52, 4, seed=1)
+GRID = (1e-3, 1e-2, 0.1, 1.0)
+
+
+def blobs(n, classes=3, d=8, seed=0):
+    rng = np.random.default_rng(seed)
+    labels = np.arange(n, dtype=np.int32) % classes
+    centres = np.random.default_rng(9).standard_normal((classes, d))
+    return np.float32(centres[labels] + rng.standard_normal((n, d)) + 1), labels
+
+
+@pytest.fixture(scope="module")
+def probed(tmp_path_factory):
+    """A context whose features are computed once for the whole module, and its variables."""
+    return context(TRAIN, TEST, workdir=tmp_path_factory.mktemp("run"))
+
+
+def regression(c, features, labels):
+    """scikit-learn's."""
+    model = LogisticRegression(C=c, solver="newton-cholesky", tol=1e-9)
+    return model.fit(features.astype(np.float64), labels)
+
+
+def features_of(probed, source, layer="pooled"):
+    made, variables = probed
+    return Features(made, source, layer=layer, batch_size=64)(variables)
+
+
+def test_linear_probe_is_scikit_learns_at_the_c_it_has_chosen(probed):
+    made, variables = probed
+    result = LinearProbe(made, LinearProbe.Options(c=GRID))(variables)
+    train, test = features_of(probed, TRAIN), features_of(probed, TEST)
+    held = np.zeros(160, bool)
+    held[probing.held_out(train.labels, seed=0)] = True
+    assert np.bincount(train.labels[held]).tolist() == [4, 4, 4, 4]
+
+    def fitted(c, rows):
+        return regression(c, train.features[rows], train.labels[rows])
+
+    by_c = {c: fitted(c, ~held).score(train.features[held], train.labels[held]) for c in GRID}
+    assert dict(result.details["held_out_top1_by_c"]) == pytest.approx(by_c)
+    best = max(GRID, key=lambda c: (by_c[c], -c))
+    assert result.figures["c"] == best and result.figures["held_out_top1"] == by_c[best]
+    final = fitted(best, slice(None))
+    assert result.figures["top1"] == pytest.approx(final.score(*test))
+    assert result.figures["train_top1"] == pytest.approx(final.score(*train))
+    right = final.predict(test.features) == test.labels
+    by_class = [right[test.labels == k].mean() for k in range(4)]
+    assert result.figures["mean_per_class"] == pytest.approx(np.mean(by_class))
+    assert result.details["converged"]
+    assert result.details["train_images"] == 160 and result.details["chosen_on_images"] == 16
+    assert result.details["images"] == 52 and result.details["dimensions"] == 16
+
+
+def test_a_split_may_choose_and_is_not_learned_from(probed):
+    made, variables = probed
+    small, validation = Coloured(140, 4), Coloured(20, 4, seed=2)
+    made = dataclasses.replace(made, sources={"train": small, "val": TEST, "v": validation})
+    result = LinearProbe(made, LinearProbe.Options(c=GRID, validation_split="v"))(variables)
+    assert result.details["chosen_on"] == "v"
+    assert result.details["chosen_on_images"] == 20 and result.details["train_images"] == 140
+    train, val, test = (features_of((made, variables), s) for s in (small, validation, TEST))
+    by_c = {c: regression(c, *train).score(*val) for c in GRID}
+    assert dict(result.details["held_out_top1_by_c"]) == pytest.approx(by_c)
+    final = regression(result.figures["c"], *train)
+    assert result.figures["train_top1"] == pytest.approx(final.score(*train))
+    assert result.figures["top1"] == pytest.approx(final.score(*test))
+
+
+def test_a_c_at_the_end_of_the_grid_is_told(probed):
+    made, variables = probed
+    result = LinearProbe(made, LinearProbe.Options(c=(1e-6, 1e-5)))(variables)
+    assert "at the end of what was tried" in result.lines[0]
+    result = LinearProbe(made, LinearProbe.Options(c=(1e-5,)))(variables)  # nothing is chosen
+    assert result.lines == () and result.details["chosen_on"] is None
+    assert result.figures["c"] == 1e-5 and "held_out_top1" not in result.figures
+
+
+def test_neighbours_tell_classes_apart_that_can_be(probed):
+    made, variables = probed
+    result = KNearestNeighbours(made, KNearestNeighbours.Options(layer="pixels"))(variables)
+    assert result.figures["top1"] > 0.9 and result.details["dimensions"] == 768
+
+
+def test_neighbours_vote_as_in_numpy():
+    (train, labels), (test, _) = blobs(60), blobs(25, seed=1)
+    temperature = 0.3
+    got = knn.votes(train, labels, test, np.float32(temperature), k=7, classes=3)
+    unit = lambda x: x / np.linalg.norm(x, axis=1, keepdims=True)  # noqa: E731
+    cosines = unit(test.astype(np.float64)) @ unit(train.astype(np.float64)).T
+    for row, votes in zip(cosines, got, strict=True):
+        nearest = np.argsort(-row)[:7]
+        weights = np.exp(row[nearest] / temperature)
+        expected = [weights[labels[nearest] == k].sum() for k in range(3)]
+        np.testing.assert_allclose(votes, np.array(expected) / weights.sum(), atol=1e-5)
+
+
+def test_neighbours_in_chunks_are_the_same(monkeypatch):
+    (train, labels), (test, _) = blobs(61), blobs(26, seed=1)
+    whole = knn.votes(train, labels, test, np.float32(0.1), k=5, classes=3)
+    monkeypatch.setattr(knn, "CHUNK", 61 * 7)
+    jax.clear_caches()
+    parts = knn.votes(train, labels, test, np.float32(0.1), k=5, classes=3)
+    np.testing.assert_allclose(whole, parts, atol=1e-6)
+
+
+@pytest.mark.parametrize("shots", [2, 6])  # fewer and more examples than features
+@pytest.mark.parametrize("l2", [0.01, 30.0])
+def test_ridge_is_that_of_scikit_learn(shots, l2):
+    (train, labels), (test, _) = blobs(3 * shots), blobs(25, seed=1)
+    got = few_shot.predict(few_shot.ridge(train, labels, classes=3), test, np.float32(l2))
+    mean, deviation = train.mean(0), train.std(0) + 1e-5
+    model = Ridge(alpha=l2).fit((train - mean) / deviation, 2 * np.eye(3)[labels] - 1)
+    np.testing.assert_allclose(got, model.predict((test - mean) / deviation), atol=2e-3)
+
+
+def test_few_shot_draws_shots_and_chooses_without_the_test_split(probed):
+    made, variables = probed
+    options = FewShot.Options(shots=(1, 5), draws=3, l2=(1.0, 64.0, 4096.0))
+    result = FewShot(made, options)(variables)
+    for shots in (1, 5):
+        found = result.details["by_shots"][shots]
+        assert found["shots_in_all"] == 4 * shots and found["held_out_images"] == 16
+        assert len(found["top1"]) == 3
+        assert result.figures[f"top1_{shots}shot"] == pytest.approx(np.mean(found["top1"]))
+        assert result.figures[f"top1_{shots}shot_std"] == pytest.approx(np.std(found["top1"]))
+        by_l2 = dict(found["held_out_top1_by_l2"])
+        assert by_l2[found["l2"]] == max(by_l2.values())
+    assert len(set(result.details["by_shots"][5]["top1"])) > 1
+    fixed = FewShot(made, FewShot.Options(shots=(1, 5), draws=3, l2=(64.0,)))(variables)
+    assert fixed.details["chosen_on"] is None
+    assert fixed.details["by_shots"][5]["held_out_images"] == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: LinearProbe.Options(c=()), "linear_probe.c"),
+        (lambda: LinearProbe.Options(c=(0.0, 1.0)), "linear_probe.c"),
+        (lambda: KNearestNeighbours.Options(k=0), "knn.k: 0"),
+        (lambda: FewShot.Options(shots=(0,)), "few_shot.shots"),
+        (lambda: FewShot.Options(draws=0), "few_shot.draws"),
+    ],
+)
+def test_options_that_cannot_be(make, said):
+    with pytest.raises(UserError, match=said):
+        make()
+
+
+def test_too_few_images_to_hold_out_any():
+    made, variables = context(Coloured(8, 4), TEST)
+    with pytest.raises(UserError, match="too few to hold out 10%.*validation_split"):
+        LinearProbe(made, LinearProbe.Options(layer="pixels"))(variables)
+    made, variables = context(Coloured(8, 1), Coloured(8, 1))
+    with pytest.raises(UserError, match="needs two classes"):
+        KNearestNeighbours(made, KNearestNeighbours.Options(layer="pixels"))(variables)
+
+
+def all_figures(data: int, batch_size: int) -> dict[str, dict]:
+    """The figures of every probe on so many devices."""
+    mesh = partition.make_mesh(tiny.config(), jax.devices()[:data])
+    made, variables = context(TRAIN, TEST, mesh=mesh)
+    variables = jax.device_put(variables, partition.replicated(mesh))
+    probes = {
+        LinearProbe: {"c": GRID},
+        KNearestNeighbours: {},
+        FewShot: {"shots": (1, 5), "draws": 2, "l2": (1.0, 64.0)},
+    }
+    with jax.set_mesh(mesh), jax.transfer_guard("disallow"):
+        results = {
+            probe.__name__: probe(made, probe.Options(batch_size=batch_size, **options))(variables)
+            for probe, options in probes.items()
+        }
+    return {name: [result.figures, result.details] for name, result in results.items()}
+
+
+def test_figures_are_identical_on_eight_devices_and_with_any_batch_size():
+    program = (
+        "import json, sys\n"
+        "from tests.evals.test_probes import all_figures\n"
+        "print(json.dumps([all_figures(*call) for call in json.loads(sys.argv[1])]))\n"
+    )
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
+    done = subprocess.run(
+        [sys.executable, "-c", program, json.dumps([(1, 30), (8, 600)])],
+        capture_output=True,
+        text=True,
+        cwd=toy.CONFIGS.parent,
+        env=os.environ | {"XLA_FLAGS": flags},
+    )
+    assert done.returncode == 0, done.stderr
+    one, eight = json.loads(done.stdout.splitlines()[-1])
+    assert one == eight
+    assert 0.3 < one["LinearProbe"][0]["top1"] < 1
