@@ -1,0 +1,142 @@
+"""tools/caption.py: whatever file people have gets a caption or a reason, on one line."""
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from cap_pretrain.data import pipeline
+from cap_pretrain.decoding import Decoding
+from cap_pretrain.evals.captions import write_captions
+from cap_pretrain.pretrained import load_learner
+from tests import toy
+from tools import caption
+
+
+@pytest.fixture(scope="module")
+def run(tokenizer_path, tmp_path_factory):
+    """The workdir of a captioner that has something else to say of each image."""
+    workdir = tmp_path_factory.mktemp("run")
+    c = toy.config(model__depth=1, text__length=8, data__image_size=16)
+    toy.saved_run(c, workdir, tokenizer_path, 3)
+    return workdir
+
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (24, 36, 3), np.uint8)
+
+
+def encoded(image, kind, **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def awkward_files():
+    """Name -> content of files that people have, and the reason if one cannot be captioned."""
+    rgb = Image.fromarray(PIXELS)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    whole = encoded(rgb, "JPEG")
+    frames = [rgb, Image.fromarray(255 - PIXELS)]
+    return {
+        "grey.jpg": (encoded(rgb.convert("L"), "JPEG"), None),
+        "cmyk.jpg": (encoded(rgb.convert("CMYK"), "JPEG"), None),
+        "16bit.png": (
+            encoded(Image.fromarray(PIXELS[..., 0].astype(np.uint16) * 257), "PNG"),
+            None,
+        ),
+        "alpha.png": (encoded(rgb.convert("RGBA"), "PNG"), None),
+        "turned.jpg": (encoded(rgb, "JPEG", exif=turned), None),
+        "1x1.png": (encoded(Image.new("RGB", (1, 1), "red"), "PNG"), None),
+        "wide.png": (encoded(Image.new("RGB", (12_000, 10), "blue"), "PNG"), None),
+        "moving.gif": (encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]), None),
+        "picture.webp": (encoded(rgb, "WEBP"), None),
+        "truncated.jpg": (whole[: len(whole) // 2], "broken or truncated JPEG"),
+        "text.jpg": (b"To whom it may concern", "not an image"),
+        "empty.jpg": (b"", "empty file"),
+    }
+
+
+@pytest.fixture(scope="module")
+def awkward(tmp_path_factory):
+    """Paths of the awkward files, with their reasons."""
+    folder = tmp_path_factory.mktemp("awkward")
+    paths = {}
+    for name, (content, reason) in awkward_files().items():
+        (folder / name).write_bytes(content)
+        paths[str(folder / name)] = reason
+    return paths
+
+
+def expected(run, paths, how=Decoding()):  # noqa: B008
+    """The captions of the files in the paths."""
+    config, tokenizer, graphdef, variables = load_learner(run)
+    learner = nnx.merge(graphdef, *variables)
+    length, eos = config.text.length, tokenizer.eos_id
+    images = np.stack([pipeline.square(Path(p).read_bytes(), 16, "none") for p in paths])
+    tokens = jax.jit(lambda images: write_captions(learner, images, how, length=length, eos=eos))(
+        images
+    )
+    return [tokenizer.decode(ids) for ids in np.asarray(tokens)]
+
+
+def test_twelve_awkward_files(run, awkward, capsys):
+    assert len(awkward) == 12
+    status = caption.main(["--checkpoint", str(run), "--batch_size", "5", *awkward])
+    lines = capsys.readouterr().out.splitlines()
+    assert status == 1
+    fine = [path for path, reason in awkward.items() if not reason]
+    captions = dict(zip(fine, expected(run, fine), strict=True))
+    assert len(set(captions.values())) > 3
+    for line, (path, reason) in zip(lines, awkward.items(), strict=True):
+        if reason:
+            assert line.startswith(f"{path}: not captioned: {reason}")
+        else:
+            assert line == f"{path}: {captions[path]}"
+
+
+def test_json_and_the_other_decodings(run, awkward, capsys):
+    fine = [path for path, reason in awkward.items() if not reason]
+    paths = [*fine, fine[0], f"{fine[0]}.gone"]
+    how = Decoding(method="beam", beams=2, length_norm=0.5)
+    options = ["--method", "beam", "--beams", "2", "--length_norm", "0.5", "--json"]
+    assert caption.main(["--checkpoint", str(run), *options, *paths]) == 1
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    captions = expected(run, fine, how)
+    assert found[:-1] == [
+        {"image": path, "caption": text}
+        for path, text in zip([*fine, fine[0]], [*captions, captions[0]], strict=True)
+    ]
+    assert found[-1] == {"image": paths[-1], "error": "No such file or directory"}
+    assert captions != expected(run, fine, replace(how, method="greedy"))
+
+    sampled = []
+    for seed, batch_size in ((0, 3), (0, 10), (1, 10)):
+        options = ["--method", "sample", "--seed", str(seed), "--batch_size", str(batch_size)]
+        assert caption.main(["--checkpoint", str(run), *options, *fine, fine[0]]) == 0
+        sampled.append(capsys.readouterr().out.splitlines())
+    assert sampled[0] == sampled[1] != sampled[2]
+    assert sampled[0][0] != sampled[0][-1]  # the same image, drawn again
+
+
+def test_what_is_no_captioner_is_told(run, tokenizer_path, tmp_path, capsys):
+    def told(*arguments):
+        assert caption.main([*arguments, "a.jpg"]) == 2
+        captured = capsys.readouterr()
+        assert not captured.out and len(captured.err.splitlines()) <= 2
+        return captured.err
+
+    assert "is no folder of a run" in told("--checkpoint", str(tmp_path / "none"))
+    assert "has no checkpoint of step 4; there are 3" in told(
+        "--checkpoint", str(run), "--step", "4"
+    )
+    assert "no decoding method 'bean'" in told("--checkpoint", str(run), "--method", "bean")
+    c = toy.config("dual_encoder", model__depth=1)
+    toy.saved_run(c, tmp_path / "clip", tokenizer_path, 1)
+    assert "dual_encoder, which writes no captions" in told("--checkpoint", str(tmp_path / "clip"))
