@@ -38,6 +38,19 @@ ITEMS = ("learner", "optimizer")
 # What reading may fail of though the checkpoint is sound.
 _NOT_DAMAGE = ("RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
 Leaves = dict[str, dict[str, Any]]
+
+
+def _worth_telling(record: logging.LogRecord) -> bool:
+    """Passes over what Orbax logs of a failure, with its traceback, many times and from threads.
+
+    And of the next statement.
+    """
+    failure = record.levelno >= logging.ERROR and record.exc_info
+    return not (failure or record.getMessage().startswith("Type handler registry"))
+
+
+for _name in ("absl", "asyncio"):
+    logging.getLogger(_name).addFilter(_worth_telling)
 # By default the replicas of an array save a slice each, and the first save would stop to compile
 # hundreds of slices. One replica saves it all.
 ocp.type_handlers.register_type_handler(
@@ -386,11 +399,6 @@ def _compare(folder: Path, found: Leaves, saved: Leaves) -> None:
             raise Damaged(f"{folder}: is damaged ({path} is not what was saved)")
 
 
-def _told_once(record: logging.LogRecord) -> bool:
-    """Passes over what Orbax logs of a failure, with its traceback, many times and from threads."""
-    return not (record.levelno >= logging.ERROR and record.exc_info)
-
-
 def _but_late_callbacks(unraisable: Any, before: Callable = sys.unraisablehook) -> None:
     """Passes over TensorStore's threads reporting to an event loop that Orbax has given up."""
     if str(unraisable.exc_value) != "Event loop is closed":
@@ -398,5 +406,3 @@ def _but_late_callbacks(unraisable: Any, before: Callable = sys.unraisablehook) 
 
 
 sys.unraisablehook = _but_late_callbacks
-for _name in ("absl", "asyncio"):
-    logging.getLogger(_name).addFilter(_told_once)

@@ -315,6 +315,11 @@ def validate(config: ConfigDict) -> None:
             f"accumulate: {config.accumulate} would change the loss of a {config.learner.name}, "
             "which compares every example with the whole batch; set accumulate=1."
         )
+    frozen = [rule[0] for rule in config.optim.lr_rules if tuple(rule[1:]) == (0,)]
+    if not config.encoder and any(rule.startswith("encoder/") for rule in frozen):
+        raise UserError(
+            "encoder: is empty, but optim.lr_rules freezes it; give --config.encoder=PATH."
+        )
     for name, section in config.evals.items():
         evals.options(name, section)
     best = config.checkpoint.best

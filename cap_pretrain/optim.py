@@ -149,6 +149,28 @@ def build(c: ConfigDict, params: Any, rate: optax.Schedule) -> optax.GradientTra
     return optax.chain(*steps)
 
 
+def is_frozen(c: ConfigDict, params: Any) -> bool:
+    """Whether the rules of a config's `optim` section leave all of `params` as they are.
+
+    Args:
+      c: the section.
+      params: some of a learner's, in their places, as {"encoder": …}.
+    """
+    multipliers = rules.apply_rules(
+        c.lr_rules, params, default=1.0, field="optim.lr_rules", strict=False
+    )
+    return not any(jax.tree.leaves(multipliers))
+
+
+def hold_frozen(c: ConfigDict, params: Any) -> Any:
+    """Returns `params`, those that a rule freezes cut off from gradients, which then cost nothing.
+
+    For the function that is differentiated; `build` leaves the frozen ones as they are anyway.
+    """
+    rates = rules.apply_rules(c.lr_rules, params, default=1.0, field="optim.lr_rules")
+    return jax.tree.map(lambda p, m: p if m else jax.lax.stop_gradient(p), params, rates)
+
+
 def _scaled_decay(rate: float, multipliers: Any) -> optax.GradientTransformation:
     """Adds `rate * multiplier * parameter`; masked parts of the tree are passed over."""
 

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
-from cap_pretrain import files, flops, learners, partition, telemetry
+from cap_pretrain import files, flops, learners, optim, partition, telemetry
 from cap_pretrain.step import init_state, loss_and_stats, split_learner
 
 
@@ -40,6 +40,7 @@ def flops_per_example(config: ConfigDict, vocab_size: int) -> dict[str, float]:
     graphdef, params, stats = split_learner(learner)
 
     def forward(params, stats, batch, key):
+        params = optim.hold_frozen(config.optim, params)
         return loss_and_stats(graphdef, params, stats, batch, key)
 
     def training(*args):

@@ -10,7 +10,7 @@ from flax import nnx, struct
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from cap_pretrain import partition, rng
+from cap_pretrain import optim, partition, rng
 from cap_pretrain.determinism import compiler_options
 from cap_pretrain.fingerprint import fingerprint
 
@@ -102,16 +102,27 @@ def loss_and_stats(
 
 
 def accumulated_gradients(
-    graphdef: nnx.GraphDef, params: Any, stats: Any, batch: Any, key: jax.Array, parts: int
+    graphdef: nnx.GraphDef,
+    params: Any,
+    stats: Any,
+    batch: Any,
+    key: jax.Array,
+    parts: int,
+    hold: Callable[[Any], Any] = lambda params: params,
 ) -> tuple[Any, dict[str, jax.Array], Any]:
     """Gradient of the loss of the whole batch, computed in `parts`, one after the other.
 
-    Each part counts by its "loss_weight", so that a mean over tokens or examples stays one.
+    Each part counts by its "loss_weight", so that a mean over tokens or examples stays one. `hold`
+    is applied to the parameters before the loss, inside what is differentiated.
     """
-    gradient = jax.value_and_grad(loss_and_stats, argnums=1, has_aux=True)
+
+    def loss_of(params, stats, batch, key):
+        return loss_and_stats(graphdef, hold(params), stats, batch, key)
+
+    gradient = jax.value_and_grad(loss_of, has_aux=True)
 
     def one(stats, batch, key):
-        (loss, (metrics, stats)), grads = gradient(graphdef, params, stats, batch, key)
+        (loss, (metrics, stats)), grads = gradient(params, stats, batch, key)
         return grads, {"loss": loss, **metrics}, stats
 
     if parts == 1:
@@ -161,12 +172,15 @@ def make_train_step(
       shardings: where the state lies.
     """
 
+    def hold(params: Any) -> Any:
+        return optim.hold_frozen(config.optim, params)
+
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         batch = dict(batch)
         broken, index = batch.pop("broken", jnp.zeros(1, bool)), batch.pop("index", None)
         key = rng.key(config.seed, state.step, "train")
         grads, metrics, stats = accumulated_gradients(
-            graphdef, state.params, state.stats, batch, key, config.accumulate
+            graphdef, state.params, state.stats, batch, key, config.accumulate, hold
         )
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

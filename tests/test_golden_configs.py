@@ -24,18 +24,21 @@ CASES = {
     },
 }
 
-# Those that train nothing, see tests/test_initial.py.
-EVALUATIONS = {"evaluate": ("evaluate", "evals=loss+captions")}
+# Those that begin with an encoder, see tests/test_initial.py.
+WITH_ENCODER = {
+    "evaluate": ("evaluate", "evals=loss+captions"),
+    "coco_captioning": ("coco_captioning", None),
+}
 
 
 def test_every_config_is_here():
-    files = {name for name, _ in (*CASES.values(), *EVALUATIONS.values())}
+    files = {name for name, _ in (*CASES.values(), *WITH_ENCODER.values())}
     assert files == {p.stem for p in toy.CONFIGS.glob("*.py")}
 
 
-@pytest.mark.parametrize("case", [*CASES, *EVALUATIONS])
+@pytest.mark.parametrize("case", [*CASES, *WITH_ENCODER])
 def test_resolves_to_what_it_did(case, request):
-    resolved = configs.to_json(toy.load(*(CASES | EVALUATIONS)[case]))
+    resolved = configs.to_json(toy.load(*(CASES | WITH_ENCODER)[case]))
     path = GOLDEN / f"{case}.json"
     if request.config.getoption("update_golden"):
         path.write_text(resolved)

@@ -56,14 +56,14 @@ def test_a_run_is_judged_again_as_it_judged_itself(workdir, tmp_path, capsys):
 
 
 def test_another_learner_takes_the_encoder_and_nothing_else(workdir, tokenizer_path, tmp_path):
-    c = toy.config(
-        encoder=str(workdir),
-        text__tokenizer=str(tokenizer_path),
-        data__image_size=24,
-        model__name="S/8",
-        model__decoder_depth=1,
-        optim__lr_rules=(("encoder/.*", 0.0),),
+    fields = dict(text__tokenizer=str(tokenizer_path), data__image_size=24, model__name="S/8")
+    c = toy.shrink(
+        toy.load("coco_captioning"), model__decoder_depth=1, eval__every_steps=1, **fields
     )
+    c.evals.val.limit = c.evals.samples.count = c.evals.scores.limit = 8
+    with pytest.raises(UserError, match="encoder: is empty, but optim.lr_rules freezes it"):
+        train.run(c, tmp_path)
+    c.encoder = str(workdir)
     train.run(c, tmp_path)
     theirs = checkpoint.load_arrays(workdir, 2)
     ours = checkpoint.load_arrays(tmp_path, 2)
