@@ -6,7 +6,6 @@ one device of each host (`on_one_device`), so that its figures do not depend on 
 """
 
 import contextlib
-import functools
 import hashlib
 import json
 import os
@@ -25,9 +24,10 @@ from jax.sharding import AxisType
 import cap_pretrain
 from cap_pretrain import files, fingerprint, partition
 from cap_pretrain.data.sources import Source
-from cap_pretrain.errors import UserError, did_you_mean
+from cap_pretrain.errors import UserError
 from cap_pretrain.evals import Context
-from cap_pretrain.evals.portions import in_portions, whole_batch
+from cap_pretrain.evals.portions import EveryImage
+from cap_pretrain.models import readout
 from cap_pretrain.models.layers import normalize_images
 
 PIXELS = 16
@@ -55,7 +55,7 @@ class Features:
       layer: "pooled"; "tokens", the mean of the encoder's tokens; one of the encoder's `layers`, as
         "block_6", the mean of what leaves it; "pixels", no encoder at all: the image, shrunk to
         16 x 16 pixels.
-      batch_size: images a batch: a matter of memory and speed alone.
+      batch_size: images a batch; a matter of memory and speed alone.
 
     Raises:
       UserError: the images have no labels.
@@ -68,7 +68,6 @@ class Features:
                 "data.fields.label."
             )
         self._context, self._source, self._layer = context, source, layer
-        self._batch_size = whole_batch(batch_size, context.mesh)
         self._identity = {
             "version": cap_pretrain.__version__,
             "source": _identity(source),
@@ -77,11 +76,10 @@ class Features:
             "crop": context.config.data.crop,
         }
 
-        def compute(learner, batch):
-            encode = functools.partial(_encode, learner, layer)
-            return batch | {"image": in_portions(encode, batch["image"], context.mesh)}
+        def encode(learner, images, labels):
+            return _encode(learner, layer, images), labels
 
-        self._compute = context.jit(compute)
+        self._encode = EveryImage(context, encode, batch_size)
 
     def __call__(self, variables: Any) -> Labelled:
         """Returns the features that these weights give, on every host.
@@ -103,17 +101,7 @@ class Features:
         return found
 
     def _computed(self, variables: Any) -> Labelled:
-        parts, ahead = [], None
-        for batch, _ in self._context.batches(self._source, self._batch_size):
-            batch = {name: batch[name] for name in ("image", "label", "mask")}
-            computing = self._compute(variables, batch)
-            if ahead:  # is fetched while the next one is computed
-                parts.append(_valid(ahead))
-            ahead = computing
-        parts.append(_valid(ahead))
-        found = Labelled(*map(np.concatenate, zip(*parts, strict=True)))
-        if not len(found.labels):
-            raise UserError(f"evals: {self._source} has no image that can be decoded.")
+        found = Labelled(*self._encode(variables, self._source))
         if not np.isfinite(found.features).all():
             raise UserError(
                 f"evals: features ({self._layer}) of {self._source} are not finite; the encoder's "
@@ -157,22 +145,7 @@ def _encode(learner: nnx.Module, layer: str, images: jax.Array) -> jax.Array:
         shape = (len(images), PIXELS, PIXELS, 3)
         small = jax.image.resize(images.astype(jnp.float32), shape, "bilinear")
         return small.reshape(len(images), -1) / 255
-    encoder, images = learner.encoder, normalize_images(images, jnp.float32)
-    if layer == "pooled":
-        return encoder(images).pooled.astype(jnp.float32)
-    if layer == "tokens":
-        tokens = encoder(images).tokens
-    elif layer in encoder.layers:
-        tokens = encoder.tokens_at(layer, images)
-    else:
-        known = ("pooled", "tokens", "pixels", *encoder.layers)
-        raise UserError(f"evals: the encoder has no layer {layer!r}.{did_you_mean(layer, known)}")
-    return jnp.mean(tokens.astype(jnp.float32), axis=1)
-
-
-def _valid(batch: dict[str, jax.Array]) -> tuple[np.ndarray, np.ndarray]:
-    batch = jax.device_get(batch)
-    return batch["image"][batch["mask"]], batch["label"][batch["mask"]]
+    return readout.read(learner.encoder, layer, normalize_images(images, jnp.float32))
 
 
 def _identity(source: Source) -> str:

@@ -1,35 +1,88 @@
-"""Batches computed in equal portions, so that a result has the same bits whatever the batch size.
+"""What a learner says of every image of a source, the same bits on any mesh in any batch size.
 
-A matrix product adds up in an order that depends on its shape. So the last bits of what an encoder
-says of an image depend on how many images a device was given with it, and with them, now and then,
-a figure. Here every device computes the same program on PORTION examples at a time.
+A matrix product adds up in an order that depends on its shape. So the last bits of what a learner
+says of an image depend on how many others a device was given with it, and with them, now and then,
+a figure. Here every device computes the same program on PORTION images at a time.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from cap_pretrain.data.sources import Source
+from cap_pretrain.errors import UserError
+from cap_pretrain.evals import Context
 from cap_pretrain.partition import BATCH_AXES
 
 PORTION = 32
-"""Examples a device at a time: a B/16 has matrices of 6272 rows then, enough to be busy."""
+"""Images a device at a time: a B/16 has matrices of 6272 rows then, enough to be busy."""
+
+Arrays = tuple[np.ndarray, ...]
 
 
-def whole_batch(batch_size: int, mesh: Mesh) -> int:
-    """Returns `batch_size`, rounded up to full portions on every device of a mesh."""
-    once = _ways(mesh) * PORTION
-    return -(-batch_size // once) * once
+class EveryImage:
+    """Computes `fn(learner, images, labels)` for all images of a source.
+
+    Args:
+      context: what evaluators work with.
+      fn: images uint8 [b, H, W, 3] and labels int32 [b] -> a tuple of arrays [b, …]; treats each
+        image for itself.
+      batch_size: images a batch, in all; a matter of memory and speed alone.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        fn: Callable[[nnx.Module, jax.Array, jax.Array], tuple[jax.Array, ...]],
+        batch_size: int,
+    ):
+        self._context = context
+        once = _ways(context.mesh) * PORTION
+        self._batch_size = -(-batch_size // once) * once
+
+        def compute(learner, images, labels):
+            return in_portions(lambda batch: fn(learner, *batch), (images, labels), context.mesh)
+
+        self._compute = context.jit(compute)
+        self._whole = context.jit(lambda _, mask: mask)
+
+    def __call__(self, variables: Any, source: Source) -> Arrays:
+        """Returns the arrays [N, …] on every host, in the order of the source.
+
+        Images that do not decode are left out.
+
+        Raises:
+          UserError: none is left.
+          evals.Interrupted: the run is to stop.
+        """
+        parts, ahead = [], None
+        for batch, _ in self._context.batches(source, self._batch_size):
+            computing = (
+                self._compute(variables, batch["image"], batch["label"]),
+                self._whole(variables, batch["mask"]),
+            )
+            if ahead:  # is fetched while the next one is computed
+                parts.append(_fetched(*ahead))
+            ahead = computing
+        parts.append(_fetched(*ahead))
+        arrays = tuple(map(np.concatenate, zip(*parts, strict=True)))
+        if not len(arrays[0]):
+            raise UserError(f"evals: {source} has no image that can be decoded.")
+        return arrays
 
 
 def in_portions(fn: Callable[[Any], Any], batch: Any, mesh: Mesh) -> Any:
-    """Returns `fn(batch)`, computed portion by portion, to be used under `jax.jit`.
+    """Returns `fn(batch)`, computed portion by portion; to be used under `jax.jit`.
 
     Args:
-      fn: treats each example for itself; arrays [b, …] in, arrays [b, …] out.
-      batch: arrays [B, …] that lie as `partition.put_batch` puts them; B as of `whole_batch`.
+      fn: arrays [b, …] in, arrays [b, …] out; treats each example for itself.
+      batch: arrays [B, …] that lie as `partition.put_batch` puts them, B a multiple of PORTION on
+        each device.
       mesh: where they lie.
     """
     ways = _ways(mesh)
@@ -49,3 +102,8 @@ def in_portions(fn: Callable[[Any], Any], batch: Any, mesh: Mesh) -> Any:
 
 def _ways(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def _fetched(arrays: tuple[jax.Array, ...], mask: jax.Array) -> Arrays:
+    arrays, mask = jax.device_get((arrays, mask))
+    return tuple(array[mask] for array in arrays)
