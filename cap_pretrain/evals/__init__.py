@@ -39,6 +39,7 @@ REGISTRY = {
     "linear_probe": "cap_pretrain.evals.linear_probe:LinearProbe",
     "few_shot": "cap_pretrain.evals.few_shot:FewShot",
     "knn": "cap_pretrain.evals.knn:KNearestNeighbours",
+    "accuracy": "cap_pretrain.evals.accuracy:Accuracy",
 }
 
 

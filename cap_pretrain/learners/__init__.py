@@ -27,6 +27,7 @@ from cap_pretrain.errors import UserError, did_you_mean
 REGISTRY = {
     "captioner": "cap_pretrain.learners.captioner:Captioner",
     "dual_encoder": "cap_pretrain.learners.dual_encoder:DualEncoder",
+    "classifier": "cap_pretrain.learners.classifier:Classifier",
     "encoder": "cap_pretrain.learners.encoder:Encoder",
     "pretrained": "cap_pretrain.learners.encoder:Pretrained",
 }

@@ -49,7 +49,7 @@ class Among(Context):
     sources: Any = None
 
     def source(self, split: str = "", data: str = ""):
-        return self.sources[split]
+        return self.sources[split or self.config.data.eval_split]
 
 
 def context(train: Any, test: Any, *, workdir: Any = None, mesh: Any = None, **more: Any):
