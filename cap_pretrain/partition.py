@@ -7,7 +7,7 @@ fsdp; parameters over fsdp and tensor by rules on their paths; optimizer state a
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,20 +21,19 @@ from cap_pretrain.errors import UserError
 
 BATCH_AXES = ("data", "fsdp")
 
+# What splits one dimension: an axis of the mesh, several, or none.
+Axes = str | Sequence[str] | None
+
 # (path, axes of the trailing dimensions); leading dimensions, such as that of stacked layers, are
-# whole. Tensor parallelism: heads and hidden units are split, and so is the vocabulary.
+# whole. Tensor parallelism: heads and hidden units are split, and so is the vocabulary. Everything
+# is split over fsdp, the vectors too: with their moments they are no small part of a small model.
 RULES = (
-    (r".*/(query|key|value)/kernel", ("fsdp", "tensor")),
-    (r".*/(query|key|value)/bias", ("tensor",)),
-    (r".*/out/kernel", ("tensor", "fsdp")),
-    (r".*/up/kernel", ("fsdp", "tensor")),
-    (r".*/up/bias", ("tensor",)),
-    (r".*/down/kernel", ("tensor", "fsdp")),
+    (r".*/(query|key|value|up|logits)/kernel", ("fsdp", "tensor")),
+    (r".*/(query|key|value|up|logits)/bias", (("tensor", "fsdp"),)),
+    (r".*/(out|down)/kernel", ("tensor", "fsdp")),
     (r".*/embedding", ("tensor", "fsdp")),
-    (r".*/logits/kernel", ("fsdp", "tensor")),
-    (r".*/logits/bias", ("tensor",)),
     (r".*/kernel", ("fsdp", None)),
-    (r".*positions", (None, "fsdp")),
+    (r".*", ("fsdp",)),
 )
 
 
@@ -113,25 +112,26 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
 
 
 def param_shardings(params: Any, mesh: Mesh, extra_rules: Sequence = ()) -> Any:
-    """Returns the sharding of every parameter.
-
-    An axis that does not divide its dimension is left out: that dimension stays whole.
+    """Returns the sharding of every parameter, by `config.mesh.rules` (extra), then `RULES`.
 
     Raises:
-      UserError: one of `extra_rules` (`config.mesh.rules`) matches nothing.
+      UserError: one of the extra rules matches nothing, or has axes that cannot be.
     """
     rules.apply_rules(extra_rules, params, default=(), field="mesh.rules")  # strict
+    for pattern, axes in extra_rules:
+        _check_axes(pattern, axes, mesh)
     axes = rules.apply_rules(
         (*extra_rules, *RULES), params, default=(), field="mesh.rules", strict=False
     )
-    return jax.tree.map(lambda p, a: _sharding(p.shape, a, mesh), params, axes)
+    return jax.tree.map(lambda p, a: NamedSharding(mesh, _fit(p.shape, a, mesh)), params, axes)
 
 
 def state_shardings(state: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
     """Returns the sharding of each leaf of `state`, such as an optimizer's.
 
     A leaf whose path ends in a parameter's path lies as that parameter does; a factored moment,
-    whose shape lacks a dimension of the parameter's, lies as the dimensions it has.
+    whose shape lacks a dimension of the parameter's, lies as the dimensions it has, which take over
+    the axes of the one it lacks.
     """
     known = {
         path: (leaf.shape, rules.flatten(shardings)[path].spec)
@@ -143,26 +143,60 @@ def state_shardings(state: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
         for start in range(len(parts)):
             path = "/".join(parts[start:])
             if path in known:
-                return NamedSharding(mesh, _spec_like(leaf.shape, *known[path]))
+                return NamedSharding(mesh, _spec_like(leaf.shape, *known[path], mesh))
         return replicated(mesh)
 
     return jax.tree_util.tree_map_with_path(sharding_of, state)
 
 
-def _spec_like(shape: tuple[int, ...], param_shape: tuple[int, ...], spec: P) -> P:
+def _spec_like(shape: tuple[int, ...], param_shape: tuple[int, ...], spec: P, mesh: Mesh) -> P:
     full = tuple(spec) + (None,) * (len(param_shape) - len(spec))
     if shape == param_shape:
         return P(*full)
     for missing in range(len(param_shape)):
         if shape == param_shape[:missing] + param_shape[missing + 1 :]:
-            return P(*(full[:missing] + full[missing + 1 :]))
+            kept = full[:missing] + full[missing + 1 :]
+            return _fit(shape, kept, mesh, spare=_names(full[missing]))
     return P()
 
 
-def _sharding(shape: tuple[int, ...], axes: tuple, mesh: Mesh) -> NamedSharding:
-    axes = (None,) * (len(shape) - len(axes)) + tuple(axes)[max(0, len(axes) - len(shape)) :]
-    fits = [
-        axis if axis and dim % mesh.shape[axis] == 0 else None
-        for dim, axis in zip(shape, axes, strict=True)
-    ]
-    return NamedSharding(mesh, P(*fits))
+def _fit(shape: tuple[int, ...], axes: Sequence[Axes], mesh: Mesh, spare: Sequence[str] = ()) -> P:
+    """Places the `axes` of the trailing dimensions of a shape, each where it divides.
+
+    An axis that does not divide its dimension, and each of `spare`, goes to the last of these
+    dimensions that it does divide, or nowhere.
+    """
+    axes = axes[max(0, len(axes) - len(shape)) :]
+    dims = range(len(shape) - len(axes), len(shape))
+    placed: list[tuple[str, ...]] = [()] * len(shape)
+
+    def put(axis: str, candidates: Iterable[int]) -> bool:
+        for dim in candidates:
+            together = (*placed[dim], axis)
+            if shape[dim] % math.prod(mesh.shape[a] for a in together) == 0:
+                placed[dim] = together
+                return True
+        return False
+
+    own = ((axis, dim) for dim, group in zip(dims, axes, strict=True) for axis in _names(group))
+    left = [axis for axis, dim in own if not put(axis, (dim,))]
+    for axis in (*left, *spare):
+        put(axis, reversed(dims))
+    return P(*(group[0] if len(group) == 1 else group or None for group in placed))
+
+
+def _check_axes(pattern: str, axes: Any, mesh: Mesh) -> None:
+    try:
+        names = [name for group in axes for name in _names(group)]
+        fine = set(names) <= set(mesh.shape) and len(set(names)) == len(names)
+    except TypeError:
+        fine = False
+    if not fine:
+        raise UserError(
+            f"mesh.rules: {pattern!r} has the axes {axes!r}. For each trailing dimension give one "
+            f"of {', '.join(mesh.shape)}, or several, or None; none of them twice."
+        )
+
+
+def _names(axes: Axes) -> tuple[str, ...]:
+    return (axes,) if isinstance(axes, str) else tuple(axes or ())

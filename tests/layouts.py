@@ -1,0 +1,139 @@
+"""Layouts of eight virtual devices, and the training of each objective on them."""
+
+import collections
+import copy
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from cap_pretrain import partition, step
+from cap_pretrain.checkpoint import Checkpoints
+from tests import toy
+
+# Devices along data, fsdp and tensor.
+LAYOUTS = {
+    "one": (1, 1, 1),
+    "data": (8, 1, 1),
+    "fsdp": (1, 8, 1),
+    "tensor": (1, 1, 8),
+    "all": (2, 2, 2),
+}
+VOCAB = 104
+# Captions have only some of the words, so that there is something to learn in twenty steps.
+WORDS = 20
+
+# Each with its share of what training may do: everything random, both kinds of optimizers, moving
+# averages, accumulation, rematerialisation, heads that do and do not divide.
+OBJECTIVES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "cap": (
+        "captioner",
+        {"parallel_fraction": 0.0},
+        {"optim__name": "adamw", "accumulate": 2, "model__remat": "full"},
+    ),
+    "cappa": (
+        "captioner",
+        {"parallel_fraction": 0.75, "label_smoothing": 0.1},
+        {"model__dropout": 0.1, "model__stochastic_depth": 0.1, "optim__ema": 0.9},
+    ),
+    "clip": (
+        "dual_encoder",
+        {"contrast": "softmax"},
+        {"model__heads": 8, "model__pool": "map"},
+    ),
+    "siglip": (
+        "dual_encoder",
+        {"contrast": "sigmoid"},
+        {"model__heads": 8, "optim__name": "adamw", "optim__ema": 0.9, "model__dropout": 0.1},
+    ),
+}
+
+# What compiles faster.
+SMALL = dict(model__depth=1, model__width=32, model__mlp=64, optim__name="adamw")
+
+
+def config(objective: str, **fields: Any) -> ConfigDict:
+    """The toy config of an objective; the optimizer is the recipe's unless it says otherwise."""
+    learner, options, more = OBJECTIVES[objective]
+    lr = 0.01 if learner == "captioner" else 0.001
+    fields = {"batch_size": 16, "optim__lr": lr} | more | fields
+    return toy.config(learner, options, **fields)
+
+
+class Training:
+    """A config made ready to be trained on the first devices of this process.
+
+    Args:
+      c: the config, but for its mesh.
+      layout: a name of `LAYOUTS`.
+      vocab_size: of the tokenizer there would be.
+    """
+
+    def __init__(self, c: ConfigDict, layout: str, vocab_size: int = VOCAB):
+        shape, c = LAYOUTS[layout], copy.deepcopy(c)
+        c.mesh.data, c.mesh.fsdp, c.mesh.tensor = shape
+        self.config = c
+        self.mesh = partition.make_mesh(c, jax.devices()[: int(np.prod(shape))])
+        self.init, self.abstract, graphdef, tx, rate, _ = toy.prepared(c, vocab_size, self.mesh)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
+        self._take = step.make_train_step(graphdef, tx, rate, c, shardings)
+
+    def go_on(self, state: step.TrainState, steps: int) -> tuple[step.TrainState, list[float]]:
+        """Takes so many steps, each with its own batch; returns the new state and the losses."""
+        losses = []
+        with jax.set_mesh(self.mesh):
+            for number in range(int(state.step), int(state.step) + steps):
+                batch = toy.batch(self.config, number, WORDS)
+                arrays = partition.put_batch({k: batch[k] for k in ("image", "text")}, self.mesh)
+                state, metrics = self._take(state, arrays)
+                losses.append(float(metrics["loss"]))
+        return state, losses
+
+    def save(self, state: step.TrainState, workdir: Path) -> None:
+        """Saves the state as a run would."""
+        with closing(Checkpoints(workdir, self.config)) as checkpoints:
+            checkpoints.save(state)
+
+    def restored(self, workdir: Path, at: int) -> step.TrainState:
+        """What somebody saved in `workdir`, on this layout."""
+        with closing(Checkpoints(workdir, self.config, read_only=True)) as checkpoints:
+            return checkpoints.restore(self.abstract, at)
+
+
+def bytes_per_device(tree: Any) -> int:
+    """What the arrays of `tree` take on the device that holds most of them."""
+    held: collections.Counter[jax.Device] = collections.Counter()
+    for leaf in jax.tree.leaves(tree):
+        for shard in leaf.addressable_shards:
+            held[shard.device] += shard.data.nbytes
+    return max(held.values())
+
+
+def on_eight_devices(function: Callable, calls: Sequence[Sequence[Any]]) -> list[Any]:
+    """The results of a module's function for each of `calls`, from a process with eight devices.
+
+    Arguments and results go through JSON.
+    """
+    program = (
+        "import json, sys\n"
+        f"from {function.__module__} import {function.__name__} as function\n"
+        "print(json.dumps([function(*call) for call in json.loads(sys.argv[1])]))\n"
+    )
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    done = subprocess.run(
+        [sys.executable, "-c", program, json.dumps(calls)],
+        capture_output=True,
+        text=True,
+        cwd=toy.CONFIGS.parent,
+        env=os.environ | {"XLA_FLAGS": flags},
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
