@@ -1,0 +1,141 @@
+"""Any layout of the devices computes what one device does, and goes on with what another saved."""
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from cap_pretrain import train
+from tests import toy
+from tests.layouts import (
+    LAYOUTS,
+    OBJECTIVES,
+    SMALL,
+    Training,
+    bytes_per_device,
+    config,
+    on_eight_devices,
+)
+
+STEPS, SAVED = 20, 12
+
+
+def straight_run(training, workdir, steps=STEPS, saved=SAVED):
+    """Its losses, the state saved on the way as NumPy has it, and what the last takes a device."""
+    state, before = training.go_on(training.init(), saved)
+    training.save(state, workdir)
+    at_save = on_host(state)
+    state, after = training.go_on(state, steps - saved)
+    held = [bytes_per_device(tree) for tree in (state.params, state.opt_state)]
+    return before + after, at_save, held
+
+
+def continued_run(training, workdir, steps=STEPS, saved=SAVED):
+    """The losses from where somebody saved in `workdir`, and the state as it was restored."""
+    state = training.restored(workdir, saved)
+    restored = on_host(state)
+    return training.go_on(state, steps - saved)[1], restored
+
+
+def on_host(state):
+    return jax.tree.map(np.array, jax.device_get(state))
+
+
+def curves(objective, folder, layouts, moves, steps=STEPS, saved=SAVED, fields=()):
+    """Trains on each of `layouts`, saving in `folder/LAYOUT`, then goes on from there.
+
+    Returns:
+      The losses of the straight runs by layout; for each of `moves` (layout that saved, layout that
+      goes on) the losses after it; and bytes of parameters and optimizer on a device, by layout.
+    """
+    c = config(objective, total_steps=steps, **dict(fields))
+    trainings = {name: Training(c, name) for name in layouts}
+    straight, states, moved, held = {}, {}, [], {}
+    for name, training in trainings.items():
+        workdir = Path(folder) / name
+        straight[name], states[name], held[name] = straight_run(training, workdir, steps, saved)
+    for source, target in moves:
+        losses, state = continued_run(trainings[target], Path(folder) / source, steps, saved)
+        if source in states:
+            toy.assert_same(state, states[source])
+        moved.append(losses)
+    return straight, moved, held
+
+
+def assert_same_curve(losses, reference, name):
+    """Each loss is that of the last steps of the reference, within 1e-4 relative."""
+    assert len(set(reference)) == len(reference)
+    np.testing.assert_allclose(losses, reference[-len(losses) :], rtol=1e-4, err_msg=name)
+
+
+def test_eight_devices_and_one_go_on_with_what_the_other_began(tmp_path):
+    """Two processes, which have nothing but the checkpoints in common."""
+    lengths = steps, saved = 4, 2
+    fields = SMALL | dict(model__dropout=0.0, model__stochastic_depth=0.0)
+    c = config("cappa", total_steps=steps, **fields)
+    one = Training(c, "one")
+    reference, *_ = straight_run(one, tmp_path / "one", *lengths)
+    call = ("cappa", str(tmp_path), ["all"], [("one", "all")], *lengths, fields)
+    ((straight, (moved,), _),) = on_eight_devices(curves, [call])
+    back, _ = continued_run(one, tmp_path / "all", *lengths)
+    for name, losses in {"all": straight["all"], "one -> all": moved, "all -> one": back}.items():
+        assert_same_curve(losses, reference, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_layout_gives_the_losses_of_one_device_and_goes_on_with_any(objective, tmp_path):
+    names = list(LAYOUTS)
+    moves = list(itertools.permutations(names, 2))
+    if objective != "cappa":  # each onto one other
+        moves = list(zip(names, names[1:] + names[:1], strict=True))
+    call = (objective, str(tmp_path), names, moves)
+    ((straight, moved, held),) = on_eight_devices(curves, [call])
+    for name, losses in straight.items():
+        assert_same_curve(losses, straight["one"], name)
+    for (source, target), losses in zip(moves, moved, strict=True):
+        assert_same_curve(losses, straight["one"], f"{source} -> {target}")
+    np.testing.assert_allclose(held["fsdp"], np.array(held["one"]) / 8, rtol=0.05)
+
+
+def run(layout, workdir, tokenizer):
+    """What the command line does, with the layout as all that may differ."""
+    axes = dict(zip(("mesh__data", "mesh__fsdp", "mesh__tensor"), LAYOUTS[layout], strict=True))
+    fields = {"text__tokenizer": tokenizer, "checkpoint__every_steps": SAVED, "log__ids": True}
+    train.run(config("cappa", total_steps=STEPS, **fields, **axes), Path(workdir))
+
+
+def half_done(workdir, copy):
+    """A copy of a finished run as it was in the middle."""
+    shutil.copytree(workdir, copy)
+    shutil.rmtree(copy / "checkpoints" / str(STEPS))
+    lines = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)
+    kept = [line for line in lines if json.loads(line)["step"] <= SAVED]
+    (copy / "metrics.jsonl").write_text("".join(kept))
+    return str(copy)
+
+
+@pytest.mark.slow
+def test_a_run_moves_between_one_device_and_eight(tokenizer_path, tmp_path):
+    """The whole of it, as a user does it: the same workdir, the same command, other devices."""
+    tokenizer, one, eight = str(tokenizer_path), tmp_path / "one", tmp_path / "all"
+    run("one", one, tokenizer)
+    moved = half_done(one, tmp_path / "one_then_all")
+    on_eight_devices(run, [("all", str(eight), tokenizer), ("all", moved, tokenizer)])
+    back = half_done(eight, tmp_path / "all_then_one")
+    run("one", back, tokenizer)
+
+    def logged(workdir, name):
+        return {line["step"]: line[name] for line in toy.lines(Path(workdir)) if name in line}
+
+    reference = logged(one, "train/loss")
+    assert list(reference) == [*range(1, STEPS + 1)]
+    for workdir in (eight, moved, back):
+        losses = logged(workdir, "train/loss")
+        assert list(losses) == list(reference)
+        assert_same_curve([*losses.values()], [*reference.values()], str(workdir))
+        assert logged(workdir, "data/ids") == logged(one, "data/ids")
