@@ -16,7 +16,6 @@ import shutil
 import sys
 import time
 import warnings
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,12 +31,19 @@ from orbax.checkpoint import checkpoint_managers as policies
 from cap_pretrain import rules
 from cap_pretrain.errors import UserError, disk_error
 from cap_pretrain.fingerprint import fingerprints
+from cap_pretrain.manifest import (
+    Damaged,
+    compare,
+    describe,
+    make_manifest,
+    read_manifest,
+    shape_of,
+)
 from cap_pretrain.step import TrainState
 
 ITEMS = ("learner", "optimizer")
 # What reading may fail of though the checkpoint is sound.
 _NOT_DAMAGE = ("RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
-Leaves = dict[str, dict[str, Any]]
 
 
 def _worth_telling(record: logging.LogRecord) -> bool:
@@ -56,10 +62,6 @@ for _name in ("absl", "asyncio"):
 ocp.type_handlers.register_type_handler(
     jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False), override=True
 )
-
-
-class Damaged(Exception):
-    """A checkpoint that is not what was saved; the message says in what."""
 
 
 def checkpoints_folder(workdir: str | Path) -> Path:
@@ -85,7 +87,7 @@ def load_arrays(
       Damaged: the checkpoint is not what was saved.
     """
     folder = checkpoints_folder(workdir) / str(step)
-    manifest = _read_manifest(folder)
+    manifest = read_manifest(folder)
     reader = ocp.PyTreeCheckpointHandler()
 
     def read(item: str) -> Any:
@@ -96,7 +98,7 @@ def load_arrays(
 
     tree = _reading(folder, lambda: {item: read(item) for item in items})
     saved = {k: leaf for k, leaf in manifest["leaves"].items() if k.split("/")[0] in items}
-    _compare(folder, _described(tree, jax.jit(fingerprints)(tree)), saved)
+    compare(folder, describe(tree, jax.jit(fingerprints)(tree)), saved)
     return rules.flatten(tree)
 
 
@@ -106,7 +108,7 @@ def saved_identity(workdir: str | Path, step: int) -> dict[str, str]:
     Raises:
       Damaged: the checkpoint is not what was saved.
     """
-    return _read_manifest(checkpoints_folder(workdir) / str(step))["identity"]
+    return read_manifest(checkpoints_folder(workdir) / str(step))["identity"]
 
 
 class Checkpoints:
@@ -195,15 +197,15 @@ class Checkpoints:
         """
         step, items = int(jax.device_get(state.step)), _items(state)
         self._saved_at = time.monotonic()
-        leaves = _described(items, self._fingerprints(items))
-        manifest = {"step": step, "identity": self._identity, "leaves": leaves}
+        leaves = describe(items, self._fingerprints(items))
+        manifest = make_manifest(step, self._identity, leaves)
         # Orbax copies to the host without telling the transfer guard.
         with self._failure_told(), jax.transfer_guard_device_to_host("allow"):
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     **{item: ocp.args.StandardSave(items[item]) for item in ITEMS},
-                    manifest=ocp.args.JsonSave({**manifest, "checksum": _checksum(manifest)}),
+                    manifest=ocp.args.JsonSave(manifest),
                 ),
             )
         self._saving = True
@@ -252,7 +254,7 @@ class Checkpoints:
             another tokenizer, or may not be read.
         """
         folder = self._manager.directory / str(step)
-        manifest = _read_manifest(folder)
+        manifest = read_manifest(folder)
         target = _items(abstract)
         self._check_fit(folder, manifest, target)
         read = functools.partial(
@@ -263,7 +265,7 @@ class Checkpoints:
             ),
         )
         saved = dict(_reading(folder, read).items())
-        _compare(folder, _described(saved, self._fingerprints(saved)), manifest["leaves"])
+        compare(folder, describe(saved, self._fingerprints(saved)), manifest["leaves"])
         return TrainState(**saved["learner"], opt_state=saved["optimizer"]["opt_state"])
 
     def close(self) -> None:
@@ -282,9 +284,9 @@ class Checkpoints:
                     f"{self._workdir / file}: is not the file that {folder} was trained with. "
                     "Put that one back, or use another --workdir."
                 )
-        saved, wanted = manifest["leaves"], _described(target)
+        saved, wanted = manifest["leaves"], describe(target)
         for path in [*wanted, *(path for path in saved if path not in wanted)]:
-            there, here = (_shape_of(leaves.get(path)) for leaves in (saved, wanted))
+            there, here = (shape_of(leaves.get(path)) for leaves in (saved, wanted))
             if there != here:
                 raise UserError(
                     f"{folder}: holds another model than this config describes: {path} is {there} "
@@ -336,40 +338,6 @@ def _items(state: TrainState) -> dict[str, Any]:
     return {"optimizer": {"opt_state": fields.pop("opt_state")}, "learner": fields}
 
 
-def _described(tree: Any, prints: Mapping[str, Any] | None = None) -> Leaves:
-    """Path -> shape, dtype and, if given, fingerprint of each array of `tree`."""
-    leaves = {
-        path: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
-        for path, leaf in rules.flatten(tree).items()
-    }
-    for path, value in jax.device_get(prints or {}).items():
-        leaves[path]["fingerprint"] = int(value)
-    return leaves
-
-
-def _shape_of(leaf: Mapping[str, Any] | None) -> str:
-    return f"{leaf['dtype']} {leaf['shape']}" if leaf else "missing"
-
-
-def _checksum(manifest: Mapping[str, Any]) -> int:
-    return zlib.crc32(json.dumps(manifest, sort_keys=True).encode())
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads((folder / "manifest" / "metadata").read_text(encoding="utf-8"))
-        checksum = manifest.pop("checksum")
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as e:
-        raise Damaged(f"{folder}: is damaged (its manifest is missing)") from e
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise Damaged(f"{folder}: is damaged (its manifest is not readable)") from e
-    if checksum != _checksum(manifest):
-        raise Damaged(f"{folder}: is damaged (its manifest has changed)")
-    if str(manifest["step"]) != folder.name:
-        raise Damaged(f"{folder}: is damaged (it holds step {manifest['step']})")
-    return manifest
-
-
 def _reading(folder: Path, read: Callable[[], Any]) -> Any:
     """Returns `read()`, on every host or on none; raises Damaged if it fails of the files."""
     result, damage = None, None
@@ -391,12 +359,6 @@ def _reading(folder: Path, read: Callable[[], Any]) -> Any:
         reason = (str(damage).strip() or repr(damage)).splitlines()[0]
         raise Damaged(f"{folder}: is damaged ({reason[:200]})") from damage
     return result
-
-
-def _compare(folder: Path, found: Leaves, saved: Leaves) -> None:
-    for path in [*saved, *(path for path in found if path not in saved)]:
-        if found.get(path) != saved.get(path):
-            raise Damaged(f"{folder}: is damaged ({path} is not what was saved)")
 
 
 def _but_late_callbacks(unraisable: Any, before: Callable = sys.unraisablehook) -> None:
