@@ -113,6 +113,8 @@ def default() -> ConfigDict:
     c.data.name = "scenes"
     c.data.split = "train"
     c.data.eval_split = "val"
+    # Train on this fraction of every class, the same whatever else is drawn; for labelled datasets.
+    c.data.fraction = 1.0
     # Where TFDS looks for datasets given by name; "" is its own default (~/tensorflow_datasets).
     c.data.dir = ""
     # Names of the features in a stored dataset; nested ones as "captions/text".

@@ -9,12 +9,15 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from cap_pretrain import files, learners
-from cap_pretrain.data import pipeline, sources, tokenizers
+from cap_pretrain.data import pipeline, sources, subset, tokenizers
 from cap_pretrain.data.sources import Source
 from cap_pretrain.errors import UserError
 
 # Examples of each dataset whose captions a new tokenizer is trained on.
 TOKENIZER_EXAMPLES = 50_000
+
+# Who belongs to a fraction of a dataset is the same for every run that is compared.
+FRACTION_SEED = 0
 
 Mixture = list[tuple[Source, float]]
 
@@ -48,8 +51,17 @@ def open_sources(config: ConfigDict) -> Mixture:
                     f"data.name: {source} has no {part}, which a {config.learner.name} learns "
                     "from; name another dataset or set data.fields."
                 )
-        members.append((source, weight))
+        members.append((subset.fraction_of(source, config.data.fraction, FRACTION_SEED), weight))
     return members
+
+
+def count_classes(config: ConfigDict, mixture: Mixture) -> ConfigDict:
+    """Returns the config with `learner.classes` as the data has it, where that is a field and 0."""
+    if config.learner.get("classes", None) != 0 or not mixture:
+        return config
+    config = config.copy_and_resolve_references()
+    config.learner.classes = len(mixture[0][0].class_names)
+    return config
 
 
 def open_tokenizer(config: ConfigDict, path: str | Path) -> tokenizers.SentencePieceTokenizer:

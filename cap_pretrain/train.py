@@ -76,6 +76,7 @@ def run(config: ConfigDict, workdir: Path, allow_changes: Sequence[str] = ()) ->
     mesh = partition.make_mesh(config)
     is_main = jax.process_index() == 0
     mixture = inputs.open_sources(config) if configs.trains(config) else []
+    config = inputs.count_classes(config, mixture)
     schedule = make_schedule(config, epoch=sum(len(source) for source, _ in mixture))
     files.make_workdir(workdir)
     changes = allowed_changes(config, workdir, allow_changes)
@@ -224,6 +225,7 @@ def dry_run(config: ConfigDict, workdir: Path) -> str:
     configs.validate(config)
     files.make_workdir(workdir)
     mixture = inputs.open_sources(config) if configs.trains(config) else []
+    config = inputs.count_classes(config, mixture)
     schedule = make_schedule(config, epoch=sum(len(source) for source, _ in mixture))
     vocab_size = config.text.vocab_size
     if config.text.tokenizer:

@@ -28,6 +28,9 @@ CASES = {
 WITH_ENCODER = {
     "evaluate": ("evaluate", "evals=loss+captions"),
     "coco_captioning": ("coco_captioning", None),
+    "linear_probe": ("linear_probe", None),
+    "linear_probe-sgd": ("linear_probe", "protocol=sgd"),
+    "finetune": ("finetune", "fraction=0.1"),
 }
 
 

@@ -77,6 +77,25 @@ def test_another_learner_takes_the_encoder_and_nothing_else(workdir, tokenizer_p
     assert kept["model"]["decoder_depth"] == 1 and kept["learner"]["name"] == "captioner"
 
 
+@pytest.mark.parametrize(
+    ("name", "argument", "moves"),
+    [("finetune", "fraction=0.5", True), ("linear_probe", "protocol=sgd", False)],
+)
+def test_an_encoder_is_fine_tuned_or_left_as_it_is(name, argument, moves, workdir, tmp_path):
+    c = toy.shrink(toy.load(name, argument), encoder=str(workdir), model__name="mu/8")
+    c.evals.accuracy.batch_size = 10
+    train.run(c, tmp_path)
+    theirs, ours = (checkpoint.load_arrays(folder, 2) for folder in (workdir, tmp_path))
+    path = "encoder/blocks/mlp/up/kernel"
+    same = np.array_equal(theirs[f"learner/ema/{path}"], ours[f"learner/params/{path}"])
+    assert same != moves
+    assert ours["learner/params/head/kernel"].shape == (32, 8)  # scenes have eight shapes
+    assert json.loads((tmp_path / "config.json").read_text())["learner"]["classes"] == 8
+    assert not (tmp_path / "tokenizer").exists()
+    result = json.loads((tmp_path / "evals" / "accuracy" / "2.json").read_text())
+    assert 0 <= result["top1"] <= result["top5"] <= 1
+
+
 def test_arrays_that_do_not_fit_are_named(workdir):
     c, beginning = initial.resolve(toy.config(encoder=str(workdir), **SMALL))
     c.model.mlp = 48
