@@ -8,7 +8,7 @@ from cap_pretrain.data.hard_negatives import OrderQuestions, Question, QuestionS
 from cap_pretrain.data.sugarcrepe import SugarCrepe
 from cap_pretrain.errors import UserError, did_you_mean
 from cap_pretrain.evals import Context, Result, ranking
-from cap_pretrain.evals.scoring import BLANK, Scoring
+from cap_pretrain.evals.scoring import Scoring
 
 SETS = ("scenes", "order", "sugarcrepe")
 
@@ -99,21 +99,18 @@ class Composition:
         return Result(tally.figures(), self._details(images, tally))
 
     def _details(self, images: int, tally: "Tally") -> dict:
-        options, config = self._options, self._context.config
-        dataset, split = options.data or config.data.name, options.split or config.data.eval_split
+        options = self._options
+        details = self._scoring.details(options.data, options.split)
         if options.questions != "order":
-            dataset = options.questions
-        return {
+            details["dataset"] = options.questions
+        if options.questions == "sugarcrepe":
+            details["split"] = ""
+        return details | {
             "protocol": f"{self._set.protocol}; the true caption is to score highest; "
             f"{ranking.TIES}",
-            "dataset": dataset,
-            "split": "" if options.questions == "sugarcrepe" else split,
             "images": images,
             "questions": tally.questions,
             "questions_by_kind": tally.counts(),
-            "blind": f"the decoder's score for an image that is grey ({BLANK}) all over"
-            if self._scoring.has_prior
-            else "not defined for a dual encoder: chance",
         }
 
 

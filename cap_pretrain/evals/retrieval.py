@@ -92,13 +92,8 @@ class Retrieval:
         return Result(counts.figures(), self._details(counts))
 
     def _details(self, counts: "Counts") -> dict:
-        options, config = self._options, self._context.config
-        score = "log-likelihood" if self._scoring.has_prior else "cosine"
-        return {
-            "protocol": f"candidates in order of {score}; any of an image's captions is right; "
-            f"{ranking.TIES}",
-            "dataset": options.data or config.data.name,
-            "split": options.split or config.data.eval_split,
+        return self._scoring.details(self._options.data, self._options.split) | {
+            "protocol": f"candidates in the order of their scores; {ranking.TIES}",
             "images": counts.images,
             "captions": counts.captions,
         }

@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from cap_pretrain import partition
-from cap_pretrain.data.sources import Source
+from cap_pretrain.data import sources
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals import Context, Interrupted
 
@@ -85,7 +85,7 @@ class Scoring:
         return tokens[:, : -(-longest // LENGTHS) * LENGTHS]
 
     def batches(
-        self, variables: Any, source: Source, limit: int
+        self, variables: Any, source: sources.Source, limit: int
     ) -> Iterator[tuple[dict[str, np.ndarray], jax.Array]]:
         """Yields batches of images, each as where it comes from and features for `compare`.
 
@@ -109,12 +109,10 @@ class Scoring:
         """tokens int32 [n, T] -> what `compare` wants of them, [n, ...]."""
         if self.has_prior:
             return tokens
-        parts = [
-            self._text_features(
-                variables, _padded(tokens[start : start + self._images], self._images)
-            )
-            for start in range(0, len(tokens), self._images)
-        ]
+        parts = []
+        for start in range(0, len(tokens), self._images):
+            part = _padded(tokens[start : start + self._images], self._images)
+            parts.append(self._text_features(variables, self._put(part)))
         return np.concatenate(jax.device_get(parts))[: len(tokens)]
 
     def compare(self, variables: Any, images: jax.Array, texts: np.ndarray) -> np.ndarray:
@@ -137,7 +135,7 @@ class Scoring:
             if self._context.stop():
                 raise Interrupted
             part = texts[..., start : start + size, :]
-            scores.append(self._compare(variables, images, _padded(part, size, axis)))
+            scores.append(self._compare(variables, images, self._put(_padded(part, size, axis))))
         return np.concatenate(jax.device_get(scores), axis=1)[:, :count]
 
     def prior(self, variables: Any, tokens: np.ndarray) -> np.ndarray:
@@ -150,6 +148,23 @@ class Scoring:
         columns = -(-len(tokens) // self._images)
         own = _padded(tokens, columns * self._images).reshape(self._images, columns, -1)
         return self.compare(variables, features, own).reshape(-1)[: len(tokens)]
+
+    def details(self, data: str, split: str) -> dict[str, str]:
+        """What a result says of its data (options; "" is the run's own) and of the scores."""
+        section = self._context.config.data
+        return {
+            "dataset": data or sources.parse_mixture(section.name)[0][0],
+            "split": split or section.eval_split,
+            "score": "log-likelihood, nats" if self.has_prior else "cosine",
+            "blank_image": f"grey, {BLANK} of 255" if self.has_prior else "none",
+        }
+
+    def _put(self, array: np.ndarray) -> jax.Array:
+        """Sends what is the same on every host to every device."""
+        sharding = partition.replicated(self._context.mesh)
+        # With several hosts, JAX does not see that this transfer is meant.
+        with jax.transfer_guard_host_to_device("allow"):
+            return jax.make_array_from_process_local_data(sharding, array)
 
 
 def _padded(array: np.ndarray, size: int, axis: int = 0) -> np.ndarray:

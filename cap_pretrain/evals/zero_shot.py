@@ -114,16 +114,9 @@ class ZeroShot:
         return self._tokens, rules
 
     def _details(self, label: np.ndarray) -> dict:
-        options, config = self._options, self._context.config
-        ensemble = (
-            "mean log-likelihood of its captions"
-            if self._scoring.has_prior
-            else "cosine to the mean of its captions' unit vectors"
-        )
-        return {
-            "protocol": f"the class with the highest {ensemble}; {ranking.TIES}",
-            "dataset": options.data or config.data.name,
-            "split": options.split or config.data.eval_split,
+        of_class = "mean score" if self._scoring.has_prior else "score of the mean vector"
+        return self._scoring.details(self._options.data, self._options.split) | {
+            "protocol": f"the class with the highest {of_class} of its captions; {ranking.TIES}",
             "images": len(label),
             "classes": list(self.classes),
             "templates": list(self.templates),

@@ -31,11 +31,13 @@ def figures(tokenizer_path, every, batch_size, pairs):
     for kind in ("captioner", "dual_encoder"):
         mesh = {"mesh__data": -1, "mesh__fsdp": min(2, len(jax.devices()))}
         context, variables = stubs.small(kind, tokenizer_path, **mesh)
-        with jax.set_mesh(context.mesh):
+        # As in training, where nothing is sent to the devices unasked.
+        with jax.set_mesh(context.mesh), jax.transfer_guard_host_to_device("disallow"):
             for cls, more in ((Retrieval, {}), *(OTHERS if every else ())):
                 options = cls.Options(batch_size=batch_size, pairs=pairs, **more)
                 result = cls(context, options)(variables)
                 assert {"protocol", "dataset", "split", "images"} <= result.details.keys()
+                assert not result.figures.keys() & result.details.keys()  # of one JSON object
                 found.append(json.loads(json.dumps(result.figures | result.details)))
     return found
 
