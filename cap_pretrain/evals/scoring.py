@@ -25,7 +25,7 @@ from cap_pretrain.evals import Context, Interrupted
 BLANK = 128
 
 # Scores this near to each other are equal: in a batch of another shape, the same text for the same
-# image rounds otherwise (in float32 by about 1e-5 nats, or 1e-7 of a cosine).
+# image rounds otherwise (in float32 by some 1e-5 nats, or 1e-7 of a cosine).
 CAPTIONER_TOLERANCE, DUAL_ENCODER_TOLERANCE = 1e-4, 1e-6
 
 # Cosines computed at once: 16 MB of them. Log-likelihoods need far more memory a piece.
