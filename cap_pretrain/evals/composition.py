@@ -84,7 +84,7 @@ class Composition:
         tally, images = Tally(scoring.tolerance), 0
         for where, pictures in scoring.batches(variables, self._set.source, self._options.limit):
             texts = [self._texts[index] for index in where["index"]]
-            own = np.zeros((len(texts), max(map(len, texts), default=1)), int)
+            own = np.zeros((len(texts), max(1, *map(len, texts))), int)
             for row, listed in zip(own, texts, strict=True):
                 row[: len(listed)] = listed
             scores = scoring.compare(variables, pictures, features[own])
@@ -95,7 +95,7 @@ class Composition:
                     rules["over_prior"] = rules["accuracy"] - prior[listed]
                     rules["blind"] = prior[listed]
                 tally.add(self._questions[where["index"][row]], rules)
-                images += 1
+                images += bool(listed)
         return Result(tally.figures(), self._details(images, tally))
 
     def _details(self, images: int, tally: "Tally") -> dict:

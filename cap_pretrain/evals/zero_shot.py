@@ -77,6 +77,11 @@ class ZeroShot:
         for where, images in self._scoring.batches(variables, self._source, self._options.limit):
             real = where["mask"] & (where["label"] >= 0)
             label = where["label"][real]
+            if np.any(label >= len(self.classes)):
+                raise UserError(
+                    f"evals: zero_shot.classes: {self._source} has the label {label.max()}, but "
+                    f"there are {len(self.classes)} names; give one for each."
+                )
             labels.append(label)
             scores = self._scoring.compare(variables, images, texts)[real]
             for suffix, by_class in scores_of(scores).items():

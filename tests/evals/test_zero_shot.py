@@ -16,8 +16,8 @@ from tests.evals import stubs
 CLASSES = [str(k) for k in range(10)]
 
 
-def measured(learner, labels, classes=CLASSES, broken=(), **options):
-    pictures = stubs.Pictures(labels=labels, classes=classes, broken=broken)
+def measured(learner, labels, names=CLASSES, broken=(), **options):
+    pictures = stubs.Pictures(labels=labels, classes=names, broken=broken)
     context, variables = stubs.context(learner, pictures)
     return ZeroShot(context, ZeroShot.Options(**options))(variables)
 
@@ -126,7 +126,7 @@ def test_names_and_templates_come_from_files(tmp_path):
     assert classes[0] == "a red shape" and classes[5] == "an orange shape" and "{}" in templates
 
 
-def test_mistakes_are_the_users(tmp_path):
+def test_mistakes_are_the_users(tmp_path, templates):
     plain = stubs.Pictures(labels=[0], classes=["n01", "n02"])
     file = tmp_path / "file.json"
     for content, told in (
@@ -143,5 +143,8 @@ def test_mistakes_are_the_users(tmp_path):
         zero_shot.prompts(plain, "", str(file))
     with pytest.raises(UserError, match="cannot read .*nowhere"):
         zero_shot.prompts(plain, str(tmp_path / "nowhere"), "")
+    file.write_text('["1", "2"]')
+    with pytest.raises(UserError, match="has the label 2, but there are 2 names"):
+        measured(stubs.Oracle, [0, 1, 2], names=[], classes=str(file), templates=templates)
     with pytest.raises(UserError, match="has no class names"):
         zero_shot.prompts(stubs.Pictures(labels=[0]), "", "")
