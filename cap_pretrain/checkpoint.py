@@ -186,7 +186,8 @@ class Checkpoints:
         """
         passed = bool(self._minutes) and time.monotonic() - self._saved_at > 60 * self._minutes
         if self._minutes and jax.process_count() > 1:
-            passed = bool(multihost_utils.broadcast_one_to_all(np.array(passed)))
+            with jax.transfer_guard("allow"):
+                passed = bool(multihost_utils.broadcast_one_to_all(np.array(passed)))
         return passed
 
     def save(self, state: TrainState) -> None:
@@ -199,8 +200,8 @@ class Checkpoints:
         self._saved_at = time.monotonic()
         leaves = describe(items, self._fingerprints(items))
         manifest = make_manifest(step, self._identity, leaves)
-        # Orbax copies to the host without telling the transfer guard.
-        with self._failure_told(), jax.transfer_guard_device_to_host("allow"):
+        # Orbax copies to the host, and with several hosts waits for all, without telling the guard.
+        with self._failure_told(), jax.transfer_guard("allow"):
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -217,7 +218,7 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Waits for the save under way; raises UserError if it fails."""
-        with self._failure_told():
+        with self._failure_told(), jax.transfer_guard("allow"):
             self._manager.wait_until_finished()
         self._saving = False
 

@@ -106,9 +106,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Makes global arrays of this host's slice of a batch, sent to the devices explicitly."""
     sharding = batch_sharding(mesh)
-    return {
-        k: jax.make_array_from_process_local_data(sharding, np.asarray(v)) for k, v in batch.items()
-    }
+    with jax.transfer_guard_host_to_device("allow"):  # with several hosts JAX calls this implicit
+        return {
+            k: jax.make_array_from_process_local_data(sharding, np.asarray(v))
+            for k, v in batch.items()
+        }
 
 
 def param_shardings(params: Any, mesh: Mesh, extra_rules: Sequence = ()) -> Any:

@@ -92,7 +92,8 @@ class Features:
         path, key = self._path(), self._key(variables)
         found = _read(path, key) if path else None
         if jax.process_count() > 1:  # all compute, or none
-            everywhere = multihost_utils.process_allgather(np.array(found is not None))
+            with jax.transfer_guard("allow"):  # it sends a NumPy array to the devices by itself
+                everywhere = multihost_utils.process_allgather(np.array(found is not None))
             found = found if everywhere.all() else None
         if found is None:
             found = self._computed(variables)
