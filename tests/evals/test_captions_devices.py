@@ -1,0 +1,55 @@
+"""Captions and their perplexity are the same on one device and on eight, however these share."""
+
+import jax
+import numpy as np
+import pytest
+
+from cap_pretrain import partition
+from cap_pretrain.evals.captions import Captions
+from cap_pretrain.evals.perplexity import Perplexity
+from tests.evals import stubs
+from tests.layouts import on_eight_devices
+
+METHODS = {
+    "beam": {"method": "beam", "beams": 3},
+    "greedy": {"method": "greedy"},
+    "sample": {"method": "sample", "temperature": 1.5},
+}
+
+
+def measured(tokenizer_path, shape, methods, count=7):
+    """The captions by each method and the perplexity, on a mesh of this shape."""
+    fields = {f"mesh__{axis}": n for axis, n in zip(("data", "fsdp", "tensor"), shape, strict=True)}
+    fields |= {"data__scenes__length_val": count, "text__length": 10}
+    context, (params, stats) = stubs.small("captioner", tokenizer_path, **fields)
+    # So that captions follow the image and do not repeat one word.
+    for part in ("query", "value"):
+        params["decoder"]["blocks"]["cross_attention"][part]["kernel"] *= 4
+    params["decoder"]["logits"]["bias"] *= 0
+    params["text_positions"] *= 5
+    params = jax.device_put(params, partition.param_shardings(params, context.mesh))
+    variables = params, jax.device_put(stats, partition.replicated(context.mesh))
+    with jax.set_mesh(context.mesh), jax.transfer_guard("disallow"):
+        results = [
+            Captions(context, Captions.Options(count=count, **METHODS[method]))(variables)
+            for method in methods
+        ]
+        options = Perplexity.Options(batch_size=3, pairs=8)
+        perplexity = Perplexity(context, options)(variables)
+    for result in (*results, perplexity):
+        assert not result.figures.keys() & result.details.keys()  # of one JSON object
+    captions = [[sample["caption"] for sample in r.details["samples"]] for r in results]
+    return captions, perplexity.figures, perplexity.details
+
+
+@pytest.mark.parametrize("methods", [["beam"], pytest.param([*METHODS], marks=pytest.mark.slow)])
+def test_one_device_and_eight_write_the_same(tokenizer_path, methods):
+    path = str(tokenizer_path)
+    captions, figures, details = measured(path, (1, 1, 1), methods)
+    ((captions_8, figures_8, details_8),) = on_eight_devices(measured, [[path, (2, 2, 2), methods]])
+    assert captions == captions_8
+    assert len({caption for by_method in captions for caption in by_method}) > 2
+    assert details == details_8
+    assert figures.keys() == figures_8.keys()
+    for name, value in figures.items():
+        np.testing.assert_allclose(figures_8[name], value, rtol=1e-6, err_msg=name)
