@@ -31,8 +31,8 @@ VOCAB = 104
 # Captions have only some of the words, so that there is something to learn in twenty steps.
 WORDS = 20
 
-# Each with its share of what training may do: everything random, both kinds of optimizers, moving
-# averages, accumulation, rematerialisation, heads that do and do not divide.
+# Each with its share of what training may do: both kinds of optimizers, random masks, moving
+# averages, accumulation, rematerialisation, heads that the devices divide and those they do not.
 OBJECTIVES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "cap": (
         "captioner",
@@ -41,20 +41,17 @@ OBJECTIVES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
     "cappa": (
         "captioner",
-        {"parallel_fraction": 0.75, "label_smoothing": 0.1},
-        {"model__dropout": 0.1, "model__stochastic_depth": 0.1, "optim__ema": 0.9},
+        {"parallel_fraction": 0.75},
+        {"model__dropout": 0.1, "optim__ema": 0.9},
     ),
-    "clip": (
-        "dual_encoder",
-        {"contrast": "softmax"},
-        {"model__heads": 8, "model__pool": "map"},
-    ),
+    "clip": ("dual_encoder", {"contrast": "softmax"}, {"model__heads": 8}),
     "siglip": (
         "dual_encoder",
         {"contrast": "sigmoid"},
         {"model__heads": 8, "optim__name": "adamw", "optim__ema": 0.9, "model__dropout": 0.1},
     ),
 }
+
 
 # What compiles faster.
 SMALL = dict(model__depth=1, model__width=32, model__mlp=64, optim__name="adamw")

@@ -75,7 +75,7 @@ def assert_same_curve(losses, reference, name):
 def test_eight_devices_and_one_go_on_with_what_the_other_began(tmp_path):
     """Two processes, which have nothing but the checkpoints in common."""
     lengths = steps, saved = 4, 2
-    fields = SMALL | dict(model__dropout=0.0, model__stochastic_depth=0.0)
+    fields = SMALL | {"model__dropout": 0.0}
     c = config("cappa", total_steps=steps, **fields)
     one = Training(c, "one")
     reference, *_ = straight_run(one, tmp_path / "one", *lengths)
