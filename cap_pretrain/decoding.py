@@ -12,13 +12,16 @@ belongs there: see `models/text.py`, where no keys and values are ever moved.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from cap_pretrain.errors import UserError, did_you_mean
+from cap_pretrain.partition import BATCH_AXES
 
 Step = Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 
@@ -155,13 +158,13 @@ def sample(
 def restrict(
     logits: jax.Array, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
 ) -> jax.Array:
-    """The logits [..., V] to draw from: first the temperature, then top-k, then the nucleus.
+    """The logits [R, V] to draw from: first the temperature, then top-k, then the nucleus.
 
     Tokens that are ruled out get -inf. Of equally likely tokens at a limit, all are left. The order
     is that of Hugging Face's `generate`.
 
     Args:
-      logits: [..., V].
+      logits: [R, V].
       temperature: positive; below 1 sharpens.
       top_k: so many tokens are left (Fan et al. 2018, arXiv 1805.04833); 0 is all.
       top_p: the nucleus: the fewest most likely tokens whose probabilities, after top-k, sum to at
@@ -169,7 +172,7 @@ def restrict(
     """
     logits = logits / temperature
     if 0 < top_k < logits.shape[-1]:
-        least = jax.lax.top_k(logits, top_k)[0][..., -1:]
+        least = _top_k(logits, top_k)[0][..., -1:]
         logits = jnp.where(logits < least, -jnp.inf, logits)
     if top_p < 1:
         falling = -jnp.sort(-logits, axis=-1)
@@ -251,10 +254,10 @@ def beam_search(
         logits, cache = step(last.reshape(-1), position, cache)
 
         # The best of each caption suffice, so no array of [beams, V] is sorted or even written.
-        gains, token = jax.lax.top_k(logits, min(wide, logits.shape[-1]))
+        gains, token = _top_k(logits, min(wide, logits.shape[-1]))
         gains = gains - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
         candidates = scores[:, :, None] + gains.reshape(batch, beams, -1)
-        score, which = jax.lax.top_k(candidates.reshape(batch, -1), wide)
+        score, which = _top_k(candidates.reshape(batch, -1), wide)
         parent = which // gains.shape[-1]
         token = jnp.take_along_axis(token.reshape(batch, -1), which, axis=1)
 
@@ -269,7 +272,7 @@ def beam_search(
         best = jnp.where((final > best_score)[:, None], caption, best)
         best_score = jnp.maximum(final, best_score)
 
-        scores, which = jax.lax.top_k(jnp.where(ended, -jnp.inf, score), beams)
+        scores, which = _top_k(jnp.where(ended, -jnp.inf, score), beams)
         parent = jnp.take_along_axis(parent, which, axis=1)
         tokens = _of_row(tokens, parent)
         tokens = tokens.at[:, :, position].set(jnp.take_along_axis(token, which, axis=1))
@@ -293,6 +296,15 @@ def beam_search(
         cache,
     )
     return jax.lax.while_loop(unfinished, body, carry)[3]
+
+
+def _top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """`jax.lax.top_k` of x [R, V], each row where it lies: the compiler would gather them all."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or len(x) % math.prod(mesh.shape[axis] for axis in BATCH_AXES):
+        return jax.lax.top_k(x, k)
+    rows = P(BATCH_AXES)
+    return jax.shard_map(lambda x: tuple(jax.lax.top_k(x, k)), in_specs=rows, out_specs=rows)(x)
 
 
 def _of_row(x: jax.Array, rows: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ LOGITS = np.log(PROBABILITIES).astype(np.float32) + 3.0
 
 def left(**options):
     """The tokens that are left, and their probabilities."""
-    logits = np.asarray(restrict(jnp.asarray(LOGITS), **options))
+    logits = np.asarray(restrict(jnp.asarray(LOGITS)[None], **options))[0]
     kept = np.flatnonzero(logits > -np.inf)
     return kept.tolist(), np.exp(logits[kept]) / np.sum(np.exp(logits[kept]))
 

@@ -1,12 +1,17 @@
 """Captions and their perplexity are the same on one device and on eight, however these share."""
 
+import re
+
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from cap_pretrain import partition
-from cap_pretrain.evals.captions import Captions
+from cap_pretrain.decoding import Decoding
+from cap_pretrain.evals.captions import Captions, write_captions
 from cap_pretrain.evals.perplexity import Perplexity
+from tests import tiny
 from tests.evals import stubs
 from tests.layouts import on_eight_devices
 
@@ -53,3 +58,27 @@ def test_one_device_and_eight_write_the_same(tokenizer_path, methods):
     assert figures.keys() == figures_8.keys()
     for name, value in figures.items():
         np.testing.assert_allclose(figures_8[name], value, rtol=1e-6, err_msg=name)
+
+
+def communication(method):
+    """The collective operations of decoding on all devices, with the shapes of their results."""
+    c = tiny.config()
+    mesh = partition.make_mesh(c)
+    graphdef, *variables = tiny.split(c)
+
+    def write(variables, images, keys):
+        learner, how = nnx.merge(graphdef, *variables), Decoding(**METHODS[method], top_k=5)
+        return write_captions(learner, images, how, length=tiny.LENGTH, eos=1, keys=keys)
+
+    keys = jax.random.split(jax.random.key(0), 16)
+    batch = jax.device_put((tiny.images(16), keys), partition.batch_sharding(mesh))
+    variables = jax.device_put(variables, partition.replicated(mesh))
+    with jax.set_mesh(mesh):
+        program = jax.jit(write).lower(variables, *batch).compile().as_text()
+    return re.findall(r"= (\S+) (all-\w+|collective-permute)\(", program)
+
+
+@pytest.mark.slow
+def test_the_devices_only_tell_each_other_whether_they_are_done():
+    for found in on_eight_devices(communication, [[method] for method in METHODS]):
+        assert found == [["pred[]", "all-reduce"]]
