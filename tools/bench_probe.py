@@ -1,0 +1,153 @@
+"""Measures our logistic regression against scikit-learn's: the same features, the same C.
+
+    python tools/bench_probe.py                              generated features, 10,000 x 768
+    python tools/bench_probe.py --train runs/probed/features/A.npz --test runs/probed/features/B.npz
+
+The files are those that a probe keeps. Both minimise the same objective. They take turns, and the
+table shows the median of the rounds. Ours is measured as a probe uses it: the features go to the
+device, are prepared, and fitted; compiling, once for each shape, is left out and told by itself.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from cap_pretrain.errors import UserError
+from cap_pretrain.evals import logistic
+from cap_pretrain.evals.features import Labelled
+
+
+class Fit(NamedTuple):
+    """A kernel [D, K] and bias [K], after so many iterations."""
+
+    kernel: np.ndarray
+    bias: np.ndarray
+    iterations: int
+
+
+def generated(count: int, width: int, classes: int, seed: int) -> Labelled:
+    """Features whose variance falls as 1 / rank, as those of encoders do, and classes overlap."""
+    fixed, rng = np.random.default_rng(0), np.random.default_rng(seed)
+    labels = rng.integers(0, classes, count).astype(np.int32)
+    centres = 0.1 * fixed.standard_normal((classes, width))
+    turned, _ = np.linalg.qr(fixed.standard_normal((width, width)))
+    features = centres[labels] + rng.standard_normal((count, width))
+    features = (features * np.arange(1, width + 1) ** -0.5) @ turned
+    return Labelled(features.astype(np.float32) + 1, labels)
+
+
+def read(path: str) -> Labelled:
+    """The features that a probe has kept; raises UserError if they are none."""
+    try:
+        with np.load(path) as file:
+            return Labelled(file["features"], file["labels"])
+    except Exception as error:  # whatever NumPy stumbles over
+        raise UserError(f"{path}: is no file of features ({error}).") from error
+
+
+def ours(data: Labelled, c: float) -> Fit:
+    """Fits as the evaluator `linear_probe` does."""
+    classes = int(data.labels.max()) + 1
+    start = np.zeros((data.features.shape[1] + 1, classes), np.float32)
+    weights = np.ones(len(data.labels), np.float32)
+    posed = logistic.pose(*jax.device_put(data))
+    found = logistic.minimise(posed, *jax.device_put((weights, np.float32(c), start)))
+    theta, mean, iterations = jax.device_get((found.theta, posed.mean, found.iterations))
+    return Fit(theta[:-1], theta[-1] - mean @ theta[:-1], int(iterations))
+
+
+def scikit_learns(tol: float, max_iter: int) -> Callable[[Labelled, float], Fit]:
+    """Fits with scikit-learn's LogisticRegression, which computes in float64."""
+    from sklearn.linear_model import LogisticRegression
+
+    def fit(data: Labelled, c: float) -> Fit:
+        with warnings.catch_warnings(action="ignore"):  # that it did not converge
+            model = LogisticRegression(C=c, tol=tol, max_iter=max_iter).fit(*data)
+        return Fit(model.coef_.T, model.intercept_, int(model.n_iter_[0]))
+
+    return fit
+
+
+def objective(fit: Fit, data: Labelled, c: float) -> float:
+    """What is minimised, in float64."""
+    logits = data.features.astype(np.float64) @ fit.kernel + fit.bias
+    logits -= logits.max(axis=1, keepdims=True)
+    losses = np.log(np.exp(logits).sum(1)) - logits[np.arange(len(logits)), data.labels]
+    return float(c * losses.sum() + 0.5 * np.sum(fit.kernel.astype(np.float64) ** 2))
+
+
+def main() -> int:
+    """Returns the exit code."""
+    summary, _, rest = __doc__.partition("\n")
+    parser = argparse.ArgumentParser(
+        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--train", help="features that a probe has kept; else they are generated")
+    parser.add_argument("--test", help="features for the accuracy, as those of --train")
+    parser.add_argument("--count", type=int, default=10_000, help="of generated features")
+    parser.add_argument("--width", type=int, default=768, help="of generated features")
+    parser.add_argument("--classes", type=int, default=10, help="of generated features")
+    parser.add_argument("--c", type=float, nargs="+", default=[0.01, 1.0], help="values of C")
+    parser.add_argument("--tol", type=float, default=1e-4, help="of scikit-learn: its default")
+    parser.add_argument("--max_iter", type=int, default=10_000, help="of scikit-learn")
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    try:
+        if bool(args.train) != bool(args.test):
+            raise UserError("--train and --test go together.")
+        if args.train:
+            train, test = read(args.train), read(args.test)
+        else:
+            kind = args.width, args.classes
+            train, test = generated(args.count, *kind, seed=1), generated(2000, *kind, seed=2)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    candidates = {"cap_pretrain": ours, "scikit-learn": scikit_learns(args.tol, args.max_iter)}
+    count, width = train.features.shape
+    print(f"{count} x {width} features, {train.labels.max() + 1} classes, {jax.devices()[0]}")
+    begin = time.perf_counter()
+    ours(train, args.c[0])
+    compiling = time.perf_counter() - begin
+    print(f"the first fit, compiling included: {compiling:.2f} s\n")
+    print("| C | | seconds | iterations | objective | top-1 |\n|---|---|---|---|---|---|")
+    rows = []
+    for c in args.c:
+        seconds: dict[str, list[float]] = {name: [] for name in candidates}
+        fits = {}
+        for _ in range(args.rounds):
+            for name, fit in candidates.items():
+                begin = time.perf_counter()
+                fits[name] = fit(train, c)
+                seconds[name].append(time.perf_counter() - begin)
+        for name, fit in fits.items():
+            row = {
+                "c": c,
+                "name": name,
+                "seconds": statistics.median(seconds[name]),
+                "iterations": fit.iterations,
+                "objective": objective(fit, train, c),
+                "top1": float(
+                    np.mean(np.argmax(test.features @ fit.kernel + fit.bias, 1) == test.labels)
+                ),
+            }
+            rows.append(row)
+            print(
+                f"| {c:g} | {name} | {row['seconds']:.2f} | {row['iterations']} "
+                f"| {row['objective']:.3f} | {100 * row['top1']:.2f}% |",
+                flush=True,
+            )
+    print(json.dumps({"examples": count, "width": width, "compiling": compiling, "fits": rows}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
