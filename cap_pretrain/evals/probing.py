@@ -150,13 +150,17 @@ def held_out(labels: np.ndarray, seed: int) -> np.ndarray:
 
 @jax.jit
 def standing(scores: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """scores [N, K], labels [N] -> how many classes score higher than, and the same as, the right
-    one, each int32 [N]."""
+    """How many classes score higher than the right one, and how many others the same.
+
+    scores [N, K], labels [N] -> int32 [N] each.
+    """
     own = jnp.take_along_axis(scores, labels[:, None], axis=1)
     return jnp.sum(scores > own, axis=1), jnp.sum(scores == own, axis=1) - 1
 
 
-def figures(scores: jax.Array, labels: jax.Array, rows: np.ndarray | slice = slice(None)):
+def figures(
+    scores: jax.Array, labels: jax.Array, rows: np.ndarray | slice = slice(None)
+) -> dict[str, float]:
     """Top-1, top-5 and the mean over classes of top-1, of some rows of scores [N, K]."""
-    better, tied, labels = (x[rows] for x in jax.device_get((*standing(scores, labels), labels)))
-    return accuracies(better, tied, labels)
+    better, tied, labels = jax.device_get((*standing(scores, labels), labels))
+    return accuracies(better[rows], tied[rows], labels[rows])
