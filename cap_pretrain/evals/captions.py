@@ -53,13 +53,7 @@ class Captioning:
     """
 
     def __init__(
-        self,
-        context: Context,
-        source,
-        *,
-        batch_size: int,
-        limit: int | None,
-        how: Decoding = Decoding(),  # noqa: B008
+        self, context: Context, source, *, batch_size: int, limit: int | None, how: Decoding
     ):
         learner = context.graphdef.nodes[0].type
         if not hasattr(learner, "decode_step"):
