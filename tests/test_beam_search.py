@@ -241,5 +241,4 @@ def test_captions_are_those_of_plain_python_without_a_cache(captioner, decode):
 def test_a_caption_does_not_depend_on_its_batch(decode):
     images = tiny.images(6)
     found = decode(images, 3)
-    np.testing.assert_array_equal(decode(images[::-1], 3), found[::-1])
-    np.testing.assert_array_equal(decode(images[2:4], 3), found[2:4])
+    np.testing.assert_array_equal(decode(images[[4, 2]], 3), found[[4, 2]])

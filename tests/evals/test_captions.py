@@ -8,14 +8,12 @@ from flax import nnx
 from cap_pretrain.decoding import beam_search
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.captions import Captioning, Captions
-from tests import toy
-from tests.evals.test_loss import context_of
+from tests.evals import stubs
 
 
 @pytest.fixture(scope="module")
 def captioner(tokenizer_path):
-    c = toy.config(model__depth=1, data__scenes__length_val=13, text__length=8)
-    return context_of(c, tokenizer_path)
+    return stubs.small("captioner", tokenizer_path, text__length=8)
 
 
 def test_captions_are_greedy_in_order_and_kept_with_their_references(captioner):
@@ -81,6 +79,6 @@ def test_what_is_drawn_depends_on_the_image_and_not_on_the_batch(captioner):
 
 
 def test_learners_that_write_no_captions_are_refused(tokenizer_path):
-    context, _ = context_of(toy.config("dual_encoder", model__depth=1), tokenizer_path)
+    context, _ = stubs.small("dual_encoder", tokenizer_path)
     with pytest.raises(UserError, match="DualEncoder writes none"):
         Captions(context, Captions.Options())

@@ -9,8 +9,7 @@ from flax import nnx
 
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.perplexity import Perplexity
-from tests import toy
-from tests.evals.test_loss import context_of
+from tests.evals import stubs
 
 
 class Pictures:
@@ -37,9 +36,7 @@ class Pictures:
 
 @pytest.fixture(scope="module")
 def captioner(tokenizer_path):
-    c = toy.config(model__depth=1, data__scenes__length_val=13, text__length=24)
-    context, variables = context_of(c, tokenizer_path)
-    return context, variables
+    return stubs.small("captioner", tokenizer_path, text__length=24)
 
 
 @pytest.fixture
@@ -123,7 +120,7 @@ def test_bytes_are_those_of_utf8(captioner):
 
 
 def test_what_has_no_perplexity_is_refused(captioner, tokenizer_path, monkeypatch):
-    context, _ = context_of(toy.config("dual_encoder", model__depth=1), tokenizer_path)
+    context, _ = stubs.small("dual_encoder", tokenizer_path)
     with pytest.raises(UserError, match="a figure of captioners"):
         Perplexity(context, Perplexity.Options())
     context, _ = captioner
