@@ -31,6 +31,9 @@ VOCAB = 104
 # Captions have only some of the words, so that there is something to learn in twenty steps.
 WORDS = 20
 
+# What compiles faster.
+SMALL = dict(model__depth=1, model__width=32, model__mlp=64, optim__name="adamw")
+
 # Each with its share of what training may do: both kinds of optimizers, random masks, moving
 # averages, accumulation, rematerialisation, heads that the devices divide and those they do not.
 OBJECTIVES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -48,13 +51,9 @@ OBJECTIVES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "siglip": (
         "dual_encoder",
         {"contrast": "sigmoid"},
-        {"model__heads": 8, "optim__name": "adamw", "optim__ema": 0.9, "model__dropout": 0.1},
+        SMALL | {"model__heads": 8, "model__dropout": 0.1, "optim__ema": 0.9},
     ),
 }
-
-
-# What compiles faster.
-SMALL = dict(model__depth=1, model__width=32, model__mlp=64, optim__name="adamw")
 
 
 def config(objective: str, **fields: Any) -> ConfigDict:

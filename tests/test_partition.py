@@ -17,7 +17,7 @@ def bytes_held(objective, optimizer, model):
     """Bytes of each of PARTS on one device, and on each of eight with fsdp=8, of real arrays."""
     c = config(objective, optim__name=optimizer, optim__ema=0.9)
     if model != "toy":
-        c.model.update(name=model, heads=0)
+        c.model.update(name=model, width=0, depth=0, mlp=0, heads=0)
         c.data.image_size, c.text.length = 224, 64
     held = []
     for layout in ("one", "fsdp"):
