@@ -167,8 +167,8 @@ def test_averaged_parameters_of_the_newest_sound_checkpoint_leave(tokenizer_path
     assert f"{checkpoints / '6'}: is damaged" in capsys.readouterr().err
 
     for arguments, said in (
-        (["--step", "7"], "there is no checkpoint of step 7; there are 5, 6."),
-        (["--step", "6"], "no sound checkpoint"),
+        (["--step", "7"], "has no checkpoint of step 7; there are 5, 6."),
+        (["--step", "6"], "every checkpoint asked for is damaged"),
     ):
         assert export(tmp_path / "run", tmp_path / "no", *arguments) == 2
         assert said in capsys.readouterr().err
