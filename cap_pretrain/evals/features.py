@@ -1,8 +1,9 @@
 """Features of a frozen encoder: computed once for each dataset, kept on disk, read by many probes.
 
-They are exact: every image counts once and, on the same kind of device, to the last bit the same,
-whatever the batch size and the number of devices. What is fitted to them is small and computed on
-one device of each host (`on_one_device`), so that its figures do not depend on the mesh either.
+They are exact: every image counts once and, on one kind of device, to the last bit the same (on
+GPUs if the same kernels are chosen), whatever the batch size and the mesh. What is fitted to them
+is small and computed on one device of each host (`on_one_device`), so that its figures do not
+depend on the mesh either.
 """
 
 import contextlib

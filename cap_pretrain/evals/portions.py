@@ -1,8 +1,9 @@
 """What a learner says of every image of a source, the same bits on any mesh in any batch size.
 
 A matrix product adds up in an order that depends on its shape. So the last bits of what a learner
-says of an image depend on how many others a device was given with it, and with them, now and then,
-a figure. Here every device computes the same program on PORTION images at a time.
+says of an image depend on how many others a device was given with it, and on how parameters are
+split; and with them, now and then, a figure. Here every device has the parameters in whole and
+computes the same program on PORTION images at a time.
 """
 
 from collections.abc import Callable
@@ -14,10 +15,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from cap_pretrain import partition
 from cap_pretrain.data.sources import Source
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals import Context
-from cap_pretrain.partition import BATCH_AXES
 
 PORTION = 32
 """Images a device at a time: a B/16 has matrices of 6272 rows then, enough to be busy."""
@@ -46,7 +47,10 @@ class EveryImage:
         self._batch_size = -(-batch_size // once) * once
 
         def compute(learner, images, labels):
-            return in_portions(lambda batch: fn(learner, *batch), (images, labels), context.mesh)
+            graphdef, state = nnx.split(learner)
+            state = jax.lax.with_sharding_constraint(state, partition.replicated(context.mesh))
+            whole = nnx.merge(graphdef, state)
+            return in_portions(lambda batch: fn(whole, *batch), (images, labels), context.mesh)
 
         self._compute = context.jit(compute)
         self._whole = context.jit(lambda _, mask: mask)
@@ -86,7 +90,7 @@ def in_portions(fn: Callable[[Any], Any], batch: Any, mesh: Mesh) -> Any:
       mesh: where they lie.
     """
     ways = _ways(mesh)
-    spread = NamedSharding(mesh, P(None, BATCH_AXES))
+    spread = NamedSharding(mesh, P(None, partition.BATCH_AXES))
 
     def split(x):  # each device keeps what it has, so nothing is sent
         x = x.reshape(ways, -1, PORTION, *x.shape[1:]).swapaxes(0, 1)
