@@ -180,8 +180,10 @@ def default() -> ConfigDict:
     c.mesh.data = -1
     c.mesh.fsdp = 1
     c.mesh.tensor = 1
-    # Sharding rules that go before the built-in ones: (regular expression, axes of trailing dims),
-    # as (".*/mlp/up/kernel", ("fsdp", "tensor")).
+    # Sharding rules that go before the built-in ones: (regular expression, for each trailing
+    # dimension an axis, several or None), as (".*/mlp/up/kernel", ("fsdp", "tensor")) or
+    # (".*/mlp/up/bias", (("tensor", "fsdp"),)). An axis that does not divide its dimension goes to
+    # another one of the rule's, or nowhere.
     c.mesh.rules = ()
 
     c.checkpoint = ConfigDict()
