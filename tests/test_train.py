@@ -323,6 +323,10 @@ def test_sigterm_ends_the_program_with_143_after_saving(tokenizer_path, tmp_path
     assert (tmp_path / "checkpoints" / str(stopped_at)).is_dir()
     steps = stopped_at + 2
     again = [a for a in command if "total_steps" not in a] + [f"--config.total_steps={steps}"]
+    refused = subprocess.run(again, capture_output=True, text=True)
+    assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 2, refused.stderr
+    assert f"total_steps was 100000, is now {steps}" in refused.stderr
+    again.append("--allow_changes=total_steps")
     done = subprocess.run(again, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"Going on from step {stopped_at}." in done.stdout
