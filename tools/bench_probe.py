@@ -10,6 +10,7 @@ device, are prepared, and fitted; compiling, once for each shape, is left out an
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
@@ -64,12 +65,14 @@ def ours(data: Labelled, c: float) -> Fit:
     return Fit(theta[:-1], theta[-1] - mean @ theta[:-1], int(iterations))
 
 
-def scikit_learns(tol: float, max_iter: int) -> Callable[[Labelled, float], Fit]:
+def scikit_learns(tol: float, max_iter: int, threads: int) -> Callable[[Labelled, float], Fit]:
     """Fits with scikit-learn's LogisticRegression, which computes in float64."""
     from sklearn.linear_model import LogisticRegression
+    from threadpoolctl import threadpool_limits
 
     def fit(data: Labelled, c: float) -> Fit:
-        with warnings.catch_warnings(action="ignore"):  # that it did not converge
+        ignore = warnings.catch_warnings(action="ignore")  # that it did not converge
+        with ignore, threadpool_limits(threads):
             model = LogisticRegression(C=c, tol=tol, max_iter=max_iter).fit(*data)
         return Fit(model.coef_.T, model.intercept_, int(model.n_iter_[0]))
 
@@ -98,6 +101,13 @@ def main() -> int:
     parser.add_argument("--c", type=float, nargs="+", default=[0.01, 1.0], help="values of C")
     parser.add_argument("--tol", type=float, default=1e-4, help="of scikit-learn: its default")
     parser.add_argument("--max_iter", type=int, default=10_000, help="of scikit-learn")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        nargs="+",
+        default=sorted({1, os.cpu_count() or 1}),
+        help="of scikit-learn, which more can make slower where others compute too",
+    )
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     try:
@@ -111,7 +121,10 @@ def main() -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    candidates = {"cap_pretrain": ours, "scikit-learn": scikit_learns(args.tol, args.max_iter)}
+    candidates = {"cap_pretrain": ours} | {
+        f"scikit-learn, threads: {threads}": scikit_learns(args.tol, args.max_iter, threads)
+        for threads in args.threads
+    }
     count, width = train.features.shape
     print(f"{count} x {width} features, {train.labels.max() + 1} classes, {jax.devices()[0]}")
     begin = time.perf_counter()

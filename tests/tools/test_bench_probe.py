@@ -22,9 +22,9 @@ def test_both_reach_the_same_minimum(capsys, monkeypatch, tmp_path):
         paths.append(str(tmp_path / f"{seed}.npz"))
         np.savez(paths[-1], key="of a probe", features=features, labels=labels)
     arguments = ("--train", paths[0], "--test", paths[1], "--c", "0.1", "1", "--tol", "1e-6")
-    found = rows(capsys, monkeypatch, *arguments, "--rounds", "1")
+    found = rows(capsys, monkeypatch, *arguments, "--rounds", "1", "--threads", "1")
     assert [(row["c"], row["name"]) for row in found] == [
-        (c, name) for c in (0.1, 1.0) for name in ("cap_pretrain", "scikit-learn")
+        (c, name) for c in (0.1, 1.0) for name in ("cap_pretrain", "scikit-learn, threads: 1")
     ]
     for ours, theirs in zip(found[::2], found[1::2], strict=True):
         assert ours["objective"] == pytest.approx(theirs["objective"], rel=1e-5)
