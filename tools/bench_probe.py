@@ -117,7 +117,7 @@ def main() -> int:
             train, test = read(args.train), read(args.test)
         else:
             kind = args.width, args.classes
-            train, test = generated(args.count, *kind, seed=1), generated(2000, *kind, seed=2)
+            train, test = generated(args.count, *kind, seed=1), generated(args.count, *kind, seed=2)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
