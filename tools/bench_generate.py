@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
     print("\n| beam search | s | tokens/s | ratio |\n|---|---|---|---|")
     for name, median in seconds.items():
         rate = args.batch_size * args.length / median
-        print(f"| {name} | {median:.3f} | {rate:.0f} | {slowest / median:.2f} |")
+        print(f"| {name} | {median:.4g} | {rate:.0f} | {slowest / median:.2f} |")
     return 0
 
 
