@@ -23,9 +23,9 @@ from cap_pretrain import evals, learners, optim
 from cap_pretrain.data.scenes import ScenesOptions
 from cap_pretrain.data.sources import parse_mixture
 from cap_pretrain.errors import UserError, did_you_mean
-from cap_pretrain.models.build import encoder_size
+from cap_pretrain.models.build import decoder_size, encoder_size
 from cap_pretrain.models.layers import ACTIVATIONS, REMAT_POLICIES
-from cap_pretrain.models.sizes import parse_name
+from cap_pretrain.models.sizes import Size, parse_name
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 CHOICES = {
@@ -40,6 +40,12 @@ CHOICES = {
     "optim.name": tuple(optim.OPTIMIZERS),
     "optim.decay": tuple(optim.DECAYS),
 }
+
+NOT_NEGATIVE = (
+    *("optim.lr", "optim.weight_decay", "optim.clip_norm", "optim.skip_bad_steps"),
+    *("data.workers", "checkpoint.every_minutes", "log.spikes"),
+    *(f"model.{whose}{n.name}" for whose in ("", "decoder_") for n in dataclasses.fields(Size)),
+)
 
 # Sections and fields that may differ from one start of a run to the next. They say where and how
 # fast it runs and what is told and kept of it, not what is learned.
@@ -79,9 +85,12 @@ def default() -> ConfigDict:
     c.model.depth = 0
     c.model.mlp = 0
     c.model.heads = 0
-    # Layers of a caption decoder; 0 is half the encoder's.
+    # The same of a caption decoder; 0 is the encoder's, but half its depth.
+    c.model.decoder_width = 0
     c.model.decoder_depth = 0
     # How the encoder's pooled vector is made: mean of the patches' tokens (gap), attention pooling
+    c.model.decoder_mlp = 0
+    c.model.decoder_heads = 0
     # (map), the class token (class).
     c.model.pool = "gap"
     # The rest of what tells encoders of one size apart; an imported one sets these. A learned token
@@ -280,11 +289,12 @@ def validate(config: ConfigDict) -> None:
         if value not in choices:
             raise UserError(f"{field}: {value!r} is unknown.{did_you_mean(value, choices)}")
     _, patch = parse_name(config.model.name)
-    size = encoder_size(config)
-    if size.width % size.heads:
-        raise UserError(
-            f"model.heads: {size.heads} does not divide the width {size.width}; choose another."
-        )
+    for prefix, size in (("", encoder_size(config)), ("decoder_", decoder_size(config))):
+        if size.width % size.heads:
+            raise UserError(
+                f"model.{prefix}heads: {size.heads} does not divide the width {size.width}; "
+                "choose another."
+            )
     if config.model.pool == "class" and not config.model.class_token:
         raise UserError("model.pool: 'class' needs --config.model.class_token=True.")
     if config.model.norm_eps <= 0:
@@ -303,8 +313,7 @@ def validate(config: ConfigDict) -> None:
         )
     if not trains(config) and not (config.encoder and len(config.evals)):
         raise UserError("total_steps: the length of the run is not set; give --config.total_steps.")
-    not_negative = ("optim.lr", "optim.weight_decay", "optim.clip_norm", "optim.skip_bad_steps")
-    for field in (*not_negative, "data.workers", "checkpoint.every_minutes", "log.spikes"):
+    for field in NOT_NEGATIVE:
         if get(config, field) < 0:
             raise UserError(f"{field}: {get(config, field)} must not be negative.")
     if not 0 <= config.optim.ema < 1:

@@ -20,7 +20,10 @@ from cap_pretrain.pretrained import read_config, read_weights
 from cap_pretrain.step import TrainState
 
 # Fields of `config.model` that are no properties of an encoder's weights.
-OWN_FIELDS = ("decoder_depth", "attention", "remat", "unroll", "dropout", "stochastic_depth")
+OWN_FIELDS = (
+    *("decoder_width", "decoder_depth", "decoder_mlp", "decoder_heads"),
+    *("attention", "remat", "unroll", "dropout", "stochastic_depth"),
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,8 +4,10 @@ python -m cap_pretrain.main --config=configs/coco_captioning.py:data=data/coco \
     --workdir=runs/captioning --config.encoder=runs/cappa
 
 The decoder has 12 layers of the encoder's width, as the paper's for B (Tschannen et al. 2023,
-section 4.1); `--config.model.decoder_depth` changes that. Encoder and decoder learn together with
-`--config.optim.lr_rules=()`, or the encoder at a tenth of the rate with "(('encoder/.*', 0.1),)".
+section 4.1); `--config.model.decoder_depth` changes that, and with `decoder_width=768`,
+`decoder_mlp=3072` and `decoder_heads=12` it is of size B for any encoder. Encoder and decoder learn
+together with `--config.optim.lr_rules=()`, or the encoder at a tenth of the rate with
+"(('encoder/.*', 0.1),)".
 """
 
 from ml_collections import ConfigDict

@@ -67,6 +67,7 @@ def test_another_learner_takes_the_encoder_and_nothing_else(workdir, tokenizer_p
     train.run(c, tmp_path)
     theirs = checkpoint.load_arrays(workdir, 2)
     ours = checkpoint.load_arrays(tmp_path, 2)
+    c.model.update(dict(decoder_width=24, decoder_mlp=40, decoder_heads=3))
     of_encoder = [path for path in ours if path.startswith("learner/params/encoder/")]
     assert len(of_encoder) > 10
     for path in of_encoder:
@@ -74,7 +75,8 @@ def test_another_learner_takes_the_encoder_and_nothing_else(workdir, tokenizer_p
     assert ours["learner/params/decoder/embedding/embedding"].shape[1] == 32
     kept = json.loads((tmp_path / "config.json").read_text())
     assert kept["model"]["name"] == "mu/8" and kept["data"]["image_size"] == 16
-    assert kept["model"]["decoder_depth"] == 1 and kept["learner"]["name"] == "captioner"
+    assert kept["model"]["decoder_depth"] == 1 and kept["model"]["decoder_heads"] == 3
+    assert kept["learner"]["name"] == "captioner"
 
 
 @pytest.mark.parametrize(

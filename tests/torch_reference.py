@@ -30,10 +30,13 @@ def load(module: nn.Module, state: dict[str, Any]) -> nn.Module:
 
 def attention_state(prefix: str, p: dict) -> dict[str, Any]:
     parts = [p[name] for name in ("query", "key", "value")]
-    state = {
-        prefix + "in_proj_weight": np.concatenate([part["kernel"].T for part in parts]),
-        prefix + "out_proj.weight": p["out"]["kernel"].T,
-    }
+    kernels = [part["kernel"].T for part in parts]
+    if kernels[0].shape == kernels[1].shape:
+        state = {prefix + "in_proj_weight": np.concatenate(kernels)}
+    else:
+        names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+        state = {prefix + name: kernel for name, kernel in zip(names, kernels, strict=True)}
+    state[prefix + "out_proj.weight"] = p["out"]["kernel"].T
     if "bias" in p["out"]:
         state[prefix + "in_proj_bias"] = np.concatenate([part["bias"] for part in parts])
         state[prefix + "out_proj.bias"] = p["out"]["bias"]
@@ -86,7 +89,10 @@ def encoder_layers(blocks: dict, x: torch.Tensor, heads: int) -> torch.Tensor:
 def decoder_layers(
     blocks: dict, x: torch.Tensor, encoded: torch.Tensor, blocked: torch.Tensor, heads: int
 ) -> torch.Tensor:
-    """Pre-norm decoder layers without any bias; `blocked` [B, T, T] is True where none may look."""
+    """Pre-norm decoder layers without any bias; `blocked` [B, T, T] is True where none may look.
+
+    x is [B, T, D], encoded [B, N, E].
+    """
     for p in unstack(blocks):
         layer = nn.TransformerDecoderLayer(
             x.shape[-1],
@@ -97,6 +103,10 @@ def decoder_layers(
             batch_first=True,
             norm_first=True,
             bias=False,
+        )
+        widths = dict(kdim=encoded.shape[-1], vdim=encoded.shape[-1])
+        layer.multihead_attn = nn.MultiheadAttention(
+            x.shape[-1], heads, bias=False, batch_first=True, **widths
         )
         state = attention_state("self_attn.", p["self_attention"])
         state |= attention_state("multihead_attn.", p["cross_attention"])
@@ -129,7 +139,12 @@ def vit(params: dict, images: np.ndarray, heads: int) -> tuple[torch.Tensor, tor
 
 
 def captioner(
-    params: dict, images: np.ndarray, text: np.ndarray, parallel: np.ndarray, heads: int
+    params: dict,
+    images: np.ndarray,
+    text: np.ndarray,
+    parallel: np.ndarray,
+    heads: int,
+    decoder_heads: int | None = None,
 ) -> torch.Tensor:
     """Logits [B, T, V]; where `parallel` [B], inputs are the mask token and nothing is hidden."""
     decoder, length = params["decoder"], text.shape[1]
@@ -141,7 +156,7 @@ def captioner(
     blocked[tensor(parallel)] = False
     x = embedding[inputs] + tensor(params["text_positions"])
     tokens, _ = vit(params["encoder"], images, heads)
-    x = decoder_layers(decoder["blocks"], x, tokens, blocked, heads)
+    x = decoder_layers(decoder["blocks"], x, tokens, blocked, decoder_heads or heads)
     return linear(decoder["logits"], norm(decoder["norm"], x))
 
 

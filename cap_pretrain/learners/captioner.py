@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from cap_pretrain import learners
 from cap_pretrain.errors import UserError
-from cap_pretrain.models.build import build_encoder, compute, decoder_size
+from cap_pretrain.models.build import build_encoder, compute, decoder_size, encoder_size
 from cap_pretrain.models.layers import normalize_images
 from cap_pretrain.models.text import Cache, Decoder
 
@@ -81,7 +81,11 @@ class Captioner(nnx.Module):
     @classmethod
     def from_config(cls, config: ConfigDict, vocab_size: int, rngs: nnx.Rngs) -> "Captioner":
         decoder = Decoder(
-            decoder_size(config), vocab_size=vocab_size, compute=compute(config), rngs=rngs
+            decoder_size(config),
+            vocab_size=vocab_size,
+            encoder_width=encoder_size(config).width,
+            compute=compute(config),
+            rngs=rngs,
         )
         return cls(
             build_encoder(config, rngs),

@@ -15,14 +15,19 @@ from cap_pretrain.models.vit import Options, ViT
 def encoder_size(config: ConfigDict) -> Size:
     """The encoder's size: that of `model.name`, with any of its numbers overridden."""
     size, _ = parse_name(config.model.name)
-    given = {f.name: config.model[f.name] for f in dataclasses.fields(Size)}
-    return dataclasses.replace(size, **{k: v for k, v in given.items() if v})
+    return _overridden(size, config)
 
 
 def decoder_size(config: ConfigDict) -> Size:
-    """The caption decoder's size: the encoder's, with half its depth unless configured."""
+    """The caption decoder's size: the encoder's with half its depth, any number overridden."""
     size = encoder_size(config)
-    return dataclasses.replace(size, depth=config.model.decoder_depth or max(1, size.depth // 2))
+    half = dataclasses.replace(size, depth=max(1, size.depth // 2))
+    return _overridden(half, config, "decoder_")
+
+
+def _overridden(size: Size, config: ConfigDict, prefix: str = "") -> Size:
+    given = {f.name: config.model[prefix + f.name] for f in dataclasses.fields(Size)}
+    return dataclasses.replace(size, **{name: n for name, n in given.items() if n})
 
 
 def compute(config: ConfigDict) -> Compute:

@@ -145,13 +145,28 @@ class Mlp(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Multi-head attention, of `x` to itself or to `context`; exposes its parts for decoding."""
+    """Multi-head attention, of `x` to itself or to `context`; exposes its parts for decoding.
 
-    def __init__(self, width: int, heads: int, *, bias: bool, compute: Compute, rngs: nnx.Rngs):
+    Args:
+      width: D, of `x` and of what comes out.
+      heads: they share D.
+      context_width: E, of what keys and values are made from; None is D.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        context_width: int | None = None,
+        bias: bool,
+        compute: Compute,
+        rngs: nnx.Rngs,
+    ):
         kwargs = dict(use_bias=bias, dtype=compute.dtype, kernel_init=XAVIER, rngs=rngs)
         self.query = nnx.Linear(width, width, **kwargs)
-        self.key = nnx.Linear(width, width, **kwargs)
-        self.value = nnx.Linear(width, width, **kwargs)
+        self.key = nnx.Linear(context_width or width, width, **kwargs)
+        self.value = nnx.Linear(context_width or width, width, **kwargs)
         self.out = nnx.Linear(width, width, **kwargs)
         self.heads = heads
         self.compute = compute
@@ -160,7 +175,7 @@ class Attention(nnx.Module):
         return x.reshape(*x.shape[:-1], self.heads, -1)
 
     def keys_values(self, context: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """context [B, S, D] -> keys and values, each [B, S, heads, D / heads]."""
+        """context [B, S, E] -> keys and values, each [B, S, heads, D / heads]."""
         return self._split_heads(self.key(context)), self._split_heads(self.value(context))
 
     def attend(

@@ -35,13 +35,15 @@ def embed(embedding: nnx.Embed, tokens: jax.Array, compute: Compute) -> jax.Arra
 class DecoderBlock(nnx.Module):
     """Pre-norm self-attention, cross-attention and MLP, without biases."""
 
-    def __init__(self, size: Size, *, compute: Compute, rngs: nnx.Rngs):
+    def __init__(self, size: Size, *, encoder_width: int | None, compute: Compute, rngs: nnx.Rngs):
         norm = dict(use_bias=False, dtype=compute.dtype, rngs=rngs)
         kwargs = dict(bias=False, compute=compute, rngs=rngs)
         self.norm1 = nnx.LayerNorm(size.width, **norm)
         self.self_attention = Attention(size.width, size.heads, **kwargs)
         self.norm2 = nnx.LayerNorm(size.width, **norm)
-        self.cross_attention = Attention(size.width, size.heads, **kwargs)
+        self.cross_attention = Attention(
+            size.width, size.heads, context_width=encoder_width, **kwargs
+        )
         self.norm3 = nnx.LayerNorm(size.width, **norm)
         self.mlp = Mlp(size.width, size.mlp, **kwargs)
         self.rate = compute.dropout
@@ -49,7 +51,7 @@ class DecoderBlock(nnx.Module):
     def __call__(
         self, x: jax.Array, encoded: jax.Array, mask: jax.Array, key: jax.Array | None
     ) -> jax.Array:
-        """x [B * C, T, D], encoded [B, N, D], mask bool [B * C | 1, 1, T, T] -> [B * C, T, D].
+        """x [B * C, T, D], encoded [B, N, E], mask bool [B * C | 1, 1, T, T] -> [B * C, T, D].
 
         The C texts of an image ask it in one go, so its keys and values are made once.
         """
@@ -126,11 +128,20 @@ class Decoder(nnx.Module):
     The output layer starts at zero, keeps its bias and is not tied to the embedding.
 
     Args:
-      size: width, depth, mlp, heads of the decoder.
+      size: width D, depth, mlp, heads of the decoder.
       vocab_size: V, the number of tokens that can be predicted.
+      encoder_width: E, of the encoder's tokens; None is D.
     """
 
-    def __init__(self, size: Size, *, vocab_size: int, compute: Compute, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        size: Size,
+        *,
+        vocab_size: int,
+        encoder_width: int | None = None,
+        compute: Compute,
+        rngs: nnx.Rngs,
+    ):
         self.embedding = nnx.Embed(
             vocab_size + 1,
             size.width,
@@ -139,7 +150,11 @@ class Decoder(nnx.Module):
             rngs=rngs,
         )
         self.blocks = stack_layers(
-            lambda rngs: DecoderBlock(size, compute=compute, rngs=rngs), size.depth, rngs
+            lambda rngs: DecoderBlock(
+                size, encoder_width=encoder_width, compute=compute, rngs=rngs
+            ),
+            size.depth,
+            rngs,
         )
         self.norm = nnx.LayerNorm(size.width, use_bias=False, dtype=compute.dtype, rngs=rngs)
         self.logits = nnx.Linear(
@@ -166,7 +181,7 @@ class Decoder(nnx.Module):
           tokens: int32 [B * C, T] inputs, already shifted or masked; the C texts of an image (in
             training one) lie side by side.
           positions: [T, D] position embeddings.
-          encoded: [B, N, D] tokens of the encoder.
+          encoded: [B, N, E] tokens of the encoder.
           mask: bool [B * C | 1, 1, T, T], True where a position may look.
           key: for dropout; None in evaluation.
 
@@ -193,7 +208,7 @@ class Decoder(nnx.Module):
         search: what goes with a caption is only the table of where its past is.
 
         Args:
-          encoded: [B, N, D] tokens of the encoder.
+          encoded: [B, N, E] tokens of the encoder.
           length: T.
           beams: C, captions of each image that are written at once.
 

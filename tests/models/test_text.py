@@ -4,10 +4,13 @@ import jax
 import numpy as np
 import pytest
 
-from cap_pretrain import learners
+from cap_pretrain import learners, plan
 from cap_pretrain.learners.captioner import shift_right
 from cap_pretrain.step import split_learner
-from tests import tiny, torch_reference
+from tests import tiny, torch_reference, toy
+
+# A decoder of another size than its encoder, and how many heads it has.
+NARROW, NARROW_HEADS = dict(decoder_width=12, decoder_mlp=20, decoder_heads=3), 3
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +30,33 @@ def test_text_tower_is_that_of_torch():
     np.testing.assert_allclose(out, expected, atol=1e-4)
 
 
-def test_steps_with_the_cache_give_the_logits_of_the_whole():
-    split, text = tiny.split(tiny.config()), tiny.texts([7, 7, 4, 0])
+def test_a_decoder_of_another_size_is_that_of_torch():
+    split, text = tiny.split(tiny.config(**NARROW)), tiny.texts([7, 7, 4, 2])
+    parallel = np.array([True, False, True, False])
+
+    def logits(learner, images):
+        return learner.predict(learner.encode(images).tokens, text, parallel)
+
+    out = tiny.jitted(split, logits)(tiny.images(4))
+    args = (split[1], tiny.images(4), text, parallel, tiny.HEADS, NARROW_HEADS)
+    assert out.std() > 0.5
+    np.testing.assert_allclose(out, torch_reference.captioner(*args), atol=1e-4)
+
+
+def test_a_decoder_of_another_size_leaves_the_encoder_as_it_is():
+    c = toy.config(model__name="L/14", data__image_size=224, text__length=64)
+    c.model.update(dict(decoder_width=768, decoder_depth=12, decoder_mlp=3072, decoder_heads=12))
+    counts = plan.count_parameters(tiny.abstract(c, vocab=32_000)[1])
+    assert f"{counts['encoder'] / 1e6:.1f}" == "303.2"
+    cross = 2 * 768 * 768 + 2 * 1024 * 768  # queries and what comes out, keys and values
+    layer = 4 * 768 * 768 + cross + 2 * 768 * 3072 + 3 * 768
+    assert counts["decoder"] == 12 * layer + 32_001 * 768 + 768 + 769 * 32_000
+    assert counts["text_positions"] == 64 * 768
+
+
+@pytest.mark.parametrize("fields", [{}, NARROW], ids=["of the encoder's size", "of another"])
+def test_steps_with_the_cache_give_the_logits_of_the_whole(fields):
+    split, text = tiny.split(tiny.config(**fields)), tiny.texts([7, 7, 4, 0])
     encoded = np.random.default_rng(0).standard_normal((4, 16, 16)).astype(np.float32)
     whole = tiny.jitted(split, lambda learner, *args: learner.predict(*args))(encoded, text)
     start = tiny.jitted(split, lambda learner, x: learner.decoder.init_cache(x, tiny.LENGTH))
