@@ -72,7 +72,9 @@ def test_another_learner_takes_the_encoder_and_nothing_else(workdir, tokenizer_p
     assert len(of_encoder) > 10
     for path in of_encoder:
         np.testing.assert_array_equal(ours[path], theirs[path.replace("/params/", "/ema/")])
-    assert ours["learner/params/decoder/embedding/embedding"].shape[1] == 32
+    assert ours["learner/params/decoder/embedding/embedding"].shape[1] == 24
+    kernel = ours["learner/params/decoder/blocks/cross_attention/key/kernel"]
+    assert kernel.shape == (1, 32, 24)
     kept = json.loads((tmp_path / "config.json").read_text())
     assert kept["model"]["name"] == "mu/8" and kept["data"]["image_size"] == 16
     assert kept["model"]["decoder_depth"] == 1 and kept["model"]["decoder_heads"] == 3
