@@ -88,9 +88,9 @@ def default() -> ConfigDict:
     # The same of a caption decoder; 0 is the encoder's, but half its depth.
     c.model.decoder_width = 0
     c.model.decoder_depth = 0
-    # How the encoder's pooled vector is made: mean of the patches' tokens (gap), attention pooling
     c.model.decoder_mlp = 0
     c.model.decoder_heads = 0
+    # How the encoder's pooled vector is made: mean of the patches' tokens (gap), attention pooling
     # (map), the class token (class).
     c.model.pool = "gap"
     # The rest of what tells encoders of one size apart; an imported one sets these. A learned token

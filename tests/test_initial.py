@@ -60,6 +60,7 @@ def test_another_learner_takes_the_encoder_and_nothing_else(workdir, tokenizer_p
     c = toy.shrink(
         toy.load("coco_captioning"), model__decoder_depth=1, eval__every_steps=1, **fields
     )
+    c.model.update(dict(decoder_width=24, decoder_mlp=40, decoder_heads=3))
     c.evals.val.limit = c.evals.samples.count = c.evals.scores.limit = 8
     with pytest.raises(UserError, match="encoder: is empty, but optim.lr_rules freezes it"):
         train.run(c, tmp_path)
@@ -67,7 +68,6 @@ def test_another_learner_takes_the_encoder_and_nothing_else(workdir, tokenizer_p
     train.run(c, tmp_path)
     theirs = checkpoint.load_arrays(workdir, 2)
     ours = checkpoint.load_arrays(tmp_path, 2)
-    c.model.update(dict(decoder_width=24, decoder_mlp=40, decoder_heads=3))
     of_encoder = [path for path in ours if path.startswith("learner/params/encoder/")]
     assert len(of_encoder) > 10
     for path in of_encoder:
