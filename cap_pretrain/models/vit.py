@@ -124,6 +124,11 @@ class ViT(nnx.Module):
         return EncoderOutput(tokens, self._pool(tokens))
 
     @property
+    def width(self) -> int:
+        """D, of tokens and pooled vector."""
+        return self.size.width
+
+    @property
     def layers(self) -> tuple[str, ...]:
         """Names of the layers whose output `tokens_at` gives, first to last."""
         return tuple(f"block_{n + 1}" for n in range(self.size.depth))
