@@ -1,0 +1,158 @@
+"""Words, their counts and their file; NLTK's way of splitting by examples checked by hand."""
+
+import pickle
+
+import numpy as np
+import pytest
+
+from cap_pretrain.data.words import Rules, WordTokenizer, is_words_file, nltk_words, write_words
+from cap_pretrain.errors import UserError
+
+CAPTIONS = [
+    "A man's dog runs.",
+    "A dog runs on the grass, and a cat looks.",
+    "The DOG is 2 years old; the cat isn't.",
+]
+
+
+def make(folder, captions=CAPTIONS, max_len=12, lower=True, **rules):
+    return WordTokenizer(write_words(captions, folder, Rules(**rules), lower), max_len)
+
+
+def test_the_file_says_what_it_holds(tmp_path):
+    path = write_words(CAPTIONS, tmp_path, Rules(min_count=2))
+    assert path.read_text().split("\n") == [
+        "# cap_pretrain words",
+        "# captions: 3",
+        "# lower: true",
+        '# split: "simple"',
+        "# min_count: 2",
+        "# drop_punctuation: false",
+        "# drop_letters: false",
+        "<pad>\t0",
+        "<end>\t3",
+        "<unk>\t10",
+        "a\t3",
+        "dog\t3",
+        "the\t3",
+        "cat\t2",
+        "runs\t2",
+        "",
+    ]
+    assert is_words_file(path)
+    # Neither the order of the captions nor that of their words matters.
+    again = write_words(reversed(CAPTIONS), tmp_path / "again", Rules(min_count=2))
+    assert again.read_bytes() == path.read_bytes()
+
+
+def test_encodes_words_then_the_end_then_padding(tmp_path):
+    tokenizer = make(tmp_path, min_count=2)
+    assert (tokenizer.pad_id, tokenizer.eos_id, tokenizer.vocab_size) == (0, 1, 8)
+    ids = tokenizer.encode("The cat sees a DOG!")
+    assert ids.dtype == np.int32
+    assert ids.tolist() == [5, 6, 2, 3, 4, 1, 0, 0, 0, 0, 0, 0]
+    assert tokenizer.decode(ids) == "the cat <unk> a dog"
+    assert tokenizer.decode([5, 6, 0, 4]) == tokenizer.decode([5, 6, 1, 4]) == "the cat"
+    assert tokenizer.encode("").tolist() == [1] + 11 * [0] and tokenizer.decode([1]) == ""
+
+
+def test_a_long_text_is_cut_and_still_ends(tmp_path):
+    tokenizer = make(tmp_path, max_len=4)
+    assert tokenizer.decode(tokenizer.encode(CAPTIONS[1])) == "a dog runs"
+    assert tokenizer.encode(CAPTIONS[1])[-1] == 1
+
+
+def test_reopens_and_pickles_as_it_was(tmp_path):
+    tokenizer = make(tmp_path, split="nltk", drop_letters=True)
+    again = pickle.loads(pickle.dumps(tokenizer))
+    for text in (*CAPTIONS, "unknown words aren't known"):
+        np.testing.assert_array_equal(again.encode(text), tokenizer.encode(text))
+    assert again.vocab_size == tokenizer.vocab_size
+
+
+def test_filters_and_casing():
+    text = "A man's 3 t-shirts -- 'red' & blue (2)."
+    assert Rules().words(text) == ["A", "mans", "3", "tshirts", "red", "blue", "2"]
+    assert Rules(drop_letters=True).words(text) == ["mans", "tshirts", "red", "blue"]
+    kept = Rules("nltk", drop_punctuation=True).words(text)
+    assert kept == ["A", "man", "'s", "3", "t-shirts", "'red", "blue", "2"]
+
+
+def test_casing_is_the_files(tmp_path):
+    kept = make(tmp_path, lower=False)
+    assert 2 in kept.encode("the dog IS") and 2 not in kept.encode("The DOG is")
+
+
+def test_simple_words_know_the_punctuation_of_unicode():
+    assert Rules().words("a “tall” man’s — really…") == ["a", "tall", "mans", "really"]
+
+
+# What nltk.word_tokenize makes of them, by the rules that its documentation lists.
+NLTK = [
+    ("a man rides a horse.", "a man rides a horse ."),
+    ("two dogs, one brown; one white", "two dogs , one brown ; one white"),
+    ("a dog runs. a cat sleeps.", "a dog runs . a cat sleeps ."),
+    ("the man's dogs' ball", "the man 's dogs ' ball"),
+    ("he doesn't, can't and won't.", "he does n't , ca n't and wo n't ."),
+    (
+        "they're sure we've seen it'll do; i'm he'd",
+        "they 're sure we 've seen it 'll do ; i 'm he 'd",
+    ),
+    ("she cannot, they're gonna wanna", "she can not , they 're gon na wan na"),
+    ('a sign reads "stop" here', "a sign reads `` stop '' here"),
+    ('("stop")', "( `` stop '' )"),
+    ("a sign says 'stop' here", "a sign says 'stop ' here"),
+    ("a t-shirt and/or a well-worn hat", "a t-shirt and/or a well-worn hat"),
+    ("at 10:30 they paid $1,000 or 3.5%", "at 10:30 they paid $ 1,000 or 3.5 %"),
+    ("a black&white photo @ #1", "a black & white photo @ # 1"),
+    ("waiting... what?!", "waiting ... what ? !"),
+    ("a red -- or blue -- car", "a red -- or blue -- car"),
+    ("a u.s. flag by mr. smith", "a u.s. flag by mr. smith"),
+    ("a flag of the u.s.", "a flag of the u.s ."),
+    ("(a dog.) a cat", "( a dog . ) a cat"),
+    ("it is 5 o'clock rock'n'roll", "it is 5 o'clock rock'n'roll"),
+    ("a man’s hat", "a man ’ s hat"),
+    ("", ""),
+]
+
+
+@pytest.mark.parametrize("text, words", NLTK)
+def test_splits_as_nltk_does(text, words):
+    assert nltk_words(text) == words.split()
+
+
+@pytest.mark.parametrize(
+    "captions, rules, message",
+    [
+        ([], {}, "no captions"),
+        (["", " . "], {}, "no captions"),
+        (CAPTIONS, {"min_count": 9}, "min_count: none of 15 words comes 9 times in 3 captions"),
+    ],
+)
+def test_captions_without_a_vocabulary(tmp_path, captions, rules, message):
+    with pytest.raises(UserError, match=message):
+        write_words(captions, tmp_path, Rules(**rules))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "rules, message", [({"split": "nltkk"}, "split.*'nltk'"), ({"min_count": 0}, "min_count: 0")]
+)
+def test_rules_that_are_none(rules, message):
+    with pytest.raises(UserError, match=message):
+        Rules(**rules)
+
+
+def test_files_that_do_not_serve(tmp_path):
+    path = write_words(CAPTIONS, tmp_path, Rules())
+    whole = path.read_text()
+    assert not is_words_file(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="nowhere.*No such file"):
+        WordTokenizer(tmp_path / "nowhere")
+    for damaged in (whole[:-3], whole[:20], "", whole.replace("<unk>", "unk"), whole[30:]):
+        path.write_text(damaged)
+        with pytest.raises(UserError, match="is no (whole )?file of words"):
+            WordTokenizer(path)
+    path.write_text(whole.replace("\t", " "))
+    with pytest.raises(UserError, match="is no file of words"):
+        WordTokenizer(path)
