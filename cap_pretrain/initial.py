@@ -1,5 +1,7 @@
 """What a run begins with other than chance: `config.encoder`, a workdir or an imported encoder.
 
+Of a workdir it is the newest sound checkpoint, or that of a step, as runs/cappa/checkpoints/300.
+
 A learner that has an encoder gets that encoder's weights, and the fields of `config.model` and
 `data.image_size` that go with them. The learner `pretrained` is whatever is found there: the whole
 learner of a workdir, or the bare encoder; it is for evaluation, on the data of that workdir if
@@ -67,14 +69,22 @@ def resolve(config: ConfigDict) -> tuple[ConfigDict, Initial | None]:
     path = Path(config.encoder)
     config = config.copy_and_resolve_references()
     with config.unlocked():
-        if (path / "config.json").is_file() and (path / "checkpoints").is_dir():
-            initial = _from_workdir(config, path)
+        workdir, step = _which_run(path)
+        if (workdir / "config.json").is_file() and (workdir / "checkpoints").is_dir():
+            initial = _from_workdir(config, workdir, step)
         else:
             initial = _from_elsewhere(config, path)
     return config.lock(), initial
 
 
-def _from_workdir(config: ConfigDict, workdir: Path) -> Initial:
+def _which_run(path: Path) -> tuple[Path, int | None]:
+    """Splits runs/a/checkpoints/300 into runs/a and 300; of runs/a it is the newest, None."""
+    if path.parent.name == "checkpoints" and path.name.isdecimal():
+        return path.parent.parent, int(path.name)
+    return path, None
+
+
+def _from_workdir(config: ConfigDict, workdir: Path, step: int | None) -> Initial:
     then = read_config(workdir)
     whole = config.learner.name == "pretrained"
     own = {} if whole else {name: config.model[name] for name in OWN_FIELDS}
@@ -88,7 +98,7 @@ def _from_workdir(config: ConfigDict, workdir: Path) -> Initial:
         config.text.update(then.text)
         tokenizer = workdir / inputs.TOKENIZER_FILE
         config.text.tokenizer = str(tokenizer) if tokenizer.is_file() else ""
-    step, _, *arrays = read_weights(workdir)
+    step, _, *arrays = read_weights(workdir, step)
     if not whole:
         arrays = [{k: v for k, v in part.items() if k.startswith("encoder/")} for part in arrays]
     return Initial(*arrays, f"step {step} of {workdir}")

@@ -8,7 +8,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from cap_pretrain import checkpoint, evals, initial, learners, train
+from cap_pretrain.convert import export
 from cap_pretrain.errors import UserError
+from cap_pretrain.pretrained import read_config, read_weights
 from tests import toy
 
 SMALL = dict(model__depth=1, model__width=32, model__mlp=64)
@@ -53,6 +55,62 @@ def test_a_run_is_judged_again_as_it_judged_itself(workdir, tmp_path, capsys):
     assert (tmp_path / "evals" / "val" / "0.json").stat().st_mtime_ns != before
     with pytest.raises(UserError, match="seed was 0, is now 1"):
         train.run(evaluation(workdir, seed=1), tmp_path)
+
+
+def test_of_a_workdir_any_checkpoint_can_be_named(workdir):
+    config, found = initial.resolve(evaluation(workdir / "checkpoints" / "2"))
+    assert found.source == f"step 2 of {workdir}" and config.learner.name == "dual_encoder"
+    with pytest.raises(UserError, match="has no checkpoint of step 7; there are"):
+        initial.resolve(evaluation(workdir / "checkpoints" / "7"))
+
+
+@pytest.fixture
+def bare(workdir, tmp_path):
+    """The encoder of that run as a folder of `transformers`."""
+    params = read_weights(workdir).params
+    of_encoder = {k.removeprefix("encoder/"): v for k, v in params.items() if "encoder/" in k}
+    (tmp_path / "bare").mkdir()
+    export.write_vision_model(tmp_path / "bare", read_config(workdir), of_encoder)
+    return tmp_path / "bare"
+
+
+def probe(path):
+    """A config that probes the encoder at `path` on a few scenes."""
+    c = toy.load("evaluate", "evals=knn,data=scenes")
+    c.encoder = str(path)
+    c.data.scenes.update(length_train=40, length_val=20)
+    return c
+
+
+def test_what_only_evaluates_has_no_optimizer(workdir, bare, tmp_path, monkeypatch):
+    made = []
+
+    def init_state(*args):
+        made.append(train_init_state(*args))
+        return made[-1]
+
+    train_init_state = train.init_state
+    monkeypatch.setattr(train, "init_state", init_state)
+    for name, path in (("run", workdir), ("folder", bare)):
+        train.run(probe(path), tmp_path / name)
+        result = json.loads((tmp_path / name / "evals" / "knn" / "0.json").read_text())
+        assert result["images"] == 20 and result["dimensions"] == 32
+        assert not list((tmp_path / name).glob("checkpoints/*"))
+    for init, abstract, *_ in made:
+        state = init()
+        assert jax.tree.leaves(state.params) and not jax.tree.leaves(state.opt_state)
+        assert jax.tree.structure(state) == jax.tree.structure(abstract)
+
+
+def test_the_plan_of_an_evaluation_has_no_training(bare, tmp_path):
+    told = train.dry_run(probe(bare), tmp_path)
+    made = json.loads((tmp_path / "plan.json").read_text())
+    sizes = made["bytes_per_device"]
+    assert (
+        sizes["parameters"] == 4 * made["parameters"]["total"] == 4 * made["parameters"]["encoder"]
+    )
+    assert sizes["optimizer"] == sizes["gradients"] == sizes["ema"] == 0
+    assert made["flops_per_example"] == {} and "FLOP" not in told
 
 
 def test_another_learner_takes_the_encoder_and_nothing_else(workdir, tokenizer_path, tmp_path):
