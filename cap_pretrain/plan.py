@@ -68,7 +68,7 @@ def make_plan(
       config: the resolved config. If its mesh names a number of devices other than there are here,
         the plan is for that number.
       vocab_size: of the tokenizer.
-      total_steps: length of the run.
+      total_steps: length of the run; with 0, which only evaluates, there are no FLOPs of training.
       make_optimizer: parameters -> optimizer.
     """
     named = [config.mesh[axis] for axis in ("data", "fsdp", "tensor")]
@@ -79,12 +79,13 @@ def make_plan(
         lambda key: learners.build(config, vocab_size, key), make_optimizer, config, mesh
     )
     parameter_bytes = _bytes_per_device(abstract.params)
+    counted = flops_per_example(config, vocab_size) if total_steps else {}
     return {
         "learner": config.learner.name,
         "model": config.model.name,
         "vocab_size": vocab_size,
         "parameters": count_parameters(abstract.params),
-        "flops_per_example": flops_per_example(config, vocab_size),
+        "flops_per_example": counted,
         "total_steps": total_steps,
         "batch_size": config.batch_size,
         "devices": devices,
@@ -93,7 +94,7 @@ def make_plan(
         "bytes_per_device": {
             "parameters": parameter_bytes,
             "optimizer": _bytes_per_device(abstract.opt_state),
-            "gradients": parameter_bytes,
+            "gradients": parameter_bytes if total_steps else 0,
             "ema": _bytes_per_device(abstract.ema),
         },
     }
@@ -103,27 +104,29 @@ def write_plan(plan: dict[str, Any], workdir: Path) -> str:
     """Writes `plan.json` and returns the plan as tables for people."""
     files.write_text(workdir / "plan.json", json.dumps(plan, indent=2) + "\n")
     parameters = [(part, n, f"{n / 1e6:.1f}M") for part, n in plan["parameters"].items()]
-    forward, training = (plan["flops_per_example"][k] for k in ("forward", "training"))
-    whole = training * plan["batch_size"] * plan["total_steps"]
-    cost = [
-        ("forward, one example", f"{forward / 1e9:.3f} GFLOP"),
-        ("training, one example", f"{training / 1e9:.3f} GFLOP"),
-        ("training, one step", f"{training * plan['batch_size'] / 1e12:.3f} TFLOP"),
-        (f"training, {plan['total_steps']:,} steps", f"{whole / 1e18:.4g} EFLOP"),
+    told = [
+        f"{plan['learner']} {plan['model']}, vocabulary {plan['vocab_size']:,}",
+        telemetry.format_table(parameters, ("parameters", "number", "")),
     ]
+    if plan["flops_per_example"]:
+        forward, training = (plan["flops_per_example"][k] for k in ("forward", "training"))
+        whole = training * plan["batch_size"] * plan["total_steps"]
+        cost = [
+            ("forward, one example", f"{forward / 1e9:.3f} GFLOP"),
+            ("training, one example", f"{training / 1e9:.3f} GFLOP"),
+            ("training, one step", f"{training * plan['batch_size'] / 1e12:.3f} TFLOP"),
+            (f"training, {plan['total_steps']:,} steps", f"{whole / 1e18:.4g} EFLOP"),
+        ]
+        told.append(telemetry.format_table(cost, ("arithmetic", "")))
     memory = [(what, f"{n / 2**20:,.1f} MiB") for what, n in plan["bytes_per_device"].items()]
     mesh = " x ".join(f"{axis} {n}" for axis, n in plan["mesh"].items())
-    return "\n\n".join(
-        [
-            f"{plan['learner']} {plan['model']}, vocabulary {plan['vocab_size']:,}",
-            telemetry.format_table(parameters, ("parameters", "number", "")),
-            telemetry.format_table(cost, ("arithmetic", "")),
-            telemetry.format_table(memory, (f"per device ({mesh})", "")),
-            f"batch {plan['batch_size']:,}: {plan['batch_per_device']:g} examples per device; "
-            "activations come on top (model.remat lowers them)",
-            f"written to {workdir / 'plan.json'}",
-        ]
-    )
+    told += [
+        telemetry.format_table(memory, (f"per device ({mesh})", "")),
+        f"batch {plan['batch_size']:,}: {plan['batch_per_device']:g} examples per device; "
+        "activations come on top (model.remat lowers them)",
+        f"written to {workdir / 'plan.json'}",
+    ]
+    return "\n\n".join(told)
 
 
 def _size(leaf: jax.ShapeDtypeStruct) -> int:

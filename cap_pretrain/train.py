@@ -6,6 +6,7 @@ random key of step t from the seed. So a run that is started again only needs th
 
 import contextlib
 import dataclasses
+import functools
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,14 +37,15 @@ from cap_pretrain.watch import StopRequest, Watch
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop, and the state has been saved.
+    """A signal asked the run to stop, and what it had learned has been saved.
 
     Attributes:
       exit_code: 128 + the signal's number, as shells have it.
     """
 
     def __init__(self, request: StopRequest, step: int):
-        super().__init__(f"{request.signal.name}: stopped after step {step}, which is saved.")
+        where = f"after step {step}, which is saved." if step else "while it was evaluating."
+        super().__init__(f"{request.signal.name}: stopped {where}")
         self.exit_code = 128 + request.signal
 
 
@@ -83,9 +85,10 @@ def run(config: ConfigDict, workdir: Path, allow_changes: Sequence[str] = ()) ->
     tokenizer = inputs.prepare_tokenizer(config, mixture, workdir, anew=not saved_steps(workdir))
 
     rate = learning_rate(config, schedule)
+    idle = not schedule.total and not saved_steps(workdir)  # which are read as they were saved
     init, abstract, graphdef, tx = init_state(
         lambda key: learners.build(config, tokenizer.vocab_size, key),
-        lambda params: optim.build(config.optim, params, rate),
+        functools.partial(make_optimizer, config, rate, idle=idle),
         config,
         mesh,
     )
@@ -97,12 +100,15 @@ def run(config: ConfigDict, workdir: Path, allow_changes: Sequence[str] = ()) ->
     )
     progress.say(telemetry.parameter_table(abstract.params))
     progress.say(f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}")
-    progress.say(f"MFU is relative to {peak.source}" if peak.flops else peak.source)
+    step_flops = 0.0
+    if schedule.total:
+        progress.say(f"MFU is relative to {peak.source}" if peak.flops else peak.source)
+        counted = plan.flops_per_example(config, tokenizer.vocab_size)
+        step_flops = config.batch_size * counted["training"]
     timer = telemetry.StepTimer(
         total_steps=schedule.total,
         batch_size=config.batch_size,
-        flops_per_step=config.batch_size
-        * plan.flops_per_example(config, tokenizer.vocab_size)["training"],
+        flops_per_step=step_flops,
         peak_flops=peak.flops,
     )
 
@@ -145,7 +151,7 @@ def run(config: ConfigDict, workdir: Path, allow_changes: Sequence[str] = ()) ->
                     for name, result in suite.run(step, state.variables, **options):
                         _report(step, name, result, writer, progress)
             except evals.Interrupted:
-                if checkpoints.latest_step() != step:
+                if step and checkpoints.latest_step() != step:
                     checkpoints.save(state)
                 raise Stopped(stop, step) from None
 
@@ -235,7 +241,7 @@ def dry_run(config: ConfigDict, workdir: Path) -> str:
         config,
         vocab_size=vocab_size,
         total_steps=schedule.total,
-        make_optimizer=lambda params: optim.build(config.optim, params, rate),
+        make_optimizer=functools.partial(make_optimizer, config, rate, idle=not schedule.total),
     )
     return plan.write_plan(made, workdir)
 
@@ -260,6 +266,13 @@ def learning_rate(config: ConfigDict, schedule: Schedule) -> optax.Schedule:
     return optim.schedule(
         config.optim, total=schedule.total, warmup=schedule.warmup, cooldown=schedule.cooldown
     )
+
+
+def make_optimizer(
+    config: ConfigDict, rate: optax.Schedule, params: Any, *, idle: bool
+) -> optax.GradientTransformation:
+    """The optimizer for `params`; an idle one, for no step at all, has no state."""
+    return optax.set_to_zero() if idle else optim.build(config.optim, params, rate)
 
 
 def _report(
