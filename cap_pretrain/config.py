@@ -20,6 +20,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from cap_pretrain import evals, learners, optim
+from cap_pretrain.data import words
 from cap_pretrain.data.scenes import ScenesOptions
 from cap_pretrain.data.sources import parse_mixture
 from cap_pretrain.errors import UserError, did_you_mean
@@ -36,6 +37,7 @@ CHOICES = {
     "model.attention": ("auto", "xla", "cudnn"),
     "model.remat": tuple(REMAT_POLICIES),
     "data.crop": ("none", "random"),
+    "text.kind": ("sentencepiece", "words"),
     "checkpoint.best_mode": ("min", "max"),
     "optim.name": tuple(optim.OPTIMIZERS),
     "optim.decay": tuple(optim.DECAYS),
@@ -143,12 +145,18 @@ def default() -> ConfigDict:
     c.data.scenes = ConfigDict(dataclasses.asdict(ScenesOptions()))
 
     c.text = ConfigDict()
-    # A sentencepiece model file; "" trains one on the training captions, kept in the workdir.
+    # A sentencepiece model or a file of words, which brings its own rules and casing; "" makes one
+    # of the training captions, kept in the workdir.
     c.text.tokenizer = ""
+    # What is made: sentencepiece (subwords) or words.
+    c.text.kind = "sentencepiece"
+    # Pieces of sentencepiece. Words are as many as are frequent enough.
     c.text.vocab_size = 32_000
-    # Tokens a caption, EOS included; shorter ones are padded, longer ones cut.
+    # Tokens a caption, EOS included; shorter ones are padded, longer ones cut, EOS kept.
     c.text.length = 64
     c.text.lower = True
+    # What is a word, and which are kept (see cap_pretrain/data/words.py).
+    c.text.words = ConfigDict(dataclasses.asdict(words.Rules()))
 
     c.optim = ConfigDict()
     c.optim.name = "adafactor"
@@ -320,6 +328,7 @@ def validate(config: ConfigDict) -> None:
         raise UserError(f"optim.ema: {config.optim.ema} is not in [0, 1).")
     if config.text.tokenizer and not Path(config.text.tokenizer).is_file():
         raise UserError(f"text.tokenizer: there is no file {config.text.tokenizer!r}.")
+    words.Rules(**config.text.words)
     parse_mixture(config.data.name)
     cls = learners.learner_class(config.learner.name)
     learners.options(config)

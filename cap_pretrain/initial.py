@@ -96,7 +96,7 @@ def _from_workdir(config: ConfigDict, workdir: Path, step: int | None) -> Initia
     if whole:
         config.learner = then.learner
         config.text.update(then.text)
-        tokenizer = workdir / inputs.TOKENIZER_FILE
+        tokenizer = inputs.tokenizer_path(workdir)
         config.text.tokenizer = str(tokenizer) if tokenizer.is_file() else ""
     step, _, *arrays = read_weights(workdir, step)
     if not whole:

@@ -47,7 +47,7 @@ class Learner(NamedTuple):
     """A learner as evaluators take it: `nnx.merge(graphdef, *variables)`, and what it came with."""
 
     config: ConfigDict
-    tokenizer: tokenizers.SentencePieceTokenizer | tokenizers.NoText
+    tokenizer: tokenizers.Tokenizer
     graphdef: nnx.GraphDef
     variables: tuple[Any, Any]
 
@@ -144,16 +144,14 @@ def _under(prefix: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
 
 
-def _open_tokenizer(
-    config: ConfigDict, workdir: Path, step: int
-) -> tokenizers.SentencePieceTokenizer | tokenizers.NoText:
+def _open_tokenizer(config: ConfigDict, workdir: Path, step: int) -> tokenizers.Tokenizer:
     if "text" not in learners.learner_class(config.learner.name).reads:
         return tokenizers.NoText()
-    tokenizer = inputs.open_tokenizer(config, workdir / inputs.TOKENIZER_FILE)
+    path = inputs.tokenizer_path(workdir)
+    tokenizer = inputs.open_tokenizer(config, path)
     if inputs.tokenizer_identity(workdir) != saved_identity(workdir, step):
         raise UserError(
-            f"{workdir / inputs.TOKENIZER_FILE}: is not the file that the run was trained with; "
-            "put that one back."
+            f"{path}: is not the file that the run was trained with; put that one back."
         )
     return tokenizer
 

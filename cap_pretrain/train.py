@@ -233,9 +233,7 @@ def dry_run(config: ConfigDict, workdir: Path) -> str:
     mixture = inputs.open_sources(config) if configs.trains(config) else []
     config = inputs.count_classes(config, mixture)
     schedule = make_schedule(config, epoch=sum(len(source) for source, _ in mixture))
-    vocab_size = config.text.vocab_size
-    if config.text.tokenizer:
-        vocab_size = inputs.open_tokenizer(config, config.text.tokenizer).vocab_size
+    vocab_size = inputs.expected_vocab_size(config, mixture)
     rate = learning_rate(config, schedule)
     made = plan.make_plan(
         config,

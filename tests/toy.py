@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from cap_pretrain import config as configs
 from cap_pretrain import inputs, learners, optim, partition, step, train
 from cap_pretrain.checkpoint import Checkpoints
+from cap_pretrain.data import words
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -98,7 +99,8 @@ def saved_run(c: ConfigDict, workdir: Path, tokenizer_path: Path, *steps: int) -
 
     Returns the state that is saved there at all `steps`; parameters and their average differ.
     """
-    path = workdir / inputs.TOKENIZER_FILE
+    of_words = words.is_words_file(tokenizer_path)
+    path = workdir / (inputs.WORDS_FILE if of_words else inputs.TOKENIZER_FILE)
     path.parent.mkdir(parents=True)
     shutil.copyfile(tokenizer_path, path)
     _, abstract, *_ = prepared(c, inputs.open_tokenizer(c, path).vocab_size)

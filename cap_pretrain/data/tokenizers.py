@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import sentencepiece
@@ -19,6 +20,28 @@ _TRAIN_CAPTIONS = 1_000_000
 # Rarer characters (the last 0.01% of the text) become the unknown piece, so that a few emoji do
 # not take the place of words; sentencepiece's own 0.9995 would lose letters of small corpora.
 _CHARACTER_COVERAGE = 0.9999
+
+
+class Tokenizer(Protocol):
+    """Captions to fixed-length rows of ids and back: 0 pads, EOS ends every text; picklable.
+
+    Attributes:
+        vocab_size: number of different ids.
+        pad_id: always 0, which also stands before the first token.
+        eos_id: the id that ends a text.
+        max_len: T, length of an encoded row.
+    """
+
+    vocab_size: int
+    pad_id: int
+    eos_id: int
+    max_len: int
+
+    def encode(self, text: str) -> np.ndarray:
+        """Returns int32 [T]: the tokens, EOS, then 0; a long text is cut, EOS kept."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Returns the text up to the first EOS or padding of `ids` [T]."""
 
 
 class NoText:
