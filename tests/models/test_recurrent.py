@@ -1,0 +1,256 @@
+"""Recurrent decoders: each against torch, word by word against all at once, what is pooled."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from torch import nn
+from torch.nn import functional as F
+
+from cap_pretrain.errors import UserError
+from cap_pretrain.models.layers import Compute
+from cap_pretrain.models.recurrent import DECODERS, Options, pool_grid
+from tests.torch_reference import linear, linear_state, load, tensor
+
+WIDTH, VOCAB, IMAGES, TEXTS, LENGTH = 10, 13, 3, 2, 6
+SIZES = dict(embed=7, hidden=8, attention=5)
+
+KINDS = {
+    "lstm": Options("lstm", **SIZES),
+    "lstm of two layers": Options("lstm", layers=2, **SIZES),
+    "gru": Options("gru", **SIZES),
+    "gru, reset before": Options("gru", reset="before", **SIZES),
+    "attention": Options("attention", **SIZES),
+    "attention without gate": Options("attention", gate=False, **SIZES),
+    "attention to a grid": Options("attention", grid=3, **SIZES),
+    "merge": Options("merge", **SIZES),
+}
+
+
+FLOAT32 = Compute()
+
+
+def random_decoder(options, compute=FLOAT32):
+    """A decoder with every parameter random, and its parameters as a nested dict."""
+    decoder = DECODERS[options.decoder](
+        options, vocab_size=VOCAB, width=WIDTH, compute=compute, rngs=nnx.Rngs(0)
+    )
+    rng = np.random.default_rng(0)
+    graphdef, params = nnx.split(decoder)
+    draw = lambda p: jnp.asarray(0.5 * rng.standard_normal(p.shape), p.dtype)  # noqa: E731
+    params = jax.tree.map(draw, params)
+    return nnx.merge(graphdef, params), jax.device_get(nnx.to_pure_dict(params))
+
+
+@nnx.jit
+def whole(decoder, *args, **kwargs):
+    return decoder(*args, **kwargs)
+
+
+def encoded(decoder, seed=1):
+    """What an encoder might give, of four parts if the decoder wants tokens."""
+    shape = (IMAGES, 4, WIDTH) if decoder.reads == "tokens" else (IMAGES, WIDTH)
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def words(seed=2):
+    return np.random.default_rng(seed).integers(0, VOCAB, (IMAGES * TEXTS, LENGTH), np.int32)
+
+
+# The decoders once more, from torch's recurrent layers
+
+
+def lstm_state(cell, input=None):
+    """One layer as torch names it; `input`: other kernels whose inputs come after its own."""
+    kernels = [cell["input"]["kernel"], *(input or [])]
+    return {
+        "weight_ih": np.concatenate(kernels).T,
+        "weight_hh": cell["recurrent"]["kernel"].T,
+        "bias_ih": cell["input"]["bias"],
+        "bias_hh": np.zeros_like(cell["input"]["bias"]),
+    }
+
+
+def torch_lstm(cells, width):
+    state = {f"{k}_l{n}": v for n, cell in enumerate(cells) for k, v in lstm_state(cell).items()}
+    return load(nn.LSTM(width, SIZES["hidden"], len(cells), batch_first=True), state)
+
+
+def torch_decoder(options, p, seen, text):
+    """(logits [R, T, V], attention weights [R, T, N] or None)."""
+    seen = tensor(seen).repeat_interleave(TEXTS, dim=0)
+    x = tensor(p["embedding"]["embedding"])[tensor(text).long()]
+    weights = None
+    if options.decoder == "lstm":
+        first = linear(p["image"], seen)
+        lstm = torch_lstm([p["layers"][str(n)] for n in range(options.layers)], x.shape[-1])
+        x = lstm(torch.cat([first[:, None], x], dim=1))[0][:, 1:]
+    elif options.decoder == "gru":
+        x = torch_gru(p["gru"], x, linear(p["image"], seen), options.reset)
+    elif options.decoder == "merge":
+        x = torch_lstm([p["lstm"]], x.shape[-1])(x)[0]
+        x = F.relu(linear(p["merged"], x + F.relu(linear(p["image"], seen))[:, None]))
+    else:
+        x, weights = torch_attention(p, x, seen, options)
+    return linear(p["logits"], x), weights
+
+
+def torch_gru(p, x, h, reset):
+    if reset == "after":
+        state = {
+            "weight_ih_l0": p["input"]["kernel"].T,
+            "weight_hh_l0": np.concatenate(
+                [p["recurrent"]["kernel"], p["candidate"]["kernel"]], 1
+            ).T,
+            "bias_ih_l0": p["input"]["bias"],
+            "bias_hh_l0": np.concatenate([np.zeros(2 * len(h[0])), p["candidate"]["bias"]]),
+        }
+        return load(nn.GRU(x.shape[-1], h.shape[-1], batch_first=True), state)(x, h[None])[0]
+    outputs = []
+    recurrent, candidate = (tensor(p[name]["kernel"]) for name in ("recurrent", "candidate"))
+    for now in linear(p["input"], x).unbind(1):
+        r, z, n = now.chunk(3, dim=-1)
+        more_r, more_z = (h @ recurrent).chunk(2, dim=-1)
+        r, z = torch.sigmoid(r + more_r), torch.sigmoid(z + more_z)
+        h = (1 - z) * torch.tanh(n + (r * h) @ candidate) + z * h
+        outputs.append(h)
+    return torch.stack(outputs, 1)
+
+
+def torch_attention(p, x, parts, options):
+    if options.grid:
+        grid = parts.reshape(len(parts), 2, 2, -1).permute(0, 3, 1, 2)
+        parts = F.adaptive_avg_pool2d(grid, options.grid).flatten(2).transpose(1, 2)
+    size = SIZES["attention"]
+    of_part = load(nn.Linear(WIDTH, size), linear_state("", p["key"]))
+    of_state = load(nn.Linear(SIZES["hidden"], size), linear_state("", p["query"]))
+    full = load(nn.Linear(size, 1, bias=False), linear_state("", p["score"]))
+    cell = nn.LSTMCell(x.shape[-1] + WIDTH, SIZES["hidden"])
+    load(cell, lstm_state(p["lstm"], [p["context"]["kernel"]]))
+    h, c = linear(p["image"], parts.mean(1)).chunk(2, dim=-1)
+    outputs, weights = [], []
+    for word in x.unbind(1):
+        scores = full(F.relu(of_part(parts) + of_state(h)[:, None]))[..., 0]
+        weights.append(scores.softmax(-1))
+        context = (weights[-1][..., None] * parts).sum(1)
+        if options.gate:
+            context = torch.sigmoid(linear(p["gate"], h)) * context
+        h, c = cell(torch.cat([word, context], dim=-1), (h, c))
+        outputs.append(h)
+    return torch.stack(outputs, 1), torch.stack(weights, 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_and_attention_are_those_of_torch(kind):
+    decoder, params = random_decoder(KINDS[kind])
+    seen, text = encoded(decoder), words()
+    logits, weights = whole(decoder, seen, text)
+    expected, expected_weights = torch_decoder(KINDS[kind], params, seen, text)
+    assert logits.shape == (IMAGES * TEXTS, LENGTH, VOCAB) and logits.dtype == np.float32
+    assert np.std(logits) > 0.1
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+    assert (weights is None) == (expected_weights is None) == (not decoder.attends)
+    if weights is not None:
+        assert np.ptp(weights, axis=-1).max() > 0.05
+        np.testing.assert_allclose(weights, expected_weights, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_word_by_word_is_all_at_once(kind):
+    decoder, _ = random_decoder(KINDS[kind])
+    seen, text = encoded(decoder), words()
+    cache = decoder.begin(seen, TEXTS)
+    own, shared = cache
+    assert all(len(leaf) == IMAGES * TEXTS for leaf in jax.tree.leaves(own))
+    assert all(len(leaf) == IMAGES for leaf in jax.tree.leaves(shared))
+    step = nnx.jit(lambda decoder, *args: decoder.step(*args))
+    expected = whole(decoder, seen, text)[0]
+    for t in range(LENGTH):
+        logits, cache = step(decoder, text[:, t], cache)
+        np.testing.assert_allclose(logits, expected[:, t], atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["lstm of two layers", "gru", "attention"])
+def test_in_bfloat16_states_and_logits_are_float32_and_near(kind):
+    exact, _ = random_decoder(KINDS[kind])
+    half, _ = random_decoder(KINDS[kind], Compute(dtype=jnp.bfloat16))
+    seen, text = encoded(exact), words()
+    own, _ = half.begin(seen)
+    assert {leaf.dtype for leaf in jax.tree.leaves(own)} == {np.dtype(np.float32)}
+    logits, weights = whole(half, seen, text)
+    expected, expected_weights = whole(exact, seen, text)
+    assert logits.dtype == np.float32
+    np.testing.assert_allclose(logits, expected, atol=0.1)
+    if weights is not None:
+        assert weights.dtype == np.float32
+        np.testing.assert_allclose(weights, expected_weights, atol=0.02)
+        np.testing.assert_allclose(np.sum(weights, -1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["gru", "attention"])
+def test_rematerialisation_changes_no_gradient(kind):
+    gradients = []
+    for remat in ("none", "full"):
+        decoder, _ = random_decoder(KINDS[kind], Compute(remat=remat))
+        graphdef, params = nnx.split(decoder)
+
+        def loss(params, graphdef=graphdef):
+            decoder = nnx.merge(graphdef, params)
+            return jnp.sum(decoder(encoded(decoder), words())[0] ** 2)
+
+        gradients.append(jax.tree.leaves(jax.jit(jax.grad(loss))(params)))
+    for a, b in zip(*gradients, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru", "attention", "merge"])
+def test_dropout_is_before_the_output_and_in_the_merge_model_on_what_is_read(kind):
+    decoder, _ = random_decoder(dataclasses.replace(KINDS[kind], dropout=0.5))
+    plain, _ = random_decoder(KINDS[kind])
+    seen, text = encoded(decoder), words()
+    np.testing.assert_array_equal(decoder(seen, text)[0], plain(seen, text)[0])
+    one, other = (decoder(seen, text, key=jax.random.key(n))[0] for n in (0, 1))
+    assert np.abs(one - other).max() > 0.01
+    logits = decoder.logits
+    decoder.logits = lambda x: x  # what the logits are made of
+    dropped, whole = (decoder(seen, text, key=key)[0] for key in (jax.random.key(0), None))
+    decoder.logits = logits
+    if kind == "merge":
+        assert np.abs(dropped - whole).max() > 0.01
+    else:  # half of the units are zero, the others doubled; the recurrence knows nothing of it
+        kept = np.asarray(dropped != 0)
+        assert 0.3 < kept.mean() < 0.7
+        np.testing.assert_allclose(dropped, np.where(kept, 2 * whole, 0), atol=1e-6)
+
+
+@pytest.mark.parametrize("old, new", [(8, 14), (7, 14), (14, 7), (5, 5), (4, 3), (1, 2)])
+def test_grids_are_pooled_as_torch_does(old, new):
+    tokens = np.random.default_rng(0).standard_normal((2, old * old, 3)).astype(np.float32)
+    grid = tensor(tokens).reshape(2, old, old, 3).permute(0, 3, 1, 2)
+    expected = F.adaptive_avg_pool2d(grid, new).flatten(2).transpose(1, 2)
+    np.testing.assert_allclose(pool_grid(jnp.asarray(tokens), new), expected, atol=1e-6)
+
+
+def test_what_is_no_square_has_no_grid():
+    with pytest.raises(UserError, match="50 tokens are no square grid; set learner.grid=0"):
+        pool_grid(jnp.zeros((1, 50, 2)), 7)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"decoder": "lsmt"}, "learner.decoder: 'lsmt' is unknown. Did you mean 'lstm'"),
+        ({"hidden": 0}, "learner.hidden: 0 must be at least 1"),
+        ({"decoder": "gru", "layers": 2}, "learner.layers: a decoder 'gru' has one layer"),
+        ({"grid": 14}, "learner.grid: 14 is not for a decoder 'lstm'"),
+        ({"reset": "never"}, "learner.reset: 'never'"),
+        ({"dropout": 1.0}, "learner.dropout: 1.0"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        Options(**options)
