@@ -33,6 +33,8 @@ def write(workdir: Path, step: int | None, out: Path) -> str:
     step, averaged, params, _ = read_weights(workdir, step)
     encoder = {k.removeprefix("encoder/"): v for k, v in params.items() if k.startswith("encoder/")}
     left_out = export.why_not_whole(config)
+    if not left_out and not (workdir / TOKENIZER_FILE).exists():
+        left_out = "what reads text, since transformers has no tokenizer of whole words"
     with complete_or_not_there(out) as folder:
         export.write_vision_model(folder, config, encoder)
         if not left_out:

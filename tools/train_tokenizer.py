@@ -1,15 +1,17 @@
-"""Trains a sentencepiece tokenizer on the captions of a dataset.
+"""Makes a tokenizer of the captions of a dataset: sentencepiece, or whole words.
 
     python tools/train_tokenizer.py --data data/my_data --out data/my_tokenizer
     python tools/train_tokenizer.py --data scenes --vocab_size 300 --limit 9999 --out data/tokenizer
+    python tools/train_tokenizer.py --data data/my_data --kind words --min_count 6 --out data/words
 
-Training then encodes with it by the path of OUT/tokenizer.model; OUT/tokenizer.json says how it was
-made.
+Training then encodes with it by the path of OUT/tokenizer.model, beside which tokenizer.json says
+how it was made; or by that of OUT/words.tsv, which says it itself.
 """
 
 import argparse
+import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tqdm import tqdm
@@ -20,6 +22,7 @@ from cap_pretrain.data.tokenizers import (
     source_captions,
     train_sentencepiece,
 )
+from cap_pretrain.data.words import Rules, WordTokenizer, write_words
 from cap_pretrain.errors import UserError
 
 _SMALL_IMAGE = 16  # pixels; generated datasets draw an image for each caption, and nobody looks
@@ -30,14 +33,25 @@ def main(argv: list[str] | None = None) -> int:
     args = _parse(argv)
     try:
         captions = tqdm(_captions(args), unit=" captions", disable=None)
-        path = train_sentencepiece(
-            captions, args.out, args.vocab_size, lower=not args.keep_case, seed=args.seed
-        )
+        made = _words(args, captions) if args.kind == "words" else _pieces(args, captions)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{path}: {SentencePieceTokenizer(path).vocab_size} pieces")
+    print(made)
     return 0
+
+
+def _pieces(args: argparse.Namespace, captions: Iterable[str]) -> str:
+    path = train_sentencepiece(
+        captions, args.out, args.vocab_size, lower=not args.keep_case, seed=args.seed
+    )
+    return f"{path}: {SentencePieceTokenizer(path).vocab_size} pieces"
+
+
+def _words(args: argparse.Namespace, captions: Iterable[str]) -> str:
+    rules = Rules(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Rules)})
+    path = write_words(captions, args.out, rules, lower=not args.keep_case)
+    return f"{path}: {WordTokenizer(path).vocab_size} words, the three special ones included"
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -48,11 +62,23 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", required=True, help="a dataset, its path, or a mixture (a+b)")
     parser.add_argument("--data_dir", default="", help="where datasets are looked for by name")
     parser.add_argument("--split", default="train", help="default: train")
-    parser.add_argument("--vocab_size", type=int, default=32000, help="default: 32000, as in Cap")
     parser.add_argument("--limit", type=int, help="use so many examples, spread evenly")
     parser.add_argument("--keep_case", action="store_true", help="do not lower-case the captions")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", required=True, type=Path, help="folder to write into")
+    kinds = ("sentencepiece", "words")
+    parser.add_argument("--kind", choices=kinds, default=kinds[0], help=f"default: {kinds[0]}")
+    pieces = parser.add_argument_group("sentencepiece")
+    pieces.add_argument("--vocab_size", type=int, default=32000, help="default: 32000, as in Cap")
+    pieces.add_argument("--seed", type=int, default=0)
+    group = parser.add_argument_group("words", "see Rules in cap_pretrain/data/words.py")
+    for field in dataclasses.fields(Rules):
+        if isinstance(field.default, bool):
+            group.add_argument(f"--{field.name}", action="store_true")
+        else:
+            kind, default = type(field.default), field.default
+            group.add_argument(
+                f"--{field.name}", type=kind, default=default, help=f"default: {default}"
+            )
     return parser.parse_args(argv)
 
 

@@ -33,31 +33,32 @@ class Rules:
     """What counts as a word, and which words are kept.
 
     Attributes:
-        split: "simple" deletes punctuation, wherever it stands, and splits at white space ("man's"
-            is "mans", "t-shirt" "tshirt"); "nltk" splits as NLTK's `word_tokenize` does, see
-            `nltk_words`.
+        tokenization: "simple" deletes punctuation, wherever it stands, and splits at white space
+            ("man's" is "mans", "t-shirt" "tshirt"); "nltk" splits as NLTK's `word_tokenize` does,
+            see `nltk_words`.
         min_count: a word that the training captions have fewer times is unknown. A threshold of
             "more than 5" is 6.
         drop_punctuation: leave out what holds no letter and no digit.
         drop_letters: leave out words of one letter or digit, "a" among them.
     """
 
-    split: str = "simple"
+    tokenization: str = "simple"
     min_count: int = 1
     drop_punctuation: bool = False
     drop_letters: bool = False
 
     def __post_init__(self):
-        if self.split not in _SPLITS:
+        if self.tokenization not in _SPLITS:
             raise UserError(
-                f"text.words.split: {self.split!r} is unknown.{did_you_mean(self.split, _SPLITS)}"
+                f"text.words.tokenization: {self.tokenization!r} is unknown."
+                f"{did_you_mean(self.tokenization, _SPLITS)}"
             )
         if self.min_count < 1:
             raise UserError(f"text.words.min_count: {self.min_count} must be at least 1.")
 
     def words(self, text: str) -> list[str]:
         """The words of a text, known or not."""
-        words = _SPLITS[self.split](text)
+        words = _SPLITS[self.tokenization](text)
         if self.drop_punctuation:
             words = [word for word in words if any(map(str.isalnum, word))]
         return [word for word in words if len(word) > 1] if self.drop_letters else words

@@ -1,6 +1,8 @@
 """Words, their counts and their file; NLTK's way of splitting by examples checked by hand."""
 
 import pickle
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,7 +27,7 @@ def test_the_file_says_what_it_holds(tmp_path):
         "# cap_pretrain words",
         "# captions: 3",
         "# lower: true",
-        '# split: "simple"',
+        '# tokenization: "simple"',
         "# min_count: 2",
         "# drop_punctuation: false",
         "# drop_letters: false",
@@ -63,7 +65,7 @@ def test_a_long_text_is_cut_and_still_ends(tmp_path):
 
 
 def test_reopens_and_pickles_as_it_was(tmp_path):
-    tokenizer = make(tmp_path, split="nltk", drop_letters=True)
+    tokenizer = make(tmp_path, tokenization="nltk", drop_letters=True)
     again = pickle.loads(pickle.dumps(tokenizer))
     for text in (*CAPTIONS, "unknown words aren't known"):
         np.testing.assert_array_equal(again.encode(text), tokenizer.encode(text))
@@ -136,7 +138,8 @@ def test_captions_without_a_vocabulary(tmp_path, captions, rules, message):
 
 
 @pytest.mark.parametrize(
-    "rules, message", [({"split": "nltkk"}, "split.*'nltk'"), ({"min_count": 0}, "min_count: 0")]
+    "rules, message",
+    [({"tokenization": "nltkk"}, "tokenization.*'nltk'"), ({"min_count": 0}, "min_count: 0")],
 )
 def test_rules_that_are_none(rules, message):
     with pytest.raises(UserError, match=message):
@@ -156,3 +159,17 @@ def test_files_that_do_not_serve(tmp_path):
     path.write_text(whole.replace("\t", " "))
     with pytest.raises(UserError, match="is no file of words"):
         WordTokenizer(path)
+
+
+def test_the_tool_counts_the_words_of_a_dataset(tmp_path, capsys):
+    tool = Path(__file__).parents[2] / "tools" / "train_tokenizer.py"
+    make_tokenizer = runpy.run_path(str(tool))["main"]
+    arguments = ["--data=scenes", "--limit=40", "--kind=words", f"--out={tmp_path}"]
+    assert make_tokenizer([*arguments, "--min_count=3", "--drop_letters"]) == 0
+    tokenizer = WordTokenizer(tmp_path / "words.tsv")
+    assert f"words.tsv: {tokenizer.vocab_size} words" in capsys.readouterr().out
+    assert "# captions: 200\n" in (tmp_path / "words.tsv").read_text()
+    text = "a red circle and a green square"
+    assert tokenizer.decode(tokenizer.encode(text)) == "red circle and green square"
+    assert make_tokenizer([*arguments, "--tokenization=nltkk"]) == 2
+    assert "Did you mean 'nltk'" in capsys.readouterr().err
