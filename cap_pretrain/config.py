@@ -24,9 +24,10 @@ from cap_pretrain.data import words
 from cap_pretrain.data.scenes import ScenesOptions
 from cap_pretrain.data.sources import parse_mixture
 from cap_pretrain.errors import UserError, did_you_mean
-from cap_pretrain.models.build import decoder_size, encoder_size
+from cap_pretrain.models import build
 from cap_pretrain.models.layers import ACTIVATIONS, REMAT_POLICIES
-from cap_pretrain.models.sizes import Size, parse_name
+from cap_pretrain.models.sizes import Size
+from cap_pretrain.plateau import Plateau
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 CHOICES = {
@@ -80,22 +81,24 @@ def default() -> ConfigDict:
     c.encoder = ""
 
     c.model = ConfigDict()
-    # Size and patch: mu, Ti, S, M, B, L, So400m, H, g with /PATCH, as B/16 or L/14.
+    # A ViT's size and patch: mu, Ti, S, M, B, L, So400m, H, g with /PATCH, as B/16 or L/14; or
+    # resnet18, 34, 50, 101, 152; or alexnet.
     c.model.name = "B/16"
-    # Overrides of the named size; 0 keeps it.
+    # Overrides of a ViT's named size; 0 keeps it.
     c.model.width = 0
     c.model.depth = 0
     c.model.mlp = 0
     c.model.heads = 0
-    # The same of a caption decoder; 0 is the encoder's, but half its depth.
+    # The same of a caption decoder; 0 is the ViT's, but half its depth. Beside a ResNet or AlexNet
+    # 0 is M's, and these are of a text tower, too.
     c.model.decoder_width = 0
     c.model.decoder_depth = 0
     c.model.decoder_mlp = 0
     c.model.decoder_heads = 0
-    # How the encoder's pooled vector is made: mean of the patches' tokens (gap), attention pooling
+    # How a ViT's pooled vector is made: mean of the patches' tokens (gap), attention pooling
     # (map), the class token (class).
     c.model.pool = "gap"
-    # The rest of what tells encoders of one size apart; an imported one sets these. A learned token
+    # The rest of what tells ViTs of one size apart; an imported one sets these. A learned token
     # before those of the patches.
     c.model.class_token = False
     # A LayerNorm before the first block, as in CLIP.
@@ -107,6 +110,9 @@ def default() -> ConfigDict:
     # What the encoder's layer normalisations add to the variance.
     c.model.norm_eps = 1e-6
     # Attention kernel: xla, cudnn (fused, NVIDIA GPUs, half precision), auto (cudnn where it runs).
+    # A ResNet's first convolution: imagenet (7 x 7, stride 2, then a max pooling), small (3 x 3, for
+    # images as of CIFAR).
+    c.model.stem = "imagenet"
     c.model.attention = "auto"
     # What is kept for the backward pass: none (recompute nothing), full, dots, dots_no_batch.
     c.model.remat = "none"
@@ -296,22 +302,7 @@ def validate(config: ConfigDict) -> None:
         value = get(config, field)
         if value not in choices:
             raise UserError(f"{field}: {value!r} is unknown.{did_you_mean(value, choices)}")
-    _, patch = parse_name(config.model.name)
-    for prefix, size in (("", encoder_size(config)), ("decoder_", decoder_size(config))):
-        if size.width % size.heads:
-            raise UserError(
-                f"model.{prefix}heads: {size.heads} does not divide the width {size.width}; "
-                "choose another."
-            )
-    if config.model.pool == "class" and not config.model.class_token:
-        raise UserError("model.pool: 'class' needs --config.model.class_token=True.")
-    if config.model.norm_eps <= 0:
-        raise UserError(f"model.norm_eps: {config.model.norm_eps} must be positive.")
-    if config.data.image_size % patch:
-        raise UserError(
-            f"data.image_size: {config.data.image_size} is no multiple of the patch size {patch} "
-            f"of {config.model.name}; choose {max(1, config.data.image_size // patch) * patch}."
-        )
+    build.check(config)
     for field in ("batch_size", "accumulate", "text.length", "text.vocab_size", "model.unroll"):
         if get(config, field) < 1:
             raise UserError(f"{field}: {get(config, field)} must be at least 1.")

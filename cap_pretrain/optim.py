@@ -150,7 +150,7 @@ def build(c: ConfigDict, params: Any, rate: optax.Schedule) -> optax.GradientTra
 
 
 def is_frozen(c: ConfigDict, params: Any) -> bool:
-    """Whether the rules of a config's `optim` section leave all of `params` as they are.
+    """Whether there are `params`, and a config's rules leave all of them as they are.
 
     Args:
       c: the section.
@@ -159,7 +159,8 @@ def is_frozen(c: ConfigDict, params: Any) -> bool:
     multipliers = rules.apply_rules(
         c.lr_rules, params, default=1.0, field="optim.lr_rules", strict=False
     )
-    return not any(jax.tree.leaves(multipliers))
+    multipliers = jax.tree.leaves(multipliers)
+    return bool(multipliers) and not any(multipliers)
 
 
 def hold_frozen(c: ConfigDict, params: Any) -> Any:

@@ -32,6 +32,7 @@ RULES = (
     (r".*/(query|key|value|up|logits)/bias", (("tensor", "fsdp"),)),
     (r".*/(out|down)/kernel", ("tensor", "fsdp")),
     (r".*/embedding", ("tensor", "fsdp")),
+    (r".*/conv\d*/kernel", ("fsdp",)),  # channels out; there are as few as three in
     (r".*/kernel", ("fsdp", None)),
     (r".*", ("fsdp",)),
 )

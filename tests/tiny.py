@@ -38,8 +38,10 @@ def split(c: ConfigDict, seed: int = 0, vocab: int = VOCAB) -> Split:
 
     def draw(path, leaf):
         name, noise = path[-1].key, rng.standard_normal(leaf.shape)
-        if name == "kernel":
-            noise /= leaf.shape[-2] ** 0.5
+        if name == "kernel":  # of a convolution, or of a linear layer that may be one of many
+            noise /= np.prod(leaf.shape[:-1] if leaf.ndim == 4 else leaf.shape[-2]) ** 0.5
+        elif name == "var":
+            noise = np.exp(0.3 * noise)
         elif name == "scale":
             noise = 1 + 0.3 * noise
         elif name != "embedding":
@@ -47,7 +49,7 @@ def split(c: ConfigDict, seed: int = 0, vocab: int = VOCAB) -> Split:
         return jnp.asarray(noise, leaf.dtype)
 
     graphdef, params, stats = abstract(c, vocab)
-    return graphdef, jax.tree_util.tree_map_with_path(draw, params), stats
+    return graphdef, *(jax.tree_util.tree_map_with_path(draw, tree) for tree in (params, stats))
 
 
 def jitted(split: Split, fn: Callable, **options: Any) -> Callable:

@@ -4,7 +4,7 @@ A learner is an `nnx.Module` class with
 
   Options                              a frozen dataclass: its documented settings and defaults
   reads                                the parts of a batch it learns from, as ("image", "text")
-  encoder                              the part that is kept: images -> EncoderOutput
+  encoder                              the part that is kept, an `ImageEncoder`
   from_config(config, vocab_size, rngs) classmethod that builds it
   loss(batch, key, train)              -> (scalar loss, metrics: dict of scalars)
   sum_over_batch                       whether the loss of a batch is the (weighted) mean of the
@@ -22,7 +22,10 @@ import jax
 from flax import nnx
 from ml_collections import ConfigDict
 
+from cap_pretrain import optim
 from cap_pretrain.errors import UserError, did_you_mean
+from cap_pretrain.models.convnet import BatchNorm
+from cap_pretrain.models.encoder import ImageEncoder
 
 REGISTRY = {
     "captioner": "cap_pretrain.learners.captioner:Captioner",
@@ -56,4 +59,16 @@ def options(config: ConfigDict) -> Any:
 def build(config: ConfigDict, vocab_size: int, key: jax.Array) -> nnx.Module:
     """Builds the learner of `config`, with fresh parameters drawn from `key`."""
     cls = learner_class(config.learner.name)
-    return cls.from_config(config, vocab_size, nnx.Rngs(params=key))
+    learner = cls.from_config(config, vocab_size, nnx.Rngs(params=key))
+    for path, module in nnx.iter_modules(learner):
+        if isinstance(module, (ImageEncoder, BatchNorm)):
+            weights = nnx.to_pure_dict(nnx.state(module, nnx.Param))
+            for name in reversed(path):
+                weights = {name: weights}
+            module.frozen = optim.is_frozen(config.optim, weights)
+            if isinstance(module, BatchNorm) and not module.frozen and config.accumulate > 1:
+                raise UserError(
+                    f"accumulate: {config.accumulate} parts would each be normalised by statistics "
+                    f"of their own in {'/'.join(map(str, path))}; set accumulate=1."
+                )
+    return learner

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from cap_pretrain import learners
 from cap_pretrain.errors import UserError
-from cap_pretrain.models.build import build_encoder, compute, decoder_size, encoder_size
+from cap_pretrain.models.build import build_encoder, compute, decoder_size, encoder_width
 from cap_pretrain.models.layers import normalize_images
 from cap_pretrain.models.text import Cache, Decoder
 
@@ -23,7 +23,7 @@ def shift_right(text: jax.Array) -> jax.Array:
 
 
 class Captioner(nnx.Module):
-    """A ViT encoder and a transformer decoder that predicts the caption from its tokens.
+    """An encoder and a transformer decoder that predicts the caption from its tokens.
 
     With CapPa, each training example is, with probability `parallel_fraction`, predicted in
     parallel: every input is the mask token and there is no causal mask, so each token must come
@@ -83,7 +83,7 @@ class Captioner(nnx.Module):
         decoder = Decoder(
             decoder_size(config),
             vocab_size=vocab_size,
-            encoder_width=encoder_size(config).width,
+            encoder_width=encoder_width(config),
             compute=compute(config),
             rngs=rngs,
         )

@@ -8,20 +8,18 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from cap_pretrain import learners, optim
+from cap_pretrain import learners
 from cap_pretrain.errors import UserError
 from cap_pretrain.learners.captioner import token_loss
 from cap_pretrain.models import readout
 from cap_pretrain.models.build import build_encoder
+from cap_pretrain.models.convnet import BatchNorm
+from cap_pretrain.models.encoder import ImageEncoder
 from cap_pretrain.models.layers import normalize_images
 
 
 class Classifier(nnx.Module):
-    """An encoder and a linear layer on one vector an image.
-
-    If `optim.lr_rules` leave all of the encoder as it is, it computes as in evaluation, without
-    dropout and with the BatchNorm statistics that it came with, which do not move.
-    """
+    """An encoder and a linear layer on one vector an image."""
 
     @dataclasses.dataclass(frozen=True)
     class Options:
@@ -52,17 +50,15 @@ class Classifier(nnx.Module):
     reads = ("image", "label")
     sum_over_batch = True
 
-    def __init__(self, encoder: nnx.Module, *, frozen: bool, options: Options, rngs: nnx.Rngs):
-        """`frozen`: whether the encoder is; of `options`, `classes` must be set."""
+    def __init__(self, encoder: ImageEncoder, *, options: Options, rngs: nnx.Rngs):
+        """Of `options`, `classes` must be set; raises UserError if there is no such layer."""
         self.encoder = encoder
-        width = encoder.size.width
-        if options.batch_norm:  # of torch, and so of VISSL: momentum 0.1 and epsilon 1e-5
-            self.norm = nnx.BatchNorm(
-                width, momentum=0.9, epsilon=1e-5, use_bias=False, use_scale=False, rngs=rngs
-            )
+        width = readout.width(encoder, options.layer)
+        if options.batch_norm:
+            self.norm = BatchNorm(width, affine=False, rngs=rngs)
         zeros = nnx.initializers.zeros
         self.head = nnx.Linear(width, options.classes, kernel_init=zeros, rngs=rngs)
-        self.frozen, self.options = frozen, options
+        self.options = options
 
     @classmethod
     def from_config(cls, config: ConfigDict, vocab_size: int, rngs: nnx.Rngs) -> "Classifier":
@@ -72,15 +68,7 @@ class Classifier(nnx.Module):
                 "learner.classes: the dataset does not name its classes; give "
                 "--config.learner.classes, how many there are."
             )
-        if options.batch_norm and config.accumulate > 1:
-            raise UserError(
-                f"accumulate: {config.accumulate} parts would each have statistics of their own; "
-                "set accumulate=1 or learner.batch_norm=False."
-            )
-        encoder = build_encoder(config, rngs)
-        weights = {"encoder": nnx.to_pure_dict(nnx.state(encoder, nnx.Param))}
-        frozen = optim.is_frozen(config.optim, weights)
-        return cls(encoder, frozen=frozen, options=options, rngs=rngs)
+        return cls(build_encoder(config, rngs), options=options, rngs=rngs)
 
     def classify(
         self, images: jax.Array, *, train: bool = False, key: jax.Array | None = None
@@ -90,11 +78,11 @@ class Classifier(nnx.Module):
             self.encoder,
             self.options.layer,
             normalize_images(images, jnp.float32),
-            train=train and not self.frozen,
+            train=train,
             key=key,
         )
         if self.options.batch_norm:
-            x = self.norm(x, use_running_average=not train)
+            x = self.norm(x, train=train)
         return self.head(x)
 
     def loss(

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from cap_pretrain import learners
 from cap_pretrain.errors import UserError
-from cap_pretrain.models.build import build_encoder, compute, encoder_size
+from cap_pretrain.models.build import build_encoder, compute, text_size
 from cap_pretrain.models.layers import XAVIER, normalize_images
 from cap_pretrain.models.text import TextTower
 
@@ -26,7 +26,10 @@ INITIAL_SCALE_AND_BIAS = {"softmax": (math.log(1 / 0.07), None), "sigmoid": (mat
 
 
 class DualEncoder(nnx.Module):
-    """An image and a text tower of one size, each with a linear projection of the same width."""
+    """An image and a text tower, each with a linear projection of the same width.
+
+    A ViT's text tower is of its size.
+    """
 
     @dataclasses.dataclass(frozen=True)
     class Options:
@@ -59,7 +62,7 @@ class DualEncoder(nnx.Module):
         self.text_tower = text_tower
         width, dtype = text_tower.size.width, text_tower.compute.dtype
         kwargs = dict(dtype=dtype, kernel_init=XAVIER, rngs=rngs)
-        self.image_projection = nnx.Linear(encoder.size.width, width, **kwargs)
+        self.image_projection = nnx.Linear(encoder.width, width, **kwargs)
         self.text_projection = nnx.Linear(width, width, **kwargs)
         scale, bias = INITIAL_SCALE_AND_BIAS[options.contrast]
         self.log_scale = nnx.Param(jnp.asarray(scale, jnp.float32))
@@ -70,7 +73,7 @@ class DualEncoder(nnx.Module):
     @classmethod
     def from_config(cls, config: ConfigDict, vocab_size: int, rngs: nnx.Rngs) -> "DualEncoder":
         tower = TextTower(
-            encoder_size(config),
+            text_size(config),
             vocab_size=vocab_size,
             length=config.text.length,
             compute=compute(config),

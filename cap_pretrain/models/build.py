@@ -1,26 +1,111 @@
 """Builds models from the `model` section of a config."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
+from cap_pretrain.errors import UserError, did_you_mean
+from cap_pretrain.models import alexnet
+from cap_pretrain.models.alexnet import AlexNet
+from cap_pretrain.models.encoder import ImageEncoder
 from cap_pretrain.models.layers import Compute
-from cap_pretrain.models.sizes import Size, parse_name
+from cap_pretrain.models.resnet import STEMS, ResNet
+from cap_pretrain.models.sizes import ALEXNET, CONVNETS, RESNETS, SIZES, Size, parse_name
 from cap_pretrain.models.vit import Options, ViT
 
 
+def check(config: ConfigDict) -> None:
+    """Checks what `config.model` says against itself and the images.
+
+    Raises:
+      UserError: an unknown name, or fields that do not go together.
+    """
+    model, side = config.model, config.data.image_size
+    if model.name in CONVNETS:
+        _check_convnet(model, side)
+        sizes = {"decoder_": text_size(config)}
+    else:
+        _check_vit(model, side)
+        sizes = {"": encoder_size(config), "decoder_": decoder_size(config)}
+    for prefix, size in sizes.items():
+        if size.width % size.heads:
+            raise UserError(
+                f"model.{prefix}heads: {size.heads} does not divide the width {size.width}; "
+                "choose another."
+            )
+
+
+def _check_vit(model: ConfigDict, side: int) -> None:
+    _, patch = parse_name(model.name)
+    _refuse(model, {"stem": "imagenet"}, "for a ResNet")
+    if model.pool == "class" and not model.class_token:
+        raise UserError("model.pool: 'class' needs --config.model.class_token=True.")
+    if model.norm_eps <= 0:
+        raise UserError(f"model.norm_eps: {model.norm_eps} must be positive.")
+    if side % patch:
+        raise UserError(
+            f"data.image_size: {side} is no multiple of the patch size {patch} "
+            f"of {model.name}; choose {max(1, side // patch) * patch}."
+        )
+
+
+def _check_convnet(model: ConfigDict, side: int) -> None:
+    numbers = {f.name: 0 for f in dataclasses.fields(Size)}
+    _refuse(model, numbers | dataclasses.asdict(Options()), "for a ViT")
+    if model.stem not in STEMS:
+        raise UserError(f"model.stem: {model.stem!r} is unknown.{did_you_mean(model.stem, STEMS)}")
+    if model.name != ALEXNET:
+        return
+    _refuse(model, {"stem": "imagenet"}, "for a ResNet")
+    if side < alexnet.SMALLEST:
+        raise UserError(
+            f"data.image_size: {side} is too small for {ALEXNET}, which needs {alexnet.SMALLEST}."
+        )
+
+
+def _refuse(model: ConfigDict, usual: dict[str, Any], meant: str) -> None:
+    """Raises UserError for a field that says other than usual, and nothing to this encoder."""
+    for field, value in usual.items():
+        if model[field] != value:
+            raise UserError(
+                f"model.{field}: {model[field]!r} is {meant}, and model.name is {model.name}; "
+                f"leave it at {value!r}."
+            )
+
+
 def encoder_size(config: ConfigDict) -> Size:
-    """The encoder's size: that of `model.name`, with any of its numbers overridden."""
+    """A ViT's size: that of `model.name`, with any of its numbers overridden."""
     size, _ = parse_name(config.model.name)
     return _overridden(size, config)
 
 
+def encoder_width(config: ConfigDict) -> int:
+    """How wide the encoder's tokens and pooled vector are."""
+    name = config.model.name
+    if name == ALEXNET:
+        return alexnet.WIDTH
+    return RESNETS[name].width if name in RESNETS else encoder_size(config).width
+
+
+def text_size(config: ConfigDict) -> Size:
+    """The size of a transformer that reads text beside the encoder.
+
+    Beside a ViT its own. Beside a convolutional network that of CLIP's beside a ResNet-50 (Radford
+    et al. 2021, section 2.4: 512 wide, 12 deep, 8 heads), our M, any number overridden by
+    `model.decoder_…`.
+    """
+    if config.model.name in CONVNETS:
+        return _overridden(SIZES["M"], config, "decoder_")
+    return encoder_size(config)
+
+
 def decoder_size(config: ConfigDict) -> Size:
-    """The caption decoder's size: the encoder's with half its depth, any number overridden."""
-    size = encoder_size(config)
+    """The caption decoder's size: that of `text_size`, half as deep; any number overridden."""
+    size = text_size(config)
     half = dataclasses.replace(size, depth=max(1, size.depth // 2))
     return _overridden(half, config, "decoder_")
 
@@ -46,18 +131,22 @@ def compute(config: ConfigDict) -> Compute:
 
 
 def encoder_options(config: ConfigDict) -> Options:
-    """The encoder's options, which have the names of the config's fields."""
+    """A ViT's options, which have the names of the config's fields."""
     return Options(**{f.name: config.model[f.name] for f in dataclasses.fields(Options)})
 
 
-def build_encoder(config: ConfigDict, rngs: nnx.Rngs) -> ViT:
+def build_encoder(config: ConfigDict, rngs: nnx.Rngs) -> ImageEncoder:
     """Builds the image encoder of a config."""
-    _, patch = parse_name(config.model.name)
+    name, kwargs = config.model.name, dict(compute=compute(config), rngs=rngs)
+    if name == ALEXNET:
+        return AlexNet(**kwargs)
+    if name in RESNETS:
+        return ResNet(RESNETS[name], stem=config.model.stem, **kwargs)
+    _, patch = parse_name(name)
     return ViT(
         encoder_size(config),
         patch=patch,
         image_size=config.data.image_size,
         options=encoder_options(config),
-        compute=compute(config),
-        rngs=rngs,
+        **kwargs,
     )

@@ -1,20 +1,27 @@
 """What probes read of an encoder: one vector an image, of any layer."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from cap_pretrain.errors import UserError, did_you_mean
+from cap_pretrain.models.encoder import ImageEncoder
 
 POOLED, TOKENS = "pooled", "tokens"
 
 
-def read(encoder: Any, layer: str, images: jax.Array, *, train: bool = False, key=None):
+def width(encoder: ImageEncoder, layer: str) -> int:
+    """D of what `read` gives; arguments and errors as there."""
+    known = dict.fromkeys((POOLED, TOKENS), encoder.width) | encoder.layers
+    if layer not in known:
+        raise UserError(f"the encoder has no layer {layer!r}.{did_you_mean(layer, known)}")
+    return known[layer]
+
+
+def read(encoder: ImageEncoder, layer: str, images: jax.Array, *, train: bool = False, key=None):
     """images [B, H, W, 3] in [-1, 1] -> float32 [B, D].
 
     Args:
-      encoder: gives `tokens` and `pooled`, and by `tokens_at` what leaves one of its `layers`.
+      encoder: what is read of.
       layer: "pooled"; "tokens", their mean; or one of the encoder's `layers`, its mean.
       images: normalised.
       train, key: for the encoder; a layer below the last is read as in evaluation.
@@ -22,13 +29,11 @@ def read(encoder: Any, layer: str, images: jax.Array, *, train: bool = False, ke
     Raises:
       UserError: the encoder has no such layer.
     """
+    width(encoder, layer)  # raises
     if layer == POOLED:
         return encoder(images, train=train, key=key).pooled.astype(jnp.float32)
     if layer == TOKENS:
         tokens = encoder(images, train=train, key=key).tokens
-    elif layer in encoder.layers:
-        tokens = encoder.tokens_at(layer, images)
     else:
-        known = (POOLED, TOKENS, *encoder.layers)
-        raise UserError(f"the encoder has no layer {layer!r}.{did_you_mean(layer, known)}")
+        tokens = encoder.tokens_at(layer, images)
     return jnp.mean(tokens.astype(jnp.float32), axis=1)

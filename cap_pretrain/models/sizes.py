@@ -1,4 +1,4 @@
-"""Named transformer sizes."""
+"""Named sizes, of transformers and of convolutional networks."""
 
 import dataclasses
 
@@ -31,11 +31,42 @@ SIZES = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Stages:
+    """Shape of a ResNet: how many blocks each of its four stages has, and of which kind."""
+
+    depths: tuple[int, int, int, int]
+    bottleneck: bool
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels that leave each stage."""
+        return tuple((256 if self.bottleneck else 64) * 2**n for n in range(len(self.depths)))
+
+    @property
+    def width(self) -> int:
+        """Channels that leave the last."""
+        return self.widths[-1]
+
+
+# He et al. 2015 (1512.03385), table 1.
+RESNETS = {
+    "resnet18": Stages((2, 2, 2, 2), bottleneck=False),
+    "resnet34": Stages((3, 4, 6, 3), bottleneck=False),
+    "resnet50": Stages((3, 4, 6, 3), bottleneck=True),
+    "resnet101": Stages((3, 4, 23, 3), bottleneck=True),
+    "resnet152": Stages((3, 8, 36, 3), bottleneck=True),
+}
+ALEXNET = "alexnet"
+CONVNETS = (*RESNETS, ALEXNET)
+
+
 def parse_name(name: str) -> tuple[Size, int]:
-    """`"B/16"` -> (the size B, patch size 16). Raises UserError for an unknown name."""
+    """`"B/16"` -> (the size B, patch size 16). Raises UserError for what names no ViT."""
     variant, _, patch = name.partition("/")
     if variant not in SIZES:
-        raise UserError(f"model.name: no size {variant!r}.{did_you_mean(variant, SIZES)}")
+        near = did_you_mean(variant, (*SIZES, *CONVNETS))
+        raise UserError(f"model.name: no size {variant!r}.{near}")
     if not patch.isdigit() or int(patch) < 1:
         raise UserError(f"model.name: {name!r} lacks a patch size; write it as {variant}/16.")
     return SIZES[variant], int(patch)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from cap_pretrain.models.encoder import ImageEncoder
 from cap_pretrain.models.layers import (
     XAVIER,
     Attention,
@@ -68,8 +69,10 @@ def resample_positions(positions: jax.Array, old: tuple[int, int], new: tuple[in
     return jax.image.resize(grid, (*new, grid.shape[-1]), "bilinear").reshape(-1, grid.shape[-1])
 
 
-class ViT(nnx.Module):
-    """An encoder: images in, tokens and one pooled vector out.
+class ViT(ImageEncoder):
+    """A ViT; its layers are block_1, block_2, …
+
+    The tokens are those of the patches, row by row, after that of the class if there is one.
 
     Args:
       size: width, depth, mlp, heads.
@@ -108,14 +111,7 @@ class ViT(nnx.Module):
         self.size, self.patch, self.grid, self.options = size, patch, grid, options
         self.compute = compute
 
-    def __call__(
-        self, images: jax.Array, *, train: bool = False, key: jax.Array | None = None
-    ) -> EncoderOutput:
-        """images [B, H, W, 3] float in [-1, 1] -> tokens [B, N, D], pooled [B, D].
-
-        The tokens are those of the patches, row by row, after that of the class if there is one.
-        """
-        key = key if train else None
+    def _encode(self, images: jax.Array, *, train: bool, key: jax.Array | None) -> EncoderOutput:
         x = self._embed(images)
         x = run_encoder_blocks(self.blocks, x, key, depth=self.size.depth, compute=self.compute)
         if self.options.final_norm == "pooled":
@@ -125,17 +121,14 @@ class ViT(nnx.Module):
 
     @property
     def width(self) -> int:
-        """D, of tokens and pooled vector."""
         return self.size.width
 
     @property
-    def layers(self) -> tuple[str, ...]:
-        """Names of the layers whose output `tokens_at` gives, first to last."""
-        return tuple(f"block_{n + 1}" for n in range(self.size.depth))
+    def layers(self) -> dict[str, int]:
+        return {f"block_{n + 1}": self.width for n in range(self.size.depth)}
 
     def tokens_at(self, layer: str, images: jax.Array) -> jax.Array:
-        """images as for `__call__` -> [B, N, D] as they leave a layer; those above do not run."""
-        depth = self.layers.index(layer) + 1
+        depth = list(self.layers).index(layer) + 1
         graphdef, params = nnx.split(self.blocks)
         first = nnx.merge(graphdef, jax.tree.map(lambda p: p[:depth], params))
         x = self._embed(images)
