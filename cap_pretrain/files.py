@@ -1,10 +1,14 @@
-"""A run's folder and what it writes: files that are there in whole or not at all, and logs."""
+"""Files: a run's own, which are there in whole or not at all, its logs, and JSON of others."""
 
 import contextlib
+import gzip
+import json
 import os
 import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from cap_pretrain.errors import UserError
 
@@ -38,6 +42,37 @@ def write_bytes(path: Path, data: bytes) -> None:
     with naming(path):
         fresh.write_bytes(data)
         os.replace(fresh, path)
+
+
+def read_json(path: Path) -> Any:
+    """Returns what a JSON file holds, gzipped or not.
+
+    Raises:
+      UserError: it is missing, cannot be read or is no JSON.
+    """
+    return _parse(path, _read(path))
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    """`read_json` of a file with a value on each line; empty lines are passed over."""
+    return [_parse(path, line) for line in _read(path).splitlines() if line.strip()]
+
+
+def _read(path: Path) -> bytes:
+    try:
+        data = path.read_bytes()
+        return gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file.") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: cannot be read ({error}).") from error
+
+
+def _parse(path: Path, data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except ValueError as error:  # also of the text encoding
+        raise UserError(f"{path}: is not JSON ({error}).") from error
 
 
 class Appended:

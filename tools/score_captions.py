@@ -12,10 +12,8 @@ Any of the files may be gzipped. The last line printed is JSON.
 """
 
 import argparse
-import gzip
 import json
 import sys
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +47,7 @@ def read_results(path: Path) -> tuple[Texts, Texts]:
 
 def read_tokenized(path: Path) -> tuple[Texts, Texts]:
     """Returns the caption of each image, and the references."""
-    content = _read_json(path)
+    content = files.read_json(path)
     try:
         captions, references = (
             {image: _texts(path, texts) for image, texts in content[key].items()}
@@ -114,7 +112,7 @@ def _read(args: argparse.Namespace) -> tuple[Texts, Texts, dict[str, Any]]:
 
 def _entries(path: Path, key: str) -> list[tuple[str, dict[str, Any]]]:
     """Returns (image, entry) of a list, or of the list `key` of an object."""
-    content = _read_json(path)
+    content = files.read_json(path)
     entries = content.get(key) if isinstance(content, dict) else content
     if not isinstance(entries, list) or not entries:
         found = ", ".join(content)[:50] if isinstance(content, dict) else repr(content)[:50]
@@ -140,18 +138,6 @@ def _text(path: Path, text: Any) -> str:
 
 def _some(images: list[str]) -> str:
     return f"image {images[0]}" if len(images) == 1 else f"{len(images)} images ({images[0]}, …)"
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        data = path.read_bytes()
-        return json.loads(gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file.") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read ({error}).") from error
-    except ValueError as error:  # also of the text encoding
-        raise UserError(f"{path}: is not JSON ({error}).") from error
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -3,10 +3,12 @@
 A source is a picklable sequence. `source[i]` is one example, as it is stored:
 
     {"image": bytes (an encoded file) | uint8 [H, W, 3], "captions": list[str] (may be empty),
-     "label": int (-1: none), "id": str}
+     "label": int (-1: none), "id": str, "question": str}
 
-and `source.class_names` lists the names of the labels (empty: none). A new kind of source is one
-new file with such a class and one entry in `_GENERATED`; everything stored goes through TFDS.
+and `source.class_names` lists the names of the labels (empty: none). A question (missing or "":
+none) is what the captions answer; then label and class names are those of kinds of questions. A new
+kind of source is one new file with such a class and one entry in `_GENERATED`; everything stored
+goes through TFDS.
 """
 
 import bisect
@@ -28,7 +30,7 @@ from cap_pretrain.errors import UserError, did_you_mean
 
 Example = dict[str, Any]
 
-DEFAULT_FIELDS = {"image": "image", "captions": "captions", "label": "label", "id": "id"}
+DEFAULT_FIELDS = {name: name for name in ("image", "captions", "label", "id", "question")}
 """Which feature of a stored dataset holds what; "a/b" is feature b inside of feature a."""
 
 _GENERATED = {"scenes": "cap_pretrain.data.scenes:Scenes"}
@@ -200,6 +202,7 @@ class TfdsSource:
                 "captions": [_text(c) for c in np.atleast_1d(np.asarray(captions, object))],
                 "label": int(values.get("label", -1)),
                 "id": _text(values.get("id", index)),
+                "question": _text(values.get("question", "")),
             }
         except Exception as error:  # whatever the readers stumble over in the bytes of the file
             shard = self._shards[bisect.bisect_right(self._ends, index)]

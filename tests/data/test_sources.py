@@ -94,6 +94,7 @@ def test_records_are_as_stored(data_dir):
             "captions": [f"caption {i}", "naïve Ü"],
             "label": i % 2,
             "id": f"id{i}",
+            "question": "",
         }
     assert seen == set(range(10))
 
@@ -146,7 +147,8 @@ def test_fields_can_be_elsewhere(data_dir):
 def test_what_a_dataset_lacks_has_a_neutral_value(data_dir):
     source = read(data_dir / "one_caption")
     assert source.class_names == []
-    assert source[3] == {"image": source[3]["image"], "captions": [], "label": -1, "id": "3"}
+    neutral = {"captions": [], "label": -1, "id": "3", "question": ""}
+    assert source[3] == {"image": source[3]["image"], **neutral}
 
 
 def test_a_pickled_source_reads_the_same_and_carries_no_data(data_dir):
@@ -242,4 +244,4 @@ def test_impossible_mixtures_are_refused(text):
 
 
 def test_default_fields_are_those_the_builders_write():
-    assert DEFAULT_FIELDS == {k: k for k in ("image", "captions", "label", "id")}
+    assert DEFAULT_FIELDS == {k: k for k in ("image", "captions", "label", "id", "question")}

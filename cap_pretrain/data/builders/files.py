@@ -1,10 +1,12 @@
 """Image files by name, out of a folder or a zip."""
 
+import collections
 import functools
 import os
+import posixpath
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -58,6 +60,35 @@ def image_names(files: Files) -> list[str]:
     if not names:
         raise UserError(f"{files.path}: no images in it ({', '.join(sorted(_IMAGE_SUFFIXES))}).")
     return names
+
+
+class Finder:
+    """Files as annotations call them: by name, or by base name, since archives often add a folder.
+
+    What several base names stand for, none is called.
+
+    Args:
+        where: folders and zips; of files of one name in several of them, the first counts.
+        key: makes of a base name what annotations call the file; None keeps it.
+    """
+
+    def __init__(self, where: Sequence[Files], key: Callable[[str], str] | None = None):
+        self._named: dict[str, Files] = {}
+        for files in where:
+            self._named = dict.fromkeys(files.names(), files) | self._named
+        called = collections.defaultdict(list)
+        for name in self._named:
+            base = posixpath.basename(name)
+            if not base.startswith("."):  # such as macOS's resource forks
+                called[key(base) if key else base].append(name)
+        self._called = {call: names[0] for call, names in called.items() if len(names) == 1}
+
+    def read(self, name: str) -> bytes:
+        """Returns a file's bytes; raises FileNotFoundError or another of READ_ERRORS."""
+        found = name if name in self._named else self._called.get(posixpath.basename(name))
+        if found is None:
+            raise FileNotFoundError(name)
+        return self._named[found].read(found)
 
 
 class _Folder:
