@@ -27,7 +27,6 @@ from cap_pretrain.errors import UserError, did_you_mean
 from cap_pretrain.models import build
 from cap_pretrain.models.layers import ACTIVATIONS, REMAT_POLICIES
 from cap_pretrain.models.sizes import Size
-from cap_pretrain.plateau import Plateau
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 CHOICES = {

@@ -57,7 +57,15 @@ def options(config: ConfigDict) -> Any:
 
 
 def build(config: ConfigDict, vocab_size: int, key: jax.Array) -> nnx.Module:
-    """Builds the learner of `config`, with fresh parameters drawn from `key`."""
+    """Builds the learner of `config`, with fresh parameters drawn from `key`.
+
+    Its encoder, and every BatchNorm in it, is told whether `optim.lr_rules` leave all of its
+    parameters as they are. If so it is `frozen`, and computes as in evaluation in training, too:
+    nothing is dropped, and the statistics are those it came with and do not move.
+
+    Raises:
+      UserError: the config cannot be built.
+    """
     cls = learner_class(config.learner.name)
     learner = cls.from_config(config, vocab_size, nnx.Rngs(params=key))
     for path, module in nnx.iter_modules(learner):
