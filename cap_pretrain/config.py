@@ -108,10 +108,10 @@ def default() -> ConfigDict:
     c.model.activation = "gelu_tanh"
     # What the encoder's layer normalisations add to the variance.
     c.model.norm_eps = 1e-6
-    # Attention kernel: xla, cudnn (fused, NVIDIA GPUs, half precision), auto (cudnn where it runs).
     # A ResNet's first convolution: imagenet (7 x 7, stride 2, then a max pooling), small (3 x 3, for
     # images as of CIFAR).
     c.model.stem = "imagenet"
+    # Attention kernel: xla, cudnn (fused, NVIDIA GPUs, half precision), auto (cudnn where it runs).
     c.model.attention = "auto"
     # What is kept for the backward pass: none (recompute nothing), full, dots, dots_no_batch.
     c.model.remat = "none"
