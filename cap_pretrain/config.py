@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from cap_pretrain import evals, learners, optim
 from cap_pretrain.data import words
 from cap_pretrain.data.scenes import ScenesOptions
-from cap_pretrain.data.sources import parse_mixture
+from cap_pretrain.data.sources import DEFAULT_FIELDS, parse_mixture
 from cap_pretrain.errors import UserError, did_you_mean
 from cap_pretrain.models import build
 from cap_pretrain.models.layers import ACTIVATIONS, REMAT_POLICIES
@@ -134,9 +134,7 @@ def default() -> ConfigDict:
     # Where TFDS looks for datasets given by name; "" is its own default (~/tensorflow_datasets).
     c.data.dir = ""
     # Names of the features in a stored dataset; nested ones as "captions/text".
-    c.data.fields = ConfigDict(
-        {"image": "image", "captions": "captions", "label": "label", "id": "id"}
-    )
+    c.data.fields = ConfigDict(DEFAULT_FIELDS)
     # Side in pixels. The recipe resizes to 224 x 224, ignoring the aspect ratio.
     c.data.image_size = 224
     # "none" resizes the whole image; "random" crops a random part (area 0.08 to 1) first, and

@@ -9,6 +9,9 @@ for beam search B * beams, the captions of an image side by side. The cache is w
 likes, for beam search a pair `(own, shared)`: the leaves of `own` are [R, ...], a row a caption,
 and move when one caption takes the place of another; `shared` stays where it is. What is large
 belongs there: see `models/text.py`, where no keys and values are ever moved.
+
+Captions may begin with a prompt, tokens that are given (see `decode`). For all methods that is one
+thing: a step that gives those tokens all of the probability.
 """
 
 import dataclasses
@@ -92,6 +95,7 @@ def decode(
     eos: int,
     pad: int = 0,
     keys: jax.Array | None = None,
+    prompt: jax.Array | None = None,
 ) -> jax.Array:
     """Captions by the method `how` says.
 
@@ -105,17 +109,37 @@ def decode(
       eos: the token that ends a caption; it is kept in the result.
       pad: what follows the end.
       keys: random keys [B], for sampling.
+      prompt: int32 [B, length], the tokens that each caption begins with, then `pad`; they hold
+        neither `pad` nor `eos`. They cost no log-probability and do not count as tokens where that
+        is normalised by their number.
 
     Returns:
-      int32 [B, length].
+      int32 [B, length], the prompt included.
     """
+    given: jax.Array | int = 0
+    if prompt is not None:
+        step = prompted(step, jnp.repeat(prompt, how.rows, axis=0), pad)
+        given = jnp.sum(prompt != pad, axis=1)
     common = dict(batch=batch, length=length, start=start, eos=eos, pad=pad)
     if how.method == "greedy":
         return greedy(step, cache, **common)
     if how.method == "beam":
-        return beam_search(step, cache, beams=how.beams, length_norm=how.length_norm, **common)
+        options = dict(beams=how.beams, length_norm=how.length_norm, given=given)
+        return beam_search(step, cache, **options, **common)
     restrict = dict(temperature=how.temperature, top_k=how.top_k, top_p=how.top_p)
     return sample(step, cache, keys, **restrict, **common)
+
+
+def prompted(step: Step, prompt: jax.Array, pad: int) -> Step:
+    """A step that predicts, for certain, the tokens of prompt [R, length] where it is not `pad`."""
+
+    def prompted_step(tokens: jax.Array, position: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+        logits, cache = step(tokens, position, cache)
+        given = jax.lax.dynamic_index_in_dim(prompt, position, axis=1)  # [R, 1]
+        certain = jnp.where(jnp.arange(logits.shape[-1]) == given, 0.0, -jnp.inf)
+        return jnp.where(given == pad, logits, certain), cache
+
+    return prompted_step
 
 
 def greedy(
@@ -223,6 +247,7 @@ def beam_search(
     *,
     beams: int,
     length_norm: float = 1.0,
+    given: jax.Array | int = 0,
     batch: int,
     length: int,
     start: int,
@@ -241,8 +266,12 @@ def beam_search(
     incomplete ones are followed up. The search of an image ends when `beams` captions were put
     aside, or when no unfinished one can beat the best of them any more: log p only falls, so it
     ends with at most log p / length ** length_norm. With one beam, that is greedy.
+
+    Of `given` tokens (int32 [B]) that each caption begins with, n and `length` do not count.
     """
     wide = 2 * beams  # at most `beams` of these end
+    given = jnp.reshape(given, (-1, 1))
+    most = (length - given) ** length_norm
 
     def unfinished(carry):
         position, *_, done, _ = carry
@@ -264,7 +293,8 @@ def beam_search(
         ended = token == eos
         ends = (ended | (position == length - 1)) & (jnp.arange(wide) < beams) & (score > -jnp.inf)
         ends = ends & ~done[:, None]
-        final = jnp.where(ends, score, -jnp.inf) / (position + 1.0) ** length_norm
+        count = jnp.maximum(position + 1.0 - given, 1.0)  # of nothing that ends before
+        final = jnp.where(ends, score, -jnp.inf) / count**length_norm
         winner = jnp.argmax(final, axis=1)[:, None]
         caption = _of_row(tokens, jnp.take_along_axis(parent, winner, axis=1))[:, 0]
         caption = caption.at[:, position].set(jnp.take_along_axis(token, winner, axis=1)[:, 0])
@@ -280,7 +310,7 @@ def beam_search(
         own = jax.tree.map(lambda leaf: _moved(leaf, parent), own)
 
         complete = complete + jnp.sum(ends, axis=1)
-        hope = jnp.max(scores, axis=1) / float(length) ** length_norm
+        hope = jnp.max(scores / most, axis=1)
         done = done | (complete >= beams) | (hope <= best_score)
         return position + 1, tokens, scores, best, best_score, complete, done, (own, shared)
 

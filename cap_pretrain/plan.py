@@ -23,6 +23,7 @@ def abstract_batch(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
     everything = {
         "image": jax.ShapeDtypeStruct((b, s, s, 3), np.uint8),
         "text": jax.ShapeDtypeStruct((b, t), np.int32),
+        "prompt": jax.ShapeDtypeStruct((b,), np.int32),
         "label": jax.ShapeDtypeStruct((b,), np.int32),
     }
     return {k: everything[k] for k in learners.learner_class(config.learner.name).reads}

@@ -22,8 +22,8 @@ import numpy as np
 from absl import flags
 
 from cap_pretrain.data import images
-from cap_pretrain.data.sources import Source
-from cap_pretrain.data.tokenizers import SentencePieceTokenizer
+from cap_pretrain.data.sources import Example, Source
+from cap_pretrain.data.tokenizers import SentencePieceTokenizer, encode_answer
 from cap_pretrain.errors import UserError, did_you_mean
 
 BROKEN_IN_A_ROW = 100
@@ -70,7 +70,9 @@ def train_dataset(
     Returns:
         A dataset of dicts, b = B / hosts:
             image: uint8 [b, S, S, 3].
-            text: int32 [b, T], one of the image's captions; all 0 when it has none.
+            text: int32 [b, T], one of the image's captions; all 0 when it has none. Where captions
+                answer a question, that comes before (see `tokenizers.encode_answer`).
+            prompt: int32 [b], how many tokens of `text` are the question's, 0 without one.
             label: int32 [b], -1 when there is none.
             index: int64 [b], the position drawn, in the concatenation of the sources.
             broken: bool [b], whether the image at that position does not decode, so that the
@@ -243,10 +245,9 @@ class _TrainRow(grain.transforms.RandomMap):
             except images.ImageError as error:
                 reason = error
                 continue
-            captions = example["captions"]
             return {
                 "image": images.flip(image) if self._flip and side < 0.5 else image,
-                "text": _text(captions, int(which_caption * len(captions)), self._tokenizer),
+                **_text(example, which_caption, self._tokenizer),
                 "label": np.int32(example["label"]),
                 "index": np.int64(position),
                 "broken": np.bool_(skipped > 0),
@@ -279,6 +280,7 @@ class _EvalRow:
         row = {
             "image": np.zeros((self._size, self._size, 3), np.uint8),
             "text": np.zeros(self._tokenizer.max_len, np.int32),
+            "prompt": np.int32(0),
             "label": np.int32(0),
             "index": np.int64(0),
             "broken": np.bool_(False),
@@ -287,7 +289,7 @@ class _EvalRow:
         if position >= self.count:
             return row
         example = self._source[position]
-        row["text"] = _text(example["captions"], 0, self._tokenizer)
+        row |= _text(example, 0.0, self._tokenizer)
         row["label"] = np.int32(example["label"])
         row["index"] = np.int64(position)
         try:
@@ -312,11 +314,12 @@ def square(
     return images.center_crop(image, size) if crop == "center" else images.resize(image, size)
 
 
-def _text(captions: Sequence[str], which: int, tokenizer: SentencePieceTokenizer) -> np.ndarray:
-    """Returns int32 [T], the ids of one of the captions; zeros when there are none."""
-    if not captions:
-        return np.zeros(tokenizer.max_len, np.int32)
-    return tokenizer.encode(captions[which])
+def _text(example: Example, where: float, tokenizer: SentencePieceTokenizer) -> Row:
+    """Returns `text` and `prompt` of a row, with the caption at `where`, of [0, 1), in its list."""
+    captions = example["captions"]
+    caption = captions[int(where * len(captions))] if captions else None
+    ids, given = encode_answer(tokenizer, example.get("question", ""), caption)
+    return {"text": ids, "prompt": np.int32(given)}
 
 
 def _check_not_empty(source: Source) -> None:

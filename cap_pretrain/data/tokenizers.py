@@ -116,6 +116,30 @@ class SentencePieceTokenizer:
         return SentencePieceTokenizer, (self._path, self.max_len, self._lower)
 
 
+def encode_answer(tokenizer, question: str, answer: str | None) -> tuple[np.ndarray, int]:
+    """Encodes a text to be learned after a question that is given.
+
+    Args:
+        tokenizer: any; its `encode` ends a text with EOS and pads it.
+        question: at most half of the row is its; "": none, and the row is that of the answer alone.
+        answer: None: there is none, and not even EOS.
+
+    Returns:
+        int32 [max_len]: the question's ids without EOS, the answer's with EOS, which is kept where
+        they are cut, then padding; and how many ids are the question's.
+    """
+    pad, length = tokenizer.pad_id, tokenizer.max_len
+    ids = np.zeros(length, np.int32) if answer is None else tokenizer.encode(answer)
+    if not question or not length:
+        return ids, 0
+    given = tokenizer.encode(question)
+    given = given[: min(np.sum(given != pad) - 1, length // 2)]
+    ids = np.concatenate([given, ids])[:length]
+    if ids[-1] != pad:
+        ids[-1] = tokenizer.eos_id
+    return ids, len(given)
+
+
 def train_sentencepiece(
     captions: Iterable[str],
     out_dir: str | os.PathLike,
@@ -200,10 +224,16 @@ def train_sentencepiece(
 
 
 def source_captions(source, limit: int | None = None) -> Iterator[str]:
-    """Yields every caption of a source, or of `limit` examples spread evenly over it."""
+    """Yields every caption of a source, or of `limit` examples spread evenly over it.
+
+    Where captions answer a question, that comes before them.
+    """
     count = len(source) if limit is None else min(limit, len(source))
     for i in range(count):
-        yield from source[i * len(source) // count]["captions"]
+        example = source[i * len(source) // count]
+        if question := example.get("question"):
+            yield question
+        yield from example["captions"]
 
 
 def _load(path: str) -> sentencepiece.SentencePieceProcessor:

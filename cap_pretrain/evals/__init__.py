@@ -32,6 +32,7 @@ REGISTRY = {
     "captions": "cap_pretrain.evals.captions:Captions",
     "caption_scores": "cap_pretrain.evals.caption_scores:CaptionScores",
     "scene_captions": "cap_pretrain.evals.scene_captions:SceneCaptions",
+    "question_answers": "cap_pretrain.evals.question_answers:QuestionAnswers",
     "perplexity": "cap_pretrain.evals.perplexity:Perplexity",
     "zero_shot": "cap_pretrain.evals.zero_shot:ZeroShot",
     "retrieval": "cap_pretrain.evals.retrieval:Retrieval",
@@ -123,7 +124,8 @@ class Context:
             for batch in batches:
                 if self.stop():
                     raise Interrupted
-                arrays = {k: batch[k] for k in ("image", "text", "label", "mask", "index")}
+                read = ("image", "text", "prompt", "label", "mask", "index")
+                arrays = {k: batch[k] for k in read}
                 arrays["index"] = arrays["index"].astype(np.int32)
                 yield partition.put_batch(arrays, self.mesh), batch
         finally:

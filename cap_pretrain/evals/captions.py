@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -24,6 +25,7 @@ def write_captions(
     length: int,
     eos: int,
     keys: jax.Array | None = None,
+    prompt: jax.Array | None = None,
 ) -> jax.Array:
     """A captioner's captions of uint8 images [B, H, W, 3]: int32 [B, length]; see `decode`."""
     return decode(
@@ -35,11 +37,12 @@ def write_captions(
         start=PAD,
         eos=eos,
         keys=keys,
+        prompt=prompt,
     )
 
 
 class Captioning:
-    """Captions of the examples of a source, in batches under one `jax.jit`.
+    """Captions of the examples of a source, or answers to their questions, in batches.
 
     Args:
       context: what evaluators work with.
@@ -69,22 +72,25 @@ class Captioning:
             context.config.seed,
         )
 
-        def caption(learner, images, index):
-            keys = jax.vmap(lambda i: rng.key(seed, i, "captions"))(index)
-            return write_captions(learner, images, how, length=length, eos=eos, keys=keys)
+        def caption(learner, batch):
+            keys = jax.vmap(lambda i: rng.key(seed, i, "captions"))(batch["index"])
+            given = jnp.arange(length) < batch["prompt"][:, None]
+            prompt = jnp.where(given, batch["text"], PAD)
+            return write_captions(
+                learner, batch["image"], how, length=length, eos=eos, keys=keys, prompt=prompt
+            )
 
         self._caption = context.jit(caption)
         self._gather = context.jit(lambda _, arrays: arrays)
 
     def __call__(self, variables) -> Iterator[tuple[int, str]]:
-        """Yields (index in the source, caption), in order."""
+        """Yields (index in the source, caption without the question), in order."""
         for batch, _ in self._context.batches(self._source, self._batch_size, self._limit):
-            tokens = self._caption(variables, batch["image"], batch["index"])
-            where = self._gather(variables, {k: batch[k] for k in ("index", "mask")})
-            tokens, where = jax.device_get((tokens, where))
-            for ids, index, real in zip(tokens, where["index"], where["mask"], strict=True):
+            tokens = self._caption(variables, batch)
+            where = self._gather(variables, [batch[k] for k in ("index", "prompt", "mask")])
+            for ids, index, given, real in zip(*jax.device_get([tokens, *where]), strict=True):
                 if real:
-                    yield int(index), self._context.tokenizer.decode(ids)
+                    yield int(index), self._context.tokenizer.decode(ids[given:])
 
 
 class Captions:
@@ -125,11 +131,13 @@ class Captions:
         for index, caption in self._captioning(variables):
             example = self._source[index]
             references = list(example["captions"])
-            sample = {"index": index, "id": example["id"], "caption": caption}
-            samples.append(sample | {"references": references})
+            question = example.get("question", "")
+            sample = {"index": index, "id": example["id"]}
+            sample |= {"question": question} if question else {}
+            samples.append(sample | {"caption": caption, "references": references})
             if len(samples) <= self._options.shown:
                 pictures.append((pipeline.square(example["image"], size, "none"), caption))
-                lines.append(f"{example['id']}: {caption}")
+                lines.append(f"{example['id']}: {question and question + ' '}{caption}")
                 lines += [f"    reference: {reference}" for reference in references[:1]]
         captions = [sample["caption"] for sample in samples]
         figures = {

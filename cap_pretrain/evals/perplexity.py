@@ -17,7 +17,8 @@ class Perplexity:
     A token is a piece of the tokenizer, EOS included, so perplexity and bits per token compare
     captioners with one tokenizer only. Bits per byte and per character compare any two: the bits of
     whole captions, EOS included, over the length of the text that the tokens stand for (lower-cased
-    if the tokenizer does that; its end has no length).
+    if the tokenizer does that; its end has no length). A question that is answered by captions is
+    given: it is read and does not count.
     """
 
     @dataclasses.dataclass(frozen=True)
@@ -59,29 +60,35 @@ class Perplexity:
             )
 
     def __call__(self, variables) -> Result:
-        nats, tokens, texts, images = [], [], [], 0
+        nats, tokens, texts, images, full = [], [], [], 0, 0
         for where, encoded in self._scoring.batches(variables, self._source, self._options.limit):
             rows = np.flatnonzero(where["mask"])
-            captions = [self._source[int(where["index"][row])]["captions"] for row in rows]
+            examples = [self._source[int(where["index"][row])] for row in rows]
+            captions = [example["captions"] for example in examples]
             if not any(captions):
                 continue
+            questions = [e.get("question", "") for e in examples for _ in e["captions"]]
             images += sum(map(bool, captions))
             # All captions of an image side by side, and padding, which has no tokens, after them.
             there = np.zeros((len(where["mask"]), max(map(len, captions))), bool)
             for row, own in zip(rows, captions, strict=True):
                 there[row, : len(own)] = True
-            flat = self._scoring.encode([caption for own in captions for caption in own])
+            flat, given = self._scoring.encode_answers(questions, sum(captions, []))
             text = np.zeros((*there.shape, flat.shape[1]), np.int32)
-            text[there] = flat
-            nats.append(-self._scoring.compare(variables, encoded, text)[there])
-            tokens.append(np.sum(flat != 0, axis=1))
-            texts += [self._context.tokenizer.decode(ids) for ids in flat]
+            prompts = np.zeros(there.shape, np.int32)
+            text[there], prompts[there] = flat, given
+            nats.append(-self._scoring.compare(variables, encoded, text, prompts)[there])
+            lengths = np.sum(flat != 0, axis=1)
+            tokens.append(lengths - given)
+            full += int(np.sum(lengths == self._context.config.text.length))
+            decode = self._context.tokenizer.decode
+            texts += [decode(ids[n:]) for ids, n in zip(flat, given, strict=True)]
         if not texts:
             raise UserError(f"evals: perplexity found no caption in {self._source}.")
-        return self._result(np.concatenate(nats), np.concatenate(tokens), texts, images)
+        return self._result(np.concatenate(nats), np.concatenate(tokens), texts, images, full)
 
     def _result(
-        self, nats: np.ndarray, tokens: np.ndarray, texts: list[str], images: int
+        self, nats: np.ndarray, tokens: np.ndarray, texts: list[str], images: int, full: int
     ) -> Result:
         total, count = math.fsum(nats), int(np.sum(tokens))  # in float64, in whatever batches
         bits = total / math.log(2)
@@ -104,6 +111,6 @@ class Perplexity:
             "bytes": size,
             "characters": characters,
             # Which may have been cut to fit.
-            "captions_of_full_length": int(np.sum(tokens == config.text.length)),
+            "captions_of_full_length": full,
         }
         return Result(figures, details)

@@ -18,6 +18,7 @@ from flax import nnx
 
 from cap_pretrain import partition
 from cap_pretrain.data import sources
+from cap_pretrain.data.tokenizers import encode_answer
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals import Context, Interrupted
 
@@ -78,7 +79,17 @@ class Scoring:
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """Returns the texts as int32 [n, T], for captioners no longer than the longest of them."""
-        tokens = np.stack([self._context.tokenizer.encode(text) for text in texts])
+        return self._cut(np.stack([self._context.tokenizer.encode(text) for text in texts]))
+
+    def encode_answers(
+        self, questions: Sequence[str], answers: Sequence[str]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """As `encode`, with the question before each answer, and int32 [n], how long that is."""
+        pairs = zip(questions, answers, strict=True)
+        rows, given = zip(*(encode_answer(self._context.tokenizer, *p) for p in pairs), strict=True)
+        return self._cut(np.stack(rows)), np.array(given, np.int32)
+
+    def _cut(self, tokens: np.ndarray) -> np.ndarray:
         if not self.has_prior:
             return tokens  # whose encoder reads padding, too
         longest = int(np.max(np.sum(tokens != 0, axis=1)))
@@ -115,13 +126,20 @@ class Scoring:
             parts.append(self._text_features(variables, self._put(part)))
         return np.concatenate(jax.device_get(parts))[: len(tokens)]
 
-    def compare(self, variables: Any, images: jax.Array, texts: np.ndarray) -> np.ndarray:
+    def compare(
+        self,
+        variables: Any,
+        images: jax.Array,
+        texts: np.ndarray,
+        prompts: np.ndarray | None = None,
+    ) -> np.ndarray:
         """Returns the scores float32 [B, C].
 
         Args:
           variables: of the learner.
           images: features [B, ...] of a batch.
           texts: features [C, ...], the same texts for each image, or [B, C, ...], its own.
+          prompts: int32 [C] or [B, C], for captioners: the leading tokens that are given.
 
         Raises:
           Interrupted: the run is to stop.
@@ -134,8 +152,10 @@ class Scoring:
         for start in range(0, count, size):
             if self._context.stop():
                 raise Interrupted
-            part = texts[..., start : start + size, :]
-            scores.append(self._compare(variables, images, self._put(_padded(part, size, axis))))
+            parts = [texts[..., start : start + size, :]]
+            parts += [] if prompts is None else [prompts[..., start : start + size]]
+            put = [self._put(_padded(part, size, axis)) for part in parts]
+            scores.append(self._compare(variables, images, *put))
         return np.concatenate(jax.device_get(scores), axis=1)[:, :count]
 
     def prior(self, variables: Any, tokens: np.ndarray) -> np.ndarray:

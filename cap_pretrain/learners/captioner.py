@@ -28,6 +28,9 @@ class Captioner(nnx.Module):
     With CapPa, each training example is, with probability `parallel_fraction`, predicted in
     parallel: every input is the mask token and there is no causal mask, so each token must come
     from the image and its position. Otherwise, and always in evaluation, it is autoregressive.
+
+    Texts may begin with a prompt, such as a question, which is given: it is read, also where the
+    rest is predicted in parallel, and is no part of any loss, accuracy or likelihood.
     """
 
     @dataclasses.dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Captioner(nnx.Module):
                     f"learner.average: {self.average!r} is neither 'example' nor 'token'."
                 )
 
-    reads = ("image", "text")
+    reads = ("image", "text", "prompt")
     sum_over_batch = True
 
     def __init__(
@@ -106,6 +109,7 @@ class Captioner(nnx.Module):
         text: jax.Array,
         parallel: jax.Array | None = None,
         *,
+        prompt: jax.Array | int = 0,
         key: jax.Array | None = None,
     ) -> jax.Array:
         """Logits [B * C, T, V] of every token of `text` int32 [B * C, T].
@@ -114,12 +118,17 @@ class Captioner(nnx.Module):
           encoded: [B, N, D] tokens of the encoder.
           text: the tokens to be predicted, C texts for each image, side by side.
           parallel: bool [B], which examples are predicted in parallel (default: none).
+          prompt: int32 [B], the leading tokens of each text that these read nevertheless.
           key: for dropout.
         """
         inputs = shift_right(text)
         mask = jnp.tril(jnp.ones((text.shape[1],) * 2, bool))[None, None]
         if parallel is not None:
-            inputs = jnp.where(parallel[:, None], self.decoder.vocab_size, inputs)
+            # Inputs are shifted: the last token of the prompt is read at its end.
+            prompt = jnp.reshape(prompt, (-1, 1))
+            read = (jnp.arange(text.shape[1]) <= prompt) & (prompt > 0)
+            masked = parallel[:, None] & ~read
+            inputs = jnp.where(masked, self.decoder.vocab_size, inputs)
             mask = mask | parallel[:, None, None, None]
         positions = self.text_positions[: text.shape[1]]
         return self.decoder(inputs, positions, encoded, mask, key=key)
@@ -127,19 +136,21 @@ class Captioner(nnx.Module):
     def loss(
         self, batch: dict[str, jax.Array], key: jax.Array, train: bool
     ) -> tuple[jax.Array, dict[str, Any]]:
-        """Cross-entropy of the captions; padding and masked examples do not count."""
-        text = batch["text"]
+        """Cross-entropy of the captions; prompts, padding and masked examples do not count."""
+        text, prompt = batch["text"], batch.get("prompt", 0)
         parallel_key, encoder_key, decoder_key = jax.random.split(key, 3)
         encoded = self.encode(batch["image"], train=train, key=encoder_key).tokens
         parallel = None
         if train and self.options.parallel_fraction:
             p = self.options.parallel_fraction
             parallel = jax.random.bernoulli(parallel_key, p, (len(text),))
-        logits = self.predict(encoded, text, parallel, key=decoder_key if train else None)
+        key = decoder_key if train else None
+        logits = self.predict(encoded, text, parallel, prompt=prompt, key=key)
 
-        weights = (text != PAD).astype(jnp.float32)
+        learned = is_learned(text, prompt)
+        weights = learned.astype(jnp.float32)
         examples = batch.get("mask", jnp.ones(len(text), bool)).astype(jnp.float32)
-        examples = examples * jnp.any(text != PAD, axis=1)
+        examples = examples * jnp.any(learned, axis=1)
         weights = weights * examples[:, None]
         nll = token_loss(logits, text, self.options.label_smoothing if train else 0.0)
         by_token = self.options.average == "token"
@@ -168,7 +179,9 @@ class Captioner(nnx.Module):
         """text int32 [..., T] -> what `compare` wants of it: the text itself."""
         return text
 
-    def compare(self, encoded: jax.Array, text: jax.Array) -> jax.Array:
+    def compare(
+        self, encoded: jax.Array, text: jax.Array, prompt: jax.Array | int = 0
+    ) -> jax.Array:
         """Log-likelihoods [B, C] float32, in nats, of texts as captions of encoded images.
 
         Summed over the tokens of a text, EOS included, padding not; always autoregressive.
@@ -176,11 +189,12 @@ class Captioner(nnx.Module):
         Args:
           encoded: [B, N, D] tokens of the encoder.
           text: int32 [C, T], the same texts for each image, or [B, C, T], its own.
+          prompt: int32 [C] or [B, C], how many leading tokens of each text are given.
         """
         text = jnp.broadcast_to(text, (len(encoded), *text.shape[-2:]))
         flat = text.reshape(-1, text.shape[-1])
-        nll = token_loss(self.predict(encoded, flat), flat, smoothing=0.0)
-        return -jnp.sum(nll * (flat != PAD), axis=-1).reshape(text.shape[:2])
+        nll = token_loss(self.predict(encoded, flat), flat, smoothing=0.0).reshape(text.shape)
+        return -jnp.sum(nll * is_learned(text, prompt), axis=-1)
 
     def score(self, images: jax.Array, text: jax.Array) -> jax.Array:
         """uint8 images [B, H, W, 3], text int32 [B, C, T] -> log-likelihoods [B, C]."""
@@ -195,6 +209,11 @@ class Captioner(nnx.Module):
     ) -> tuple[jax.Array, Cache]:
         """Logits [B * beams, V] of what follows `tokens` int32 [B * beams] at `position`; cache."""
         return self.decoder.step(tokens, position, self.text_positions[...], cache)
+
+
+def is_learned(text: jax.Array, prompt: jax.Array | int = 0) -> jax.Array:
+    """Which tokens of text [..., T] are predicted: neither padding nor of the prompt, [...]."""
+    return (text != PAD) & (jnp.arange(text.shape[-1]) >= jnp.expand_dims(prompt, -1))
 
 
 def token_loss(logits: jax.Array, labels: jax.Array, smoothing: float) -> jax.Array:

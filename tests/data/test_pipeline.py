@@ -95,6 +95,7 @@ def test_a_batch_holds_what_it_says(build, tokenizer):
     assert {name: (x.shape, x.dtype.name) for name, x in batch.items()} == {
         "image": ((8, SIZE, SIZE, 3), "uint8"),
         "text": ((8, 8), "int32"),
+        "prompt": ((8,), "int32"),
         "label": ((8,), "int32"),
         "index": ((8,), "int64"),
         "broken": ((8,), "bool"),

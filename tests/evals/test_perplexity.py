@@ -113,7 +113,7 @@ def test_limit_takes_the_first_images(captioner, measured):
 def test_bytes_are_those_of_utf8(captioner):
     context, _ = captioner
     evaluator = Perplexity(context, Perplexity.Options())
-    result = evaluator._result(np.array([math.log(2) * 6]), np.array([3]), ["žába"], 1)
+    result = evaluator._result(np.array([math.log(2) * 6]), np.array([3]), ["žába"], 1, 0)
     assert result.figures["bits_per_byte"] == pytest.approx(1.0)
     assert result.figures["bits_per_character"] == pytest.approx(1.5)
     assert result.figures["perplexity"] == pytest.approx(4.0)
