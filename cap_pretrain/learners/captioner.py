@@ -122,7 +122,7 @@ class Captioner(nnx.Module):
           key: for dropout.
         """
         inputs = shift_right(text)
-        mask = jnp.tril(jnp.ones((text.shape[1],) * 2, bool))[None, None]
+        mask = causal(text.shape[1])
         if parallel is not None:
             # Inputs are shifted: the last token of the prompt is read at its end.
             prompt = jnp.reshape(prompt, (-1, 1))
@@ -200,6 +200,31 @@ class Captioner(nnx.Module):
         """uint8 images [B, H, W, 3], text int32 [B, C, T] -> log-likelihoods [B, C]."""
         return self.compare(self.image_features(images), self.text_features(text))
 
+    def attend(self, images: jax.Array, text: jax.Array, layer: int | None = -1) -> jax.Array:
+        """How much is seen of each part of the image for each token of its caption.
+
+        Args:
+          images: uint8 [B, H, W, 3].
+          text: int32 [B, T], read as in training; what is seen for padding means nothing.
+          layer: of the decoder, whose heads are averaged; None averages over all layers, too. The
+            last one is the default: in trained models, it tells objects apart best.
+
+        Returns:
+          float32 [B, T, N], of which every [N] sums to 1: the encoder's tokens.
+
+        Raises:
+          UserError: there is no such layer.
+        """
+        depth, length = self.decoder.size.depth, text.shape[1]
+        if layer is not None and not -depth <= layer < depth:
+            raise UserError(
+                f"attention: there is no layer {layer}; the decoder has 0 to {depth - 1}."
+            )
+        encoded, positions = self.encode(images).tokens, self.text_positions[:length]
+        args = (shift_right(text), positions, encoded, causal(length))
+        by_layer = jnp.mean(self.decoder.attention(*args), axis=2)
+        return jnp.mean(by_layer, axis=0) if layer is None else by_layer[layer]
+
     def init_decoding(self, images: jax.Array, beams: int = 1) -> Cache:
         """uint8 images [B, H, W, 3] -> the cache that `decoding` carries along."""
         return self.decoder.init_cache(self.encode(images).tokens, len(self.text_positions), beams)
@@ -209,6 +234,11 @@ class Captioner(nnx.Module):
     ) -> tuple[jax.Array, Cache]:
         """Logits [B * beams, V] of what follows `tokens` int32 [B * beams] at `position`; cache."""
         return self.decoder.step(tokens, position, self.text_positions[...], cache)
+
+
+def causal(length: int) -> jax.Array:
+    """Which positions may look at which: bool [1, 1, T, T], each at itself and those before."""
+    return jnp.tril(jnp.ones((length, length), bool))[None, None]
 
 
 def is_learned(text: jax.Array, prompt: jax.Array | int = 0) -> jax.Array:

@@ -190,6 +190,15 @@ class Attention(nnx.Module):
         out = jax.nn.dot_product_attention(query, keys, values, mask=mask, implementation=kind)
         return self.out(out.reshape(x.shape))
 
+    def weights(self, x: jax.Array, context: jax.Array) -> jax.Array:
+        """What each of x [B, T, D] takes of each of context [B, S, E]: [B, heads, T, S] float32.
+
+        To look at: `attend` computes the same in whatever kernel is fastest, and gives no weights.
+        """
+        query, keys = self._split_heads(self.query(x)), self._split_heads(self.key(context))
+        logits = jnp.einsum("bthd,bshd->bhts", query, keys, preferred_element_type=jnp.float32)
+        return jax.nn.softmax(logits * query.shape[-1] ** -0.5, axis=-1)
+
     def __call__(
         self, x: jax.Array, context: jax.Array | None = None, mask: jax.Array | None = None
     ) -> jax.Array:

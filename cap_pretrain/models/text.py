@@ -62,6 +62,11 @@ class DecoderBlock(nnx.Module):
         x = constrain(x + dropout(seen, self.rate, k2))
         return constrain(x + dropout(self.mlp(self.norm3(x)), self.rate, k3))
 
+    def attention(self, x: jax.Array, encoded: jax.Array, mask: jax.Array) -> jax.Array:
+        """How `__call__` looks at the image where there is one text for each: [B, heads, T, N]."""
+        x = x + self.self_attention(self.norm1(x), mask=mask)
+        return self.cross_attention.weights(self.norm2(x), encoded)
+
     def step(
         self,
         x: jax.Array,
@@ -188,8 +193,7 @@ class Decoder(nnx.Module):
         Returns:
           logits [B * C, T, V] float32.
         """
-        x = embed(self.embedding, tokens, self.compute)
-        x = constrain(x + positions.astype(x.dtype))
+        x = self._read(tokens, positions)
         keys, _ = layer_randomness(key, self.size.depth, self.compute)
         x, _ = scan_layers(
             self.blocks,
@@ -200,6 +204,30 @@ class Decoder(nnx.Module):
             compute=self.compute,
         )
         return self.logits(self.norm(x)).astype(jnp.float32)
+
+    def attention(
+        self, tokens: jax.Array, positions: jax.Array, encoded: jax.Array, mask: jax.Array
+    ) -> jax.Array:
+        """How each layer looks at the image where there is one text for each.
+
+        Args:
+          tokens, positions, encoded, mask: as for `__call__`.
+
+        Returns:
+          float32 [depth, B, heads, T, N], of which every [N] sums to 1.
+        """
+
+        def look(block, x, _):
+            return block(x, encoded, mask, None), block.attention(x, encoded, mask)
+
+        x = self._read(tokens, positions)
+        kwargs = dict(depth=self.size.depth, compute=self.compute)
+        return scan_layers(self.blocks, look, x, None, **kwargs)[1]
+
+    def _read(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+        """tokens int32 [B, T], positions [T, D] -> what the first layer reads, [B, T, D]."""
+        x = embed(self.embedding, tokens, self.compute)
+        return constrain(x + positions.astype(x.dtype))
 
     def init_cache(self, encoded: jax.Array, length: int, beams: int = 1) -> Cache:
         """Returns the cache of `length` positions for `beams` captions of each image.
