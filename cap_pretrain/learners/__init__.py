@@ -29,6 +29,7 @@ from cap_pretrain.models.encoder import ImageEncoder
 
 REGISTRY = {
     "captioner": "cap_pretrain.learners.captioner:Captioner",
+    "recurrent": "cap_pretrain.learners.recurrent:Recurrent",
     "dual_encoder": "cap_pretrain.learners.dual_encoder:DualEncoder",
     "classifier": "cap_pretrain.learners.classifier:Classifier",
     "encoder": "cap_pretrain.learners.encoder:Encoder",
