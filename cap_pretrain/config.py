@@ -142,6 +142,9 @@ def default() -> ConfigDict:
     c.data.crop = "none"
     # Mirror half of the images. Captions that say left and right become wrong.
     c.data.flip = False
+    # Every batch is of captions with as many tokens; an epoch is each caption once, not each image
+    # (see cap_pretrain/data/buckets.py).
+    c.data.buckets = False
     # Worker processes that prepare batches; 0 uses threads of the training process.
     c.data.workers = 0
     # The embedded dataset `scenes`.
@@ -317,9 +320,15 @@ def validate(config: ConfigDict) -> None:
     if config.text.tokenizer and not Path(config.text.tokenizer).is_file():
         raise UserError(f"text.tokenizer: there is no file {config.text.tokenizer!r}.")
     words.Rules(**config.text.words)
-    parse_mixture(config.data.name)
+    members = parse_mixture(config.data.name)
     cls = learners.learner_class(config.learner.name)
     learners.options(config)
+    if config.data.buckets and (len(members) > 1 or "text" not in cls.reads):
+        what = f"the mixture {config.data.name}" if len(members) > 1 else config.learner.name
+        raise UserError(
+            f"data.buckets: is for learning from the captions of one dataset, not for {what}; set "
+            "data.buckets=False."
+        )
     if config.accumulate > 1 and not cls.sum_over_batch:
         raise UserError(
             f"accumulate: {config.accumulate} would change the loss of a {config.learner.name}, "

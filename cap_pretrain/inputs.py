@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from cap_pretrain import files, learners
-from cap_pretrain.data import pipeline, sources, subset, tokenizers, words
+from cap_pretrain.data import buckets, pipeline, sources, subset, tokenizers, words
 from cap_pretrain.data.sources import Source
 from cap_pretrain.errors import UserError
 
@@ -127,12 +127,15 @@ def _captions(mixture: Mixture, limit: int | None = None) -> Iterator[str]:
         yield from tokenizers.source_captions(source, limit)
 
 
-def expected_vocab_size(config: ConfigDict, mixture: Mixture) -> int:
-    """The vocabulary that `prepare_tokenizer` will give; pieces to be trained as many as asked."""
-    if not config.text.tokenizer and config.text.kind != "words":
-        return config.text.vocab_size
+def planned_tokenizer(config: ConfigDict, mixture: Mixture) -> tokenizers.Tokenizer | None:
+    """What `prepare_tokenizer` will give; None for pieces to be trained, as many as asked for.
+
+    For batches of one length these are trained, too, as the number of batches depends on them.
+    """
+    if not (config.text.tokenizer or config.text.kind == "words" or config.data.buckets):
+        return None
     with tempfile.TemporaryDirectory() as folder:
-        return prepare_tokenizer(config, mixture, Path(folder), anew=True).vocab_size
+        return prepare_tokenizer(config, mixture, Path(folder), anew=True)
 
 
 def tokenizer_identity(workdir: Path) -> dict[str, str]:
@@ -144,10 +147,45 @@ def tokenizer_identity(workdir: Path) -> dict[str, str]:
     return {name: hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
+def in_buckets(
+    config: ConfigDict, mixture: Mixture, tokenizer: tokenizers.Tokenizer | None
+) -> Mixture:
+    """Returns the mixture as it is, or with `data.buckets` its captions, a member for each length.
+
+    Every record is read once.
+    """
+    if not (config.data.buckets and mixture):
+        return mixture
+    return [(group, 1.0) for source, _ in mixture for group in buckets.by_length(source, tokenizer)]
+
+
+def examples_an_epoch(config: ConfigDict, mixture: Mixture) -> int:
+    """Examples of an epoch of a mixture that went through `in_buckets`."""
+    if config.data.buckets and mixture:
+        return _order(config, mixture).batches * config.batch_size
+    return sum(len(source) for source, _ in mixture)
+
+
+def describe_buckets(config: ConfigDict, mixture: Mixture) -> list[str]:
+    """What people should know of a mixture that went through `in_buckets`, in lines."""
+    if not (config.data.buckets and mixture):
+        return []
+    return [buckets.describe([source for source, _ in mixture], config.batch_size)]
+
+
+def _order(config: ConfigDict, mixture: Mixture) -> buckets.Order | None:
+    if not config.data.buckets:
+        return None
+    return buckets.Order([source for source, _ in mixture], config.batch_size, config.seed)
+
+
 def training_batches(
     config: ConfigDict, mixture: Mixture, tokenizer: tokenizers.Tokenizer
 ) -> grain.MapDataset:
-    """The dataset whose element t is this host's slice of batch t."""
+    """The dataset whose element t is this host's slice of batch t.
+
+    The mixture went through `in_buckets`.
+    """
     return pipeline.train_dataset(
         mixture,
         tokenizer,
@@ -156,6 +194,7 @@ def training_batches(
         seed=config.seed,
         crop=config.data.crop,
         flip=config.data.flip,
+        order=_order(config, mixture),
         host=jax.process_index(),
         hosts=jax.process_count(),
     )

@@ -79,10 +79,11 @@ def run(config: ConfigDict, workdir: Path, allow_changes: Sequence[str] = ()) ->
     is_main = jax.process_index() == 0
     mixture = inputs.open_sources(config) if configs.trains(config) else []
     config = inputs.count_classes(config, mixture)
-    schedule = make_schedule(config, epoch=sum(len(source) for source, _ in mixture))
     files.make_workdir(workdir)
     changes = allowed_changes(config, workdir, allow_changes)
     tokenizer = inputs.prepare_tokenizer(config, mixture, workdir, anew=not saved_steps(workdir))
+    mixture = inputs.in_buckets(config, mixture, tokenizer)
+    schedule = make_schedule(config, epoch=inputs.examples_an_epoch(config, mixture))
 
     rate = learning_rate(config, schedule)
     idle = not schedule.total and not saved_steps(workdir)  # which are read as they were saved
@@ -100,6 +101,8 @@ def run(config: ConfigDict, workdir: Path, allow_changes: Sequence[str] = ()) ->
     )
     progress.say(telemetry.parameter_table(abstract.params))
     progress.say(f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}")
+    for line in inputs.describe_buckets(config, mixture):
+        progress.say(line)
     step_flops = 0.0
     if schedule.total:
         progress.say(f"MFU is relative to {peak.source}" if peak.flops else peak.source)
@@ -232,12 +235,13 @@ def dry_run(config: ConfigDict, workdir: Path) -> str:
     files.make_workdir(workdir)
     mixture = inputs.open_sources(config) if configs.trains(config) else []
     config = inputs.count_classes(config, mixture)
-    schedule = make_schedule(config, epoch=sum(len(source) for source, _ in mixture))
-    vocab_size = inputs.expected_vocab_size(config, mixture)
+    tokenizer = inputs.planned_tokenizer(config, mixture)
+    mixture = inputs.in_buckets(config, mixture, tokenizer)
+    schedule = make_schedule(config, epoch=inputs.examples_an_epoch(config, mixture))
     rate = learning_rate(config, schedule)
     made = plan.make_plan(
         config,
-        vocab_size=vocab_size,
+        vocab_size=tokenizer.vocab_size if tokenizer else config.text.vocab_size,
         total_steps=schedule.total,
         make_optimizer=functools.partial(make_optimizer, config, rate, idle=not schedule.total),
     )

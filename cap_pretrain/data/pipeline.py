@@ -13,8 +13,9 @@ import itertools
 import multiprocessing
 import os
 import signal
+import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import grain
@@ -32,7 +33,7 @@ BROKEN_IN_A_ROW = 100
 DEFAULT_THREADS = max(1, min(16, (os.cpu_count() or 2) // 2))
 """Half of the cores: the other half is for the training itself."""
 
-_ORDER, _DRAW = 0, 1  # purposes of derived seeds
+_ORDER, _DRAW = 0, 1  # purposes of derived seeds; `buckets` has others
 
 Batch = dict[str, np.ndarray]
 Row = dict[str, Any]
@@ -47,6 +48,7 @@ def train_dataset(
     seed: int,
     crop: Literal["none", "random"] = "none",
     flip: bool = False,
+    order: Callable[[int], int] | None = None,
     host: int = 0,
     hosts: int = 1,
 ) -> grain.MapDataset:
@@ -65,6 +67,8 @@ def train_dataset(
         crop: "none" squashes the whole image to S x S, the recipe's choice; "random" is a random
             resized crop.
         flip: mirror half of the images.
+        order: row of the run -> position in the concatenation of the sources, in place of shuffling
+            and mixing them by weight (see `buckets.Order`).
         host, hosts: which slice of how many; the slices in host order make up the global batch.
 
     Returns:
@@ -86,13 +90,16 @@ def train_dataset(
     load = _TrainRow([s for s, _ in sources], tokenizer, image_size, crop, flip)
     # Positions are shuffled and mixed, and only then loaded: an example's random numbers depend on
     # its place in the run alone, whatever member it comes from.
-    members = [
-        grain.MapDataset.range(start, stop).shuffle(seed=_derive(seed, _ORDER, k)).repeat()
-        for k, (start, stop) in enumerate(itertools.pairwise(load.bounds))
-    ]
+    if order is not None:
+        positions = grain.MapDataset.range(sys.maxsize).map(order)
+    else:
+        members = [
+            grain.MapDataset.range(start, stop).shuffle(seed=_derive(seed, _ORDER, k)).repeat()
+            for k, (start, stop) in enumerate(itertools.pairwise(load.bounds))
+        ]
+        positions = grain.MapDataset.mix(members, [weight for _, weight in sources])
     return (
-        grain.MapDataset.mix(members, [weight for _, weight in sources])
-        .random_map(load, seed=_derive(seed, _DRAW))
+        positions.random_map(load, seed=_derive(seed, _DRAW))
         .batch(per_host, drop_remainder=True)
         .slice(slice(host, None, hosts))
     )
