@@ -43,6 +43,7 @@ def test_a_run_is_judged_again_as_it_judged_itself(workdir, tmp_path, capsys):
         json.loads((folder / "evals" / "val" / f"{step}.json").read_text())
         for folder, step in ((workdir, 2), (tmp_path, 0))
     )
+    assert again.pop("weights") == f"step 2 of {workdir}"
     assert {**again, "step": 2} == own  # by the average, on the same data
     assert [line["step"] for line in toy.lines(tmp_path)] == [0]
 

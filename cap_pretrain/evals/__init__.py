@@ -100,6 +100,14 @@ class Context:
         """Opens a split of a dataset; by default the run's own evaluation split."""
         return inputs.open_data(self.config, split or self.config.data.eval_split, data)
 
+    def named(self, split: str = "", data: str = "") -> dict[str, str]:
+        """What a result says of `source` with the same arguments."""
+        section = self.config.data
+        return {
+            "dataset": data or sources.parse_mixture(section.name)[0][0],
+            "split": split or section.eval_split,
+        }
+
     def batches(self, source: sources.Source, batch_size: int, limit: int | None = None):
         """Iterates over `(batch on the devices, the same batch on this host)`, each example once.
 
@@ -165,10 +173,12 @@ class Suite:
       context: what they work with.
       workdir: where the results go, as `evals/NAME/STEP.json`.
       write: whether this host writes them.
+      weights: what is judged without having been trained here, as "step 300 of runs/cappa".
     """
 
-    def __init__(self, context: Context, workdir: Path, *, write: bool = True):
+    def __init__(self, context: Context, workdir: Path, *, write: bool = True, weights: str = ""):
         self._context, self._workdir, self._write = context, workdir, write
+        self._weights = {"weights": weights} if weights else {}
         self._built: dict[str, Any] = {}
 
     def run(
@@ -176,29 +186,32 @@ class Suite:
     ) -> Iterator[tuple[str, Result]]:
         """Runs those whose turn it is; yields each one's name and result at once.
 
-        Those in `done` are passed over, if their result was made with the present options.
+        Those in `done` are passed over, if their result was made with the present options, of the
+        same weights.
         """
         for name, section in self._context.config.evals.items():
             path = self._workdir / "evals" / name / f"{step}.json"
-            if (section.when == "end" and not end) or (name in done and _made_with(section, path)):
+            if (section.when == "end" and not end) or (name in done and self._made(section, path)):
                 continue
             if name not in self._built:
                 cls = evaluator_class(section.evaluator)
                 self._built[name] = cls(self._context, options(name, section))
             result = self._built[name](variables)
             if self._write:
-                write_result(path, section, step, result)
+                write_result(path, section, step, result, **self._weights)
             yield name, result
 
+    def _made(self, section: ConfigDict, path: Path) -> bool:
+        """Whether the result at `path` is that of these options and weights."""
+        if not path.exists():
+            return False
+        found = json.loads(path.read_text(encoding="utf-8"))
+        options = json.loads(json.dumps(section.to_dict()))
+        return found["options"] == options and found.get("weights") == self._weights.get("weights")
 
-def _made_with(section: ConfigDict, path: Path) -> bool:
-    if not path.exists():
-        return False
-    options = json.loads(path.read_text(encoding="utf-8"))["options"]
-    return options == json.loads(json.dumps(section.to_dict()))
 
-
-def write_result(path: Path, section: Mapping, step: int, result: Result) -> None:
+def write_result(path: Path, section: Mapping, step: int, result: Result, **about: str) -> None:
     """Writes a result as JSON, completely or not at all; raises OSError as `files.write_text`."""
-    content = {"step": step, "options": section.to_dict(), **result.figures, **result.details}
+    content = {"step": step, "options": section.to_dict(), **about}
+    content |= {**result.figures, **result.details}
     files.write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")

@@ -53,8 +53,7 @@ class Accuracy:
             )
         details = {
             "protocol": f"the class with the highest logit; {ranking.TIES}",
-            "dataset": self._options.data or self._context.config.data.name,
-            "split": self._options.split or self._context.config.data.eval_split,
+            **self._context.named(self._options.split, self._options.data),
             "images": len(labels),
             "classes": classes,
         }

@@ -45,7 +45,9 @@ class Labelled(NamedTuple):
 
 
 class Features:
-    """The features of a labelled source, in its order, without the images that do not decode.
+    """The features of a labelled source, in its order.
+
+    Images that do not decode or have no label are left out.
 
     `WORKDIR/features/` has one file for each source and layer, with the features that the last
     weights gave and what they depend on.
@@ -59,7 +61,7 @@ class Features:
       batch_size: images a batch; a matter of memory and speed alone.
 
     Raises:
-      UserError: the images have no labels.
+      UserError: the images have no labels, going by the first one.
     """
 
     def __init__(self, context: Context, source: Source, *, layer: str, batch_size: int):
@@ -104,6 +106,7 @@ class Features:
 
     def _computed(self, variables: Any) -> Labelled:
         found = Labelled(*self._encode(variables, self._source))
+        found = Labelled(*(part[found.labels >= 0] for part in found))
         if not np.isfinite(found.features).all():
             raise UserError(
                 f"evals: features ({self._layer}) of {self._source} are not finite; the encoder's "

@@ -42,14 +42,20 @@ class Loss:
     def __init__(self, context: Context, options: Options):
         self._context, self._options = context, options
         self._source = context.source(options.split, options.data)
+        over = "examples"
+        if not context.graphdef.nodes[0].type.sum_over_batch:
+            over = f"batches of {options.batch_size}, weighted by their examples"
+        named = context.named(options.split, options.data)
+        self._details = {"protocol": f"the learner's own loss, its mean over {over}", **named}
         self._loss = context.jit(_loss_and_metrics)
         self._unigram: dict[str, float] | None = None
 
     def __call__(self, variables) -> Result:
         totals: dict[str, float] = {}
-        weight_sum = 0.0
+        weight_sum, examples = 0.0, 0
         for batch, _ in self._batches():
             figures = {k: float(v) for k, v in jax.device_get(self._loss(variables, batch)).items()}
+            examples += int(figures.pop("examples"))
             weight = figures.pop("loss_weight")
             weight_sum += weight
             for name, value in figures.items():
@@ -59,7 +65,7 @@ class Loss:
             if self._unigram is None:
                 self._unigram = {"unigram_loss": self._unigram_loss()}
             figures |= self._unigram
-        return Result(figures, {"examples": min(len(self._source), self._limit or 10**18)})
+        return Result(figures, self._details | {"examples": examples})
 
     @property
     def _limit(self) -> int | None:
@@ -89,4 +95,5 @@ class Loss:
 def _loss_and_metrics(learner, batch):
     # Evaluation draws nothing, but the signature wants a key.
     loss, metrics = learner.loss(batch, jax.random.key(0), train=False)
-    return {"loss": loss, "loss_weight": jnp.sum(batch["mask"]), **metrics}
+    examples = jnp.sum(batch["mask"])
+    return {"loss": loss, "loss_weight": examples, **metrics, "examples": examples}

@@ -75,10 +75,11 @@ class Splits:
     """
 
     def __init__(self, context: Context, options: Options, validation: str | None = None):
-        self._options, self._config, self._validation = options, context.config, validation
+        self._options, self._validation = options, validation
+        self._named = context.named(options.split, options.data)
         self._names = {
             "train": options.train_split or context.config.data.split,
-            "test": options.split or context.config.data.eval_split,
+            "test": self._named["split"],
         }
         if validation:
             self._names["validation"] = validation
@@ -119,8 +120,7 @@ class Splits:
         """What a result says of how it came about."""
         return {
             "protocol": protocol,
-            "dataset": self._options.data or self._config.data.name,
-            "split": self._names["test"],
+            **self._named,
             "train_split": self._names["train"],
             "chosen_on": self._validation
             or (f"{HELD_OUT:.0%} of train" if self._validation == "" else None),
@@ -152,10 +152,13 @@ def held_out(labels: np.ndarray, seed: int) -> np.ndarray:
 def standing(scores: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
     """How many classes score higher than the right one, and how many others the same.
 
+    What is not a number counts as higher, so that a classifier that has diverged is never right.
+
     scores [N, K], labels [N] -> int32 [N] each.
     """
     own = jnp.take_along_axis(scores, labels[:, None], axis=1)
-    return jnp.sum(scores > own, axis=1), jnp.sum(scores == own, axis=1) - 1
+    tied = jnp.sum(scores == own, axis=1) - 1
+    return jnp.sum(~(scores <= own), axis=1), jnp.maximum(tied, 0)
 
 
 def figures(

@@ -171,10 +171,7 @@ class Scoring:
 
     def details(self, data: str, split: str) -> dict[str, str]:
         """What a result says of its data (options; "" is the run's own) and of the scores."""
-        section = self._context.config.data
-        return {
-            "dataset": data or sources.parse_mixture(section.name)[0][0],
-            "split": split or section.eval_split,
+        return self._context.named(split, data) | {
             "score": "log-likelihood, nats" if self.has_prior else "cosine",
             "blank_image": f"grey, {BLANK} of 255" if self.has_prior else "none",
         }

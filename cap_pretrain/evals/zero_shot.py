@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cap_pretrain.data import subset
 from cap_pretrain.data.scenes import Scenes
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals import Context, Result, ranking
@@ -49,7 +50,8 @@ class ZeroShot:
             takes seven built-in ones; for `scenes`, openings of its captions.
           batch_size: images a batch.
           pairs: (image, caption) pairs that a captioner scores at once.
-          limit: at most so many images, the first ones; 0 is all.
+          limit: at most so many images, drawn at random but always the same, since many a dataset
+            lies class by class; 0 is all.
         """
 
         data: str = ""
@@ -63,8 +65,9 @@ class ZeroShot:
     def __init__(self, context: Context, options: Options):
         self._context, self._options = context, options
         self._scoring = Scoring(context, batch_size=options.batch_size, pairs=options.pairs)
-        self._source = context.source(options.split, options.data)
-        self.classes, self.templates = prompts(self._source, options.classes, options.templates)
+        source = context.source(options.split, options.data)
+        self.classes, self.templates = prompts(source, options.classes, options.templates)
+        self._source = subset.sample(source, options.limit, seed=0)
         texts = [
             template.replace("{}", name) for name in self.classes for template in self.templates
         ]
@@ -74,7 +77,7 @@ class ZeroShot:
         rule = self._captioner_rules if self._scoring.has_prior else self._dual_encoder_rule
         texts, scores_of = rule(variables)
         labels, standings = [], {}
-        for where, images in self._scoring.batches(variables, self._source, self._options.limit):
+        for where, images in self._scoring.batches(variables, self._source, limit=0):
             real = where["mask"] & (where["label"] >= 0)
             label = where["label"][real]
             if np.any(label >= len(self.classes)):

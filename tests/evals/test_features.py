@@ -48,6 +48,12 @@ def test_every_image_counts_once_in_order_and_broken_ones_not_at_all(encoded, la
     np.testing.assert_array_equal(found.labels, [SOURCE[i]["label"] for i in WHOLE])
 
 
+def test_images_without_a_label_are_left_out(encoded):
+    pictures = Pictures(labels=[1, -1, 0, 2])
+    found = features(encoded[0], "pixels", pictures)(encoded[1])
+    assert found.labels.tolist() == [1, 0, 2] and len(found.features) == 3
+
+
 def test_the_batch_size_does_not_change_a_bit(encoded):
     made, variables, _ = encoded
     small, large = (features(made, batch_size=size)(variables) for size in (1, 64))

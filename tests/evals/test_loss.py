@@ -36,7 +36,12 @@ def test_the_batch_size_and_padding_do_not_matter(captioner):
     results = [measured(captioner, batch_size=size) for size in (3, 5, 13)]
     for result in results:
         assert result.figures.keys() == {"loss", "token_accuracy"}
-        assert result.details == {"examples": 13}
+        assert result.details == {
+            "protocol": "the learner's own loss, its mean over examples",
+            "dataset": "scenes",
+            "split": "val",
+            "examples": 13,
+        }
         for name, value in result.figures.items():
             np.testing.assert_allclose(value, results[0].figures[name], rtol=1e-5, err_msg=name)
     assert not math.isclose(results[0].figures["loss"], math.log(100), rel_tol=0.01)
@@ -44,7 +49,7 @@ def test_the_batch_size_and_padding_do_not_matter(captioner):
 
 def test_limit_takes_the_first_examples(captioner):
     whole, limited = measured(captioner, batch_size=5), measured(captioner, batch_size=5, limit=7)
-    assert limited.details == {"examples": 7}
+    assert limited.details["examples"] == 7
     assert limited.figures["loss"] != whole.figures["loss"]
     context, variables = captioner
     source = context.source()

@@ -172,6 +172,16 @@ def test_options_that_cannot_be(make, said):
         make()
 
 
+def test_what_is_not_a_number_is_never_right():
+    scores = np.zeros((4, 8), np.float32)
+    scores[0] = np.nan
+    scores[1, 1:] = np.nan
+    scores[2, 0] = np.nan
+    scores[3, 0] = 1
+    figures = probing.figures(scores, np.zeros(4, np.int32))
+    assert figures == {"top1": 0.25, "top5": 0.25, "mean_per_class": 0.25}
+
+
 def test_too_few_images_to_hold_out_any():
     made, variables = context(Coloured(8, 4), TEST)
     with pytest.raises(UserError, match="too few to hold out 10%.*validation_split"):

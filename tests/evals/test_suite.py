@@ -54,6 +54,18 @@ def test_each_runs_in_its_turn_and_is_built_once(suite):
     assert dict(s.run(40, 1.0, end=False, done={"often"})).keys() == {"often"}  # not there
 
 
+def test_other_weights_are_judged_anew(suite, tmp_path):
+    def judged(weights):
+        ran = suite(weights=weights).run(0, 1.0, end=True, done={"often", "last"})
+        return sorted(name for name, _ in ran)
+
+    assert judged("step 300 of a") == ["last", "often"]
+    assert judged("step 300 of a") == []
+    assert judged("step 600 of a") == ["last", "often"]
+    found = json.loads((tmp_path / "evals/often/0.json").read_text(encoding="utf-8"))
+    assert found["weights"] == "step 600 of a"
+
+
 def test_each_result_is_there_before_the_next_is_begun(suite, tmp_path):
     results = suite().run(30, 1.0, end=True)
     assert Fake.built == 0 and next(results)[0] == "last"

@@ -55,6 +55,16 @@ def test_broken_images_and_those_without_label_do_not_count(templates):
     assert result.details["images"] == 3 and result.figures["top1"] == 1.0
 
 
+def test_a_limit_takes_images_of_all_classes(templates):
+    pictures = stubs.Pictures(labels=[0] * 16 + [1] * 16, classes=CLASSES)
+    context, variables = stubs.context(stubs.Constant, pictures)
+    whole = ZeroShot(context, ZeroShot.Options(templates=templates))
+    part = ZeroShot(context, ZeroShot.Options(templates=templates, limit=8))
+    assert whole(variables).details["images"] == 32 and part(variables).details["images"] == 8
+    read = [part._source[i]["label"] for i in range(8)]
+    assert set(read) == {0, 1}
+
+
 def accuracy(scores, label):
     """Top-1 and top-5 of scores [n, K] without ties."""
     order = np.argsort(-scores, axis=1)
