@@ -273,23 +273,49 @@ def label_caption(labelling: str, name: str) -> str:
     return Wording(Random(0), synonyms=False).caption(claim, lead="")
 
 
-def mentions(caption: str) -> list[tuple[str | None, str | None]]:
-    """The (colour, shape) of each object a caption names, in order; None for what it leaves out.
+@dataclass(frozen=True, slots=True)
+class Mention:
+    """An object that a caption names; None is left unsaid.
+
+    `colour_at` and `shape_at` are where these words begin in the caption.
+    """
+
+    colour: str | None = None
+    shape: str | None = None
+    colour_at: int | None = None
+    shape_at: int | None = None
+
+    def fits(self, thing: Thing) -> bool:
+        """Whether it may be `thing` that is named."""
+        return Phrase(self.colour, self.shape).fits(thing)
+
+
+def find_mentions(caption: str) -> list[Mention]:
+    """The objects a caption names, in order.
 
     Synonyms are understood, upper case and punctuation ignored. A colour belongs to the shape
     after it, with nothing but words for size and pattern in between.
     """
-    found: list[tuple[str | None, str | None]] = []
-    colour = None
-    for word in [*re.findall(r"[^\W\d_]+", caption.lower()), ""]:
+    found: list[Mention] = []
+    coloured = Mention()  # as yet without a shape
+    for match in re.finditer(r"[^\W\d_]+|$", caption.lower()):
+        word, at = match[0], match.start()
         if word in _SHAPE_OF or word in _WORDS["thing"]:
-            found.append((colour, _SHAPE_OF.get(word)))
-            colour = None
+            shape = _SHAPE_OF.get(word)
+            found.append(replace(coloured, shape=shape, shape_at=at if shape else None))
+            coloured = Mention()
         elif word not in _MODIFIERS:
-            if colour:
-                found.append((colour, None))
-            colour = _COLOUR_OF.get(word)
+            if coloured.colour:
+                found.append(coloured)
+            coloured = Mention()
+            if word in _COLOUR_OF:
+                coloured = Mention(_COLOUR_OF[word], colour_at=at)
     return found
+
+
+def mentions(caption: str) -> list[tuple[str | None, str | None]]:
+    """The (colour, shape) of each object a caption names: see `find_mentions`."""
+    return [(mention.colour, mention.shape) for mention in find_mentions(caption)]
 
 
 def names_every_object(scene: Scene, caption: str) -> bool:

@@ -71,6 +71,12 @@ class Thing:
         return self.colour, self.shape
 
     @property
+    def box(self) -> tuple[float, float, float, float]:
+        """Left, top, right, bottom of the square around its circle."""
+        x, y, radius = self.x, self.y, self.radius
+        return x - radius, y - radius, x + radius, y + radius
+
+    @property
     def size(self) -> str | None:
         """ "small", "big", or None when neither word would be used."""
         return "small" if self.radius < _SMALL else "big" if self.radius > _BIG else None

@@ -1,0 +1,159 @@
+"""Attention inside boxes, of learners whose attention is known."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from cap_pretrain import partition, step
+from cap_pretrain.data import words
+from cap_pretrain.data.scene_render import _RGB, render
+from cap_pretrain.data.scene_text import Mention, find_mentions
+from cap_pretrain.data.scene_world import COLOURS
+from cap_pretrain.data.scenes import Scenes
+from cap_pretrain.errors import UserError
+from cap_pretrain.evals import Context
+from cap_pretrain.evals.attention_mass import AttentionMass, covered
+from tests import toy
+from tests.evals import stubs
+from tests.layouts import on_eight_devices
+
+SIDE = 32
+GREY = (128, 128, 128)
+
+
+class Uniform(nnx.Module):
+    """Looks everywhere alike: the tokens of 5 x 5 patches."""
+
+    def attend(self, images, text):
+        return jnp.full((*text.shape, 25), 1 / 25)
+
+
+class Spotter(nnx.Module):
+    """At a word for a colour, looks at the pixels that are more like it than like any other."""
+
+    ids: list[int] = []  # of the words, in the order of COLOURS
+
+    def attend(self, images, text):
+        colours = jnp.array([*(_RGB[colour] for colour in COLOURS), GREY], jnp.float32)
+        pixels = images.reshape(len(images), -1, 1, 3).astype(jnp.float32)
+        nearest = jnp.argmin(jnp.sum((pixels - colours) ** 2, -1), -1)
+        attention = jnp.ones((*text.shape, SIDE * SIDE))
+        for k, word in enumerate(self.ids):
+            like = (nearest == k)[:, None] + 1e-6
+            attention = jnp.where((text == word)[..., None], like, attention)
+        return attention / attention.sum(-1, keepdims=True)
+
+
+@pytest.fixture
+def measure(tmp_path):
+    """Returns the evaluator's result for a learner, on scenes without synonyms or ornament."""
+
+    def measure(learner, batch_size=5, **fields):
+        plain = dict(synonyms=False, patterns=False, backgrounds=False, noise=0.0)
+        fields = plain | dict(length_val=23) | fields
+        fields = {f"data__scenes__{name}": value for name, value in fields.items()}
+        c = toy.config(data__image_size=SIDE, text__length=24, **fields)
+        captions = [text for i in range(50) for text in Scenes("val", SIDE)[i]["captions"]]
+        path = words.write_words(captions, tmp_path, words.Rules(min_count=1))
+        tokenizer = words.WordTokenizer(path, c.text.length)
+        Spotter.ids = [tokenizer.encode(colour)[0] for colour in COLOURS]
+        graphdef, *variables = step.split_learner(learner())
+        context = Context(c, graphdef, tokenizer, partition.make_mesh(c))
+        return AttentionMass(context, AttentionMass.Options(batch_size=batch_size))(variables)
+
+    return measure
+
+
+def test_looking_everywhere_is_chance(measure):
+    result = measure(Uniform)
+    for kind in ("", "_colour", "_shape"):
+        for figure in ("ratio", "others"):
+            assert result.figures[figure + kind] == pytest.approx(1, abs=1e-5)
+        assert result.figures["share" + kind] == pytest.approx(result.figures["area" + kind])
+    assert 10 < result.details["images"] <= 23
+    assert min(result.details["words"].values()) > 15
+
+
+def test_looking_at_what_is_named_is_far_above_it(measure):
+    result = measure(Spotter)
+    figures = result.figures
+    assert figures["share_colour"] > 0.85 and figures["ratio_colour"] > 3
+    assert figures["others_colour"] < 0.7  # now and then it has the same colour
+    assert figures["ratio_shape"] == pytest.approx(1, abs=1e-5)
+    assert figures["others_shape"] == pytest.approx(1, abs=1e-5)
+    assert f"{figures['share']:.1%} of the attention" in result.lines[0]
+
+
+def test_a_lone_object_has_no_others(measure):
+    figures = measure(Spotter, max_objects=1).figures
+    assert "others" not in figures and figures["share_colour"] > 0.95
+
+
+def test_batches_do_not_matter(measure):
+    first, second = measure(Spotter, batch_size=4), measure(Spotter, batch_size=40)
+    assert first.details == second.details
+    assert first.figures == pytest.approx(second.figures, rel=1e-6)
+
+
+def test_how_much_of_each_cell_is_in_a_box():
+    np.testing.assert_allclose(covered((0.25, 0.5, 1, 1), 2), [[0, 0], [0.5, 1]])
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        left, top = rng.uniform(0, 0.5, 2)
+        width, height = rng.uniform(0, 0.5, 2)
+        cells = covered((left, top, left + width, top + height), 3)
+        assert cells.min() >= 0 and cells.max() <= 1
+        assert cells.mean() == pytest.approx(width * height)
+
+
+def test_boxes_hold_the_objects():
+    source = Scenes("val", 64, backgrounds=False, max_objects=1)
+    for i in range(20):
+        scene = source.scene(i)
+        drawn = np.any(render(scene, 64, 0.0) != 128, axis=-1)
+        (thing,) = scene.things
+        inside = covered(thing.box, 64)
+        assert drawn.sum() > 0.2 * inside.sum()  # a thin cross has a fifth
+        assert inside[drawn].min() > 0
+
+
+def test_where_objects_are_named():
+    caption = "a tiny CRIMSON striped box over two shapes: a cobalt object and a ring"
+    assert find_mentions(caption) == [
+        Mention("red", "square", caption.index("CRIMSON"), caption.index("box")),
+        Mention("blue", None, caption.index("cobalt"), None),
+        Mention(None, "ring", None, caption.index("ring")),
+    ]
+
+
+def test_what_cannot_be_measured_is_told(tokenizer_path):
+    context, _ = stubs.small("dual_encoder", tokenizer_path)
+    with pytest.raises(UserError, match="of the kind DualEncoder pays none"):
+        AttentionMass(context, AttentionMass.Options())
+    context, _ = stubs.context(Uniform, stubs.Pictures(captions=[["a red circle"]]))
+    with pytest.raises(UserError, match="on the dataset `scenes` only"):
+        AttentionMass(context, AttentionMass.Options())
+
+
+def of_captioner(tokenizer_path, shape):
+    """The result for a captioner on a mesh of this shape."""
+    fields = {f"mesh__{axis}": n for axis, n in zip(("data", "fsdp", "tensor"), shape, strict=True)}
+    context, (params, stats) = stubs.small("captioner", tokenizer_path, **fields)
+    params["decoder"]["blocks"]["cross_attention"]["query"]["kernel"] *= 4
+    params = jax.device_put(params, partition.param_shardings(params, context.mesh))
+    variables = params, jax.device_put(stats, partition.replicated(context.mesh))
+    with jax.set_mesh(context.mesh), jax.transfer_guard("disallow"):
+        result = AttentionMass(context, AttentionMass.Options(batch_size=3))(variables)
+    assert not result.figures.keys() & result.details.keys()  # of one JSON object
+    return result.figures, result.details
+
+
+def test_one_device_and_eight_measure_the_same(tokenizer_path):
+    path = str(tokenizer_path)
+    figures, details = of_captioner(path, (1, 1, 1))
+    ((figures_8, details_8),) = on_eight_devices(of_captioner, [[path, (2, 2, 2)]])
+    assert details == details_8
+    assert abs(figures["ratio"] - 1) > 1e-3
+    assert figures == pytest.approx(figures_8, rel=1e-5)
