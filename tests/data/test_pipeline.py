@@ -217,6 +217,53 @@ def test_images_without_captions_have_empty_text(build):
     assert set(batch["label"]) <= set(range(9))
 
 
+class Asked(Numbers):
+    """Captions of even numbers answer a question; nobody has answered that about number 4."""
+
+    def __getitem__(self, i):
+        example, number = super().__getitem__(i), self._numbers[i]
+        if number % 2:
+            return example
+        captions = [] if number == 4 else example["captions"]
+        return example | {"question": f"{number} b", "captions": captions}
+
+
+def test_questions_come_before_their_answers(build, tokenizer):
+    def check(row):
+        number, prompt, text = int(row["label"]), int(row["prompt"]), row["text"]
+        if number % 2:
+            assert prompt == 0 and tokenizer.decode(text).split()[0] == str(number)
+            return
+        ids = tokenizer.encode(f"{number} b")
+        assert prompt == min((ids != 0).sum() - 1, 4)
+        np.testing.assert_array_equal(text[:prompt], ids[:prompt])
+        if number == 4:
+            assert not text[prompt:].any()
+        else:
+            assert any(
+                text[prompt:].tolist() == tokenizer.encode(f"{number} {c}")[: 8 - prompt].tolist()
+                for c in "abc"
+            )
+
+    # A mixture of captions and questions.
+    dataset = build([(Numbers(9, offset=1), 1.0), (Asked(9), 2.0)], crop="none")
+    batches = [dataset[t] for t in range(6)]
+    asked = 0
+    for batch in batches:
+        for n in range(8):
+            row = {key: values[n] for key, values in batch.items()}
+            if row["index"] >= 9:
+                check(row)
+                asked += row["prompt"] > 0
+            else:
+                assert row["prompt"] == 0
+    assert asked > 8
+    (batch,) = eval_batches(Asked(9), tokenizer, image_size=SIZE, batch_size=10)
+    for n in range(9):
+        check({key: values[n] for key, values in batch.items()})
+    assert batch["prompt"][9] == 0 and batch["prompt"].dtype == np.int32
+
+
 def test_a_neighbour_stands_in_for_a_broken_image(build):
     # 11 has to look past 0, back at the beginning, for a whole one.
     source = Numbers(12, broken=(3, 4, 11, 0))

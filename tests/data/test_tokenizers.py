@@ -9,7 +9,9 @@ import pytest
 import sentencepiece
 
 from cap_pretrain.data.tokenizers import (
+    NoText,
     SentencePieceTokenizer,
+    encode_answer,
     source_captions,
     train_sentencepiece,
 )
@@ -187,3 +189,31 @@ def test_the_t5_vocabulary_gives_its_published_ids():
     ids = tokenizer.encode("A dog runs across the grass.")
     np.testing.assert_array_equal(ids, [71, 1782, 3154, 640, 8, 5956, 5, 1, 0, 0])
     assert tokenizer.vocab_size == 32000
+
+
+def test_a_question_comes_before_its_answer_and_is_at_most_half(model_path):
+    tokenizer = SentencePieceTokenizer(model_path, max_len=16)
+    question, answer = (tokenizer.encode(text) for text in ("a red star", "blue"))
+    (q, a) = (int((ids != 0).sum()) for ids in (question, answer))
+    ids, given = encode_answer(tokenizer, "a red star", "blue")
+    assert given == q - 1 < 8 and ids.dtype == np.int32
+    np.testing.assert_array_equal(ids[:given], question[:given])
+    np.testing.assert_array_equal(ids[given:], answer[: 16 - given])
+
+    ids, given = encode_answer(tokenizer, "a red star " * 9, "blue")
+    assert given == 8 and ids[8 : 8 + a].tolist() == answer[:a].tolist()
+    ids, given = encode_answer(tokenizer, "a red star " * 9, "blue circle " * 9)
+    assert given == 8 and ids[-1] == tokenizer.eos_id and (ids != 0).all()
+    np.testing.assert_array_equal(ids[8:15], tokenizer.encode("blue circle " * 9)[:7])
+
+    ids, given = encode_answer(tokenizer, "", "blue")
+    assert given == 0 and ids.tolist() == answer.tolist()
+    ids, given = encode_answer(tokenizer, "a red star", None)
+    assert given == q - 1 and (ids != 0).sum() == given
+    ids, given = encode_answer(NoText(), "a red star", "blue")
+    assert given == 0 and ids.shape == (0,)
+
+
+def test_questions_are_text_too():
+    source = [{"captions": ["yes", "no"], "question": "is it?"}, {"captions": ["a dog"]}]
+    assert list(source_captions(source)) == ["is it?", "yes", "no", "a dog"]
