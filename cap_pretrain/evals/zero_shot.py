@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -162,8 +163,8 @@ def prompts(source, classes: str, templates: str) -> tuple[tuple[str, ...], tupl
     """Returns the names of the classes and the templates they go into; see `ZeroShot.Options`.
 
     Raises:
-      UserError: a dataset without class names, a file that cannot be read, another number of names
-        than classes, a template without {}.
+      UserError: a dataset without class names or with numbers in their place, a file that cannot be
+        read, another number of names than classes, a template without {}.
     """
     own = tuple(source.class_names)
     if classes:
@@ -177,6 +178,11 @@ def prompts(source, classes: str, templates: str) -> tuple[tuple[str, ...], tupl
         raise UserError(
             f"evals: zero_shot: {source} has no class names; name a dataset with labels, or give "
             "the names in a file (zero_shot.classes)."
+        )
+    elif all(re.fullmatch(r"n\d{8}", name) for name in own):
+        raise UserError(
+            f"evals: zero_shot: the classes of {source} are named as {own[0]}, by their numbers in "
+            "WordNet; give their names in words in a file (zero_shot.classes)."
         )
     else:
         names = source.class_captions if isinstance(source, Scenes) else own
