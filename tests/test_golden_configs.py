@@ -28,6 +28,10 @@ CASES = {
 WITH_ENCODER = {
     "evaluate": ("evaluate", "evals=loss+captions"),
     "coco_captioning": ("coco_captioning", None),
+    "coco_captioning-questions": (
+        "coco_captioning",
+        "data=data/coco:0.5+data/vqav2:0.5,tasks=captions+questions",
+    ),
     "linear_probe": ("linear_probe", None),
     "linear_probe-sgd": ("linear_probe", "protocol=sgd"),
     "finetune": ("finetune", "fraction=0.1"),

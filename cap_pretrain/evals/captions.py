@@ -10,7 +10,6 @@ from flax import nnx
 
 from cap_pretrain import rng
 from cap_pretrain.data import pipeline
-from cap_pretrain.data.sources import parse_mixture
 from cap_pretrain.decoding import Decoding, decode
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals import Context, Result
@@ -118,12 +117,8 @@ class Captions:
         self._captioning = Captioning(
             context, self._source, batch_size=options.count, limit=options.count, how=options
         )
-        config = context.config
-        self._details = {
-            "protocol": options.protocol,
-            "dataset": options.data or parse_mixture(config.data.name)[0][0],
-            "split": options.split or config.data.eval_split,
-        }
+        named = context.named(options.split, options.data)
+        self._details = {"protocol": options.protocol, **named}
 
     def __call__(self, variables) -> Result:
         size = self._context.config.data.image_size

@@ -5,7 +5,6 @@ import math
 
 import numpy as np
 
-from cap_pretrain.data.sources import parse_mixture
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals import Context, Result
 from cap_pretrain.evals.scoring import Scoring
@@ -100,11 +99,10 @@ class Perplexity:
             "bits_per_byte": bits / max(size, 1),
             "bits_per_character": bits / max(characters, 1),
         }
-        config, options = self._context.config, self._options
+        options = self._options
         details = {
             "protocol": "all captions of each image; every token counts the same, EOS included",
-            "dataset": options.data or parse_mixture(config.data.name)[0][0],
-            "split": options.split or config.data.eval_split,
+            **self._context.named(options.split, options.data),
             "images": images,
             "captions": len(texts),
             "tokens": count,

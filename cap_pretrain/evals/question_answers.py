@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from cap_pretrain.data.sources import parse_mixture
 from cap_pretrain.decoding import Decoding
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals import Context, Result
@@ -86,11 +85,10 @@ class QuestionAnswers:
             "distinct_share": len(counts) / len(answers),
             "commonest_share": times / len(answers),
         }
-        config, options = self._context.config, self._options
+        options = self._options
         details = {
             "protocol": f"{options.protocol}; {RULE}",
-            "dataset": options.data or parse_mixture(config.data.name)[0][0],
-            "split": options.split or config.data.eval_split,
+            **self._context.named(options.split, options.data),
             "questions": len(answers),
             "judged": sum(map(len, judged.values())),
             "judged_by_kind": {kind: len(judged[kind]) for kind in sorted(judged) if kind},
