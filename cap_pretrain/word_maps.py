@@ -51,14 +51,14 @@ def on_grid(attention: np.ndarray) -> np.ndarray:
     no part of the image and is left out.
 
     Raises:
-      UserError: the tokens are no square grid.
+      UserError: the tokens are no square grid, or there is but one.
     """
     count = attention.shape[-1]
     side = math.isqrt(count)
-    if count - side**2 not in (0, 1):
+    if side < 2 or count - side**2 > 1:
         raise UserError(
-            f"attention: the encoder's {count} tokens are no square grid, with or without one of "
-            "the class; take a run on square images."
+            f"attention: that to {count} tokens is no map of an image; it takes a square grid of "
+            "them, with or without one for the class before it."
         )
     attention = attention[..., count - side**2 :]
     maps = attention.reshape(*attention.shape[:-1], side, side).astype(np.float32)
@@ -68,10 +68,12 @@ def on_grid(attention: np.ndarray) -> np.ndarray:
 def word_maps(attention: np.ndarray, words: Sequence[Word]) -> np.ndarray:
     """Attention [T, N] -> a map for each word, [len(words), H, W]: the mean of its tokens'."""
     maps = on_grid(attention)
-    return np.stack([maps[list(word.tokens)].mean(0) for word in words])
+    return np.array([maps[list(word.tokens)].mean(0) for word in words]).reshape(
+        -1, *maps.shape[1:]
+    )
 
 
-def check_attends(learner: type, layer: int | None = None) -> None:
+def check_attends(learner: type, *, by_layer: bool = False) -> None:
     """Raises UserError if learners of this class have no attention, or none by layers."""
     attend = getattr(learner, "attend", None)
     if attend is None:
@@ -79,7 +81,7 @@ def check_attends(learner: type, layer: int | None = None) -> None:
             f"attention: a learner of the kind {learner.__name__} pays none to parts of the image "
             "for words of a text; take a captioner."
         )
-    if layer is not None and "layer" not in inspect.signature(attend).parameters:
+    if by_layer and "layer" not in inspect.signature(attend).parameters:
         raise UserError(
-            f"--layer: a {learner.__name__} has one attention, not one in each layer; leave it out."
+            f"attention: a {learner.__name__} has one, not one in each layer; leave the layer out."
         )

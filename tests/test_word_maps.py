@@ -73,6 +73,7 @@ def test_maps_of_words_are_means_over_their_tokens():
     maps = word_maps.word_maps(attention, [Word("a", 0, (0,)), Word("bc", 2, (1, 3))])
     assert maps.shape == (2, 3, 3)
     np.testing.assert_allclose(maps[0].ravel(), attention[0], rtol=1e-6)
+    assert word_maps.word_maps(attention, []).shape == (0, 3, 3)
     np.testing.assert_allclose(maps[1, 2, 0], (attention[1, 6] + attention[3, 6]) / 2, rtol=1e-6)
 
 
@@ -82,14 +83,14 @@ def test_the_class_is_no_part_of_the_image():
     assert not on_grid(attention)[1].any()
 
 
-@pytest.mark.parametrize("count", [3, 6, 8, 18])
+@pytest.mark.parametrize("count", [1, 2, 3, 6, 8, 18])
 def test_tokens_that_are_no_square_grid(count):
-    with pytest.raises(UserError, match=f"the encoder's {count} tokens are no square grid"):
+    with pytest.raises(UserError, match=f"that to {count} tokens is no map of an image"):
         on_grid(np.ones((2, count)) / count)
 
 
 def test_learners_without_attention_are_told():
-    word_maps.check_attends(Captioner, layer=1)
+    word_maps.check_attends(Captioner, by_layer=True)
     with pytest.raises(UserError, match="of the kind DualEncoder pays none"):
         word_maps.check_attends(DualEncoder)
 
@@ -98,5 +99,5 @@ def test_learners_without_attention_are_told():
             """Has no layers."""
 
     word_maps.check_attends(OneAttention)
-    with pytest.raises(UserError, match="--layer: a OneAttention has one attention"):
-        word_maps.check_attends(OneAttention, layer=0)
+    with pytest.raises(UserError, match="a OneAttention has one, not one in each layer"):
+        word_maps.check_attends(OneAttention, by_layer=True)

@@ -2,10 +2,12 @@
 
     python tools/caption.py --checkpoint runs/cappa photo.jpg scan.tif
     python tools/caption.py --checkpoint runs/cappa --method beam --json *.jpg
+    python tools/caption.py --checkpoint runs/vqa --question "How many dogs are there?" photo.jpg
 
 A line is the file's name and its caption, or why it has none: "NAME: not captioned: REASON". With
---json it is an object with "image" and "caption" or "error". The newest sound checkpoint is used,
-its averaged parameters if there are any.
+--json it is an object with "image" and "caption" or "error". With --question the caption is the
+answer to it, of a run that has learned to answer (see configs/coco_captioning.py). The newest sound
+checkpoint is used, its averaged parameters if there are any.
 
 Exit status: 0 every file has a caption; 1 some have none; 2 there is no captioner to use, or an
 option is wrong, and nothing was captioned.
@@ -15,77 +17,25 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 from absl import logging
-from flax import nnx
+from ml_collections import ConfigDict
 
-from cap_pretrain import rng
-from cap_pretrain.data import images, pipeline
+from cap_pretrain.captioning import Captioner, captioner, read_image
 from cap_pretrain.decoding import Decoding
 from cap_pretrain.errors import UserError
-from cap_pretrain.evals.captions import write_captions
-from cap_pretrain.pretrained import Learner, load_learner
-
-Captioner = Callable[[np.ndarray], list[str]]
-
-
-def read(path: str, size: int, crop: str) -> np.ndarray | str:
-    """Returns the image as the run saw its own, uint8 [size, size, 3], or why there is none."""
-    try:
-        return pipeline.square(Path(path).read_bytes(), size, crop)
-    except images.ImageError as error:
-        return str(error)
-    except OSError as error:
-        return error.strerror or str(error)
-
-
-def captioner(learner: Learner, how: Decoding, batch_size: int, seed: int) -> Captioner:
-    """Returns a function from at most `batch_size` images [n, S, S, 3] to their captions.
-
-    Raises:
-      UserError: the learner writes no captions.
-    """
-    config, tokenizer, graphdef, variables = learner
-    if not hasattr(graphdef.nodes[0].type, "decode_step"):
-        raise UserError(
-            f"--checkpoint: is one of a {config.learner.name}, which writes no captions."
-        )
-
-    @jax.jit
-    def write(variables, pixels, keys):
-        return write_captions(
-            nnx.merge(graphdef, *variables),
-            pixels,
-            how,
-            length=config.text.length,
-            eos=tokenizer.eos_id,
-            keys=keys,
-        )
-
-    done = 0
-
-    def captions(pixels: np.ndarray) -> list[str]:
-        nonlocal done
-        keys = jax.vmap(lambda i: rng.key(seed, i, "captions"))(done + np.arange(batch_size))
-        done += len(pixels)
-        # All batches have one shape, so that one program is compiled.
-        padding = [(0, batch_size - len(pixels)), *[(0, 0)] * 3]
-        tokens = np.asarray(write(variables, np.pad(pixels, padding), keys))
-        return [tokenizer.decode(ids) for ids in tokens[: len(pixels)]]
-
-    return captions
+from cap_pretrain.pretrained import load_learner
 
 
 def caption_files(
-    paths: Sequence[str], captions: Captioner, batch_size: int, size: int, crop: str
+    paths: Sequence[str], captions: Captioner, batch_size: int, data: ConfigDict
 ) -> Iterator[dict[str, str]]:
     """Yields {"image": path} with a "caption" or an "error" in order of the paths."""
     for start in range(0, len(paths), batch_size):
-        batch = [(path, read(path, size, crop)) for path in paths[start : start + batch_size]]
+        batch = [(path, read_image(path, data)) for path in paths[start : start + batch_size]]
         pixels = [found for _, found in batch if not isinstance(found, str)]
         written = iter(captions(np.stack(pixels)) if pixels else ())
         for path, found in batch:
@@ -104,14 +54,12 @@ def main(argv: list[str] | None = None) -> int:
         given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Decoding)}
         how = Decoding(**given)
         learner = load_learner(args.checkpoint, step=args.step)
-        write = captioner(learner, how, batch_size, args.seed)
+        write = captioner(learner, how, batch_size, args.seed, args.question)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    data = learner.config.data
-    crop = "center" if data.crop == "random" else "none"  # as evaluation has it
     failed = False
-    for result in caption_files(args.images, write, batch_size, data.image_size, crop):
+    for result in caption_files(args.images, write, batch_size, learner.config.data):
         failed |= "error" in result
         told = result.get("caption", f"not captioned: {result.get('error')}")
         line = json.dumps(result, ensure_ascii=False) if args.json else f"{result['image']}: {told}"
@@ -127,6 +75,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="any image file")
     parser.add_argument("--checkpoint", required=True, type=Path, help="the workdir of a run")
     parser.add_argument("--step", type=int, help="which of its checkpoints; default: the newest")
+    parser.add_argument("--question", default="", help="about each image, to be answered")
     parser.add_argument("--json", action="store_true", help="print JSON, an object a line")
     parser.add_argument("--batch_size", type=_positive, default=16, help="default: 16")
     parser.add_argument("--seed", type=int, default=0, help="of --method sample")

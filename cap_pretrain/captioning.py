@@ -1,0 +1,83 @@
+"""Captions of image files with a learner that was read back, for the tools."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+
+from cap_pretrain import rng
+from cap_pretrain.data import images, pipeline
+from cap_pretrain.data.tokenizers import encode_answer
+from cap_pretrain.decoding import Decoding
+from cap_pretrain.errors import UserError
+from cap_pretrain.evals.captions import write_captions
+from cap_pretrain.pretrained import Learner
+
+Captioner = Callable[[np.ndarray], list[str]]
+
+
+def evaluation_crop(data: ConfigDict) -> str:
+    """How a run with this `config.data` makes images square when it evaluates."""
+    return "center" if data.crop == "random" else "none"
+
+
+def read_image(path: str, data: ConfigDict) -> np.ndarray | str:
+    """Returns the image as a run with this `config.data` sees its own when it evaluates.
+
+    Returns:
+      uint8 [S, S, 3], or why there is none.
+    """
+    try:
+        return pipeline.square(Path(path).read_bytes(), data.image_size, evaluation_crop(data))
+    except images.ImageError as error:
+        return str(error)
+    except OSError as error:
+        return error.strerror or str(error)
+
+
+def captioner(
+    learner: Learner, how: Decoding, batch_size: int, seed: int, question: str = ""
+) -> Captioner:
+    """Returns a function from at most `batch_size` images [n, S, S, 3] to their captions.
+
+    With a question the captions are answers to it.
+
+    Raises:
+      UserError: the learner writes no captions.
+    """
+    config, tokenizer, graphdef, variables = learner
+    if not hasattr(graphdef.nodes[0].type, "decode_step"):
+        raise UserError(
+            f"--checkpoint: is one of a {config.learner.name}, which writes no captions."
+        )
+
+    asked, given = encode_answer(tokenizer, question, None)
+    prompt = np.tile(asked, (batch_size, 1)) if given else None
+
+    @jax.jit
+    def write(variables, pixels, keys):
+        return write_captions(
+            nnx.merge(graphdef, *variables),
+            pixels,
+            how,
+            length=config.text.length,
+            eos=tokenizer.eos_id,
+            keys=keys,
+            prompt=prompt,
+        )
+
+    done = 0
+
+    def captions(pixels: np.ndarray) -> list[str]:
+        nonlocal done
+        keys = jax.vmap(lambda i: rng.key(seed, i, "captions"))(done + np.arange(batch_size))
+        done += len(pixels)
+        # All batches have one shape, so that one program is compiled.
+        padding = [(0, batch_size - len(pixels)), *[(0, 0)] * 3]
+        tokens = np.asarray(write(variables, np.pad(pixels, padding), keys))
+        return [tokenizer.decode(ids[given:]) for ids in tokens[: len(pixels)]]
+
+    return captions
