@@ -1,6 +1,8 @@
 """Beginning with an encoder that is there already: a workdir's, or one made elsewhere."""
 
 import json
+import os
+import signal
 
 import jax
 import numpy as np
@@ -101,6 +103,18 @@ def test_what_only_evaluates_has_no_optimizer(workdir, bare, tmp_path, monkeypat
         state = init()
         assert jax.tree.leaves(state.params) and not jax.tree.leaves(state.opt_state)
         assert jax.tree.structure(state) == jax.tree.structure(abstract)
+
+
+def test_an_interrupted_evaluation_saves_nothing(bare, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise evals.Interrupted
+
+    monkeypatch.setattr(evals.Suite, "run", interrupted)
+    with pytest.raises(train.Stopped, match="SIGTERM: stopped while it was evaluating") as stopped:
+        train.run(probe(bare), tmp_path / "run")
+    assert stopped.value.exit_code == 128 + signal.SIGTERM
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 
 def test_the_plan_of_an_evaluation_has_no_training(bare, tmp_path):
