@@ -9,10 +9,10 @@ replace_att, replace_obj, replace_rel, swap_att and swap_obj, each
 with images of COCO's val2017.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
+from cap_pretrain import files
 from cap_pretrain.data.builders.files import READ_ERRORS, image_names, open_files
 from cap_pretrain.data.hard_negatives import Question
 from cap_pretrain.errors import UserError
@@ -84,10 +84,7 @@ def _json_files(folder: str) -> list[Path]:
 
 
 def _read(path: Path) -> list[tuple[str, Question]]:
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}).") from error
+    entries = files.read_json(path)
     try:
         return [
             (e["filename"], Question(e["caption"], {path.stem: e["negative_caption"]}))

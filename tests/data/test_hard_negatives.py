@@ -159,7 +159,7 @@ def test_sugarcrepe_tells_what_is_missing(files, tmp_path):
         SugarCrepe(str(data), str(images))
     with pytest.raises(UserError, match="no folder with json files"):
         SugarCrepe(str(tmp_path / "nowhere"), str(images))
-    for content, told in (("[1]", "not a file of SugarCrepe"), ("{", "cannot be read as JSON")):
+    for content, told in (("[1]", "not a file of SugarCrepe"), ("{", "is not JSON")):
         (data / "add_att.json").write_text(content)
         with pytest.raises(UserError, match=told):
             SugarCrepe(str(data), str(images))

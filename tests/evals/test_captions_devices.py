@@ -60,18 +60,20 @@ def test_one_device_and_eight_write_the_same(tokenizer_path, methods):
         np.testing.assert_allclose(figures_8[name], value, rtol=1e-6, err_msg=name)
 
 
-def communication(method):
+def communication(method, prompted):
     """The collective operations of decoding on all devices, with the shapes of their results."""
     c = tiny.config()
     mesh = partition.make_mesh(c)
     graphdef, *variables = tiny.split(c)
 
-    def write(variables, images, keys):
+    def write(variables, images, keys, prompt):
         learner, how = nnx.merge(graphdef, *variables), Decoding(**METHODS[method], top_k=5)
-        return write_captions(learner, images, how, length=tiny.LENGTH, eos=1, keys=keys)
+        common = dict(length=tiny.LENGTH, eos=1, keys=keys, prompt=prompt if prompted else None)
+        return write_captions(learner, images, how, **common)
 
     keys = jax.random.split(jax.random.key(0), 16)
-    batch = jax.device_put((tiny.images(16), keys), partition.batch_sharding(mesh))
+    batch = tiny.images(16), keys, tiny.texts([3] * 16)
+    batch = jax.device_put(batch, partition.batch_sharding(mesh))
     variables = jax.device_put(variables, partition.replicated(mesh))
     with jax.set_mesh(mesh):
         program = jax.jit(write).lower(variables, *batch).compile().as_text()
@@ -80,5 +82,6 @@ def communication(method):
 
 @pytest.mark.slow
 def test_the_devices_only_tell_each_other_whether_they_are_done():
-    for found in on_eight_devices(communication, [[method] for method in METHODS]):
+    calls = [[method, prompted] for method in METHODS for prompted in (False, True)]
+    for found in on_eight_devices(communication, calls):
         assert found == [["pred[]", "all-reduce"]]

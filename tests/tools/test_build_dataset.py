@@ -298,7 +298,7 @@ MISTAKES = [
     ("image_folder --images photos", "not in class folders"),
     ("image_folder --images empty", "no images in it"),
     ("image_folder --images broken", "1 broken"),
-    ("image_folder --images broken --classes text.json", "cannot be read as JSON"),
+    ("image_folder --images broken --classes text.json", "text.json: is not JSON"),
     ("image_folder --images broken --classes list.json", "must be an object"),
     ("image_folder", "--images"),
     ("captoins_json", "captions_json"),

@@ -74,16 +74,19 @@ def awkward(tmp_path_factory):
     return paths
 
 
-def expected(run, paths, how=Decoding()):  # noqa: B008
+def expected(run, paths, how=Decoding(), question=""):  # noqa: B008
     """The captions of the files in the paths."""
     config, tokenizer, graphdef, variables = load_learner(run)
     learner = nnx.merge(graphdef, *variables)
     length, eos = config.text.length, tokenizer.eos_id
     images = np.stack([pipeline.square(Path(p).read_bytes(), 16, "none") for p in paths])
-    tokens = jax.jit(lambda images: write_captions(learner, images, how, length=length, eos=eos))(
-        images
+    prompt = np.zeros((len(paths), length), np.int32)
+    asked = tokenizer.encode(question)[: length // 2] if question else ()
+    prompt[:, : len(asked)] = asked
+    write = jax.jit(
+        lambda images: write_captions(learner, images, how, length=length, eos=eos, prompt=prompt)
     )
-    return [tokenizer.decode(ids) for ids in np.asarray(tokens)]
+    return [tokenizer.decode(ids[len(asked) :]) for ids in np.asarray(write(images))]
 
 
 def test_twelve_awkward_files(run, awkward, capsys):
@@ -123,6 +126,16 @@ def test_json_and_the_other_decodings(run, awkward, capsys):
         sampled.append(capsys.readouterr().out.splitlines())
     assert sampled[0] == sampled[1] != sampled[2]
     assert sampled[0][0] != sampled[0][-1]  # the same image, drawn again
+
+
+def test_a_question_is_answered(run, awkward, capsys):
+    fine = [path for path, reason in awkward.items() if not reason]
+    question = "Is there a red circle in it?"  # of more than four pieces
+    options = ["--question", question, "--batch_size", "5", "--json"]
+    assert caption.main(["--checkpoint", str(run), *options, *fine]) == 0
+    found = [json.loads(line)["caption"] for line in capsys.readouterr().out.splitlines()]
+    assert found == expected(run, fine, question=question)
+    assert found != expected(run, fine) and len(set(found)) > 1
 
 
 def test_what_is_no_captioner_is_told(run, tokenizer_path, tmp_path, capsys):

@@ -64,9 +64,10 @@ class Annotated(base.ImageDataset, skip_registration=True):
                 problem=entry.problem,
             )
 
-    def picture(self, finder: Finder, files: Sequence[str]) -> bytes:
+    def picture(self, finder: Finder, names: Sequence[str]) -> bytes:
         """Returns the encoded image of an example; raises as `Candidate.read`."""
-        return finder.read(*files)
+        (name,) = names
+        return finder.read(name)
 
     def values(self, entry: Entry) -> dict[str, Any]:
         """The features of an entry."""

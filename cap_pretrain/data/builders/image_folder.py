@@ -3,7 +3,6 @@
 import argparse
 import collections
 import functools
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from cap_pretrain.data.builders import base
 from cap_pretrain.data.builders.arguments import by_split
 from cap_pretrain.data.builders.files import image_names, open_files
 from cap_pretrain.errors import UserError
+from cap_pretrain.files import read_json
 
 
 class Dataset(base.ImageDataset, skip_registration=True):
@@ -99,10 +99,7 @@ def class_names(folders: Sequence[str], path: Path | None) -> dict[str, str]:
     """
     if path is None:
         return {folder: folder for folder in folders}
-    try:
-        names = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"--classes {path}: cannot be read as JSON ({error}).") from error
+    names = read_json(path)
     if not isinstance(names, dict):
         raise UserError(f"--classes {path}: must be an object of folder: name.")
     unnamed = [folder for folder in folders if not isinstance(names.get(folder), str)]

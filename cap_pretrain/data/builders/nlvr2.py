@@ -48,8 +48,8 @@ class Dataset(annotated.Questions, skip_registration=True):
         questions = by_split("--questions", args.questions, default="train")
         return cls(questions, by_split("--images", args.images, default=""), **kwargs)
 
-    def picture(self, finder: Finder, files: Sequence[str]) -> bytes:
-        return side_by_side(*map(finder.read, files))
+    def picture(self, finder: Finder, names: Sequence[str]) -> bytes:
+        return side_by_side(*map(finder.read, names))
 
 
 def read_sentences(path: Path) -> list[Entry]:
