@@ -108,8 +108,8 @@ def default() -> ConfigDict:
     c.model.activation = "gelu_tanh"
     # What the encoder's layer normalisations add to the variance.
     c.model.norm_eps = 1e-6
-    # A ResNet's first convolution: imagenet (7 x 7, stride 2, then a max pooling), small (3 x 3, for
-    # images as of CIFAR).
+    # A ResNet's first convolution: imagenet (7 x 7 with stride 2, then a max pooling), or small
+    # (3 x 3, for images as of CIFAR).
     c.model.stem = "imagenet"
     # Attention kernel: xla, cudnn (fused, NVIDIA GPUs, half precision), auto (cudnn where it runs).
     c.model.attention = "auto"

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from cap_pretrain import config as configs
 from cap_pretrain import convert, inputs, learners, rules
 from cap_pretrain.errors import UserError
 from cap_pretrain.pretrained import read_config, read_weights
@@ -106,12 +107,16 @@ def _from_workdir(config: ConfigDict, workdir: Path, step: int | None) -> Initia
 
 def _from_elsewhere(config: ConfigDict, path: Path) -> Initial:
     found = convert.open_encoder(path)
-    config.model.update(found.model)
-    config.data.image_size = found.image_size
+    usual = {k: v for k, v in configs.default().model.items() if k not in OWN_FIELDS}
+    config.model.update(usual | found.model)
+    config.data.image_size = found.image_size or config.data.image_size
     if config.learner.name == "pretrained":
         config.learner = learners.defaults("encoder")
-    params = {f"encoder/{path}": array for path, array in rules.flatten(found.params).items()}
-    return Initial(params, {}, found.source)
+    params, stats = (
+        {f"encoder/{path}": array for path, array in rules.flatten(tree).items()}
+        for tree in (found.params, found.stats)
+    )
+    return Initial(params, stats, found.source)
 
 
 def _replaced(tree: Any, arrays: dict[str, np.ndarray], source: str) -> Any:

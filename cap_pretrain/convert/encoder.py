@@ -1,4 +1,4 @@
-"""An encoder that was made elsewhere, as our ViT."""
+"""An encoder that was made elsewhere, and how a ViT becomes ours."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -23,20 +23,24 @@ class Pretrained:
     """An encoder that was made elsewhere.
 
     Attributes:
-      model: fields of `config.model` with which `build_encoder` makes the ViT of `params`.
-      image_size: side in pixels of the images it was made for, a multiple of its patch size.
+      model: fields of `config.model` with which `build_encoder` makes it; others have defaults.
+      image_size: side in pixels of the images it was made for, a multiple of its patch size; None
+        if it takes any.
       mean, std: of red, green and blue in [0, 1]: what its own preprocessing subtracts and divides
-        by. The patch embedding in `params` does so, and takes values in [-1, 1] as ours does.
+        by. Ours does so itself, and takes values in [-1, 1]: a ViT by its patch embedding in
+        `params`.
       params: nested dict of float32 arrays.
       source: what it was, for people.
+      stats: other variables, as `params`.
     """
 
     model: dict[str, Any]
-    image_size: int
+    image_size: int | None
     mean: tuple[float, ...]
     std: tuple[float, ...]
     params: dict[str, Any]
     source: str
+    stats: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

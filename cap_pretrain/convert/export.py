@@ -23,7 +23,7 @@ from cap_pretrain.convert.tables import to_torch
 from cap_pretrain.errors import UserError
 from cap_pretrain.models.build import encoder_options, encoder_size
 from cap_pretrain.models.layers import Details
-from cap_pretrain.models.sizes import parse_name
+from cap_pretrain.models.sizes import CONVNETS, parse_name
 
 Params = Mapping[str, np.ndarray]  # by path
 
@@ -37,6 +37,11 @@ def form(config: ConfigDict) -> Form:
     Raises:
       UserError: it is no SigLIP.
     """
+    if config.model.name in CONVNETS:
+        raise UserError(
+            f"model.name: {config.model.name} is no SiglipVisionModel, and cannot be exported; its "
+            "workdir can be used as it is, as --config.encoder."
+        )
     options = encoder_options(config)
     if options.class_token or options.pre_norm or options.final_norm != "tokens":
         raise UserError(

@@ -13,7 +13,6 @@ from cap_pretrain.convert import clip
 from cap_pretrain.convert.encoder import Form, Pretrained, assemble
 from cap_pretrain.convert.tables import Fused
 from cap_pretrain.convert.weights import Weights, read_json
-from cap_pretrain.convert.weights import open_file as open_weights
 from cap_pretrain.convert.weights import open_folder as open_weights_of
 from cap_pretrain.errors import UserError
 from cap_pretrain.models.sizes import Size
@@ -58,9 +57,9 @@ _IN_SHAPES = ("image_size", "layers", "width", "patch_size", "mlp_ratio")
 _HEAD_WIDTH = "head_width"
 
 
-def open_file(path: Path) -> Pretrained:
-    """Reads the vision encoder of a file with weights; see `convert.open_encoder`."""
-    return _read(open_weights(path), "quick_gelu", HEAD_WIDTH, clip.MEAN, clip.STD, "OpenAI's CLIP")
+def read(weights: Weights) -> Pretrained:
+    """Reads the vision encoder of weights without a config; see `convert.open_encoder`."""
+    return _read(weights, "quick_gelu", HEAD_WIDTH, clip.MEAN, clip.STD, "OpenAI's CLIP")
 
 
 def open_folder(folder: Path) -> Pretrained:
@@ -97,7 +96,8 @@ def _read(
         found = ", ".join(weights.names[:3]) or "nothing"
         raise UserError(
             f"{weights.where}: holds no ViT in the layout of OpenAI's CLIP, with names as "
-            f"visual.transformer.resblocks.0.ln_1.weight; it holds {found}."
+            "visual.transformer.resblocks.0.ln_1.weight, and no ResNet or AlexNet under "
+            f"torchvision's; it holds {found}."
         )
     width, _, _, patch = weights.take("visual.conv1.weight").shape
     mlp = len(weights.take(NAMES["blocks/mlp/up"].format(0) + ".bias"))

@@ -1,8 +1,9 @@
 """Tables of names, and how a tensor of torch's becomes a parameter of ours and back.
 
 torch has a linear layer's weight as [out, in] and a convolution's as [out, in, height, width], and
-names every layer by its number; ours are [in, out], a patch embedding is a product with [height *
-width * in, out], and layers are stacked along a leading axis.
+names every layer by its number; ours are [in, out] and [height, width, in, out], a patch embedding
+is a product with [height * width * in, out], and layers of transformers are stacked along a leading
+axis.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -13,7 +14,10 @@ import numpy as np
 from cap_pretrain.convert.weights import Missing, Weights
 from cap_pretrain.errors import UserError
 
-_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
+_LEAVES = {
+    **{"kernel": "weight", "scale": "weight", "bias": "bias"},
+    **{"mean": "running_mean", "var": "running_var"},
+}
 _PARTS = 3
 _TOLD = 6  # names in a message
 
@@ -35,12 +39,12 @@ Table = Mapping[str, Entry]
 def to_ours(
     weights: Weights, table: Table, shapes: Mapping[str, tuple[int, ...]], ignored: Iterable[str]
 ) -> dict[str, np.ndarray]:
-    """Returns our parameters by path, float32.
+    """Returns our parameters, and statistics if they are asked for, by path, float32.
 
     Args:
       weights: theirs.
       table: for each module of ours, what is theirs.
-      shapes: the shape of each of our parameters by path.
+      shapes: the shape of each of ours by path.
       ignored: what names of theirs begin with that belong to other parts of their model.
 
     Raises:
@@ -133,7 +137,8 @@ def _read(
 
 def _from_theirs(path: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     if array.ndim == 4:
-        return array.transpose(2, 3, 1, 0).reshape(-1, array.shape[0])
+        array = array.transpose(2, 3, 1, 0)
+        return array if len(shape) == 4 else array.reshape(-1, array.shape[-1])
     if path.endswith("/kernel"):
         return array.T
     # Single vectors come as [D], [1, D] or [1, 1, D].

@@ -14,8 +14,11 @@ import numpy as np
 
 from cap_pretrain.errors import UserError
 
-# Names that torch's files go by.
+# Names that torch's files go by, and all that weights come in.
 _TORCH = (".pt", ".pth", ".bin")
+SUFFIXES = (".safetensors", *_TORCH)
+# Where a state dict is in what training saves: as OpenCLIP and many others do, and VISSL.
+_INSIDE = (("state_dict",), ("classy_state_dict", "base_model", "model", "trunk"))
 # Before it, a crafted file could execute code in spite of weights_only (CVE-2025-32434).
 _SAFE_TORCH = (2, 6)
 
@@ -131,8 +134,11 @@ def _torch_file(path: Path) -> dict[str, Callable[[], Any]]:
             f"{path}: holds more than tensors, or is broken, and was not read: executing what it "
             "holds could do anything. Give a state dict, or a .safetensors file."
         ) from e
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]  # as OpenCLIP saves while it trains
+    for keys in _INSIDE:
+        inside = content
+        for key in keys:
+            inside = inside.get(key) if isinstance(inside, dict) else None
+        content = inside if isinstance(inside, dict) else content
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__} instead of a state dict.")
     # "module.": as DistributedDataParallel names them.
