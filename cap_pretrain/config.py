@@ -113,7 +113,8 @@ def default() -> ConfigDict:
     c.model.stem = "imagenet"
     # Attention kernel: xla, cudnn (fused, NVIDIA GPUs, half precision), auto (cudnn where it runs).
     c.model.attention = "auto"
-    # What is kept for the backward pass: none (recompute nothing), full, dots, dots_no_batch.
+    # What transformers keep for the backward pass: none (recompute nothing), full, dots,
+    # dots_no_batch.
     c.model.remat = "none"
     # Layers per iteration of the scan over depth: more compile time for, maybe, less run time.
     c.model.unroll = 1

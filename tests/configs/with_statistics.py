@@ -1,6 +1,6 @@
 """A captioner with everything that a checkpoint can hold: BatchNorm-like statistics, and EMA.
 
-No learner of the package keeps statistics. This one registers itself when its file is read, as that
+What keeps statistics in the package is slow to compile. This one registers itself when its file is read, as that
 of a `--config`, so it is named by its whole path.
 """
 
