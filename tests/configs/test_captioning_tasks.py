@@ -2,6 +2,7 @@
 
 import json
 
+import cv2
 import numpy as np
 import pytest
 
@@ -9,7 +10,7 @@ from cap_pretrain import config as configs
 from cap_pretrain import inputs, train
 from cap_pretrain.errors import UserError
 from tests import toy
-from tests.data.test_question_formats import coco_photos, vqa_files
+from tests.data.test_question_formats import coco_photos, vqa_files, write_json
 from tests.tools.test_build_dataset import jpeg, run, write_captions, write_files
 
 
@@ -77,3 +78,44 @@ def test_tasks_are_one_for_all_or_one_for_each():
         toy.load("coco_captioning", "data=a+b+c,tasks=captions+questions")
     with pytest.raises(UserError, match="tasks='question' is unknown. Did you mean 'questions'"):
         toy.load("coco_captioning", "tasks=question")
+
+
+COLOURS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220)}
+
+
+@pytest.mark.slow
+def test_it_learns_to_answer_from_question_and_image(tmp_path):
+    arguments = {"--questions": [], "--annotations": [], "--images": []}
+    for split, first in (("train", 0), ("val", 60)):
+        asked, given, files = [], [], {}
+        for number in range(first, first + 30):
+            name = [*COLOURS][number % 3]
+            noise = np.random.default_rng(number).integers(0, 30, (16, 16, 3))
+            pixels = (np.array(COLOURS[name]) + noise).astype(np.uint8)
+            files[f"COCO_x_{number:012d}.png"] = cv2.imencode(".png", pixels[..., ::-1])[
+                1
+            ].tobytes()
+            questions = {"what colour is it?": ("other", name)}
+            questions |= {
+                f"is it {other}?": ("yes/no", "yes" if other == name else "no") for other in COLOURS
+            }
+            for k, (question, (kind, answer)) in enumerate(questions.items()):
+                key = {"question_id": 10 * number + k, "image_id": number}
+                asked.append(key | {"question": question})
+                answers = [{"answer": answer, "answer_id": n} for n in range(10)]
+                given.append(key | {"answer_type": kind, "answers": answers})
+        path = write_json(tmp_path / f"{split}_questions.json", {"questions": asked})
+        arguments["--questions"].append(f"{split}={path}")
+        path = write_json(tmp_path / f"{split}_annotations.json", {"annotations": given})
+        arguments["--annotations"].append(f"{split}={path}")
+        arguments["--images"].append(f"{split}={write_files(tmp_path / split, files)}")
+    flags = [text for flag, values in arguments.items() for text in (flag, *values)]
+    assert run("vqav2", "--name", "colours", "--out", tmp_path, *flags) == 0
+    c = toy.load("coco_captioning", f"data={tmp_path / 'colours'},tasks=questions")
+    c = toy.shrink(c, total_steps=200, batch_size=32, data__name=str(tmp_path / "colours"))
+    c.update({"optim": {"lr_rules": (), "lr": 3e-3}, "learner": {"parallel_fraction": 0.3}})
+    c.text.vocab_size, c.model.decoder_depth, c.eval.every_steps = 60, 2, 200
+    train.run(c, tmp_path / "run")
+    result = json.loads((tmp_path / "run" / "evals" / "answers" / "200.json").read_text())
+    assert result["judged_by_kind"] == {"other": 30, "yes/no": 90}
+    assert result["accuracy_other"] > 0.9 and result["accuracy_yes_no"] > 0.9
