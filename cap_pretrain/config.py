@@ -26,7 +26,7 @@ from cap_pretrain.data.sources import DEFAULT_FIELDS, parse_mixture
 from cap_pretrain.errors import UserError, did_you_mean
 from cap_pretrain.models import build
 from cap_pretrain.models.layers import ACTIVATIONS, REMAT_POLICIES
-from cap_pretrain.models.sizes import Size
+from cap_pretrain.models.sizes import STORED, Size
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 CHOICES = {
@@ -81,15 +81,19 @@ def default() -> ConfigDict:
 
     c.model = ConfigDict()
     # A ViT's size and patch: mu, Ti, S, M, B, L, So400m, H, g with /PATCH, as B/16 or L/14; or
-    # resnet18, 34, 50, 101, 152; or alexnet.
+    # resnet18, 34, 50, 101, 152; or alexnet; or stored: the dataset holds features of an encoder
+    # (see tools/extract_features.py).
     c.model.name = "B/16"
+    # Of stored features: vectors an example besides the pooled one. This and the width come from
+    # the data.
+    c.model.tokens = 0
     # Overrides of a ViT's named size; 0 keeps it.
     c.model.width = 0
     c.model.depth = 0
     c.model.mlp = 0
     c.model.heads = 0
-    # The same of a caption decoder; 0 is the ViT's, but half its depth. Beside a ResNet or AlexNet
-    # 0 is M's, and these are of a text tower, too.
+    # The same of a caption decoder; 0 is the ViT's, but half its depth. Beside any other encoder 0
+    # is M's, and these are of a text tower, too.
     c.model.decoder_width = 0
     c.model.decoder_depth = 0
     c.model.decoder_mlp = 0
@@ -336,7 +340,8 @@ def validate(config: ConfigDict) -> None:
             "which compares every example with the whole batch; set accumulate=1."
         )
     frozen = [rule[0] for rule in config.optim.lr_rules if tuple(rule[1:]) == (0,)]
-    if not config.encoder and any(rule.startswith("encoder/") for rule in frozen):
+    has_encoder = config.encoder or config.model.name == STORED
+    if not has_encoder and any(rule.startswith("encoder/") for rule in frozen):
         raise UserError(
             "encoder: is empty, but optim.lr_rules freezes it; give --config.encoder=PATH."
         )

@@ -14,6 +14,7 @@ from cap_pretrain import files, learners
 from cap_pretrain.data import buckets, pipeline, sources, subset, tokenizers, words
 from cap_pretrain.data.sources import Source
 from cap_pretrain.errors import UserError
+from cap_pretrain.models.sizes import STORED
 
 # Examples of each dataset whose captions a new tokenizer is trained on.
 TOKENIZER_EXAMPLES = 50_000
@@ -25,8 +26,12 @@ Mixture = list[tuple[Source, float]]
 
 
 def open_data(config: ConfigDict, split: str, name: str = "") -> Source:
-    """Opens a dataset as `config.data` says; by default the (first of the) run's own."""
-    return sources.open_source(
+    """Opens a dataset as `config.data` says; by default the (first of the) run's own.
+
+    Raises:
+      UserError: as `sources.open_source`; it holds features and not images, or the other way round.
+    """
+    source = sources.open_source(
         name or sources.parse_mixture(config.data.name)[0][0],
         split,
         image_size=config.data.image_size,
@@ -34,6 +39,18 @@ def open_data(config: ConfigDict, split: str, name: str = "") -> Source:
         fields=config.data.fields.to_dict(),
         scenes=config.data.scenes.to_dict(),
     )
+    features, stored = pipeline.is_features(source[0]["image"]), config.model.name == STORED
+    if features and not stored:
+        raise UserError(
+            f"data.name: {source} holds features of another encoder instead of images; set "
+            f"--config.model.name={STORED} to learn from them, and no encoder."
+        )
+    if stored and not features:
+        raise UserError(
+            f"model.name: {STORED} is for features, and {source} holds images; store theirs with "
+            "tools/extract_features.py, or name an encoder."
+        )
+    return source
 
 
 def open_sources(config: ConfigDict) -> Mixture:
@@ -57,12 +74,28 @@ def open_sources(config: ConfigDict) -> Mixture:
     return members
 
 
-def count_classes(config: ConfigDict, mixture: Mixture) -> ConfigDict:
-    """Returns the config with `learner.classes` as the data has it, where that is a field and 0."""
-    if config.learner.get("classes", None) != 0 or not mixture:
+def completed(config: ConfigDict, mixture: Mixture) -> ConfigDict:
+    """Returns the config with what the data settles.
+
+    That is `learner.classes`, where it is a field and 0. And with stored features their number and
+    width, and that rules on the encoder's parameters say nothing, of which there are none.
+
+    Raises:
+      UserError: members of the mixture hold features of different shapes.
+    """
+    if not mixture:
         return config
     config = config.copy_and_resolve_references()
-    config.learner.classes = len(mixture[0][0].class_names)
+    if config.learner.get("classes", None) == 0:
+        config.learner.classes = len(mixture[0][0].class_names)
+    if config.model.name == STORED:
+        shapes = [source[0]["image"].shape for source, _ in mixture]
+        if len(set(shapes)) > 1:
+            raise UserError(f"data.name: {config.data.name} holds features of shapes {shapes}.")
+        config.model.tokens, config.model.width = shapes[0][0] - 1, shapes[0][1]
+        for field in ("lr_rules", "decay_rules"):
+            kept = tuple(r for r in config.optim[field] if not r[0].startswith("encoder/"))
+            config.optim[field] = kept
     return config
 
 

@@ -14,14 +14,18 @@ from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
 from cap_pretrain import files, flops, learners, optim, partition, telemetry
+from cap_pretrain.models.sizes import STORED
 from cap_pretrain.step import init_state, loss_and_stats, split_learner
 
 
 def abstract_batch(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of the global batch as the learner gets it."""
     b, s, t = config.batch_size, config.data.image_size, config.text.length
+    image = jax.ShapeDtypeStruct((b, s, s, 3), np.uint8)
+    if config.model.name == STORED:
+        image = jax.ShapeDtypeStruct((b, 1 + config.model.tokens, config.model.width), np.float32)
     everything = {
-        "image": jax.ShapeDtypeStruct((b, s, s, 3), np.uint8),
+        "image": image,
         "text": jax.ShapeDtypeStruct((b, t), np.int32),
         "prompt": jax.ShapeDtypeStruct((b,), np.int32),
         "label": jax.ShapeDtypeStruct((b,), np.int32),

@@ -78,7 +78,7 @@ def run(config: ConfigDict, workdir: Path, allow_changes: Sequence[str] = ()) ->
     mesh = partition.make_mesh(config)
     is_main = jax.process_index() == 0
     mixture = inputs.open_sources(config) if configs.trains(config) else []
-    config = inputs.count_classes(config, mixture)
+    config = inputs.completed(config, mixture)
     files.make_workdir(workdir)
     changes = allowed_changes(config, workdir, allow_changes)
     tokenizer = inputs.prepare_tokenizer(config, mixture, workdir, anew=not saved_steps(workdir))
@@ -235,7 +235,7 @@ def dry_run(config: ConfigDict, workdir: Path) -> str:
     configs.validate(config)
     files.make_workdir(workdir)
     mixture = inputs.open_sources(config) if configs.trains(config) else []
-    config = inputs.count_classes(config, mixture)
+    config = inputs.completed(config, mixture)
     tokenizer = inputs.planned_tokenizer(config, mixture)
     mixture = inputs.in_buckets(config, mixture, tokenizer)
     schedule = make_schedule(config, epoch=inputs.examples_an_epoch(config, mixture))

@@ -31,7 +31,7 @@ def of_dataset(data: str, split: str, size: int) -> Iterator[Picture]:
     source = open_source(data, split, image_size=size)
     for index in range(len(source)):
         example = source[index]
-        yield pipeline.square(example["image"], size, "none"), "; ".join(example["captions"][:1])
+        yield pipeline.picture(example["image"], size), "; ".join(example["captions"][:1])
 
 
 def of_run(workdir: Path, evaluation: str) -> Iterator[Picture]:
@@ -47,7 +47,7 @@ def of_run(workdir: Path, evaluation: str) -> Iterator[Picture]:
     source = inputs.open_data(config, options["split"] or config.data.eval_split, options["data"])
     for sample in result["samples"]:
         image = source[sample["index"]]["image"]
-        yield pipeline.square(image, config.data.image_size, "none"), sample["caption"]
+        yield pipeline.picture(image, config.data.image_size), sample["caption"]
 
 
 def draw(pictures: Sequence[Picture], columns: int, side: int) -> Image.Image:

@@ -73,7 +73,7 @@ def train_dataset(
 
     Returns:
         A dataset of dicts, b = B / hosts:
-            image: uint8 [b, S, S, 3].
+            image: uint8 [b, S, S, 3]; of stored features float [b, 1 + N, D].
             text: int32 [b, T], one of the image's captions; all 0 when it has none. Where captions
                 answer a question, that comes before (see `tokenizers.encode_answer`).
             prompt: int32 [b], how many tokens of `text` are the question's, 0 without one.
@@ -282,10 +282,13 @@ class _EvalRow:
         self._tokenizer = tokenizer
         self._size = image_size
         self._crop = _known_crop(crop, ("none", "center"))
+        first = source[0]["image"]
+        blank = np.zeros((image_size, image_size, 3), np.uint8)
+        self._blank = np.zeros_like(first) if is_features(first) else blank
 
     def __call__(self, position: int) -> Row:
         row = {
-            "image": np.zeros((self._size, self._size, 3), np.uint8),
+            "image": self._blank,
             "text": np.zeros(self._tokenizer.max_len, np.int32),
             "prompt": np.int32(0),
             "label": np.int32(0),
@@ -307,10 +310,36 @@ class _EvalRow:
         return row
 
 
+def is_features(image: bytes | np.ndarray) -> bool:
+    """Whether an example's `image` is what an encoder made of it: float [1 + N, D]."""
+    return isinstance(image, np.ndarray) and image.dtype.kind == "f"
+
+
+def picture(image: bytes | np.ndarray, size: int) -> np.ndarray:
+    """Returns the whole image as uint8 [size, size, 3], to be looked at.
+
+    Raises:
+        images.ImageError: `image` does not decode.
+        UserError: there are features in its place.
+    """
+    if is_features(image):
+        raise UserError(
+            "data: the dataset holds features of an encoder, so there are no images to look at; "
+            "name the one that they were made from."
+        )
+    return square(image, size, "none")
+
+
 def square(
     image: bytes | np.ndarray, size: int, crop: str, rng: np.random.Generator | None = None
 ) -> np.ndarray:
-    """Returns uint8 [size, size, 3]; raises `images.ImageError` when `image` does not decode."""
+    """Returns uint8 [size, size, 3], or features as they are.
+
+    Raises:
+        images.ImageError: `image` does not decode.
+    """
+    if is_features(image):
+        return image
     if isinstance(image, bytes):
         # A part of the image needs all of its pixels.
         image = images.decode(image, min_size=0 if crop == "random" else size)

@@ -2,7 +2,8 @@
 
 A source is a picklable sequence. `source[i]` is one example, as it is stored:
 
-    {"image": bytes (an encoded file) | uint8 [H, W, 3], "captions": list[str] (may be empty),
+    {"image": bytes (an encoded file) | uint8 [H, W, 3] | float [1 + N, D] (features, see
+     tools/extract_features.py), "captions": list[str] (may be empty),
      "label": int (-1: none), "id": str, "question": str}
 
 and `source.class_names` lists the names of the labels (empty: none). A question (missing or "":
@@ -179,7 +180,9 @@ class TfdsSource:
         builder = self._open_builder(folder)
         self._paths, features = self._find_fields(builder.info.features, fields or {})
         self.class_names = list(getattr(features.get("label"), "names", None) or [])
-        self._records = self._open_split(builder, split, tfds.decode.SkipDecoding())
+        encoded = isinstance(features["image"], tfds.features.Image)
+        skip = tfds.decode.SkipDecoding() if encoded else None
+        self._records = self._open_split(builder, split, skip)
 
     def __reduce__(self):
         return TfdsSource, self._arguments
@@ -289,7 +292,7 @@ class TfdsSource:
         if not info.num_examples:
             raise UserError(f"{self._where}: split {split!r} is empty; choose another.")
         decoders = skip
-        for part in reversed(self._paths["image"].split("/")):
+        for part in reversed(self._paths["image"].split("/") if skip else ()):
             decoders = {part: decoders}
         try:
             records = builder.as_data_source(resolved, decoders=decoders)

@@ -131,8 +131,9 @@ class Captions:
             sample |= {"question": question} if question else {}
             samples.append(sample | {"caption": caption, "references": references})
             if len(samples) <= self._options.shown:
-                pictures.append((pipeline.square(example["image"], size, "none"), caption))
-                lines.append(f"{example['id']}: {question and question + ' '}{caption}")
+                if not pipeline.is_features(example["image"]):
+                    pictures.append((pipeline.picture(example["image"], size), caption))
+                lines.append(" ".join(filter(None, (f"{example['id']}:", question, caption))))
                 lines += [f"    reference: {reference}" for reference in references[:1]]
         captions = [sample["caption"] for sample in samples]
         figures = {

@@ -30,6 +30,7 @@ from cap_pretrain.evals import Context
 from cap_pretrain.evals.portions import EveryImage
 from cap_pretrain.models import readout
 from cap_pretrain.models.layers import normalize_images
+from cap_pretrain.models.sizes import STORED
 
 PIXELS = 16
 """Side of the images that the layer "pixels" gives."""
@@ -61,7 +62,7 @@ class Features:
       batch_size: images a batch; a matter of memory and speed alone.
 
     Raises:
-      UserError: the images have no labels, going by the first one.
+      UserError: the images have no labels, going by the first one; or no pixels.
     """
 
     def __init__(self, context: Context, source: Source, *, layer: str, batch_size: int):
@@ -70,6 +71,8 @@ class Features:
                 f"evals: {source} has no labels to probe for; name another dataset, or set "
                 "data.fields.label."
             )
+        if layer == "pixels" and context.config.model.name == STORED:
+            raise UserError(f"evals: {source} holds features, so there are no pixels to probe.")
         self._context, self._source, self._layer = context, source, layer
         self._identity = {
             "version": cap_pretrain.__version__,

@@ -6,7 +6,7 @@ split; and with them, now and then, a figure. Here every device has the paramete
 computes the same program on PORTION images at a time.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -53,7 +53,7 @@ class EveryImage:
             return in_portions(lambda batch: fn(whole, *batch), (images, labels), context.mesh)
 
         self._compute = context.jit(compute)
-        self._whole = context.jit(lambda _, mask: mask)
+        self._whole = context.jit(lambda _, arrays: arrays)
 
     def __call__(self, variables: Any, source: Source) -> Arrays:
         """Returns the arrays [N, …] on every host, in the order of the source.
@@ -64,20 +64,24 @@ class EveryImage:
           UserError: none is left.
           evals.Interrupted: the run is to stop.
         """
-        parts, ahead = [], None
-        for batch, _ in self._context.batches(source, self._batch_size):
-            computing = (
-                self._compute(variables, batch["image"], batch["label"]),
-                self._whole(variables, batch["mask"]),
-            )
-            if ahead:  # is fetched while the next one is computed
-                parts.append(_fetched(*ahead))
-            ahead = computing
-        parts.append(_fetched(*ahead))
+        parts = [arrays for _, arrays in self.batches(variables, source)]
         arrays = tuple(map(np.concatenate, zip(*parts, strict=True)))
         if not len(arrays[0]):
             raise UserError(f"evals: {source} has no image that can be decoded.")
         return arrays
+
+    def batches(self, variables: Any, source: Source) -> Iterator[tuple[np.ndarray, Arrays]]:
+        """Yields the same bit by bit: indices [n] in the source, and the arrays [n, …] of these."""
+        ahead = None
+        for batch, _ in self._context.batches(source, self._batch_size):
+            computing = (
+                self._compute(variables, batch["image"], batch["label"]),
+                self._whole(variables, (batch["index"], batch["mask"])),
+            )
+            if ahead:  # is fetched while the next one is computed
+                yield _fetched(*ahead)
+            ahead = computing
+        yield _fetched(*ahead)
 
 
 def in_portions(fn: Callable[[Any], Any], batch: Any, mesh: Mesh) -> Any:
@@ -108,6 +112,8 @@ def _ways(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def _fetched(arrays: tuple[jax.Array, ...], mask: jax.Array) -> Arrays:
-    arrays, mask = jax.device_get((arrays, mask))
-    return tuple(array[mask] for array in arrays)
+def _fetched(
+    arrays: tuple[jax.Array, ...], where: tuple[jax.Array, jax.Array]
+) -> tuple[np.ndarray, Arrays]:
+    arrays, (index, mask) = jax.device_get((arrays, where))
+    return index[mask], tuple(array[mask] for array in arrays)

@@ -21,6 +21,7 @@ from cap_pretrain.data import sources
 from cap_pretrain.data.tokenizers import encode_answer
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals import Context, Interrupted
+from cap_pretrain.models.sizes import STORED
 
 # The grey of the blank image, of 0 to 255: as near to 0 as what the encoder reads can come.
 BLANK = 128
@@ -159,7 +160,16 @@ class Scoring:
         return np.concatenate(jax.device_get(scores), axis=1)[:, :count]
 
     def prior(self, variables: Any, tokens: np.ndarray) -> np.ndarray:
-        """The scores [n] of texts int32 [n, T] for the blank image."""
+        """The scores [n] of texts int32 [n, T] for the blank image.
+
+        Raises:
+          UserError: the run reads stored features.
+        """
+        if self._context.config.model.name == STORED:
+            raise UserError(
+                "evals: what a text scores without an image is that for a blank one, and the run "
+                "reads stored features; leave out what compares with it."
+            )
         side = self._context.config.data.image_size
         rows = self._images // jax.process_count()
         blank = {"image": np.full((rows, side, side, 3), BLANK, np.uint8)}

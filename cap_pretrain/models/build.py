@@ -14,7 +14,16 @@ from cap_pretrain.models.alexnet import AlexNet
 from cap_pretrain.models.encoder import ImageEncoder
 from cap_pretrain.models.layers import Compute
 from cap_pretrain.models.resnet import STEMS, ResNet
-from cap_pretrain.models.sizes import ALEXNET, CONVNETS, RESNETS, SIZES, Size, parse_name
+from cap_pretrain.models.sizes import (
+    ALEXNET,
+    CONVNETS,
+    RESNETS,
+    SIZES,
+    STORED,
+    Size,
+    parse_name,
+)
+from cap_pretrain.models.stored import Stored
 from cap_pretrain.models.vit import Options, ViT
 
 
@@ -25,7 +34,10 @@ def check(config: ConfigDict) -> None:
       UserError: an unknown name, or fields that do not go together.
     """
     model, side = config.model, config.data.image_size
-    if model.name in CONVNETS:
+    if model.name == STORED:
+        _check_stored(config)
+        sizes = {"decoder_": text_size(config)}
+    elif model.name in CONVNETS:
         _check_convnet(model, side)
         sizes = {"decoder_": text_size(config)}
     else:
@@ -51,6 +63,19 @@ def _check_vit(model: ConfigDict, side: int) -> None:
             f"data.image_size: {side} is no multiple of the patch size {patch} "
             f"of {model.name}; choose {max(1, side // patch) * patch}."
         )
+
+
+def _check_stored(config: ConfigDict) -> None:
+    numbers = {f.name: 0 for f in dataclasses.fields(Size) if f.name != "width"}
+    _refuse(
+        config.model, numbers | dataclasses.asdict(Options()) | {"stem": "imagenet"}, "for images"
+    )
+    for field, usual in {"crop": "none", "flip": False}.items():
+        if config.data[field] != usual:
+            raise UserError(
+                f"data.{field}: {config.data[field]!r} is for images, and model.name is {STORED}: "
+                f"features cannot be augmented; leave it at {usual!r}."
+            )
 
 
 def _check_convnet(model: ConfigDict, side: int) -> None:
@@ -86,6 +111,8 @@ def encoder_size(config: ConfigDict) -> Size:
 def encoder_width(config: ConfigDict) -> int:
     """How wide the encoder's tokens and pooled vector are."""
     name = config.model.name
+    if name == STORED:
+        return config.model.width
     if name == ALEXNET:
         return alexnet.WIDTH
     return RESNETS[name].width if name in RESNETS else encoder_size(config).width
@@ -94,11 +121,11 @@ def encoder_width(config: ConfigDict) -> int:
 def text_size(config: ConfigDict) -> Size:
     """The size of a transformer that reads text beside the encoder.
 
-    Beside a ViT its own. Beside a convolutional network that of CLIP's beside a ResNet-50 (Radford
-    et al. 2021, section 2.4: 512 wide, 12 deep, 8 heads), our M, any number overridden by
+    Beside a ViT its own. Beside anything else that of CLIP's beside a ResNet-50 (Radford et al.
+    2021, section 2.4: 512 wide, 12 deep, 8 heads), our M, any number overridden by
     `model.decoder_…`.
     """
-    if config.model.name in CONVNETS:
+    if config.model.name in (*CONVNETS, STORED):
         return _overridden(SIZES["M"], config, "decoder_")
     return encoder_size(config)
 
@@ -138,6 +165,8 @@ def encoder_options(config: ConfigDict) -> Options:
 def build_encoder(config: ConfigDict, rngs: nnx.Rngs) -> ImageEncoder:
     """Builds the image encoder of a config."""
     name, kwargs = config.model.name, dict(compute=compute(config), rngs=rngs)
+    if name == STORED:
+        return Stored(config.model.width)
     if name == ALEXNET:
         return AlexNet(**kwargs)
     if name in RESNETS:

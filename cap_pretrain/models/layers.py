@@ -69,7 +69,9 @@ def constrain(x: jax.Array) -> jax.Array:
 
 
 def normalize_images(images: jax.Array, dtype: Any) -> jax.Array:
-    """uint8 [B, H, W, 3] -> values in [-1, 1], the recipe's range."""
+    """uint8 [B, H, W, 3] -> values in [-1, 1], the recipe's range; stored features stay."""
+    if jnp.issubdtype(images.dtype, jnp.floating):
+        return images.astype(dtype)
     return (images.astype(jnp.float32) / 127.5 - 1.0).astype(dtype)
 
 

@@ -59,13 +59,14 @@ RESNETS = {
 }
 ALEXNET = "alexnet"
 CONVNETS = (*RESNETS, ALEXNET)
+STORED = "stored"  # no encoder: the dataset holds features
 
 
 def parse_name(name: str) -> tuple[Size, int]:
     """`"B/16"` -> (the size B, patch size 16). Raises UserError for what names no ViT."""
     variant, _, patch = name.partition("/")
     if variant not in SIZES:
-        near = did_you_mean(variant, (*SIZES, *CONVNETS))
+        near = did_you_mean(variant, (*SIZES, *CONVNETS, STORED))
         raise UserError(f"model.name: no size {variant!r}.{near}")
     if not patch.isdigit() or int(patch) < 1:
         raise UserError(f"model.name: {name!r} lacks a patch size; write it as {variant}/16.")

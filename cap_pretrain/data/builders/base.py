@@ -168,15 +168,18 @@ class ImageDataset(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 class _SortedWriter(writer.ExampleWriter):
-    """Writes the features of a record in a fixed order, so that equal builds give equal bytes.
+    """Writes records that are `ordered`."""
+
+    def write(self, path: str, examples: Iterable[tuple[Any, bytes]]) -> Any:
+        return super().write(path, ((key, ordered(record)) for key, record in examples))
+
+
+def ordered(record: bytes) -> bytes:
+    """A record with its features in a fixed order, so that equal builds give equal bytes.
 
     TFDS leaves the order to protobuf's maps, which differs from process to process.
     """
-
-    def write(self, path: str, examples: Iterable[tuple[Any, bytes]]) -> Any:
-        parse = tf_example_pb2.Example.FromString
-        ordered = ((k, parse(data).SerializeToString(deterministic=True)) for k, data in examples)
-        return super().write(path, ordered)
+    return tf_example_pb2.Example.FromString(record).SerializeToString(deterministic=True)
 
 
 @dataclasses.dataclass(frozen=True)

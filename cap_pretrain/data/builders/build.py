@@ -32,25 +32,36 @@ def build(
         The dataset's folder, and the builder with its report.
 
     Raises:
-        UserError: a bad name, a finished dataset is there, another process is building it, or
-            whatever the builder finds wrong with its files.
+        UserError: as `only_finished`, or whatever the builder finds wrong with its files.
+    """
+    with only_finished(name, out, overwrite) as (built, final):
+        builder = make(name=name, data_dir=built.parent.parent)
+        with contextlib.redirect_stdout(None):  # TFDS announces a download, into the work folder
+            builder.download_and_prepare(file_format="array_record")
+        builder.write_report(built)
+    return final, builder
+
+
+@contextlib.contextmanager
+def only_finished(name: str, out: Path, overwrite: bool = False) -> Iterator[tuple[Path, Path]]:
+    """Gives the folder to build a dataset in, NAME/VERSION, and the one that it becomes at the end.
+
+    Raises:
+        UserError: a bad name, a finished dataset is there, or another process is building it.
     """
     if not _NAME.fullmatch(name):
         raise UserError(f"--name {name!r}: must be lower-case letters, digits and _, like my_data.")
-    final = out / name / str(ImageDataset.VERSION)
+    version = str(ImageDataset.VERSION)
+    final = out / name / version
     if final.exists() and not overwrite:
         raise UserError(f"{final}: exists already; add --overwrite to replace it.")
     with _work_folder(out / f".{name}.building") as work:
-        builder = make(name=name, data_dir=work)
-        with contextlib.redirect_stdout(None):  # TFDS announces a download, into the work folder
-            builder.download_and_prepare(file_format="array_record")
-        built = Path(builder.data_dir)
-        builder.write_report(built)
+        built = work / name / version
+        yield built, final
         final.parent.mkdir(exist_ok=True)
         if final.exists():
             final.rename(work / "replaced")
         built.rename(final)
-    return final, builder
 
 
 @contextlib.contextmanager

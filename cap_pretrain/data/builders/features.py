@@ -1,0 +1,124 @@
+"""Features in place of images, as a dataset in TFDS format.
+
+TFDS's own way of writing holds a split in memory to shuffle it, and turns to TensorFlow beyond a
+gigabyte. Here examples stay in the order they come in, so that what is learned from features meets
+them as it would have met the images; and are written as they come.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from cap_pretrain.data.builders.base import ordered
+from cap_pretrain.data.sources import Example
+
+_WRITING = "group_size:1,uncompressed"  # any record by itself; floating-point noise packs badly
+_SHARD_BYTES = 256 * 2**20  # so that a few threads may read different files
+
+
+@dataclasses.dataclass
+class Split:
+    """What has been written of a split.
+
+    Attributes:
+        shards: number of examples in each file.
+        bytes: of all records.
+    """
+
+    shards: list[int] = dataclasses.field(default_factory=list)
+    bytes: int = 0
+
+
+class FeatureDataset:
+    """A dataset of features that is being written.
+
+    Args:
+        folder: NAME/VERSION, made here.
+        like: an example of the dataset with the images, which says what else is stored.
+        shape: [1 + N, D], of the features of an example.
+        dtype: float32 or float16.
+        class_names: of labels; empty: they have no names.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        like: Example,
+        shape: tuple[int, int],
+        dtype: Any,
+        class_names: Sequence[str] = (),
+    ):
+        folder.mkdir(parents=True)
+        self._folder, self._name = folder, folder.parent.name
+        feature = {
+            "image": tfds.features.Tensor(shape=shape, dtype=np.dtype(dtype), encoding="bytes"),
+            "captions": tfds.features.Sequence(tfds.features.Text()),
+            "id": tfds.features.Text(),
+        }
+        if class_names:
+            feature["label"] = tfds.features.ClassLabel(names=list(class_names))
+        elif like["label"] >= 0:
+            feature["label"] = tfds.features.Scalar(np.int64)
+        if like.get("question"):
+            feature["question"] = tfds.features.Text()
+        self._features = tfds.features.FeaturesDict(feature)
+        self._serializer = tfds.core.example_serializer.ExampleSerializer(
+            self._features.get_serialized_info()
+        )
+        self.splits: dict[str, Split] = {}
+
+    def write_split(self, name: str, examples: Iterator[Example]) -> Split:
+        """Writes the examples of a split, whose "image" are their features, one after the other."""
+        split = self.splits[name] = Split()
+        writer, size = None, 0
+        for example in examples:
+            values = {field: example[field] for field in self._features}
+            record = self._serializer.serialize_example(self._features.encode_example(values))
+            record = ordered(record)
+            if writer is None or size + len(record) > _SHARD_BYTES:
+                if writer:
+                    writer.close()
+                path = self._folder / f"{len(split.shards)}.tmp"
+                writer, size = ArrayRecordWriter(str(path), _WRITING), 0
+                split.shards.append(0)
+            writer.write(record)
+            size += len(record)
+            split.bytes += len(record)
+            split.shards[-1] += 1
+        if writer:
+            writer.close()
+        for k in range(len(split.shards)):
+            of = f"{k:05}-of-{len(split.shards):05}"
+            final = self._folder / f"{self._name}-{name}.array_record-{of}"
+            (self._folder / f"{k}.tmp").rename(final)
+        return split
+
+    def finish(self, description: str, made: dict[str, Any]) -> None:
+        """Writes what TFDS wants to know; and made.json, how the features were made."""
+        template = tfds.core.ShardedFileTemplate(
+            data_dir=self._folder, dataset_name=self._name, filetype_suffix="array_record"
+        )
+        infos = [
+            tfds.core.SplitInfo(
+                name=name,
+                shard_lengths=split.shards,
+                num_bytes=split.bytes,
+                filename_template=template.replace(split=name),
+            )
+            for name, split in self.splits.items()
+        ]
+        tfds.folder_dataset.write_metadata(
+            data_dir=self._folder,
+            features=self._features,
+            split_infos=infos,
+            description=description,
+            check_data=False,
+        )
+        (self._folder / "made.json").write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
