@@ -33,8 +33,9 @@ setup(
     extras_require={
         "test": [
             *("pytest>=8,<10", "ruff>=0.14,<0.18", "torch==2.13.0", "transformers>=5.23,<6"),
-            *("scikit-learn>=1.6,<2", "pycocoevalcap>=1.2,<1.3"),
+            *("scikit-learn>=1.6,<2", "pycocoevalcap>=1.2,<1.3", "matplotlib>=3.11,<4"),
         ],
+        "plots": ["matplotlib>=3.11,<4", "scikit-learn>=1.6,<2"],
         "captions": ["pycocoevalcap>=1.2,<1.3"],
         "torch": ["torch>=2.6"],
         "tpu": ["jax[tpu]>=0.10.2,<0.12"],

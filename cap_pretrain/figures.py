@@ -40,5 +40,6 @@ def save(figure: Any, out: Path) -> None:
     """
     matplotlib = imported("matplotlib")
     svg = out.suffix.lower() == ".svg"
-    with matplotlib.rc_context({"svg.hashsalt": "cap_pretrain"}):  # it draws its ids by lot
+    # Ids that are not drawn by lot, and text that stays text.
+    with matplotlib.rc_context({"svg.hashsalt": "cap_pretrain", "svg.fonttype": "none"}):
         figure.savefig(out, metadata={"Date": None} if svg else None)

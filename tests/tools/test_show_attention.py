@@ -1,0 +1,154 @@
+"""tools/show_attention.py: pictures of where a captioner looks, and what cannot be drawn."""
+
+import functools
+import re
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from cap_pretrain import figures, inputs
+from cap_pretrain.data.scenes import Scenes
+from cap_pretrain.errors import UserError
+from cap_pretrain.pretrained import load_learner
+from tests import toy
+from tools import show_attention
+
+
+@pytest.fixture(scope="module")
+def run(tokenizer_path, tmp_path_factory):
+    """The workdir of a captioner with 4 patches and a token of the class."""
+    workdir = tmp_path_factory.mktemp("run")
+    c = toy.config(model__depth=1, text__length=24, model__class_token=True, model__decoder_depth=2)
+    toy.saved_run(c, workdir, tokenizer_path, 3)
+    return workdir
+
+
+@pytest.fixture(scope="module", autouse=True)
+def read_once():
+    """Runs are read back once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(show_attention, "load_learner", functools.cache(load_learner))
+        yield
+
+
+@pytest.fixture
+def photo(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+    path = tmp_path / "a_photo_with_a_long_name.png"
+    Image.fromarray(pixels).save(path)
+    return str(path)
+
+
+def words_in(svg):
+    return re.findall(r">([^<>\s][^<>]*)</text>", svg.read_text(encoding="utf-8"))
+
+
+def test_words_over_images(run, photo, tmp_path, capsys):
+    out = tmp_path / "out.svg"
+    arguments = [
+        "--checkpoint",
+        str(run),
+        "--caption",
+        "Two shapes: a big crimson disc, and a star",
+    ]
+    assert show_attention.main([*arguments, photo, photo, "--out", str(out), "--columns", "4"]) == 0
+    told = ["ith_a_long_name.png", *"two shapes a big crimson disc and a star".split()]
+    told[0] = told[0][-18:]
+    assert words_in(out) == told * 2
+    assert f"wrote {out}" in capsys.readouterr().out
+    first = out.read_bytes()
+    assert show_attention.main([*arguments, photo, photo, "--out", str(out), "--columns", "4"]) == 0
+    assert out.read_bytes() == first
+
+    narrow, wide = tmp_path / "narrow.png", tmp_path / "wide.png"
+    for file, columns in ((narrow, "4"), (wide, "10")):
+        show_attention.main([*arguments, photo, "--out", str(file), "--columns", columns])
+    narrow, wide = Image.open(narrow).size, Image.open(wide).size
+    assert narrow[0] * 10 == wide[0] * 4 and narrow[1] == wide[1] * 3
+
+
+def test_files_that_are_no_images_are_left_out(run, photo, tmp_path, capsys):
+    text = tmp_path / "text.jpg"
+    text.write_text("To whom it may concern")
+    arguments = ["--checkpoint", str(run), "--out", str(tmp_path / "out.svg")]
+    assert show_attention.main([*arguments, str(text), photo]) == 1
+    assert capsys.readouterr().err == f"{text}: not drawn: not an image\n"
+    assert "ith_a_long_name.png"[-18:] in words_in(tmp_path / "out.svg")
+    assert show_attention.main([*arguments, str(text), str(tmp_path / "gone.png")]) == 2
+
+
+def test_the_runs_own_data_and_captions(run, tmp_path):
+    out = tmp_path / "out.svg"
+    assert show_attention.main(["--checkpoint", str(run), "--count", "2", "--out", str(out)]) == 0
+    words = words_in(out)
+    assert words[0] == "val/0" and "val/1" in words and "val/2" not in words
+
+
+def test_maps_are_the_learners_attention(run):
+    learner = show_attention.load_learner(run)
+    config, tokenizer, graphdef, variables = learner
+    source = inputs.open_data(config, "val")
+    assert isinstance(source, Scenes)
+    named = show_attention.of_dataset(learner, "", "novel", 3)
+    assert [name for name, _ in named] == ["novel/0", "novel/1", "novel/2"]
+    caption = "a red ring"
+    for layer in ({}, {"layer": None}):
+        looks = show_attention.look(learner, named, caption, layer)
+        images = np.stack([image for _, image in named])
+        text = np.tile(tokenizer.encode(caption), (3, 1))
+        attend = jax.jit(lambda v, *a, layer=layer: nnx.merge(graphdef, *v).attend(*a, **layer))
+        attention = np.asarray(attend(variables, images, text))[:, :, 1:]  # but that to the class
+        for found, row, (name, image) in zip(looks, attention, named, strict=True):
+            assert (found.name, found.words) == (name, caption.split())
+            np.testing.assert_array_equal(found.image, image)
+            assert found.maps.shape == (3, 2, 2)
+            np.testing.assert_allclose(found.maps[0].ravel(), row[0] / row[0].sum(), rtol=1e-5)
+
+
+def test_bright_is_where_attention_is():
+    image = np.full((32, 32, 3), 90, np.uint8)
+    maps = np.array([[[0.7, 0.1], [0.1, 0.1]], [[0.25, 0.25], [0.25, 0.25]]], np.float32)
+    hot, even = show_attention.overlays(image, maps)
+    quarters = hot.reshape(2, 128, 2, 128, 3).mean((1, 3, 4))
+    assert quarters[0, 0] > 1.5 * quarters[1, 1] and np.argmax(quarters) == 0
+    assert hot.min() >= 0 and hot.max() <= 1 and np.ptp(even[..., 0]) < 1e-6
+    assert even.max() < hot.max()  # of one scale
+    assert not show_attention.overlays(image, maps[:0])
+
+
+def test_what_cannot_be_drawn_is_told(run, photo, tokenizer_path, tmp_path, capsys):
+    def told(*arguments, checkpoint=run, out="out.png"):
+        arguments = ["--checkpoint", str(checkpoint), "--out", str(tmp_path / out), *arguments]
+        assert show_attention.main(arguments) == 2
+        captured = capsys.readouterr()
+        assert not captured.out and len(captured.err.splitlines()) <= 2
+        return captured.err
+
+    assert "ends in neither .png nor .svg" in told(photo, out="out.jpg")
+    assert "is no folder of a run" in told(photo, checkpoint=tmp_path / "none")
+    assert "no checkpoint of step 4" in told(photo, "--step", "4")
+    assert "no layer 2; the decoder has 0 to 1" in told(photo, "--layer", "2")
+    assert "not for IMAGE files" in told(photo, "--data", "scenes")
+    assert "no split 'nowel'" in told("--split", "nowel")
+    toy.saved_run(toy.config("dual_encoder", model__depth=1), tmp_path / "clip", tokenizer_path, 1)
+    assert "of the kind DualEncoder pays none" in told(photo, checkpoint=tmp_path / "clip")
+
+
+def test_stored_features_are_no_images(run, monkeypatch):
+    class Stored(list):
+        def __str__(self):
+            return "stored"
+
+    source = Stored([{"image": np.zeros(512, np.float32), "id": "0"}])
+    monkeypatch.setattr(inputs, "open_data", lambda *_: source)
+    with pytest.raises(UserError, match="stored has stored features, and no images to draw on"):
+        show_attention.of_dataset(show_attention.load_learner(run), "", "", 1)
+
+
+def test_without_matplotlib(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    with pytest.raises(UserError, match="matplotlib is not installed.*cap_pretrain.plots"):
+        figures.new_figure(1, 1)
