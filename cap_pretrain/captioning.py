@@ -14,6 +14,7 @@ from cap_pretrain.data.tokenizers import encode_answer
 from cap_pretrain.decoding import Decoding
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.captions import write_captions
+from cap_pretrain.models.sizes import STORED
 from cap_pretrain.pretrained import Learner
 
 Captioner = Callable[[np.ndarray], list[str]]
@@ -46,9 +47,14 @@ def captioner(
     With a question the captions are answers to it.
 
     Raises:
-      UserError: the learner writes no captions.
+      UserError: the learner writes no captions, or has no encoder to see images with.
     """
     config, tokenizer, graphdef, variables = learner
+    if config.model.name == STORED:
+        raise UserError(
+            f"--checkpoint: learned from stored features ({config.data.name}) and has no encoder to "
+            "see images with; take a run that was given the encoder itself."
+        )
     if not hasattr(graphdef.nodes[0].type, "decode_step"):
         raise UserError(
             f"--checkpoint: is one of a {config.learner.name}, which writes no captions."

@@ -8,12 +8,14 @@ import pytest
 
 from cap_pretrain import config as configs
 from cap_pretrain import evals, inputs, partition, plan
+from cap_pretrain.captioning import captioner
 from cap_pretrain.data import sources
 from cap_pretrain.data.builders import features
 from cap_pretrain.decoding import Decoding
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.captions import Captioning, Captions
 from cap_pretrain.evals.scoring import Scoring
+from cap_pretrain.pretrained import Learner
 from cap_pretrain.step import make_train_step
 from tests import toy
 from tests.tools import test_build_dataset as images
@@ -234,6 +236,8 @@ def test_what_needs_pixels_says_so(stored, tokenizer_path, tmp_path, capsys):
     assert len(result.details["samples"]) == 2 and not result.pictures
     with pytest.raises(UserError, match="blank one, and the run reads stored features"):
         Scoring(context, batch_size=2, pairs=4).prior(variables, np.zeros((1, 8), np.int32))
+    with pytest.raises(UserError, match="learned from stored features .* no encoder to see"):
+        captioner(Learner(c, tokenizer, graphdef, variables), Decoding(), 2, seed=0)
     assert contact_sheet.main(["--data", str(stored), "--out", str(tmp_path / "a.png")]) == 2
     assert "no images to look at" in capsys.readouterr().err
 
