@@ -52,8 +52,8 @@ def captioner(
     config, tokenizer, graphdef, variables = learner
     if config.model.name == STORED:
         raise UserError(
-            f"--checkpoint: learned from stored features ({config.data.name}) and has no encoder to "
-            "see images with; take a run that was given the encoder itself."
+            f"--checkpoint: learned from stored features ({config.data.name}) and has no encoder "
+            "to see images with; take a run that was given the encoder itself."
         )
     if not hasattr(graphdef.nodes[0].type, "decode_step"):
         raise UserError(
