@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from cap_pretrain.data.sources import Example, Source
+from cap_pretrain.data.sources import Example, Source, without_image
 from cap_pretrain.data.tokenizers import Tokenizer, encode_answer
 from cap_pretrain.errors import UserError
 
@@ -61,7 +61,7 @@ def by_length(source: Source, tokenizer: Tokenizer) -> list[PairsOfOneLength]:
 def _lengths(source: Source, tokenizer: Tokenizer) -> Iterator[tuple[int, int, int]]:
     """Yields (index, which caption, its tokens)."""
     for index in range(len(source)):
-        example = source[index]
+        example = without_image(source, index)
         for which, caption in enumerate(example["captions"]):
             ids, _ = encode_answer(tokenizer, example.get("question", ""), caption)
             yield index, which, np.count_nonzero(ids != tokenizer.pad_id)

@@ -9,7 +9,7 @@ A source is a picklable sequence. `source[i]` is one example, as it is stored:
 and `source.class_names` lists the names of the labels (empty: none). A question (missing or "":
 none) is what the captions answer; then label and class names are those of kinds of questions. A new
 kind of source is one new file with such a class and one entry in `_GENERATED`; everything stored
-goes through TFDS.
+goes through TFDS. It may have `without_image(i)`, the rest of an example where that takes less.
 """
 
 import bisect
@@ -49,6 +49,11 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example: ...
+
+
+def without_image(source: Source, index: int) -> Example:
+    """An example for whom its image does not matter: it may be missing."""
+    return getattr(source, "without_image", source.__getitem__)(index)
 
 
 def open_source(

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from cap_pretrain.data.sources import Example, Source
+from cap_pretrain.data.sources import Example, Source, without_image
 from cap_pretrain.errors import UserError
 
 _READING_THREADS = 16  # of records that may lie on a network disk
@@ -29,6 +29,10 @@ class Subset:
         if not 0 <= index < len(self):
             raise IndexError(index)
         return self._source[int(self._indices[index])]
+
+    def without_image(self, index: int) -> Example:
+        """`self[index]`, maybe without its image."""
+        return without_image(self._source, int(self._indices[index]))
 
 
 def sample(source: Source, count: int, seed: int) -> Source:

@@ -11,6 +11,7 @@ import numpy as np
 import sentencepiece
 
 from cap_pretrain import files
+from cap_pretrain.data.sources import without_image
 from cap_pretrain.errors import UserError
 
 # Larger corpora are sampled down to this many captions: ample for 32k pieces, and the trainer
@@ -230,7 +231,7 @@ def source_captions(source, limit: int | None = None) -> Iterator[str]:
     """
     count = len(source) if limit is None else min(limit, len(source))
     for i in range(count):
-        example = source[i * len(source) // count]
+        example = without_image(source, i * len(source) // count)
         if question := example.get("question"):
             yield question
         yield from example["captions"]

@@ -7,6 +7,7 @@ import pytest
 
 from cap_pretrain.data import subset
 from cap_pretrain.data.scenes import Scenes
+from cap_pretrain.data.sources import without_image
 from cap_pretrain.errors import UserError
 
 SOURCE = Scenes("train", 16, length_train=400, label="count")
@@ -70,3 +71,10 @@ def test_what_cannot_be_is_told():
 
     with pytest.raises(UserError, match=r'--config.data.split="train\[:10%\]"'):
         subset.fraction_of(Unlabelled("train", 16, length_train=5), 0.1, seed=0)
+
+
+def test_examples_may_come_without_their_images():
+    for source in (SOURCE, subset.sample(SOURCE, 20, seed=0)):
+        rest = without_image(source, 7)
+        assert rest == {name: value for name, value in source[7].items() if name != "image"}
+    assert without_image([{"label": 3}], 0) == {"label": 3}
