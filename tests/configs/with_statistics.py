@@ -1,7 +1,7 @@
 """A captioner with everything that a checkpoint can hold: BatchNorm-like statistics, and EMA.
 
-What keeps statistics in the package is slow to compile. This one registers itself when its file is read, as that
-of a `--config`, so it is named by its whole path.
+What keeps statistics in the package is slow to compile. This one registers itself when its file is
+read, as that of a `--config`, so it is named by its whole path.
 """
 
 import jax.numpy as jnp
