@@ -1,0 +1,187 @@
+"""tools/plot_embeddings.py: which vectors are drawn, where, and what cannot be drawn."""
+
+import collections
+import functools
+import re
+
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from cap_pretrain import inputs, word_maps
+from cap_pretrain.data import tokenizers
+from cap_pretrain.errors import UserError
+from cap_pretrain.models.layers import normalize_images
+from cap_pretrain.pretrained import load_learner
+from tests import tiny, toy
+from tests.evals import stubs
+from tools import plot_embeddings
+from tools.plot_embeddings import places, principal_components
+
+
+@pytest.fixture(scope="module")
+def runs(tokenizer_path, tmp_path_factory):
+    """Workdirs of learners of one layer, by kind."""
+    folder = tmp_path_factory.mktemp("runs")
+    for kind in ("captioner", "dual_encoder"):
+        c = toy.config(kind, model__depth=1, data__scenes__length_val=12)
+        toy.saved_run(c, folder / kind, tokenizer_path, 3)
+    return {kind: folder / kind for kind in ("captioner", "dual_encoder")}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def read():
+    """Reads runs back, once."""
+    with pytest.MonkeyPatch.context() as patch:
+        read = functools.cache(load_learner)
+        patch.setattr(plot_embeddings, "load_learner", read)
+        yield lambda run: read(run, step=None)
+
+
+def opened(learner):
+    """The learner as a module, its tokenizer, its source."""
+    config, tokenizer, graphdef, variables = learner
+    return nnx.merge(graphdef, *variables), tokenizer, inputs.open_data(config, "val")
+
+
+def plot(run, out, *arguments):
+    return plot_embeddings.main(["--checkpoint", str(run), "--out", str(out), *arguments])
+
+
+def test_axes_of_greatest_variance():
+    rng = np.random.default_rng(0)
+    vectors = rng.standard_normal((40, 5)) * (1, 7, 0.1, 3, 0.5) + 10
+    two = principal_components(vectors, 2)
+    for k, column in enumerate((1, 3)):
+        assert abs(np.corrcoef(two[:, k], vectors[:, column])[0, 1]) > 0.95
+    whole = principal_components(vectors, 9)
+    assert whole.shape == (40, 5)
+    apart = np.linalg.norm(whole[:, None] - whole, axis=-1)
+    np.testing.assert_allclose(apart, np.linalg.norm(vectors[:, None] - vectors, axis=-1))
+    np.testing.assert_allclose(principal_components(vectors[::-1], 2)[::-1], two, atol=1e-9)
+
+
+def test_alike_vectors_are_side_by_side():
+    rng = np.random.default_rng(0)
+    vectors = rng.standard_normal((30, 40)) + 20 * (np.arange(30) % 2)[:, None]
+    for method in plot_embeddings.METHODS:
+        xy = places(vectors, method)
+        assert xy.shape == (30, 2)
+        np.testing.assert_array_equal(xy, places(vectors, method))
+        apart = np.linalg.norm(xy[:, None] - xy, axis=-1)
+        same = np.arange(30) % 2 == np.arange(30)[:, None] % 2
+        assert apart[same].max() < apart[~same].min()
+
+
+def test_images_are_pooled_features(runs, read):
+    learner = read(runs["captioner"])
+    module, _, source = opened(learner)
+    points = plot_embeddings.of_images(learner, source, 7)
+    examples = [source[i] for i in range(7)]
+    np.testing.assert_array_equal(points.images, [example["image"] for example in examples])
+    np.testing.assert_array_equal(points.labels, [example["label"] for example in examples])
+    pooled = module.encoder(normalize_images(points.images, np.float32)).pooled
+    np.testing.assert_allclose(points.vectors, pooled, rtol=1e-4, atol=1e-5)
+
+
+def test_captions_of_captioners_and_of_dual_encoders(runs, read):
+    learner = read(runs["captioner"])
+    module, tokenizer, source = opened(learner)
+    texts = [tokenizer.encode(source[i]["captions"][0]) for i in range(6)]
+    points = plot_embeddings.of_captions(learner, source, 6)
+    table = np.asarray(module.decoder.embedding.embedding)
+    expected = [table[ids[ids > tokenizer.eos_id]].mean(0) for ids in texts]
+    np.testing.assert_allclose(points.vectors, expected, rtol=1e-5, atol=1e-6)
+
+    learner = read(runs["dual_encoder"])
+    points = plot_embeddings.of_captions(learner, source, 6)
+    expected = opened(learner)[0].embed_text(np.stack(texts))
+    np.testing.assert_allclose(points.vectors, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["captioner", "dual_encoder"])
+def test_words_are_the_most_frequent_ones(runs, read, kind):
+    learner = read(runs[kind])
+    module, tokenizer, source = opened(learner)
+    points = plot_embeddings.of_words(learner, source, 20)
+    captions = [text for i in range(len(source)) for text in source[i]["captions"]]
+    heard = (word_maps.words_of(tokenizer, tokenizer.encode(text))[1] for text in captions)
+    counts = collections.Counter(word.text for words in heard for word in words)
+    assert [counts[word] for word in points.words] == sorted(counts.values(), reverse=True)[:20]
+    part = module.decoder if kind == "captioner" else module.text_tower
+    table = np.asarray(part.embedding.embedding)
+    several = 0
+    for word, vector in zip(points.words, points.vectors, strict=True):
+        ids = tokenizer.encode(word)
+        ids = ids[ids > tokenizer.eos_id]
+        several += len(ids) > 1
+        np.testing.assert_allclose(vector, table[ids].mean(0), rtol=1e-5, atol=1e-6)
+    assert several > 2
+
+
+def test_words_and_class_names_are_written(runs, read, tmp_path, capsys):
+    out = tmp_path / "out.svg"
+    assert plot(runs["captioner"], out, "--what", "words", "--count", "9", "--method", "pca") == 0
+    assert capsys.readouterr().out == f"wrote {out}: 9 words\n"
+    written = re.findall(r">([^<>\s][^<>]*)</text>", out.read_text())
+    assert len(written) == 9 and "a" in written
+    assert plot(runs["captioner"], out, "--method", "pca") == 0
+    written = re.findall(r">([^<>\s][^<>]*)</text>", out.read_text())
+    source = opened(read(runs["captioner"]))[2]
+    assert set(written) == {source.class_names[source[i]["label"]] for i in range(12)}
+
+
+def test_the_same_picture_each_time_with_thumbnails(runs, tmp_path):
+    out = tmp_path / "out.png"
+    drawn = []
+    for arguments in (["--thumbnails"], ["--thumbnails"], []):
+        assert plot(runs["captioner"], out, "--what", "captions", *arguments) == 0
+        drawn.append(out.read_bytes())
+    assert drawn[0] == drawn[1] != drawn[2]
+    colours = Image.open(out).convert("RGB").getcolors(1 << 20)
+    assert len(colours) > 10
+
+
+def test_images_without_labels_and_of_many_classes():
+    xy = np.random.default_rng(0).standard_normal((60, 2))
+    images = tiny.images(60)
+
+    def drawn(labels, names):
+        points = plot_embeddings.Points(xy, np.array(labels), images)
+        figure = plot_embeddings.draw(points, xy, names, thumbnails=False)
+        return figure.axes[0].collections, figure.legends
+
+    groups, legends = drawn([-1] * 60, [])
+    assert len(groups) == 1 and not legends
+    groups, legends = drawn(np.arange(60) % 12, [f"class {i}" for i in range(12)])
+    assert [text.get_text() for text in legends[0].texts] == [f"class {i}" for i in range(12)]
+    groups, legends = drawn(np.arange(60) % 30, [f"class {i}" for i in range(30)])
+    assert not legends
+    assert len({tuple(group.get_facecolor()[0]) for group in groups}) == 30
+
+
+def test_learners_and_datasets_without_text(runs, read):
+    learner = read(runs["captioner"])
+    source = opened(learner)[2]
+    mute = learner._replace(config=toy.config("classifier"), tokenizer=tokenizers.NoText())
+    for of in (plot_embeddings.of_captions, plot_embeddings.of_words):
+        with pytest.raises(UserError, match="a classifier reads no text; take --what images"):
+            of(mute, source, 9)
+        with pytest.raises(UserError, match="pictures has no captions; take --what images"):
+            of(learner, stubs.Pictures(captions=[[]], labels=[0]), 9)
+
+
+def test_what_cannot_be_drawn_is_told(runs, tmp_path, capsys):
+    def told(*arguments, run=runs["captioner"], out="out.png"):
+        assert plot(run, tmp_path / out, *arguments) == 2
+        captured = capsys.readouterr()
+        assert not captured.out and len(captured.err.splitlines()) <= 2
+        return captured.err
+
+    assert "ends in neither .png nor .svg" in told(out="out.pdf")
+    assert "is no folder of a run" in told(run=tmp_path)
+    assert "4 points are too few; take 5 or more" in told("--count", "4")
+    assert "words have none" in told("--what", "words", "--thumbnails")
+    with pytest.raises(UserError, match="what it says is not finite"):
+        places(np.full((9, 3), np.nan), "pca")
