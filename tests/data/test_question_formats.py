@@ -341,6 +341,7 @@ MISTAKES = [
     ("vqav2 --questions good.json --annotations boxes.json --images photos", "'annotations'"),
     ("vqav2 --questions good.json --annotations v=a.json --images photos", "none for split 'v'"),
     ("vqav2 --questions good.json --images val=photos", "--images: none for split 'train'"),
+    ("vqav2 --questions good.json --annotations null.json --images photos", "lacks answer"),
     ("gqa --questions list.json --images photos", "no object of questions by id; is it one of GQA"),
     ("gqa --questions boxes.json --images photos", "lacks imageId or question"),
     ("nlvr2 --questions text.json --images photos", "text.json: is not JSON"),
@@ -357,6 +358,7 @@ def test_mistakes_are_told_in_a_line(tmp_path, monkeypatch, capsys, command, mes
         "boxes": {"images": [{"bbox": []}]},
         "empty": {"images": []},
         "asked": {"questions": [{"question": "?"}]},
+        "null": {"annotations": [{"question_id": 1, "answers": None}]},
         "good": {"questions": [{"question": "?", "question_id": 1, "image_id": 1}]},
     }
     for name, content in contents.items():

@@ -171,6 +171,12 @@ def take(path: Path, where: str, entry: Any, *keys: str, what: str) -> list[Any]
         ) from error
 
 
+def texts_of(path: Path, where: str, entries: Any, key: str, what: str) -> list[str]:
+    """`texts` of what each entry of a list within an entry has as `key`; raises as `take`."""
+    entries = entries if isinstance(entries, list) else [entries]
+    return texts([take(path, where, entry, key, what=what)[0] for entry in entries])
+
+
 def texts(values: Any) -> list[str]:
     """The texts in a list that say something, without white space around them."""
     values = values if isinstance(values, list) else [values]

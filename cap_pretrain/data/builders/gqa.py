@@ -65,6 +65,6 @@ def read_questions(path: Path) -> list[Entry]:
             )
             question = "".join(annotated.texts(question))
             answer = annotated.texts(entry.get("answer"))
-            kind = str(entry.get("types", {}).get("structural") or "")
+            kind = str((entry.get("types") or {}).get("structural") or "")
             entries.append(Entry(question_id, (str(image_id),), answer, question, kind))
     return entries

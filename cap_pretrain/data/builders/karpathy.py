@@ -84,13 +84,7 @@ def read_splits(path: Path, restval: str = "train") -> dict[str, list[Entry]]:
         if folder := image.get("filepath"):
             name = f"{folder}/{name}"
         image_id = image.get("cocoid", image.get("imgid", name))
-        captions = [
-            text
-            for sentence in sentences
-            for text in annotated.texts(
-                annotated.take(path, "sentences", sentence, "raw", what=_WHAT)
-            )
-        ]
+        captions = annotated.texts_of(path, "sentences", sentences, "raw", _WHAT)
         problem = "" if captions else "without captions"
         entry = Entry(str(image_id), (name,), captions, problem=problem)
         splits[restval if split == _RESTVAL else split].append(entry)

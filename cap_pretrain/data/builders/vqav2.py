@@ -80,13 +80,7 @@ def read_questions(path: Path, annotations: Path | None) -> list[Entry]:
             question_id, given = annotated.take(
                 annotations, "annotations", entry, "question_id", "answers", what=_WHAT
             )
-            own = [
-                text
-                for answer in given
-                for text in annotated.texts(
-                    annotated.take(annotations, "answers", answer, "answer", what=_WHAT)
-                )
-            ]
+            own = annotated.texts_of(annotations, "answers", given, "answer", _WHAT)
             answers[str(question_id)] = own, str(entry.get("answer_type", ""))
     entries = []
     for entry in annotated.entries_of(path, files.read_json(path), "questions", _WHAT):
