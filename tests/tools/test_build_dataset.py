@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from tensorflow_datasets.core import shuffle
 
 from cap_pretrain.data import images
 from cap_pretrain.data.builders import base
@@ -346,3 +347,17 @@ def test_candidates_are_checked_in_order_and_not_all_at_once(monkeypatch):
     for done, (item, result) in enumerate(base._map_ahead(lambda i: i * i, items())):
         assert (item, result) == (done, done * done)
         assert len(taken) <= done + 5
+
+
+def test_what_does_not_fit_in_memory_is_shuffled_alike(captioned, tmp_path, monkeypatch):
+    """As of a split of more than a gigabyte, and without TensorFlow."""
+    assert run(*captioned) == 0
+    monkeypatch.setattr(shuffle, "MAX_MEM_BUFFER_SIZE", 0)
+    assert run(*captioned, "--name", "large") == 0
+
+    def records(name):
+        source = open_source(str(tmp_path / "out" / name), "train", image_size=8)
+        return [source[i] for i in range(len(source))]
+
+    assert records("large") == records("mine")
+    assert not list((tmp_path / "out" / "large").rglob("*.tmp"))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from cap_pretrain.data.builders.base import ImageDataset
+from cap_pretrain.data.builders.shuffling import with_plain_files
 from cap_pretrain.errors import UserError
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")  # what TFDS accepts and file names survive
@@ -36,7 +37,8 @@ def build(
     """
     with only_finished(name, out, overwrite) as (built, final):
         builder = make(name=name, data_dir=built.parent.parent)
-        with contextlib.redirect_stdout(None):  # TFDS announces a download, into the work folder
+        # TFDS announces a download, into the work folder.
+        with contextlib.redirect_stdout(None), with_plain_files():
             builder.download_and_prepare(file_format="array_record")
         builder.write_report(built)
     return final, builder
