@@ -34,6 +34,11 @@ def abstract(c: ConfigDict, vocab: int = VOCAB) -> Split:
 
 def split(c: ConfigDict, seed: int = 0, vocab: int = VOCAB) -> Split:
     """The learner of a config, split; nothing is left zero or one as by initialisation."""
+    return randomised(abstract(c, vocab), seed)
+
+
+def randomised(split: Split, seed: int = 0) -> Split:
+    """A learner without numbers, with random ones."""
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):
@@ -48,7 +53,7 @@ def split(c: ConfigDict, seed: int = 0, vocab: int = VOCAB) -> Split:
             noise = 0.5 * noise
         return jnp.asarray(noise, leaf.dtype)
 
-    graphdef, params, stats = abstract(c, vocab)
+    graphdef, params, stats = split
     return graphdef, *(jax.tree_util.tree_map_with_path(draw, tree) for tree in (params, stats))
 
 

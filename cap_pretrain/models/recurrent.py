@@ -157,7 +157,7 @@ class GRU(nnx.Module):
         self.recurrent = nnx.Linear(
             hidden, 2 * hidden, use_bias=False, kernel_init=ORTHOGONAL, **kwargs
         )
-        # Its bias is no other bias of the candidate when the reset gate comes after the product.
+        # Before the product, its bias would be the input's once more; after it, it is reset, too.
         self.candidate = nnx.Linear(
             hidden, hidden, use_bias=reset == "after", kernel_init=ORTHOGONAL, **kwargs
         )
