@@ -22,7 +22,7 @@ Captioner = Callable[[np.ndarray], list[str]]
 
 def evaluation_crop(data: ConfigDict) -> str:
     """How a run with this `config.data` makes images square when it evaluates."""
-    return "center" if data.crop == "random" else "none"
+    return "none" if data.crop == "none" else "center"
 
 
 def read_image(path: str, data: ConfigDict) -> np.ndarray | str:

@@ -140,6 +140,23 @@ def random_resized_crop(
     return center_crop(image, size)  # an extreme panorama, in which no such part fits
 
 
+def random_window(
+    image: np.ndarray, size: int, rng: np.random.Generator, share: float = 224 / 256
+) -> np.ndarray:
+    """[H, W, 3] -> [size, size, 3]: a square at a random place, resized.
+
+    Args:
+        image: uint8 [H, W, 3].
+        size: side of the result, pixels.
+        rng: where the randomness comes from; equal generators give equal windows.
+        share: of the shorter side. Default: 224 of 256, the augmentation of AlexNet (Krizhevsky et
+            al. 2012, section 4.1).
+    """
+    side = max(1, round(share * min(image.shape[:2])))
+    top, left = (rng.integers(whole - side + 1) for whole in image.shape[:2])
+    return resize(image[top : top + side, left : left + side], size)
+
+
 def flip(image: np.ndarray) -> np.ndarray:
     """Mirrors [H, W, 3] left to right."""
     return np.ascontiguousarray(image[:, ::-1])

@@ -33,6 +33,9 @@ BROKEN_IN_A_ROW = 100
 DEFAULT_THREADS = max(1, min(16, (os.cpu_count() or 2) // 2))
 """Half of the cores: the other half is for the training itself."""
 
+# Ways to crop at random, by the name in a config.
+_RANDOM = {"random": images.random_resized_crop, "window": images.random_window}
+
 _ORDER, _DRAW = 0, 1  # purposes of derived seeds; `buckets` has others
 
 Batch = dict[str, np.ndarray]
@@ -46,7 +49,7 @@ def train_dataset(
     image_size: int,
     batch_size: int,
     seed: int,
-    crop: Literal["none", "random"] = "none",
+    crop: Literal["none", "random", "window"] = "none",
     flip: bool = False,
     order: Callable[[int], int] | None = None,
     host: int = 0,
@@ -65,7 +68,7 @@ def train_dataset(
         batch_size: number of examples of the global batch, B.
         seed: not negative; decides the order, the captions drawn and the augmentations.
         crop: "none" squashes the whole image to S x S, the recipe's choice; "random" is a random
-            resized crop.
+            resized crop, "window" a square of most of it.
         flip: mirror half of the images.
         order: row of the run -> position in the concatenation of the sources, in place of shuffling
             and mixing them by weight (see `buckets.Order`).
@@ -237,7 +240,7 @@ class _TrainRow(grain.transforms.RandomMap):
         self._sources = list(sources)
         self._tokenizer = tokenizer
         self._size = image_size
-        self._crop = _known_crop(crop, ("none", "random"))
+        self._crop = _known_crop(crop, ("none", *_RANDOM))
         self._flip = flip
 
     def random_map(self, position: int, rng: np.random.Generator) -> Row:
@@ -342,9 +345,9 @@ def square(
         return image
     if isinstance(image, bytes):
         # A part of the image needs all of its pixels.
-        image = images.decode(image, min_size=0 if crop == "random" else size)
-    if crop == "random":
-        return images.random_resized_crop(image, size, rng)
+        image = images.decode(image, min_size=0 if crop in _RANDOM else size)
+    if crop in _RANDOM:
+        return _RANDOM[crop](image, size, rng)
     if image.shape[:2] == (size, size):
         return image
     return images.center_crop(image, size) if crop == "center" else images.resize(image, size)

@@ -261,6 +261,19 @@ def test_random_resized_crop_keeps_the_area_and_ratio_it_was_asked_for():
     assert 0.45 < min(ratios) < 0.65 and 1.6 < max(ratios) < 2.1
 
 
+def test_random_windows_are_squares_of_seven_eighths_of_the_shorter_side_anywhere():
+    y, x = np.mgrid[0:96, 0:200].astype(np.float32)
+    image = np.stack([x, y, y], -1)
+    rng = np.random.default_rng(0)
+    windows = np.array([images.random_window(image, 84, rng) for _ in range(300)])
+    for channel, whole in ((0, 200), (1, 96)):
+        first, last = windows[:, 0, 0, channel], windows[:, -1, -1, channel]
+        np.testing.assert_array_equal(last - first, 83)  # 84 of 96
+        assert first.min() == 0 and last.max() == whole - 1
+    thread = np.full((1, 9, 3), 7, np.uint8)
+    assert (images.random_window(thread, 4, rng) == 7).all()
+
+
 def test_random_resized_crop_of_a_thread_is_its_middle():
     image = np.zeros((4, 900, 3), np.uint8)
     image[:, 448:452] = 255
