@@ -27,6 +27,7 @@ from cap_pretrain.errors import UserError, did_you_mean
 from cap_pretrain.models import build
 from cap_pretrain.models.layers import ACTIVATIONS, REMAT_POLICIES
 from cap_pretrain.models.sizes import STORED, Size
+from cap_pretrain.plateau import Plateau
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 CHOICES = {
@@ -36,7 +37,7 @@ CHOICES = {
     "model.activation": tuple(ACTIVATIONS),
     "model.attention": ("auto", "xla", "cudnn"),
     "model.remat": tuple(REMAT_POLICIES),
-    "data.crop": ("none", "random"),
+    "data.crop": ("none", "random", "window"),
     "text.kind": ("sentencepiece", "words"),
     "checkpoint.best_mode": ("min", "max"),
     "optim.name": tuple(optim.OPTIMIZERS),
@@ -44,8 +45,8 @@ CHOICES = {
 }
 
 NOT_NEGATIVE = (
-    *("optim.lr", "optim.weight_decay", "optim.clip_norm", "optim.skip_bad_steps"),
-    *("data.workers", "checkpoint.every_minutes", "log.spikes"),
+    *("optim.lr", "optim.weight_decay", "optim.clip_norm", "optim.clip_value"),
+    *("optim.skip_bad_steps", "data.workers", "checkpoint.every_minutes", "log.spikes"),
     *(f"model.{whose}{n.name}" for whose in ("", "decoder_") for n in dataclasses.fields(Size)),
 )
 
@@ -75,8 +76,9 @@ def default() -> ConfigDict:
     # Bit for bit the same result on every run of the same program, on NVIDIA GPUs too, where it
     # costs speed. On CPU and TPU it is so anyway.
     c.deterministic = False
-    # What to begin with: a workdir, an exported encoder, or one of another ecosystem (see convert).
-    # Its weights, `model` fields and image size are taken over.
+    # What to begin with: a workdir (its newest checkpoint, or WORKDIR/checkpoints/STEP), an
+    # exported encoder, or one of another ecosystem (see convert). Its weights, `model` fields and
+    # image size are taken over.
     c.encoder = ""
 
     c.model = ConfigDict()
@@ -142,8 +144,8 @@ def default() -> ConfigDict:
     c.data.fields = ConfigDict(DEFAULT_FIELDS)
     # Side in pixels. The recipe resizes to 224 x 224, ignoring the aspect ratio.
     c.data.image_size = 224
-    # "none" resizes the whole image; "random" crops a random part (area 0.08 to 1) first, and
-    # evaluation takes the central square.
+    # "none" resizes the whole image; "random" crops a random part (area 0.08 to 1) first, "window"
+    # a square of 7/8 of the shorter side; with these, evaluation takes the central square.
     c.data.crop = "none"
     # Mirror half of the images. Captions that say left and right become wrong.
     c.data.flip = False
@@ -174,6 +176,8 @@ def default() -> ConfigDict:
     c.optim.lr = 1e-3
     # Gradients are scaled down to this global norm; 0 leaves them.
     c.optim.clip_norm = 1.0
+    # Before that, each number of a gradient is cut to [-clip_value, clip_value]; 0 leaves them.
+    c.optim.clip_value = 0.0
     # Decoupled weight decay, times the learning rate: p -= lr * weight_decay * p.
     c.optim.weight_decay = 0.1
     # Moments and epsilon; 0 keeps the optimizer's own default (see cap_pretrain/optim.py).
@@ -202,6 +206,9 @@ def default() -> ConfigDict:
     # How many steps in all may be left out because loss, gradient or update were not finite. With
     # 0 the first such step ends the run.
     c.optim.skip_bad_steps = 0
+
+    # Waiting for an evaluator's figure to get better: lower rates, an early end (see plateau.py).
+    c.plateau = ConfigDict(dataclasses.asdict(Plateau()))
 
     c.mesh = ConfigDict()
     # Devices along each axis; at most one is -1: what the others leave.
@@ -347,6 +354,7 @@ def validate(config: ConfigDict) -> None:
         )
     for name, section in config.evals.items():
         evals.options(name, section)
+    Plateau.of(config)
     best = config.checkpoint.best
     if best and best.rpartition("/")[0] not in config.evals:
         raise UserError(

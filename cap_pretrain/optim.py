@@ -144,6 +144,8 @@ def build(c: ConfigDict, params: Any, rate: optax.Schedule) -> optax.GradientTra
     if c.clip_norm:
         clip = optax.clip_by_global_norm(c.clip_norm)
         steps.insert(0, optax.masked(clip, jax.tree.map(lambda m: m != 0, multipliers)))
+    if c.clip_value:
+        steps.insert(0, optax.clip(c.clip_value))
     if c.lr_rules:
         steps.append(_multiply(multipliers))
     return optax.chain(*steps)

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from cap_pretrain import optim, partition, rng
 from cap_pretrain.determinism import compiler_options
 from cap_pretrain.fingerprint import fingerprint
+from cap_pretrain.plateau import Plateau
 
 
 @struct.dataclass
@@ -27,6 +28,7 @@ class TrainState:
       counts: int32 scalars since step 0: `broken`, images that did not decode; `skipped`, steps
         whose update was left out because it was not finite.
       ema: moving average of `params`, or None.
+      plateau: what is remembered of evaluations (see plateau.py), or None.
     """
 
     step: jax.Array
@@ -35,6 +37,7 @@ class TrainState:
     opt_state: Any
     counts: dict[str, jax.Array]
     ema: Any = None
+    plateau: Any = None
 
     @property
     def variables(self) -> tuple[Any, Any]:
@@ -79,6 +82,7 @@ def init_state(
             opt_state=tx.init(params),
             counts={"broken": jnp.int32(0), "skipped": jnp.int32(0)},
             ema=jax.tree.map(jnp.copy, params) if config.optim.ema else None,
+            plateau=jax.tree.map(jnp.asarray, Plateau.of(config).begin()),
         )
 
     abstract = jax.eval_shape(init)
@@ -183,19 +187,23 @@ def make_train_step(
             graphdef, state.params, state.stats, batch, key, config.accumulate, hold
         )
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        scale = jnp.float32(1)
+        if state.plateau is not None:
+            scale = state.plateau["scale"]
+            updates = jax.tree.map(lambda u: scale * u, updates)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
         if ema is not None:
             ema = optax.incremental_update(params, ema, 1.0 - config.optim.ema)
         metrics.pop("loss_weight", None)
         metrics |= {
-            "learning_rate": rate(state.step),
+            "learning_rate": scale * rate(state.step),
             "grad_norm": optax.tree.norm(grads),
             "param_norm": optax.tree.norm(params),
             "update_norm": optax.tree.norm(updates),
         }
         counts = {**state.counts, "broken": state.counts["broken"] + jnp.sum(broken)}
-        new = TrainState(state.step + 1, params, stats, opt_state, counts, ema)
+        new = TrainState(state.step + 1, params, stats, opt_state, counts, ema, state.plateau)
         if config.optim.skip_bad_steps:
             good = jnp.all(jnp.isfinite(jnp.stack([metrics[name] for name in FINITE])))
             left_out = state.replace(step=new.step, counts=counts)

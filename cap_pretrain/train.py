@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import io
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from cap_pretrain import (
     evals,
     files,
     flops,
+    history,
     initial,
     inputs,
     learners,
@@ -32,6 +33,7 @@ from cap_pretrain import (
 )
 from cap_pretrain.checkpoint import Checkpoints, saved_steps
 from cap_pretrain.data import pipeline
+from cap_pretrain.plateau import Plateau
 from cap_pretrain.step import init_state, make_train_step
 from cap_pretrain.watch import StopRequest, Watch
 
@@ -83,8 +85,8 @@ def run(config: ConfigDict, workdir: Path, allow_changes: Sequence[str] = ()) ->
     changes = allowed_changes(config, workdir, allow_changes)
     tokenizer = inputs.prepare_tokenizer(config, mixture, workdir, anew=not saved_steps(workdir))
     mixture = inputs.in_buckets(config, mixture, tokenizer)
-    schedule = make_schedule(config, epoch=inputs.examples_an_epoch(config, mixture))
-
+    epoch = inputs.examples_an_epoch(config, mixture)
+    schedule = make_schedule(config, epoch=epoch)
     rate = learning_rate(config, schedule)
     idle = not schedule.total and not saved_steps(workdir)  # which are read as they were saved
     init, abstract, graphdef, tx = init_state(
@@ -147,23 +149,33 @@ def run(config: ConfigDict, workdir: Path, allow_changes: Sequence[str] = ()) ->
         context = evals.Context(config, graphdef, tokenizer, mesh, interrupt)
         weights = beginning.source if beginning and not (start or schedule.total) else ""
         suite = evals.Suite(context, workdir, write=is_main, weights=weights)
+        plateau = Plateau.of(config)
 
-        def evaluate(step: int, **options: Any) -> None:
+        def evaluate(step: int, when: str, done: Collection[str] = ()) -> None:
+            nonlocal state
             try:
-                # Evaluators bring their figures to the host as they like.
-                with jax.transfer_guard_device_to_host("allow"):
-                    for name, result in suite.run(step, state.variables, **options):
-                        _report(step, name, result, writer, progress)
+                for name, result in suite.run(step, state.variables, when=when, done=done):
+                    figures = {f"{name}/{k}": v for k, v in result.figures.items()}
+                    state = state.replace(plateau=plateau.after(state.plateau, step, figures))
+                    _report(step, name, result, writer, progress)
             except evals.Interrupted:
                 if step and checkpoints.latest_step() != step:
                     checkpoints.save(state)
                 raise Stopped(stop, step) from None
+            if is_main and schedule.total and config.evals:
+                rows = history.keep(workdir, config.evals, epoch / config.batch_size)
+                if when == "end":
+                    progress.say(history.tables(rows))
 
+        for line in logged:
+            if line["step"] == start:
+                state = state.replace(plateau=plateau.after(state.plateau, start, line))
         finished = start >= schedule.total
         if finished or (start and schedule.evaluate and start % schedule.evaluate == 0):
             # The run before may have been stopped between saving and evaluating.
-            evaluate(start, end=finished, done=evaluated)
-        if finished:
+            evaluate(start, "always", done=evaluated)
+        if finished or plateau.ended(state.plateau):
+            evaluate(start, "end", done=evaluated)
             if schedule.total:
                 progress.say(f"Already at step {start} of {schedule.total}: nothing to do.")
             return
@@ -199,14 +211,23 @@ def run(config: ConfigDict, workdir: Path, allow_changes: Sequence[str] = ()) ->
                 figures |= timer.report(step)
                 writer.write(step, figures)
                 progress.update(step, figures)
-            with timer.pause():
+            with timer.pause(), jax.transfer_guard_device_to_host("allow"):
                 checkpoints.check()
                 if save or stopped:
                     checkpoints.save(state)
                 if stopped and not last:
                     raise Stopped(stop, step)
-                if due:
-                    evaluate(step, end=last)
+                if not due:
+                    continue
+                evaluate(step, "always")
+                if plateau.ended(state.plateau) and not last:
+                    progress.say(f"{plateau.figure} becomes no better: ending at step {step}.")
+                    if not save:
+                        checkpoints.save(state)
+                    last = True
+                if last:
+                    evaluate(step, "end")
+                    break
 
 
 def allowed_changes(config: ConfigDict, workdir: Path, allowed: Sequence[str]) -> list[str]:

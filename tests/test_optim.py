@@ -186,6 +186,14 @@ def test_frozen_gradients_do_not_count_for_clipping():
     np.testing.assert_allclose(moved, 0.1 * 0.5 * 1.9, rtol=1e-4)  # 1 + momentum, for Nesterov
 
 
+def test_gradients_are_clipped_by_value():
+    params = parameters()
+    c = section(name="sgd", clip_norm=0.0, clip_value=0.5, weight_decay=0.0)
+    after, _ = run(optim.build(c, params, optax.constant_schedule(0.1)), params, 1)
+    for a, p in zip(jax.tree.leaves(after), jax.tree.leaves(params), strict=True):
+        np.testing.assert_allclose(a, p - 0.1 * 1.9 * np.clip(p, -0.5, 0.5), rtol=1e-5)
+
+
 def test_multipliers_scale_and_the_first_rule_that_matches_wins():
     params = parameters()
     plain, _ = run(optim.build(section(name="adamw"), params, lambda _: 0.1), params, 1)

@@ -123,7 +123,7 @@ class Context:
             self.tokenizer,
             image_size=self.config.data.image_size,
             batch_size=-(-batch_size // ways) * ways,
-            crop="center" if self.config.data.crop == "random" else "none",
+            crop="none" if self.config.data.crop == "none" else "center",
             limit=limit,
             host=jax.process_index(),
             hosts=jax.process_count(),
@@ -183,16 +183,20 @@ class Suite:
         self._built: dict[str, Any] = {}
 
     def run(
-        self, step: int, variables: Any, *, end: bool, done: Collection[str] = ()
+        self, step: int, variables: Any, *, when: str, done: Collection[str] = ()
     ) -> Iterator[tuple[str, Result]]:
         """Runs those whose turn it is; yields each one's name and result at once.
 
-        Those in `done` are passed over, if their result was made with the present options, of the
-        same weights.
+        Args:
+          step: at which the results are kept.
+          variables: of the learner.
+          when: whose turn it is: "always" or, after those, "end" (of the run).
+          done: names of those that are passed over, if their result was made with the present
+            options, of the same weights.
         """
         for name, section in self._context.config.evals.items():
             path = self._workdir / "evals" / name / f"{step}.json"
-            if (section.when == "end" and not end) or (name in done and self._made(section, path)):
+            if section.when != when or (name in done and self._made(section, path)):
                 continue
             if name not in self._built:
                 cls = evaluator_class(section.evaluator)

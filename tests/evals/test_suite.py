@@ -32,9 +32,9 @@ def suite(monkeypatch, tmp_path):
     monkeypatch.setattr(Fake, "built", 0)
     monkeypatch.setattr(evals, "evaluator_class", lambda name: Fake)
 
-    def make(**kwargs):
+    def make(also="end", **kwargs):
         entries = ConfigDict(
-            {"often": evals.defaults("fake"), "last": evals.defaults("fake", scale=3.0, when="end")}
+            {"often": evals.defaults("fake"), "last": evals.defaults("fake", scale=3.0, when=also)}
         )
         context = SimpleNamespace(config=SimpleNamespace(evals=entries))
         return evals.Suite(context, tmp_path, **kwargs)
@@ -45,18 +45,19 @@ def suite(monkeypatch, tmp_path):
 def test_each_runs_in_its_turn_and_is_built_once(suite):
     s = suite()
     assert Fake.built == 0
-    assert dict(s.run(10, 1.0, end=False)).keys() == {"often"}
-    assert dict(s.run(20, 1.0, end=False))["often"].figures == {"score": 2.0}
+    assert dict(s.run(10, 1.0, when="always")).keys() == {"often"}
+    assert dict(s.run(20, 1.0, when="always"))["often"].figures == {"score": 2.0}
     assert Fake.built == 1
-    assert dict(s.run(30, 1.0, end=True))["last"].figures == {"score": 3.0}
+    assert dict(s.run(30, 1.0, when="end"))["last"].figures == {"score": 3.0}
     assert Fake.built == 2
-    assert dict(s.run(30, 1.0, end=True, done={"often", "loss"})).keys() == {"last"}
-    assert dict(s.run(40, 1.0, end=False, done={"often"})).keys() == {"often"}  # not there
+    assert not dict(s.run(30, 1.0, when="end", done={"last", "loss"}))
+    assert dict(s.run(40, 1.0, when="always", done={"often"})).keys() == {"often"}  # not there
 
 
 def test_other_weights_are_judged_anew(suite, tmp_path):
     def judged(weights):
-        ran = suite(weights=weights).run(0, 1.0, end=True, done={"often", "last"})
+        s = suite(also="always", weights=weights)
+        ran = s.run(0, 1.0, when="always", done={"often", "last"})
         return sorted(name for name, _ in ran)
 
     assert judged("step 300 of a") == ["last", "often"]
@@ -67,13 +68,14 @@ def test_other_weights_are_judged_anew(suite, tmp_path):
 
 
 def test_each_result_is_there_before_the_next_is_begun(suite, tmp_path):
-    results = suite().run(30, 1.0, end=True)
+    results = suite(also="always").run(30, 1.0, when="always")
     assert Fake.built == 0 and next(results)[0] == "last"
     assert (tmp_path / "evals/last/30.json").exists() and Fake.built == 1
 
 
 def test_results_are_json_where_scripts_look(suite, tmp_path):
-    list(suite().run(30, 1.0, end=True))
+    s = suite()
+    list(s.run(30, 1.0, when="always")), list(s.run(30, 1.0, when="end"))
     files = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
     assert files == {"evals/often/30.json", "evals/last/30.json"}
     assert json.loads((tmp_path / "evals/last/30.json").read_text(encoding="utf-8")) == {
@@ -85,7 +87,10 @@ def test_results_are_json_where_scripts_look(suite, tmp_path):
 
 
 def test_other_hosts_measure_and_write_nothing(suite, tmp_path):
-    assert dict(suite(write=False).run(30, 1.0, end=True)).keys() == {"often", "last"}
+    assert dict(suite(write=False, also="always").run(30, 1.0, when="always")).keys() == {
+        "often",
+        "last",
+    }
     assert not list(tmp_path.iterdir())
 
 
