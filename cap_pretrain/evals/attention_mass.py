@@ -30,8 +30,8 @@ class AttentionMass:
       share   of the attention that is inside the box, mean over words
       area    of the box, as a share of the image, mean over the same words
       ratio   share / area: 1 is chance
-      others  the same ratio for the boxes of the scene's other objects, where there are any: what
-              attention to objects as such would give
+      own     the same ratio where the scene has other objects, and
+      others  that of their boxes: attention to objects as such would give as much
     """
 
     @dataclasses.dataclass(frozen=True)
@@ -78,11 +78,9 @@ class AttentionMass:
         figures = _figures(seen, "")
         for kind in KINDS:
             figures |= _figures([word for word in seen if word[0] == kind], f"_{kind}")
-        options = self._options
         details = {
             "protocol": "attention inside the object's box, at true captions' words for it",
-            "dataset": "scenes",
-            "split": options.split or self._context.config.data.eval_split,
+            **self._context.named(self._options.split, "scenes"),
             "images": images,
             "words": {kind: sum(word[0] == kind for word in seen) for kind in KINDS},
         }
@@ -138,6 +136,10 @@ def _figures(seen: list[tuple[str, list[float], list[float]]], suffix: str) -> d
     share = float(np.mean([shares[0] for _, shares, _ in seen]))
     area = float(np.mean([areas[0] for _, _, areas in seen]))
     figures = {"share": share, "area": area, "ratio": share / area}
-    if elsewhere := sum(sum(areas[1:]) for _, _, areas in seen):
-        figures["others"] = sum(sum(shares[1:]) for _, shares, _ in seen) / elsewhere
+    if several := [(shares, areas) for _, shares, areas in seen if len(areas) > 1]:
+        shares, areas = (
+            np.array([(x[0], sum(x[1:])) for x in part]) for part in zip(*several, strict=True)
+        )
+        own, others = shares.sum(0) / areas.sum(0)
+        figures |= {"own": float(own), "others": float(others)}
     return {name + suffix: value for name, value in figures.items()}
