@@ -37,15 +37,25 @@ WITH_ENCODER = {
     "finetune": ("finetune", "fraction=0.1"),
 }
 
+# Trained in tests/test_recurrent_recipes.py.
+RECURRENT = {
+    f"recurrent-{recipe}": ("recurrent", f"recipe={recipe}")
+    for recipe in (
+        *("cnn_lstm", "gru", "show_attend_tell", "merge", "merge_jigsaw", "rotation_lstm"),
+        *("clip_lstm", "clip_attention"),
+    )
+}
+ALL = CASES | WITH_ENCODER | RECURRENT
+
 
 def test_every_config_is_here():
-    files = {name for name, _ in (*CASES.values(), *WITH_ENCODER.values())}
+    files = {name for name, _ in ALL.values()}
     assert files == {p.stem for p in toy.CONFIGS.glob("*.py")}
 
 
-@pytest.mark.parametrize("case", [*CASES, *WITH_ENCODER])
+@pytest.mark.parametrize("case", ALL)
 def test_resolves_to_what_it_did(case, request):
-    resolved = configs.to_json(toy.load(*(CASES | WITH_ENCODER)[case]))
+    resolved = configs.to_json(toy.load(*ALL[case]))
     path = GOLDEN / f"{case}.json"
     if request.config.getoption("update_golden"):
         path.write_text(resolved)
@@ -54,9 +64,9 @@ def test_resolves_to_what_it_did(case, request):
     assert golden == resolved, "\n".join(difference)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *RECURRENT])
 def test_is_valid_and_locked(case):
-    c = toy.load(*CASES[case])
+    c = toy.load(*ALL[case])
     configs.validate(c)
     assert c.is_locked
     for section in (c, c.optim, c.learner, *c.evals.values()):

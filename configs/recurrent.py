@@ -1,0 +1,240 @@
+"""Recurrent captioners: the recipes that captioning is measured against.
+
+python -m cap_pretrain.main --workdir=runs/show_attend_tell \
+    --config=configs/recurrent.py:recipe=show_attend_tell,data=data/coco
+python -m cap_pretrain.main --workdir=runs/gru \
+    --config=configs/recurrent.py:decoder=gru,encoder=runs/cappa,data=data/coco
+
+`recipe` sets everything, and the other arguments override it; without one it is the first of the
+decoder. `encoder` is an architecture, trained with the decoder from random weights, or the PATH of
+a pretrained one (see `config.encoder`), which is frozen as in the sources. To train such a one,
+too, say `--config.encoder=PATH` instead; as the public code of Show, Attend and Tell fine-tunes the
+last three stages of a ResNet at 1e-4:
+    --config.optim.lr_rules="(('encoder/(stem|stage_1)/.*', 0.0), ('encoder/.*', 0.25))"
+With `encoder=stored`, `data` holds features of a frozen one (see tools/extract_features.py): no
+image is decoded or encoded in training, as the sources of `merge` do it.
+
+| recipe | follows | was published with |
+|---|---|---|
+| cnn_lstm | Vinyals et al. 2015 (1411.4555), on VizWiz | ResNet-50, supervised |
+| gru | the image as the state of a GRU, on COCO | ResNet-101, supervised |
+| show_attend_tell | Xu et al. 2015 (1502.03044), by its PyTorch tutorial, on COCO | ResNet-101 |
+| merge | Tanti et al. 2017 (1708.02043), on Flickr8k | ResNet-50: SimCLR |
+| merge_jigsaw | the same | ResNet-50: jigsaw |
+| rotation_lstm | an LSTM on self-supervised features, on COCO | ResNet-50: rotation, others |
+| clip_lstm | cnn_lstm on CLIP's pooled vector | CLIP ViT-B/32 |
+| clip_attention | the decoder of show_attend_tell on CLIP's tokens | CLIP ViT-B/32 |
+
+An epoch of theirs is every caption once. Here it is every image once (but with `data.buckets`), so
+lengths are given for the five captions an image of COCO, Flickr8k and VizWiz. What a source does
+not say is ours: batches of 64 for `gru` and `merge`; of 32 for `show_attend_tell`, as its public
+code. The pooled vector of CLIP is what it projects to 512 to compare it with texts; a linear layer
+of the LSTM's own takes the place of that projection.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from cap_pretrain import config, evals, learners
+from cap_pretrain.errors import UserError, did_you_mean
+from cap_pretrain.models.recurrent import DECODERS
+from cap_pretrain.models.sizes import CONVNETS, STORED
+
+CAPTIONS = 5.0  # an image has, in the sources' datasets
+
+# Fields of `config` that are an architecture; those of CLIP are what its checkpoints bring along.
+ENCODERS: dict[str, dict[str, Any]] = {
+    **{name: {"model.name": name} for name in CONVNETS},
+    STORED: {"model.name": STORED, "data.crop": "none", "data.flip": False},
+    "vit": {"model.name": "S/16"},
+    "clip_vit_b32": {
+        "model.name": "B/32",
+        "model.pool": "class",
+        "model.class_token": True,
+        "model.pre_norm": True,
+        "model.final_norm": "pooled",
+        "model.activation": "quick_gelu",
+        "model.norm_eps": 1e-5,
+    },
+}
+
+# Options of the learner that are of one decoder only.
+OF_ONE = {"layers": "lstm", "grid": "attention", "penalty": "attention"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What a source says.
+
+    Attributes:
+      decoder, encoder: what is built.
+      epochs: of every caption once.
+      best: which figure tells the best checkpoint.
+      options: of the learner.
+      fields: of the config.
+      beams: widths of the beam searches at the end, besides greedy decoding.
+    """
+
+    decoder: str
+    encoder: str
+    epochs: int
+    best: str
+    options: dict[str, Any]
+    fields: dict[str, Any]
+    beams: tuple[int, ...] = ()
+
+
+MERGE = Recipe(
+    decoder="merge",
+    encoder="resnet50",
+    epochs=20,
+    best="val/loss",
+    options=dict(embed=256, hidden=256, dropout=0.5),
+    fields={
+        "batch_size": 64,
+        "text.length": 35,  # at most 34 words
+        "text.words.drop_letters": True,
+        "optim.lr": 1e-2,
+        "optim.eps": 0.1,
+    },
+)
+CNN_LSTM = Recipe(
+    decoder="lstm",
+    encoder="resnet50",
+    epochs=5,
+    best="scores/CIDEr",
+    options=dict(layers=2),
+    fields={"batch_size": 32, "text.words.min_count": 6, "optim.lr": 1e-3},
+)
+# The first of a decoder is what it is without a recipe.
+RECIPES = {
+    "cnn_lstm": CNN_LSTM,
+    "gru": Recipe(
+        decoder="gru",
+        encoder="resnet101",
+        epochs=30,
+        best="val/loss",
+        options={},
+        fields={"batch_size": 64, "data.image_size": 256, "optim.lr": 4e-4},
+        beams=(3, 5),
+    ),
+    "show_attend_tell": Recipe(
+        decoder="attention",
+        encoder="resnet101",
+        epochs=30,
+        best="scores/Bleu_4",
+        options=dict(grid=14, dropout=0.5, penalty=1.0),
+        fields={
+            "batch_size": 32,
+            "data.image_size": 256,
+            "text.words.min_count": 6,  # more than 5
+            "optim.lr": 4e-4,
+            "optim.clip_value": 5.0,
+            "plateau.figure": "scores/Bleu_4",
+            "plateau.mode": "max",
+            "plateau.factor": 0.8,
+            "plateau.patience": 8,
+            "plateau.stop": 20,
+        },
+        beams=(3, 5),
+    ),
+    "merge": MERGE,
+    "merge_jigsaw": dataclasses.replace(
+        MERGE,
+        epochs=25,
+        fields=MERGE.fields
+        | {
+            "plateau.figure": "val/loss",
+            "plateau.factor": 0.1,  # Keras's, as the patience
+            "plateau.patience": 10,
+        },
+    ),
+    "rotation_lstm": Recipe(
+        decoder="lstm",
+        encoder="resnet50",
+        epochs=10,
+        best="val/loss",
+        options={},
+        fields={
+            "batch_size": 64,
+            "data.buckets": True,
+            "data.crop": "window",
+            "data.flip": True,
+            "text.words.tokenization": "nltk",
+            "text.words.min_count": 4,
+            "optim.lr": 1e-3,
+        },
+    ),
+    "clip_lstm": dataclasses.replace(CNN_LSTM, encoder="clip_vit_b32"),
+    "clip_attention": dataclasses.replace(
+        CNN_LSTM,
+        decoder="attention",
+        encoder="clip_vit_b32",
+        options=dict(dropout=0.5, penalty=1.0),
+        fields=CNN_LSTM.fields | {"optim.clip_value": 5.0},
+    ),
+}
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """Returns the configuration for `decoder=…,encoder=…,data=…,recipe=…`."""
+    args = config.arguments(
+        arg, decoder=("", *DECODERS), encoder="", data="scenes", recipe=("", *RECIPES)
+    )
+    recipe = RECIPES[args.recipe or first_of(args.decoder or "lstm")]
+    encoder, pretrained = args.encoder or recipe.encoder, ""
+    if encoder not in ENCODERS:
+        encoder, pretrained = recipe.encoder, encoder
+        if not Path(pretrained).exists():
+            raise UserError(
+                f"--config: encoder={pretrained!r} is neither an architecture nor a path that "
+                f"there is.{did_you_mean(pretrained, ENCODERS)}"
+            )
+    c = config.default()
+    c.learner = learners.defaults("recurrent", **options(recipe, args.decoder or recipe.decoder))
+    c.data.name = args.data
+    if args.data == "scenes":  # there is no end of it, and epochs are counted
+        c.data.scenes.length_train = 20_000
+    c.text.kind = "words"
+    c.text.length = 51  # at most 50 words
+    c.optim.name = "adamw"
+    c.optim.weight_decay = 0.0
+    c.optim.clip_norm = 0.0
+    c.optim.decay = "constant"
+    c.optim.warmup_share = 0.0
+    c.encoder = pretrained
+    if pretrained:
+        c.optim.lr_rules = (("encoder/.*", 0.0),)
+    c.update_from_flattened_dict(recipe.fields | ENCODERS[encoder])
+    epoch = 1.0 if c.data.buckets else CAPTIONS
+    c.total_epochs = recipe.epochs * epoch
+    c.eval.every_epochs = c.checkpoint.every_epochs = epoch
+    c.checkpoint.best = recipe.best
+    c.checkpoint.best_mode = "min" if recipe.best == "val/loss" else "max"
+    c.evals = ConfigDict(
+        {
+            "val": evals.defaults("loss", unigram=True),
+            "perplexity": evals.defaults("perplexity"),
+            "scores": evals.defaults("caption_scores"),
+            "samples": evals.defaults("captions"),
+        }
+    )
+    for beams in recipe.beams:
+        # The sources compare log-probabilities, whatever the length.
+        how = dict(method="beam", beams=beams, length_norm=0.0, when="end")
+        c.evals[f"scores_beam_{beams}"] = evals.defaults("caption_scores", **how)
+    return c
+
+
+def first_of(decoder: str) -> str:
+    """The first recipe of a decoder."""
+    return next(name for name, recipe in RECIPES.items() if recipe.decoder == decoder)
+
+
+def options(recipe: Recipe, decoder: str) -> dict[str, Any]:
+    """The learner's options of a recipe, for another decoder without those that are not its."""
+    kept = {k: v for k, v in recipe.options.items() if OF_ONE.get(k, decoder) == decoder}
+    return {"decoder": decoder, **kept}
