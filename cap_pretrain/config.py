@@ -11,7 +11,6 @@ however its file gives the duration.
 
 import dataclasses
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -281,26 +280,6 @@ def arguments(text: str | None, **defaults) -> SimpleNamespace:
             raise UserError(f"--config: {key}={value!r} is unknown.{did_you_mean(value, choices)}")
         values[key] = value
     return SimpleNamespace(**values)
-
-
-def duration(section: ConfigDict, name: str, *, batch_size: int, epoch: int, total: int = 0) -> int:
-    """Returns a duration in steps, rounded up, however it was given; 0 if it was not.
-
-    Args:
-      section: the part of the config that holds the fields.
-      name: "total", "warmup", "cooldown" or "every".
-      batch_size: examples a step.
-      epoch: training examples in an epoch.
-      total: steps of the whole run, for shares.
-    """
-    if steps := section[f"{name}_steps"]:
-        return steps
-    if examples := section[f"{name}_examples"] or section[f"{name}_epochs"] * epoch:
-        steps = examples / batch_size
-    else:
-        steps = section.get(f"{name}_share", 0.0) * total
-    # Without the noise of floating point: 0.07 of 100 steps are 7.000000000000001.
-    return max(1, math.ceil(round(steps, 6))) if steps else 0
 
 
 def trains(config: ConfigDict) -> bool:

@@ -5,7 +5,6 @@ random key of step t from the seed. So a run that is started again only needs th
 """
 
 import contextlib
-import dataclasses
 import functools
 import io
 from collections.abc import Collection, Sequence
@@ -31,6 +30,7 @@ from cap_pretrain import (
     plan,
     telemetry,
 )
+from cap_pretrain import schedule as schedules
 from cap_pretrain.checkpoint import Checkpoints, saved_steps
 from cap_pretrain.data import pipeline
 from cap_pretrain.plateau import Plateau
@@ -49,18 +49,6 @@ class Stopped(Exception):
         where = f"after step {step}, which is saved." if step else "while it was evaluating."
         super().__init__(f"{request.signal.name}: stopped {where}")
         self.exit_code = 128 + request.signal
-
-
-@dataclasses.dataclass(frozen=True)
-class Schedule:
-    """When things happen, in steps."""
-
-    total: int
-    warmup: int
-    cooldown: int
-    log: int
-    evaluate: int
-    save: int
 
 
 def run(config: ConfigDict, workdir: Path, allow_changes: Sequence[str] = ()) -> None:
@@ -86,8 +74,8 @@ def run(config: ConfigDict, workdir: Path, allow_changes: Sequence[str] = ()) ->
     tokenizer = inputs.prepare_tokenizer(config, mixture, workdir, anew=not saved_steps(workdir))
     mixture = inputs.in_buckets(config, mixture, tokenizer)
     epoch = inputs.examples_an_epoch(config, mixture)
-    schedule = make_schedule(config, epoch=epoch)
-    rate = learning_rate(config, schedule)
+    schedule = schedules.make_schedule(config, epoch=epoch)
+    rate = schedules.learning_rate(config, schedule)
     idle = not schedule.total and not saved_steps(workdir)  # which are read as they were saved
     init, abstract, graphdef, tx = init_state(
         lambda key: learners.build(config, tokenizer.vocab_size, key),
@@ -259,8 +247,8 @@ def dry_run(config: ConfigDict, workdir: Path) -> str:
     config = inputs.completed(config, mixture)
     tokenizer = inputs.planned_tokenizer(config, mixture)
     mixture = inputs.in_buckets(config, mixture, tokenizer)
-    schedule = make_schedule(config, epoch=inputs.examples_an_epoch(config, mixture))
-    rate = learning_rate(config, schedule)
+    schedule = schedules.make_schedule(config, epoch=inputs.examples_an_epoch(config, mixture))
+    rate = schedules.learning_rate(config, schedule)
     made = plan.make_plan(
         config,
         vocab_size=tokenizer.vocab_size if tokenizer else config.text.vocab_size,
@@ -268,28 +256,6 @@ def dry_run(config: ConfigDict, workdir: Path) -> str:
         make_optimizer=functools.partial(make_optimizer, config, rate, idle=not schedule.total),
     )
     return plan.write_plan(made, workdir)
-
-
-def make_schedule(config: ConfigDict, *, epoch: int) -> Schedule:
-    """Resolves every duration of a config to steps; `epoch` is the examples in one."""
-    kwargs: dict[str, Any] = dict(batch_size=config.batch_size, epoch=epoch)
-    total = configs.duration(config, "total", **kwargs)
-    kwargs["total"] = total
-    return Schedule(
-        total=total,
-        warmup=configs.duration(config.optim, "warmup", **kwargs),
-        cooldown=configs.duration(config.optim, "cooldown", **kwargs),
-        log=configs.duration(config.log, "every", **kwargs),
-        evaluate=configs.duration(config.eval, "every", **kwargs),
-        save=configs.duration(config.checkpoint, "every", **kwargs),
-    )
-
-
-def learning_rate(config: ConfigDict, schedule: Schedule) -> optax.Schedule:
-    """The learning rate as a function of the step."""
-    return optim.schedule(
-        config.optim, total=schedule.total, warmup=schedule.warmup, cooldown=schedule.cooldown
-    )
 
 
 def make_optimizer(

@@ -41,35 +41,6 @@ def test_unknown_arguments(text, said):
 
 
 @pytest.mark.parametrize(
-    ("given", "steps"),
-    [
-        ({"warmup_steps": 7}, 7),
-        ({"warmup_examples": 56}, 7),
-        ({"warmup_examples": 57}, 8),  # rounded up
-        ({"warmup_epochs": 0.28}, 7),
-        ({"warmup_share": 0.07}, 7),
-        ({"warmup_share": 0.0}, 0),
-        ({"warmup_steps": 7, "warmup_examples": 800, "warmup_epochs": 3.0}, 7),
-        ({"warmup_examples": 56, "warmup_epochs": 3.0, "warmup_share": 0.5}, 7),
-        ({"warmup_epochs": 0.28, "warmup_share": 0.5}, 7),
-        ({"warmup_share": 1e-9}, 1),
-    ],
-)
-def test_durations_agree_and_the_first_given_counts(given, steps):
-    c = configs.default()
-    c.optim.warmup_share = 0.0
-    for name, value in given.items():
-        c.optim[name] = value
-    assert configs.duration(c.optim, "warmup", batch_size=8, epoch=200, total=100) == steps
-
-
-def test_the_recipes_warm_up_is_ten_thousand_steps():
-    c = configs.default()
-    kwargs = dict(batch_size=8192, epoch=1, total=366_500)
-    assert configs.duration(c.optim, "warmup", **kwargs) == 10_000
-
-
-@pytest.mark.parametrize(
     ("fields", "said"),
     [
         ({"dtype": "float8"}, "dtype: 'float8' is unknown. Did you mean 'float"),

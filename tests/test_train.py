@@ -281,21 +281,6 @@ def test_saving_by_minutes(tokenizer_path, tmp_path, monkeypatch):
     assert saved_steps(tmp_path) == [2, 4, 5]
 
 
-@pytest.mark.parametrize(
-    ("given", "steps"),
-    [
-        ({"total_steps": 10}, 10),
-        ({"total_steps": 0, "total_examples": 80}, 10),
-        ({"total_steps": 0, "total_examples": 81}, 11),
-        ({"total_steps": 0, "total_epochs": 0.4}, 10),
-        ({"total_steps": 10, "total_examples": 800, "total_epochs": 9.0}, 10),
-        ({"total_steps": 0, "total_examples": 80, "total_epochs": 9.0}, 10),
-    ],
-)
-def test_the_length_of_a_run_in_steps_examples_or_epochs(given, steps):
-    assert train.make_schedule(toy.config(**given), epoch=200).total == steps
-
-
 @pytest.mark.slow
 def test_sigterm_ends_the_program_with_143_after_saving(tokenizer_path, tmp_path):
     command = [

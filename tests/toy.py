@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cap_pretrain import config as configs
-from cap_pretrain import inputs, learners, optim, partition, step, train
+from cap_pretrain import inputs, learners, optim, partition, schedule, step
 from cap_pretrain.checkpoint import Checkpoints
 from cap_pretrain.data import words
 
@@ -74,7 +74,7 @@ def losses(workdir: Path) -> list[dict[str, float]]:
 def prepared(c: ConfigDict, vocab_size: int = 100, mesh: Any = None):
     """Returns (initial state, its abstract form, graphdef, optimizer, learning rate, mesh)."""
     mesh = mesh or partition.make_mesh(c)
-    rate = train.learning_rate(c, train.make_schedule(c, epoch=200))
+    rate = schedule.learning_rate(c, schedule.make_schedule(c, epoch=200))
     init, abstract, graphdef, tx = step.init_state(
         lambda key: learners.build(c, vocab_size, key),
         lambda params: optim.build(c.optim, params, rate),

@@ -20,7 +20,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from cap_pretrain import config as configs
-from cap_pretrain import learners, optim, partition, train
+from cap_pretrain import learners, optim, partition, schedule
 from cap_pretrain.checkpoint import Checkpoints
 from cap_pretrain.step import init_state, make_train_step
 
@@ -35,7 +35,7 @@ def main(_: list[str]) -> None:
     config = CONFIG.value
     configs.validate(config)
     mesh = partition.make_mesh(config)
-    rate = train.learning_rate(config, train.make_schedule(config, epoch=config.batch_size))
+    rate = schedule.learning_rate(config, schedule.make_schedule(config, epoch=config.batch_size))
     init, abstract, graphdef, tx = init_state(
         lambda key: learners.build(config, config.text.vocab_size, key),
         lambda params: optim.build(config.optim, params, rate),
