@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import optax
 import pytest
 import torch
 from flax import nnx
@@ -140,8 +141,7 @@ def test_a_run_begins_with_its_statistics_and_on_images_of_any_size(tmp_path):
     c, beginning = initial.resolve(toy.config("classifier", {"classes": 3}, **fields))
     assert (c.model.name, c.model.stem, c.model.pool) == ("resnet18", "small", "gap")
     assert c.data.image_size == 24
-    init, *_ = toy.prepared(c)
-    state = beginning.put(init())
+    state = beginning.put(tiny.state(c, optax.identity()))
     norm = state.stats["encoder"]["stage_4"]["block_2"]["unit_2"]["norm"]
     np.testing.assert_array_equal(norm["mean"], model.layer4[1].bn2.running_mean)
     np.testing.assert_array_equal(norm["var"], model.layer4[1].bn2.running_var)
@@ -163,7 +163,10 @@ def count(tree):
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=SLOW if n in ("resnet34", "resnet152") else ()) for n in COUNTS],
+)
 def test_parameters_and_statistics_are_as_many_as_published(name):
     c = toy.config("classifier", {"classes": 1000}, model__name=name)
     _, params, stats = tiny.abstract(c)

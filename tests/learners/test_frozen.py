@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from cap_pretrain import rules, step
-from tests import toy
+from tests import tiny, toy
 
 LEARNERS = {
     "captioner": {},
@@ -20,10 +20,10 @@ def two_steps(learner, **fields):
     fields |= {f"model__decoder_{k}": v for k, v in TOWER.items()}
     fields |= {"model__name": "resnet18", "optim__name": "adamw", "optim__lr": 1e-3}
     c = toy.config(learner, LEARNERS[learner], **fields)
-    init, abstract, graphdef, tx, rate, _ = toy.prepared(c)
+    _, abstract, graphdef, tx, rate, _ = toy.prepared(c)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     take = step.make_train_step(graphdef, tx, rate, c, shardings)
-    state, losses = init(), []
+    state, losses = tiny.state(c, tx), []
     before = jax.device_get(state)
     for seed in range(2):
         state, metrics = take(state, toy.batch(c, seed))

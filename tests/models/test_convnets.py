@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from cap_pretrain import config as configs
 from cap_pretrain import learners, partition, plan
-from cap_pretrain.convert import open_encoder
+from cap_pretrain.convert import export, open_encoder
 from cap_pretrain.errors import UserError
 from cap_pretrain.models.convnet import BatchNorm
 from cap_pretrain.models.layers import normalize_images
@@ -156,6 +156,21 @@ def test_accumulation_needs_statistics_that_do_not_move():
     with pytest.raises(UserError, match="2 parts would each .* in encoder/.*/norm; set accumulate"):
         tiny.abstract(toy.config(**fields))
     tiny.abstract(toy.config(**fields, optim__lr_rules=(("encoder/.*", 0.0),)))
+
+
+def test_a_classifier_reads_a_layer_as_wide_as_it_is():
+    options = {"classes": 6, "layer": "stage_2"}
+    _, params, _ = tiny.abstract(toy.config("classifier", options, model__name="resnet18"))
+    assert params["head"]["kernel"].shape == (128, 6)
+    with pytest.raises(UserError, match="the encoder has no layer 'stage_5'. Did you mean"):
+        tiny.abstract(
+            toy.config("classifier", options | {"layer": "stage_5"}, model__name="resnet18")
+        )
+
+
+def test_what_is_no_vit_is_not_exported():
+    with pytest.raises(UserError, match="model.name: resnet18 is no SiglipVisionModel"):
+        export.form(toy.config(model__name="resnet18"))
 
 
 def test_what_is_frozen_is_told_module_by_module():
