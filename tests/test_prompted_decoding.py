@@ -51,8 +51,7 @@ def test_wide_enough_a_beam_finds_the_best_continuation_of_all(norm):
         assert found[image].tolist() == padded([*prompt, *best], length)
 
 
-@pytest.mark.parametrize("beams", [1, 2, 3])
-@pytest.mark.parametrize("norm", [0.0, 1.0])
+@pytest.mark.parametrize("beams, norm", [(1, 1.0), (2, 0.0), (3, 1.0)])
 def test_a_narrow_beam_is_that_of_plain_python_after_the_prompt(beams, norm):
     lengths = set()
     how = Decoding(method="beam", beams=beams, length_norm=norm)

@@ -34,8 +34,10 @@ def predict(cap, encoded):
     return lambda *args: np.asarray(logits(encoded, *args))
 
 
-@pytest.mark.parametrize("average", ["example", "token"])
-@pytest.mark.parametrize("train, fraction", [(True, 0.0), (True, 1.0), (False, 1.0)])
+@pytest.mark.parametrize(
+    "average, train, fraction",
+    [("example", True, 0.0), ("token", True, 1.0), ("example", False, 1.0)],
+)
 def test_the_prompt_is_no_part_of_the_loss(cap, predict, average, train, fraction):
     logits = predict(TEXT, np.full(4, bool(train and fraction)), PROMPT)
     # One right token in the prompt and one after it, which is all that is to be counted.
