@@ -53,6 +53,11 @@ OBJECTIVES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"contrast": "sigmoid"},
         SMALL | {"model__heads": 8, "model__dropout": 0.1, "optim__ema": 0.9},
     ),
+    "recurrent": (
+        "recurrent",
+        dict(decoder="attention", embed=32, hidden=32, attention=16, dropout=0.2, penalty=1.0),
+        SMALL | {"accumulate": 2},
+    ),
 }
 
 
