@@ -33,39 +33,38 @@ def newest_result(workdir: Path, evaluator: str) -> dict:
         raise UserError(f"{path}: cannot be read ({error}); run the evaluator again.") from error
 
 
-def look_up(run: Path, column: str) -> float | None:
-    """The figure that `[FOLDER:]EVALUATOR/FIGURE` names; None if there is no such evaluation.
+def look_up(runs: list[Path], column: str) -> list[float | None]:
+    """The figure that `[FOLDER:]EVALUATOR/FIGURE` names in each run; None where there is none.
 
     Raises:
-      UserError: the evaluator has no such figure, or `column` is not of this form.
+      UserError: no run has it, or `column` is not of this form.
     """
     below, _, name = column.rpartition(":")
     evaluator, slash, figure = name.partition("/")
     if not slash:
         raise UserError(f"--figures: {column!r} is not of the form EVALUATOR/FIGURE.")
-    result = newest_result(run / below, evaluator)
-    if not result:
-        return None
-    value = result.get(figure)
-    if not isinstance(value, int | float):
-        there = [key for key, value in result.items() if isinstance(value, int | float)]
+    found = []
+    for run in runs:
+        result = newest_result(run / below, evaluator)
+        found.append({k: v for k, v in result.items() if isinstance(v, int | float)})
+    if not any(found):
+        raise UserError(f"--figures: none of the runs has {column}; run its evaluator.")
+    values = [figures.get(figure) for figures in found]
+    if all(value is None for value in values):
+        there = {key for figures in found for key in figures}
         raise UserError(
-            f"--figures: {evaluator} in {run / below} has no figure {figure!r}."
-            f"{did_you_mean(figure, there)}"
+            f"--figures: {evaluator} has no figure {figure!r}.{did_you_mean(figure, there)}"
         )
-    return value
+    return values
 
 
 def table(runs: list[Path], columns: list[str], titles: list[str], percent: bool) -> str:
     """The figures in Markdown, a run a row.
 
     Raises:
-      UserError: as `look_up`; or a figure is in no run at all.
+      UserError: as `look_up`.
     """
-    found = [[look_up(run, column) for column in columns] for run in runs]
-    for column, values in zip(columns, zip(*found, strict=True), strict=True):
-        if all(value is None for value in values):
-            raise UserError(f"--figures: none of the runs has {column}; run its evaluator.")
+    found = zip(*(look_up(runs, column) for column in columns), strict=True)
 
     def written(value: float | None) -> str:
         if value is None:

@@ -14,7 +14,7 @@ def runs(tmp_path):
         "cap/evals/probe/0.json": {"top1": 0.25, "protocol": "by hand"},
         "cap/order/evals/composition/0.json": {"accuracy": 0.875},
         "clip/evals/probe/9.json": {"top1": 0.3},
-        "clip/evals/probe/10.json": {"top1": 0.5},
+        "clip/evals/probe/10.json": {"top1": 0.5, "top5": 1},
     }.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(json.dumps(figures))
@@ -22,20 +22,21 @@ def runs(tmp_path):
 
 
 def test_a_row_a_run(runs, capsys):
-    figures = ["--figures", "probe/top1", "order:composition/accuracy"]
-    assert results_table.main([*runs, *figures, "--percent", "--titles", "probe", "order"]) == 0
+    figures = ["--figures", "probe/top1", "order:composition/accuracy", "probe/top5"]
+    titles = ["--titles", "probe", "order", "5"]
+    assert results_table.main([*runs, *figures, "--percent", *titles]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        "|  | probe | order |",
-        "| --- | --- | --- |",
-        "| cap | 25.0 | 87.5 |",
-        "| clip | 50.0 |  |",
+        "|  | probe | order | 5 |",
+        "| --- | --- | --- | --- |",
+        "| cap | 25.0 | 87.5 |  |",
+        "| clip | 50.0 |  | 100.0 |",
     ]
 
 
 @pytest.mark.parametrize(
     "asked, told",
     [
-        (["probe/top2"], "no figure 'top2'. Did you mean 'top1'?"),
+        (["probe/top11"], "no figure 'top11'. Did you mean 'top1'?"),
         (["probe/protocol"], "no figure 'protocol'"),
         (["probe"], "'probe' is not of the form"),
         (["knn/top1"], "none of the runs has knn/top1"),
