@@ -139,7 +139,10 @@ def run(config: ConfigDict, workdir: Path, allow_changes: Sequence[str] = ()) ->
         suite = evals.Suite(context, workdir, write=is_main, weights=weights)
         plateau = Plateau.of(config)
 
-        def evaluate(step: int, when: str, done: Collection[str] = ()) -> None:
+        # Evaluators bring their figures to the host as they like.
+        @jax.transfer_guard_device_to_host("allow")
+        def evaluate(step: int, when: str, done: Collection[str] = ()) -> bool:
+            """Returns whether the run is to end, as nothing becomes better any more."""
             nonlocal state
             try:
                 for name, result in suite.run(step, state.variables, when=when, done=done):
@@ -154,6 +157,7 @@ def run(config: ConfigDict, workdir: Path, allow_changes: Sequence[str] = ()) ->
                 rows = history.keep(workdir, config.evals, epoch / config.batch_size)
                 if when == "end":
                     progress.say(history.tables(rows))
+            return plateau.ended(state.plateau)
 
         for line in logged:
             if line["step"] == start:
@@ -199,7 +203,7 @@ def run(config: ConfigDict, workdir: Path, allow_changes: Sequence[str] = ()) ->
                 figures |= timer.report(step)
                 writer.write(step, figures)
                 progress.update(step, figures)
-            with timer.pause(), jax.transfer_guard_device_to_host("allow"):
+            with timer.pause():
                 checkpoints.check()
                 if save or stopped:
                     checkpoints.save(state)
@@ -207,8 +211,7 @@ def run(config: ConfigDict, workdir: Path, allow_changes: Sequence[str] = ()) ->
                     raise Stopped(stop, step)
                 if not due:
                     continue
-                evaluate(step, "always")
-                if plateau.ended(state.plateau) and not last:
+                if evaluate(step, "always") and not last:
                     progress.say(f"{plateau.figure} becomes no better: ending at step {step}.")
                     if not save:
                         checkpoints.save(state)
