@@ -37,6 +37,7 @@ def datasets(tmp_path_factory):
     return root / "built" / "told", root / "built" / "asked"
 
 
+@pytest.mark.slow
 def test_captions_and_questions_in_one_run(datasets, tmp_path):
     told, asked = datasets
     mixture = f"{told}:0.5+{asked}:0.5"

@@ -193,6 +193,7 @@ def of_captioner(tokenizer_path, shape):
     return result.figures, result.details
 
 
+@pytest.mark.slow
 def test_one_device_and_eight_measure_the_same(tokenizer_path):
     path = str(tokenizer_path)
     figures, details = of_captioner(path, (1, 1, 1))

@@ -62,6 +62,7 @@ def test_axes_of_greatest_variance():
     np.testing.assert_allclose(principal_components(vectors[::-1], 2)[::-1], two, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_alike_vectors_are_side_by_side():
     rng = np.random.default_rng(0)
     vectors = rng.standard_normal((30, 40)) + 20 * (np.arange(30) % 2)[:, None]
