@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -200,11 +201,15 @@ def iterate(
     return Batches(iterator)
 
 
+_OPEN: "weakref.WeakSet[Batches]" = weakref.WeakSet()
+
+
 class Batches(Iterator[Batch]):
     """An iterator over batches that has threads or worker processes to end when it is closed."""
 
     def __init__(self, iterator: grain.DatasetIterator):
         self._iterator = iterator
+        _OPEN.add(self)
 
     def __next__(self) -> Batch:
         try:
@@ -394,8 +399,11 @@ def _free_shared_memory() -> None:
     """Frees the last batches of worker processes, which would be called leaked otherwise.
 
     They lie in shared memory that the last one to hold them frees, in a thread of Grain's: JAX
-    holds what it computed with, and the traceback of an error the local variables on its way.
+    holds what it computed with, the traceback of an error the local variables on its way, and an
+    iterator that nobody has closed what it has fetched ahead.
     """
+    for batches in list(_OPEN):
+        batches.close()
     gc.collect()
     deletions = getattr(grain.multiprocessing.SharedMemoryArray, "_del_thread_pool", None)
     if deletions:
