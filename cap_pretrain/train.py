@@ -134,7 +134,7 @@ def run(config: ConfigDict, workdir: Path, allow_changes: Sequence[str] = ()) ->
         stop = stack.enter_context(StopRequest())
         # Hosts of a cluster may not leave an evaluation one by one.
         interrupt = stop.is_set if jax.process_count() == 1 else lambda: False
-        context = evals.Context(config, graphdef, tokenizer, mesh, interrupt)
+        context = evals.Context(config, graphdef, tokenizer, mesh, interrupt, workdir)
         weights = beginning.source if beginning and not (start or schedule.total) else ""
         suite = evals.Suite(context, workdir, write=is_main, weights=weights)
         plateau = Plateau.of(config)

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from cap_pretrain import checkpoint, evals, initial, learners, train
 from cap_pretrain.convert import export
 from cap_pretrain.errors import UserError
+from cap_pretrain.evals import features
 from cap_pretrain.pretrained import read_config, read_weights
 from tests import toy
 
@@ -126,6 +127,22 @@ def test_the_plan_of_an_evaluation_has_no_training(bare, tmp_path):
     )
     assert sizes["optimizer"] == sizes["gradients"] == sizes["ema"] == 0
     assert made["flops_per_example"] == {} and "FLOP" not in told
+
+
+def test_features_are_computed_once_and_kept_in_the_workdir(tokenizer_path, tmp_path, monkeypatch):
+    c = toy.config("captioner", text__tokenizer=str(tokenizer_path), eval__every_steps=1, **SMALL)
+    c.evals = ConfigDict({name: evals.defaults(name) for name in ("knn", "linear_probe")})
+    computed = []
+    whole = features.Features._computed
+
+    def compute(self, variables):
+        computed.append(self)
+        return whole(self, variables)
+
+    monkeypatch.setattr(features.Features, "_computed", compute)
+    train.run(c, tmp_path)
+    assert len(computed) == 4  # of two splits, after each of two steps, for both probes
+    assert len(list((tmp_path / "features").glob("*.npz"))) == 2
 
 
 def test_another_learner_takes_the_encoder_and_nothing_else(workdir, tokenizer_path, tmp_path):
