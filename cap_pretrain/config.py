@@ -88,7 +88,8 @@ def default() -> ConfigDict:
     # Of stored features: vectors an example besides the pooled one. This and the width come from
     # the data.
     c.model.tokens = 0
-    # Overrides of a ViT's named size; 0 keeps it.
+    # Overrides of a ViT's named size; 0 keeps it. The width of a ResNet is that of its first stage,
+    # 64, which the next ones double.
     c.model.width = 0
     c.model.depth = 0
     c.model.mlp = 0

@@ -11,7 +11,11 @@ A learner is an `nnx.Module` class with
                                        losses of its parts, so that gradients may be accumulated
 
 `metrics` may hold "loss_weight": what a part of a batch weighs against another (default: equal).
-To add a learner, write its file and register it here.
+A pretext, which learns from images alone, has besides
+
+  RECIPES                              its settings as published: fields of the config by recipe
+
+To add a learner, write its file and register it here; `configs/pretext.py` then knows a pretext.
 """
 
 import dataclasses
@@ -43,6 +47,12 @@ def learner_class(name: str) -> type[nnx.Module]:
         raise UserError(f"learner.name: no learner {name!r}.{did_you_mean(name, REGISTRY)}")
     module, _, cls = REGISTRY[name].partition(":")
     return getattr(importlib.import_module(module), cls)
+
+
+def pretexts() -> dict[str, type[nnx.Module]]:
+    """Returns the registered learners that have RECIPES, by name."""
+    classes = {name: learner_class(name) for name in REGISTRY}
+    return {name: cls for name, cls in classes.items() if hasattr(cls, "RECIPES")}
 
 
 def defaults(name: str, **overrides: Any) -> ConfigDict:

@@ -21,6 +21,7 @@ from cap_pretrain.models.sizes import (
     SIZES,
     STORED,
     Size,
+    Stages,
     parse_name,
 )
 from cap_pretrain.models.stored import Stored
@@ -80,6 +81,8 @@ def _check_stored(config: ConfigDict) -> None:
 
 def _check_convnet(model: ConfigDict, side: int) -> None:
     numbers = {f.name: 0 for f in dataclasses.fields(Size)}
+    if model.name in RESNETS:
+        del numbers["width"]
     _refuse(model, numbers | dataclasses.asdict(Options()), "for a ViT")
     if model.stem not in STEMS:
         raise UserError(f"model.stem: {model.stem!r} is unknown.{did_you_mean(model.stem, STEMS)}")
@@ -115,7 +118,13 @@ def encoder_width(config: ConfigDict) -> int:
         return config.model.width
     if name == ALEXNET:
         return alexnet.WIDTH
-    return RESNETS[name].width if name in RESNETS else encoder_size(config).width
+    return resnet_stages(config).width if name in RESNETS else encoder_size(config).width
+
+
+def resnet_stages(config: ConfigDict) -> Stages:
+    """A ResNet's shape: that of `model.name`, its base overridden by `model.width`."""
+    stages = RESNETS[config.model.name]
+    return dataclasses.replace(stages, base=config.model.width or stages.base)
 
 
 def text_size(config: ConfigDict) -> Size:
@@ -170,7 +179,7 @@ def build_encoder(config: ConfigDict, rngs: nnx.Rngs) -> ImageEncoder:
     if name == ALEXNET:
         return AlexNet(**kwargs)
     if name in RESNETS:
-        return ResNet(RESNETS[name], stem=config.model.stem, **kwargs)
+        return ResNet(resnet_stages(config), stem=config.model.stem, **kwargs)
     _, patch = parse_name(name)
     return ViT(
         encoder_size(config),

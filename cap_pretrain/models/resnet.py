@@ -97,11 +97,11 @@ class ResNet(ConvNet):
         kwargs = dict(dtype=compute.dtype, rngs=rngs)
         side, stride, self.pools = STEMS[stem]
         self.stages, self.dtype = stages, compute.dtype
-        inputs = 64
+        inputs = stages.base
         self.stem = Unit(3, inputs, side, stride, **kwargs)
         for n, (name, outputs) in enumerate(self.layers.items()):
             stage = Stage(
-                *(inputs, 64 * 2**n, 2 if n else 1),
+                *(inputs, stages.base * 2**n, 2 if n else 1),
                 depth=stages.depths[n],
                 bottleneck=stages.bottleneck,
                 **kwargs,

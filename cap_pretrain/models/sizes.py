@@ -33,15 +33,21 @@ SIZES = {
 
 @dataclasses.dataclass(frozen=True)
 class Stages:
-    """Shape of a ResNet: how many blocks each of its four stages has, and of which kind."""
+    """Shape of a ResNet: how many blocks each of its four stages has, and of which kind.
+
+    `base` is how many channels its first convolution and the 3 x 3 ones of its first stage have;
+    every further stage has twice as many.
+    """
 
     depths: tuple[int, int, int, int]
     bottleneck: bool
+    base: int = 64
 
     @property
     def widths(self) -> tuple[int, ...]:
         """Channels that leave each stage."""
-        return tuple((256 if self.bottleneck else 64) * 2**n for n in range(len(self.depths)))
+        first = 4 * self.base if self.bottleneck else self.base
+        return tuple(first * 2**n for n in range(len(self.depths)))
 
     @property
     def width(self) -> int:

@@ -12,6 +12,7 @@ from cap_pretrain import config as configs
 from cap_pretrain import learners, partition, plan
 from cap_pretrain.convert import export, open_encoder
 from cap_pretrain.errors import UserError
+from cap_pretrain.models import build
 from cap_pretrain.models.convnet import BatchNorm
 from cap_pretrain.models.layers import normalize_images
 from tests import layouts, tiny, torch_convnets, toy
@@ -84,6 +85,20 @@ def test_any_size_of_image_and_half_precision(fields, tokens):
             assert out.tokens.shape[1] == tokens
 
 
+@pytest.mark.parametrize(("name", "width"), [("resnet18", 8 * 16), ("resnet50", 4 * 8 * 16)])
+def test_a_resnet_of_another_width(name, width):
+    c = toy.config("encoder", model__name=name, model__width=16)
+    graphdef, params, stats = tiny.abstract(c)
+    encoder = nnx.merge(graphdef, params, stats).encoder
+    assert encoder.width == build.encoder_width(c) == width
+    assert encoder.stem.conv.kernel.shape == (7, 7, 3, 16)
+    images = jax.ShapeDtypeStruct((2, 64, 64, 3), np.float32)
+    out = jax.eval_shape(
+        lambda p, s, x: nnx.merge(graphdef, p, s).encoder(x), params, stats, images
+    )
+    assert out.pooled.shape == (2, width)
+
+
 @pytest.mark.parametrize("name", ["resnet18", "alexnet"])
 def test_kernels_are_split_by_their_channels_out(name):
     _, params, _ = tiny.abstract(toy.config("encoder", model__name=name))
@@ -115,7 +130,8 @@ def test_flops_are_those_published_and_a_frozen_encoder_has_no_backward_pass():
     [
         ({"name": "resnet-50"}, "model.name: no size 'resnet-50'. Did you mean 'resnet50'"),
         ({"name": "resnet18", "pool": "map"}, "model.pool: 'map' is for a ViT, and model.name is"),
-        ({"name": "resnet18", "width": 64}, "model.width: 64 is for a ViT"),
+        ({"name": "resnet18", "depth": 3}, "model.depth: 3 is for a ViT"),
+        ({"name": "alexnet", "width": 64}, "model.width: 64 is for a ViT"),
         ({"name": "resnet18", "stem": "smal"}, "model.stem: 'smal' is unknown. Did you .*'small'"),
         ({"name": "alexnet", "stem": "small"}, "model.stem: 'small' is for a ResNet"),
         ({"name": "mu/8", "stem": "small"}, "model.stem: 'small' is for a ResNet"),
