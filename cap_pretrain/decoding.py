@@ -73,7 +73,7 @@ class Decoding:
         return self.beams if self.method == "beam" else 1
 
     @property
-    def protocol(self) -> str:
+    def described(self) -> str:
         """The method and its settings, for people."""
         if self.method == "greedy":
             return "greedy decoding"

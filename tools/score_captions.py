@@ -150,6 +150,7 @@ def main(argv: list[str] | None = None) -> int:
             {image: texts[0] for image, texts in captions.items()},
             tokenizer="none" if args.tokenized else args.tokenizer,
             spice=args.spice,
+            protocol=args.protocol,
         )
         if args.per_image:
             rows = [
@@ -184,6 +185,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     for name, options, default in (
         ("--tokenizer", caption_metrics.TOKENIZERS, "auto"),
         ("--spice", caption_metrics.SPICE, "installed"),
+        ("--protocol", caption_metrics.PROTOCOLS, "coco"),
     ):
         meaning = "; ".join(f"{option}: {meaning}" for option, meaning in options.items())
         parser.add_argument(

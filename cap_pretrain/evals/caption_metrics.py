@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from cap_pretrain.errors import UserError, did_you_mean
-from cap_pretrain.evals import caption_tokens
+from cap_pretrain.evals import caption_tokens, seed002
 from cap_pretrain.evals.caption_tokens import Unavailable, find_java, java, package_folder
 
 METRICS = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr", "SPICE")
@@ -34,7 +34,12 @@ TOKENIZERS = {
     "python": "rules much like it, without Java",
     "none": "captions and references are words and spaces already",
 }
-_STAMPS = {"ptb": "PTB", "python": "Python (not PTB)", "none": "none (text as given)"}
+_STAMPS = {
+    "ptb": "PTB",
+    "python": "Python (not PTB)",
+    "none": "none (text as given)",
+    "seed002": "seed002 (markers, no words of one letter)",
+}
 
 # Where pycocoevalcap has SPICE's models from.
 MODELS_HOST = "nlp.stanford.edu"
@@ -43,6 +48,11 @@ SPICE = {
     "no": "not at all",
     "installed": "if its models are there (nothing is fetched)",
     "download": f"its models are fetched from {MODELS_HOST} if they are not there",
+}
+
+PROTOCOLS = {
+    "coco": "all metrics, as the COCO evaluation has them",
+    "seed002": "BLEU as in the public code of the recipe merge, for comparing with its figures",
 }
 
 # What was said of each image, and what should have been.
@@ -93,6 +103,7 @@ def score(
     *,
     tokenizer: str = "auto",
     spice: str = "installed",
+    protocol: str = "coco",
     check: Callable[[], None] = lambda: None,
 ) -> Scores:
     """Scores captions by the references of the same images.
@@ -102,6 +113,7 @@ def score(
       captions: one for each image.
       tokenizer: one of `TOKENIZERS`.
       spice: one of `SPICE`: when it is tried.
+      protocol: one of `PROTOCOLS`; all but "coco" have their own words and no SPICE.
       check: called after each scorer; what it raises ends the scoring.
 
     Raises:
@@ -109,18 +121,23 @@ def score(
         none of those, or the references have no words.
       ValueError: captions and references are not of the same images.
     """
-    check_options(tokenizer, spice)
+    check_options(tokenizer, spice, protocol)
     if references.keys() != captions.keys() or not all(references.values()):
         raise ValueError("every image needs one caption and at least one reference")
     skipped: dict[str, str] = {}
-    references, captions, stamp = _words(references, captions, tokenizer, skipped)
-    scorers = {
-        METRICS[:4]: _bleu,
-        ("METEOR",): _meteor,
-        ("ROUGE_L",): _rouge,
-        ("CIDEr",): _cider,
-        ("SPICE",): functools.partial(_spice, when=spice),
-    }
+    if protocol == "seed002":
+        references = {image: list(map(seed002.cut, texts)) for image, texts in references.items()}
+        captions = {image: seed002.cut(text) for image, text in captions.items()}
+        stamp, scorers = _STAMPS[protocol], {METRICS[:4]: seed002.bleu}
+    else:
+        references, captions, stamp = _words(references, captions, tokenizer, skipped)
+        scorers = {
+            METRICS[:4]: _bleu,
+            ("METEOR",): _meteor,
+            ("ROUGE_L",): _rouge,
+            ("CIDEr",): _cider,
+            ("SPICE",): functools.partial(_spice, when=spice),
+        }
     figures: dict[str, float] = {}
     per_image: dict[str, dict[Any, float]] = {}
     for names, scorer in scorers.items():
@@ -137,9 +154,13 @@ def score(
     return Scores(figures, per_image, stamp, skipped, len(captions), count)
 
 
-def check_options(tokenizer: str, spice: str) -> None:
+def check_options(tokenizer: str, spice: str, protocol: str = "coco") -> None:
     """Raises UserError for an option that is none, and where pycocoevalcap is not installed."""
-    for name, value, options in (("tokenizer", tokenizer, TOKENIZERS), ("spice", spice, SPICE)):
+    for name, value, options in (
+        ("tokenizer", tokenizer, TOKENIZERS),
+        ("spice", spice, SPICE),
+        ("protocol", protocol, PROTOCOLS),
+    ):
         if value not in options:
             raise UserError(f"{name}: there is no {value!r}.{did_you_mean(value, options)}")
     package_folder()

@@ -36,6 +36,8 @@ class CaptionScores:
           limit: at most so many images; 0 is all. CIDEr of fewer images is another figure.
           tokenizer: what cuts text into words, one of `caption_metrics.TOKENIZERS`.
           spice: when SPICE is tried, one of `caption_metrics.SPICE`. It takes minutes.
+          protocol: one of `caption_metrics.PROTOCOLS`; in all but "coco" the two before do not
+            matter.
         """
 
         data: str = ""
@@ -44,6 +46,7 @@ class CaptionScores:
         limit: int = 0
         tokenizer: str = "auto"
         spice: str = "no"
+        protocol: str = "coco"
 
     def __init__(self, context: Context, options: Options):
         """Builds the evaluator.
@@ -62,7 +65,7 @@ class CaptionScores:
                 f"evals: caption_scores compares with captions, and {self._dataset} has none; "
                 "name another dataset or set data.fields."
             )
-        caption_metrics.check_options(options.tokenizer, options.spice)
+        caption_metrics.check_options(options.tokenizer, options.spice, options.protocol)
         self._captioning = Captioning(
             context,
             self._source,
@@ -85,6 +88,7 @@ class CaptionScores:
             dict(enumerate(entry["caption"] for entry in kept)),
             tokenizer=self._options.tokenizer,
             spice=self._options.spice,
+            protocol=self._options.protocol,
             check=self._check,
         )
         counts = collections.Counter(captions.values())
@@ -95,9 +99,11 @@ class CaptionScores:
             "commonest_share": times / len(captions),
             "mean_words": float(np.mean([len(caption.split()) for caption in captions.values()])),
         }
+        options = self._options
+        evaluation = "COCO" if options.protocol == "coco" else options.protocol
         version = importlib.metadata.version("pycocoevalcap")
         details = {
-            "protocol": f"{self._options.protocol}; COCO evaluation by pycocoevalcap {version}",
+            "protocol": f"{options.described}; {evaluation} evaluation by pycocoevalcap {version}",
             "dataset": self._dataset,
             "split": self._split,
             **scores.protocol(),

@@ -118,7 +118,7 @@ class Captions:
             context, self._source, batch_size=options.count, limit=options.count, how=options
         )
         named = context.named(options.split, options.data)
-        self._details = {"protocol": options.protocol, **named}
+        self._details = {"protocol": options.described, **named}
 
     def __call__(self, variables) -> Result:
         size = self._context.config.data.image_size

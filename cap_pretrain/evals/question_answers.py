@@ -87,7 +87,7 @@ class QuestionAnswers:
         }
         options = self._options
         details = {
-            "protocol": f"{options.protocol}; {RULE}",
+            "protocol": f"{options.described}; {RULE}",
             **self._context.named(options.split, options.data),
             "questions": len(answers),
             "judged": sum(map(len, judged.values())),

@@ -35,7 +35,7 @@ class SceneCaptions:
             context, self._source, batch_size=options.batch_size, limit=options.count, how=options
         )
         self._details = {
-            "protocol": f"{options.protocol}; every object's colour and shape, and no other",
+            "protocol": f"{options.described}; every object's colour and shape, and no other",
             "dataset": "scenes",
             "split": options.split,
         }

@@ -1,5 +1,9 @@
 """Caption metrics: published figures and hand-made ones; with Java, without, with a broken one."""
 
+import collections
+import functools
+import math
+import operator
 import os
 import shutil
 import sys
@@ -32,6 +36,43 @@ PUBLISHED = {
     **{"Bleu_1": 0.55, "Bleu_2": 0.428174, "Bleu_3": 0.284043, "Bleu_4": 0.201143},
     **{"METEOR": 0.295797, "ROUGE_L": 0.522104, "CIDEr": 1.242192},
 }
+
+
+def test_the_protocol_of_seed_002_is_a_corpus_bleu_of_its_own_words_and_weights():
+    """Against BLEU written out, on what the code of seed 002 would compare."""
+    captions = {"x": "A dog, running on the beach", "y": "man in hat"}
+    references = {
+        "x": ["a brown dog runs on a beach.", "A dog running on the wet sand"],
+        "y": ["A man in a red hat smiles at me", "the man in hat"],
+    }
+    guesses = [s.split() for s in ("startseq dog running on the beach endseq",
+                                   "startseq man in hat endseq")]  # fmt: skip
+    truths = [
+        [s.split() for s in ("startseq brown dog runs on beach endseq",
+                             "startseq dog running on the wet sand endseq")],
+        [s.split() for s in ("startseq man in red hat smiles at me endseq",
+                             "startseq the man in hat endseq")],
+    ]  # fmt: skip
+
+    def grams(words, n):
+        return collections.Counter(zip(*(words[k:] for k in range(n)), strict=False))
+
+    precisions = []
+    for n in (1, 2, 3, 4):
+        right = total = 0
+        for guess, several in zip(guesses, truths, strict=True):
+            most = functools.reduce(operator.or_, (grams(words, n) for words in several))
+            right += sum((grams(guess, n) & most).values())
+            total += sum(grams(guess, n).values())
+        precisions.append(right / total)
+    brevity = math.exp(1 - (7 + 6) / (7 + 5))  # the closest references have 7 and 6 words
+    found = score(references, captions, protocol="seed002")
+    for n, weight in enumerate((1, 1 / 2, 0.3, 1 / 4), start=1):
+        expected = brevity * math.prod(p**weight for p in precisions[:n])
+        assert found.figures[f"Bleu_{n}"] == pytest.approx(expected, rel=1e-6)
+    assert found.figures.keys() == set(METRICS[:4])
+    assert found.tokenizer.startswith("seed002")
+    assert found.figures["Bleu_1"] > score(references, captions, spice="no").figures["Bleu_1"]
 
 
 @pytest.fixture
