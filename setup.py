@@ -16,6 +16,7 @@ setup(
         "orbax-checkpoint>=0.12.8,<0.13",
         "ml_collections>=1.1,<2",
         "clu>=0.0.12,<0.1",
+        "dm-pix>=0.4.5,<0.5",
         "simplejpeg>=1.9,<2",
         "sentencepiece>=0.2.1,<0.3",
         "safetensors>=0.5,<1",
