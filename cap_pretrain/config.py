@@ -46,6 +46,7 @@ CHOICES = {
 NOT_NEGATIVE = (
     *("optim.lr", "optim.weight_decay", "optim.clip_norm", "optim.clip_value"),
     *("optim.skip_bad_steps", "data.workers", "checkpoint.every_minutes", "log.spikes"),
+    *("data.class_min", "data.class_max"),
     *(f"model.{whose}{n.name}" for whose in ("", "decoder_") for n in dataclasses.fields(Size)),
 )
 
@@ -138,6 +139,11 @@ def default() -> ConfigDict:
     c.data.eval_split = "val"
     # Train on this fraction of every class, the same whatever else is drawn; for labelled datasets.
     c.data.fraction = 1.0
+    # Classes of which data.split has fewer examples are dropped, in all splits of the run's own
+    # data, and the others numbered anew; of each that stays, data.split has at most class_max
+    # examples, drawn before data.fraction. 0 is off, for both.
+    c.data.class_min = 0
+    c.data.class_max = 0
     # Where TFDS looks for datasets given by name; "" is its own default (~/tensorflow_datasets).
     c.data.dir = ""
     # Names of the features in a stored dataset; nested ones as "captions/text".

@@ -1,12 +1,15 @@
 """From a config to what a run reads: datasets, tokenizer, batches."""
 
+import functools
 import hashlib
+import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import grain
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
@@ -19,8 +22,8 @@ from cap_pretrain.models.sizes import STORED
 # Examples of each dataset whose captions a new tokenizer is trained on.
 TOKENIZER_EXAMPLES = 50_000
 
-# Who belongs to a fraction of a dataset is the same for every run that is compared.
-FRACTION_SEED = 0
+# Who belongs to a part of a dataset is the same for every run that is compared.
+SUBSET_SEED = 0
 
 Mixture = list[tuple[Source, float]]
 
@@ -28,17 +31,16 @@ Mixture = list[tuple[Source, float]]
 def open_data(config: ConfigDict, split: str, name: str = "") -> Source:
     """Opens a dataset as `config.data` says; by default the (first of the) run's own.
 
+    Its own datasets have in all splits the classes that `data.class_min` keeps, and in `data.split`
+    no more of each than `data.class_max`. Others, which evaluators name, are left as they are.
+
     Raises:
-      UserError: as `sources.open_source`; it holds features and not images, or the other way round.
+      UserError: as `sources.open_source`; it holds features and not images, or the other way round;
+        as `subset.ClassSizes.of`.
     """
-    source = sources.open_source(
-        name or sources.parse_mixture(config.data.name)[0][0],
-        split,
-        image_size=config.data.image_size,
-        data_dir=config.data.dir,
-        fields=config.data.fields.to_dict(),
-        scenes=config.data.scenes.to_dict(),
-    )
+    members = [member for member, _ in sources.parse_mixture(config.data.name)]
+    name = name or members[0]
+    source = _open_whole(config.data, split, name)
     features, stored = pipeline.is_features(source[0]["image"]), config.model.name == STORED
     if features and not stored:
         raise UserError(
@@ -50,7 +52,31 @@ def open_data(config: ConfigDict, split: str, name: str = "") -> Source:
             f"model.name: {STORED} is for features, and {source} holds images; store theirs with "
             "tools/extract_features.py, or name an encoder."
         )
-    return source
+    sizes = subset.ClassSizes(config.data.class_min, config.data.class_max)
+    if not (sizes and name in members):
+        return source
+    section = config.data.to_json_best_effort(sort_keys=True)
+    training = _labels(section, config.data.split, name)
+    drawn = SUBSET_SEED if split == config.data.split else None
+    return sizes.of(source, _labels(section, split, name), training, drawn=drawn)
+
+
+def _open_whole(section: ConfigDict, split: str, name: str) -> Source:
+    return sources.open_source(
+        name,
+        split,
+        image_size=section.image_size,
+        data_dir=section.dir,
+        fields=section.fields.to_dict(),
+        scenes=section.scenes.to_dict(),
+    )
+
+
+# Remembered, as each evaluator opens the data for itself.
+@functools.lru_cache(maxsize=8)
+def _labels(section: str, split: str, name: str) -> np.ndarray:
+    """The labels of a split as it is stored, where `section` is config.data as JSON."""
+    return subset.labels_of(_open_whole(ConfigDict(json.loads(section)), split, name))
 
 
 def open_sources(config: ConfigDict) -> Mixture:
@@ -70,7 +96,7 @@ def open_sources(config: ConfigDict) -> Mixture:
                     f"data.name: {source} has no {part}, which a {config.learner.name} learns "
                     "from; name another dataset or set data.fields."
                 )
-        members.append((subset.fraction_of(source, config.data.fraction, FRACTION_SEED), weight))
+        members.append((subset.fraction_of(source, config.data.fraction, SUBSET_SEED), weight))
     return members
 
 
@@ -199,11 +225,13 @@ def examples_an_epoch(config: ConfigDict, mixture: Mixture) -> int:
     return sum(len(source) for source, _ in mixture)
 
 
-def describe_buckets(config: ConfigDict, mixture: Mixture) -> list[str]:
+def describe(config: ConfigDict, mixture: Mixture) -> list[str]:
     """What people should know of a mixture that went through `in_buckets`, in lines."""
-    if not (config.data.buckets and mixture):
-        return []
-    return [buckets.describe([source for source, _ in mixture], config.batch_size)]
+    members = [source for source, _ in mixture]
+    if config.data.buckets and members:
+        return [buckets.describe(members, config.batch_size)]
+    parts = [source for source in members if isinstance(source, subset.Subset)]
+    return [f"Part of a dataset: {source}: {len(source):,} examples." for source in parts]
 
 
 def _order(config: ConfigDict, mixture: Mixture) -> buckets.Order | None:

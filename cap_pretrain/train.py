@@ -91,7 +91,7 @@ def run(config: ConfigDict, workdir: Path, allow_changes: Sequence[str] = ()) ->
     )
     progress.say(telemetry.parameter_table(abstract.params))
     progress.say(f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}")
-    for line in inputs.describe_buckets(config, mixture):
+    for line in inputs.describe(config, mixture):
         progress.say(line)
     step_flops = 0.0
     if schedule.total:

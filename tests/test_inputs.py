@@ -76,3 +76,35 @@ def test_a_plan_counts_words(of_words, tmp_path):
 def test_fields_that_are_wrong(field, value, message):
     with pytest.raises(UserError, match=message):
         configs.validate(toy.config(**{field: value}))
+
+
+def labels(source):
+    return [source.without_image(i)["label"] for i in range(len(source))]
+
+
+def test_all_splits_of_a_run_have_the_classes_of_its_training_split():
+    c = toy.config("classifier", data__scenes__length_train=40, data__scenes__length_val=30)
+    c.data.scenes.label = "count"
+    whole = {split: labels(inputs.open_data(c, split)) for split in ("train", "val")}
+    sizes = [whole["train"].count(label) for label in range(3)]
+    smallest = sizes.index(min(sizes))
+    c.data.class_min, c.data.class_max = sorted(sizes)[1], 4
+    c.data.fraction = 0.5
+    (source, _), *_ = mixture = inputs.open_sources(c)
+    others = [name for label, name in enumerate("123") if label != smallest]
+    test = inputs.open_data(c, "val")
+    assert source.class_names == test.class_names == others
+    assert sorted(labels(source)) == [0, 0, 1, 1], "half of four of each"
+    kept = [label for label in whole["val"] if label != smallest]
+    assert [others[label] for label in labels(test)] == [str(label + 1) for label in kept]
+    assert inputs.completed(c, mixture).learner.classes == 2
+    (told,) = inputs.describe(c, mixture)
+    assert "2 of 3 classes, 2 at the cap of 4" in told and told.endswith(": 4 examples.")
+
+
+def test_datasets_that_are_not_the_runs_own_keep_their_classes(monkeypatch):
+    c = toy.config("classifier", data__class_max=1)
+    c.data.name = "mine"
+    monkeypatch.setattr(inputs.sources, "open_source", lambda name, split, **_: [{"image": name}])
+    monkeypatch.setattr(inputs.pipeline, "is_features", lambda image: False)
+    assert inputs.open_data(c, "val", "another") == [{"image": "another"}]

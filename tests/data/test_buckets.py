@@ -191,7 +191,7 @@ def test_epochs_are_of_captions(tmp_path):
     members = inputs.in_buckets(c, mixture, tokenizer)
     epoch = inputs.examples_an_epoch(c, members)
     assert 200 < epoch <= 60 * 5 and epoch % c.batch_size == 0
-    assert f"has {epoch // c.batch_size} batches" in inputs.describe_buckets(c, members)[0]
+    assert f"has {epoch // c.batch_size} batches" in inputs.describe(c, members)[0]
     seen = [inputs.training_batches(c, members, tokenizer)[t]["index"] for t in range(epoch // 8)]
     assert len(set(np.concatenate(seen))) == epoch
     assert f"training, {3 * epoch // 8} steps" in train.dry_run(c, tmp_path / "plan")

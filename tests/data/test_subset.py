@@ -78,3 +78,70 @@ def test_examples_may_come_without_their_images():
         rest = without_image(source, 7)
         assert rest == {name: value for name, value in source[7].items() if name != "image"}
     assert without_image([{"label": 3}], 0) == {"label": 3}
+
+
+class Labelled:
+    """Examples with these labels."""
+
+    def __init__(self, labels, names="abcdefgh"):
+        self._labels, self.class_names = list(labels), list(names)
+
+    def __str__(self):
+        return "labelled"
+
+    def __len__(self):
+        return len(self._labels)
+
+    def __getitem__(self, index):
+        return {"label": int(self._labels[index]), "id": str(index)}
+
+
+def of_sizes(source, training, *, least=0, most=0, drawn=0):
+    arrays = subset.labels_of(source), subset.labels_of(training)
+    return subset.ClassSizes(least, most).of(source, *arrays, drawn=drawn)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_classes_are_kept_by_size_capped_and_renumbered(seed):
+    rng = np.random.default_rng(seed)
+    least, most = (int(n) for n in rng.integers(0, 12, 2))
+    labels = rng.permutation(np.repeat(np.arange(-1, 8), [3, *rng.integers(0, 15, 7), 12]))
+    train, test = Labelled(labels), Labelled(rng.integers(-1, 8, 60))
+    found = of_sizes(train, train, least=least, most=most)
+    sizes = np.bincount(labels[labels >= 0], minlength=8)
+    names = [n for n, size in zip("abcdefgh", sizes, strict=True) if size >= max(least, 1)]
+    assert found.class_names == names
+    for source, whole in (found, train), (of_sizes(test, train, least=least, drawn=None), test):
+        assert source.class_names == names
+        for example in source:  # each is one of the whole, under the name that it had
+            old = whole[int(example["id"])]["label"]
+            assert names[example["label"]] == "abcdefgh"[old]
+        assert source[0] == source.without_image(0)
+    expected = [min(size, most or size) for size in sizes if size >= max(least, 1)]
+    assert np.bincount(subset.labels_of(found)).tolist() == expected
+    assert [int(i) for i in ids(found)] == sorted(int(i) for i in ids(found))
+    if most:
+        more = of_sizes(train, train, least=least, most=most + 3)
+        assert set(ids(found)) <= set(ids(more))
+
+
+def test_splits_without_a_cap_keep_all_examples_of_the_classes():
+    train, test = Labelled([0] * 9 + [1] * 2 + [2] * 5), Labelled([2, 1, 0, 0, 2, 2])
+    part = of_sizes(test, train, least=5, most=2, drawn=None)
+    assert ids(part) == ["0", "2", "3", "4", "5"]
+    assert subset.labels_of(part).tolist() == [1, 0, 0, 1, 1]
+    assert str(of_sizes(train, train, least=5, most=9)) == (
+        "labelled, 2 of 3 classes, 1 at the cap of 9 (seed 0)"
+    )
+    assert of_sizes(test, train, least=5).class_names == ["a", "c"]
+    assert pickle.loads(pickle.dumps(part))[0] == {"label": 1, "id": "0"}
+
+
+def test_classes_of_which_nothing_remains_are_told():
+    train = Labelled([0, 0, 1])
+    with pytest.raises(UserError, match="no class with 5 examples to train on; the largest has 2"):
+        of_sizes(train, train, least=5)
+    with pytest.raises(UserError, match="there are no labels"):
+        of_sizes(Labelled([-1, -1]), Labelled([-1, -1]), most=5)
+    with pytest.raises(UserError, match="no example of the classes that remain"):
+        of_sizes(Labelled([1]), train, least=2)
