@@ -6,9 +6,11 @@ A new format is one new module with a `Dataset` class (see `base.ImageDataset`) 
 FORMATS = {
     "captions_json": "COCO-style captions (.json, .json.gz) with a folder or zip of images",
     "karpathy": "captions in Karpathy's splits (dataset_coco.json, dataset_flickr8k.json, …)",
+    "vizwiz": "captions with marks for rejected and precanned ones (VizWiz-Captions)",
     "vqav2": "questions about images with ten answers each (VQAv2, OK-VQA)",
     "gqa": "questions about images with one answer each (GQA)",
     "nlvr2": "sentences that are true or false of two images (NLVR2)",
     "image_folder": "images in one folder a class, in a folder or zip",
+    "openimages": "images with the csv files of labels of Open Images",
 }
 """Name of the module in this package -> what it reads."""

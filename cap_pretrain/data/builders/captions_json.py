@@ -2,7 +2,7 @@
 
 import argparse
 import collections
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,23 @@ class Dataset(annotated.Annotated, skip_registration=True):
 
     HOMEPAGE = "https://cocodataset.org/#format-data"
 
-    def __init__(self, annotations: Mapping[str, Path], images: Mapping[str, Path], **kwargs: Any):
-        """`annotations` and `images` are by split; the images of "" serve all other splits."""
+    def __init__(
+        self,
+        annotations: Mapping[str, Path],
+        images: Mapping[str, Path],
+        counts: Callable[[dict[str, Any]], bool] = lambda annotation: True,
+        **kwargs: Any,
+    ):
+        """As `Annotated`.
+
+        Args:
+            annotations: by split.
+            images: by split; those of "" serve all other splits.
+            counts: whether a caption, an entry of "annotations", is kept.
+            **kwargs: of `ImageDataset`.
+        """
         super().__init__(
-            {split: read_captions(path) for split, path in annotations.items()},
+            {split: read_captions(path, counts) for split, path in annotations.items()},
             annotated.open_images(images, annotations, "--annotations"),
             origin=", ".join(path.name for path in annotations.values()),
             **kwargs,
@@ -40,8 +53,14 @@ class Dataset(annotated.Annotated, skip_registration=True):
         return cls(annotations, by_split("--images", args.images, default=""), **kwargs)
 
 
-def read_captions(path: Path) -> list[Entry]:
+def read_captions(
+    path: Path, counts: Callable[[dict[str, Any]], bool] = lambda annotation: True
+) -> list[Entry]:
     """Reads a COCO-captions file, plain or gzipped.
+
+    Args:
+        path: the file.
+        counts: whether a caption, an entry of "annotations", is kept.
 
     Returns:
         The images in the order of the file; captions are stripped, empty ones left out, so an image
@@ -59,7 +78,8 @@ def read_captions(path: Path) -> list[Entry]:
         image_id, caption = annotated.take(
             path, "annotations", entry, "image_id", "caption", what=_WHAT
         )
-        captions[str(image_id)] += annotated.texts(caption)
+        if counts(entry):
+            captions[str(image_id)] += annotated.texts(caption)
     entries = []
     for entry in listed:
         image_id, name = annotated.take(path, "images", entry, "id", "file_name", what=_WHAT)

@@ -105,5 +105,10 @@ def class_names(folders: Sequence[str], path: Path | None) -> dict[str, str]:
     unnamed = [folder for folder in folders if not isinstance(names.get(folder), str)]
     if unnamed:
         raise UserError(f"--classes {path}: no name for the folder {unnamed[0]!r}; add it.")
-    counts = collections.Counter(names[folder] for folder in folders)
-    return {f: names[f] if counts[names[f]] == 1 else f"{names[f]} ({f})" for f in folders}
+    return told_apart({folder: names[folder] for folder in folders})
+
+
+def told_apart(names: Mapping[str, str]) -> dict[str, str]:
+    """Adds the key to names that several keys have."""
+    counts = collections.Counter(names.values())
+    return {k: name if counts[name] == 1 else f"{name} ({k})" for k, name in names.items()}
