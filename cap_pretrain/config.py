@@ -24,6 +24,7 @@ from cap_pretrain.data.scenes import ScenesOptions
 from cap_pretrain.data.sources import DEFAULT_FIELDS, parse_mixture
 from cap_pretrain.errors import UserError, did_you_mean
 from cap_pretrain.models import build
+from cap_pretrain.models.encoder import COLOURS
 from cap_pretrain.models.layers import ACTIVATIONS, REMAT_POLICIES
 from cap_pretrain.models.sizes import STORED, Size
 from cap_pretrain.plateau import Plateau
@@ -34,6 +35,7 @@ CHOICES = {
     "model.pool": ("gap", "map", "class"),
     "model.final_norm": ("tokens", "pooled"),
     "model.activation": tuple(ACTIVATIONS),
+    "model.colours": COLOURS,
     "model.attention": ("auto", "xla", "cudnn"),
     "model.remat": tuple(REMAT_POLICIES),
     "data.crop": ("none", "random", "window"),
@@ -118,6 +120,9 @@ def default() -> ConfigDict:
     # A ResNet's first convolution: imagenet (7 x 7 with stride 2, then a max pooling), or small
     # (3 x 3, for images as of CIFAR).
     c.model.stem = "imagenet"
+    # What the encoder sees of images: rgb, or lightness: gray in all three channels, whatever it is
+    # given, as one that learned to colour them was.
+    c.model.colours = "rgb"
     # Attention kernel: xla, cudnn (fused, NVIDIA GPUs, half precision), auto (cudnn where it runs).
     c.model.attention = "auto"
     # What transformers keep for the backward pass: none (recompute nothing), full, dots,

@@ -42,6 +42,12 @@ def form(config: ConfigDict) -> Form:
             f"model.name: {config.model.name} is no SiglipVisionModel, and cannot be exported; its "
             "workdir can be used as it is, as --config.encoder."
         )
+    if config.model.colours != "rgb":
+        raise UserError(
+            f"model.colours: the encoder sees {config.model.colours} alone, which image processors "
+            "of transformers do not make, so it cannot be exported; its workdir can be used as it "
+            "is, as --config.encoder."
+        )
     options = encoder_options(config)
     if options.class_token or options.pre_norm or options.final_norm != "tokens":
         raise UserError(

@@ -69,7 +69,9 @@ def _check_vit(model: ConfigDict, side: int) -> None:
 def _check_stored(config: ConfigDict) -> None:
     numbers = {f.name: 0 for f in dataclasses.fields(Size) if f.name != "width"}
     _refuse(
-        config.model, numbers | dataclasses.asdict(Options()) | {"stem": "imagenet"}, "for images"
+        config.model,
+        numbers | dataclasses.asdict(Options()) | {"stem": "imagenet", "colours": "rgb"},
+        "for images",
     )
     for field, usual in {"crop": "none", "flip": False}.items():
         if config.data[field] != usual:
@@ -173,6 +175,12 @@ def encoder_options(config: ConfigDict) -> Options:
 
 def build_encoder(config: ConfigDict, rngs: nnx.Rngs) -> ImageEncoder:
     """Builds the image encoder of a config."""
+    encoder = _encoder(config, rngs)
+    encoder.colours = config.model.colours
+    return encoder
+
+
+def _encoder(config: ConfigDict, rngs: nnx.Rngs) -> ImageEncoder:
     name, kwargs = config.model.name, dict(compute=compute(config), rngs=rngs)
     if name == STORED:
         return Stored(config.model.width)

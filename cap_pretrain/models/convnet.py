@@ -42,7 +42,7 @@ class ConvNet(ImageEncoder):
         tokens = _rows(last)
         return EncoderOutput(tokens, jnp.mean(tokens, axis=1))
 
-    def tokens_at(self, layer: str, images: jax.Array) -> jax.Array:
+    def _tokens_at(self, layer: str, images: jax.Array) -> jax.Array:
         for name, found in zip(self.layers, self._maps(images, train=False), strict=False):
             if name == layer:
                 return _rows(found)

@@ -127,7 +127,7 @@ class ViT(ImageEncoder):
     def layers(self) -> dict[str, int]:
         return {f"block_{n + 1}": self.width for n in range(self.size.depth)}
 
-    def tokens_at(self, layer: str, images: jax.Array) -> jax.Array:
+    def _tokens_at(self, layer: str, images: jax.Array) -> jax.Array:
         depth = list(self.layers).index(layer) + 1
         graphdef, params = nnx.split(self.blocks)
         first = nnx.merge(graphdef, jax.tree.map(lambda p: p[:depth], params))
