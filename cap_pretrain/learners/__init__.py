@@ -36,6 +36,7 @@ REGISTRY = {
     "recurrent": "cap_pretrain.learners.recurrent:Recurrent",
     "dual_encoder": "cap_pretrain.learners.dual_encoder:DualEncoder",
     "classifier": "cap_pretrain.learners.classifier:Classifier",
+    "rotation": "cap_pretrain.learners.rotation:Rotation",
     "encoder": "cap_pretrain.learners.encoder:Encoder",
     "pretrained": "cap_pretrain.learners.encoder:Pretrained",
 }

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from cap_pretrain import learners
 from cap_pretrain.errors import UserError
-from cap_pretrain.learners.captioner import token_loss
+from cap_pretrain.learners.captioner import mean_where, token_loss
 from cap_pretrain.models import readout
 from cap_pretrain.models.build import build_encoder
 from cap_pretrain.models.convnet import BatchNorm
@@ -92,11 +92,25 @@ class Classifier(nnx.Module):
         labels = batch["label"]
         logits = self.classify(batch["image"], train=train, key=key)
         counts = (labels >= 0) & batch.get("mask", True)
-        weight = jnp.sum(counts).astype(jnp.float32)
-        smoothing = self.options.label_smoothing if train else 0.0
-        loss = jnp.sum(token_loss(logits, labels, smoothing) * counts) / jnp.maximum(weight, 1)
-        right = (jnp.argmax(logits, axis=1) == labels) & counts
-        return loss, {
-            "loss_weight": weight,
-            "accuracy": jnp.sum(right) / jnp.maximum(weight, 1),
-        }
+        return classification(
+            logits, labels, counts, self.options.label_smoothing if train else 0.0
+        )
+
+
+def classification(
+    logits: jax.Array, labels: jax.Array, counts: jax.Array, smoothing: float = 0.0
+) -> tuple[jax.Array, dict[str, Any]]:
+    """Mean cross-entropy over the examples that count, and what a loss tells with it.
+
+    Args:
+      logits: float32 [B, classes].
+      labels: int32 [B].
+      counts: bool [B].
+      smoothing: mass spread evenly over the classes.
+    """
+    weight = jnp.sum(counts).astype(jnp.float32)
+    right = jnp.argmax(logits, axis=1) == labels
+    return mean_where(token_loss(logits, labels, smoothing), counts), {
+        "loss_weight": weight,
+        "accuracy": mean_where(right, counts),
+    }
