@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cap_pretrain import files, telemetry
+from cap_pretrain.tables import markdown
 
 Row = dict[str, float]
 
@@ -60,9 +61,8 @@ def tables(rows: Sequence[Row]) -> str:
         if len(own) < 2:
             continue
         head = ["step", "epoch", *(c.rpartition("/")[2] for c in columns)]
-        cells = [head, ["---"] * len(head)]
-        cells += [[_written(row.get(c)) for c in ("step", "epoch", *columns)] for row in own]
-        shown.append(f"{name}\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in cells))
+        cells = [[_written(row.get(c)) for c in ("step", "epoch", *columns)] for row in own]
+        shown.append(f"{name}\n\n{markdown(head, cells)}")
     return "\n\n".join(shown)
 
 

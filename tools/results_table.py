@@ -13,6 +13,7 @@ import json
 import sys
 from pathlib import Path
 
+from cap_pretrain import tables
 from cap_pretrain.errors import UserError, did_you_mean
 
 
@@ -71,9 +72,8 @@ def table(runs: list[Path], columns: list[str], titles: list[str], percent: bool
             return ""
         return f"{100 * value:.1f}" if percent else f"{value:.4g}"
 
-    rows = [["", *titles], ["---"] * (1 + len(columns))]
-    rows += [[run.name, *map(written, row)] for run, row in zip(runs, found, strict=True)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    rows = [[run.name, *map(written, row)] for run, row in zip(runs, found, strict=True)]
+    return tables.markdown(["", *titles], rows)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,0 +1,94 @@
+"""How the loss falls with the size of the model and with the examples seen, for each objective.
+
+python tools/sweep.py run configs/sweeps/scaling.py --out runs/scaling --slots 2
+python tools/sweep.py plot runs/scaling --x total_examples --y val/loss --by objective \
+    model.width --out examples.png
+python tools/sweep.py plot runs/scaling --x flops --y val/loss --by objective --out flops.png
+
+Every trial is a whole run with its own schedule; of `scenes`, of which there is no end, it sees no
+image twice. The defaults are made for a CPU: small encoders (`sizes=WIDTHxDEPTH+…`, decoders half
+as deep) on easy scenes of 48 pixels, 24 trials, about half an hour. On more, name larger ones:
+
+    scaling.py:sizes=Ti/16+S/16+M/16+B/16,examples=1000000+4000000+16000000,batch=1024,scenes=full
+
+With `rates=0.0003+0.001+0.003` each is tried with these learning rates, too. The loss of `clip` and
+`siglip` is that of batches of 128, whatever the training batch, so their curves can be compared
+with each other, but not with those of captioners.
+"""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+from cap_pretrain import config
+from cap_pretrain.sweeps.trials import Trial
+
+# As configs/quickstart.py has them.
+EASY_SCENES: dict[str, Any] = {
+    "data.image_size": 48,
+    "data.scenes.max_objects": 2,
+    "data.scenes.smallest": 0.2,
+    "data.scenes.shapes": 4,
+    "data.scenes.patterns": False,
+    "data.scenes.backgrounds": False,
+    "data.scenes.plain_captions": True,
+    "data.scenes.synonyms": False,
+    "text.vocab_size": 128,
+    "text.length": 12,
+}
+FULL_SCENES: dict[str, Any] = {"text.vocab_size": 512, "text.length": 48}
+
+RECIPE: dict[str, Any] = {
+    "optim.name": "adamw",
+    "optim.weight_decay": 0.01,
+    "optim.warmup_share": 0.05,
+    "eval.every_share": 1.0,
+    "checkpoint.every_share": 0.25,
+    "checkpoint.keep_last": 1,
+}
+
+
+def sweep(arg: str | None = None) -> Iterator[Trial]:
+    """Yields the trials of `sizes=…,examples=…,objectives=…,rates=…,batch=…,data=…,scenes=…`."""
+    args = config.arguments(
+        arg,
+        sizes="32x2+48x2+64x3+96x4",
+        examples="8000+24000+72000",
+        objectives="cap+clip",
+        rates="0.001",
+        batch="64",
+        data="scenes",
+        scenes=("easy", "full"),
+    )
+    lists = [getattr(args, k).split("+") for k in ("objectives", "sizes", "examples", "rates")]
+    scenes = EASY_SCENES if args.scenes == "easy" else FULL_SCENES
+    for objective, size, examples, rate in itertools.product(*lists):
+        name = f"{objective}_{size.replace('/', '-')}_{examples}"
+        yield Trial(
+            f"{name}_lr={rate}" if len(lists[-1]) > 1 else name,
+            f"configs/pretrain.py:objective={objective},data={args.data}",
+            {
+                **model(size),
+                "total_steps": 0,
+                "total_examples": int(examples),
+                "batch_size": int(args.batch),
+                "optim.lr": float(rate),
+                **RECIPE,
+                **(scenes if args.data == "scenes" else {}),
+                "evals.val.limit": 1000,
+            },
+        )
+
+
+def model(size: str) -> dict[str, Any]:
+    """The fields of "WIDTHxDEPTH", of 12-pixel patches and heads of 16, or of a size by name."""
+    width, by, depth = size.partition("x")
+    if not by:
+        return {"model.name": size}
+    return {
+        "model.name": "mu/12",
+        "model.width": int(width),
+        "model.depth": int(depth),
+        "model.mlp": 4 * int(width),
+        "model.heads": int(width) // 16,
+    }

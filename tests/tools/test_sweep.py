@@ -1,0 +1,268 @@
+"""sweep: trials in slots, tried again, gone on with, locked; what is told and drawn of them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from cap_pretrain.errors import UserError
+from cap_pretrain.sweeps import runner, trials
+from tests import toy
+from tools import sweep
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+QUICKSTART = toy.CONFIGS / "quickstart.py"
+
+# Behaves as the name of its trial says, and leaves what it did in its folder.
+PROGRAM = """
+import json, signal, sys, time
+from pathlib import Path
+
+arguments = dict(argument[2:].split("=", 1) for argument in sys.argv[1:])
+folder = Path(arguments["workdir"])
+with (folder / "starts").open("a") as file:
+    file.write(f"{time.time()}\\n")
+start = len((folder / "starts").read_text().splitlines())
+kind = folder.name.split("_")[0]
+
+def stop(*_):
+    (folder / "saved").touch()
+    sys.exit(143)
+
+signal.signal(signal.SIGTERM, stop)
+if kind == "slow" and start == 1:
+    (folder / "metrics.jsonl").write_text('{"step": 50, "time/eta_s": 65}\\n')
+    time.sleep(60)
+if kind == "crash" and start <= 2:
+    sys.exit(f"crash {start}")
+if kind == "hopeless":
+    sys.exit("no memory")
+if kind == "mistake":
+    print("cap_pretrain: your fault", file=sys.stderr)
+    sys.exit(2)
+if kind == "napping":
+    time.sleep(0.3)
+lr = float(arguments["config.optim.lr"])
+(folder / "metrics.jsonl").write_text(json.dumps({"step": 100, "val/loss": 2 * lr**-0.5}) + "\\n")
+(folder / "ended").write_text(str(time.time()))
+"""
+
+SWEEP = """
+from cap_pretrain.sweeps.trials import Trial
+
+def sweep(arg):
+    for number, name in enumerate(arg.split("+"), 1):
+        yield Trial(name, CONFIG, {"optim.lr": 0.1 * number, "total_steps": 100})
+"""
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Runs a sweep of trials by their names, with the program above; returns the exit status."""
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    file = tmp_path / "sweep.py"
+    file.write_text(SWEEP.replace("CONFIG", repr(str(QUICKSTART))))
+    monkeypatch.setattr(runner, "PROGRAM", (sys.executable, "-S", "-E", str(program)))
+    monkeypatch.setattr(runner, "POLL", 0.01)
+
+    def run(names, *options):
+        return sweep.main(["run", f"{file}:{'+'.join(names)}", f"--out={tmp_path}/out", *options])
+
+    return run
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out"
+
+
+def starts(folder):
+    path = folder / "starts"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def test_runs_as_many_as_there_are_slots(run, out, capsys):
+    names = [f"napping_{n}" for n in range(5)]
+    assert run(names, "--slots=2") == 0
+    begun = [(float((out / n / "starts").read_text()), 1) for n in names]
+    ended = [(float((out / n / "ended").read_text()), -1) for n in names]
+    now, most = 0, 0
+    for _, change in sorted(begun + ended):
+        now += change
+        most = max(most, now)
+    assert most == 2
+    assert "napping_4: finished (5 of 5)" in capsys.readouterr().out
+
+
+def test_what_crashes_is_tried_again_and_the_others_go_on(run, out, capsys):
+    names = ["crash", "hopeless", "mistake", "fine"]
+    assert run(names) == 1
+    assert [starts(out / name) for name in names] == [3, 3, 1, 1]
+    said = capsys.readouterr().out
+    assert "crash: exit status 1, will be tried again: crash 2" in said
+    assert "mistake: failed, exit status 2: cap_pretrain: your fault" in said
+    assert "2 of 4 trials failed: mistake, hopeless" in said
+
+    # What failed is tried anew, what is finished is not.
+    assert run(names, "--retries=0") == 1
+    assert [starts(out / name) for name in names] == [3, 4, 2, 1]
+    assert "2 of 4 trials are finished already." in capsys.readouterr().out
+    assert sweep.main(["status", str(out)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].split()[:2] == ["crash", "finished"]
+    assert lines[3].split()[:2] == ["hopeless", "failed"] and lines[3].endswith("no memory")
+    assert lines[-1] == "2 finished, 2 failed"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_all_after_saving_and_the_next_run_goes_on(run, out, capsys, number):
+    names = ["fine", "slow_a", "slow_b", "slow_c"]
+
+    def interrupt():
+        deadline = time.monotonic() + 20
+        while not all((out / n / "metrics.jsonl").exists() for n in ("slow_a", "slow_b")):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    assert run(names, "--slots=2") == 128 + number
+    thread.join()
+    assert [(out / n / "saved").exists() for n in names] == [False, True, True, False]
+    assert [starts(out / n) for n in names] == [1, 1, 1, 0]
+    capsys.readouterr()
+    sweep.main(["status", str(out)])
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert [line.split()[1] for line in lines[:4]] == ["finished", "stopped", "stopped", "waiting"]
+    assert lines[1].split()[2:4] == ["50", "1:05"]
+
+    assert run([*names[:3], "fast"], "--slots=2") == 0  # and another one beside them
+    assert [starts(out / n) for n in (*names, "fast")] == [1, 2, 2, 0, 1]
+
+
+def test_a_finished_trial_must_not_change(run, out, capsys):
+    assert run(["fine", "mistake"]) == 1
+    assert run(["fine", "mistake"], "--", "--config.optim.b1=0.5") == 2
+    told = capsys.readouterr().err
+    assert "fine" in told and "optim.b1 was 0.0, is now 0.5" in told
+    assert [starts(out / n) for n in ("fine", "mistake")] == [1, 1]  # nothing was started
+    # What is told and kept of it may; so may one of which nothing is saved.
+    assert run(["fine"], "--", "--config.log.every_steps=7") == 0
+    assert run(["mistake"], "--", "--config.optim.b1=0.5") == 1
+    assert [starts(out / n) for n in ("fine", "mistake")] == [1, 2]
+
+
+def test_two_runs_of_one_sweep_are_refused(run, out, capsys):
+    with runner.lock(out):
+        assert run(["fine"]) == 2
+    assert "is running already" in capsys.readouterr().err
+    assert run(["fine"]) == 0
+
+
+def test_trials_of_a_runner_that_was_killed_hold_its_lock(out):
+    with runner.lock(out) as file:
+        process = subprocess.Popen(["sleep", "60"], pass_fds=[file.fileno()])
+    try:
+        assert runner.is_locked(out)
+        with pytest.raises(UserError, match="is running already"), runner.lock(out):
+            pass
+    finally:
+        process.kill()
+        process.wait()
+    assert not runner.is_locked(out)
+
+
+def test_a_trial_that_runs_without_a_runner_was_killed(run, out, capsys):
+    run(["fine"])
+    record = out / "fine" / trials.RECORD_FILE
+    record.write_text(record.read_text().replace("finished", "running"))
+    for held, state in ((True, "running"), (False, "killed")):
+        capsys.readouterr()
+        if held:
+            with runner.lock(out):
+                sweep.main(["status", str(out)])
+        else:
+            sweep.main(["status", str(out)])
+        assert capsys.readouterr().out.splitlines()[2].split()[1] == state
+    assert run(["fine"]) == 0 and starts(out / "fine") == 2
+
+
+def test_prints_the_commands_instead(run, out, capsys):
+    assert run(["a", "b", "c"], "--print", "--only=[bc]", "--", "--config.seed=3") == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"python -m cap_pretrain.main --config={QUICKSTART} --config.optim.lr={lr} "
+        f"--config.total_steps=100 --config.seed=3 --workdir={out}/{name}"
+        for name, lr in (("b", 0.2), ("c", 0.1 * 3))
+    ]
+    assert not starts(out / "b")
+    assert sweep.main(["status", str(out)]) == 0
+    assert "3 waiting" in capsys.readouterr().out
+
+
+def test_tables_and_plots(run, out, tmp_path, capsys):
+    assert run(["a", "b", "c", "d"]) == 0
+    capsys.readouterr()
+    figures = ["--figures", "val/loss"]
+    assert sweep.main(["table", str(out), *figures, "--sort=val/loss", "--format=csv"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "trial,optim.lr,val/loss" and lines[1].startswith("d,0.4,3.16")
+    picture = tmp_path / "plot.svg"
+    asked = ["plot", str(out), "--x=optim.lr", "--y=val/loss"]
+    assert sweep.main([*asked, f"--out={picture}"]) == 0
+    assert capsys.readouterr().out.startswith("val/loss: 2 x^-0.5  (4 points; b in [0.5, 0.5])")
+    assert "optim.lr" in picture.read_text()
+    for wrong, told in {
+        "--out=plot.gif": "ends in neither .png nor .svg",
+        "--y=val/los": "has the figure 'val/los'. Did you mean 'val/loss'",
+        "--by=objectiv": "--by: a has no field 'objectiv'",
+    }.items():
+        assert sweep.main([*asked, f"--out={picture}", wrong]) == 2
+        assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        (["status", "DIR"], "is no folder of a sweep"),
+        (["run", "no_such_sweep.py", "--out=DIR"], "there is no file 'no_such_sweep.py'"),
+    ],
+)
+def test_mistakes_are_told(arguments, told, tmp_path, capsys):
+    assert sweep.main([a.replace("DIR", str(tmp_path)) for a in arguments]) == 2
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_real_sweep_is_interrupted_and_goes_on(tmp_path):
+    out = tmp_path / "out"
+    command = [
+        *(sys.executable, str(ROOT / "tools" / "sweep.py"), "run", f"--out={out}", "--slots=2"),
+        "configs/sweeps/recurrent.py:size=toy,batches=8,rates=0.001+0.01,layers=1+2,epochs=1",
+        *("--", "--config.data.scenes.length_train=400", "--config.checkpoint.every_steps=5"),
+    ]
+    first = out / "batch=8_lr=0.001_layers=1"
+    process = subprocess.Popen(command, cwd=ROOT)
+    deadline = time.monotonic() + 120
+    while len(list(out.glob("*/checkpoints/5"))) < 1:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 143
+    told = json.loads((first / trials.RECORD_FILE).read_text())
+    assert told["state"] in ("stopped", "finished")
+    assert subprocess.call(command, cwd=ROOT) == 0
+    assert subprocess.call(command, cwd=ROOT) == 0  # which does nothing
+    told = [json.loads(path.read_text()) for path in sorted(out.glob("*/trial.json"))]
+    assert [t["state"] for t in told] == ["finished"] * 4
+    assert max(t["starts"] for t in told) == 2 and min(t["starts"] for t in told) == 1
+    for trial in trials.read(out):
+        steps = [line["step"] for line in toy.losses(out / trial.name)]
+        assert steps == sorted(set(steps)) and steps[-1] == 50

@@ -1,0 +1,218 @@
+"""Sweeps: runs many trials, says how far they are, and puts what came of them side by side.
+
+    python tools/sweep.py run configs/sweeps/recurrent.py:size=toy --out runs/sweep --slots 2
+    python tools/sweep.py status runs/sweep
+    python tools/sweep.py table runs/sweep --figures val/loss:min scores/CIDEr --sort val/loss:min
+    python tools/sweep.py table runs/sweep --figures val/loss:min --pivot optim.lr learner.layers
+    python tools/sweep.py plot runs/sweep --x parameters --y val/loss --by objective --out loss.svg
+
+`run` starts each trial in a folder of its own, OUT/TRIAL, with its output in log.txt. Run again, it
+goes on: what is finished is not run again, what was interrupted goes on exactly where it was. What
+follows `--` is set in all trials, as --config.seed=1. With --print it starts nothing and prints the
+command of each trial, for a cluster; the other commands read what comes of those as well.
+
+`table` takes figures of metrics.jsonl: the last value, or the best with ":min" or ":max". `plot`
+draws one figure against parameters, parameters/PART, examples, flops or any field that is a number,
+both logarithmic, and fits y = a x^-b, with --offset y = a x^-b + c; the bands hold 95%.
+
+Exit status: 0 done; 1 trials failed for good; 2 the user's mistake; 143 stopped by SIGTERM after
+all trials have saved (130 by Ctrl-C).
+"""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cap_pretrain import figures, tables, telemetry
+from cap_pretrain.errors import UserError
+from cap_pretrain.sweeps import power_law, results, runner, trials
+from cap_pretrain.sweeps.trials import Trial
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs what is not finished, or prints how to."""
+    extra = trials.parse_overrides(args.extra)
+    everything = trials.load(args.sweep, extra)
+    chosen = trials.matching(everything, args.only)
+    with runner.lock(args.out) as lock_file:
+        trials.prepare(everything, args.out)
+        if not args.print:
+            how = dict(slots=args.slots, retries=args.retries, program=runner.PROGRAM, say=_say)
+            return runner.run(chosen, args.out, lock_file, **how)
+        for trial in chosen:
+            command = ["python", "-m", "cap_pretrain.main", *trial.arguments(args.out / trial.name)]
+            print(shlex.join(command))
+    return 0
+
+
+def status(args: argparse.Namespace) -> int:
+    """A line for each trial."""
+    running = runner.is_locked(args.out)
+    rows, count = [], {}
+    for trial in _trials(args):
+        now = results.status(trial, args.out, running)
+        count[now.state] = count.get(now.state, 0) + 1
+        step = f"{now.step:,} of {now.total:,}" if now.total else f"{now.step:,}"
+        left = "" if now.left_s is None else telemetry.format_duration(now.left_s)
+        rows.append((trial.name, now.state, step if now.step else "", left, now.reason))
+    print(telemetry.format_table(rows, ("trial", "state", "step", "time left", "reason")))
+    print(", ".join(f"{number} {state}" for state, number in count.items()))
+    return 0
+
+
+def table(args: argparse.Namespace) -> int:
+    """Figures of the trials, sorted, or one of them by two fields."""
+    rows = results.rows(_trials(args), args.out, args.figures)
+    if args.sort:
+        rows = results.ordered(rows, args.sort)
+    if args.pivot:
+        if len(args.figures) > 1:
+            raise UserError("--pivot: is of one figure; name one in --figures.")
+        rows = results.pivot(rows, *args.pivot, args.figures[0])
+    print(tables.written(rows, args.format))
+    return 0
+
+
+def plot(args: argparse.Namespace) -> int:
+    """Points, a power law for each group, and their bands."""
+    figures.check_name(args.file)
+    chosen = _trials(args)
+    points: dict[str, list[tuple[float, float]]] = {}
+    for trial, row in zip(chosen, results.rows(chosen, args.out, [args.y]), strict=True):
+        if row[args.y] is not None:
+            for field in args.by:
+                if field not in trial.fields:
+                    raise UserError(f"--by: {trial.name} has no field {field!r}.")
+            group = " ".join(f"{trial.fields[field]}" for field in args.by)
+            points.setdefault(group, []).append((_x(trial, args), row[args.y]))
+    laws = {}
+    for group, xy in points.items():
+        try:
+            laws[group] = power_law.fit(*np.array(xy).T, offset=args.offset)
+            print(f"{group or args.y}: {laws[group]}")
+        except UserError as error:
+            print(f"{group or args.y}: no law: {error}")
+    figures.save(draw(points, laws, args.x, args.y), args.file)
+    print(f"wrote {args.file}")
+    return 0
+
+
+def _x(trial: Trial, args: argparse.Namespace) -> float:
+    value = trial.fields.get(args.x)
+    if value is None:
+        costs = results.costs(args.out / trial.name)
+        if args.x not in costs:
+            there = ", ".join([*costs, *trial.fields])
+            raise UserError(f"--x: there is no {args.x!r}. Choose from: {there}.")
+        return costs[args.x]
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--x: {args.x} of {trial.name} is {value!r}, no number.") from error
+
+
+def draw(
+    points: dict[str, list[tuple[float, float]]],
+    laws: dict[str, power_law.PowerLaw],
+    x_name: str,
+    y_name: str,
+) -> Any:
+    """Returns a figure: the points of each group, its law and the band of that."""
+    figure = figures.new_figure(7, 5)
+    axis = figure.subplots()
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    for number, (group, xy) in enumerate(points.items()):
+        x, y = np.array(xy).T
+        colour, label = f"C{number}", group
+        if law := laws.get(group):
+            grid = np.geomspace(x.min(), x.max(), 100)
+            axis.plot(grid, law(grid), color=colour)
+            if np.isfinite(law.spread):
+                axis.fill_between(grid, *law.band(grid), color=colour, alpha=0.15, linewidth=0)
+            offset = f" + {law.c:.3g}" if len(law.covariance) == 3 else ""
+            label = f"{group}: {law.a:.3g} x^{-law.b:.3g}{offset}"
+        axis.scatter(x, y, s=20, color=colour, label=label)
+    every = [y for xy in points.values() for _, y in xy]
+    axis.set_ylim(0.9 * min(every), 1.1 * max(every))
+    axis.set_xlabel(x_name)
+    axis.set_ylabel(y_name)
+    axis.grid(True, which="both", alpha=0.2)
+    axis.legend(fontsize=8)
+    return figure
+
+
+def _trials(args: argparse.Namespace) -> Sequence[Trial]:
+    return trials.matching(trials.read(args.out), args.only)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status, as said above."""
+    args = _parse(argv)
+    try:
+        return args.command(args)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    argv = sys.argv[1:] if argv is None else argv
+    cut = argv.index("--") if "--" in argv else len(argv)
+    summary, _, rest = __doc__.partition("\n")
+    parser = argparse.ArgumentParser(
+        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="run|status|table|plot")
+
+    def add(command: Any) -> argparse.ArgumentParser:
+        sub = commands.add_parser(command.__name__, help=command.__doc__)
+        sub.set_defaults(command=command)
+        sub.add_argument("--only", default="*", metavar="PATTERN", help="trials by name, as b=32_*")
+        return sub
+
+    sub = add(run)
+    sub.add_argument("sweep", help="a file configs/sweeps/NAME.py[:key=value,…]")
+    sub.add_argument("--out", required=True, type=Path, help="folder of the sweep")
+    sub.add_argument("--slots", type=_natural, default=1, help="trials at a time; default: 1")
+    sub.add_argument("--retries", type=int, default=2, help="of a trial that crashes; default: 2")
+    sub.add_argument("--print", action="store_true", help="print commands, start nothing")
+    for command in (status, table, plot):
+        sub = add(command)
+        sub.add_argument("out", type=Path, metavar="DIR", help="folder of the sweep")
+        if command is table:
+            sub.add_argument("--figures", nargs="+", required=True, help="NAME[:min|max|last] …")
+            sub.add_argument("--sort", metavar="COLUMN", help='by it; "-COLUMN" is descending')
+            sub.add_argument("--pivot", nargs=2, metavar=("DOWN", "ACROSS"), help="two fields")
+            sub.add_argument("--format", choices=tables.FORMATS, default="text")
+        if command is plot:
+            sub.add_argument("--x", required=True, help="parameters, examples, flops or a field")
+            sub.add_argument("--y", required=True, help="a figure: NAME[:min|max|last]")
+            sub.add_argument("--by", nargs="+", default=[], help="fields: a law for each value")
+            sub.add_argument("--offset", action="store_true", help="fit an irreducible part, too")
+            sub.add_argument("--out", dest="file", required=True, type=Path, help="*.png or *.svg")
+    args = parser.parse_args(argv[:cut])
+    args.extra = argv[cut + 1 :]
+    if args.extra and args.command is not run:
+        parser.error("only run takes arguments after --.")
+    return args
+
+
+def _natural(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())
