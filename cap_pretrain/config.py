@@ -46,7 +46,7 @@ CHOICES = {
 }
 
 NOT_NEGATIVE = (
-    *("optim.lr", "optim.weight_decay", "optim.clip_norm", "optim.clip_value"),
+    *("optim.lr", "optim.lr_batch", "optim.weight_decay", "optim.clip_norm", "optim.clip_value"),
     *("optim.skip_bad_steps", "data.workers", "checkpoint.every_minutes", "log.spikes"),
     *("data.class_min", "data.class_max"),
     *(f"model.{whose}{n.name}" for whose in ("", "decoder_") for n in dataclasses.fields(Size)),
@@ -185,6 +185,9 @@ def default() -> ConfigDict:
     c.optim = ConfigDict()
     c.optim.name = "adafactor"
     c.optim.lr = 1e-3
+    # Examples a step for which that is; for more or fewer it is scaled in proportion (Goyal et al.
+    # 2017, 1706.02677, section 2.1). 0: it is for `batch_size`, whatever that is.
+    c.optim.lr_batch = 0
     # Gradients are scaled down to this global norm; 0 leaves them.
     c.optim.clip_norm = 1.0
     # Before that, each number of a gradient is cut to [-clip_value, clip_value]; 0 leaves them.

@@ -96,7 +96,9 @@ DECAYS: dict[str, Callable[[float, int, int], optax.Schedule]] = {
 }
 
 
-def schedule(c: ConfigDict, *, total: int, warmup: int, cooldown: int) -> optax.Schedule:
+def schedule(
+    c: ConfigDict, *, total: int, warmup: int, cooldown: int, batch_size: int
+) -> optax.Schedule:
     """Returns the learning rate as a function of the step.
 
     Args:
@@ -104,13 +106,15 @@ def schedule(c: ConfigDict, *, total: int, warmup: int, cooldown: int) -> optax.
       total: steps of the run.
       warmup: steps of the linear rise from 0; the first step already learns.
       cooldown: steps of the linear fall to 0 at the end (for rsqrt and constant).
+      batch_size: examples a step, to which `c.lr_batch` is compared.
     """
     warmup = min(warmup, total - 1)
-    after = DECAYS[c.decay](c.lr, warmup, max(1, total - warmup))
+    lr = c.lr * batch_size / c.lr_batch if c.lr_batch else c.lr
+    after = DECAYS[c.decay](lr, warmup, max(1, total - warmup))
 
     def rate(step):
         step = jnp.asarray(step, jnp.float32)
-        value = jnp.where(step < warmup, c.lr * (step + 1) / (warmup + 1), after(step - warmup))
+        value = jnp.where(step < warmup, lr * (step + 1) / (warmup + 1), after(step - warmup))
         if cooldown and c.decay in ("rsqrt", "constant"):
             value = value * jnp.clip((total - step) / cooldown, 0.0, 1.0)
         return value

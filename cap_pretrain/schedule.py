@@ -60,5 +60,9 @@ def make_schedule(config: ConfigDict, *, epoch: int) -> Schedule:
 def learning_rate(config: ConfigDict, schedule: Schedule) -> optax.Schedule:
     """The learning rate as a function of the step."""
     return optim.schedule(
-        config.optim, total=schedule.total, warmup=schedule.warmup, cooldown=schedule.cooldown
+        config.optim,
+        total=schedule.total,
+        warmup=schedule.warmup,
+        cooldown=schedule.cooldown,
+        batch_size=config.batch_size,
     )

@@ -63,6 +63,7 @@ def test_unknown_arguments(text, said):
         ({"accumulate": 3}, "accumulate: 3 parts do not divide batch_size=8"),
         ({"total_steps": 0}, "total_steps: .*not set; give --config.total_steps"),
         ({"optim__lr": -1.0}, "optim.lr: -1.0 must not be negative"),
+        ({"optim__lr_batch": -1}, "optim.lr_batch: -1 must not be negative"),
         ({"optim__ema": 1.0}, r"optim.ema: 1.0 is not in \[0, 1\)"),
         ({"text__tokenizer": "no.model"}, "text.tokenizer: there is no file 'no.model'"),
         ({"data__name": "a:0+b"}, "data.name .*the weight of 'a' is 0"),

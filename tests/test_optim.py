@@ -207,6 +207,24 @@ def test_multipliers_scale_and_the_first_rule_that_matches_wins():
         np.testing.assert_allclose(a, factor * b, atol=1e-6)
 
 
+def test_lars_scales_and_decays_kernels_only():
+    """You et al. 2017 (1708.03888), algorithm 1; biases and norms take steps of plain momentum."""
+    params = parameters()
+    c = section(name="lars", weight_decay=0.3, clip_norm=0.0, b1=0.8)
+    after, _ = run(optim.build(c, params, optax.constant_schedule(0.1)), params, 2)
+    after = flatten(after)
+    for path, p in flatten(params).items():
+        p, velocity = np.asarray(p, np.float64), 0.0
+        for _ in range(2):
+            step = p  # the gradient of `quadratic`
+            if path.endswith("kernel"):
+                step = p + 0.3 * p
+                step *= 0.001 * np.linalg.norm(p) / np.linalg.norm(step)
+            velocity = 0.8 * velocity + 0.1 * step
+            p = p - velocity
+        np.testing.assert_allclose(after[path], p, rtol=1e-5, atol=1e-6, err_msg=path)
+
+
 @pytest.mark.parametrize("field", ["lr_rules", "decay_rules"])
 def test_a_rule_that_matches_nothing_or_does_not_parse_is_the_users_mistake(field):
     for pattern, said in (("encodr/.*", "matches no parameter"), ("(", "not a regular expression")):
@@ -214,9 +232,13 @@ def test_a_rule_that_matches_nothing_or_does_not_parse_is_the_users_mistake(fiel
             optim.build(section(**{field: ((pattern, 0.5),)}), parameters(), lambda _: 0.1)
 
 
-def rates(decay, total=100, warmup=10, cooldown=0, lr=2.0):
+def rates(decay, total=100, warmup=10, cooldown=0, lr=2.0, batch_size=8, **fields):
     rate = optim.schedule(
-        section(decay=decay, lr=lr), total=total, warmup=warmup, cooldown=cooldown
+        section(decay=decay, lr=lr, **fields),
+        total=total,
+        warmup=warmup,
+        cooldown=cooldown,
+        batch_size=batch_size,
     )
     return np.array([rate(step) for step in range(total + 1)])
 
@@ -228,6 +250,15 @@ def test_schedules_learn_from_the_first_step_and_peak_after_the_warm_up(decay):
     np.testing.assert_allclose(values[:11], 2.0 * np.arange(1, 12) / 11, rtol=1e-6)
     assert values.argmax() == 10
     assert (np.diff(values[10:]) <= 0).all()
+
+
+@pytest.mark.parametrize("decay", list(optim.DECAYS))
+def test_a_rate_for_so_many_examples_is_scaled_to_the_batch(decay):
+    plain = rates(decay, cooldown=20)
+    np.testing.assert_allclose(rates(decay, cooldown=20, lr_batch=32), plain / 4, rtol=1e-6)
+    scaled = rates(decay, cooldown=20, lr_batch=32, batch_size=48)
+    np.testing.assert_allclose(scaled, plain * 1.5, rtol=1e-6)
+    np.testing.assert_array_equal(rates(decay, cooldown=20, batch_size=48), plain)
 
 
 def test_how_schedules_fall():

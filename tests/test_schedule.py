@@ -49,3 +49,10 @@ def test_the_recipes_warm_up_is_ten_thousand_steps():
 )
 def test_the_length_of_a_run_in_steps_examples_or_epochs(given, steps):
     assert schedule.make_schedule(toy.config(**given), epoch=200).total == steps
+
+
+def test_the_rate_of_a_run_is_scaled_by_its_own_batch_size():
+    c = toy.config(batch_size=48, optim__lr=0.3, optim__lr_batch=32, optim__decay="constant")
+    c.optim.warmup_share = 0.0
+    rate = schedule.learning_rate(c, schedule.make_schedule(c, epoch=200))
+    assert float(rate(0)) == pytest.approx(0.45)
