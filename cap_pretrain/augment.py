@@ -90,34 +90,28 @@ def crop_box(
       ratio: smallest and largest width / height.
     """
     rows, columns = shape
-    of_area, of_ratio, of_top, of_left = jax.random.split(key, 4)
-    pixels = rows * columns * jax.random.uniform(of_area, _TRIES, minval=area[0], maxval=area[1])
-    bounds = dict(minval=math.log(ratio[0]), maxval=math.log(ratio[1]))
-    ratios = jnp.exp(jax.random.uniform(of_ratio, _TRIES, **bounds))
+    # One draw of all numbers: each costs the compiler as much as what is made of them.
+    drawn = jax.random.uniform(key, (2, _TRIES + 1))
+    low, high = jnp.array([area[0], math.log(ratio[0])]), jnp.array([area[1], math.log(ratio[1])])
+    shares, logs = low[:, None] + (high - low)[:, None] * drawn[:, :-1]
+    pixels, ratios = rows * columns * shares, jnp.exp(logs)
     heights, widths = jnp.round(jnp.sqrt(jnp.stack([pixels / ratios, pixels * ratios])))
     fits = (heights >= 1) & (heights <= rows) & (widths >= 1) & (widths <= columns)
     allowed = min(max(columns / rows, ratio[0]), ratio[1])
-    fallback = min(rows, round(columns / allowed)), min(columns, round(rows * allowed))
+    largest = min(rows, round(columns / allowed)), min(columns, round(rows * allowed))
     first = jnp.argmax(fits)
-    height, width = jnp.where(
-        jnp.any(fits),
-        jnp.stack([heights[first], widths[first]]),
-        jnp.array(fallback, jnp.float32),
+    box = jnp.where(
+        jnp.any(fits), jnp.stack([heights[first], widths[first]]), jnp.array(largest, jnp.float32)
     )
-    top = _place(of_top, rows - height, fits)
-    left = _place(of_left, columns - width, fits)
-    return top, left, height, width
-
-
-def _place(key: jax.Array, room: jax.Array, fits: jax.Array) -> jax.Array:
-    """A whole number of 0 to `room`, its half if nothing fits."""
-    drawn = jnp.minimum(jnp.floor(jax.random.uniform(key) * (room + 1)), room)
-    return jnp.where(jnp.any(fits), drawn, jnp.floor(room / 2))
+    room = jnp.array(shape) - box
+    anywhere = jnp.minimum(jnp.floor(drawn[:, -1] * (room + 1)), room)
+    top, left = jnp.where(jnp.any(fits), anywhere, jnp.floor(room / 2))
+    return top, left, *box
 
 
 def flip(key: jax.Array, image: jax.Array, probability: float = 0.5) -> jax.Array:
     """Mirrors left and right."""
-    return _perhaps(key, probability, image[:, ::-1], image)
+    return jnp.where(jax.random.bernoulli(key, probability), image[:, ::-1], image)
 
 
 def colour_jitter(
@@ -138,19 +132,19 @@ def colour_jitter(
       hue: the shift is uniform in [-x, x], 1 being the whole circle.
       probability: of changing anything.
     """
-    of_order, of_amounts, of_choice = jax.random.split(key, 3)
+    amounts, order, choice = jnp.split(jax.random.uniform(key, 9), (4, 8))
     reach = jnp.array([brightness, contrast, saturation])
-    low = jnp.concatenate([jnp.maximum(0.0, 1 - reach), jnp.array([-hue])])
-    high = jnp.concatenate([1 + reach, jnp.array([hue])])
-    amounts = low + (high - low) * jax.random.uniform(of_amounts, 4)
+    low = jnp.append(jnp.maximum(0.0, 1 - reach), -hue)
+    high = jnp.append(1 + reach, hue)
+    amounts = low + (high - low) * amounts
     changes = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
 
     def change(image, which):
         return jax.lax.switch(which, changes, image, amounts[which]), None
 
-    order = jax.random.permutation(of_order, 4)
     # A loop, not four changes one after the other: the program is a quarter as long.
-    return _perhaps(of_choice, probability, jax.lax.scan(change, image, order)[0], image)
+    changed, _ = jax.lax.scan(change, image, jnp.argsort(order))
+    return jnp.where(choice < probability, changed, image)
 
 
 def adjust_brightness(image: jax.Array, factor: jax.Array | float) -> jax.Array:
@@ -184,7 +178,7 @@ def luma(image: jax.Array) -> jax.Array:
 
 def grayscale(key: jax.Array, image: jax.Array, probability: float = 0.2) -> jax.Array:
     """Replaces the three channels by their luma; with SimCLR's probability (appendix A)."""
-    return _perhaps(key, probability, jnp.broadcast_to(luma(image), image.shape), image)
+    return jnp.where(jax.random.bernoulli(key, probability), luma(image), image)
 
 
 def gaussian_blur(
@@ -197,9 +191,9 @@ def gaussian_blur(
 
     All numbers are SimCLR's (appendix A, for sides of 224).
     """
-    of_sigma, of_choice = jax.random.split(key)
-    drawn = jax.random.uniform(of_sigma, minval=sigma[0], maxval=sigma[1])
-    return _perhaps(of_choice, probability, blur(image, drawn, image.shape[0] // 10), image)
+    share, choice = jax.random.uniform(key, 2)
+    width = sigma[0] + (sigma[1] - sigma[0]) * share
+    return jnp.where(choice < probability, blur(image, width, image.shape[0] // 10), image)
 
 
 def blur(image: jax.Array, sigma: jax.Array | float, kernel: int) -> jax.Array:
@@ -223,7 +217,3 @@ def _gaussian_rows(side: int, sigma: jax.Array | float, radius: int) -> jax.Arra
     distance = jnp.abs(jnp.arange(side)[:, None] - jnp.arange(side))
     weights = jnp.where(distance <= radius, jnp.exp(-(distance**2) / (2 * sigma**2)), 0.0)
     return weights / jnp.sum(weights, axis=1, keepdims=True)
-
-
-def _perhaps(key: jax.Array, probability: float, changed: jax.Array, image: jax.Array) -> jax.Array:
-    return jnp.where(jax.random.bernoulli(key, probability), changed, image)

@@ -1,13 +1,14 @@
 """Augmentations on the device compute what torchvision's do, each image with draws of its own."""
 
 import colorsys
+import functools
 
 import dm_pix
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cap_pretrain import augment
 from tests.layouts import on_eight_devices
@@ -50,9 +51,7 @@ def test_colours_change_as_torchvision_defines_it(factor):
     }
     for function, wanted in expected.items():
         found = jax.jit(function)(image, factor)
-        np.testing.assert_allclose(
-            function(image, factor), wanted, atol=2e-6, err_msg=str(function)
-        )
+        np.testing.assert_allclose(found, wanted, atol=2e-6, err_msg=str(function))
 
 
 def test_jitter_draws_amounts_in_their_ranges():
@@ -89,9 +88,9 @@ def test_a_blur_is_the_gaussian_filter_of_dm_pix_but_keeps_the_brightness_of_edg
     np.testing.assert_allclose(blur(image, 0.1), image, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(40, 60), (300, 40)])
-def test_boxes_lie_in_the_image_and_are_distributed_as_torchvision_draws_them(shape):
-    """A numpy transcript of the sampling, many times, has the same means."""
+def test_boxes_lie_in_the_image_and_are_distributed_as_torchvision_draws_them():
+    """As often as a rule in plain Python; in so high an image, half of the time nothing fits."""
+    shape = (300, 40)
     area, ratio = (0.08, 1.0), (3 / 4, 4 / 3)
     draw = jax.jit(jax.vmap(lambda key: jnp.stack(augment.crop_box(key, shape, area, ratio))))
     top, left, height, width = boxes = np.asarray(draw(augment.keys(jax.random.key(0), 4000))).T
@@ -133,11 +132,21 @@ def test_a_crop_shows_its_box():
     places = (np.arange(16) + 0.5) / 16
     inside = slice(2, -2)
     np.testing.assert_allclose(
-        crop[inside, 8, 0], (top + places[inside] * height - 0.5) / 40, atol=1e-3
+        crop[inside, 8, 0], (top + places[inside] * height - 0.5) / 40, atol=5e-3
     )
     np.testing.assert_allclose(
-        crop[8, inside, 1], (left + places[inside] * width - 0.5) / 60, atol=1e-3
+        crop[8, inside, 1], (left + places[inside] * width - 0.5) / 60, atol=5e-3
     )
+
+
+def test_an_images_draws_depend_on_its_place_alone():
+    images = np.stack([picture(20, 20, seed) for seed in range(6)])
+    apply = jax.jit(augment.each, static_argnums=0)
+    crop = functools.partial(augment.random_resized_crop, size=8)
+    six, four = (apply(crop, jax.random.key(0), images[:n]) for n in (6, 4))
+    np.testing.assert_allclose(six[:4], four, atol=1e-6)
+    same = apply(crop, jax.random.key(0), np.stack([images[0]] * 6))
+    assert all(np.abs(same[0] - other).max() > 0.01 for other in same[1:])
 
 
 def everything(key, image):
@@ -147,18 +156,9 @@ def everything(key, image):
     return augment.colour_jitter(key, image, **JITTER)
 
 
-def test_an_images_draws_depend_on_its_place_alone():
-    images = np.stack([picture(20, 20, seed) for seed in range(6)])
-    apply = jax.jit(augment.each, static_argnums=0)
-    six, four = (apply(everything, jax.random.key(0), images[:n]) for n in (6, 4))
-    np.testing.assert_allclose(six[:4], four, atol=1e-6)
-    same = many(everything, 6, images[0])
-    assert all(np.abs(same[0] - other).max() > 0.01 for other in same[1:])
-
-
 def on_some_devices(count):
     """Sixteen augmented images, split over so many devices."""
-    mesh = jax.make_mesh((count,), ("data",), devices=jax.devices()[:count])
+    mesh = Mesh(jax.devices()[:count], "data")
     images = np.stack([picture(20, 20, seed) for seed in range(16)])
     images = jax.device_put(images, NamedSharding(mesh, PartitionSpec("data")))
     apply = jax.jit(augment.each, static_argnums=0)
