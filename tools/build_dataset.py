@@ -5,6 +5,8 @@
         --images train=images_train.zip val=images_val.zip
     python tools/build_dataset.py image_folder --name my_classes --out data \\
         --images train=train.zip val=val.zip --classes classes.json
+    python tools/build_dataset.py webdataset --name my_data --out data --shards tars
+    python tools/build_dataset.py csv --name my_data --out data --tables a.csv --images photos
 
 Training then reads it by its path: `data=data/my_data`. Broken and missing images are counted, and
 listed in report.json next to the data.
@@ -16,7 +18,7 @@ import importlib
 import sys
 from pathlib import Path
 
-from cap_pretrain.data.builders import FORMATS
+from cap_pretrain.data.builders import ALIASES, FORMATS
 from cap_pretrain.errors import UserError
 
 
@@ -47,7 +49,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     formats = parser.add_subparsers(dest="format", required=True, metavar="FORMAT")
     for name, description in FORMATS.items():
-        sub = formats.add_parser(name, help=description, description=description)
+        sub = formats.add_parser(
+            name, aliases=ALIASES.get(name, ()), help=description, description=description
+        )
         sub.add_argument("--name", required=True, help="the dataset's name, like my_data")
         sub.add_argument("--out", required=True, type=Path, help="written to OUT/NAME/1.0.0")
         sub.add_argument("--overwrite", action="store_true", help="replace a finished dataset")

@@ -47,8 +47,8 @@ class Candidate:
 class SplitReport:
     """What became of the candidates of one split."""
 
-    def __init__(self, candidates: int):
-        self.candidates = candidates
+    def __init__(self) -> None:
+        self.candidates = 0
         self.kept = 0
         self.dropped: dict[str, list[dict[str, str]]] = {}  # by reason
         self.reencoded: list[str] = []  # files
@@ -106,8 +106,8 @@ class ImageDataset(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         """Returns the builder. Raises UserError for files that are missing or not understood."""
         raise NotImplementedError
 
-    def splits(self) -> Mapping[str, int]:
-        """Returns the number of candidates of each split."""
+    def splits(self) -> Mapping[str, int | None]:
+        """Returns the number of candidates of each split; None where only reading them tells."""
         raise NotImplementedError
 
     def candidates(self, split: str) -> Iterable[Candidate]:
@@ -137,11 +137,12 @@ class ImageDataset(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def _generate_examples(self, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
         total = self.splits()[split]
-        report = self.report[split] = SplitReport(total)
+        report = self.report[split] = SplitReport()
         seen = set()
         pairs = _map_ahead(_check, self.candidates(split))
         # disable=None: no bar where there is no terminal
         for candidate, outcome in tqdm(pairs, desc=split, total=total, unit="img", disable=None):
+            report.candidates += 1
             if isinstance(outcome, _Unusable):
                 report.drop(candidate, outcome.reason, outcome.why)
                 continue

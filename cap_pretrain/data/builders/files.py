@@ -18,7 +18,7 @@ READ_ERRORS = (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 MAX_BYTES = 2**28
 """Larger files are refused unread: no photograph, and perhaps a zip that unpacks without end."""
 
-_IMAGE_SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff".split())
+IMAGE_SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff".split())
 
 
 class Files(Protocol):
@@ -54,11 +54,11 @@ def image_names(files: Files) -> list[str]:
     names = [
         name
         for name in files.names()
-        if os.path.splitext(name)[1].lower() in _IMAGE_SUFFIXES
+        if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
         and not any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
     ]
     if not names:
-        raise UserError(f"{files.path}: no images in it ({', '.join(sorted(_IMAGE_SUFFIXES))}).")
+        raise UserError(f"{files.path}: no images in it ({', '.join(sorted(IMAGE_SUFFIXES))}).")
     return names
 
 
@@ -69,10 +69,11 @@ class Finder:
 
     Args:
         where: folders and zips; of files of one name in several of them, the first counts.
-        key: makes of a base name what annotations call the file; None keeps it.
+        key: makes of a base name what annotations call the file, or None if they never do; without
+            one they call it by its base name.
     """
 
-    def __init__(self, where: Sequence[Files], key: Callable[[str], str] | None = None):
+    def __init__(self, where: Sequence[Files], key: Callable[[str], str | None] | None = None):
         self._named: dict[str, Files] = {}
         for files in where:
             self._named = dict.fromkeys(files.names(), files) | self._named
@@ -81,6 +82,7 @@ class Finder:
             base = posixpath.basename(name)
             if not base.startswith("."):  # such as macOS's resource forks
                 called[key(base) if key else base].append(name)
+        called.pop(None, None)
         self._called = {call: names[0] for call, names in called.items() if len(names) == 1}
 
     def read(self, name: str) -> bytes:

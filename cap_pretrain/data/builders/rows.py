@@ -1,0 +1,119 @@
+"""Rows of tables in TSV, CSV or Parquet files, read as a stream."""
+
+import contextlib
+import csv
+import gzip
+import io
+import zlib
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from cap_pretrain.errors import UserError, did_you_mean
+
+Row = dict[str, Any]
+
+_SUFFIXES = (".tsv", ".csv", ".tsv.gz", ".csv.gz", ".parquet")
+_BATCH = 128  # rows of Parquet in memory, which may hold images
+
+
+def table_files(path: Path) -> list[Path]:
+    """Returns the file, or those of a folder in alphabetical order.
+
+    Raises:
+        UserError: there is none.
+    """
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    files = [file for file in files if file.name.lower().endswith(_SUFFIXES)]
+    if not files:
+        raise UserError(f"{path}: no table in it or by its name ({', '.join(_SUFFIXES)}).")
+    return files
+
+
+def check_columns(path: Path, names: Sequence[str], needed: Collection[str]) -> None:
+    """Raises UserError if a table lacks a column; `names` are those of one without a header."""
+    columns = _parquet(path).schema_arrow.names if is_parquet(path) else names or _header(path)
+    for name in needed:
+        if name not in columns:
+            raise UserError(
+                f"{path}: no column {name!r}.{did_you_mean(name, columns)} Name the columns to read"
+                ", or all of them with --columns if the file has no header."
+            )
+
+
+def read_rows(path: Path, names: Sequence[str] = ()) -> Iterator[Row]:
+    """Yields the rows, those with another number of fields than columns as {}.
+
+    A TSV has no quotes: it is read as the lists of Conceptual Captions are written. A header is
+    passed over if `names` are given and it holds just these.
+
+    Raises:
+        UserError: the file cannot be read, or not further.
+    """
+    if is_parquet(path):
+        yield from _parquet_rows(path)
+        return
+    rows = _text_rows(path)
+    header = list(names) or next(rows, [])
+    for number, row in enumerate(rows):
+        if number or sorted(row) != sorted(header):
+            yield dict(zip(header, row, strict=True)) if len(row) == len(header) else {}
+
+
+def _header(path: Path) -> list[str]:
+    return next(_text_rows(path), [])
+
+
+def _text_rows(path: Path) -> Iterator[list[str]]:
+    tabs = path.name.lower().endswith((".tsv", ".tsv.gz"))
+    with _reading(path), (gzip.open if path.suffix == ".gz" else open)(path, "rb") as data:
+        with io.TextIOWrapper(
+            data, encoding="utf-8-sig", errors="replace", newline="\n" if tabs else ""
+        ) as file:
+            yield from _tsv(file) if tabs else _csv(file)
+
+
+def _tsv(file: io.TextIOBase) -> Iterator[list[str]]:
+    for line in file:
+        if line := line.rstrip("\r\n"):
+            yield line.split("\t")
+
+
+def _csv(file: io.TextIOBase) -> Iterator[list[str]]:
+    reader = csv.reader(file)
+    while True:
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error:  # of this row alone
+            row = [""]
+        if row:
+            yield row
+
+
+def is_parquet(path: Path) -> bool:
+    return path.suffix.lower() == ".parquet"
+
+
+def _parquet(path: Path) -> Any:
+    from pyarrow import parquet
+
+    with _reading(path):
+        return parquet.ParquetFile(path)
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    file = _parquet(path)
+    with _reading(path):
+        for batch in file.iter_batches(batch_size=_BATCH):
+            yield from batch.to_pylist()
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, EOFError, ValueError, zlib.error) as error:  # PyArrow's are of these
+        why = str(error).partition("\n")[0]
+        raise UserError(f"{path}: cannot be read ({why}).") from error
