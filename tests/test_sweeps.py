@@ -160,6 +160,8 @@ def test_a_row_a_trial_with_what_differs(swept):
     ]
     assert [row["val/loss"] for row in rows] == [2.0, 1.0, 0.5, 3.0, 4.0]
     assert [row["val/loss:min"] for row in rows] == [2.0, 1.0, 0.5, 3.0, 0.25]
+    errors = results.rows(*swept, ["1-val/loss:max"])
+    assert [row["1-val/loss:max"] for row in errors] == [-1.0, 0.0, 0.5, -2.0, 0.75]
     best = results.ordered(rows, "-val/loss:min")
     assert [row["val/loss:min"] for row in best] == [3.0, 2.0, 1.0, 0.5, 0.25]
     for wrong, told in {"val/los": "mean 'val/loss'", "val/loss:mean": "none of last"}.items():
@@ -184,6 +186,20 @@ def test_pivots(swept):
     ]
     with pytest.raises(UserError, match="--pivot: there is no column 'batch_size'"):
         results.pivot(rows, "batch_size", "seed", "val/loss")
+
+
+def test_how_far_a_trial_is_that_was_started_by_hand(tmp_path):
+    trial = Trial("a", QUICKSTART)
+    assert results.status(trial, tmp_path, False) == ("waiting", 0, 0, None, "")
+    config = trial.resolved()
+    config.total_steps, config.total_epochs, config.data.scenes.length_train = 0, 0.5, 1280
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "config.json").write_text(configs.to_json(config))
+    metrics = tmp_path / "a" / "metrics.jsonl"
+    metrics.write_text('{"step": 9, "time/eta_s": 2.5}\n{"step": 9, "val/loss": 1}\n')
+    assert results.status(trial, tmp_path, False) == ("begun", 9, 10, 2.5, "")
+    metrics.write_text('{"step": 10, "time/eta_s": 0.0}\n')
+    assert results.status(trial, tmp_path, False) == ("finished", 10, 10, None, "")
 
 
 def test_tables_are_written_in_every_format():

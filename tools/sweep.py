@@ -11,9 +11,10 @@ goes on: what is finished is not run again, what was interrupted goes on exactly
 follows `--` is set in all trials, as --config.seed=1. With --print it starts nothing and prints the
 command of each trial, for a cluster; the other commands read what comes of those as well.
 
-`table` takes figures of metrics.jsonl: the last value, or the best with ":min" or ":max". `plot`
-draws one figure against parameters, parameters/PART, examples, flops or any field that is a number,
-both logarithmic, and fits y = a x^-b, with --offset y = a x^-b + c; the bands hold 95%.
+`table` takes figures of metrics.jsonl: the last value, or the best with ":min" or ":max"; the error
+of an accuracy is 1-NAME, as 1-accuracy/top1. `plot` draws one figure against parameters,
+parameters/PART, examples, flops or any field that is a number, both logarithmic, and fits
+y = a x^-b, with --offset y = a x^-b + c. Its bands hold 95%, by the covariance of the fit.
 
 Exit status: 0 done; 1 trials failed for good; 2 the user's mistake; 143 stopped by SIGTERM after
 all trials have saved (130 by Ctrl-C).
@@ -129,14 +130,14 @@ def draw(
     axis.set_yscale("log")
     for number, (group, xy) in enumerate(points.items()):
         x, y = np.array(xy).T
-        colour, label = f"C{number}", group
+        colour, label = f"C{number}", group or y_name
         if law := laws.get(group):
             grid = np.geomspace(x.min(), x.max(), 100)
             axis.plot(grid, law(grid), color=colour)
             if np.isfinite(law.spread):
                 axis.fill_between(grid, *law.band(grid), color=colour, alpha=0.15, linewidth=0)
             offset = f" + {law.c:.3g}" if len(law.covariance) == 3 else ""
-            label = f"{group}: {law.a:.3g} x^{-law.b:.3g}{offset}"
+            label += f": {law.a:.3g} x^{-law.b:.3g}{offset}"
         axis.scatter(x, y, s=20, color=colour, label=label)
     every = [y for xy in points.values() for _, y in xy]
     axis.set_ylim(0.9 * min(every), 1.1 * max(every))

@@ -28,7 +28,8 @@ class Status(NamedTuple):
     """How far a trial is.
 
     Attributes:
-      state: waiting, running, finished, failed, stopped, or killed (it was running, but is not).
+      state: waiting, running, finished, failed, stopped, or killed (it was running, but is not);
+        of one that was started by hand begun, or finished.
       step: the last that was logged; 0 before the first.
       total: steps of the whole run; 0 if that is not known.
       left_s: seconds that it will take from that step on; None if that is not known.
@@ -46,13 +47,14 @@ def status(trial: Trial, out: Path, running: bool) -> Status:
     """How far a trial is. `running` says whether somebody runs the sweep."""
     folder = out / trial.name
     told, lines = record(folder), telemetry.read_metrics(folder)
-    state = told.get("state", "begun" if lines else "waiting")
+    step, total = max((int(line["step"]) for line in lines), default=0), _total_steps(folder)
+    by_hand = "finished" if total and step == total else "begun" if lines else "waiting"
+    state = told.get("state", by_hand)
     if state == "running" and not running:
         state = "killed"
-    step = max((int(line["step"]) for line in lines), default=0)
     etas = [line["time/eta_s"] for line in lines if line.get("time/eta_s") is not None]
     left = etas[-1] if etas and state != "finished" else None
-    return Status(state, step, _total_steps(folder), left, told.get("reason", ""))
+    return Status(state, step, total, left, told.get("reason", ""))
 
 
 def _total_steps(folder: Path) -> int:
@@ -74,7 +76,7 @@ def rows(trials: Sequence[Trial], out: Path, figures: Sequence[str]) -> list[Row
       trials: which.
       out: the folder of the sweep.
       figures: of metrics.jsonl, as "val/loss", with ":min", ":max" or ":last", which is the
-        default.
+        default; "1-probe/top1" is what an accuracy lacks.
 
     Raises:
       UserError: no trial has a figure.
@@ -98,9 +100,11 @@ def _figure(lines: Sequence[Mapping[str, Any]], figure: str, there: set[str]) ->
     name, _, taken = figure.partition(":")
     if taken and taken not in TAKEN:
         raise UserError(f"{figure}: {taken!r} is none of {', '.join(TAKEN)}.")
+    is_error, name = name.startswith("1-"), name.removeprefix("1-")
     if name not in there:
         raise UserError(f"none of the trials has the figure {name!r}.{did_you_mean(name, there)}")
     values = [line[name] for line in lines if line.get(name) is not None]
+    values = [1 - value for value in values] if is_error else values
     return TAKEN[taken or "last"](values) if values else None
 
 
