@@ -5,6 +5,7 @@ A new format is one new module with a `Dataset` class (see `base.ImageDataset`) 
 
 FORMATS = {
     "captions_json": "COCO-style captions (.json, .json.gz) with a folder or zip of images",
+    "flickr": "Flickr8k or Flickr30k as published, with lists of the images of each split",
     "karpathy": "captions in Karpathy's splits (dataset_coco.json, dataset_flickr8k.json, …)",
     "table": "images and captions in TSV, CSV or Parquet files",
     "webdataset": "tars of images with .txt or .json, as by img2dataset",
@@ -19,5 +20,9 @@ FORMATS = {
 }
 """Name of the module in this package -> what it reads."""
 
-ALIASES = {"table": ("tsv", "csv", "parquet")}
+ALIASES = {
+    "captions_json": ("coco_captions",),
+    "flickr": ("flickr8k", "flickr30k"),
+    "table": ("tsv", "csv", "parquet"),
+}
 """Other names by which a format is asked for."""
