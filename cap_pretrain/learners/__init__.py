@@ -37,6 +37,7 @@ REGISTRY = {
     "dual_encoder": "cap_pretrain.learners.dual_encoder:DualEncoder",
     "classifier": "cap_pretrain.learners.classifier:Classifier",
     "rotation": "cap_pretrain.learners.rotation:Rotation",
+    "simclr": "cap_pretrain.learners.simclr:SimCLR",
     "encoder": "cap_pretrain.learners.encoder:Encoder",
     "pretrained": "cap_pretrain.learners.encoder:Pretrained",
 }
