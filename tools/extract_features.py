@@ -9,6 +9,10 @@ What is learned from it is what is learned with the encoder frozen and no augmen
 decoding and encoding the images again in every epoch. Captions, labels, ids and questions are
 copied, in the same order; images that do not decode are left out, and told. --encoder is anything
 that --config.encoder takes. OUT/NAME/1.0.0/made.json says which encoder it was.
+
+--what head stores what layers behind the encoder make of an image, in place of the pooled vector:
+of a workdir of clip or siglip, the projected embedding; of jigsaw, the last layer before the output
+of the network that sees nine tiles.
 """
 
 import argparse
@@ -32,21 +36,24 @@ import cap_pretrain
 from cap_pretrain import config as configs
 from cap_pretrain import fingerprint, initial, inputs, learners, partition
 from cap_pretrain.data.sources import Example, Source
-from cap_pretrain.data.tokenizers import NoText
+from cap_pretrain.data.tokenizers import NoText, Tokenizer
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals import Context
 from cap_pretrain.evals.portions import EveryImage
 from cap_pretrain.models.layers import normalize_images
 from cap_pretrain.step import init_state
 
-WHAT = ("pooled", "tokens")
+WHAT = ("pooled", "tokens", "head")
 DTYPES = ("float32", "float16")
 
 
 def encode(learner: nnx.Module, images: jax.Array, what: str, dtype: Any) -> jax.Array:
-    """uint8 images [B, H, W, 3] -> [B, 1 + N, D]: the pooled vector and, if asked for, N tokens."""
-    tokens, pooled = learner.encoder(normalize_images(images, jnp.float32))
-    rows = [pooled[:, None], tokens] if what == "tokens" else [pooled[:, None]]
+    """uint8 images [B, H, W, 3] -> [B, 1 + N, D]: one vector and, if asked for, N tokens."""
+    if what == "head":
+        rows = [learner.features(images)[:, None]]
+    else:
+        tokens, pooled = learner.encoder(normalize_images(images, jnp.float32))
+        rows = [pooled[:, None], tokens] if what == "tokens" else [pooled[:, None]]
     return jnp.concatenate([row.astype(jnp.float32) for row in rows], axis=1).astype(dtype)
 
 
@@ -60,13 +67,14 @@ def extract(args: argparse.Namespace) -> Iterator[str]:
     from cap_pretrain.data.builders.features import FeatureDataset
 
     config, beginning = initial.resolve(_config(args))
+    tokenizer = _tokenizer(config, args.what)
     splits = {split.partition("[")[0]: split for split in args.splits}
     if len(splits) < len(args.splits):
         raise UserError(f"--splits: {' '.join(args.splits)} has two parts of one split.")
     sources = {name: inputs.open_data(config, split) for name, split in splits.items()}
     mesh = partition.make_mesh(config)
     init, _, graphdef, _ = init_state(
-        lambda key: learners.build(config, 0, key),
+        lambda key: learners.build(config, tokenizer.vocab_size, key),
         lambda params: optax.set_to_zero(),
         config,
         mesh,
@@ -74,7 +82,7 @@ def extract(args: argparse.Namespace) -> Iterator[str]:
     with jax.set_mesh(mesh), only_finished(args.name, args.out, args.overwrite) as (built, final):
         variables = beginning.put(init()).variables
         every_image = EveryImage(
-            Context(config, graphdef, NoText(), mesh),
+            Context(config, graphdef, tokenizer, mesh),
             lambda learner, images, _: (encode(learner, images, args.what, args.dtype),),
             args.batch_size,
         )
@@ -121,7 +129,8 @@ def _examples(
 
 def _config(args: argparse.Namespace) -> ConfigDict:
     config = configs.default()
-    config.learner = learners.defaults("encoder")
+    # What is behind the encoder is the learner's.
+    config.learner = learners.defaults("pretrained" if args.what == "head" else "encoder")
     config.encoder, config.batch_size = args.encoder, args.batch_size
     config.data.name, config.data.dir = args.data, args.data_dir
     for field in args.fields:
@@ -132,6 +141,19 @@ def _config(args: argparse.Namespace) -> ConfigDict:
     # Of images to be cropped at random in training, evaluation takes the central square.
     config.data.crop = "random" if args.crop == "center" else "none"
     return config
+
+
+def _tokenizer(config: ConfigDict, what: str) -> Tokenizer:
+    """The tokenizer of the learner, which may have none; raises UserError if it has no head."""
+    learner = learners.learner_class(config.learner.name)
+    if what == "head" and not hasattr(learner, "features"):
+        raise UserError(
+            f"--what: head, but a learner {config.learner.name!r} has no vector of its own behind "
+            "its encoder; choose pooled or tokens."
+        )
+    if "text" not in learner.reads:
+        return NoText()
+    return inputs.open_tokenizer(config, config.text.tokenizer)
 
 
 def _made(args: argparse.Namespace, config: ConfigDict, encoder: str, variables: Any) -> dict:

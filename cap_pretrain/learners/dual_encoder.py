@@ -96,6 +96,10 @@ class DualEncoder(nnx.Module):
         logits = jnp.exp(self.log_scale[...]) * jnp.matmul(images, texts.T, precision="highest")
         return logits + self.bias[...] if self.options.contrast == "sigmoid" else logits
 
+    def features(self, images: jax.Array) -> jax.Array:
+        """uint8 images [B, H, W, 3] -> unit vectors [B, D] float32, as they meet those of texts."""
+        return self.embed_images(images)
+
     def image_features(self, images: jax.Array) -> jax.Array:
         """uint8 images [B, H, W, 3] -> what `compare` wants of them: unit vectors [B, D]."""
         return self.embed_images(images)

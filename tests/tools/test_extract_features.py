@@ -138,6 +138,36 @@ def test_pooled_vectors_in_half_precision(run, data, stored, tmp_path, capsys):
         np.testing.assert_allclose(a["image"], b["image"][:1], atol=2e-2, rtol=1e-3)
 
 
+TILES = dict(crop=24, cell=8, tile=8, permutations=2, hidden=(12,))
+
+
+@pytest.mark.parametrize(
+    ("learner", "options", "side", "width"),
+    [
+        ("jigsaw", TILES, 24, 12),
+        pytest.param("dual_encoder", {}, 16, 64, marks=pytest.mark.slow),
+    ],
+)
+def test_what_is_behind_the_encoder(
+    learner, options, side, width, data, tokenizer_path, tmp_path, capsys
+):
+    c = config(data, learner=learner, options=options, data__image_size=side)
+    params = toy.saved_run(c, tmp_path / "run", tokenizer_path, 3).params
+    arguments = ("--splits", "val[:3]")
+    assert extract((tmp_path / "run",), data, tmp_path, *arguments, what="head") == 0
+    assert f"val: 3 of 3 images, [1, {width}] float32" in capsys.readouterr().out
+    tokenizer = inputs.open_tokenizer(c, tokenizer_path)
+    _, _, graphdef, _, _, mesh = toy.prepared(c, tokenizer.vocab_size)
+    context = evals.Context(c, graphdef, tokenizer, mesh)
+    ((batch, _),) = context.batches(inputs.open_data(c, "val[:3]"), 3)
+    expected = context.jit(lambda learner, images: learner.features(images))(
+        (params, {}), batch["image"]
+    )
+    got = sources.open_source(str(tmp_path / "stored"), "val", image_size=side)
+    for vector, example in zip(expected, got, strict=True):
+        np.testing.assert_allclose(example["image"], vector[None], rtol=1e-4, atol=1e-5)
+
+
 class WithBroken:
     """Another source, some images of which do not decode."""
 
@@ -179,6 +209,8 @@ def test_a_crash_leaves_nothing_that_looks_finished(run, data, tmp_path, monkeyp
 
 
 def test_mistakes_are_told_in_a_line(run, data, stored, tmp_path, capsys):
+    assert extract(run, data, tmp_path, what="head") == 2
+    assert "--what: head, but a learner 'captioner' has no vector" in capsys.readouterr().err
     for arguments, told in [
         ((run, data, stored.parent), "exists already; add --overwrite"),
         ((run, stored, tmp_path), "holds features of another encoder"),
