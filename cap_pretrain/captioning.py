@@ -1,6 +1,7 @@
-"""Captions of image files with a learner that was read back, for the tools."""
+"""Images as a run sees them, and captions of them, with a learner that was read back, for tools."""
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from cap_pretrain import rng
+from cap_pretrain import inputs, rng
 from cap_pretrain.data import images, pipeline
 from cap_pretrain.data.tokenizers import encode_answer
 from cap_pretrain.decoding import Decoding
@@ -18,6 +19,7 @@ from cap_pretrain.models.sizes import STORED
 from cap_pretrain.pretrained import Learner
 
 Captioner = Callable[[np.ndarray], list[str]]
+Named = tuple[str, np.ndarray]  # an image uint8 [S, S, 3] with its name before it
 
 
 def evaluation_crop(data: ConfigDict) -> str:
@@ -37,6 +39,37 @@ def read_image(path: str, data: ConfigDict) -> np.ndarray | str:
         return str(error)
     except OSError as error:
         return error.strerror or str(error)
+
+
+def of_dataset(learner: Learner, data: str, split: str, count: int) -> list[Named]:
+    """The first images of a split as the run sees them, with their ids; "" is the run's own.
+
+    Raises:
+      UserError: it has none, but features.
+    """
+    section = learner.config.data
+    source = inputs.open_data(learner.config, split or section.eval_split, data)
+    found = []
+    for index in range(min(count, len(source))):
+        example = source[index]
+        image = example["image"]
+        if not isinstance(image, bytes) and np.ndim(image) != 3:
+            raise UserError(f"--data: {source} has stored features, and no images to draw on.")
+        image = pipeline.square(image, section.image_size, evaluation_crop(section))
+        found.append((example["id"], image))
+    return found
+
+
+def of_files(learner: Learner, paths: Sequence[str]) -> list[Named]:
+    """The images of files as the run sees them; says of files without one why that is so."""
+    found = []
+    for path in paths:
+        image = read_image(path, learner.config.data)
+        if isinstance(image, str):
+            print(f"{path}: not drawn: {image}", file=sys.stderr)
+        else:
+            found.append((Path(path).name, image))
+    return found
 
 
 def captioner(

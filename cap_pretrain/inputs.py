@@ -103,8 +103,9 @@ def open_sources(config: ConfigDict) -> Mixture:
 def completed(config: ConfigDict, mixture: Mixture) -> ConfigDict:
     """Returns the config with what the data settles.
 
-    That is `learner.classes`, where it is a field and 0. And with stored features their number and
-    width, and that rules on the encoder's parameters say nothing, of which there are none.
+    That is `learner.classes`, where it is a field and 0, and what a learner that has `settled`
+    settles by it. And with stored features their number and width, and that rules on the encoder's
+    parameters say nothing, of which there are none.
 
     Raises:
       UserError: members of the mixture hold features of different shapes.
@@ -114,6 +115,8 @@ def completed(config: ConfigDict, mixture: Mixture) -> ConfigDict:
     config = config.copy_and_resolve_references()
     if config.learner.get("classes", None) == 0:
         config.learner.classes = len(mixture[0][0].class_names)
+    if settled := getattr(learners.learner_class(config.learner.name), "settled", None):
+        config.learner.update(settled(config, mixture))
     if config.model.name == STORED:
         shapes = [source[0]["image"].shape for source, _ in mixture]
         if len(set(shapes)) > 1:

@@ -25,18 +25,14 @@ import numpy as np
 from absl import logging
 from flax import nnx
 
-from cap_pretrain import figures, inputs, word_maps
-from cap_pretrain.captioning import captioner, evaluation_crop, read_image
-from cap_pretrain.data import pipeline
+from cap_pretrain import figures, word_maps
+from cap_pretrain.captioning import Named, captioner, of_dataset, of_files
 from cap_pretrain.decoding import Decoding
 from cap_pretrain.errors import UserError
 from cap_pretrain.pretrained import Learner, load_learner
 
 PANEL = 1.4  # inches
 SIDE = 256  # pixels of a panel, at least
-
-
-Named = tuple[str, np.ndarray]  # an image uint8 [S, S, 3] with its name before it
 
 
 class Look(NamedTuple):
@@ -116,37 +112,6 @@ def overlays(image: np.ndarray, maps: np.ndarray) -> list[np.ndarray]:
         heat = np.clip(heat, 0, 1)
         drawn.append(0.4 * grey + 0.6 * colours(heat)[..., :3])
     return drawn
-
-
-def of_dataset(learner: Learner, data: str, split: str, count: int) -> list[Named]:
-    """The first images of a split as the run sees them, with their ids; "" is the run's own.
-
-    Raises:
-      UserError: it has none, but features.
-    """
-    section = learner.config.data
-    source = inputs.open_data(learner.config, split or section.eval_split, data)
-    found = []
-    for index in range(min(count, len(source))):
-        example = source[index]
-        image = example["image"]
-        if not isinstance(image, bytes) and np.ndim(image) != 3:
-            raise UserError(f"--data: {source} has stored features, and no images to draw on.")
-        image = pipeline.square(image, section.image_size, evaluation_crop(section))
-        found.append((example["id"], image))
-    return found
-
-
-def of_files(learner: Learner, paths: Sequence[str]) -> list[Named]:
-    """The images of files as the run sees them; says of files without one why that is so."""
-    found = []
-    for path in paths:
-        image = read_image(path, learner.config.data)
-        if isinstance(image, str):
-            print(f"{path}: not drawn: {image}", file=sys.stderr)
-        else:
-            found.append((Path(path).name, image))
-    return found
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -10,7 +10,15 @@ A learner is an `nnx.Module` class with
   sum_over_batch                       whether the loss of a batch is the (weighted) mean of the
                                        losses of its parts, so that gradients may be accumulated
 
+and, if layers behind the encoder make a vector that is of use elsewhere,
+
+  features(images)                     -> [B, D]; see tools/extract_features.py
+
 `metrics` may hold "loss_weight": what a part of a batch weighs against another (default: equal).
+What else of its options the training data are to settle, as a run begins, is told by
+
+  settled(config, mixture)             -> fields of `config.learner`; see `inputs.completed`
+
 A pretext, which learns from images alone, has besides
 
   RECIPES                              its settings as published: fields of the config by recipe
@@ -37,7 +45,9 @@ REGISTRY = {
     "dual_encoder": "cap_pretrain.learners.dual_encoder:DualEncoder",
     "classifier": "cap_pretrain.learners.classifier:Classifier",
     "rotation": "cap_pretrain.learners.rotation:Rotation",
+    "colorization": "cap_pretrain.learners.colorization:Colorization",
     "simclr": "cap_pretrain.learners.simclr:SimCLR",
+    "jigsaw": "cap_pretrain.learners.jigsaw:Jigsaw",
     "encoder": "cap_pretrain.learners.encoder:Encoder",
     "pretrained": "cap_pretrain.learners.encoder:Pretrained",
 }

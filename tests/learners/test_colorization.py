@@ -1,0 +1,308 @@
+"""Colorization: what it learns from, what counts how much, and what its encoder goes on seeing."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from cap_pretrain import colours, inputs, learners, train
+from cap_pretrain import config as configs
+from cap_pretrain.convert.export import form
+from cap_pretrain.errors import UserError
+from cap_pretrain.initial import resolve
+from cap_pretrain.learners import colorization
+from cap_pretrain.learners.colorization import Colorization, count_colours
+from cap_pretrain.models.build import build_encoder
+from cap_pretrain.models.encoder import ImageEncoder
+from cap_pretrain.models.layers import EncoderOutput
+from tests import tiny, toy
+from tests.learners.pixels import learned
+
+SIDE, GRID = 16, 2
+KEY = jax.random.key(0)
+
+
+class Patches(ImageEncoder):
+    """One layer on each of GRID x GRID patches; `before` are tokens before those of the patches."""
+
+    layers = {}
+
+    def __init__(self, width: int = 24, before: int = 0):
+        self.width, self.before, self.patch = width, before, SIDE // GRID
+        self.linear = nnx.Linear(self.patch**2 * 3, width, rngs=nnx.Rngs(0))
+
+    def _encode(self, images, *, train, key):
+        x = images.reshape(-1, GRID, self.patch, GRID, self.patch, 3).swapaxes(2, 3)
+        x = nnx.relu(self.linear(x.reshape(len(x), GRID**2, -1)))
+        before = jnp.full((len(x), self.before, self.width), 7.0)
+        return EncoderOutput(jnp.concatenate([before, x], axis=1), x.mean(1))
+
+
+def colorization_of(encoder=None, seed=0, **options):
+    """A learner whose head says something."""
+    options = Colorization.Options(**{"upsample": 2} | options)
+    learner = Colorization(encoder or Patches(), options=options, rngs=nnx.Rngs(0))
+    noise = np.random.default_rng(seed).standard_normal(learner.head.kernel.shape)
+    learner.head.kernel[...] = jnp.asarray(0.3 * noise, jnp.float32)
+    return learner
+
+
+def loss(learner, images, train=True, **batch):
+    return nnx.jit(lambda m, b: m.loss(b, KEY, train))(learner, {"image": images} | batch)
+
+
+IMAGES = tiny.images(5)
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """A learner, its logits of IMAGES, and the colours of their parts, [5, 4, 4, 2]."""
+    learner = colorization_of()
+    logits = np.asarray(jax.jit(learner.predict)(IMAGES))
+    ab = colours.lab(IMAGES / 255)[..., 1:].reshape(5, 4, 4, 4, 4, 2).mean((2, 4))
+    return learner, logits, ab
+
+
+def test_the_loss_is_cross_entropy_with_soft_targets(whole):
+    learner, logits, ab = whole
+    assert logits.shape == (5, 4, 4, colours.BINS)
+    squares = ((ab[..., None, :] - colours.bins()) ** 2).sum(-1)
+    tenth = np.sort(squares, axis=-1)[..., 9:10]
+    shares = np.where(squares <= tenth, np.exp(-squares / 50), 0)
+    shares /= shares.sum(-1, keepdims=True)
+    expected = optax.softmax_cross_entropy(logits, shares)
+    found, metrics = loss(learner, IMAGES)
+    np.testing.assert_allclose(found, expected.mean(), rtol=1e-4)
+    np.testing.assert_allclose(metrics["cross_entropy"], found, rtol=1e-6)
+    right = squares.argmin(-1)
+    np.testing.assert_allclose(metrics["accuracy"], (logits.argmax(-1) == right).mean(), atol=1e-6)
+    gray = int(colours.nearest_bin(np.zeros(2)))
+    np.testing.assert_allclose(metrics["chance"], (right == gray).mean(), atol=1e-6)
+    told = colours.annealed_mean(jnp.asarray(logits))
+    error = np.linalg.norm(told - ab, axis=-1).mean()
+    np.testing.assert_allclose(metrics["ab_error"], error, rtol=1e-4)
+    expected = np.linalg.norm(ab, axis=-1).mean()
+    np.testing.assert_allclose(metrics["ab_error_gray"], expected, rtol=1e-4)
+    assert metrics["loss_weight"] == 5
+
+
+def test_rare_bins_count_more(whole):
+    _, logits, ab = whole
+    right = np.asarray(colours.nearest_bin(ab))
+    counts = np.bincount(right.ravel(), minlength=colours.BINS)
+    learner = colorization_of(prior=" ".join(map(str, counts)))
+    found, metrics = loss(learner, IMAGES)
+    numbers, shares = colours.encode(jnp.asarray(ab, jnp.float32))
+    logs = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), np.asarray(numbers), -1)
+    expected = -(shares * logs).sum(-1) * colours.weights(counts)[right]
+    np.testing.assert_allclose(found, expected.mean(), rtol=1e-3)
+    assert found != pytest.approx(float(metrics["cross_entropy"]), rel=1e-3)
+    share = (right == counts.argmax()).mean()
+    np.testing.assert_allclose(metrics["chance"], share, atol=1e-6)
+
+
+def test_the_encoder_sees_lightness_alone(whole):
+    learner, logits, _ = whole
+    recoloured = np.asarray(255 * colours.gray(IMAGES / 255)).round().astype(np.uint8)
+    assert np.abs(IMAGES.astype(int) - recoloured).max() > 20
+    np.testing.assert_allclose(learner.predict(recoloured), logits, atol=0.05)
+    assert np.ptp(logits) > 1
+
+
+def test_gray_and_masked_images_do_not_count(whole):
+    learner, *_ = whole
+    gray = np.asarray(255 * colours.gray(IMAGES / 255)).astype(np.uint8)
+    noisy = gray + np.array([0, 3, 0], np.uint8)  # a and b of less than 5, as JPEG may leave
+    expected = loss(learner, IMAGES[:3])
+    mixed = np.concatenate([IMAGES[:3], gray[3:], noisy[3:], IMAGES[3:]])
+    found = loss(learner, mixed, mask=np.arange(len(mixed)) < 7)
+    toy_close(expected, found)
+    assert found[1]["loss_weight"] == 3
+    nothing, metrics = loss(learner, gray)
+    assert nothing == 0 and metrics["loss_weight"] == 0
+    gradient = nnx.grad(lambda m: m.loss({"image": gray}, KEY, True)[0])(learner)
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradient))
+
+
+def toy_close(a, b):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), a, b)
+
+
+def test_a_batch_may_be_computed_in_parts(whole):
+    learner, *_ = whole
+    whole_loss, metrics = loss(learner, IMAGES)
+    parts = [loss(learner, IMAGES[:2]), loss(learner, IMAGES[2:])]
+    sums = [sum(p[1]["loss_weight"] * v for p in parts for v in [p[0]])]
+    np.testing.assert_allclose(sums[0] / metrics["loss_weight"], whole_loss, rtol=1e-5)
+
+
+def test_predictions_lie_where_their_pixels_are():
+    learner = colorization_of(upsample=2)
+    head = np.zeros((24, 2, 2, colours.BINS), np.float32)
+    head[:, 1, 0, 5] = 1  # the part below left of each token
+    learner.head.kernel[...] = jnp.asarray(head.reshape(24, -1))
+    images = np.zeros((1, SIDE, SIDE, 3), np.uint8)
+    images[0, :8, 8:] = 200  # of which the token above right is made
+    learner.encoder.linear.kernel[...] = jnp.ones_like(learner.encoder.linear.kernel[...])
+    logits = np.asarray(learner.predict(images))[0, :, :, 5]
+    assert np.unravel_index(logits.argmax(), logits.shape) == (1, 2)
+
+
+def test_the_token_of_the_class_has_no_place(whole):
+    _, logits, _ = whole
+    found = colorization_of(Patches(before=1)).predict(IMAGES)
+    np.testing.assert_allclose(found, logits, rtol=1e-5, atol=1e-5)
+    with pytest.raises(UserError, match="the 6 tokens of this encoder are no square grid"):
+        colorization_of(Patches(before=2)).predict(IMAGES)
+
+
+def dull_and_bright(count, seed):
+    """Images of which every patch is dark and blue, or light and yellow."""
+    rng = np.random.default_rng(seed)
+    bright = rng.integers(0, 2, (count, GRID, GRID, 1))
+    pixels = np.where(bright, [230, 220, 60], [30, 30, 140])
+    pixels = pixels.repeat(SIDE // GRID, axis=1).repeat(SIDE // GRID, axis=2)
+    return (pixels + rng.integers(-15, 16, pixels.shape)).astype(np.uint8)
+
+
+def test_it_learns_that_light_is_yellow():
+    fresh = Colorization(Patches(), options=Colorization.Options(upsample=1), rngs=nnx.Rngs(0))
+    held_out = dull_and_bright(32, 99)
+    before, _ = loss(fresh, held_out, train=False)
+    np.testing.assert_allclose(before, np.log(colours.BINS), rtol=1e-5)
+    learner = learned(fresh, [dull_and_bright(32, n) for n in range(40)], rate=2e-2)
+    after, metrics = loss(learner, held_out, train=False)
+    assert after < before - 2 and metrics["accuracy"] > 0.5 > metrics["chance"]
+    assert metrics["ab_error"] < 15 < 50 < metrics["ab_error_gray"]
+    found = np.asarray(jax.jit(learner.colourize)(held_out))
+    assert found.dtype == np.uint8 and found.shape == held_out.shape
+    np.testing.assert_allclose(
+        colours.lab(found / 255)[..., 0], colours.lab(held_out / 255)[..., 0], atol=6
+    )
+    middle = (slice(None), slice(2, 6), slice(2, 6))
+    off = np.abs(found[middle].astype(int) - held_out[middle]).mean()
+    assert off < 30 < np.abs(255 * colours.gray(held_out / 255) - held_out)[middle].mean()
+
+
+class Numbered:
+    """Images of one colour each, and of some that do not decode or are gray."""
+
+    def __init__(self, colour, count, odd=()):
+        self.image = np.full((20, 30, 3), colour, np.uint8)
+        self.count, self.odd, self.seen = count, odd, []
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        self.seen.append(index)
+        if index in self.odd:
+            return {"image": [b"broken", np.full((20, 30, 3), 77, np.uint8)][index % 2]}
+        return {"image": self.image}
+
+
+def test_colours_of_the_training_images_are_counted(monkeypatch):
+    monkeypatch.setattr(colorization, "PRIOR_IMAGES", 20)
+    red, blue = Numbered((250, 0, 0), 150, odd=(10, 11, 20, 21)), Numbered((0, 0, 250), 3)
+    counts = count_colours([(red, 0.75), (blue, 0.25)])
+    bins = colours.nearest_bin(colours.lab(np.array([[250, 0, 0], [0, 0, 250]]) / 255)[:, 1:])
+    assert np.flatnonzero(counts).tolist() == sorted(bins)
+    assert red.seen == list(range(0, 150, 10)) and blue.seen == [0, 1, 2]
+    assert counts[bins].tolist() == [13 * 16**2, 3 * 16**2]
+
+
+def pretext(**fields):
+    c = toy.load("pretext", "task=colorization,data=scenes")
+    toy.shrink(c, model__depth=1, **fields)
+    c.evals.loss.limit = c.evals.loss.batch_size = 8
+    return c
+
+
+def test_what_is_counted_becomes_part_of_the_config(monkeypatch):
+    monkeypatch.setattr(colorization, "PRIOR_IMAGES", 12)
+    c = pretext()
+    mixture = inputs.open_sources(c)
+    settled = inputs.completed(c, mixture)
+    prior = np.array(settled.learner.prior.split(), int)
+    assert prior.shape == (colours.BINS,) and 0 < prior.sum() <= 12 * 16**2
+    assert inputs.completed(c, mixture).learner == settled.learner
+    assert inputs.completed(settled, []).learner == settled.learner
+    c.learner.prior = "uniform"
+    assert inputs.completed(c, mixture).learner.prior == "uniform"
+    assert Colorization.Options(prior="uniform").counts is None
+
+
+def test_the_recipe_is_the_papers():
+    c = toy.load("pretext", "task=colorization,encoder=vit,data=scenes")
+    configs.validate(c)
+    assert (c.data.image_size, c.model.colours, c.batch_size) == (176, "lightness", 40)
+    assert (c.optim.lr, c.optim.b1, c.optim.b2, c.optim.weight_decay) == (3e-5, 0.9, 0.99, 1e-3)
+
+
+@pytest.mark.slow
+def test_a_run_of_two_steps(monkeypatch, tmp_path):
+    monkeypatch.setattr(colorization, "PRIOR_IMAGES", 12)
+    c = pretext()
+    configs.validate(c)
+    train.run(c, tmp_path)
+    one, two = toy.losses(tmp_path)
+    assert one["train/cross_entropy"] == pytest.approx(np.log(colours.BINS), rel=1e-4)
+    assert two["train/loss"] != one["train/loss"]
+    kept = json.loads((tmp_path / "config.json").read_text())
+    assert len(kept["learner"]["prior"].split()) == colours.BINS
+    train.run(c, tmp_path)  # counts the same again, or the config would be refused
+    assert "ab_error" in json.loads((tmp_path / "evals" / "loss" / "2.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["mu/4", "alexnet"])
+def test_an_encoder_of_lightness_sees_no_colour(name):
+    side = SIDE if name != "alexnet" else 64
+    images = 2 * jnp.asarray(tiny.images(2, side), jnp.float32) / 255 - 1
+    gray = 2 * colours.gray((images + 1) / 2) - 1
+    sees = {}
+    for seen in ("rgb", "lightness"):
+        c = toy.config(data__image_size=side)
+        c.model.update({"name": name, "colours": seen})
+        encoder = build_encoder(c, nnx.Rngs(0))
+        layer = next(iter(encoder.layers))
+
+        @nnx.jit
+        def outputs(encoder, images, layer=layer):
+            return encoder(images).pooled, encoder.tokens_at(layer, images)
+
+        sees[seen] = outputs(encoder, images), outputs(encoder, gray)
+    for whole, of_gray, plain in zip(*sees["lightness"], sees["rgb"][1], strict=True):
+        np.testing.assert_allclose(whole, of_gray, atol=2e-4)
+        np.testing.assert_allclose(whole, plain, atol=2e-4)
+    assert np.abs(sees["rgb"][0][1] - sees["rgb"][1][1]).max() > 0.01
+
+
+def test_whoever_takes_the_encoder_sees_what_it_saw(tokenizer_path, tmp_path):
+    toy.saved_run(pretext(), tmp_path / "run", tokenizer_path, 1)
+    c = toy.config("classifier", {"classes": 3}, model__depth=1)
+    c.encoder = str(tmp_path / "run")
+    resolved, initial = resolve(c)
+    assert resolved.model.colours == "lightness" and initial.params
+    learner = nnx.eval_shape(lambda: learners.build(resolved, 0, KEY))
+    assert learner.encoder.colours == "lightness"
+
+
+def test_what_cannot_be_is_told():
+    with pytest.raises(UserError, match="sees lightness alone.*cannot be exported"):
+        form(tiny.config(colours="lightness"))
+    with pytest.raises(UserError, match="model.colours: 'grey' is unknown"):
+        configs.validate(toy.config(model__colours="grey"))
+    with pytest.raises(UserError, match="model.colours: 'lightness' is for images"):
+        configs.validate(toy.config(model__name="stored", model__colours="lightness"))
+    with pytest.raises(UserError, match="stored features have no colours"):
+        Colorization.from_config(toy.config("colorization", model__name="stored"), 0, nnx.Rngs(0))
+    for wrong in ("1 2 3", "x " * colours.BINS, "0 " * colours.BINS, "-1 " * colours.BINS):
+        with pytest.raises(UserError, match="learner.prior: .* is not 261 counts of bins"):
+            Colorization.Options(prior=wrong)
+    with pytest.raises(UserError, match="learner.upsample: 0 must be at least 1"):
+        dataclasses.replace(Colorization.Options(), upsample=0)
