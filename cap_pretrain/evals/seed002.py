@@ -1,9 +1,9 @@
 """BLEU as the public code of the recipe `merge` has it, to compare with its figures and no others.
 
 That is demidovd98/image_captioning_with_SSL, after J. Brownlee's tutorial. It inflates: every
-caption and reference is put between two marker words, which match; words of one letter, "a" among
-them, are dropped; and BLEU-3 weighs its three precisions by .3 each, which is .9 in all and so gives
-more than their geometric mean.
+caption and reference is put between two marker words, which match; words of one letter ("a") are
+dropped; and BLEU-3 weighs its three precisions by .3 each, .9 in all, which gives more than their
+geometric mean.
 """
 
 import math
