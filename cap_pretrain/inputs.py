@@ -55,7 +55,7 @@ def open_data(config: ConfigDict, split: str, name: str = "") -> Source:
     sizes = subset.ClassSizes(config.data.class_min, config.data.class_max)
     if not (sizes and name in members):
         return source
-    section = config.data.to_json_best_effort(sort_keys=True)
+    section = json.dumps(config.data.to_dict())
     training = _labels(section, config.data.split, name)
     drawn = SUBSET_SEED if split == config.data.split else None
     return sizes.of(source, _labels(section, split, name), training, drawn=drawn)
