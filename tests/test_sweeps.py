@@ -29,8 +29,8 @@ def root(monkeypatch):
         ("recurrent.py", 5 * 4 * 5),
         ("recurrent.py:size=toy,batches=8+16,rates=0.1,layers=1+2+3", 2 * 3),
         ("recurrent.py:recipe=rotation_lstm,rates=0.1", 5 * 5),
-        ("scaling.py", 4 * 3 * 2),
-        ("scaling.py:sizes=S/16+B/16,scenes=full,rates=0.1+0.2", 2 * 3 * 2 * 2),
+        ("scaling.py", 4 * 4 * 2),
+        ("scaling.py:sizes=S/16+B/16,scenes=full,rates=0.1+0.2", 2 * 4 * 2 * 2),
     ],
 )
 def test_every_trial_has_a_valid_config_of_its_own(root, sweep, count):
@@ -122,6 +122,11 @@ def test_a_band_is_that_of_linear_regression():
     np.testing.assert_allclose(law.b_band, [-slope - half, -slope + half], rtol=1e-6)
 
 
+def test_a_frontier_is_what_no_cheaper_point_beats():
+    points = [(4, 2.0), (1, 5.0), (2, 5.0), (2, 3.0), (3, 3.5), (9, 2.0)]
+    assert power_law.frontier(points) == [(1, 5.0), (2, 3.0), (4, 2.0)]
+
+
 def test_what_has_no_law_is_told():
     with pytest.raises(UserError, match="needs as many different x, not 1"):
         power_law.fit([2, 2, 2], [1, 2, 3])
@@ -183,6 +188,12 @@ def test_pivots(swept):
         {"optim.lr": 0.01, "learner.layers": 2, "seed=0": 4.0, "seed=1": None},
         {"optim.lr": 0.1, "learner.layers": 1, "seed=0": 2.0, "seed=1": 1.0},
         {"optim.lr": 0.1, "learner.layers": 2, "seed=0": 0.5, "seed=1": None},
+    ]
+    # What they settle is none.
+    wide = [row | {"width": 10 * row["learner.layers"]} for row in rows]
+    assert results.pivot(wide, "width", "optim.lr", "val/loss") == [
+        {"width": 10, "optim.lr=0.01": 3.0, "optim.lr=0.1": 1.5},
+        {"width": 20, "optim.lr=0.01": 4.0, "optim.lr=0.1": 0.5},
     ]
     with pytest.raises(UserError, match="--pivot: there is no column 'batch_size'"):
         results.pivot(rows, "batch_size", "seed", "val/loss")

@@ -94,7 +94,8 @@ def plot(args: argparse.Namespace) -> int:
     laws = {}
     for group, xy in points.items():
         try:
-            laws[group] = power_law.fit(*np.array(xy).T, offset=args.offset)
+            fitted = power_law.frontier(xy) if args.frontier else xy
+            laws[group] = power_law.fit(*np.array(fitted).T, offset=args.offset)
             print(f"{group or args.y}: {laws[group]}")
         except UserError as error:
             print(f"{group or args.y}: no law: {error}")
@@ -141,6 +142,8 @@ def draw(
         axis.scatter(x, y, s=20, color=colour, label=label)
     every = [y for xy in points.values() for _, y in xy]
     axis.set_ylim(0.9 * min(every), 1.1 * max(every))
+    for formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+        formatter(lambda y, _: f"{y:g}")
     axis.set_xlabel(x_name)
     axis.set_ylabel(y_name)
     axis.grid(True, which="both", alpha=0.2)
@@ -200,6 +203,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
             sub.add_argument("--y", required=True, help="a figure: NAME[:min|max|last]")
             sub.add_argument("--by", nargs="+", default=[], help="fields: a law for each value")
             sub.add_argument("--offset", action="store_true", help="fit an irreducible part, too")
+            frontier = "fit it only to points that none of as little x is below"
+            sub.add_argument("--frontier", action="store_true", help=frontier)
             sub.add_argument("--out", dest="file", required=True, type=Path, help="*.png or *.svg")
     args = parser.parse_args(argv[:cut])
     args.extra = argv[cut + 1 :]

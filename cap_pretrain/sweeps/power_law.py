@@ -1,6 +1,7 @@
 """Power laws, as of a loss in the number of parameters: y = a x^-b + c."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -53,6 +54,15 @@ class PowerLaw:
         offset = f" + {self.c:.4g}" if len(self.covariance) == 3 else ""
         band = f"b in [{low:.3g}, {high:.3g}]" if np.isfinite(high) else "too few points for a band"
         return f"{self.a:.4g} x^{-self.b:.4g}{offset}  ({self.points} points; {band})"
+
+
+def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Of points (x, y), those that have less y than all others of as little x, or less."""
+    best: list[tuple[float, float]] = []
+    for point in sorted(points):
+        if not best or point[1] < best[-1][1]:
+            best.append(point)
+    return best
 
 
 def fit(x: np.ndarray, y: np.ndarray, *, offset: bool = False) -> PowerLaw:

@@ -123,17 +123,18 @@ def ordered(table: Sequence[Row], column: str) -> list[Row]:
 def pivot(table: Sequence[Row], down: str, across: str, figure: str) -> list[Row]:
     """One figure with the values of a field down and those of another across.
 
-    Other fields in which trials differ are columns before: a row for each combination. Trials that
-    differ in their seed alone are averaged.
+    Other fields in which trials differ are columns before, a row for each combination, unless these
+    two settle them. Trials that differ in their seed alone are averaged.
 
     Raises:
       UserError: there is no such column.
     """
     for field in (down, across):
         _check_column(table, field, "--pivot")
-    figure_at = list(table[0]).index(figure)
-    fields = [name for name in list(table[0])[1:figure_at] if name not in (across, SEED)]
-    fields = [name for name in fields if name != down] + [down]
+    others = [name for name in table[0] if name not in ("trial", figure, down, across, SEED)]
+    places = {(row[down], row[across]) for row in table}
+    fields = [n for n in others if len({(r[down], r[across], r[n]) for r in table}) > len(places)]
+    fields.append(down)
     values = _sorted({row[across] for row in table})
     cells: dict[tuple, list[float]] = {}
     for row in table:

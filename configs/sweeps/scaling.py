@@ -3,11 +3,12 @@
 python tools/sweep.py run configs/sweeps/scaling.py --out runs/scaling --slots 2
 python tools/sweep.py plot runs/scaling --x total_examples --y val/loss --by objective \
     model.width --out examples.png
-python tools/sweep.py plot runs/scaling --x flops --y val/loss --by objective --out flops.png
+python tools/sweep.py plot runs/scaling --x flops --y val/loss --by objective --frontier \
+    --out flops.png
 
 Every trial is a whole run with its own schedule; of `scenes`, of which there is no end, it sees no
 image twice. The defaults are made for a CPU: small encoders (`sizes=WIDTHxDEPTH+…`, decoders half
-as deep) on easy scenes of 48 pixels, 24 trials, about half an hour. On more, name larger ones:
+as deep) on easy scenes of 48 pixels, 32 trials, about an hour. On more, name larger ones:
 
     scaling.py:sizes=Ti/16+S/16+M/16+B/16,examples=1000000+4000000+16000000,batch=1024,scenes=full
 
@@ -53,7 +54,7 @@ def sweep(arg: str | None = None) -> Iterator[Trial]:
     args = config.arguments(
         arg,
         sizes="32x2+48x2+64x3+96x4",
-        examples="8000+24000+72000",
+        examples="8000+16000+32000+64000",
         objectives="cap+clip",
         rates="0.001",
         batch="64",
