@@ -30,6 +30,8 @@ from cap_pretrain.models.sizes import ALEXNET, CONVNETS, parse_name
 from cap_pretrain.permutations import TILES
 
 GRID = 3  # cells a side
+# Brightness, contrast, saturation and hue, of SimCLR (appendix A).
+JITTER = (0.8, 0.8, 0.8, 0.2)
 
 
 class Jigsaw(nnx.Module):
@@ -50,9 +52,9 @@ class Jigsaw(nnx.Module):
           normalize: whether each channel of a tile is moved and scaled to the mean and deviation
             that it has in ImageNet.
           gray: probability that a training image is gray.
-          color: strength of the colour jitter in training, 0 for none: brightness, contrast and
-            saturation change by up to that share, the hue by a quarter of it (the ratio is
-            SimCLR's: Chen et al. 2020, 2002.05709, appendix A).
+          colour: strength of the colour jitter in training, 0 for none: at 1, brightness, contrast
+            and saturation change by up to .8, the hue by .2 (as for SimCLR: Chen et al. 2020,
+            2002.05709, appendix A).
           shift: by up to how many pixels, either way, each colour channel of a training tile is
             shifted by itself, within its cell.
           tower: width of a layer that each tile's vector goes through first, with BatchNorm and
@@ -69,7 +71,7 @@ class Jigsaw(nnx.Module):
         file: str = ""
         normalize: bool = True
         gray: float = 0.3
-        color: float = 0.0
+        colour: float = 0.0
         shift: int = 2
         tower: int = 0
         hidden: tuple[int, ...] = (2048, 1024)
@@ -89,7 +91,7 @@ class Jigsaw(nnx.Module):
             if self.rule not in permutations.RULES:
                 guess = did_you_mean(self.rule, permutations.RULES)
                 raise UserError(f"learner.rule: {self.rule!r} is unknown.{guess}")
-            for field in ("color", "shift", "tower"):
+            for field in ("colour", "shift", "tower"):
                 if getattr(self, field) < 0:
                     raise UserError(f"learner.{field}: {getattr(self, field)} is negative.")
             if not 0 <= self.gray <= 1:
@@ -117,7 +119,7 @@ class Jigsaw(nnx.Module):
             "learner.rule": "mean",
             "learner.normalize": False,
             "learner.gray": 0.66,
-            "learner.color": 0.0,
+            "learner.colour": 0.0,
             "learner.shift": 0,
             "learner.tower": 1000,
             "learner.hidden": (),
@@ -142,7 +144,7 @@ class Jigsaw(nnx.Module):
             "learner.rule": "mean",
             "learner.normalize": True,
             "learner.gray": 0.3,
-            "learner.color": 0.4,
+            "learner.colour": 0.5,
             "learner.shift": 2,
             "learner.tower": 0,
             "learner.hidden": (2048, 1024),
@@ -239,12 +241,12 @@ def cut_tiles(
 
     In evaluation nothing is drawn: crop and tiles are central, and colours stay.
     """
-    of_color, of_gray, of_crop, of_places, of_shifts = jax.random.split(key, 5)
+    of_colour, of_gray, of_crop, of_places, of_shifts = jax.random.split(key, 5)
     room, loose = image.shape[0] - options.crop, options.cell - options.tile
     if train:
-        if options.color:
-            strengths = (options.color,) * 3 + (options.color / 4,)
-            image = augment.colour_jitter(of_color, image, *strengths)
+        if options.colour:
+            amounts = (options.colour * amount for amount in JITTER)
+            image = augment.colour_jitter(of_colour, image, *amounts)
         if options.gray:
             image = augment.grayscale(of_gray, image, options.gray)
         crop = jax.random.randint(of_crop, 2, 0, room + 1)

@@ -16,7 +16,7 @@ from tests.learners.pixels import Pixels, Seen, accuracy, learned
 
 SIDE, CROP, CELL, TILE = 34, 30, 10, 6
 SMALL = dict(crop=CROP, cell=CELL, tile=TILE, permutations=10, hidden=(24,), dropout=0.0)
-PLAIN = dict(normalize=False, gray=0.0, color=0.0, shift=0)
+PLAIN = dict(normalize=False, gray=0.0, colour=0.0, shift=0)
 ORDER = np.array([3, 1, 4, 0, 5, 8, 2, 6, 7])
 
 
@@ -49,7 +49,7 @@ def starts(key, **options):
 
 def test_in_evaluation_crop_and_tiles_are_central():
     image = noise(1, 0)[0].astype(np.float32) / 255
-    options = dict(gray=1.0, color=0.5, shift=2)
+    options = dict(gray=1.0, colour=0.5, shift=2)
     tiles = cutting(False, **options)(jax.random.key(0), image, ORDER)
     for tile, cell in zip(tiles, ORDER, strict=True):
         top, left = (2 + CELL * n + 2 for n in divmod(cell, 3))
@@ -97,7 +97,7 @@ def test_gray_images_have_no_colour_in_training():
 
 def test_colour_jitter_moves_no_pixel():
     image = np.full((SIDE, SIDE, 3), (0.2, 0.5, 0.6), np.float32)
-    tiles = np.asarray(cutting(True, color=0.4)(jax.random.key(0), image, ORDER))
+    tiles = np.asarray(cutting(True, colour=0.5)(jax.random.key(0), image, ORDER))
     np.testing.assert_allclose(tiles, np.broadcast_to(tiles[0, 0, 0], tiles.shape), atol=1e-6)
     assert abs(tiles[0, 0, 0] - image[0, 0]).max() > 0.01
 
