@@ -36,8 +36,7 @@ def root(monkeypatch):
 def test_every_trial_has_a_valid_config_of_its_own(root, sweep, count):
     found = trials.load(f"{SWEEPS}/{sweep}", {})
     assert len(found) == count
-    resolved = {configs.to_json(trial.resolved()) for trial in found}
-    assert len(resolved) == count
+    assert len({str(trial.fields) for trial in found}) == count
     for trial in (found[0], found[-1]):
         configs.validate(trial.resolved())
 
