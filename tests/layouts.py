@@ -58,6 +58,11 @@ OBJECTIVES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         dict(decoder="attention", embed=32, hidden=32, attention=16, dropout=0.2, penalty=1.0),
         SMALL | {"accumulate": 2},
     ),
+    "simclr": (
+        "simclr",
+        {"outputs": 32},
+        SMALL | {"optim__name": "lars", "optim__lr": 4.0, "optim__lr_batch": 16},
+    ),
 }
 
 

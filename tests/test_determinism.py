@@ -13,6 +13,7 @@ OBJECTIVES = {
     "cappa": ("captioner", {"parallel_fraction": 0.75, "label_smoothing": 0.1}),
     "clip": ("dual_encoder", {"contrast": "softmax"}),
     "siglip": ("dual_encoder", {"contrast": "sigmoid"}),
+    "simclr": ("simclr", {}),
 }
 
 

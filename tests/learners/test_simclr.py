@@ -1,4 +1,7 @@
-"""SimCLR: two views of an image are drawn apart, and the loss is that of optax on all of them."""
+"""SimCLR: two views of an image are drawn apart, and the loss is that of optax on all of them.
+
+That layouts of the devices agree: tests/test_layouts.py.
+"""
 
 import functools
 
@@ -8,14 +11,12 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cap_pretrain.errors import UserError
 from cap_pretrain.learners.classifier import classification
 from cap_pretrain.learners.dual_encoder import unit
 from cap_pretrain.learners.simclr import SimCLR, choices
 from tests import tiny
-from tests.layouts import on_eight_devices
 from tests.learners.pixels import Pixels, Seen, learned
 
 SIDE = 8
@@ -111,27 +112,6 @@ def test_it_learns_to_tell_images_apart():
     before = loss(learner)
     learner = learned(learner, (tiny.images(32, SIDE, seed=n) for n in range(200)))
     assert loss(learner) < 0.8 * before
-
-
-def loss_on(layout):
-    """The loss of a batch and the length of its gradient, the last example masked."""
-    split = tiny.split(tiny.config("simclr", {"outputs": 12}))
-    mesh = Mesh(jax.devices()[:layout], "data")
-    batch = {"image": tiny.images(16), "mask": np.arange(16) < 15}
-    batch = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
-    graphdef, params, stats = split
-
-    def loss(params, batch):
-        return nnx.merge(graphdef, params, stats).loss(batch, jax.random.key(0), True)[0]
-
-    value, gradient = jax.jit(jax.value_and_grad(loss))(params, batch)
-    return float(value), float(optax.tree.norm(gradient))
-
-
-@pytest.mark.slow
-def test_views_on_eight_devices_are_compared_with_all_others():
-    one, eight = on_eight_devices(loss_on, [(1,), (8,)])
-    np.testing.assert_allclose(one, eight, rtol=1e-4)
 
 
 def test_from_a_config():
