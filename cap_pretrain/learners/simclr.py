@@ -31,7 +31,7 @@ class SimCLR(nnx.Module):
         Attributes:
           temperature: what cosines are divided by; 0.1 in the paper's section 5 and in VISSL.
           hidden: width of the MLP between its layers; 0: the encoder's (2048 of a ResNet-50).
-          outputs: width of what is compared (section 4.2).
+          outputs: width of what is compared (section 2.3).
           size: side of the views in pixels; 0: that of the images. Views are a part of the image,
             so images that are larger (`data.image_size`) keep details in them.
           colour: strength of the changes of colour; 0 leaves colours, and never makes them gray.
@@ -56,10 +56,9 @@ class SimCLR(nnx.Module):
                     raise UserError(f"learner.{name}: {getattr(self, name)} must not be negative.")
 
     RECIPES: ClassVar[dict[str, dict[str, Any]]] = {
-        # The paper's (section 2.2), of the batch sizes and lengths it compares (figure 9) those of
-        # VISSL, config/pretrain/simclr/simclr_8node_resnet, which reaches 64.4% on ImageNet. That
-        # one decays biases and BatchNorm, too, and scales their steps by the trust ratio, the paper
-        # does neither; its warm-up begins at 0.6, not at 0.
+        # The paper's default setting (section 2.3) and VISSL's, simclr/simclr_8node_resnet, whose
+        # ResNet-50 reaches 64.4% on ImageNet. VISSL's also decays biases and BatchNorm and scales
+        # their steps by the trust ratio, where the paper does neither; its warm-up begins at 0.6.
         "reference": {
             "batch_size": 4096,
             "total_epochs": 100.0,
