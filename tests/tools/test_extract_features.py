@@ -141,12 +141,10 @@ def test_pooled_vectors_in_half_precision(run, data, stored, tmp_path, capsys):
 TILES = dict(crop=24, cell=8, tile=8, permutations=2, hidden=(12,))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("learner", "options", "side", "width"),
-    [
-        ("jigsaw", TILES, 24, 12),
-        pytest.param("dual_encoder", {}, 16, 64, marks=pytest.mark.slow),
-    ],
+    [("jigsaw", TILES, 24, 12), ("dual_encoder", {}, 16, 64)],
 )
 def test_what_is_behind_the_encoder(
     learner, options, side, width, data, tokenizer_path, tmp_path, capsys
