@@ -54,7 +54,7 @@ def sweep(arg: str | None = None) -> Iterator[Trial]:
     args = config.arguments(
         arg,
         sizes="32x2+48x2+64x3+96x4",
-        examples="8000+16000+32000+64000",
+        examples="16000+32000+64000+128000",
         objectives="cap+clip",
         rates="0.001",
         batch="64",
