@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cap_pretrain import config as configs
-from cap_pretrain import train
+from cap_pretrain import learners, train
 from tests import toy
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -45,7 +45,13 @@ RECURRENT = {
         *("clip_lstm", "clip_attention"),
     )
 }
-ALL = CASES | WITH_ENCODER | RECURRENT
+# Trained in tests/test_pretext_recipes.py.
+PRETEXT = {
+    f"pretext-{task}-{recipe}": ("pretext", f"task={task},recipe={recipe}")
+    for task, cls in learners.pretexts().items()
+    for recipe in cls.RECIPES
+}
+ALL = CASES | WITH_ENCODER | RECURRENT | PRETEXT
 
 
 def test_every_config_is_here():
@@ -64,7 +70,7 @@ def test_resolves_to_what_it_did(case, request):
     assert golden == resolved, "\n".join(difference)
 
 
-@pytest.mark.parametrize("case", [*CASES, *RECURRENT])
+@pytest.mark.parametrize("case", [*CASES, *RECURRENT, *PRETEXT])
 def test_is_valid_and_locked(case):
     c = toy.load(*ALL[case])
     configs.validate(c)

@@ -45,9 +45,9 @@ REGISTRY = {
     "dual_encoder": "cap_pretrain.learners.dual_encoder:DualEncoder",
     "classifier": "cap_pretrain.learners.classifier:Classifier",
     "rotation": "cap_pretrain.learners.rotation:Rotation",
+    "jigsaw": "cap_pretrain.learners.jigsaw:Jigsaw",
     "colorization": "cap_pretrain.learners.colorization:Colorization",
     "simclr": "cap_pretrain.learners.simclr:SimCLR",
-    "jigsaw": "cap_pretrain.learners.jigsaw:Jigsaw",
     "encoder": "cap_pretrain.learners.encoder:Encoder",
     "pretrained": "cap_pretrain.learners.encoder:Pretrained",
 }
