@@ -27,6 +27,8 @@ setup(
         "opencv-python-headless>=4.10,<6",
         "Pillow>=11,<14",
         "numpy>=2.0,<3",
+        "scipy>=1.14,<2",
+        "pyarrow>=16,<27",
         "absl-py>=2.1,<3",
         "etils>=1.13,<2",
         "tqdm>=4.66,<5",
@@ -34,7 +36,8 @@ setup(
     extras_require={
         "test": [
             *("pytest>=8,<10", "ruff>=0.14,<0.18", "torch==2.13.0", "transformers>=5.23,<6"),
-            *("scikit-learn>=1.6,<2", "pycocoevalcap>=1.2,<1.3", "matplotlib>=3.11,<4"),
+            *("scikit-learn>=1.6,<2", "scikit-image>=0.25,<0.27", "pycocoevalcap>=1.2,<1.3"),
+            "matplotlib>=3.11,<4",
         ],
         "plots": ["matplotlib>=3.11,<4", "scikit-learn>=1.6,<2"],
         "captions": ["pycocoevalcap>=1.2,<1.3"],

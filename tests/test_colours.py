@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from skimage import color
 
 from cap_pretrain import colours
 
@@ -19,7 +20,6 @@ def faces(levels):
 
 
 def test_lab_is_that_of_scikit_image():
-    color = pytest.importorskip("skimage.color")
     expected = color.rgb2lab(SOME)
     found = jax.jit(colours.lab)(jnp.asarray(SOME, jnp.float32))
     assert found.dtype == jnp.float32

@@ -168,8 +168,10 @@ class Colorization(nnx.Module):
             return jnp.sum(jnp.where(coloured, by_image, 0)) / jnp.maximum(weight, 1)
 
         numbers, shares = colours.encode(ab)
-        logs = jnp.take_along_axis(jax.nn.log_softmax(logits), numbers, axis=-1)
-        entropy = -jnp.sum(shares * logs, axis=-1)
+        # Compared with every bin: indexing has a scatter for its gradient, not exact on GPUs.
+        own = numbers[..., None] == jnp.arange(logits.shape[-1])
+        target = jnp.sum(jnp.where(own, shares[..., None], 0), axis=-2)
+        entropy = -jnp.sum(target * jax.nn.log_softmax(logits), axis=-1)
         right, counts = numbers[..., 0], self.options.counts
         if counts is None:
             loss, commonest = mean(entropy), int(colours.nearest_bin(np.zeros(2)))

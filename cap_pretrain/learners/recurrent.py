@@ -101,13 +101,13 @@ class Recurrent(Captioner):
         encoder_key, words_key, decoder_key = jax.random.split(key, 3)
         encoded = self.encode(batch["image"], train=train, key=encoder_key)
         encoded = getattr(encoded, self.decoder.reads)
-        inputs = shift_right(text)
+        inputs, prompt = shift_right(text), batch.get("prompt", 0)
         if train and options.scheduled_sampling:
-            rate = options.scheduled_sampling
-            inputs = sampled_inputs(self.decoder, encoded, inputs, rate, words_key)
+            rates = options.scheduled_sampling * is_learned(inputs, prompt + 1)
+            inputs = sampled_inputs(self.decoder, encoded, inputs, rates, words_key)
         logits, attention = self.decoder(encoded, inputs, key=decoder_key if train else None)
 
-        learned = is_learned(text, batch.get("prompt", 0))
+        learned = is_learned(text, prompt)
         shares, weight = token_shares(learned, batch.get("mask"), options.average)
         nll = token_loss(logits, text, options.label_smoothing if train else 0.0)
         loss = jnp.sum(nll * shares) / jnp.maximum(weight, 1)
@@ -195,11 +195,15 @@ def unevenness(weights: jax.Array, learned: jax.Array, scale: str) -> jax.Array:
 
 
 def sampled_inputs(
-    decoder: recurrent.Decoder, encoded: jax.Array, inputs: jax.Array, rate: float, key: jax.Array
+    decoder: recurrent.Decoder,
+    encoded: jax.Array,
+    inputs: jax.Array,
+    rates: jax.Array,
+    key: jax.Array,
 ) -> jax.Array:
     """What is read where some words are the decoder's own, [B, T], of inputs int32 [B, T].
 
-    Each word but the first is, with probability `rate`, drawn from what the decoder predicts after
+    Each word but the first is, with its probability of `rates` [B, T], drawn from what the decoder predicts after
     the words before it as they are read here. It does so without dropout, and nothing is learned
     from the choice.
     """
@@ -207,13 +211,13 @@ def sampled_inputs(
 
     def read(carry, now):
         own, drawn = carry
-        word, key = now
+        word, rate, key = now
         coin_key, draw_key = jax.random.split(key)
-        word = jnp.where(jax.random.bernoulli(coin_key, rate, word.shape), drawn, word)
+        word = jnp.where(jax.random.bernoulli(coin_key, rate), drawn, word)
         logits, (own, _) = decoder.step(word, (own, shared))
         drawn = jax.random.categorical(draw_key, logits).astype(word.dtype)
         return (jax.lax.stop_gradient(own), drawn), word
 
     carry = (jax.lax.stop_gradient(own), inputs[:, 0])
     keys = jax.random.split(key, inputs.shape[1])
-    return jax.lax.scan(read, carry, (inputs.T, keys))[1].T
+    return jax.lax.scan(read, carry, (inputs.T, rates.T, keys))[1].T

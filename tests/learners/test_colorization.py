@@ -143,6 +143,16 @@ def test_a_batch_may_be_computed_in_parts(whole):
     np.testing.assert_allclose(total / 6, expected, rtol=1e-5)
 
 
+def test_its_gradient_has_no_scatter_which_gpus_add_up_in_any_order():
+    graphdef, params = nnx.split(colorization_of())
+
+    def of_params(params, images):
+        return nnx.merge(graphdef, params).loss({"image": images}, KEY, True)[0]
+
+    program = jax.make_jaxpr(jax.grad(of_params))(params, tiny.images(2))
+    assert "dot_general" in str(program) and "scatter" not in str(program)
+
+
 def test_predictions_lie_where_their_pixels_are():
     learner = colorization_of(upsample=2)
     head = np.zeros((24, 2, 2, colours.BINS), np.float32)

@@ -270,25 +270,26 @@ def test_scores_are_those_of_each_text_alone(split):
 
 @pytest.fixture(scope="module")
 def sampled(split):
-    """(images, inputs, rate, key) -> what is read instead; the decoder is sure of every word."""
+    """(images, inputs, rates, key) -> what is read instead; the decoder is sure of every word."""
     graphdef, params, stats = split
     logits = jax.tree.map(lambda p: 1e4 * p, params["decoder"]["logits"])
     sure = graphdef, {**params, "decoder": {**params["decoder"], "logits": logits}}, stats
 
-    def sample(learner, images, inputs, rate, key):
+    def sample(learner, images, inputs, rates, key):
         encoded = learner.image_features(images)
-        return sampled_inputs(learner.decoder, encoded, inputs, rate, key)
+        return sampled_inputs(learner.decoder, encoded, inputs, rates, key)
 
     return tiny.jitted(sure, sample)
 
 
 def test_scheduled_sampling_reads_the_caption_or_what_greedy_decoding_would(sampled, captions):
     images, inputs = tiny.images(4), np.pad(tiny.texts([6] * 4)[:, :6], ((0, 0), (1, 0)))
-    np.testing.assert_array_equal(sampled(images, inputs, 0.0, KEY), inputs)
-    read = np.asarray(sampled(images, inputs, 1.0, KEY))
+    ones = np.ones(inputs.shape, np.float32)
+    np.testing.assert_array_equal(sampled(images, inputs, 0 * ones, KEY), inputs)
+    read = np.asarray(sampled(images, inputs, ones, KEY))
     np.testing.assert_array_equal(read[:, 0], 0)
     np.testing.assert_array_equal(read[:, 1:], captions(images)[:, :-1])
-    some = np.asarray(sampled(images, inputs, 0.5, KEY))
+    some = np.asarray(sampled(images, inputs, 0.5 * ones, KEY))
     assert 0.2 < np.mean(some[:, 1:] != inputs[:, 1:]) < 0.8
 
 
@@ -300,6 +301,16 @@ def test_scheduled_sampling_is_of_training_alone():
     one, other = (loss_of(scheduled, True)(batch, jax.random.key(n))[0] for n in (0, 1))
     assert len({float(plain), float(one), float(other)}) == 3
     assert loss_of(scheduled, False)(batch, KEY)[0] == pytest.approx(float(plain), rel=1e-6)
+
+
+def test_scheduled_sampling_leaves_the_words_of_a_prompt():
+    split = with_options(random("gru"), "gru", scheduled_sampling=1.0)
+    batch = {"image": tiny.images(4), "text": tiny.texts([7] * 4)}
+    all_but_one = batch | {"prompt": np.full(4, 6, np.int32)}
+    # What is predicted, and all that is read before it, is then as without sampling.
+    plain, _ = loss_of(random("gru"), True)(all_but_one, KEY)
+    assert loss_of(split, True)(all_but_one, KEY)[0] == pytest.approx(float(plain), rel=1e-6)
+    assert loss_of(split, True)(batch, KEY)[0] != loss_of(random("gru"), True)(batch, KEY)[0]
 
 
 # The whole
