@@ -35,7 +35,8 @@ setup(
     ],
     extras_require={
         "test": [
-            *("pytest>=8,<10", "ruff>=0.14,<0.18", "torch==2.13.0", "transformers>=5.23,<6"),
+            *("pytest>=8,<10", "pytest-xdist>=3.6,<4", "ruff>=0.14,<0.18"),
+            *("torch==2.13.0", "transformers>=5.23,<6"),
             *("scikit-learn>=1.6,<2", "scikit-image>=0.25,<0.27", "pycocoevalcap>=1.2,<1.3"),
             "matplotlib>=3.11,<4",
         ],

@@ -1,6 +1,7 @@
 """The recipes of configs/recurrent.py: what they build at full size, and that all of them learn."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ from flax import nnx
 
 from cap_pretrain import config as configs
 from cap_pretrain import plan, step, train
+from cap_pretrain.data import words
 from cap_pretrain.errors import UserError
 from tests import tiny, toy
 
@@ -132,6 +134,26 @@ def test_runs_and_is_judged_by_its_figure(tmp_path):
             del c.evals[name]
     c.evals.scores.tokenizer = "python"  # Java takes long to start
     assert len(judged(c, tmp_path)) == 2
+
+
+@pytest.mark.slow
+def test_batches_of_one_length_resume_exactly(tmp_path):
+    c = small("rotation_lstm", total_steps=6, checkpoint__every_steps=2, checkpoint__best="")
+    c.checkpoint.every_epochs = c.eval.every_epochs = 0.0
+    c.checkpoint.keep_last = 3
+    c.log.ids = True
+    with c.unlocked():
+        for name in set(c.evals) - {"val"}:
+            del c.evals[name]
+    whole, halved = tmp_path / "whole", tmp_path / "halved"
+    train.run(c, whole)
+    shutil.copytree(whole, halved)
+    for step_number in (4, 6):
+        shutil.rmtree(halved / "checkpoints" / str(step_number))
+    train.run(c, halved)
+    assert toy.losses(whole) == toy.losses(halved)
+    vocab = words.WordTokenizer(whole / "tokenizer" / "words.tsv").vocab_size
+    toy.assert_same(*(toy.saved_state(c, workdir, vocab, 6) for workdir in (whole, halved)))
 
 
 @pytest.mark.slow
