@@ -18,8 +18,11 @@ import importlib
 import sys
 from pathlib import Path
 
-from cap_pretrain.data.builders import ALIASES, FORMATS
+from cap_pretrain.data.builders import ALIASES, FORMATS, filters, units
 from cap_pretrain.errors import UserError
+
+_WHATEVER = ("out", "overwrite", "workers")
+"""Arguments that what is in a dataset does not depend on."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -30,15 +33,18 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0 done, 2 the user's mistake, 130 interrupted."""
+    """Returns the exit code: 0 done, 1 unfinished, 2 the user's mistake, 130 interrupted."""
     try:
         args = _parse(argv)
         return _build(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except units.Unfinished as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
+        print("interrupted: run it again to go on", file=sys.stderr)
         return 130
 
 
@@ -55,6 +61,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         sub.add_argument("--name", required=True, help="the dataset's name, like my_data")
         sub.add_argument("--out", required=True, type=Path, help="written to OUT/NAME/1.0.0")
         sub.add_argument("--overwrite", action="store_true", help="replace a finished dataset")
+        what = "processes that read and check images; default: 1. What is built does not change"
+        sub.add_argument("--workers", type=int, default=1, metavar="N", help=what)
+        filters.add_arguments(sub)
         module = importlib.import_module(f"cap_pretrain.data.builders.{name}")
         module.Dataset.add_arguments(sub)
         sub.set_defaults(dataset=module.Dataset)
@@ -67,11 +76,18 @@ def _build(args: argparse.Namespace) -> int:
     from cap_pretrain.data.builders.build import build
 
     tfds.disable_progress_bar()  # there is one of ours
-    make = functools.partial(args.dataset.from_arguments, args)
-    folder, builder = build(make, args.name, args.out, args.overwrite)
+    if args.workers < 1:
+        raise UserError(f"--workers {args.workers}: must be at least 1.")
+    make = functools.partial(
+        args.dataset.from_arguments, args, filters=filters.from_arguments(args)
+    )
+    settings = units.settings_of(
+        {name: value for name, value in vars(args).items() if name not in _WHATEVER}
+    )
+    folder, builder = build(make, args.name, args.out, args.overwrite, args.workers, settings)
     for split, report in builder.report.items():
         print(f"{split}: {report.summary()}")
-    print(f"written to {folder}; losses are listed in its report.json")
+    print(f"written to {folder}; losses are listed in its report.html")
     return 0
 
 

@@ -259,14 +259,19 @@ def test_a_killed_build_leaves_nothing_finished_and_the_next_cleans_up(captioned
     assert list(out.parent.iterdir()) == [out]
 
 
-def test_ctrl_c_leaves_nothing(captioned, out, monkeypatch, capsys):
+def test_ctrl_c_leaves_what_the_next_build_goes_on_with(captioned, out, monkeypatch, capsys):
     def interrupt(self, folder):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(base.ImageDataset, "write_report", interrupt)
-    assert run(*captioned) == 130
-    assert list(out.parent.iterdir()) == []
-    assert capsys.readouterr().err.strip() == "interrupted: nothing was written"
+    with monkeypatch.context() as patch:
+        patch.setattr(base.ImageDataset, "write_report", interrupt)
+        assert run(*captioned) == 130
+    assert capsys.readouterr().err.strip() == "interrupted: run it again to go on"
+    assert [p.name for p in out.parent.iterdir()] == [".mine.building"]
+    monkeypatch.setattr(images, "to_plain", None)  # no image is read again
+    assert run(*captioned) == 0
+    assert len(read(out, "train")) == 3
+    assert list(out.parent.iterdir()) == [out]
 
 
 def test_two_builds_of_one_dataset_do_not_mix(captioned, out, capsys):

@@ -3,10 +3,11 @@
 import argparse
 import collections
 import dataclasses
+import functools
 import io
-import json
+import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,11 @@ from tensorflow_datasets.proto import tf_example_pb2
 from tqdm import tqdm
 
 from cap_pretrain.data import images
+from cap_pretrain.data.builders import units
+from cap_pretrain.data.builders.duplicates import without_duplicates
 from cap_pretrain.data.builders.files import READ_ERRORS
+from cap_pretrain.data.builders.filters import Filters, Refused, kept_captions
+from cap_pretrain.data.builders.report import DROPPED, SplitReport, write_report
 from cap_pretrain.errors import UserError
 
 _THREADS = os.cpu_count() or 1
@@ -33,8 +38,9 @@ class Candidate:
         file: name of the image, for the report.
         read: returns the encoded image; raises FileNotFoundError if there is none, or another of
             files.READ_ERRORS.
-        features: everything but "image" and "id".
+        features: everything but "image" and "id", as JSON can have it.
         problem: a reason to drop the example that is known without reading it, or "".
+        fields: what else is known of it, that filters may ask for.
     """
 
     id: str
@@ -42,39 +48,7 @@ class Candidate:
     read: Callable[[], bytes]
     features: Mapping[str, Any]
     problem: str = ""
-
-
-class SplitReport:
-    """What became of the candidates of one split."""
-
-    def __init__(self) -> None:
-        self.candidates = 0
-        self.kept = 0
-        self.dropped: dict[str, list[dict[str, str]]] = {}  # by reason
-        self.reencoded: list[str] = []  # files
-
-    def drop(self, candidate: Candidate, reason: str, why: str = "") -> None:
-        lost = {"id": candidate.id, "file": candidate.file, "why": why}
-        self.dropped.setdefault(reason, []).append({k: v for k, v in lost.items() if v})
-
-    def summary(self) -> str:
-        """One line: "5990 of 6000 kept; dropped: 8 broken, 2 missing; 3 re-encoded"."""
-        line = f"{self.kept} of {self.candidates} kept"
-        if self.dropped:
-            counts = (f"{len(lost)} {reason}" for reason, lost in self.dropped.items())
-            line += f"; dropped: {', '.join(counts)}"
-        return line + (f"; {len(self.reencoded)} re-encoded" if self.reencoded else "")
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "candidates": self.candidates,
-            "kept": self.kept,
-            "dropped": {
-                reason: {"count": len(lost), "examples": lost}
-                for reason, lost in self.dropped.items()
-            },
-            "reencoded": {"count": len(self.reencoded), "files": self.reencoded},
-        }
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class ImageDataset(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -91,9 +65,18 @@ class ImageDataset(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     # need importlib_resources, which it does not declare.
     code_path = None
 
-    def __init__(self, name: str, data_dir: Path):
+    def __init__(self, name: str, data_dir: Path, filters: Filters | None = None):
+        """`data_dir` is the folder that `build` works in.
+
+        Raises:
+            UserError: filters for captions, of a format without.
+        """
         self.name = name
         self.report: dict[str, SplitReport] = {}
+        self._folder, self._filters = Path(data_dir), filters or Filters()
+        features = self.features()
+        if self._filters.on_captions and ("captions" not in features or "question" in features):
+            raise UserError("--min_words and its like are for captions, which this format lacks.")
         super().__init__(data_dir=data_dir)
 
     @staticmethod
@@ -113,6 +96,14 @@ class ImageDataset(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def candidates(self, split: str) -> Iterable[Candidate]:
         """Yields the candidates of a split, always in the same order."""
         raise NotImplementedError
+
+    def parts(self, split: str) -> Sequence[units.Part]:
+        """Returns what the candidates of a split are read from, always in the same order."""
+
+        def count() -> int:
+            return self.splits()[split] or sum(1 for _ in self.candidates(split))
+
+        return [units.Part(functools.partial(self.candidates, split), count)]
 
     def features(self) -> dict[str, Any]:
         """Returns the TFDS features besides "image" and "id"."""
@@ -135,26 +126,23 @@ class ImageDataset(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         del dl_manager  # nothing is downloaded
         return {split: self._generate_examples(split) for split in self.splits()}
 
+    def rows(self, unit: units.Unit, threads: int) -> Iterator[tuple[units.Row, bytes]]:
+        """Yields what becomes of each candidate of a unit, and the images that are kept."""
+        part = self.parts(unit.split)[unit.part]
+        candidates = itertools.islice(part.read(), unit.start, unit.stop)
+        check = functools.partial(_check, filters=self._filters)
+        for candidate, outcome in _map_ahead(check, candidates, threads):
+            yield {"id": candidate.id, "file": candidate.file, **outcome.row}, outcome.data
+
     def _generate_examples(self, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        total = self.splits()[split]
-        report = self.report[split] = SplitReport()
-        seen = set()
-        pairs = _map_ahead(_check, self.candidates(split))
+        paths = units.finished(self._folder / units.FOLDER, split)
+        report = self.report[split] = SplitReport(split, self._folder / DROPPED)
+        rows = report.count(without_duplicates(paths, self._filters.dedup))
         # disable=None: no bar where there is no terminal
-        for candidate, outcome in tqdm(pairs, desc=split, total=total, unit="img", disable=None):
-            report.candidates += 1
-            if isinstance(outcome, _Unusable):
-                report.drop(candidate, outcome.reason, outcome.why)
-                continue
-            if candidate.id in seen:
-                report.drop(candidate, "duplicate id")
-                continue
-            seen.add(candidate.id)
-            report.kept += 1
-            if outcome.reencoded:
-                report.reencoded.append(candidate.file)
-            image = io.BytesIO(outcome.data)  # bytes in a file object: TFDS stores them untouched
-            yield candidate.id, {"image": image, "id": candidate.id, **candidate.features}
+        for row, data in tqdm(rows, desc=split, unit="img", disable=None):
+            if data:
+                image = io.BytesIO(data)  # bytes in a file object: TFDS stores them untouched
+                yield row["id"], {"image": image, "id": row["id"], **row["features"]}
         if not report.kept:
             raise UserError(f"split {split!r}: no usable image ({report.summary()}).")
 
@@ -162,10 +150,9 @@ class ImageDataset(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return _SortedWriter(file_format=self.info.file_format)
 
     def write_report(self, folder: Path) -> None:
-        """Writes report.json: per split what was kept, dropped (why, which) and re-encoded."""
-        splits = {split: report.to_json() for split, report in self.report.items()}
-        text = json.dumps({"dataset": self.name, "splits": splits}, indent=2, ensure_ascii=False)
-        (folder / "report.json").write_text(text + "\n", encoding="utf-8")
+        """Writes what became of the candidates of each split. See `report`."""
+        write_report(self.name, self.report, folder)
+        (self._folder / DROPPED).rename(folder / DROPPED)
 
 
 class _SortedWriter(writer.ExampleWriter):
@@ -184,33 +171,40 @@ def ordered(record: bytes) -> bytes:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Usable:
-    data: bytes
-    reencoded: bool
+class _Outcome:
+    """What a unit says of a candidate; `data` is the image if it is kept, or b""."""
+
+    row: units.Row
+    data: bytes = b""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Unusable:
-    reason: str
-    why: str = ""
-
-
-def _check(candidate: Candidate) -> _Usable | _Unusable:
-    if candidate.problem:
-        return _Unusable(candidate.problem)
+def _check(candidate: Candidate, filters: Filters) -> _Outcome:
+    problem = candidate.problem or filters.known_problem(candidate.id, candidate.fields)
+    if problem:
+        return _Outcome({"reason": problem})
+    features, lost = dict(candidate.features), []
+    if filters.on_captions:
+        features["captions"], lost = kept_captions(filters, features["captions"])
+        if not features["captions"]:
+            return _Outcome({"reason": lost[0]})
     try:
         data = candidate.read()
-        plain = images.to_plain(data)
+        picture = filters.picture(data)
     except FileNotFoundError:
-        return _Unusable("missing")
+        return _Outcome({"reason": "missing"})
+    except Refused as error:
+        return _Outcome({"reason": str(error)})
     except (images.ImageError, *READ_ERRORS) as error:
-        return _Unusable("broken", str(error))
-    return _Usable(plain, reencoded=plain is not data)
+        return _Outcome({"reason": "broken", "why": str(error)})
+    row = {"read": len(data), "features": features, "captions_dropped": lost}
+    return _Outcome(row | picture.row, picture.data)
 
 
-def _map_ahead(function: Callable, items: Iterable) -> Iterator[tuple[Any, Any]]:
+def _map_ahead(
+    function: Callable, items: Iterable, threads: int = _THREADS
+) -> Iterator[tuple[Any, Any]]:
     """Yields (item, function(item)) in order, computed by threads a bounded number ahead."""
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         running = collections.deque()
         try:
             for item in items:

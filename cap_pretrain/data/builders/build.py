@@ -2,11 +2,14 @@
 
 import contextlib
 import fcntl
+import functools
 import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+from cap_pretrain.data.builders import units
 from cap_pretrain.data.builders.base import ImageDataset
 from cap_pretrain.data.builders.shuffling import with_plain_files
 from cap_pretrain.errors import UserError
@@ -16,18 +19,28 @@ _LOCK = "lock"
 
 
 def build(
-    make: Callable[..., ImageDataset], name: str, out: Path, overwrite: bool = False
+    make: Callable[..., ImageDataset],
+    name: str,
+    out: Path,
+    overwrite: bool = False,
+    workers: int = 1,
+    settings: Any = None,
+    make_units: Callable[..., None] = units.make_all,
 ) -> tuple[Path, ImageDataset]:
     """Writes a dataset to `out/name/VERSION` in ArrayRecord format.
 
-    All work is done in the hidden sibling `out/.name.building`, renamed at the end; what an
-    interrupted build left there is removed first.
+    All work is done in the hidden sibling `out/.name.building`, renamed at the end. Of a build that
+    was interrupted there are finished units in it, with which the next goes on.
 
     Args:
-        make: the builder, called with `name` and `data_dir`.
+        make: the builder, called with `name` and `data_dir`; it goes to other processes by pickle.
         name: the dataset's name in TFDS, like "my_data".
         out: the folder of datasets (`data_dir` of TFDS).
         overwrite: replace a finished dataset of this name and version.
+        workers: number of processes; the dataset does not depend on it.
+        settings: what the builder depends on, as JSON (`units.settings_of`); a build with others is
+            not gone on with.
+        make_units: does as `units.make_all`.
 
     Returns:
         The dataset's folder, and the builder with its report.
@@ -36,7 +49,12 @@ def build(
         UserError: as `only_finished`, or whatever the builder finds wrong with its files.
     """
     with only_finished(name, out, overwrite) as (built, final):
-        builder = make(name=name, data_dir=built.parent.parent)
+        work = built.parent.parent
+        make_here = functools.partial(make, name=name, data_dir=work)
+        builder = make_here()
+        parts = {split: builder.parts(split) for split in builder.splits()}
+        made = units.resume(work / units.FOLDER, parts, settings)
+        make_units(builder, make_here, made, work / units.FOLDER, workers)
         # TFDS announces a download, into the work folder.
         with contextlib.redirect_stdout(None), with_plain_files():
             builder.download_and_prepare(file_format="array_record")
@@ -68,7 +86,10 @@ def only_finished(name: str, out: Path, overwrite: bool = False) -> Iterator[tup
 
 @contextlib.contextmanager
 def _work_folder(path: Path) -> Iterator[Path]:
-    """An empty folder of this process alone, removed at the end."""
+    """A folder of this process alone, removed at the end; empty but for units.
+
+    After a mistake of the user's it is removed, too; other errors leave the units behind.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -80,10 +101,13 @@ def _work_folder(path: Path) -> Iterator[Path]:
             )  # falls with the process, however it ends
         except BlockingIOError as error:
             raise UserError(f"{path}: another process is building this dataset.") from error
+        for left_over in path.iterdir():
+            if left_over.name not in (_LOCK, units.FOLDER):
+                shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
         try:
-            for left_over in path.iterdir():
-                if left_over.name != _LOCK:
-                    shutil.rmtree(left_over)
             yield path
-        finally:
-            shutil.rmtree(path, ignore_errors=True)
+        except BaseException as error:
+            if isinstance(error, UserError) or not (path / units.FOLDER).exists():
+                shutil.rmtree(path, ignore_errors=True)
+            raise
+        shutil.rmtree(path, ignore_errors=True)

@@ -36,11 +36,11 @@ class Conceptual(pairs.Pairs, skip_registration=True):
         columns = table.Columns(named_by=named_by, names=self.COLUMNS)
         if twice := set(lists) & set(shards):
             raise UserError(f"--shards: split {min(twice)!r} is among the --lists, too.")
-        read = table.readers(lists, images, columns, "--lists") | webdataset.readers(shards)
-        if not read or bool(lists) != bool(images):
+        parts = table.parts(lists, images, columns, "--lists") | webdataset.parts(shards)
+        if not parts or bool(lists) != bool(images):
             raise UserError("--lists: give lists with --images, or --shards.")
         origin = ", ".join(p.name for p in itertools.chain(lists.values(), shards.values()))
-        super().__init__(read, origin, **kwargs)
+        super().__init__(parts, origin, **kwargs)
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:

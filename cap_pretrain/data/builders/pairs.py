@@ -1,29 +1,28 @@
 """What formats have in common that are read as a stream: images with captions, one at a time."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import tensorflow_datasets as tfds
 
 from cap_pretrain.data.builders import base
+from cap_pretrain.data.builders.units import Part
 
 
 class Pairs(base.ImageDataset, skip_registration=True):
     """Images with captions that are read as they are written, and never all in memory."""
 
-    def __init__(
-        self, read: Mapping[str, Callable[[], Iterator[base.Candidate]]], origin: str, **kwargs: Any
-    ):
-        """`read` yields the candidates of each split."""
-        self._read, self._origin = read, origin
+    def __init__(self, parts: Mapping[str, Sequence[Part]], origin: str, **kwargs: Any):
+        """`parts` hold the candidates of each split."""
+        self._parts, self._origin = parts, origin
         super().__init__(**kwargs)
 
     def splits(self) -> dict[str, None]:
-        return dict.fromkeys(self._read)
+        return dict.fromkeys(self._parts)
 
-    def candidates(self, split: str) -> Iterator[base.Candidate]:
-        return self._read[split]()
+    def parts(self, split: str) -> Sequence[Part]:
+        return self._parts[split]
 
     def features(self) -> dict[str, Any]:
         return {"captions": tfds.features.Sequence(tfds.features.Text())}
@@ -41,11 +40,16 @@ def pair_id(url: str, captions: Sequence[str]) -> str:
 
 
 def candidate(
-    id: str, file: str, captions: Sequence[str], read: Callable[[], bytes], problem: str = ""
+    id: str,
+    file: str,
+    captions: Sequence[str],
+    read: Callable[[], bytes],
+    problem: str = "",
+    fields: Mapping[str, Any] | None = None,
 ) -> base.Candidate:
     """An image with captions; one without any is dropped."""
     problem = problem or ("" if captions else "without captions")
-    return base.Candidate(id, file, read, {"captions": list(captions)}, problem)
+    return base.Candidate(id, file, read, {"captions": list(captions)}, problem, fields or {})
 
 
 def lost(id: str, file: str, problem: str) -> base.Candidate:

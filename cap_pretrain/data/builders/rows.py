@@ -60,6 +60,11 @@ def read_rows(path: Path, names: Sequence[str] = ()) -> Iterator[Row]:
             yield dict(zip(header, row, strict=True)) if len(row) == len(header) else {}
 
 
+def count_rows(path: Path) -> int:
+    """The number of rows of a Parquet file, without reading them."""
+    return _parquet(path).metadata.num_rows
+
+
 def _header(path: Path) -> list[str]:
     return next(_text_rows(path), [])
 

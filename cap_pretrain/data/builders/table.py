@@ -14,7 +14,15 @@ from typing import Any
 from cap_pretrain.data.builders import annotated, base, pairs
 from cap_pretrain.data.builders.arguments import by_split
 from cap_pretrain.data.builders.files import IMAGE_SUFFIXES, Finder
-from cap_pretrain.data.builders.rows import Row, check_columns, is_parquet, read_rows, table_files
+from cap_pretrain.data.builders.rows import (
+    Row,
+    check_columns,
+    count_rows,
+    is_parquet,
+    read_rows,
+    table_files,
+)
+from cap_pretrain.data.builders.units import Part
 
 Numbered = tuple[int, Row]
 
@@ -99,8 +107,8 @@ class Dataset(pairs.Pairs, skip_registration=True):
         Raises:
             UserError: files that are missing or not understood, or lack a column.
         """
-        read = readers(tables, images, columns, "--tables")
-        super().__init__(read, ", ".join(path.name for path in tables.values()), **kwargs)
+        own = parts(tables, images, columns, "--tables")
+        super().__init__(own, ", ".join(path.name for path in tables.values()), **kwargs)
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -132,30 +140,47 @@ class Dataset(pairs.Pairs, skip_registration=True):
         return cls(tables, images, Columns(**columns), **kwargs)
 
 
-def readers(
+def parts(
     tables: Mapping[str, Path], images: Mapping[str, Path], columns: Columns, flag: str
-) -> dict[str, Callable[[], Iterator[base.Candidate]]]:
-    """What reads each split; `flag` names the tables, for messages. See `Dataset`."""
+) -> dict[str, list[Part]]:
+    """The tables of each split; `flag` names them, for messages. See `Dataset`.
+
+    Those that hold their images are read one by one, as to pass over images takes time.
+    """
     files = {split: table_files(path) for split, path in tables.items()}
     for path in itertools.chain(*files.values()):
         check_columns(path, columns.names, columns.needed)
-    in_tables = not images and all(map(is_parquet, itertools.chain(*files.values())))
-    found = {} if in_tables else annotated.open_images(images, tables, flag, columns.key)
-    nothing = Finder([])
+    if not images and all(map(is_parquet, itertools.chain(*files.values()))):
+        return {split: _parts_with_images(own, columns) for split, own in files.items()}
+    found = annotated.open_images(images, tables, flag, columns.key)
     return {
-        split: functools.partial(
-            candidates, own, found.get(split) or found.get("", nothing), columns
-        )
+        split: [_part_of_names(own, found.get(split) or found[""], columns)]
         for split, own in files.items()
     }
 
 
-def candidates(files: Sequence[Path], finder: Finder, columns: Columns) -> Iterator[base.Candidate]:
+def _part_of_names(files: Sequence[Path], finder: Finder, columns: Columns) -> Part:
+    read = functools.partial(candidates, files, finder, columns)
+    return Part(read, count=lambda: sum(1 for _ in read()))
+
+
+def _parts_with_images(files: Sequence[Path], columns: Columns) -> list[Part]:
+    first, own = 0, []
+    for path in files:
+        read = functools.partial(candidates, [path], Finder([]), columns, first)
+        own.append(Part(read, source=path))
+        first += count_rows(path)
+    return own
+
+
+def candidates(
+    files: Sequence[Path], finder: Finder, columns: Columns, first: int = 0
+) -> Iterator[base.Candidate]:
     """Yields an example for each row; rows of one id that follow each other are one.
 
-    Those with a URL never are: their captions are part of the id.
+    Those with a URL never are: their captions are part of the id. Rows are numbered from `first`.
     """
-    rows = enumerate(row for path in files for row in read_rows(path, columns.names))
+    rows = enumerate((row for path in files for row in read_rows(path, columns.names)), first)
     for _, group in itertools.groupby(rows, functools.partial(_image_of, columns)):
         yield _candidate(list(group), finder, columns)
 
@@ -188,4 +213,5 @@ def _candidate(group: Sequence[Numbered], finder: Finder, columns: Columns) -> b
         file=file,
         captions=captions,
         read=(lambda: image) if isinstance(image, bytes) else lambda: finder.read(file),
+        fields=row,
     )

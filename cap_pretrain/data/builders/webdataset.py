@@ -8,7 +8,7 @@ import argparse
 import functools
 import json
 import posixpath
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from cap_pretrain.data.builders import annotated, base, pairs
 from cap_pretrain.data.builders.arguments import by_split
 from cap_pretrain.data.builders.files import IMAGE_SUFFIXES
 from cap_pretrain.data.builders.tars import CutOff, read_members
+from cap_pretrain.data.builders.units import Part
 from cap_pretrain.errors import UserError
 
 _TARS = (".tar", ".tar.gz", ".tgz")
@@ -28,9 +29,7 @@ class Dataset(pairs.Pairs, skip_registration=True):
 
     def __init__(self, shards: Mapping[str, Path], **kwargs: Any):
         """`shards` are by split: a tar, or a folder of them. Raises UserError if there is none."""
-        super().__init__(
-            readers(shards), ", ".join(path.name for path in shards.values()), **kwargs
-        )
+        super().__init__(parts(shards), ", ".join(path.name for path in shards.values()), **kwargs)
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,9 +41,15 @@ class Dataset(pairs.Pairs, skip_registration=True):
         return cls(by_split("--shards", args.shards, default="train"), **kwargs)
 
 
-def readers(shards: Mapping[str, Path]) -> dict[str, Callable[[], Iterator[base.Candidate]]]:
-    """What reads each split. See `Dataset`."""
-    return {split: functools.partial(candidates, tars(path)) for split, path in shards.items()}
+def parts(shards: Mapping[str, Path]) -> dict[str, list[Part]]:
+    """The tars of each split. See `Dataset`."""
+    return {
+        split: [
+            Part(functools.partial(candidates, shard, tar), source=tar)
+            for shard, tar in tars(path).items()
+        ]
+        for split, path in shards.items()
+    }
 
 
 def tars(path: Path) -> dict[str, Path]:
@@ -62,20 +67,19 @@ def tars(path: Path) -> dict[str, Path]:
     return {(p.parent / p.name.partition(".")[0]).relative_to(path).as_posix(): p for p in found}
 
 
-def candidates(shards: Mapping[str, Path]) -> Iterator[base.Candidate]:
-    """Yields an example for each key, and one that is lost for each tar that ends early.
+def candidates(shard: str, path: Path) -> Iterator[base.Candidate]:
+    """Yields an example for each key of a tar, and one that is lost if it ends early.
 
     Ids are those of URL and captions where the json has a URL, so that it does not matter in which
     shard an image is; else SHARD/KEY.
     """
-    for shard, path in shards.items():
-        key = "its start"
-        try:
-            for key, found in _examples(path):
-                yield _candidate(f"{shard}/{key}", found)
-        except CutOff as error:
-            file = f"{path.name} after {key} ({error})"
-            yield pairs.lost(shard, file, "rest of a tar that is cut off")
+    key = "its start"
+    try:
+        for key, found in _examples(path):
+            yield _candidate(f"{shard}/{key}", found)
+    except CutOff as error:
+        file = f"{path.name} after {key} ({error})"
+        yield pairs.lost(shard, file, "rest of a tar that is cut off")
 
 
 def _examples(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
@@ -121,4 +125,5 @@ def _candidate(name: str, found: Mapping[str, bytes]) -> base.Candidate:
         file=name + images[0],
         captions=captions,
         read=lambda: found[images[0]],
+        fields=about,
     )
