@@ -32,7 +32,7 @@ from cap_pretrain import (
 )
 from cap_pretrain import schedule as schedules
 from cap_pretrain.checkpoint import Checkpoints, saved_steps
-from cap_pretrain.data import pipeline
+from cap_pretrain.data import prefetch
 from cap_pretrain.plateau import Plateau
 from cap_pretrain.step import init_state, make_train_step
 from cap_pretrain.watch import StopRequest, Watch
@@ -174,7 +174,7 @@ def run(config: ConfigDict, workdir: Path, allow_changes: Sequence[str] = ()) ->
         reads = (*learners.learner_class(config.learner.name).reads, "broken")
         reads += ("index",) if config.log.ids else ()
         dataset = inputs.training_batches(config, mixture, tokenizer)
-        batches = pipeline.iterate(dataset, start, schedule.total, workers=config.data.workers)
+        batches = prefetch.iterate(dataset, start, schedule.total, workers=config.data.workers)
         stack.callback(batches.close)
         stack.enter_context(jax.transfer_guard("disallow"))
 

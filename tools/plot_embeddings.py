@@ -31,7 +31,7 @@ from flax import nnx
 
 from cap_pretrain import figures, inputs, word_maps
 from cap_pretrain.captioning import evaluation_crop
-from cap_pretrain.data import pipeline
+from cap_pretrain.data import pipeline, prefetch
 from cap_pretrain.data.sources import Source
 from cap_pretrain.errors import UserError
 from cap_pretrain.models import readout
@@ -139,7 +139,7 @@ def _of_examples(
         limit=count,
     )
     parts = []
-    for batch in pipeline.iterate(dataset):
+    for batch in prefetch.iterate(dataset):
         vectors = compute(variables, {"image": batch["image"], "text": batch["text"]})
         real = batch["mask"]
         parts.append([np.asarray(a)[real] for a in (vectors, batch["label"], batch["image"])])

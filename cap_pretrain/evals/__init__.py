@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from cap_pretrain import files, inputs, partition
-from cap_pretrain.data import pipeline, sources
+from cap_pretrain.data import pipeline, prefetch, sources
 from cap_pretrain.errors import UserError, did_you_mean
 
 REGISTRY = {
@@ -128,7 +128,7 @@ class Context:
             host=jax.process_index(),
             hosts=jax.process_count(),
         )
-        batches = pipeline.iterate(dataset)
+        batches = prefetch.iterate(dataset)
         try:
             for batch in batches:
                 if self.stop():

@@ -9,7 +9,8 @@ import pytest
 from cap_pretrain import config as configs
 from cap_pretrain import inputs, train
 from cap_pretrain.data import buckets
-from cap_pretrain.data.pipeline import iterate, train_dataset
+from cap_pretrain.data.pipeline import train_dataset
+from cap_pretrain.data.prefetch import iterate
 from cap_pretrain.data.words import Rules, WordTokenizer, write_words
 from cap_pretrain.errors import UserError
 from tests import toy

@@ -11,7 +11,8 @@ import cv2
 import numpy as np
 import pytest
 
-from cap_pretrain.data.pipeline import eval_batches, iterate, train_dataset
+from cap_pretrain.data.pipeline import eval_batches, train_dataset
+from cap_pretrain.data.prefetch import iterate
 from cap_pretrain.data.tokenizers import SentencePieceTokenizer, train_sentencepiece
 from cap_pretrain.errors import UserError
 
@@ -304,7 +305,8 @@ def test_a_killed_worker_is_told(build):
 
 _KILLED_WHILE_READING = """
 import os, signal, sys
-from cap_pretrain.data.pipeline import iterate, train_dataset
+from cap_pretrain.data.pipeline import train_dataset
+from cap_pretrain.data.prefetch import iterate
 from cap_pretrain.data.tokenizers import SentencePieceTokenizer
 from tests.data.test_pipeline import Numbers
 

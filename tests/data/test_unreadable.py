@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from cap_pretrain.data.pipeline import iterate, train_dataset
+from cap_pretrain.data.pipeline import train_dataset
+from cap_pretrain.data.prefetch import iterate
 from cap_pretrain.data.sources import open_source
 from cap_pretrain.data.tokenizers import SentencePieceTokenizer, train_sentencepiece
 from cap_pretrain.errors import UserError
@@ -219,7 +220,8 @@ def test_no_example_is_read_from_an_emptied_file(datasets, tmp_path):
 
 _EMPTIES_WHAT_IT_READS = """
 import os, sys
-from cap_pretrain.data.pipeline import iterate, train_dataset
+from cap_pretrain.data.pipeline import train_dataset
+from cap_pretrain.data.prefetch import iterate
 from cap_pretrain.data.sources import open_source
 from cap_pretrain.data.tokenizers import SentencePieceTokenizer
 from cap_pretrain.errors import UserError
