@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import io
 import itertools
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,8 @@ from cap_pretrain.data.builders import units
 from cap_pretrain.data.builders.duplicates import without_duplicates
 from cap_pretrain.data.builders.files import READ_ERRORS
 from cap_pretrain.data.builders.filters import Filters, Refused, kept_captions
-from cap_pretrain.data.builders.report import DROPPED, SplitReport, write_report
+from cap_pretrain.data.builders.report import DROPPED, SplitReport
+from cap_pretrain.data.builders.report_page import page
 from cap_pretrain.errors import UserError
 
 _THREADS = os.cpu_count() or 1
@@ -150,8 +152,11 @@ class ImageDataset(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return _SortedWriter(file_format=self.info.file_format)
 
     def write_report(self, folder: Path) -> None:
-        """Writes what became of the candidates of each split. See `report`."""
-        write_report(self.name, self.report, folder)
+        """Writes report.json, report.html and dropped.jsonl. See `SplitReport`."""
+        splits = {split: report.to_json() for split, report in self.report.items()}
+        text = json.dumps({"dataset": self.name, "splits": splits}, indent=2, ensure_ascii=False)
+        (folder / "report.json").write_text(text + "\n", encoding="utf-8")
+        (folder / "report.html").write_text(page(self.name, self.report), encoding="utf-8")
         (self._folder / DROPPED).rename(folder / DROPPED)
 
 

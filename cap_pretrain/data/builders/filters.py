@@ -160,7 +160,7 @@ class Filters:
         if same in self.held_out.exact:
             raise Refused("held out")
         if resized := bool(size and 0 < self.resize < min(size)):
-            plain, size = self._shrunk(data)
+            plain, size = self._shrunk(data, size)
         else:
             plain = images.to_plain(data)
         seen = hashes.perceptual(images.decode(data, hashes.LOOK)) if look else None
@@ -168,13 +168,16 @@ class Filters:
             raise Refused("held out")
         return Picture(plain, size, resized or plain is not data, resized, same, seen)
 
-    def _shrunk(self, data: bytes) -> tuple[bytes, tuple[int, int]]:
+    def _shrunk(self, data: bytes, size: tuple[int, int]) -> tuple[bytes, tuple[int, int]]:
+        """Returns a smaller JPEG, upright, of an image of this size; and its size."""
         pixels = images.decode(data, self.resize)
-        height, width = pixels.shape[:2]
-        scale = self.resize / min(width, height)
-        size = max(self.resize, round(width * scale)), max(self.resize, round(height * scale))
+        longer = round(self.resize * max(size) / min(size))
+        high = pixels.shape[0] > pixels.shape[1]
+        size = (self.resize, longer) if high else (longer, self.resize)
         pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
-        jpeg = simplejpeg.encode_jpeg(pixels, self.quality, colorspace="RGB", colorsubsamp="420")
+        jpeg = simplejpeg.encode_jpeg(
+            pixels, self.quality, colorspace="RGB", colorsubsampling="420"
+        )
         return jpeg, size
 
 

@@ -3,7 +3,7 @@
 import collections
 import heapq
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -122,10 +122,3 @@ class SplitReport:
 
 def _named(row: Row) -> dict[str, str]:
     return {key: row[key] for key in ("id", "file", "why") if row.get(key)}
-
-
-def write_report(dataset: str, splits: Mapping[str, SplitReport], folder: Path) -> None:
-    """Writes report.json: per split what was kept, dropped (why, which), re-encoded, and more."""
-    content = {"dataset": dataset, "splits": {name: own.to_json() for name, own in splits.items()}}
-    text = json.dumps(content, indent=2, ensure_ascii=False)
-    (folder / "report.json").write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,207 @@
+"""Builds in several processes, killed and gone on with: always the same dataset."""
+
+import collections
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import simplejpeg
+
+from cap_pretrain.data.builders import units
+from tests.data.test_build_filters import picture
+from tests.data.test_question_formats import build
+from tests.data.test_tables import parquet
+from tests.data.test_webdataset import sample, samples, tar
+from tests.tools.test_build_dataset import jpeg, read, report, run, write_files
+from tools import build_dataset
+
+ROOT = Path(build_dataset.__file__).parents[1]
+
+
+def contents(folder):
+    """Every file of a dataset, the reports included."""
+    return {p.name: p.read_bytes() for p in (folder / "1.0.0").iterdir()}
+
+
+def numbered(tmp_path, count):
+    """Arguments for a csv of images; every seventh is broken, every fifth lacks its caption."""
+    files = {f"{k}.jpg": b"x" if k % 7 == 0 else jpeg(k) for k in range(count)}
+    lines = [f"{k}.jpg,{'' if k % 5 == 0 else f'caption {k}'}" for k in range(count)]
+    (tmp_path / "t.csv").write_text("\n".join(["image,caption", *lines]))
+    return "--tables", tmp_path / "t.csv", "--images", write_files(tmp_path / "photos", files)
+
+
+def test_how_a_build_is_cut_and_worked_on_does_not_show(tmp_path, monkeypatch):
+    arguments = numbered(tmp_path, 40)
+    whole = contents(build(tmp_path, "csv", *arguments))
+    monkeypatch.setattr(units, "_LEAST", 7)
+    for workers in (1, 2):
+        again = build(tmp_path, "csv", *arguments, "--overwrite", "--workers", str(workers))
+        assert contents(again) == whole
+    assert report(again)["train"]["kept"] == 40 - 6 - 8 + 2
+
+
+def test_units_that_are_finished_are_not_made_again(tmp_path, monkeypatch, capsys):
+    arguments = ("csv", "--name", "mine", "--out", tmp_path / "out", *numbered(tmp_path, 40))
+    monkeypatch.setattr(units, "_LEAST", 10)
+    made, stop_at = [], 2
+
+    def counted(builder, unit, *rest, make=units.make):
+        if len(made) == stop_at:
+            raise KeyboardInterrupt
+        made.append(unit.number)
+        make(builder, unit, *rest)
+
+    monkeypatch.setattr(units, "make", counted)
+    assert run(*arguments) == 130
+    (tmp_path / "out" / ".mine.building" / "units" / "train-000002.unit.9.tmp").write_bytes(b"half")
+    stop_at = 4
+    assert run(*arguments) == 0
+    assert made == [0, 1, 2, 3]
+    made.clear()
+    stop_at = 2
+    assert run(*arguments, "--overwrite") == 130
+    stop_at = 6
+    assert run(*arguments, "--overwrite", "--min_words", "2") == 0, "another build"
+    assert made == [0, 1, 0, 1, 2, 3]
+    made.clear()
+    stop_at = 2
+    assert run(*arguments, "--overwrite") == 130
+    (tmp_path / "t.csv").write_text((tmp_path / "t.csv").read_text() + "\n1.jpg,more")
+    stop_at = 7
+    assert run(*arguments, "--overwrite") == 0, "of another table"
+    assert made == [0, 1, 0, 1, 2, 3, 4]
+
+
+def test_rows_of_parquet_files_with_images_are_numbered_throughout(tmp_path):
+    for shard in range(2):
+        own = [{"bytes": jpeg(k), "path": None} for k in (2 * shard, 2 * shard + 1)]
+        texts = [f"caption {2 * shard}", f"caption {2 * shard + 1}"]
+        parquet(tmp_path / "p" / f"{shard}.parquet", image=own, caption=texts)
+    folder = build(tmp_path, "parquet", "--tables", tmp_path / "p")
+    examples = read(folder, "train")
+    assert {key: e["captions"][0] for key, e in examples.items()} == {
+        str(k): f"caption {k}" for k in range(4)
+    }
+
+
+def die(unit):
+    os._exit(9)
+
+
+def test_a_worker_that_dies_is_told_and_gone_on_after(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(units, "_work", die)
+    for shard in range(2):
+        tar(tmp_path / "s" / f"{shard}.tar", samples(2, start=2 * shard))
+    arguments = ("webdataset", "--name", "mine", "--out", tmp_path / "out")
+    arguments += ("--shards", tmp_path / "s")
+    assert run(*arguments, "--workers", "2") == 1
+    assert "a worker process has died" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert run(*arguments) == 0
+
+
+# A set of tars as from the web, with faults planted
+
+
+def web(folder, tars, per_tar, size=(64, 48)):
+    """Writes tars of img2dataset with faults; returns how many examples are lost by which reason.
+
+    The last tar is cut off in the middle.
+    """
+    lost = collections.Counter()
+    for shard in range(tars):
+        members = []
+        for k in range(per_tar):
+            number = shard * per_tar + k
+            image, caption = picture(number, *size), f"a caption of {number}"
+            if k % 10 == 1:
+                image = image[: len(image) // 2]
+                lost["broken"] += 1
+            elif k % 10 == 2:
+                image = b"<html>not found</html>"
+                lost["broken"] += 1
+            elif k % 10 == 3:
+                caption = "  "
+                lost["without captions"] += 1
+            elif k % 10 == 4 and shard:
+                image = picture(k - 4, *size)  # of the first tar
+                lost["duplicate image"] += 1
+            elif k % 10 == 5 and shard:
+                image = picture(k - 5, *size, quality=60 + shard)
+                lost["near-duplicate image"] += 1
+            members += sample(f"{number:09}", image, caption)
+        starts = tar(folder / f"{shard:05}.tar", members)
+    last = folder / f"{tars - 1:05}.tar"
+    half = per_tar // 2 // 10 * 10
+    cut = starts[f"{(tars - 1) * per_tar + half:09}.jpg"]
+    last.write_bytes(last.read_bytes()[:cut])
+    for k in range(half, per_tar):
+        reasons = {1: "broken", 2: "broken", 3: "without captions"}
+        reasons |= {4: "duplicate image", 5: "near-duplicate image"}
+        if k % 10 in reasons:
+            lost[reasons[k % 10]] -= 1
+    lost["rest of a tar that is cut off"] = 1
+    return dict(lost), (tars - 1) * per_tar + half + 1
+
+
+def command(shards, out, *more):
+    """Arguments of a build of `web`, and of the process that runs it."""
+    arguments = ["webdataset", "--name", "mine", "--out", out, "--shards", shards]
+    arguments += ["--dedup", "perceptual", *more]
+    return [sys.executable, ROOT / "tools" / "build_dataset.py", *map(str, arguments)]
+
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+@pytest.mark.slow
+def test_kills_change_nothing(tmp_path):
+    expected, candidates = web(tmp_path / "tars", tars=8, per_tar=50)
+    whole = command(tmp_path / "tars", tmp_path / "whole")
+    subprocess.run(whole, env=ENVIRONMENT, check=True)
+    told = report(tmp_path / "whole" / "mine")["train"]
+    assert {reason: drop["count"] for reason, drop in told["dropped"].items()} == expected
+    assert told["candidates"] == candidates == told["kept"] + sum(expected.values())
+
+    out = tmp_path / "killed"
+    units_of = out / ".mine.building" / "units"
+    for workers, made in ((2, 1), (1, 3), (2, 5), (1, 7), (2, 8)):
+        build = subprocess.Popen(
+            command(tmp_path / "tars", out, "--workers", str(workers)), env=ENVIRONMENT
+        )
+        while len(list(units_of.glob("*.unit"))) < made and build.poll() is None:
+            time.sleep(0.01)
+        build.send_signal(signal.SIGKILL)
+        build.wait()
+    subprocess.run(command(tmp_path / "tars", out), env=ENVIRONMENT, check=True)
+    assert contents(out / "mine") == contents(tmp_path / "whole" / "mine")
+    assert [path.name for path in out.iterdir()] == ["mine"]
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
+    """Peak of the build of six times as many, beyond what is put in order in memory."""
+    noise = np.random.default_rng(0).integers(0, 256, (4, 200, 200, 3), np.uint8)
+    files = [simplejpeg.encode_jpeg(pixels, 95) for pixels in noise]
+    peaks = []
+    for count in (1500, 9000):
+        for shard in range(0, count, 500):
+            keys = [f"{k:09}" for k in range(shard, shard + 500)]
+            members = [m for k, key in enumerate(keys) for m in sample(key, files[k % 4], key)]
+            tar(tmp_path / str(count) / f"{shard:05}.tar", members)
+        arguments = ["webdataset", "--name", "mine", "--out", tmp_path / f"out{count}"]
+        arguments += ["--shards", tmp_path / str(count)]
+        program = [sys.executable, ROOT / "tools" / "build_dataset.py", *map(str, arguments)]
+        process = subprocess.Popen(program, env=ENVIRONMENT)
+        _, status, usage = os.wait4(process.pid, 0)
+        assert status == 0 and report(tmp_path / f"out{count}" / "mine")["train"]["kept"] == count
+        peaks.append(usage.ru_maxrss / 1024)  # MiB
+    print(f"peak memory in MiB: {peaks}")
+    assert peaks[1] < peaks[0] + 40
+    assert count * len(files[0]) > 400 * 2**20, "ten times as much as that"
