@@ -42,6 +42,7 @@ setup(
         ],
         "plots": ["matplotlib>=3.11,<4", "scikit-learn>=1.6,<2"],
         "captions": ["pycocoevalcap>=1.2,<1.3"],
+        "beam": ["apache-beam>=2.77,<3"],
         "torch": ["torch>=2.6"],
         "tpu": ["jax[tpu]>=0.10.2,<0.12"],
         "cuda": ["jax[cuda13]>=0.10.2,<0.12"],

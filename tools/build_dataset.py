@@ -8,20 +8,22 @@
     python tools/build_dataset.py webdataset --name my_data --out data --shards tars
     python tools/build_dataset.py csv --name my_data --out data --tables a.csv --images photos
 
-Training then reads it by its path: `data=data/my_data`. Broken and missing images are counted, and
-listed in report.json next to the data.
+Training then reads it by its path: `data=data/my_data`. What is lost is counted in report.html and
+report.json next to the data, and listed in dropped.jsonl. A build that was stopped goes on if it is
+run again.
 """
 
 import argparse
 import functools
 import importlib
+import shlex
 import sys
 from pathlib import Path
 
-from cap_pretrain.data.builders import ALIASES, FORMATS, filters, units
+from cap_pretrain.data.builders import ALIASES, FORMATS, beam, filters, units
 from cap_pretrain.errors import UserError
 
-_WHATEVER = ("out", "overwrite", "workers")
+_WHATEVER = ("out", "overwrite", "workers", "beam")
 """Arguments that what is in a dataset does not depend on."""
 
 
@@ -63,6 +65,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         sub.add_argument("--overwrite", action="store_true", help="replace a finished dataset")
         what = "processes that read and check images; default: 1. What is built does not change"
         sub.add_argument("--workers", type=int, default=1, metavar="N", help=what)
+        what = "instead, units are made by Apache Beam with these options, as --runner=DirectRunner"
+        sub.add_argument("--beam", metavar="OPTIONS", help=what)
         filters.add_arguments(sub)
         module = importlib.import_module(f"cap_pretrain.data.builders.{name}")
         module.Dataset.add_arguments(sub)
@@ -84,7 +88,12 @@ def _build(args: argparse.Namespace) -> int:
     settings = units.settings_of(
         {name: value for name, value in vars(args).items() if name not in _WHATEVER}
     )
-    folder, builder = build(make, args.name, args.out, args.overwrite, args.workers, settings)
+    make_units = units.make_all
+    if args.beam is not None:
+        make_units = functools.partial(beam.make_all, options=shlex.split(args.beam))
+    folder, builder = build(
+        make, args.name, args.out, args.overwrite, args.workers, settings, make_units
+    )
     for split, report in builder.report.items():
         print(f"{split}: {report.summary()}")
     print(f"written to {folder}; losses are listed in its report.html")

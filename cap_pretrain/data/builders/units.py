@@ -15,6 +15,7 @@ import os
 import shutil
 import signal
 import threading
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -130,7 +131,8 @@ def _stamp(path: Path) -> tuple[str, int, int]:
 def make(builder: "ImageDataset", unit: Unit, folder: Path, threads: int) -> None:
     """Makes a unit."""
     final = unit.path(folder)
-    fresh = final.with_name(f"{final.name}.{os.getpid()}.tmp")
+    # Another process, on another machine perhaps, may be at it, too.
+    fresh = final.with_name(f"{final.name}.{uuid.uuid4().hex}.tmp")
     with files.naming(fresh), fresh.open("wb") as file:
         for row, data in builder.rows(unit, threads):
             line = json.dumps({**row, "bytes": len(data)} if data else row)

@@ -1,0 +1,25 @@
+"""The same datasets by Apache Beam, where it is installed (the extra `beam`)."""
+
+import sys
+
+import pytest
+
+from tests.data.test_build_units import contents, numbered, web
+from tests.data.test_question_formats import build
+from tests.tools.test_build_dataset import run
+
+
+def test_beam_builds_the_same(tmp_path):
+    pytest.importorskip("apache_beam")
+    web(tmp_path / "tars", tars=3, per_tar=20)
+    arguments = ("--shards", tmp_path / "tars", "--dedup", "perceptual")
+    whole = contents(build(tmp_path, "webdataset", *arguments))
+    by_beam = (*arguments, "--overwrite", "--beam=--runner=DirectRunner")
+    assert contents(build(tmp_path, "webdataset", *by_beam)) == whole
+
+
+def test_what_is_missing_is_told(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "apache_beam", None)
+    arguments = ("--name", "mine", "--out", tmp_path / "out", *numbered(tmp_path, 3))
+    assert run("csv", *arguments, "--beam=") == 2
+    assert "pip install 'cap_pretrain[beam]'" in capsys.readouterr().err
