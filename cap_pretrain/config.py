@@ -48,7 +48,7 @@ CHOICES = {
 NOT_NEGATIVE = (
     *("optim.lr", "optim.lr_batch", "optim.weight_decay", "optim.clip_norm", "optim.clip_value"),
     *("optim.skip_bad_steps", "data.workers", "checkpoint.every_minutes", "log.spikes"),
-    *("data.class_min", "data.class_max"),
+    *("data.class_min", "data.class_max", "data.max_broken"),
     *(f"model.{whose}{n.name}" for whose in ("", "decoder_") for n in dataclasses.fields(Size)),
 )
 
@@ -56,6 +56,7 @@ NOT_NEGATIVE = (
 # fast it runs and what is told and kept of it, not what is learned.
 FREE = (
     *("checkpoint", "log", "eval", "evals", "mesh", "deterministic", "data.workers", "data.dir"),
+    *("data.cache", "data.max_broken"),
     *("data.eval_split", "model.attention", "model.remat", "model.unroll"),
 )
 
@@ -138,7 +139,8 @@ def default() -> ConfigDict:
     c.learner = learners.defaults("captioner")
 
     c.data = ConfigDict()
-    # "scenes", a TFDS name, the path of a TFDS-format dataset, or a mixture "a:0.2+b:0.8".
+    # "scenes", a TFDS name, the path or URL (gs://, s3://, …: what fsspec reads) of a TFDS-format
+    # dataset, or a mixture "a:0.2+b:0.8".
     c.data.name = "scenes"
     c.data.split = "train"
     c.data.eval_split = "val"
@@ -149,9 +151,17 @@ def default() -> ConfigDict:
     # examples, drawn before data.fraction. 0 is off, for both.
     c.data.class_min = 0
     c.data.class_max = 0
-    # Where TFDS looks for datasets given by name; "" is its own default (~/tensorflow_datasets).
+    # Where TFDS looks for datasets given by name, a path or URL; "" is its own default
+    # (~/tensorflow_datasets).
     c.data.dir = ""
-    # Names of the features in a stored dataset; nested ones as "captions/text".
+    # Local folder with room for copies of the remote datasets that are read; "" is
+    # ~/.cache/cap_pretrain. Processes and runs share it (see cap_pretrain/data/storage.py).
+    c.data.cache = ""
+    # A run ends, after saving, when more than this share of its last 10,000 examples did not
+    # decode, so that neighbours stood in for them; 1: never.
+    c.data.max_broken = 0.01
+    # Names of the features in a stored dataset; nested ones as "captions/text"; captions may come
+    # from several by weight, "caption:2+alt_text".
     c.data.fields = ConfigDict(DEFAULT_FIELDS)
     # Side in pixels. The recipe resizes to 224 x 224, ignoring the aspect ratio.
     c.data.image_size = 224

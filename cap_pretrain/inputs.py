@@ -67,6 +67,7 @@ def _open_whole(section: ConfigDict, split: str, name: str) -> Source:
         split,
         image_size=section.image_size,
         data_dir=section.dir,
+        cache=section.cache,
         fields=section.fields.to_dict(),
         scenes=section.scenes.to_dict(),
     )

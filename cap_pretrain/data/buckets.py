@@ -36,7 +36,7 @@ class PairsOfOneLength:
             raise IndexError(index)
         image, caption = self._pairs[index].tolist()
         example = self._source[image]
-        return example | {"captions": [example["captions"][caption]]}
+        return example | {"captions": [example["captions"][caption]], "weights": []}
 
 
 def by_length(source: Source, tokenizer: Tokenizer) -> list[PairsOfOneLength]:

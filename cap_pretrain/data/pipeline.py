@@ -66,8 +66,9 @@ def train_dataset(
     Returns:
         A dataset of dicts, b = B / hosts:
             image: uint8 [b, S, S, 3]; of stored features float [b, 1 + N, D].
-            text: int32 [b, T], one of the image's captions; all 0 when it has none. Where captions
-                answer a question, that comes before (see `tokenizers.encode_answer`).
+            text: int32 [b, T], one of the image's captions, drawn by their weights if they have
+                some; all 0 when there is none. Where captions answer a question, that comes before
+                (see `tokenizers.encode_answer`).
             prompt: int32 [b], how many tokens of `text` are the question's, 0 without one.
             label: int32 [b], -1 when there is none.
             index: int64 [b], the position drawn, in the concatenation of the sources.
@@ -268,8 +269,13 @@ def square(
 
 def _text(example: Example, where: float, tokenizer: SentencePieceTokenizer) -> Row:
     """Returns `text` and `prompt` of a row, with the caption at `where`, of [0, 1), in its list."""
-    captions = example["captions"]
-    caption = captions[int(where * len(captions))] if captions else None
+    captions, weights = example["captions"], example.get("weights")
+    if weights:
+        ends = np.cumsum(weights)
+        which = int(np.searchsorted(ends[:-1], where * ends[-1], side="right"))
+    else:
+        which = int(where * len(captions))
+    caption = captions[which] if captions else None
     ids, given = encode_answer(tokenizer, example.get("question", ""), caption)
     return {"text": ids, "prompt": np.int32(given)}
 

@@ -200,6 +200,27 @@ def test_captions_are_drawn_anew_at_each_visit(build, tokenizer):
     assert captions(build(sources, seed=2)) != drawn
 
 
+class Weighted(Numbers):
+    """Captions a, b and c, the first as often as the others together; odd numbers have none."""
+
+    def __getitem__(self, i):
+        example = super().__getitem__(i)
+        if i % 2:
+            return example | {"captions": [], "weights": []}
+        return example | {"weights": [2.0, 1.0, 1.0]}
+
+
+def test_captions_are_drawn_by_their_weights(build, tokenizer):
+    dataset = build([(Weighted(16), 1.0)])
+    drawn = []
+    for batch in map(dataset.__getitem__, range(60)):
+        odd = batch["label"] % 2 == 1
+        assert not batch["text"][odd].any()
+        drawn += [tokenizer.decode(text)[-1] for text in batch["text"][~odd]]
+    assert len(drawn) == 240 == sum(map(drawn.count, "abc"))
+    assert 95 < drawn.count("a") < 145 and min(map(drawn.count, "bc")) > 40
+
+
 def test_augmentations_differ_from_visit_to_visit(build):
     one = build([(Numbers(1, 200, files=True), 1.0)], batch_size=16)
     rows = one[0]["image"]

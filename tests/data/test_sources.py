@@ -144,6 +144,29 @@ def test_fields_can_be_elsewhere(data_dir):
         assert example["captions"] == [f"only {i}"] and example["label"] == 7 * i
 
 
+def test_captions_of_several_fields_have_weights(tmp_path):
+    from tensorflow_datasets import features as f
+
+    features = {"image": f.Image(), "caption": f.Text(), "more": f.Sequence(f.Text())}
+    folder = write(
+        tmp_path,
+        "several",
+        features,
+        lambda i: {"caption": ["one", " "][i % 2], "more": ["two", "", "three"]},
+    )
+    both = {
+        tuple(e["captions"]): e["weights"]
+        for e in read(folder, fields={"captions": "caption:3 + more"})
+    }
+    assert both == {("one", "two", "three"): [3.0, 0.5, 0.5], ("two", "three"): [0.5, 0.5]}
+    one = read(folder, fields={"captions": "more"})[0]
+    assert one["captions"] == ["two", "", "three"] and "weights" not in one
+    with pytest.raises(UserError, match="no feature 'moor' for the field 'captions'"):
+        read(folder, fields={"captions": "caption+moor"})
+    with pytest.raises(UserError, match="data.fields.captions 'caption:0.more'.*must be > 0"):
+        read(folder, fields={"captions": "caption:0+more"})
+
+
 def test_what_a_dataset_lacks_has_a_neutral_value(data_dir):
     source = read(data_dir / "one_caption")
     assert source.class_names == []

@@ -1,0 +1,280 @@
+"""Datasets that lie elsewhere: read as if they were here, also where every twentieth read fails."""
+
+import contextlib
+import os
+import pickle
+import random
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
+import fsspec
+import numpy as np
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from cap_pretrain import train
+from cap_pretrain.data import storage
+from cap_pretrain.data.pipeline import train_dataset
+from cap_pretrain.data.prefetch import iterate
+from cap_pretrain.data.sources import open_source
+from cap_pretrain.data.tfds_source import TfdsSource
+from cap_pretrain.data.tokenizers import SentencePieceTokenizer, train_sentencepiece
+from cap_pretrain.errors import UserError
+from tests import toy
+from tests.data.test_sources import write
+
+COUNT, SHARDS = 24, 3
+URL = "faulty://bucket/captioned"
+FILE = "captioned-train.array_record-00001-of-00003"
+
+
+class Faulty(MemoryFileSystem):
+    """Files in memory, of which a share of the reads fails."""
+
+    protocol = "faulty"
+    store: dict = {}
+    pseudo_dirs = [""]
+    rate, error, random = 0.0, OSError("the line is noisy"), random.Random(0)
+    asked: list[str] = []
+    failed = 0
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.removeprefix("faulty://"))
+
+    def _may_fail(self, path):
+        Faulty.asked.append(path.rpartition("/")[2])
+        if self.random.random() < self.rate:
+            Faulty.failed += 1
+            raise self.error
+
+    def cat_file(self, path, start=None, end=None, **kwargs):
+        self._may_fail(path)
+        return super().cat_file(path, start, end, **kwargs)
+
+    def ls(self, path, detail=True, **kwargs):
+        self._may_fail(path)
+        return super().ls(path, detail, **kwargs)
+
+
+fsspec.register_implementation("faulty", Faulty)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    from tensorflow_datasets import features as f
+
+    features = {"image": f.Image(), "captions": f.Sequence(f.Text()), "id": f.Text()}
+    return write(
+        tmp_path_factory.mktemp("data"),
+        "captioned",
+        features,
+        lambda i: {"captions": [f"{i} a", "b"], "id": f"{i}"},
+        {"train": COUNT, "val": SHARDS},
+        SHARDS,
+    )
+
+
+@pytest.fixture(autouse=True)
+def bucket(folder, monkeypatch):
+    """The dataset in a bucket that does not fail yet."""
+    monkeypatch.setattr(storage, "FIRST_DELAY", 1e-4)
+    monkeypatch.setattr(storage, "CHUNK", 1 << 12)  # 32 reads a file
+    for name in ("rate", "failed"):  # and set back after the test
+        monkeypatch.setattr(Faulty, name, 0)
+    monkeypatch.setattr(Faulty, "random", random.Random(0))
+    monkeypatch.setattr(Faulty, "asked", [])
+    monkeypatch.setattr(Faulty, "store", {})
+    fs = fsspec.filesystem("faulty")
+    for file in folder.iterdir():
+        fs.pipe_file(f"/bucket/captioned/1.0.0/{file.name}", file.read_bytes())
+    return fs
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    texts = [f"{i} a b" for i in range(COUNT)]
+    model = train_sentencepiece(texts, tmp_path_factory.mktemp("tokenizer"), vocab_size=30)
+    return SentencePieceTokenizer(model, max_len=8)
+
+
+def read(name, cache, split="train"):
+    return open_source(str(name), split, image_size=8, cache=str(cache))
+
+
+def batches(sources, tokenizer, count=12, **options):
+    dataset = train_dataset(sources, tokenizer, image_size=8, batch_size=4, seed=0)
+    with contextlib.closing(iterate(dataset, 0, count, **options)) as got:
+        return list(got)
+
+
+def assert_same(some, others):
+    for batch, other in zip(some, others, strict=True):
+        for name in batch:
+            np.testing.assert_array_equal(batch[name], other[name])
+
+
+@pytest.mark.parametrize(
+    "name, data_dir",
+    [(URL, ""), (f"{URL}/1.0.0/", ""), ("captioned", "faulty://bucket"), ("local://{}", "")],
+)
+def test_a_location_is_read_as_a_folder_is(name, data_dir, folder, tmp_path):
+    here = open_source(str(folder), "train", image_size=8)
+    name = name.format(folder)
+    there = open_source(name, "train", image_size=8, cache=str(tmp_path), data_dir=data_dir)
+    assert list(there) == list(here) and str(there).startswith("dataset ")
+    assert len(read(f"file://{folder}", tmp_path / "none")) == COUNT
+    assert not (tmp_path / "none").exists(), "what is local is not copied"
+
+
+def test_files_are_copied_when_they_are_needed_and_once(tmp_path):
+    source = read(URL, tmp_path)
+    assert not any("array_record" in name for name in Faulty.asked)
+    with ThreadPoolExecutor(8) as threads:
+        assert len(list(threads.map(source.__getitem__, [9, 10, 11] * 8))) == 24
+    copied = [name for name in Faulty.asked if "array_record" in name]
+    size = Faulty.store[f"/bucket/captioned/1.0.0/{FILE}"].size
+    assert copied == [FILE] * (size // storage.CHUNK)
+    again = pickle.loads(pickle.dumps(source))
+    assert [again[8], read(URL, tmp_path)[9]] == [source[8], source[9]]
+    assert len(copied) == sum("array_record" in name for name in Faulty.asked)
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_half_a_copy_is_made_again(tmp_path):
+    expected = [read(URL, tmp_path / "whole")[i] for i in range(COUNT)]
+    source = read(URL, tmp_path / "half")
+    (copies,) = (tmp_path / "half").iterdir()
+    (copies / f"{FILE}.part").write_bytes(b"\xff" * 300_000)  # of a process that was killed
+    (copies / FILE).write_bytes(b"\xff" * 300)
+    assert list(source) == expected and not list(copies.glob("*.part"))
+
+
+def test_another_dataset_at_the_same_place_is_copied_anew(bucket, tmp_path):
+    assert len(read(URL, tmp_path)) == COUNT
+    bucket.pipe_file(f"/bucket/captioned/1.0.0/{FILE}", b"")
+    with pytest.raises(UserError, match=f"{URL}/1.0.0: {FILE} cannot be read"):
+        read(URL, tmp_path)[9]
+    assert len(list(tmp_path.iterdir())) == 2
+    bucket.rm(f"/bucket/captioned/1.0.0/{FILE}")
+    with pytest.raises(UserError, match=f"{FILE} is missing"):
+        read(URL, tmp_path)
+
+
+@pytest.mark.parametrize("threads", [0, 3])
+def test_one_read_of_twenty_fails_and_the_batches_are_the_same(
+    threads, folder, tokenizer, tmp_path
+):
+    local = open_source(str(folder), "train", image_size=8)
+    val = open_source(str(folder), "val", image_size=8)
+    expected = batches([(local, 1.0), (val, 2.0)], tokenizer)
+    Faulty.rate, Faulty.random = 0.05, random.Random(threads)
+    mixture = [(read(URL, tmp_path), 1.0), (read(URL, tmp_path, "val"), 2.0)]
+    assert_same(batches(mixture, tokenizer, threads=threads), expected)
+    assert Faulty.failed >= 3
+
+
+@pytest.mark.parametrize("at", ["the beginning", "a batch"])
+def test_what_always_fails_ends_with_the_path_and_the_reason(at, tokenizer, tmp_path):
+    source = read(URL, tmp_path) if at == "a batch" else None
+    Faulty.rate = 1.0
+    with pytest.raises(UserError) as raised:
+        batches([(source or read(URL, tmp_path), 1.0)], tokenizer)
+    message = str(raised.value)
+    assert message.startswith(URL) and "(the line is noisy, tried 8 times)" in message
+    assert Faulty.failed >= storage.TRIES and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (FileNotFoundError("x"), "no such file"),
+        (PermissionError(13, "Forbidden"), "Forbidden"),
+        (OSError(28, "No space left on device"), "No space left"),
+        (ValueError("no such region"), "no such region"),
+    ],
+)
+def test_what_does_not_pass_is_not_tried_again(error, said, tmp_path, monkeypatch):
+    source = read(URL, tmp_path)
+    monkeypatch.setattr(Faulty, "error", error)
+    Faulty.rate = 1.0
+    with pytest.raises(UserError, match=f"{FILE}: cannot be read \\({said}[^,]*\\)"):
+        source[9]
+    assert Faulty.failed == 1
+
+
+def test_a_file_that_ends_too_early_is_never_read(bucket, tmp_path):
+    source = read(URL, tmp_path)
+    path = f"/bucket/captioned/1.0.0/{FILE}"
+    bucket.pipe_file(path, bucket.cat_file(path)[:70_000])
+    with pytest.raises(UserError, match="bytes came instead of 4096, tried 8 times"):
+        source[9]
+
+
+def test_locations_that_cannot_be(tmp_path):
+    for name, said in {
+        "faulty://bucket/captoined": "no such folder. Did you mean 'captioned'",
+        "nowhere://bucket/x": "nowhere://bucket/x: cannot be read .Protocol not known: nowhere",
+    }.items():
+        with pytest.raises(UserError, match=said):
+            read(name, tmp_path)
+
+
+def test_a_cache_without_room_is_told_before_anything_is_copied(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=300_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match="data.cache: .* needs 0.0 GB more in .*larger disk"):
+        read(URL, tmp_path)
+    assert len(read(URL, tmp_path, "train[:50%]")) == COUNT // 2, "two files of three"
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="data.cache: cannot write to .*file.*Not a directory"):
+        read(URL, tmp_path / "file")
+
+
+def test_a_local_disk_may_have_a_bad_moment_too(folder, monkeypatch):
+    source = TfdsSource(folder, "train")
+    expected = source[3]
+
+    class Bad:
+        def __len__(self):
+            return COUNT
+
+        def __getitem__(self, index):
+            raise RuntimeError(f"pread() failed: {os.strerror(5)}; reading {folder}")
+
+    opened, whole = [Bad(), Bad(), source._records], source._records
+    monkeypatch.setattr(source, "_records", Bad())
+    monkeypatch.setattr(source, "_open_records", lambda: opened.pop(0))
+    assert source[3] == expected and source._records is whole
+    monkeypatch.setattr(source, "_open_records", Bad)
+    source._records = Bad()
+    with pytest.raises(UserError, match="example 3 in .* cannot be read .pread.* failed: Input"):
+        source[3]
+
+
+@pytest.mark.slow
+def test_worker_processes_share_the_copies(folder, tokenizer, tmp_path):
+    expected = batches([(open_source(str(folder), "train", image_size=8), 1.0)], tokenizer)
+    source = read(f"local://{folder}", tmp_path)
+    assert_same(batches([(source, 1.0)], tokenizer, workers=2), expected)
+    (copies,) = tmp_path.iterdir()
+    assert {f.name for f in copies.iterdir()} == {
+        f.name for f in folder.iterdir() if "-val." not in f.name
+    }
+
+
+@pytest.mark.slow
+def test_a_run_trains_on_through_faults(folder, tmp_path):
+    def losses(name, workdir):
+        c = toy.config(total_steps=6, data__cache=str(tmp_path / "cache"))
+        c.data.name, c.text.vocab_size = str(name), 30
+        train.run(c, tmp_path / workdir)
+        return toy.losses(tmp_path / workdir)
+
+    expected = losses(folder, "local")
+    Faulty.rate = 0.05
+    assert losses(URL, "remote") == expected and Faulty.failed
+    shutil.rmtree(tmp_path / "cache")
+    Faulty.rate = 1.0
+    with pytest.raises(UserError, match=URL):
+        losses(URL, "never")
