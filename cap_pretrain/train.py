@@ -31,8 +31,10 @@ from cap_pretrain import (
     telemetry,
 )
 from cap_pretrain import schedule as schedules
+from cap_pretrain.broken import BrokenList
 from cap_pretrain.checkpoint import Checkpoints, saved_steps
 from cap_pretrain.data import prefetch
+from cap_pretrain.errors import UserError
 from cap_pretrain.plateau import Plateau
 from cap_pretrain.step import init_state, make_train_step
 from cap_pretrain.watch import StopRequest, Watch
@@ -176,11 +178,14 @@ def run(config: ConfigDict, workdir: Path, allow_changes: Sequence[str] = ()) ->
         dataset = inputs.training_batches(config, mixture, tokenizer)
         batches = prefetch.iterate(dataset, start, schedule.total, workers=config.data.workers)
         stack.callback(batches.close)
+        members = [source for source, _ in mixture]
+        broken = BrokenList(config.data, members, workdir, jax.process_index())
         stack.enter_context(jax.transfer_guard("disallow"))
 
         for step in range(start + 1, schedule.total + 1):
             with timer.data_wait():
                 batch = next(batches)
+                broken.see(step, batch)
             state, metrics = step_fn(state, partition.put_batch({k: batch[k] for k in reads}, mesh))
             watch.add(step, metrics)
 
@@ -190,6 +195,7 @@ def run(config: ConfigDict, workdir: Path, allow_changes: Sequence[str] = ()) ->
                 for period in (schedule.log, schedule.evaluate, schedule.save)
             )
             save |= (log and checkpoints.minutes_passed()) or (due and bool(config.checkpoint.best))
+            save |= bool(watch.fault)
             stopped = stop.is_set()
             if step == start + 1 or log or due or save or stopped:
                 watch.check()  # which also waits for the device, so that the clock is right
@@ -209,6 +215,8 @@ def run(config: ConfigDict, workdir: Path, allow_changes: Sequence[str] = ()) ->
                     checkpoints.save(state)
                 if stopped and not last:
                     raise Stopped(stop, step)
+                if watch.fault and save and not last:
+                    raise UserError(watch.fault)
                 if not due:
                     continue
                 if evaluate(step, "always") and not last:

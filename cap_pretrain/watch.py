@@ -17,19 +17,25 @@ from cap_pretrain.step import FINITE
 
 # Loss spikes are judged by so many steps before, once there are some.
 SPIKE_WINDOW, SPIKE_MINIMUM = 100, 20
+# Broken images are judged by so many examples, or a few more, as steps are whole.
+BROKEN_WINDOW = 10_000
 # The standard deviation of a normal distribution, in median absolute deviations.
 NORMAL_MAD = 1.4826
 
 
 class Watch:
-    """Looks at the figures of each step: not finite, a spike, which examples were seen.
+    """Looks at the figures of each step: not finite, a spike, broken images, which examples came.
 
     The device runs one step ahead of the check, and nothing is saved unchecked.
 
     Args:
-      config: gives how many bad steps may be skipped, what a spike is, whether ids are logged.
+      config: gives how many bad steps may be skipped and images broken, what a spike is, whether
+        ids are logged.
       workdir: for the message.
       writer, progress: where it is told.
+
+    Attributes:
+      fault: why the run is to end once it has saved; "" while it may go on. On all hosts the same.
     """
 
     def __init__(
@@ -43,12 +49,17 @@ class Watch:
         self._spikes = config.log.spikes
         self._workdir, self._writer, self._progress = workdir, writer, progress
         self._losses = collections.deque(maxlen=SPIKE_WINDOW)
+        # The count of broken images after each step of the window, and before it.
+        self._broken = collections.deque(maxlen=-(-BROKEN_WINDOW // config.batch_size) + 1)
+        self._may_break = config.data.max_broken
+        self._batch_size = config.batch_size
+        self.fault = ""
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Checks the step before, and remembers this one."""
         self.check()
-        names = (*FINITE, "skipped", "data/ids")
+        names = (*FINITE, "skipped", "data/ids", "data/broken")
         self._pending = (step, {name: metrics[name] for name in names if name in metrics})
 
     def check(self) -> None:
@@ -63,6 +74,7 @@ class Watch:
         values = jax.device_get(metrics)
         if "data/ids" in values:
             self._writer.write(step, {"data/ids": values["data/ids"]})
+        self._count_broken(step, int(values.get("data/broken", 0)))
         bad = next((name for name in FINITE if not math.isfinite(values[name])), None)
         if bad is None:
             self._look_for_spike(step, float(values["loss"]))
@@ -78,6 +90,19 @@ class Watch:
         self._progress.say(
             f"step {step}: {bad} is {values[bad]}; skipped, {skipped} of {self._may_skip} allowed"
         )
+
+    def _count_broken(self, step: int, count: int) -> None:
+        self._broken.append(count)
+        recent = count - self._broken[0]
+        # Of a whole window even if it is not over, so that a few at the beginning end no run.
+        window = (self._broken.maxlen - 1) * self._batch_size
+        if recent > self._may_break * window:
+            self.fault = (
+                f"step {step}: {recent:,} of the last {window:,} examples did not decode, more "
+                f"than data.max_broken={self._may_break:g} allows; they are listed in "
+                f"{self._workdir / 'broken.jsonl'}."
+                "\nThe run is saved: mend the dataset or allow more, and start again."
+            )
 
     def _look_for_spike(self, step: int, loss: float) -> None:
         if self._spikes and len(self._losses) >= SPIKE_MINIMUM:

@@ -40,6 +40,32 @@ def watched(losses, tmp_path, **fields):
     return log
 
 
+def faults(counts, tmp_path, **fields):
+    """What is the matter after each step of a run that so many broken images have come by."""
+    log = Log()
+    watch = Watch(toy.config(**fields), tmp_path, log, log)
+    good = {"loss": 1.0, "grad_norm": 1.0, "update_norm": 1.0, "param_norm": 1.0}
+    told = []
+    for step, count in enumerate(counts, 1):
+        watch.add(step, good | {"data/broken": count})
+        watch.check()
+        told.append(watch.fault)
+    return told
+
+
+def test_too_many_broken_images_among_the_last_are_a_fault(tmp_path):
+    # Batches of 1000, so a window of 10 steps and 10,000 examples: 100 may be broken.
+    few = [10 * step for step in range(50)]
+    assert not any(faults(few, tmp_path, batch_size=1000))
+    told = faults([*few, 499, 511], tmp_path, batch_size=1000)
+    assert not any(told[:51])
+    assert told[51].startswith("step 52: 101 of the last 10,000 examples did not decode")
+    assert "data.max_broken=0.01" in told[51] and f"{tmp_path}/broken.jsonl." in told[51]
+    many = [1000 * step for step in range(30)]
+    assert not any(faults(many, tmp_path, batch_size=1000, data__max_broken=1.0))
+    assert not any(faults([9_000_000], tmp_path)), "those of earlier starts do not count"
+
+
 def test_a_spike_is_told_and_logged(tmp_path):
     losses = list(2 + 0.1 * np.random.default_rng(0).normal(size=60))
     losses[40] = 9.0
