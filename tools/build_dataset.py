@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 
 from cap_pretrain.data.builders import ALIASES, FORMATS, beam, filters, units
-from cap_pretrain.errors import UserError
+from cap_pretrain.errors import UserError, disk_error
 
 _WHATEVER = ("out", "overwrite", "workers", "beam")
 """Arguments that what is in a dataset does not depend on."""
@@ -45,6 +45,12 @@ def main(argv: list[str] | None = None) -> int:
     except units.Unfinished as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        if not (reason := disk_error(error)):
+            raise
+        where = error.filename or "--out"
+        print(f"error: {where}: {reason}; mend that and run it again to go on.", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted: run it again to go on", file=sys.stderr)
         return 130

@@ -88,6 +88,20 @@ def test_every_filter_is_counted_by_its_reason(tmp_path, capsys):
     }
 
 
+def test_columns_of_tables_are_conditions_too(tmp_path):
+    scores = ["0.9", "0.1", ""]
+    lines = [f"{k}.jpg,caption {k},{score}" for k, score in enumerate(scores)]
+    (tmp_path / "t.csv").write_text("\n".join(["image,caption,clip score", *lines]))
+    photos = write_files(tmp_path / "photos", {f"{k}.jpg": jpeg(k) for k in range(3)})
+    paths = ("--tables", tmp_path / "t.csv", "--images", photos)
+    folder = build(tmp_path, "csv", *paths, "--where", "clip score >= 0.5")
+    assert captions(folder) == ["caption 0"]
+    assert lost(folder, "train") == {
+        "not clip score>=0.5": ["1.jpg"],
+        "without clip score": ["2.jpg"],
+    }
+
+
 def test_a_caption_that_is_dropped_does_not_cost_the_others(tmp_path):
     rows = [
         {"file": "1.jpg", "text": ["a dog", "dog", "the dog"]},

@@ -1,6 +1,7 @@
 """Builds in several processes, killed and gone on with: always the same dataset."""
 
 import collections
+import errno
 import os
 import signal
 import subprocess
@@ -103,6 +104,20 @@ def test_a_worker_that_dies_is_told_and_gone_on_after(tmp_path, capsys, monkeypa
     assert run(*arguments, "--workers", "2") == 1
     assert "a worker process has died" in capsys.readouterr().err
     monkeypatch.undo()
+    assert run(*arguments) == 0
+
+
+def test_a_full_disk_is_told_and_gone_on_after(tmp_path, capsys, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    arguments = ("csv", "--name", "mine", "--out", tmp_path / "out", *numbered(tmp_path, 9))
+    with monkeypatch.context() as patch:
+        patch.setattr(units.os, "replace", full)
+        assert run(*arguments) == 2
+    error = capsys.readouterr().err
+    assert "No space left on device; mend that and run it again to go on." in error
+    assert len(error.splitlines()) == 1
     assert run(*arguments) == 0
 
 

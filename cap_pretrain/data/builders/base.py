@@ -92,20 +92,17 @@ class ImageDataset(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         raise NotImplementedError
 
     def splits(self) -> Mapping[str, int | None]:
-        """Returns the number of candidates of each split; None where only reading them tells."""
+        """Returns the number of candidates of each split; None where `parts` know it."""
         raise NotImplementedError
 
     def candidates(self, split: str) -> Iterable[Candidate]:
-        """Yields the candidates of a split, always in the same order."""
+        """Yields the candidates of a split, always in the same order, if `parts` ask for it."""
         raise NotImplementedError
 
     def parts(self, split: str) -> Sequence[units.Part]:
         """Returns what the candidates of a split are read from, always in the same order."""
-
-        def count() -> int:
-            return self.splits()[split] or sum(1 for _ in self.candidates(split))
-
-        return [units.Part(functools.partial(self.candidates, split), count)]
+        candidates = functools.partial(self.candidates, split)
+        return [units.Part(candidates, count=lambda: self.splits()[split])]
 
     def features(self) -> dict[str, Any]:
         """Returns the TFDS features besides "image" and "id"."""

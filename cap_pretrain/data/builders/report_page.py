@@ -19,7 +19,7 @@ table { border-collapse: collapse; margin: .6em 0 1.4em; }
 td, th { padding: .25em .9em .25em 0; text-align: left; vertical-align: top; }
 tr + tr { border-top: 1px solid #ddd; }
 .n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.bar { background: #4878a8; height: .8em; min-width: 1px; }
+.bar { background: #4878a8; height: .8em; margin-top: .35em; }
 .wide { width: 20em; }
 p { margin: 0 0 .3em; }
 small { color: #666; }
@@ -54,7 +54,7 @@ def _split(name: str, report: SplitReport) -> str:
         lost = report.dropped_captions.items()
         counts = [["kept", _number(report.captions)], *([_text(w), _number(n)] for w, n in lost)]
         parts.append(f"<h3>Captions of those that are kept</h3>\n{_table(counts)}")
-        parts.append(f"<h3>Words of a caption</h3>\n{_bars(report.histogram())}")
+        parts.append(f"<h3>Length of their captions</h3>\n{_bars(report.histogram())}")
     shown = [_sample(row, data) for row, data in report.shown()]
     parts.append(f"<h3>Some that are kept</h3>\n{_table(shown, ('', ''))}")
     return "".join(parts)
@@ -85,7 +85,7 @@ def _bars(counts: Mapping[str, int]) -> str:
         f'<div class="bar" style="width: {100 * n / most:.1f}%"></div>' for n in counts.values()
     )
     rows = zip(counts, map(_number, counts.values()), bars, strict=True)
-    return _table(rows, ("n", "n", "wide"))
+    return _table([("words", "captions", ""), *rows], ("n", "n", "wide"))
 
 
 def _table(rows: Iterable[Iterable[str]], classes: Sequence[str] = ("", "n", "n")) -> str:
