@@ -1,0 +1,251 @@
+"""Measures how fast a config's data pipeline is, and where its time goes.
+
+    python tools/bench_data.py --config=configs/pretrain.py:data=DATASET
+    python tools/bench_data.py --config=configs/pretrain.py --generated=500 --compare=torch,tf.data
+
+The data are the config's own, or with --generated so many JPEGs made for it in a temporary folder:
+500 x 375, quality 90, with the spectrum of photographs. The candidates take turns, with as many
+threads or workers each (--threads); told are medians. Images/s per core are by CPU time, of all
+threads and workers, so they hold on a busy machine, too. The same work on the same JPEGs: read,
+decode, crop as data.crop says, resize with antialiasing, mirror as data.flip says, make batches.
+
+    torch           a DataLoader with worker processes, and Pillow
+    tf.data         fused decode-and-crop; needs TensorFlow, in this or another Python (--tf_python)
+    tf.data:aliased the same, resized without antialiasing, as is tf.data's default: worse pictures
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import grain
+import numpy as np
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from cap_pretrain import inputs
+from cap_pretrain.data import images, pipeline, prefetch
+from cap_pretrain.data.builders import build, pairs
+from cap_pretrain.data.builders.units import Part
+from cap_pretrain.data.sources import DEFAULT_FIELDS
+from cap_pretrain.errors import UserError, did_you_mean
+from tools import bench_data_rivals
+from tools.bench_decode import generated
+
+CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/NAME.py[:key=value,…]")
+COMPARE = flags.DEFINE_list("compare", [], "Of torch, tf.data, tf.data:aliased.")
+GENERATED = flags.DEFINE_integer("generated", 0, "Make so many JPEGs, in place of data.name.")
+THREADS = flags.DEFINE_integer("threads", os.cpu_count() or 1, "Of each candidate.", lower_bound=1)
+BATCHES = flags.DEFINE_integer("batches", 10, "In a round of a candidate.", lower_bound=1)
+ROUNDS = flags.DEFINE_integer("rounds", 5, "In which the candidates take turns.", lower_bound=1)
+TF_PYTHON = flags.DEFINE_string("tf_python", sys.executable, "The Python that has TensorFlow.")
+
+RIVALS = ("torch", "tf.data", "tf.data:aliased")
+SAMPLE = 500
+"""Examples by which stages are timed, and at most so many are given to the others."""
+
+Round = dict[str, float]
+
+
+def generate(count: int, folder: Path) -> Path:
+    """Writes a dataset of `count` generated photographs with captions; returns its folder."""
+
+    def read() -> Iterator:
+        for number, file in enumerate(generated(count, 500, 375, 90)):
+            caption = f"a generated photograph, number {number}, with detail of all sizes"
+            yield pairs.candidate(f"{number}", f"{number}.jpg", [caption], lambda file=file: file)
+
+    def make(**kwargs) -> pairs.Pairs:
+        return pairs.Pairs({"train": [Part(read)]}, "tools/bench_data.py", **kwargs)
+
+    return build.build(make, "photographs", folder)[0]
+
+
+def stages(mixture: inputs.Mixture, tokenizer, config: ConfigDict, dataset) -> dict[str, float]:
+    """Milliseconds of one thread's CPU that an image takes, by stage; and the bytes of a file."""
+    source, data = mixture[0][0], config.data
+    examples, read = _timed(lambda i: source[i], range(min(len(source), SAMPLE)))
+    files = [e["image"] for e in examples if isinstance(e["image"], bytes)]
+    rng = np.random.default_rng(0)
+    smallest = data.image_size if data.crop == "none" else 0
+    _, decode = _timed(lambda file: images.decode(file, smallest), files)
+    _, square = _timed(
+        lambda e: pipeline.square(e["image"], data.image_size, data.crop, rng), examples
+    )
+    texts = [caption for e in examples for caption in e["captions"][:1]]
+    _, tokenize = _timed(tokenizer.encode, texts)
+    steps = range(max(1, len(examples) // config.batch_size))
+    _, whole = _timed(lambda step: dataset[step], steps)
+    decode = min(decode, square)  # of large files the pipeline decodes less
+    parts = {"read": read, "decode": decode, "augment": square - decode, "tokenize": tokenize}
+    parts["batch"] = max(0.0, whole / config.batch_size - sum(parts.values()))
+    return parts | {"bytes": sum(map(len, files)) / max(1, len(files))}
+
+
+def _timed(call: Callable, arguments) -> tuple[list, float]:
+    """Returns what the calls return and the milliseconds of CPU of one."""
+    begun = time.thread_time()
+    results = [call(argument) for argument in arguments]
+    return results, 1e3 * (time.thread_time() - begun) / max(1, len(results))
+
+
+def ours(dataset: grain.MapDataset, workers: int) -> Callable[[], Round]:
+    """Returns what measures a round of the config's own pipeline."""
+    ahead = max(THREADS.value, workers)
+    batches = prefetch.iterate(dataset, workers=workers, threads=THREADS.value, prefetch=ahead)
+    taken = (batch["image"] for batch in batches)
+    return lambda: bench_data_rivals.measure(taken, BATCHES.value, 2 * ahead)
+
+
+@contextlib.contextmanager
+def rival(kind: str, folder: Path, config: ConfigDict) -> Iterator[Callable[[], Round]]:
+    """Gives what measures a round of one of RIVALS, a process of its own, on the files of a folder.
+
+    Raises:
+        UserError: its library is not installed, or it failed.
+    """
+    python = sys.executable if kind == "torch" else TF_PYTHON.value
+    options = {
+        "kind": kind,
+        "folder": str(folder),
+        "size": config.data.image_size,
+        "crop": config.data.crop,
+        "flip": config.data.flip,
+        "antialias": not kind.endswith(":aliased"),
+        "batch_size": config.batch_size,
+        "threads": THREADS.value,
+        "batches": BATCHES.value,
+    }
+    said = tempfile.TemporaryFile("w+")
+    process = subprocess.Popen(
+        [python, bench_data_rivals.__file__, json.dumps(options)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=said,
+        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "OMP_NUM_THREADS": "1"},
+        text=True,
+    )
+
+    def take() -> Round:
+        with contextlib.suppress(BrokenPipeError):
+            print(file=process.stdin, flush=True)
+        if line := process.stdout.readline():
+            return json.loads(line)
+        if process.wait() == 3:
+            extra = "torch" if kind == "torch" else "bench"
+            raise UserError(
+                f"--compare={kind}: {python} lacks it; pip install 'cap_pretrain[{extra}]', or for "
+                "tf.data name a Python that has TensorFlow: --tf_python."
+            )
+        said.seek(0)
+        why = (said.read().strip().splitlines() or [f"exit code {process.returncode}"])[-1]
+        raise UserError(f"--compare={kind}: it failed: {why}")
+
+    try:
+        yield take
+    finally:
+        said.close()
+        process.kill()
+        process.communicate()
+
+
+def write_jpegs(mixture: inputs.Mixture, folder: Path) -> None:
+    """Writes JPEGs of the first dataset as files. Raises UserError if an image is none."""
+    source = mixture[0][0]
+    for i in range(min(len(source), SAMPLE)):
+        data = source[i]["image"]
+        if not (isinstance(data, bytes) and data.startswith(b"\xff\xd8")):
+            raise UserError(
+                f"--compare: is for JPEGs, and {source} has other images; add --generated=500."
+            )
+        (folder / f"{i:06}.jpg").write_bytes(data)
+
+
+def run(config: ConfigDict) -> dict:
+    """Measures, prints, and returns what it found."""
+    for kind in COMPARE.value:
+        if kind not in RIVALS:
+            raise UserError(f"--compare: there is no {kind!r}.{did_you_mean(kind, RIVALS)}")
+    if COMPARE.value and config.data.crop not in ("none", "random"):
+        raise UserError(f"--compare: not with data.crop={config.data.crop}; use none or random.")
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        if GENERATED.value:
+            config.data.name = str(generate(GENERATED.value, folder))
+            config.data.fields.update(DEFAULT_FIELDS)
+            config.data.split = "train"
+        mixture = inputs.open_sources(config)
+        config = inputs.completed(config, mixture)
+        tokenizer = inputs.prepare_tokenizer(config, mixture, folder, anew=True)
+        grouped = inputs.in_buckets(config, mixture, tokenizer)
+        dataset = inputs.training_batches(config, grouped, tokenizer)
+        parts = stages(mixture, tokenizer, config, dataset)
+        size = parts.pop("bytes")
+        candidates = {"cap_pretrain": ours(dataset, config.data.workers)}
+        if COMPARE.value:
+            (folder / "jpegs").mkdir()
+            write_jpegs(mixture, folder / "jpegs")
+        for kind in COMPARE.value:
+            candidates[kind] = stack.enter_context(rival(kind, folder / "jpegs", config))
+        rounds = {name: [] for name in candidates}
+        for number, (name, take) in itertools.product(range(ROUNDS.value + 1), candidates.items()):
+            measured = take()
+            if number:  # the first warms up
+                rounds[name].append(measured)
+    print("| stage | ms/image, one core |\n|---|---|")
+    for stage, milliseconds in parts.items():
+        print(f"| {stage} | {milliseconds:.3f} |")
+    print("\n| pipeline | images/s | images/s per core | ours to it | per core |")
+    print("|---|---|---|---|---|")
+    rows = {}
+    for name, taken in rounds.items():
+        rates = {
+            by: statistics.median(r["images"] / r[by] for r in taken) for by in ("wall", "cpu")
+        }
+        ratios = {
+            by: statistics.median(
+                mine["images"] / mine[by] / (r["images"] / r[by])
+                for mine, r in zip(rounds["cap_pretrain"], taken, strict=True)
+            )
+            for by in ("wall", "cpu")
+        }
+        rows[name] = {"rate": rates["wall"], "per_core": rates["cpu"], "ratio": ratios}
+        print(
+            f"| {name} | {rates['wall']:.0f} | {rates['cpu']:.0f} "
+            f"| {ratios['wall']:.2f} | {ratios['cpu']:.2f} |"
+        )
+    return {
+        "crop": config.data.crop,
+        "size": config.data.image_size,
+        "threads": THREADS.value,
+        "workers": config.data.workers,
+        "bytes_per_image": size,
+        "bytes_per_second": size * rows["cap_pretrain"]["rate"],
+        "stages_ms": parts,
+        "pipelines": rows,
+    }
+
+
+def main(_: list[str]) -> int:
+    """Returns the exit code."""
+    logging.set_verbosity(logging.WARNING)
+    try:
+        if CONFIG.value is None:
+            raise UserError("--config is missing; say --config=configs/NAME.py.")
+        print(json.dumps(run(CONFIG.value)))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    app.run(main)

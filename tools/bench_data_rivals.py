@@ -1,0 +1,153 @@
+"""What tools/bench_data.py compares with: the same batches by torch with Pillow, or by tf.data.
+
+    python tools/bench_data_rivals.py '{"kind": "torch", "folder": "JPEGS", …}'
+
+It needs nothing of this project, so that it runs in a Python that has TensorFlow, where the
+project's may not. For each line of its input it measures a round and prints it as JSON.
+"""
+
+import io
+import json
+import math
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of random crops, as cap_pretrain.data.images
+AHEAD = 2  # batches that each thread or worker may keep ready
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process, all of its threads, and of the workers that it has now."""
+    seconds = time.process_time()
+    for child in multiprocessing.active_children():
+        fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
+        seconds += sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")  # proc(5): utime, stime
+    return seconds
+
+
+def measure(batches: Iterator, count: int, ready: int) -> dict[str, float]:
+    """Takes `count` batches, after those that were `ready` before; returns images, wall, cpu."""
+    for _ in range(ready):
+        next(batches)
+    wall, cpu, images = time.perf_counter(), cpu_seconds(), 0
+    for _ in range(count):
+        images += len(next(batches))
+    return {
+        "images": images,
+        "wall": time.perf_counter() - wall,
+        "cpu": cpu_seconds() - cpu,
+    }
+
+
+class Photographs:
+    """A torch dataset without end of squares, uint8 [S, S, 3], each drawn by its index."""
+
+    def __init__(self, paths: list[str], size: int, crop: str, flip: bool):
+        self._paths, self._size, self._crop, self._flip = paths, size, crop, flip
+
+    def __len__(self) -> int:
+        return 2**31
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        from PIL import Image
+
+        rng = np.random.default_rng(index)
+        data = Path(self._paths[rng.integers(len(self._paths))]).read_bytes()
+        image = Image.open(io.BytesIO(data)).convert("RGB")
+        if self._crop == "random":
+            image = image.crop(_random_box(*image.size, rng))
+        image = image.resize((self._size, self._size), Image.Resampling.BILINEAR)
+        if self._flip and rng.random() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return np.array(image)
+
+
+def _random_box(width: int, height: int, rng: np.random.Generator) -> tuple[int, ...]:
+    for _ in range(10):
+        kept = width * height * rng.uniform(*AREA)
+        aspect = math.exp(rng.uniform(*map(math.log, RATIO)))
+        w, h = round(math.sqrt(kept * aspect)), round(math.sqrt(kept / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = rng.integers(width - w + 1), rng.integers(height - h + 1)
+            return left, top, left + w, top + h
+    return 0, 0, width, height
+
+
+def torch_batches(paths: list[str], options: dict) -> Iterator:
+    """Batches of a DataLoader with `threads` worker processes."""
+    from torch.utils.data import DataLoader
+
+    dataset = Photographs(paths, options["size"], options["crop"], options["flip"])
+    return iter(
+        DataLoader(
+            dataset,
+            options["batch_size"],
+            num_workers=options["threads"],
+            prefetch_factor=AHEAD,
+            multiprocessing_context="fork",
+        )
+    )
+
+
+def tf_batches(paths: list[str], options: dict) -> Iterator:
+    """Batches of tf.data, whose decoding reads only the crop; its own threads, `threads` of them.
+
+    Sizes and bits as the project's: rounded uint8; `antialias` costs most of the time.
+    """
+    import tensorflow as tf
+
+    size = options["size"]
+
+    def load(path):
+        data = tf.io.read_file(path)
+        if options["crop"] == "random":
+            begin, extent, _ = tf.image.sample_distorted_bounding_box(
+                tf.image.extract_jpeg_shape(data),
+                tf.zeros([0, 0, 4]),
+                min_object_covered=0,
+                area_range=AREA,
+                aspect_ratio_range=RATIO,
+                max_attempts=10,
+                use_image_if_no_bounding_boxes=True,
+            )
+            window = tf.concat([begin[:2], extent[:2]], 0)
+            image = tf.image.decode_and_crop_jpeg(data, window, channels=3)
+        else:
+            image = tf.image.decode_jpeg(data, channels=3)
+        image = tf.image.resize(image, (size, size), antialias=options["antialias"])
+        if options["flip"]:
+            image = tf.image.random_flip_left_right(image)
+        return tf.cast(tf.round(image), tf.uint8)
+
+    settings = tf.data.Options()
+    settings.threading.private_threadpool_size = options["threads"]
+    dataset = tf.data.Dataset.from_tensor_slices(paths).shuffle(len(paths)).repeat()
+    dataset = dataset.map(load, num_parallel_calls=options["threads"])
+    dataset = dataset.batch(options["batch_size"], drop_remainder=True).prefetch(AHEAD)
+    return iter(dataset.with_options(settings))
+
+
+def main() -> int:
+    """Returns the exit code; 3 when the library is not installed."""
+    options = json.loads(sys.argv[1])
+    paths = sorted(str(path) for path in Path(options["folder"]).iterdir())
+    make = torch_batches if options["kind"] == "torch" else tf_batches
+    try:
+        batches = make(paths, options)
+    except ModuleNotFoundError as error:
+        print(error, file=sys.stderr)
+        return 3
+    for _ in sys.stdin:
+        round_ = measure(batches, options["batches"], AHEAD * (options["threads"] + 1))
+        print(json.dumps(round_), flush=True)
+    os._exit(0)  # neither library ends its threads and workers by itself
+
+
+if __name__ == "__main__":
+    sys.exit(main())
