@@ -7,7 +7,9 @@ tools/bench_decode.py measures the choice.
 """
 
 import io
+import math
 import warnings
+from collections.abc import Callable
 
 import cv2
 import numpy as np
@@ -40,6 +42,9 @@ _UPRIGHT = {
 _JPEG = ("JPEG", "MPO")  # MPO: what some cameras write, a JPEG with further JPEGs behind it
 _LOSSLESS = ("PNG", "GIF", "BMP", "TIFF", "PPM")
 
+_Box = tuple[int, int, int, int]
+"""Top, left, height, width of a part of an image, pixels."""
+
 
 class ImageError(ValueError):
     """The bytes are not an image, a broken one, or one that is refused for its size."""
@@ -61,11 +66,7 @@ def decode(data: bytes, min_size: int = 0) -> np.ndarray:
         ImageError: not an image, broken, truncated, or more than MAX_PIXELS pixels.
     """
     with _open(data) as image:
-        if not _is_plain_jpeg(image):
-            return _decode_carefully(image)
-        pixels = _decode_jpeg(data, image.size, _scale(image.size, min_size))
-        turn = _UPRIGHT.get(_orientation(image))
-        return pixels if turn is None else np.ascontiguousarray(turn(pixels))
+        return np.ascontiguousarray(_decode(data, image, _scale(min(image.size), min_size)))
 
 
 def to_plain(data: bytes) -> bytes:
@@ -91,75 +92,80 @@ def to_plain(data: bytes) -> bytes:
     return encoded.getvalue()
 
 
-def resize(image: np.ndarray, size: int) -> np.ndarray:
-    """[H, W, 3] -> [size, size, 3], ignoring the aspect ratio; antialiased where it shrinks.
+def resize(image: bytes | np.ndarray, size: int) -> np.ndarray:
+    """The whole image -> [size, size, 3], ignoring the aspect ratio; antialiased where it shrinks.
 
-    Bilinear samples on a grid that is a whole number of times finer, and their average: as good as
-    averaging exact areas (INTER_AREA alone), which takes three times as long.
+    As all functions that resize, it takes pixels [H, W, 3] or a file, of which it decodes no more
+    than it needs (see `decode`), and then raises ImageError as `decode` does.
     """
-    height, width = image.shape[:2]
-    finer = (_samples(width, size) * size, _samples(height, size) * size)
-    image = cv2.resize(image, finer, interpolation=cv2.INTER_LINEAR)
-    return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA)
+    return _resize_part(image, size, lambda height, width: (0, 0, height, width))
 
 
-def center_crop(image: np.ndarray, size: int) -> np.ndarray:
-    """[H, W, 3] -> [size, size, 3]: the largest central square, resized."""
-    height, width = image.shape[:2]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    return resize(image[top : top + side, left : left + side], size)
+def center_crop(image: bytes | np.ndarray, size: int) -> np.ndarray:
+    """An image -> [size, size, 3]: the largest central square, resized."""
+    return _resize_part(image, size, _central)
 
 
 def random_resized_crop(
-    image: np.ndarray,
+    image: bytes | np.ndarray,
     size: int,
     rng: np.random.Generator,
     area: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> np.ndarray:
-    """[H, W, 3] -> [size, size, 3]: a random part of the image, resized.
+    """An image -> [size, size, 3]: a random part of the image, resized.
 
     Args:
-        image: uint8 [H, W, 3].
+        image: uint8 [H, W, 3], or a file.
         size: side of the result, pixels.
         rng: where the randomness comes from; equal generators give equal crops.
         area: range of the share of the image that is kept. Defaults: Szegedy et al., "Going deeper
             with convolutions" (arXiv 1409.4842), section 6, with the range everybody uses.
         ratio: range of width / height of the part, drawn uniformly in its logarithm.
     """
-    height, width = image.shape[:2]
-    for _ in range(10):
-        kept = height * width * rng.uniform(*area)
-        aspect = np.exp(rng.uniform(*np.log(ratio)))
-        crop_width, crop_height = round(np.sqrt(kept * aspect)), round(np.sqrt(kept / aspect))
-        if 0 < crop_width <= width and 0 < crop_height <= height:
-            top = rng.integers(height - crop_height + 1)
-            left = rng.integers(width - crop_width + 1)
-            return resize(image[top : top + crop_height, left : left + crop_width], size)
-    return center_crop(image, size)  # an extreme panorama, in which no such part fits
+    narrowest, widest = map(math.log, ratio)
+
+    def draw(height: int, width: int) -> _Box:
+        for _ in range(10):
+            kept = height * width * rng.uniform(*area)
+            aspect = math.exp(rng.uniform(narrowest, widest))
+            crop_width, crop_height = (
+                round(math.sqrt(kept * aspect)),
+                round(math.sqrt(kept / aspect)),
+            )
+            if 0 < crop_width <= width and 0 < crop_height <= height:
+                top = int(rng.integers(height - crop_height + 1))
+                left = int(rng.integers(width - crop_width + 1))
+                return top, left, crop_height, crop_width
+        return _central(height, width)  # an extreme panorama, in which no such part fits
+
+    return _resize_part(image, size, draw)
 
 
 def random_window(
-    image: np.ndarray, size: int, rng: np.random.Generator, share: float = 224 / 256
+    image: bytes | np.ndarray, size: int, rng: np.random.Generator, share: float = 224 / 256
 ) -> np.ndarray:
-    """[H, W, 3] -> [size, size, 3]: a square at a random place, resized.
+    """An image -> [size, size, 3]: a square at a random place, resized.
 
     Args:
-        image: uint8 [H, W, 3].
+        image: uint8 [H, W, 3], or a file.
         size: side of the result, pixels.
         rng: where the randomness comes from; equal generators give equal windows.
         share: of the shorter side. Default: 224 of 256, the augmentation of AlexNet (Krizhevsky et
             al. 2012, section 4.1).
     """
-    side = max(1, round(share * min(image.shape[:2])))
-    top, left = (rng.integers(whole - side + 1) for whole in image.shape[:2])
-    return resize(image[top : top + side, left : left + side], size)
+
+    def draw(height: int, width: int) -> _Box:
+        side = max(1, round(share * min(height, width)))
+        top, left = (int(rng.integers(whole - side + 1)) for whole in (height, width))
+        return top, left, side, side
+
+    return _resize_part(image, size, draw)
 
 
 def flip(image: np.ndarray) -> np.ndarray:
     """Mirrors [H, W, 3] left to right."""
-    return np.ascontiguousarray(image[:, ::-1])
+    return cv2.flip(image, 1)  # NumPy would copy pixel by pixel, forty times slower
 
 
 def _open(data: bytes) -> Image.Image:
@@ -174,6 +180,74 @@ def _open(data: bytes) -> Image.Image:
     if width * height > MAX_PIXELS:
         raise ImageError(f"refused: {width} x {height} pixels, the limit is {MAX_PIXELS} in all")
     return image
+
+
+def _resize_part(
+    image: bytes | np.ndarray, size: int, choose: Callable[[int, int], _Box]
+) -> np.ndarray:
+    """Returns [size, size, 3], the part that `choose(height, width)` names of the upright image.
+
+    Of a JPEG that is decoded at 1/2, 1/4 or 1/8 of its size, the part begins and ends at the
+    nearest pixel of that, so that no edge moves by more than half a pixel of the result.
+    """
+    if not isinstance(image, bytes):
+        return _resize(_part(image, choose(*image.shape[:2])), size)
+    with _open(image) as file:
+        if not _is_plain_jpeg(file):
+            return _resize_part(_decode_carefully(file), size, choose)
+        turn = _UPRIGHT.get(_orientation(file), lambda pixels: pixels)
+        box = _chosen(choose, file.size, turn)
+        scale = _scale(min(box[2:]), size)
+        part = _part(_decode_jpeg(image, file.size, scale), box, scale)
+        return _resize(turn(part), size)
+
+
+def _part(image: np.ndarray, box: _Box, scale: int = 1) -> np.ndarray:
+    """A view of a box in an image of 1 / scale of the size that the box was chosen for."""
+    top, left, height, width = box
+    rows, columns = (
+        slice(round(begin / scale), round((begin + length) / scale))
+        for begin, length in ((top, height), (left, width))
+    )
+    return image[rows, columns]
+
+
+def _chosen(choose: Callable[[int, int], _Box], size: tuple[int, int], turn: Callable) -> _Box:
+    """The box of a file of `size` (width, height) that `turn` makes the one chosen."""
+    width, height = size
+    # Where in the file the upright pixels are. These are views: large files take no longer.
+    rows, columns = (
+        turn(np.broadcast_to(line, (height, width)))
+        for line in (np.arange(height)[:, None], np.arange(width))
+    )
+    box = choose(*rows.shape)
+    begin, end = box[:2], (box[0] + box[2] - 1, box[1] + box[3] - 1)  # opposite corners
+    (top, bottom), (left, right) = (
+        sorted((int(where[begin]), int(where[end]))) for where in (rows, columns)
+    )
+    return top, left, bottom + 1 - top, right + 1 - left
+
+
+def _central(height: int, width: int) -> _Box:
+    """The largest central square."""
+    side = min(height, width)
+    return (height - side) // 2, (width - side) // 2, side, side
+
+
+def _resize(image: np.ndarray, size: int) -> np.ndarray:
+    """[H, W, 3] -> [size, size, 3], antialiased where it shrinks.
+
+    Bilinear samples on a grid that is a whole number of times finer, and their average: as good as
+    averaging exact areas (INTER_AREA alone), which takes two to three times as long.
+    """
+    height, width = image.shape[:2]
+    if height == width == size:
+        return np.ascontiguousarray(image)
+    columns, rows = _samples(width, size), _samples(height, size)
+    finer = cv2.resize(image, (columns * size, rows * size), interpolation=cv2.INTER_LINEAR)
+    # To halve one side only, OpenCV averages pairs faster if it is called bilinear.
+    how = cv2.INTER_LINEAR if max(columns, rows) <= 2 else cv2.INTER_AREA
+    return cv2.resize(finer, (size, size), interpolation=how)
 
 
 def _samples(side: int, size: int) -> int:
@@ -197,11 +271,19 @@ def _orientation(image: Image.Image) -> int:
     return image.getexif().get(_EXIF_ORIENTATION, 1) if "exif" in image.info else 1
 
 
-def _scale(size: tuple[int, int], min_size: int) -> int:
-    """The largest of 1, 2, 4, 8 by which both sides can be divided and keep `min_size` pixels."""
+def _scale(side: int, min_size: int) -> int:
+    """The largest of 1, 2, 4, 8 by which a side can be divided and keep `min_size` pixels."""
     if min_size <= 0:
         return 1
-    return next((scale for scale in (8, 4, 2) if min(size) >= scale * min_size), 1)
+    return next((scale for scale in (8, 4, 2) if side >= scale * min_size), 1)
+
+
+def _decode(data: bytes, image: Image.Image, scale: int) -> np.ndarray:
+    """Returns the upright pixels of an open file, of a plain JPEG at 1 / scale of its size."""
+    if not _is_plain_jpeg(image):
+        return _decode_carefully(image)
+    pixels = _decode_jpeg(data, image.size, scale)
+    return _UPRIGHT.get(_orientation(image), lambda pixels: pixels)(pixels)
 
 
 def _decode_jpeg(data: bytes, size: tuple[int, int], scale: int) -> np.ndarray:

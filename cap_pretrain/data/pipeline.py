@@ -257,13 +257,8 @@ def square(
     """
     if is_features(image):
         return image
-    if isinstance(image, bytes):
-        # A part of the image needs all of its pixels.
-        image = images.decode(image, min_size=0 if crop in _RANDOM else size)
     if crop in _RANDOM:
         return _RANDOM[crop](image, size, rng)
-    if image.shape[:2] == (size, size):
-        return image
     return images.center_crop(image, size) if crop == "center" else images.resize(image, size)
 
 

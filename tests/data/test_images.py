@@ -236,6 +236,87 @@ def test_center_crop_takes_the_central_square():
     assert (images.center_crop(image.swapaxes(0, 1), 16) == 255).all()
 
 
+SQUARES = {
+    "whole": images.resize,
+    "center": images.center_crop,
+    "random": lambda image, size: images.random_resized_crop(image, size, drawn()),
+    "window": lambda image, size: images.random_window(image, size, drawn()),
+}
+
+
+def drawn() -> np.random.Generator:
+    """What draws, of the picture below, a crop that can be decoded at half of its size."""
+    return np.random.default_rng(5)
+
+
+def photograph(height: int, width: int) -> np.ndarray:
+    """uint8 [height, width, 3]: coarse shapes, and fine ones on top of them."""
+    rng = np.random.default_rng(0)
+    image = np.zeros((height, width, 3), np.float32)
+    for cells, contrast in ((4, 50), (30, 15), (height, 2)):
+        noise = rng.normal(scale=contrast, size=(cells, cells * width // height, 3))
+        image += cv2.resize(noise.astype(np.float32), (width, height))
+    return np.clip(image + 128, 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("name", SQUARES)
+@pytest.mark.parametrize("kind", FILES)
+def test_a_file_gives_the_square_that_its_pixels_give(name, kind):
+    data = FILES[kind][0]
+    np.testing.assert_array_equal(
+        SQUARES[name](data, 40),
+        SQUARES[name](images.decode(data), 40),  # too large to be reduced
+    )
+
+
+@pytest.mark.parametrize("name", SQUARES)
+@pytest.mark.parametrize("orientation", [None, *range(1, 9)])
+def test_a_file_decoded_at_half_its_size_gives_nearly_that_square(name, orientation, monkeypatch):
+    """Each part of it: on average within 3 grey levels, where the picture varies by 50."""
+    exif = Image.Exif()
+    if orientation:
+        exif[0x0112] = orientation
+    data = encode(photograph(375, 501), "JPEG", quality=95, exif=exif)
+    exact = SQUARES[name](images.decode(data), 80)
+    scales = []
+    decode = images._decode_jpeg
+    monkeypatch.setattr(
+        images, "_decode_jpeg", lambda *args: scales.append(args[-1]) or decode(*args)
+    )
+    square = SQUARES[name](data, 80)
+    assert scales in ([2], [4]) and square.shape == (80, 80, 3)
+    difference = np.abs(square.astype(int) - exact)
+    assert difference.mean() < 3 and difference.max() < 30
+    assert exact.std() > 20
+
+
+def test_a_crop_smaller_than_its_square_is_decoded_in_full(monkeypatch):
+    data = encode(photograph(375, 501), "JPEG", quality=95)
+    whole = images.decode(data)
+    for seed in range(30):
+        small, large = (
+            images.random_resized_crop(image, 150, np.random.default_rng(seed), area=(0.08, 0.3))
+            for image in (data, whole)
+        )
+        np.testing.assert_array_equal(small, large)  # 300 x 300 are half of the picture
+
+
+@pytest.mark.parametrize("shape", [(30, 64), (64, 30), (64, 64)])
+def test_resize_is_close_to_exact_antialiasing(shape):
+    """Pillow's bilinear filter, where one side shrinks and the other grows, too."""
+    image = photograph(*shape)
+    exact = Image.fromarray(image).resize((40, 40), Image.Resampling.BILINEAR)
+    assert np.abs(images.resize(image, 40).astype(int) - exact).mean() < 3
+
+
+@pytest.mark.parametrize("name", SQUARES)
+def test_no_square_of_a_broken_file(name):
+    with pytest.raises(images.ImageError):
+        SQUARES[name](FILES["jpeg"][0][:-80], 12)
+    with pytest.raises(images.ImageError):
+        SQUARES[name](b"no image", 12)
+
+
 def test_flip_mirrors_left_to_right():
     assert (images.flip(picture()) == picture()[:, ::-1]).all()
 
