@@ -44,6 +44,8 @@ setup(
         "captions": ["pycocoevalcap>=1.2,<1.3"],
         "beam": ["apache-beam>=2.77,<3"],
         "torch": ["torch>=2.6"],
+        # What tools/bench_data.py compares with; nothing else imports TensorFlow.
+        "bench": ["torch>=2.6", "tensorflow-cpu>=2.21,<2.22"],
         "tpu": ["jax[tpu]>=0.10.2,<0.12"],
         "cuda": ["jax[cuda13]>=0.10.2,<0.12"],
     },
