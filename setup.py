@@ -27,6 +27,7 @@ setup(
         "opencv-python-headless>=4.10,<6",
         "Pillow>=11,<14",
         "numpy>=2.0,<3",
+        "fsspec>=2025.9,<2027",
         "scipy>=1.14,<2",
         "pyarrow>=16,<27",
         "absl-py>=2.1,<3",
