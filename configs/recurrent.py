@@ -29,9 +29,9 @@ An epoch of theirs is every caption once. Here it is every image once (but with 
 lengths are given for the five captions an image of COCO, Flickr8k and VizWiz. What a source does
 not say is ours: batches of 64 for `gru` and `merge`; of 32 for `show_attend_tell`, as its public
 code. The pooled vector of CLIP is what it projects to 512 to compare it with texts; a linear layer
-of the LSTM's own takes the place of that projection, but with features that tools/extract_features.py
---what head has stored. The same gives what the whole jigsaw network makes of its nine tiles, the
-other extractor of `merge_jigsaw`.
+of the LSTM's own takes the place of that projection, but with features that
+tools/extract_features.py --what head has stored. The same gives what the whole jigsaw network makes
+of its nine tiles, the other extractor of `merge_jigsaw`.
 """
 
 import dataclasses

@@ -203,9 +203,9 @@ def sampled_inputs(
 ) -> jax.Array:
     """What is read where some words are the decoder's own, [B, T], of inputs int32 [B, T].
 
-    Each word but the first is, with its probability of `rates` [B, T], drawn from what the decoder predicts after
-    the words before it as they are read here. It does so without dropout, and nothing is learned
-    from the choice.
+    Each word but the first is, with its probability of `rates` [B, T], drawn from what the decoder
+    predicts after the words before it as they are read here. It does so without dropout, and
+    nothing is learned from the choice.
     """
     own, shared = decoder.begin(encoded)
 
