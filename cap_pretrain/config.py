@@ -45,6 +45,10 @@ CHOICES = {
     "optim.decay": tuple(optim.DECAYS),
 }
 
+AT_LEAST_ONE = (
+    *("batch_size", "accumulate", "text.length", "text.vocab_size"),
+    *("model.unroll", "model.logit_chunks"),
+)
 NOT_NEGATIVE = (
     *("optim.lr", "optim.lr_batch", "optim.weight_decay", "optim.clip_norm", "optim.clip_value"),
     *("optim.skip_bad_steps", "data.workers", "checkpoint.every_minutes", "log.spikes"),
@@ -57,7 +61,7 @@ NOT_NEGATIVE = (
 FREE = (
     *("checkpoint", "log", "eval", "evals", "mesh", "deterministic", "data.workers", "data.dir"),
     *("data.cache", "data.max_broken"),
-    *("data.eval_split", "model.attention", "model.remat", "model.unroll"),
+    *("data.eval_split", "model.attention", "model.remat", "model.unroll", "model.logit_chunks"),
 )
 
 
@@ -131,6 +135,9 @@ def default() -> ConfigDict:
     c.model.remat = "none"
     # Layers per iteration of the scan over depth: more compile time for, maybe, less run time.
     c.model.unroll = 1
+    # Parts of the captions, along their length, for which a captioner's logits are made, one after
+    # the other, and made again in the backward pass: no array is batch x length x vocabulary.
+    c.model.logit_chunks = 1
     # After attention and MLP; and of whole residual branches (encoder and text tower).
     c.model.dropout = 0.0
     c.model.stochastic_depth = 0.0
@@ -319,7 +326,7 @@ def validate(config: ConfigDict) -> None:
         if value not in choices:
             raise UserError(f"{field}: {value!r} is unknown.{did_you_mean(value, choices)}")
     build.check(config)
-    for field in ("batch_size", "accumulate", "text.length", "text.vocab_size", "model.unroll"):
+    for field in AT_LEAST_ONE:
         if get(config, field) < 1:
             raise UserError(f"{field}: {get(config, field)} must be at least 1.")
     if config.batch_size % config.accumulate:

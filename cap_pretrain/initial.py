@@ -25,7 +25,7 @@ from cap_pretrain.step import TrainState
 # Fields of `config.model` that are no properties of an encoder's weights.
 OWN_FIELDS = (
     *("decoder_width", "decoder_depth", "decoder_mlp", "decoder_heads"),
-    *("attention", "remat", "unroll", "dropout", "stochastic_depth"),
+    *("attention", "remat", "unroll", "logit_chunks", "dropout", "stochastic_depth"),
 )
 
 

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from cap_pretrain import learners
 from cap_pretrain.errors import UserError
 from cap_pretrain.models.build import build_encoder, compute, decoder_size, encoder_width
-from cap_pretrain.models.layers import normalize_images
+from cap_pretrain.models.layers import in_chunks, normalize_images
 from cap_pretrain.models.text import Cache, Decoder
 
 PAD = 0  # also what stands before the first token
@@ -103,7 +103,11 @@ class Captioner(nnx.Module):
         images = normalize_images(images, self.decoder.compute.dtype)
         return self.encoder(images, train=train, key=key)
 
-    def predict(
+    def predict(self, *args, **kwargs) -> jax.Array:
+        """Logits float32 [B * C, T, V] of every token of a text; arguments as for `states`."""
+        return self.decoder.to_logits(self.states(*args, **kwargs))
+
+    def states(
         self,
         encoded: jax.Array,
         text: jax.Array,
@@ -112,7 +116,7 @@ class Captioner(nnx.Module):
         prompt: jax.Array | int = 0,
         key: jax.Array | None = None,
     ) -> jax.Array:
-        """Logits [B * C, T, V] of every token of `text` int32 [B * C, T].
+        """What the logits of every token of `text` int32 [B * C, T] are made of, [B * C, T, D].
 
         Args:
           encoded: [B, N, D] tokens of the encoder.
@@ -131,7 +135,30 @@ class Captioner(nnx.Module):
             inputs = jnp.where(masked, self.decoder.vocab_size, inputs)
             mask = mask | parallel[:, None, None, None]
         positions = self.text_positions[: text.shape[1]]
-        return self.decoder(inputs, positions, encoded, mask, key=key)
+        return self.decoder.states(inputs, positions, encoded, mask, key=key)
+
+    def judged(
+        self, states: jax.Array, text: jax.Array, smoothing: float = 0.0
+    ) -> tuple[jax.Array, jax.Array]:
+        """The loss of each token of `text` int32 [B, T], and whether it is the likeliest.
+
+        With `model.logit_chunks` the logits are made for one part of the positions after the other,
+        and again in the backward pass.
+
+        Args:
+          states: [B, T, D], what the logits are made of.
+          text: the tokens to be predicted.
+          smoothing: mass spread evenly over the vocabulary.
+
+        Returns:
+          float32 and bool [B, T].
+        """
+
+        def judge(states, text):
+            logits = self.decoder.to_logits(states)
+            return token_loss(logits, text, smoothing), jnp.argmax(logits, -1) == text
+
+        return in_chunks(judge, self.decoder.compute.logit_chunks, states, text)
 
     def loss(
         self, batch: dict[str, jax.Array], key: jax.Array, train: bool
@@ -145,21 +172,21 @@ class Captioner(nnx.Module):
             p = self.options.parallel_fraction
             parallel = jax.random.bernoulli(parallel_key, p, (len(text),))
         key = decoder_key if train else None
-        logits = self.predict(encoded, text, parallel, prompt=prompt, key=key)
+        states = self.states(encoded, text, parallel, prompt=prompt, key=key)
 
         learned = is_learned(text, prompt)
         weights = learned.astype(jnp.float32)
         examples = batch.get("mask", jnp.ones(len(text), bool)).astype(jnp.float32)
         examples = examples * jnp.any(learned, axis=1)
         weights = weights * examples[:, None]
-        nll = token_loss(logits, text, self.options.label_smoothing if train else 0.0)
+        smoothing = self.options.label_smoothing if train else 0.0
+        nll, right = self.judged(states, text, smoothing)
         by_token = self.options.average == "token"
         per_caption = weights / jnp.maximum(jnp.sum(weights, 1, keepdims=True), 1)
         shares = weights if by_token else per_caption  # what each token counts
         weight = jnp.sum(weights) if by_token else jnp.sum(examples)
         loss = jnp.sum(nll * shares) / jnp.maximum(weight, 1)
 
-        right = jnp.argmax(logits, -1) == text
         metrics = {
             "loss_weight": weight,
             "token_accuracy": jnp.sum(right * shares) / jnp.maximum(weight, 1),
@@ -193,7 +220,7 @@ class Captioner(nnx.Module):
         """
         text = jnp.broadcast_to(text, (len(encoded), *text.shape[-2:]))
         flat = text.reshape(-1, text.shape[-1])
-        nll = token_loss(self.predict(encoded, flat), flat, smoothing=0.0).reshape(text.shape)
+        nll = self.judged(self.states(encoded, flat), flat)[0].reshape(text.shape)
         return -jnp.sum(nll * is_learned(text, prompt), axis=-1)
 
     def score(self, images: jax.Array, text: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from cap_pretrain import learners
 from cap_pretrain.errors import UserError
-from cap_pretrain.learners.captioner import Captioner, is_learned, shift_right, token_loss
+from cap_pretrain.learners.captioner import Captioner, is_learned, shift_right
 from cap_pretrain.models import recurrent
 from cap_pretrain.models.build import build_encoder, compute
 
@@ -89,9 +89,9 @@ class Recurrent(Captioner):
         )
         return cls(encoder, decoder, options=options)
 
-    def predict(self, encoded: jax.Array, text: jax.Array) -> jax.Array:
-        """Logits [B * C, T, V] of every token of `text` int32 [B * C, T], as a `Captioner`'s."""
-        return self.decoder(encoded, shift_right(text))[0]
+    def states(self, encoded: jax.Array, text: jax.Array) -> jax.Array:
+        """What the logits of `text` int32 [B * C, T] are made of, as a `Captioner`'s."""
+        return self.decoder.states(encoded, shift_right(text))[0]
 
     def loss(
         self, batch: dict[str, jax.Array], key: jax.Array, train: bool
@@ -105,13 +105,13 @@ class Recurrent(Captioner):
         if train and options.scheduled_sampling:
             rates = options.scheduled_sampling * is_learned(inputs, prompt + 1)
             inputs = sampled_inputs(self.decoder, encoded, inputs, rates, words_key)
-        logits, attention = self.decoder(encoded, inputs, key=decoder_key if train else None)
+        key = decoder_key if train else None
+        states, attention = self.decoder.states(encoded, inputs, key=key)
 
         learned = is_learned(text, prompt)
         shares, weight = token_shares(learned, batch.get("mask"), options.average)
-        nll = token_loss(logits, text, options.label_smoothing if train else 0.0)
+        nll, right = self.judged(states, text, options.label_smoothing if train else 0.0)
         loss = jnp.sum(nll * shares) / jnp.maximum(weight, 1)
-        right = jnp.argmax(logits, -1) == text
         metrics = {
             "loss_weight": weight,
             "token_accuracy": jnp.sum(right * shares) / jnp.maximum(weight, 1),

@@ -162,6 +162,7 @@ def compute(config: ConfigDict) -> Compute:
         attention=model.attention,
         remat=model.remat,
         unroll=model.unroll,
+        logit_chunks=model.logit_chunks,
         dropout=model.dropout,
         stochastic_depth=model.stochastic_depth,
         deterministic=config.deterministic,

@@ -32,6 +32,7 @@ class Compute:
       remat: what the backward pass keeps: "none" recomputes nothing; "full" recomputes all but the
         layer inputs; "dots" keeps the results of matrix products.
       unroll: layers per iteration of the scan over depth; the depth itself unrolls it whole.
+      logit_chunks: parts of a text for which the logits of a loss are made, one after the other.
       dropout: rate after attention and MLP.
       stochastic_depth: rate of dropping a residual branch, growing linearly with depth.
       deterministic: whether the gradients are to have the same bits each time on GPUs.
@@ -41,6 +42,7 @@ class Compute:
     attention: str = "xla"
     remat: str = "none"
     unroll: int = 1
+    logit_chunks: int = 1
     dropout: float = 0.0
     stochastic_depth: float = 0.0
     deterministic: bool = False
@@ -296,6 +298,37 @@ def scan_layers(
     return jax.lax.scan(
         step, x, (params, per_layer), length=depth, unroll=min(compute.unroll, depth)
     )
+
+
+def in_chunks(fn: Callable[..., Any], chunks: int, *arrays: jax.Array) -> Any:
+    """Returns `fn(*arrays)`, computed for one part of the second axis after the other.
+
+    What `fn` computes on the way is kept no longer than a part lasts: the backward pass computes it
+    again. Examples stay on the devices they are on, as they would not in parts of the first axis.
+
+    Args:
+      fn: of arrays [B, L, ...], for any L; gives a tree of arrays [B, L, ...].
+      chunks: how many parts; the last may be shorter.
+      arrays: [B, T, ...] each.
+    """
+    total = arrays[0].shape[1]
+    length = -(-total // chunks)
+    if length == total:
+        return fn(*arrays)
+    count = -(-total // length)
+
+    def split(x):
+        x = jnp.pad(x, ((0, 0), (0, count * length - total), *((0, 0),) * (x.ndim - 2)))
+        return jnp.moveaxis(x.reshape(len(x), count, length, *x.shape[2:]), 1, 0)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def one(parts):
+        return fn(*map(constrain, parts))
+
+    def join(x):
+        return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], count * length, *x.shape[3:])[:, :total]
+
+    return jax.tree.map(join, jax.lax.map(one, tuple(map(split, arrays))))
 
 
 def encoder_blocks(

@@ -241,11 +241,14 @@ class Decoder(nnx.Module):
     def read(
         self, tokens: jax.Array, cache: Cache, key: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array | None, Cache]:
-        """Logits float32 [R, T, V] of what follows each of tokens int32 [R, T]; weights; cache."""
+        """States [R, T, H] after each of tokens int32 [R, T]; attention weights; cache."""
         x = constrain(embed(self.embedding, tokens, self.compute))
-        outputs, weights, state = self.run(x, cache, key)
-        logits = self.logits(outputs.astype(self.compute.dtype)).astype(jnp.float32)
-        return logits, weights, (state, cache[1])
+        states, weights, last = self.run(x, cache, key)
+        return states, weights, (last, cache[1])
+
+    def to_logits(self, states: jax.Array) -> jax.Array:
+        """States [..., H] -> logits float32 [..., V] of what comes next."""
+        return self.logits(states.astype(self.compute.dtype)).astype(jnp.float32)
 
     def __call__(
         self, encoded: jax.Array, tokens: jax.Array, *, key: jax.Array | None = None
@@ -253,22 +256,35 @@ class Decoder(nnx.Module):
         """Predicts what follows every token of whole texts (teacher forcing).
 
         Args:
+          encoded, tokens, key: as for `states`.
+
+        Returns:
+          Logits float32 [B * C, T, V], and attention weights float32 [B * C, T, N] or None.
+        """
+        states, weights = self.states(encoded, tokens, key=key)
+        return self.to_logits(states), weights
+
+    def states(
+        self, encoded: jax.Array, tokens: jax.Array, *, key: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """What `to_logits` makes the logits of whole texts of.
+
+        Args:
           encoded: what `reads` says, of B images.
           tokens: int32 [B * C, T], what is read, C texts of each image side by side.
           key: for dropout; None in evaluation.
 
         Returns:
-          Logits float32 [B * C, T, V], and attention weights float32 [B * C, T, N] or None.
+          States [B * C, T, H], and attention weights float32 [B * C, T, N] or None.
         """
         begin_key, run_key = split_optional(key, 2)
         cache = self.begin(encoded, len(tokens) // len(encoded), begin_key)
-        logits, weights, _ = self.read(tokens, cache, run_key)
-        return logits, weights
+        return self.read(tokens, cache, run_key)[:2]
 
     def step(self, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """Logits float32 [R, V] of what follows tokens int32 [R], for `decoding`; the new cache."""
-        logits, _, cache = self.read(tokens[:, None], cache)
-        return logits[:, 0], cache
+        states, _, cache = self.read(tokens[:, None], cache)
+        return self.to_logits(states[:, 0]), cache
 
 
 class LSTMDecoder(Decoder):

@@ -183,15 +183,31 @@ class Decoder(nnx.Module):
         """Predicts every position at once (teacher forcing).
 
         Args:
+          tokens, positions, encoded, mask, key: as for `states`.
+
+        Returns:
+          logits [B * C, T, V] float32.
+        """
+        return self.to_logits(self.states(tokens, positions, encoded, mask, key=key))
+
+    def states(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        encoded: jax.Array,
+        mask: jax.Array,
+        *,
+        key: jax.Array | None = None,
+    ) -> jax.Array:
+        """What `to_logits` makes the logits of every position of, [B * C, T, D].
+
+        Args:
           tokens: int32 [B * C, T] inputs, already shifted or masked; the C texts of an image (in
             training one) lie side by side.
           positions: [T, D] position embeddings.
           encoded: [B, N, E] tokens of the encoder.
           mask: bool [B * C | 1, 1, T, T], True where a position may look.
           key: for dropout; None in evaluation.
-
-        Returns:
-          logits [B * C, T, V] float32.
         """
         x = self._read(tokens, positions)
         keys, _ = layer_randomness(key, self.size.depth, self.compute)
@@ -203,7 +219,11 @@ class Decoder(nnx.Module):
             depth=self.size.depth,
             compute=self.compute,
         )
-        return self.logits(self.norm(x)).astype(jnp.float32)
+        return self.norm(x)
+
+    def to_logits(self, states: jax.Array) -> jax.Array:
+        """States [..., D] -> logits [..., V] float32."""
+        return self.logits(states).astype(jnp.float32)
 
     def attention(
         self, tokens: jax.Array, positions: jax.Array, encoded: jax.Array, mask: jax.Array
@@ -211,7 +231,7 @@ class Decoder(nnx.Module):
         """How each layer looks at the image where there is one text for each.
 
         Args:
-          tokens, positions, encoded, mask: as for `__call__`.
+          tokens, positions, encoded, mask: as for `states`.
 
         Returns:
           float32 [depth, B, heads, T, N], of which every [N] sums to 1.
@@ -283,7 +303,7 @@ class Decoder(nnx.Module):
             depth=self.size.depth,
             compute=self.compute,
         )
-        logits = self.logits(self.norm(x)).astype(jnp.float32)
+        logits = self.to_logits(self.norm(x))
         return logits.reshape(batch * beams, -1), (writers, (own, cross))
 
 
