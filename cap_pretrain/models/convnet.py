@@ -7,7 +7,10 @@ its backward pass took five times as long on CPU. So `model.remat` and `model.un
 them.
 """
 
-from collections.abc import Iterator
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -80,8 +83,38 @@ def convolution(
         use_bias=bias,
         kernel_init=_HE,
         dtype=dtype,
+        conv_general_dilated=convolved,
         rngs=rngs,
     )
+
+
+def convolved(
+    x: jax.Array,
+    kernel: jax.Array,
+    strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    **kwargs: Any,
+) -> jax.Array:
+    """What `jax.lax.conv_general_dilated` gives, of x [B, H, W, D] and kernel [h, w, D, D'].
+
+    Where the kernel is larger than the map it makes, as in the last stage of small images, it is a
+    matrix product: XLA's compiler for CPUs exchanges the two there, in one of the passes, which
+    takes ten times as long.
+    """
+    ends = [
+        size + sum(pads) - side
+        for size, pads, side in zip(x.shape[1:3], padding, kernel.shape, strict=False)
+    ]
+    counts = [end // stride + 1 for end, stride in zip(ends, strides, strict=True)]
+    if math.prod(counts) >= math.prod(kernel.shape[:2]):
+        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **kwargs)
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    rows, columns = (
+        [slice(n, n + stride * (count - 1) + 1, stride) for n in range(side)]
+        for side, stride, count in zip(kernel.shape, strides, counts, strict=False)
+    )
+    seen = [x[:, row, column] for row in rows for column in columns]
+    return jnp.concatenate(seen, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
 
 
 class BatchNorm(nnx.BatchNorm):
@@ -121,8 +154,18 @@ class BatchNorm(nnx.BatchNorm):
 
 
 def max_pool(x: jax.Array, *, padding: int = 0) -> jax.Array:
-    """[B, H, W, D]: the largest of 3 x 3, every second; beyond the edges there is nothing."""
-    return nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((padding, padding),) * 2)
+    """[B, H, W, D]: the largest of 3 x 3, every second; beyond the edges there is nothing.
+
+    Rows first, then columns, of slices: the gradient of `nnx.max_pool` is several times as slow on
+    CPUs. Where the largest are equal, they share the gradient.
+    """
+    edges = (padding, padding)
+    x = jnp.pad(x, ((0, 0), edges, edges, (0, 0)), constant_values=-jnp.inf)
+    for axis in (1, 2):
+        end = x.shape[axis] - 2  # of the windows' beginnings
+        parts = (jax.lax.slice_in_dim(x, n, end + n, 2, axis) for n in range(3))
+        x = functools.reduce(jnp.maximum, parts)
+    return x
 
 
 def _rows(x: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ from cap_pretrain import learners, partition, plan
 from cap_pretrain.convert import export, open_encoder
 from cap_pretrain.errors import UserError
 from cap_pretrain.models import build
-from cap_pretrain.models.convnet import BatchNorm
+from cap_pretrain.models.convnet import BatchNorm, convolved, max_pool
 from cap_pretrain.models.layers import normalize_images
 from tests import layouts, tiny, torch_convnets, toy
 from tests.convert.test_torchvision import MEAN, STD, close, imported, rows
@@ -40,6 +40,33 @@ def test_batch_norm_is_torchs(dtype):
         found = ours(jnp.asarray(x), train=frozen).astype(np.float32)
         np.testing.assert_allclose(found, expected, **tolerance)
         np.testing.assert_array_equal(ours.mean[...], before)
+
+
+@pytest.mark.parametrize(("side", "stride"), [(1, 1), (2, 1), (3, 1), (4, 2), (5, 2)])
+def test_a_convolution_onto_a_small_map_is_a_convolution(side, stride):
+    """Forward and backward, whether or not the kernel is larger than the map."""
+    rng = np.random.default_rng(0)
+    x, kernel = rng.normal(size=(2, side, side, 3)), rng.normal(size=(3, 3, 3, 4))
+    x, kernel = x.astype(np.float32), kernel.astype(np.float32)
+    how = ((stride, stride), ((1, 1), (1, 1)))
+    names = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+    expected, back = jax.vjp(lambda *a: jax.lax.conv_general_dilated(*a, *how, **names), x, kernel)
+    found, our_back = jax.vjp(lambda *a: convolved(*a, *how, **names), x, kernel)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    for ours, theirs in zip(our_back(expected), back(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_max_pooling_is_flaxs_and_equals_share_a_gradient(padding):
+    pads = ((padding, padding),) * 2
+    x = np.random.default_rng(0).normal(size=(2, 9, 6, 3)).astype(np.float32)
+    expected, back = jax.vjp(lambda x: nnx.max_pool(x, (3, 3), (2, 2), pads), x)
+    found, our_back = jax.vjp(lambda x: max_pool(x, padding=padding), x)
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_allclose(our_back(expected)[0], back(expected)[0], rtol=1e-6)
+    share = jax.grad(lambda x: jnp.sum(max_pool(x)))(jnp.ones((1, 3, 3, 1)))
+    assert np.sum(share) == 1 and np.max(share) <= 0.25
 
 
 @pytest.mark.parametrize("name", ["resnet18", pytest.param("resnet50", marks=pytest.mark.slow)])
