@@ -2,6 +2,7 @@
 
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
@@ -35,6 +36,13 @@ def test_tasks_and_their_recipes():
         toy.load("pretext", "task=rotation,recipe=seed01")
     c = toy.load("pretext", "task=simclr,encoder=vit,data=data/coco,evals=loss+knn")
     assert (c.model.name, c.data.name, sorted(c.evals)) == ("S/16", "data/coco", ["knn", "loss"])
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_stored_features_are_no_images_to_learn_from(task):
+    c = toy.load("pretext", f"task={task},encoder=stored")
+    with pytest.raises(UserError, match=f"stored features are no images, which {task} learns from"):
+        learners.build(c, 0, jax.random.key(0))
 
 
 @pytest.mark.slow

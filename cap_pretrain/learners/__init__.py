@@ -6,9 +6,13 @@ A learner is an `nnx.Module` class with
   reads                                the parts of a batch it learns from, as ("image", "text")
   encoder                              the part that is kept, an `ImageEncoder`
   from_config(config, vocab_size, rngs) classmethod that builds it
-  loss(batch, key, train)              -> (scalar loss, metrics: dict of scalars)
-  sum_over_batch                       whether the loss of a batch is the (weighted) mean of the
-                                       losses of its parts, so that gradients may be accumulated
+  loss(batch, key, train)              -> (scalar loss, metrics: dict of scalars), a mean over
+                                       examples, so that of a batch in parts it is that of theirs
+
+or, if the loss compares examples with each other, as a `contrastive.Contrastive`
+
+  embed(batch, key, train)             -> what is compared, a tree of arrays [B, …]
+  contrast(embedded)                   -> (scalar loss, metrics)
 
 and, if layers behind the encoder make a vector that is of use elsewhere,
 
@@ -38,6 +42,7 @@ from cap_pretrain import optim
 from cap_pretrain.errors import UserError, did_you_mean
 from cap_pretrain.models.convnet import BatchNorm
 from cap_pretrain.models.encoder import ImageEncoder
+from cap_pretrain.models.sizes import STORED
 
 REGISTRY = {
     "captioner": "cap_pretrain.learners.captioner:Captioner",
@@ -90,6 +95,11 @@ def build(config: ConfigDict, vocab_size: int, key: jax.Array) -> nnx.Module:
       UserError: the config cannot be built.
     """
     cls = learner_class(config.learner.name)
+    if config.model.name == STORED and hasattr(cls, "RECIPES"):
+        raise UserError(
+            f"model.name: {STORED} features are no images, which {config.learner.name} learns "
+            "from; name an encoder and a dataset of images."
+        )
     learner = cls.from_config(config, vocab_size, nnx.Rngs(params=key))
     for path, module in nnx.iter_modules(learner):
         if isinstance(module, (ImageEncoder, BatchNorm)):
@@ -97,9 +107,4 @@ def build(config: ConfigDict, vocab_size: int, key: jax.Array) -> nnx.Module:
             for name in reversed(path):
                 weights = {name: weights}
             module.frozen = optim.is_frozen(config.optim, weights)
-            if isinstance(module, BatchNorm) and not module.frozen and config.accumulate > 1:
-                raise UserError(
-                    f"accumulate: {config.accumulate} parts would each be normalised by statistics "
-                    f"of their own in {'/'.join(map(str, path))}; set accumulate=1."
-                )
     return learner

@@ -97,7 +97,6 @@ class Colorization(nnx.Module):
     }
 
     reads = ("image",)
-    sum_over_batch = True
 
     def __init__(self, encoder: ImageEncoder, *, options: Options, rngs: nnx.Rngs):
         self.encoder = encoder
@@ -109,11 +108,6 @@ class Colorization(nnx.Module):
 
     @classmethod
     def from_config(cls, config: ConfigDict, vocab_size: int, rngs: nnx.Rngs) -> "Colorization":
-        if config.model.name == STORED:
-            raise UserError(
-                f"model.name: {STORED} features have no colours to learn from; name an encoder and "
-                "a dataset of images."
-            )
         return cls(build_encoder(config, rngs), options=learners.options(config), rngs=rngs)
 
     @staticmethod

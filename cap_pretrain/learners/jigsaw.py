@@ -41,6 +41,11 @@ class Jigsaw(nnx.Module):
     class Options:
         """Settings of `config.learner`.
 
+        The defaults are for images of 256 pixels. Of smaller ones, tiles must stay large enough for
+        the tower: one of which its last stage makes a map of one position (a ResNet, of up to 32
+        pixels) trains no more of the kernels there than their middle, and on whole images the rest
+        speaks up. So enlarge small images (`data.image_size`); a ResNet wants tiles of 33 or more.
+
         Attributes:
           crop: side in pixels of the square that is cut into cells, at random in training and from
             the middle in evaluation, of an image that is no smaller.
@@ -157,7 +162,6 @@ class Jigsaw(nnx.Module):
     }
 
     reads = ("image",)
-    sum_over_batch = True
 
     def __init__(
         self,

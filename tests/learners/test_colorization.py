@@ -326,8 +326,6 @@ def test_what_cannot_be_is_told():
         configs.validate(toy.config(model__colours="grey"))
     with pytest.raises(UserError, match="model.colours: 'lightness' is for images"):
         configs.validate(toy.config(model__name="stored", model__colours="lightness"))
-    with pytest.raises(UserError, match="stored features have no colours"):
-        Colorization.from_config(toy.config("colorization", model__name="stored"), 0, nnx.Rngs(0))
     for wrong in ("1 2 3", "x " * colours.BINS, "0 " * colours.BINS, "-1 " * colours.BINS):
         with pytest.raises(UserError, match="learner.prior: .* is not 261 counts of bins"):
             Colorization.Options(prior=wrong)
