@@ -63,6 +63,7 @@ OBJECTIVES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"outputs": 32},
         SMALL | {"optim__name": "lars", "optim__lr": 4.0, "optim__lr_batch": 16},
     ),
+    "colorization": ("colorization", {"prior": "uniform"}, SMALL | {"accumulate": 2}),
 }
 
 
