@@ -1,0 +1,9 @@
+# The image of tools/launch_gke.sh; build it from the root of this repository:
+#   docker build --file=tools/launch_gke.Dockerfile --tag=IMAGE . && docker push IMAGE
+FROM python:3.11-slim
+WORKDIR /cap_pretrain
+COPY setup.py .
+COPY cap_pretrain cap_pretrain
+RUN pip install --no-cache-dir --editable '.[tpu]' gcsfs
+COPY configs configs
+COPY tools tools

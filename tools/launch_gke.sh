@@ -1,0 +1,164 @@
+#!/usr/bin/env bash
+# Trains on a TPU slice of a GKE cluster: makes a JobSet, which restarts it. See docs/tpu_pod.md.
+#
+#   tools/launch_gke.sh --name=NAME --image=IMAGE --accelerator=tpu-v5-lite-podslice \
+#       --topology=16x16 --mount=NFS_HOST:/SHARE [FLAGS] \
+#       -- --config=configs/pretrain.py --workdir=/mnt/runs/cap [--config.some.field=value]
+#
+# What stands after -- goes to `python -m cap_pretrain.main` in every pod. Flags:
+#   --mount=WHAT          NFS_HOST:/SHARE or gs://BUCKET, mounted at /mnt/runs in every pod
+#   --chips_per_host=4    of the node pool's machine type, as 4 of ct5lp-hightpu-4t
+#   --spot                of a node pool with spot machines
+#   --service_account=SA  of Kubernetes, with access to gs:// paths
+#   --max_restarts=10     give up after so many crashes; preemptions are not counted
+#   --dry_run             print the manifest instead of applying it
+#
+# If there is a JobSet of that name it is stopped, which saves, and replaced. The run goes on.
+set -euo pipefail
+
+mistake() {
+  printf 'launch_gke: %s\n' "$*" >&2
+  exit 2
+}
+text() { # a YAML string
+  local quote="'"
+  printf "'%s'" "${1//$quote/$quote$quote}"
+}
+
+name='' image='' accelerator='' topology='' mount='' spot='' service_account='' dry=''
+chips_per_host=4 max_restarts=10
+while (($#)); do
+  case $1 in
+    --name=*) name=${1#*=} ;;
+    --image=*) image=${1#*=} ;;
+    --accelerator=*) accelerator=${1#*=} ;;
+    --topology=*) topology=${1#*=} ;;
+    --mount=*) mount=${1#*=} ;;
+    --chips_per_host=*) chips_per_host=${1#*=} ;;
+    --service_account=*) service_account=${1#*=} ;;
+    --max_restarts=*) max_restarts=${1#*=} ;;
+    --spot) spot=1 ;;
+    --dry_run) dry=1 ;;
+    --) break ;;
+    *) mistake "there is no flag $1; those of the program stand after --." ;;
+  esac
+  shift
+done
+[[ $name && $image && $accelerator && $topology && $mount ]] ||
+  mistake "one of --name, --image, --accelerator, --topology and --mount is missing."
+[[ $topology =~ ^[0-9]+(x[0-9]+)+$ ]] || mistake "--topology=$topology: is not such as 16x16 or 4x4x4."
+(($# > 1)) || mistake "the program's flags are missing: -- --config=configs/NAME.py --workdir=DIR."
+shift
+[[ "$*" != *$'\n'* ]] || mistake "no flag may have two lines: $*"
+hosts=$((${topology//x/*} / chips_per_host))
+((hosts * chips_per_host == ${topology//x/*})) ||
+  mistake "--topology=$topology does not divide by --chips_per_host=$chips_per_host."
+
+volume() {
+  if [[ $mount == gs://* ]]; then
+    # See tools/launch_tpu_worker.sh for these options.
+    local bucket=${mount#gs://}
+    local options=metadata-cache:ttl-secs:0,metadata-cache:negative-ttl-secs:0
+    cat <<END
+              csi:
+                driver: gcsfuse.csi.storage.gke.io
+                volumeAttributes:
+                  bucketName: $(text "${bucket%/}")
+                  mountOptions: $options,file-system:rename-dir-limit:0
+END
+  else
+    cat <<END
+              nfs:
+                server: $(text "${mount%%:*}")
+                path: $(text "${mount#*:}")
+END
+  fi
+}
+
+optional() {
+  if [[ $spot ]]; then
+    echo "              cloud.google.com/gke-spot: 'true'"
+    echo "            tolerations: [{key: cloud.google.com/gke-spot, operator: Exists}]"
+  fi
+  echo "            serviceAccountName: $(text "${service_account:-default}")"
+}
+
+manifest() {
+  cat <<END
+apiVersion: jobset.x-k8s.io/v1alpha2
+kind: JobSet
+metadata:
+  name: $(text "$name")
+  annotations:
+    # All pods on one slice.
+    alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool
+spec:
+  failurePolicy:
+    maxRestarts: $max_restarts
+    rules:
+    - name: mistake
+      action: FailJobSet
+      onJobFailureReasons: [PodFailurePolicy]
+      onJobFailureMessagePatterns: ['exit code 2 ']
+    - name: preempted
+      action: RestartJobSetAndIgnoreMaxRestarts
+      onJobFailureReasons: [PodFailurePolicy]
+  replicatedJobs:
+  - name: hosts
+    replicas: 1
+    template:
+      spec:
+        parallelism: $hosts
+        completions: $hosts
+        completionMode: Indexed
+        backoffLimit: 0  # a pod that fails ends the others, and all begin again
+        podFailurePolicy:
+          rules:
+          # 2 is a mistake of the user, 143 was stopped by SIGTERM after saving.
+          - action: FailJob
+            onExitCodes: {containerName: main, operator: In, values: [2, 143]}
+          - action: FailJob
+            onPodConditions: [{type: DisruptionTarget, status: 'True'}]
+        template:
+          metadata:
+            annotations: {gke-gcsfuse/volumes: '$([[ $mount == gs://* ]] && echo true || echo false)'}
+          spec:
+            restartPolicy: Never
+            terminationGracePeriodSeconds: 300  # for saving
+            nodeSelector:
+              cloud.google.com/gke-tpu-accelerator: $(text "$accelerator")
+              cloud.google.com/gke-tpu-topology: $(text "$topology")
+$(optional)
+            containers:
+            - name: main
+              image: $(text "$image")
+              command: [python, -u, -m, cap_pretrain.main]
+              args:
+$(for flag in "$@"; do echo "              - $(text "${flag//\$/\$\$}")"; done)
+              resources:
+                requests: {google.com/tpu: $chips_per_host}
+                limits: {google.com/tpu: $chips_per_host}
+              volumeMounts:
+              - {name: runs, mountPath: /mnt/runs}
+              - {name: memory, mountPath: /dev/shm}
+            volumes:
+            - name: memory  # of data workers; without this it is 64 MB
+              emptyDir: {medium: Memory}
+            - name: runs
+$(volume)
+END
+}
+
+if [[ $dry ]]; then
+  manifest "$@"
+  exit
+fi
+manifest=$(manifest "$@") # before anything is deleted
+kubectl delete jobset "$name" --ignore-not-found --cascade=foreground
+kubectl create -f - <<<"$manifest"
+of="--selector=jobset.sigs.k8s.io/jobset-name=$name"
+cat <<END
+Pods: kubectl get pods $of
+Log:  kubectl logs -f -c main --tail=200 $of,batch.kubernetes.io/job-completion-index=0
+Stop: kubectl delete jobset $name
+END

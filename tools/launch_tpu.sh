@@ -1,0 +1,228 @@
+#!/usr/bin/env bash
+# Trains on a slice of TPU VMs, from creating it to the end of the run. See docs/tpu_pod.md.
+#
+#   tools/launch_tpu.sh --name=NAME --zone=ZONE --type=v5litepod-256 --version=v2-alpha-tpuv5-lite \
+#       [FLAGS] -- --config=configs/pretrain.py --workdir=/mnt/runs/cap [--config.some.field=value]
+#
+# What stands after -- goes to `python -m cap_pretrain.main` on every worker. Flags:
+#   --project=ID       the Google Cloud project; by default gcloud's
+#   --spot             a slice that may be preempted, at a lower price
+#   --queued           ask for it as a queued resource, which waits for capacity
+#   --create_flag=F    a further flag of gcloud's create command, as --create_flag=--network=NET
+#   --mount=WHAT       gs://BUCKET or NFS_HOST:/SHARE, mounted at /mnt/runs on every worker
+#   --max_failures=3   give up after so many crashes in a row that came within --quick=600 seconds
+#   --poll=30          seconds between looks at a slice that is not ready
+#   --dry_run          print every command instead of running it
+#   --stop             stop the program on the slice, which saves first, and nothing else
+#
+# The program runs on the workers whether or not anybody looks: Ctrl-C here only stops following,
+# and the same command again follows again. The slice stays when the run has ended: delete it.
+# Exit status: that of the run (0 done, 2 a mistake of yours, 143 stopped); 1 if that is not known.
+set -euo pipefail
+
+say() { printf 'launch_tpu: %s\n' "$*" >&2; }
+die() {
+  say "$@"
+  exit 1
+}
+mistake() {
+  say "$@"
+  exit 2
+}
+quoted() { # its arguments, as one line for a shell
+  local line='' word quote="'\\''"
+  for word in "$@"; do
+    case $word in *[!A-Za-z0-9_./:=,@%+-]* | '') word="'${word//\'/$quote}'" ;; esac
+    line+=" $word"
+  done
+  printf '%s' "${line# }"
+}
+
+name='' zone='' type='' version='' project='' spot='' queued='' mount='' dry='' stop=''
+max_failures=3 quick=600 poll=30
+create_flags=()
+while (($#)); do
+  case $1 in
+    --name=*) name=${1#*=} ;;
+    --zone=*) zone=${1#*=} ;;
+    --type=*) type=${1#*=} ;;
+    --version=*) version=${1#*=} ;;
+    --project=*) project=${1#*=} ;;
+    --mount=*) mount=${1#*=} ;;
+    --max_failures=*) max_failures=${1#*=} ;;
+    --quick=*) quick=${1#*=} ;;
+    --poll=*) poll=${1#*=} ;;
+    --create_flag=*) create_flags+=("${1#*=}") ;;
+    --spot) spot=1 ;;
+    --queued) queued=1 ;;
+    --dry_run) dry=1 ;;
+    --stop) stop=1 ;;
+    --) break ;;
+    *) mistake "there is no flag $1; those of the program stand after --." ;;
+  esac
+  shift
+done
+[[ $name && $zone ]] || mistake "--name and --zone are missing."
+if [[ ! $stop ]]; then
+  [[ $type && $version ]] || mistake "--type and --version are missing."
+  (($# > 1)) || mistake "the program's flags are missing: -- --config=configs/NAME.py --workdir=DIR."
+  shift
+fi
+[[ $dry ]] || command -v gcloud >/dev/null || die "gcloud is not installed."
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+where=("--zone=$zone" ${project:+"--project=$project"})
+temporary=$(mktemp -d)
+trap 'rm -rf "$temporary"' EXIT
+
+run() { # runs a command, or prints it
+  if [[ $dry ]]; then quoted "$@" && echo; else "$@"; fi
+}
+tpus() { run gcloud compute tpus "$@" "${where[@]}"; }
+worker() { # WORKERS VERB ARGUMENTS…: tools/launch_tpu_worker.sh on those workers
+  local workers=$1 command
+  shift
+  command="bash cap_pretrain/tools/launch_tpu_worker.sh $(quoted "$@")"
+  tpus tpu-vm ssh "$name" --worker="$workers" --command="$command"
+}
+
+state() { # tpu-vm or queued-resources, field: its state; ABSENT; UNKNOWN if gcloud cannot tell
+  if tpus "$1" describe "$name" --format="value($2)" 2>"$temporary/error"; then return; fi
+  if grep -qiE 'not.?found' "$temporary/error"; then echo ABSENT && return; fi
+  cat "$temporary/error" >&2
+  echo UNKNOWN
+}
+
+create() {
+  local flags=(--accelerator-type="$type" ${spot:+--spot} ${create_flags[@]+"${create_flags[@]}"})
+  if [[ $queued ]]; then
+    tpus queued-resources create "$name" --node-id="$name" --runtime-version="$version" \
+      "${flags[@]}"
+  else
+    tpus tpu-vm create "$name" --version="$version" "${flags[@]}"
+  fi
+}
+
+delete() { # what a preemption has left
+  if [[ $queued ]]; then
+    tpus queued-resources delete "$name" --force --quiet
+  else
+    tpus tpu-vm delete "$name" --quiet
+  fi
+}
+
+make_ready() { # returns when the slice is READY
+  local now='' before='' unknown=0
+  while true; do
+    now=$(state tpu-vm state)
+    if [[ $now == READY ]]; then return; fi
+    # Before its node exists, and after, the queued resource knows.
+    if [[ $queued && $now =~ ^(ABSENT|PREEMPTED|TERMINATED)$ ]]; then
+      now=$(state queued-resources state.state)
+    fi
+    if [[ $now != "$before" ]]; then say "$name is $now"; fi
+    if [[ $now == UNKNOWN ]]; then unknown=$((unknown + 1)); else unknown=0; fi
+    before=$now
+    case $now in
+      ABSENT)
+        installed=''
+        create 2>"$temporary/error" || no_capacity
+        ;;
+      PREEMPTED | TERMINATED | SUSPENDED) delete ;;
+      STOPPED | FAILED) die "$name is $now; see why, delete it, and run this again." ;;
+    esac
+    if ((unknown >= 10)); then die "gcloud cannot tell the state of $name."; fi
+    sleep "$poll"
+  done
+}
+
+no_capacity() { # returns if that is why the slice could not be created
+  cat "$temporary/error" >&2
+  grep -qiE 'no more capacity|insufficient capacity|UNAVAILABLE' "$temporary/error" ||
+    die "$name could not be created."
+  say "no capacity in $zone; trying again (--queued waits in line)"
+}
+
+install() { # this working tree and what it needs, on all workers
+  local unpack='rm -rf cap_pretrain/{cap_pretrain,configs,tools} && mkdir -p cap_pretrain'
+  run env COPYFILE_DISABLE=1 tar -czf "$temporary/cap_pretrain.tgz" --exclude=__pycache__ \
+    -C "$root" setup.py cap_pretrain configs tools
+  tpus tpu-vm scp "$temporary/cap_pretrain.tgz" "$name:" --worker=all
+  tpus tpu-vm ssh "$name" --worker=all \
+    --command="$unpack && tar -xzf cap_pretrain.tgz -C cap_pretrain"
+  worker all install ${mount:+"$mount"}
+}
+
+running() { # whether the program runs on worker 0; fails if that cannot be told
+  local script='cap_pretrain/tools/launch_tpu_worker.sh' found
+  found=$(tpus tpu-vm ssh "$name" --worker=0 \
+    --command="if [ -f $script ]; then bash $script state; else echo idle; fi") || return 2
+  [[ $found == *running* ]]
+}
+
+if [[ $stop ]]; then
+  worker all stop
+  exit
+fi
+if [[ $dry ]]; then
+  echo "# Create $name, unless it is READY; what was preempted is deleted first."
+  create
+  echo "# Copy and install the code on all workers, unless the program runs there already."
+  install
+  echo "# Start it on all workers, and follow the log of worker 0."
+  worker all start "$@"
+  worker 0 follow
+  echo "# Ask all workers how it ended. 0, 2 and 130 end this; 143 too, if the slice is still READY."
+  echo "# If it was preempted: all of this again. Else a crash: until it came quickly $max_failures times in a row."
+  worker all ended
+  exit
+fi
+
+trap 'say "no longer following; the program goes on. The same command follows again, --stop ends it."
+  exit 130' INT
+failures=0 silent=0 installed=''
+while true; do
+  make_ready
+  idle=0 ended=''
+  running || idle=$?
+  if ((idle == 1)); then
+    # What fails here may be a preemption; if it is not, it counts as a crash.
+    if { [[ $installed ]] || install; } && worker all start "$@"; then
+      idle=0 installed=1
+    else
+      ended='1 0' installed=''
+    fi
+  fi
+  if ((idle == 0)) && worker 0 follow; then # lines "ended STATUS SECONDS", one of each worker
+    ended=$(worker all ended | sed -n 's/^ended //p') || true
+  fi
+  statuses=$(awk '{print $1}' <<<"$ended" | sort -un | xargs)
+  case " $statuses " in
+    ' 0 ') say "done" && exit 0 ;;
+    *' 2 '*) say "a mistake in the flags or files, told above" && exit 2 ;;
+    *' 130 '*) exit 130 ;;
+  esac
+  # After a preemption, too, all were stopped by SIGTERM, and the slice may say READY for a while.
+  looks=1
+  if [[ $statuses == 143 || $statuses == '75 143' ]]; then looks=5; fi
+  for ((; looks > 0; looks--)); do
+    sleep "$poll"
+    if [[ $(state tpu-vm state) != READY ]]; then
+      say "$name is not READY any more"
+      continue 2
+    fi
+  done
+  case "$statuses" in
+    143 | '75 143') say "stopped by SIGTERM, not by a preemption" && exit 143 ;;
+    '')
+      silent=$((silent + 1))
+      if ((silent >= 10)); then die "the workers cannot be reached, though $name is READY."; fi
+      continue
+      ;;
+  esac
+  silent=0
+  seconds=$(awk '{print $2}' <<<"$ended" | sort -n | tail -n 1)
+  if ((seconds < quick)); then failures=$((failures + 1)); else failures=1; fi
+  if ((failures >= max_failures)); then die "crashed $failures times in a row ($statuses)."; fi
+  say "crashed ($statuses); starting again"
+done
