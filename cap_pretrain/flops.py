@@ -62,50 +62,83 @@ def _count_equation(equation: Any) -> int:
     return inner  # jit, while, remat, custom_jvp, custom_vjp, ...
 
 
-# Dense peak FLOP/s of one JAX device, bfloat16 with float32 accumulation. The first name found in
-# the lower-cased `device_kind` counts, so longer names stand before those they contain.
-_PEAKS: tuple[tuple[str, float | None], ...] = (
-    # Google Cloud documentation, "TPU versions", peak compute per chip (bf16). A v2, v3 or 7x chip
-    # shows as two devices.
-    ("tpu v2", 46e12 / 2),
-    ("tpu v3", 123e12 / 2),
-    ("tpu v4 lite", 137e12),  # v4i: Jouppi et al., "Ten Lessons From Three Generations", ISCA 2021
-    ("tpu v4", 275e12),
-    ("tpu v5 lite", 197e12),  # v5e
-    ("tpu v5e", 197e12),
-    ("tpu v5", 459e12),  # v5p
-    ("tpu v6", 918e12),  # v6e, "TPU v6 lite"
-    ("tpu7x", 2307e12 / 2),
+class Chip(NamedTuple):
+    """What one JAX device can do; None where no public source says it.
+
+    Attributes:
+      peak: dense bfloat16 FLOP/s with float32 accumulation.
+      hbm_bandwidth: bytes/s.
+      ici_bandwidth: bytes/s that it sends to its neighbours over all links together.
+      clock: Hz.
+    """
+
+    peak: float | None
+    hbm_bandwidth: float | None = None
+    ici_bandwidth: float | None = None
+    clock: float | None = None
+
+
+def _tpu(peak: float, hbm: float, ici: float, products: int) -> Chip:
+    """`ici` is in bits/s; from `products`, the multiply-adds of a cycle, follows the clock."""
+    return Chip(peak, hbm, ici / 8, peak / (2 * products))
+
+
+# By the lower-cased `device_kind`: the first name found in it counts, so longer names stand before
+# those they contain.
+_CHIPS: tuple[tuple[str, Chip], ...] = (
+    # Google Cloud documentation, "TPU versions" and the page of each version: peak compute per chip
+    # (bf16), HBM bandwidth, inter-chip interconnect bandwidth (in one direction), matrix units
+    # (MXU). A v2, v3 or 7x chip shows as two devices.
+    ("tpu v2", Chip(46e12 / 2)),
+    ("tpu v3", Chip(123e12 / 2)),
+    # v4i: Jouppi et al., "Ten Lessons From Three Generations", ISCA 2021
+    ("tpu v4 lite", Chip(137e12)),
+    # Six links of 50 GB/s, and 1050 MHz, which also follows: Jouppi et al., "TPU v4", ISCA 2023,
+    # table 4
+    ("tpu v4", _tpu(275e12, 1200e9, 2400e9, 8 * 128**2)),
+    ("tpu v5 lite", _tpu(197e12, 819e9, 1600e9, 4 * 128**2)),  # v5e
+    ("tpu v5e", _tpu(197e12, 819e9, 1600e9, 4 * 128**2)),
+    ("tpu v5", _tpu(459e12, 2765e9, 4800e9, 8 * 128**2)),  # v5p
+    # v6e, "TPU v6 lite". Its page has two units of 256 x 256, but the compiler counts on more
+    # products a cycle in a large matrix product than these could do: it must be twice as many.
+    ("tpu v6", _tpu(918e12, 1638e9, 3200e9, 4 * 256**2)),
+    ("tpu7x", Chip(2307e12 / 2)),
     # NVIDIA data sheets; where one prints the rate "with sparsity", half of that.
-    ("mig", None),  # a slice of a GPU: the name does not tell how much of it computes
-    ("gb200", 2500e12),  # GB200 NVL72 data sheet: 360 PFLOP/s sparse over 72 GPUs
-    ("b200", 2250e12),  # HGX B200 data sheet
-    ("h200 nvl", 835e12),  # H200 data sheet
-    ("h200", 989e12),  # H200 data sheet (SXM), GH200 data sheet
-    ("h100 nvl", 835e12),  # H100 NVL data sheet
-    ("h100 pcie", 756e12),  # H100 data sheet
-    ("h100", 989e12),  # H100 data sheet (SXM)
-    ("a100", 312e12),  # A100 data sheet
-    ("a10g", 70e12),  # A10G data sheet
-    ("a10", 125e12),  # A10 data sheet
-    ("a30", 165e12),  # A30 data sheet
-    ("a40", 149.7e12),  # A40 data sheet
-    ("l40s", 362e12),  # L40S data sheet
-    ("l40", 181e12),  # L40 data sheet
-    ("l4", 121e12),  # L4 data sheet
-    ("rtx 4090", 165.2e12),  # Ada GPU architecture whitepaper, appendix A
-    ("rtx 3090", 71e12),  # GA102 whitepaper, table 9
+    ("mig", Chip(None)),  # a slice of a GPU: the name does not tell how much of it computes
+    ("gb200", Chip(2500e12)),  # GB200 NVL72 data sheet: 360 PFLOP/s sparse over 72 GPUs
+    ("b200", Chip(2250e12)),  # HGX B200 data sheet
+    ("h200 nvl", Chip(835e12)),  # H200 data sheet
+    ("h200", Chip(989e12)),  # H200 data sheet (SXM), GH200 data sheet
+    ("h100 nvl", Chip(835e12)),  # H100 NVL data sheet
+    ("h100 pcie", Chip(756e12)),  # H100 data sheet
+    ("h100", Chip(989e12)),  # H100 data sheet (SXM)
+    ("a100", Chip(312e12)),  # A100 data sheet
+    ("a10g", Chip(70e12)),  # A10G data sheet
+    ("a10", Chip(125e12)),  # A10 data sheet
+    ("a30", Chip(165e12)),  # A30 data sheet
+    ("a40", Chip(149.7e12)),  # A40 data sheet
+    ("l40s", Chip(362e12)),  # L40S data sheet
+    ("l40", Chip(181e12)),  # L40 data sheet
+    ("l4", Chip(121e12)),  # L4 data sheet
+    ("rtx 4090", Chip(165.2e12)),  # Ada GPU architecture whitepaper, appendix A
+    ("rtx 3090", Chip(71e12)),  # GA102 whitepaper, table 9
     # Without bfloat16 units: the float16 rate.
-    ("t4", 65e12),  # T4 data sheet
-    ("v100-pcie", 112e12),  # V100 data sheet
-    ("v100", 125e12),  # V100 data sheet (SXM2)
+    ("t4", Chip(65e12)),  # T4 data sheet
+    ("v100-pcie", Chip(112e12)),  # V100 data sheet
+    ("v100", Chip(125e12)),  # V100 data sheet (SXM2)
 )
+
+
+def chip_of(device: jax.Device) -> Chip | None:
+    """What a device can do, by its `device_kind`; None if not known."""
+    kind = device.device_kind.lower()
+    return next((chip for name, chip in _CHIPS if name in kind), None)
 
 
 def peak_flops(device: jax.Device) -> float | None:
     """Dense bfloat16 peak of one device in FLOP/s, by its `device_kind`; None if not known."""
-    kind = device.device_kind.lower()
-    return next((peak for name, peak in _PEAKS if name in kind), None)
+    chip = chip_of(device)
+    return chip.peak if chip else None
 
 
 def measure_matmul_flops(device: jax.Device, size: int = 1024) -> float:
