@@ -5,8 +5,10 @@ runs what is sent to a worker in that worker's home, so that quoting is tried fr
 """
 
 import concurrent.futures
+import importlib.util
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -561,3 +563,95 @@ class TestGke:
         done = self.run(bench, *flags, program=program)
         assert done.returncode == 2 and told in done.stderr
         assert not (bench.fake / "kubectl").exists()
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """Runs the commands of docs/tpu_pod.md; returns the stand-ins and what was printed."""
+    bench = Bench(tmp_path_factory.mktemp("page"))
+    names = ("pip", "python", "ssh-keygen", "ssh-add", "ssh-agent", "docker", "kubectl")
+    bench.record(*names, "scontrol", "scancel", "gcloud")
+    recorded = (bench.bin / "gcloud").read_text().replace("sys.exit(0)", "print('10.0.0.2')")
+    bench.put("gcloud", recorded)
+    # As Slurm: the script runs with what stands behind it.
+    bench.put("sbatch", '#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\nexec bash "$@"\n')
+    text = (ROOT / "docs/tpu_pod.md").read_text()
+    blocks = re.findall(r"^```sh\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    script, count = re.subn(
+        r"(tools/launch_\S+\.(?:sh|sbatch)) ", r"\1 --dry_run ", "".join(blocks)
+    )
+    assert count == 4
+    done = subprocess.run(
+        ["bash", "-euc", script],
+        cwd=ROOT,
+        env=bench.env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    return bench, done.stdout
+
+
+class TestPage:
+    """docs/tpu_pod.md: its commands, from top to bottom, with stand-ins; our launchers dry."""
+
+    def test_its_launchers_would_run_what_it_says(self, page):
+        _, printed = page
+        lines = printed.splitlines()
+        (create,) = [line for line in lines if " queued-resources create " in line]
+        assert create.startswith("gcloud compute tpus queued-resources create cap --node-id=cap ")
+        assert "--accelerator-type=v5litepod-256 --spot --zone=us-west4-a" in create
+        assert any(line.endswith("install 10.0.0.2:/runs' --zone=us-west4-a") for line in lines)
+        assert any("launch_tpu_worker.sh stop" in line for line in lines)
+        assert "        parallelism: 64" in lines
+        (srun,) = [line for line in lines if line.startswith("srun ")]
+        assert "--config=configs/pretrain.py:objective=cap" in srun
+
+    def test_its_names_reach_the_clouds_programs(self, page):
+        bench, _ = page
+        commands = [" ".join(call) for call in bench.calls("gcloud")]
+        assert "config set project my-project" in commands
+        assert any(
+            c.startswith("filestore instances create cap-runs --zone=us-west4-a") for c in commands
+        )
+        assert any("--location=us-west4 " in c for c in commands)  # the zone's region
+        assert any("--member=serviceAccount:10.0.0.2-compute@" in c for c in commands)
+        pool = next(c for c in commands if c.startswith("container node-pools create"))
+        assert "--tpu-topology=16x16 --num-nodes=64" in pool
+
+    def test_its_configs_and_fields_are_ours(self, page):
+        bench, printed = page
+        manifest = printed[printed.index("apiVersion:") :].partition("\nsrun ")[0]
+        (job,) = yaml.safe_load(manifest)["spec"]["replicatedJobs"]
+        (main,) = job["template"]["spec"]["template"]["spec"]["containers"]
+        shell = [
+            shlex.split(part)
+            for line in printed.splitlines()
+            if "--config=" in line and not line.startswith(" ")
+            for part in (shlex.split(line) if line.startswith("gcloud") else [line])
+            if "--config=" in part
+        ]
+        for flags in (main["args"], *shell, *bench.calls("python")):
+            (chosen,) = [flag for flag in flags if flag.startswith("--config=")]
+            path, _, argument = chosen.removeprefix("--config=").partition(":")
+            spec = importlib.util.spec_from_file_location("page_config", ROOT / path)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            config = module.get_config(argument).copy_and_resolve_references()
+            for flag in flags:
+                if flag.startswith("--config."):
+                    field, _, value = flag.removeprefix("--config.").partition("=")
+                    config.update_from_flattened_dict({field: type(_at(config, field))(value)})
+        assert len(shell) == 2  # TPU VMs and Slurm
+
+    def test_its_files_are_there(self):
+        text = (ROOT / "docs/tpu_pod.md").read_text()
+        for path in set(re.findall(r"(?<!/)\b(?:tools|configs)/[\w.]+\w", text)):
+            assert (ROOT / path).is_file(), path
+
+
+def _at(config, field):
+    for part in field.split("."):
+        config = config[part]
+    return config
