@@ -21,13 +21,9 @@
 set -euo pipefail
 
 say() { printf 'launch_tpu: %s\n' "$*" >&2; }
-die() {
-  say "$@"
-  exit 1
-}
-mistake() {
-  say "$@"
-  exit 2
+die() { # STATUS MESSAGE
+  say "$2"
+  exit "$1"
 }
 quoted() { # its arguments, as one line for a shell
   local line='' word quote="'\\''"
@@ -43,32 +39,28 @@ max_failures=3 quick=600 poll=30
 create_flags=()
 while (($#)); do
   case $1 in
-    --name=*) name=${1#*=} ;;
-    --zone=*) zone=${1#*=} ;;
-    --type=*) type=${1#*=} ;;
-    --version=*) version=${1#*=} ;;
-    --project=*) project=${1#*=} ;;
-    --mount=*) mount=${1#*=} ;;
-    --max_failures=*) max_failures=${1#*=} ;;
-    --quick=*) quick=${1#*=} ;;
-    --poll=*) poll=${1#*=} ;;
+    --name=* | --zone=* | --type=* | --version=* | --project=* | --mount=* | \
+      --max_failures=* | --quick=* | --poll=*)
+      flag=${1%%=*}
+      printf -v "${flag#--}" '%s' "${1#*=}"
+      ;;
     --create_flag=*) create_flags+=("${1#*=}") ;;
     --spot) spot=1 ;;
     --queued) queued=1 ;;
     --dry_run) dry=1 ;;
     --stop) stop=1 ;;
     --) break ;;
-    *) mistake "there is no flag $1; those of the program stand after --." ;;
+    *) die 2 "there is no flag $1; those of the program stand after --." ;;
   esac
   shift
 done
-[[ $name && $zone ]] || mistake "--name and --zone are missing."
+[[ $name && $zone ]] || die 2 "--name and --zone are missing."
 if [[ ! $stop ]]; then
-  [[ $type && $version ]] || mistake "--type and --version are missing."
-  (($# > 1)) || mistake "the program's flags are missing: -- --config=configs/NAME.py --workdir=DIR."
+  [[ $type && $version ]] || die 2 "--type and --version are missing."
+  (($# > 1)) || die 2 "the program's flags are missing: -- --config=configs/NAME.py --workdir=DIR."
   shift
 fi
-[[ $dry ]] || command -v gcloud >/dev/null || die "gcloud is not installed."
+[[ $dry ]] || command -v gcloud >/dev/null || die 1 "gcloud is not installed."
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 where=("--zone=$zone" ${project:+"--project=$project"})
@@ -94,21 +86,17 @@ state() { # tpu-vm or queued-resources, field: its state; ABSENT; UNKNOWN if gcl
 }
 
 create() {
-  local flags=(--accelerator-type="$type" ${spot:+--spot} ${create_flags[@]+"${create_flags[@]}"})
+  local kind=(tpu-vm create "$name" --version="$version")
   if [[ $queued ]]; then
-    tpus queued-resources create "$name" --node-id="$name" --runtime-version="$version" \
-      "${flags[@]}"
-  else
-    tpus tpu-vm create "$name" --version="$version" "${flags[@]}"
+    kind=(queued-resources create "$name" --node-id="$name" --runtime-version="$version")
   fi
+  tpus "${kind[@]}" --accelerator-type="$type" ${spot:+--spot} \
+    ${create_flags[@]+"${create_flags[@]}"}
 }
 
 delete() { # what a preemption has left
-  if [[ $queued ]]; then
-    tpus queued-resources delete "$name" --force --quiet
-  else
-    tpus tpu-vm delete "$name" --quiet
-  fi
+  if [[ $queued ]]; then tpus queued-resources delete "$name" --force --quiet && return; fi
+  tpus tpu-vm delete "$name" --quiet
 }
 
 make_ready() { # returns when the slice is READY
@@ -129,9 +117,9 @@ make_ready() { # returns when the slice is READY
         create 2>"$temporary/error" || no_capacity
         ;;
       PREEMPTED | TERMINATED | SUSPENDED) delete ;;
-      STOPPED | FAILED) die "$name is $now; see why, delete it, and run this again." ;;
+      STOPPED | FAILED) die 1 "$name is $now; see why, delete it, and run this again." ;;
     esac
-    if ((unknown >= 10)); then die "gcloud cannot tell the state of $name."; fi
+    if ((unknown >= 10)); then die 1 "gcloud cannot tell the state of $name."; fi
     sleep "$poll"
   done
 }
@@ -139,7 +127,7 @@ make_ready() { # returns when the slice is READY
 no_capacity() { # returns if that is why the slice could not be created
   cat "$temporary/error" >&2
   grep -qiE 'no more capacity|insufficient capacity|UNAVAILABLE' "$temporary/error" ||
-    die "$name could not be created."
+    die 1 "$name could not be created."
   say "no capacity in $zone; trying again (--queued waits in line)"
 }
 
@@ -216,13 +204,13 @@ while true; do
     143 | '75 143') say "stopped by SIGTERM, not by a preemption" && exit 143 ;;
     '')
       silent=$((silent + 1))
-      if ((silent >= 10)); then die "the workers cannot be reached, though $name is READY."; fi
+      if ((silent >= 10)); then die 1 "the workers cannot be reached, though $name is READY."; fi
       continue
       ;;
   esac
   silent=0
   seconds=$(awk '{print $2}' <<<"$ended" | sort -n | tail -n 1)
   if ((seconds < quick)); then failures=$((failures + 1)); else failures=1; fi
-  if ((failures >= max_failures)); then die "crashed $failures times in a row ($statuses)."; fi
+  if ((failures >= max_failures)); then die 1 "crashed $failures times in a row ($statuses)."; fi
   say "crashed ($statuses); starting again"
 done

@@ -7,9 +7,11 @@ runs what is sent to a worker in that worker's home, so that quoting is tried fr
 import concurrent.futures
 import importlib.util
 import json
+import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -171,26 +173,22 @@ class Bench:
             found.append(ours.split()[0] if ours else "unpack" if command else f"{kind} {verb}")
         return found
 
+    def start(self, *flags: str, program: list[str] = PROGRAM_FLAGS, **options) -> subprocess.Popen:
+        command = [
+            *("bash", self.fake / "repository/tools/launch_tpu.sh", "--name=pod", "--zone=z"),
+            *("--poll=0", "--type=v5litepod-256", "--version=v2-alpha-tpuv5-lite", *flags),
+            *(["--", *program] if program else []),
+        ]
+        return subprocess.Popen(command, env=self.env, **options)
+
     def tpu(self, *flags: str, statuses: str | None = "0", program: list[str] = PROGRAM_FLAGS):
+        """Runs tools/launch_tpu.sh; the program is to end with these statuses."""
         if statuses:
             (self.fake / "statuses").write_text(statuses)
-        return subprocess.run(
-            [
-                *(
-                    "bash",
-                    self.fake / "repository/tools/launch_tpu.sh",
-                    "--name=pod",
-                    "--zone=z",
-                    "--poll=0",
-                ),
-                *("--type=v5litepod-256", "--version=v2-alpha-tpuv5-lite", *flags),
-                *(["--", *program] if program else []),
-            ],
-            env=self.env,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        with self.start(*flags, program=program, **pipes) as process:
+            out, err = process.communicate(timeout=60)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 @pytest.fixture
@@ -228,15 +226,17 @@ def test_a_ready_slice_is_used_and_a_running_program_followed(bench):
     assert len(bench.calls("worker1")) == 2
     assert len(list(worker.glob("run/log*"))) == 2  # none is overwritten
 
-    # One that was left running, as after Ctrl-C.
-    (bench.fake / "gcloud.jsonl").unlink()
+    # Ctrl-C leaves it running.
     (bench.fake / "statuses").write_text("0\n0\nwaits")
-    for home in bench.fake.glob("worker?"):
-        script = home / "cap_pretrain/tools/launch_tpu_worker.sh"
-        env = bench.env | {"HOME": str(home)}
-        subprocess.run(["bash", script, "start", "--x"], env=env, check=True, timeout=20)
-        while "step 3" not in (home / "cap_pretrain/run/log").read_text():
-            time.sleep(0.05)
+    launcher = bench.start(start_new_session=True, stderr=subprocess.PIPE, text=True)
+    (log,) = (bench.fake / "worker1").glob("*/run/log")
+    while "step 3" not in log.read_text() or bench.verbs()[-1] != "follow":
+        time.sleep(0.05)
+    os.killpg(launcher.pid, signal.SIGINT)
+    assert launcher.wait(20) == 130
+    assert "the program goes on" in launcher.stderr.read()
+
+    (bench.fake / "gcloud.jsonl").unlink()
     with concurrent.futures.ThreadPoolExecutor() as pool:
         following = pool.submit(bench.tpu, statuses=None)
         while "follow" not in bench.verbs():
