@@ -180,15 +180,8 @@ class Checkpoints:
         self._fingerprints = self._fingerprints.lower(_items(abstract)).compile()
 
     def minutes_passed(self) -> bool:
-        """Whether `config.checkpoint.every_minutes` have passed since the last save.
-
-        All hosts are told what the first one's clock says.
-        """
-        passed = bool(self._minutes) and time.monotonic() - self._saved_at > 60 * self._minutes
-        if self._minutes and jax.process_count() > 1:
-            with jax.transfer_guard("allow"):
-                passed = bool(multihost_utils.broadcast_one_to_all(np.array(passed)))
-        return passed
+        """Whether `config.checkpoint.every_minutes` have passed since the last save, here."""
+        return bool(self._minutes) and time.monotonic() - self._saved_at > 60 * self._minutes
 
     def save(self, state: TrainState) -> None:
         """Begins to save; training may go on at once.

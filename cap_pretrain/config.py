@@ -391,20 +391,20 @@ def check_unchanged(config: ConfigDict, path: Path, allowed: Sequence[str] = ())
       UserError: another field differs, or the file is no JSON object.
     """
     try:
-        then = _fields(json.loads(path.read_text(encoding="utf-8")))
+        then = fields(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, AttributeError) as e:
         raise UserError(
             f"{path}: is not readable JSON, so what the run began with is not known. Put it back, "
             "or remove it to go on with the present config."
         ) from e
-    now = _fields(json.loads(to_json(config)))
+    now = fields(json.loads(to_json(config)))
     usual = default()
     with usual.unlocked():
         usual.learner = learners.defaults(config.learner.name)
-    usual = _fields(json.loads(to_json(usual)))
+    usual = fields(json.loads(to_json(usual)))
     changed = {}
     for field in sorted({*then, *now}):
-        values = [fields.get(field, usual.get(field)) for fields in (then, now)]
+        values = [side.get(field, usual.get(field)) for side in (then, now)]
         if values[0] != values[1] and not _covered(field, FREE):
             changed[field] = f"{field} was {values[0]!r}, is now {values[1]!r}"
     refused = [f for f in changed if not (_covered(f, allowed) or "all" in allowed)]
@@ -417,13 +417,13 @@ def check_unchanged(config: ConfigDict, path: Path, allowed: Sequence[str] = ())
     return list(changed.values())
 
 
-def _fields(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"optim": {"lr": 1}} -> {"optim.lr": 1}."""
-    fields = {}
+def fields(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The fields of a config read from JSON: {"optim": {"lr": 1}} -> {"optim.lr": 1}."""
+    found = {}
     for name, value in section.items():
-        inside = _fields(value, f"{prefix}{name}.") if isinstance(value, dict) else None
-        fields |= {prefix + name: value} if inside is None else inside
-    return fields
+        inside = fields(value, f"{prefix}{name}.") if isinstance(value, dict) else None
+        found |= {prefix + name: value} if inside is None else inside
+    return found
 
 
 def _covered(field: str, names: Sequence[str]) -> bool:

@@ -4,7 +4,7 @@ import functools
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import grain
@@ -245,9 +245,12 @@ def _order(config: ConfigDict, mixture: Mixture) -> buckets.Order | None:
 
 
 def training_batches(
-    config: ConfigDict, mixture: Mixture, tokenizer: tokenizers.Tokenizer
+    config: ConfigDict,
+    mixture: Mixture,
+    tokenizer: tokenizers.Tokenizer,
+    rows: Sequence[int] | None = None,
 ) -> grain.MapDataset:
-    """The dataset whose element t is this host's slice of batch t.
+    """The dataset whose element t is batch t, or some `rows` of it.
 
     The mixture went through `in_buckets`.
     """
@@ -260,6 +263,5 @@ def training_batches(
         crop=config.data.crop,
         flip=config.data.flip,
         order=_order(config, mixture),
-        host=jax.process_index(),
-        hosts=jax.process_count(),
+        rows=rows,
     )

@@ -3,11 +3,14 @@
 Any field of the config is set with `--config.some.field=value`. Run again with the same workdir, it
 goes on where it stopped. `--dry_run` writes WORKDIR/plan.json and prints it.
 
-Exit status: 0 done, 2 the user's mistake, 143 stopped by SIGTERM after saving, 130 by Ctrl-C.
+Exit status: 0 done, 2 the user's mistake, 143 stopped by SIGTERM after saving, 130 by Ctrl-C, 75
+another host of the cluster is lost (start again).
 """
 
 import sys
+import traceback
 from pathlib import Path
+from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -19,6 +22,11 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: everything it
 ALLOW_CHANGES = flags.DEFINE_list(
     "allow_changes", [], "Fields in which --config may differ from the one the run began with."
 )
+COORDINATOR = flags.DEFINE_string(
+    "coordinator_address", None, "HOST:PORT of process 0, where the cluster is not recognised."
+)
+PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes train together.")
+PROCESS = flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only plan: sizes, arithmetic, memory.")
 
 
@@ -58,14 +66,15 @@ def parse(argv: list[str]) -> list[str]:
 
 def main(_: list[str]) -> None:
     """Dispatches, after the flags are parsed."""
-    from cap_pretrain import determinism, partition, train
+    from cap_pretrain import cluster, determinism, lifeline, train
 
     determinism.set_environment(CONFIG.value)
-    partition.start_distributed()
     workdir = Path(WORKDIR.value)
     if DRY_RUN.value:
         print(train.dry_run(CONFIG.value, workdir))
-    else:
+        return
+    cluster.start(cluster.Addresses(COORDINATOR.value, PROCESSES.value, PROCESS.value))
+    with lifeline.watched():
         train.run(CONFIG.value, workdir, ALLOW_CHANGES.value)
 
 
@@ -86,7 +95,7 @@ def entry() -> int:
     except SystemExit as e:  # as app.run always ends
         return e.code or 0
     except Exception as e:
-        if not hasattr(e, "exit_code"):  # of train.Stopped, which is not imported for a mistake
+        if not hasattr(e, "exit_code"):  # of watch.Stopped, which is not imported for a mistake
             raise
         return say(e, e.exit_code)
 
@@ -97,5 +106,16 @@ def say(message: object, code: int) -> int:
     return code
 
 
+def leave() -> NoReturn:
+    """Runs `entry` and ends the process with its exit code."""
+    try:
+        code = entry()
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    lifeline = sys.modules.get("cap_pretrain.lifeline")  # not imported for a mistake
+    (lifeline.leave if lifeline else sys.exit)(code)
+
+
 if __name__ == "__main__":
-    sys.exit(entry())
+    leave()

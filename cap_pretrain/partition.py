@@ -6,7 +6,6 @@ fsdp; parameters over fsdp and tensor by rules on their paths; optimizer state a
 """
 
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -36,27 +35,6 @@ RULES = (
     (r".*/kernel", ("fsdp", None)),
     (r".*", ("fsdp",)),
 )
-
-
-def start_distributed() -> None:
-    """Joins the other hosts if the environment says there are any.
-
-    `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` say so explicitly; Slurm,
-    Open MPI and TPU pods are recognised by JAX itself.
-    """
-    explicit = "JAX_COORDINATOR_ADDRESS" in os.environ
-    slurm = int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in os.environ
-    mpi = int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1)) > 1
-    tpu_pod = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
-    if explicit or slurm or mpi or tpu_pod:
-        address = os.environ.get("JAX_COORDINATOR_ADDRESS")
-        processes = os.environ.get("JAX_NUM_PROCESSES")
-        process = os.environ.get("JAX_PROCESS_ID")
-        jax.distributed.initialize(
-            address,
-            num_processes=int(processes) if processes else None,
-            process_id=int(process) if process else None,
-        )
 
 
 def mesh_shape(config: ConfigDict, devices: int) -> dict[str, int]:
@@ -104,8 +82,27 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
+def batch_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Which rows of a global batch lie on this host's devices, ascending: those it has to read.
+
+    Hosts may hold the same rows, where the axis `tensor` crosses them, and rows here and there,
+    where the mesh follows the wiring of a pod.
+
+    Raises:
+      UserError: the devices of the batch axes do not divide the batch.
+    """
+    ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if batch_size < 1 or batch_size % ways:
+        raise UserError(
+            f"batch_size: {batch_size} examples cannot be shared evenly by data x fsdp = {ways} "
+            f"devices; choose a positive multiple of {ways}."
+        )
+    held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+    return np.unique([row for (s,) in held.values() for row in range(*s.indices(batch_size))])
+
+
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Makes global arrays of this host's slice of a batch, sent to the devices explicitly."""
+    """Makes global arrays of this host's `batch_rows`, sent to the devices explicitly."""
     sharding = batch_sharding(mesh)
     with jax.transfer_guard_host_to_device("allow"):  # with several hosts JAX calls this implicit
         return {

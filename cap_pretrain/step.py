@@ -165,8 +165,9 @@ def make_train_step(
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
     """Returns the jitted `(state, batch) -> (state, metrics)`; the state passed in is given up.
 
-    Besides what the learner reads, a batch may hold `broken` (bool [B], counted) and `index`
-    (uint32 [B], the examples' numbers, whose fingerprint becomes the metric `data/ids`).
+    Besides what the learner reads, a batch may hold `broken` (bool [B], counted), `index` (uint32
+    [B], the examples' numbers, whose fingerprint becomes the metric `data/ids`) and `asked` (bool
+    [B, n], what hosts ask for; the metric is what any of them does, [n]).
 
     Args:
       graphdef: the learner's structure.
@@ -182,6 +183,7 @@ def make_train_step(
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         batch = dict(batch)
         broken, index = batch.pop("broken", jnp.zeros(1, bool)), batch.pop("index", None)
+        asked = batch.pop("asked", None)
         key = rng.key(config.seed, state.step, "train")
         grads, metrics, stats = accumulated_gradients(
             graphdef, state.params, state.stats, batch, key, config.accumulate, hold
@@ -213,6 +215,8 @@ def make_train_step(
         metrics["data/broken"] = new.counts["broken"]
         if index is not None:
             metrics["data/ids"] = fingerprint(index)
+        if asked is not None:
+            metrics["asked"] = jnp.any(asked, axis=0)
         return new, metrics
 
     return jax.jit(

@@ -7,6 +7,7 @@ random key of step t from the seed. So a run that is started again only needs th
 import contextlib
 import functools
 import io
+import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from cap_pretrain import config as configs
 from cap_pretrain import (
+    cluster,
     evals,
     files,
     flops,
@@ -25,11 +26,13 @@ from cap_pretrain import (
     initial,
     inputs,
     learners,
+    lifeline,
     optim,
     partition,
     plan,
     telemetry,
 )
+from cap_pretrain import config as configs
 from cap_pretrain import schedule as schedules
 from cap_pretrain.broken import BrokenList
 from cap_pretrain.checkpoint import Checkpoints, saved_steps
@@ -37,20 +40,7 @@ from cap_pretrain.data import prefetch
 from cap_pretrain.errors import UserError
 from cap_pretrain.plateau import Plateau
 from cap_pretrain.step import init_state, make_train_step
-from cap_pretrain.watch import StopRequest, Watch
-
-
-class Stopped(Exception):
-    """A signal asked the run to stop, and what it had learned has been saved.
-
-    Attributes:
-      exit_code: 128 + the signal's number, as shells have it.
-    """
-
-    def __init__(self, request: StopRequest, step: int):
-        where = f"after step {step}, which is saved." if step else "while it was evaluating."
-        super().__init__(f"{request.signal.name}: stopped {where}")
-        self.exit_code = 128 + request.signal
+from cap_pretrain.watch import Stopped, StopRequest, Watch
 
 
 def run(config: ConfigDict, workdir: Path, allow_changes: Sequence[str] = ()) -> None:
@@ -63,15 +53,17 @@ def run(config: ConfigDict, workdir: Path, allow_changes: Sequence[str] = ()) ->
 
     Raises:
       UserError: the user's mistake.
-      Stopped: SIGTERM or SIGINT ended the run early, after saving.
+      watch.Stopped: SIGTERM or SIGINT ended the run early, after saving.
     """
+    cluster.check_same(configs.fields(json.loads(configs.to_json(config))))
     config, beginning = initial.resolve(config)
     configs.validate(config)
     mesh = partition.make_mesh(config)
-    is_main = jax.process_index() == 0
+    is_main, hosts = jax.process_index() == 0, jax.process_count()
     mixture = inputs.open_sources(config) if configs.trains(config) else []
     config = inputs.completed(config, mixture)
     files.make_workdir(workdir)
+    cluster.check_shared(workdir)
     changes = allowed_changes(config, workdir, allow_changes)
     tokenizer = inputs.prepare_tokenizer(config, mixture, workdir, anew=not saved_steps(workdir))
     mixture = inputs.in_buckets(config, mixture, tokenizer)
@@ -135,11 +127,15 @@ def run(config: ConfigDict, workdir: Path, allow_changes: Sequence[str] = ()) ->
         watch = Watch(config, workdir, writer, progress)
         stop = stack.enter_context(StopRequest())
         # Hosts of a cluster may not leave an evaluation one by one.
-        interrupt = stop.is_set if jax.process_count() == 1 else lambda: False
+        interrupt = stop.is_set if hosts == 1 else lambda: False
         context = evals.Context(config, graphdef, tokenizer, mesh, interrupt, workdir)
         weights = beginning.source if beginning and not (start or schedule.total) else ""
         suite = evals.Suite(context, workdir, write=is_main, weights=weights)
         plateau = Plateau.of(config)
+
+        def asked_for() -> tuple[bool, bool]:
+            """Whether to stop, and whether to save, as this host has it."""
+            return stop.is_set(), checkpoints.minutes_passed()
 
         # Evaluators bring their figures to the host as they like.
         @jax.transfer_guard_device_to_host("allow")
@@ -175,34 +171,41 @@ def run(config: ConfigDict, workdir: Path, allow_changes: Sequence[str] = ()) ->
             return
         reads = (*learners.learner_class(config.learner.name).reads, "broken")
         reads += ("index",) if config.log.ids else ()
-        dataset = inputs.training_batches(config, mixture, tokenizer)
+        rows = partition.batch_rows(mesh, config.batch_size)
+        dataset = inputs.training_batches(config, mixture, tokenizer, rows)
         batches = prefetch.iterate(dataset, start, schedule.total, workers=config.data.workers)
         stack.callback(batches.close)
         members = [source for source, _ in mixture]
         broken = BrokenList(config.data, members, workdir, jax.process_index())
         stack.enter_context(jax.transfer_guard("disallow"))
+        stack.push(lambda _, error, __: lifeline.ending(error) if error else None)
 
         for step in range(start + 1, schedule.total + 1):
             with timer.data_wait():
                 batch = next(batches)
                 broken.see(step, batch)
-            state, metrics = step_fn(state, partition.put_batch({k: batch[k] for k in reads}, mesh))
+            batch = {k: batch[k] for k in reads}
+            if hosts > 1:
+                batch["asked"] = np.tile(asked_for(), (len(batch["broken"]), 1))
+            state, metrics = step_fn(state, partition.put_batch(batch, mesh))
             watch.add(step, metrics)
+            # Several hosts do what any of them asked for in the step before: all the same, at once.
+            stopped, overdue = asked_for() if hosts == 1 else watch.asked
 
             last = step == schedule.total
             log, due, save = (
                 last or bool(period and step % period == 0)
                 for period in (schedule.log, schedule.evaluate, schedule.save)
             )
-            save |= (log and checkpoints.minutes_passed()) or (due and bool(config.checkpoint.best))
+            save |= (log and overdue) or (due and bool(config.checkpoint.best or hosts > 1))
             save |= bool(watch.fault)
-            stopped = stop.is_set()
             if step == start + 1 or log or due or save or stopped:
                 watch.check()  # which also waits for the device, so that the clock is right
             timer.step_done()
             progress.update(step)
             if log:
-                metrics.pop("data/ids", None)  # which the watch logs, of every step
+                for name in ("data/ids", "asked"):  # which the watch reads, of every step
+                    metrics.pop(name, None)
                 figures = {
                     k if "/" in k else f"train/{k}": v for k, v in jax.device_get(metrics).items()
                 }

@@ -19,6 +19,8 @@ from cap_pretrain.step import FINITE
 SPIKE_WINDOW, SPIKE_MINIMUM = 100, 20
 # Broken images are judged by so many examples, or a few more, as steps are whole.
 BROKEN_WINDOW = 10_000
+# What hosts may ask for, and none does: to stop, to save.
+NOTHING = (False, False)
 # The standard deviation of a normal distribution, in median absolute deviations.
 NORMAL_MAD = 1.4826
 
@@ -36,6 +38,7 @@ class Watch:
 
     Attributes:
       fault: why the run is to end once it has saved; "" while it may go on. On all hosts the same.
+      asked: whether any host has asked to stop, and to save, in the last step checked. Likewise.
     """
 
     def __init__(
@@ -54,12 +57,13 @@ class Watch:
         self._may_break = config.data.max_broken
         self._batch_size = config.batch_size
         self.fault = ""
+        self.asked = NOTHING
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Checks the step before, and remembers this one."""
         self.check()
-        names = (*FINITE, "skipped", "data/ids", "data/broken")
+        names = (*FINITE, "skipped", "data/ids", "data/broken", "asked")
         self._pending = (step, {name: metrics[name] for name in names if name in metrics})
 
     def check(self) -> None:
@@ -72,6 +76,7 @@ class Watch:
             return
         (step, metrics), self._pending = self._pending, None
         values = jax.device_get(metrics)
+        self.asked = tuple(map(bool, values.get("asked", NOTHING)))
         if "data/ids" in values:
             self._writer.write(step, {"data/ids": values["data/ids"]})
         self._count_broken(step, int(values.get("data/broken", 0)))
@@ -141,3 +146,18 @@ class StopRequest:
         self.signal = signal.Signals(number)
         for each in self.SIGNALS:
             signal.signal(each, signal.SIG_DFL)
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop, and what it had learned has been saved.
+
+    Attributes:
+      exit_code: 128 + the signal's number, as shells have it.
+    """
+
+    def __init__(self, request: StopRequest, step: int):
+        where = f"after step {step}, which is saved." if step else "while it was evaluating."
+        other = "" if request.signal else " on another host"
+        number = request.signal or signal.SIGTERM
+        super().__init__(f"{number.name}{other}: stopped {where}")
+        self.exit_code = 128 + number

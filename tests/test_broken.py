@@ -12,7 +12,7 @@ from cap_pretrain.data.scenes import Scenes
 from cap_pretrain.data.tokenizers import NoText
 from cap_pretrain.errors import UserError
 from tests import toy
-from tests.data.test_pipeline import Numbers
+from tests.data.test_pipeline import Numbers, share
 
 MIXTURE = [(Numbers(20, broken=(3, 4)), 1.0), (Numbers(12, 100, broken=(0,)), 1.0)]
 
@@ -23,7 +23,7 @@ def listed(workdir, host=0):
 
 
 def batches(count=20, host=0, hosts=1):
-    options = {"image_size": 8, "batch_size": 4, "seed": 0, "host": host, "hosts": hosts}
+    options = {"image_size": 8, "batch_size": 4, "seed": 0, "rows": share(host, hosts, 4)}
     dataset = train_dataset(MIXTURE, NoText(), **options)
     return [dataset[t] for t in range(count)]
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from cap_pretrain import checkpoint, evals, initial, learners, train
+from cap_pretrain import checkpoint, evals, initial, learners, train, watch
 from cap_pretrain.convert import export
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals import features
@@ -112,7 +112,7 @@ def test_an_interrupted_evaluation_saves_nothing(bare, tmp_path, monkeypatch):
         raise evals.Interrupted
 
     monkeypatch.setattr(evals.Suite, "run", interrupted)
-    with pytest.raises(train.Stopped, match="SIGTERM: stopped while it was evaluating") as stopped:
+    with pytest.raises(watch.Stopped, match="SIGTERM: stopped while it was evaluating") as stopped:
         train.run(probe(bare), tmp_path / "run")
     assert stopped.value.exit_code == 128 + signal.SIGTERM
     assert not list((tmp_path / "run").glob("checkpoints/*"))

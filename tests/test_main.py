@@ -111,7 +111,7 @@ def test_a_run_that_was_stopped_says_by_what(number, code, command, tmp_path, mo
         assert allow_changes == ["seed", "optim"]
         request = watch.StopRequest()
         request.signal = number
-        raise train.Stopped(request, 5)
+        raise watch.Stopped(request, 5)
 
     monkeypatch.setattr(train, "run", run)
     args = (f"--workdir={tmp_path}", "--config.total_steps=7", "--allow_changes=seed,optim")

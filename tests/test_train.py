@@ -14,7 +14,7 @@ import pytest
 import sentencepiece
 from ml_collections import ConfigDict
 
-from cap_pretrain import evals, partition, telemetry, train
+from cap_pretrain import evals, partition, telemetry, train, watch
 from cap_pretrain.checkpoint import Checkpoints, saved_steps
 from cap_pretrain.data.tokenizers import train_sentencepiece
 from cap_pretrain.errors import UserError
@@ -91,7 +91,7 @@ def test_a_run_that_was_stopped_goes_on_exactly(
     whole = straight(case)
     with monkeypatch.context() as patch:
         stop(at, patch)
-        with pytest.raises((train.Stopped, PowerCut)):
+        with pytest.raises((watch.Stopped, PowerCut)):
             train.run(config, tmp_path)
     assert [line["step"] for line in toy.losses(tmp_path)] == list(range(1, at + 1))
     capsys.readouterr()
@@ -210,7 +210,7 @@ def test_an_evaluation_gives_way_to_a_signal_and_is_made_up_for(
 
     with monkeypatch.context() as patch:
         patch.setattr(evals.Context, "batches", interrupted)
-        with pytest.raises(train.Stopped, match="SIGINT: stopped after step 3") as stopped:
+        with pytest.raises(watch.Stopped, match="SIGINT: stopped after step 3") as stopped:
             train.run(config, tmp_path)
     assert stopped.value.exit_code == 130 and saved_steps(tmp_path) == [3]
     assert not (tmp_path / "evals").exists()

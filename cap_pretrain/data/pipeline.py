@@ -41,10 +41,9 @@ def train_dataset(
     crop: Literal["none", "random", "window"] = "none",
     flip: bool = False,
     order: Callable[[int], int] | None = None,
-    host: int = 0,
-    hosts: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> grain.MapDataset:
-    """An endless dataset whose element t is this host's slice of the global batch of step t.
+    """An endless dataset whose element t is this host's part of the global batch of step t.
 
     Every member of the mixture is shuffled anew in each of its epochs, in which each example comes
     exactly once; a member that ends just begins its next epoch. Read it with `prefetch.iterate`: a
@@ -61,10 +60,10 @@ def train_dataset(
         flip: mirror half of the images.
         order: row of the run -> position in the concatenation of the sources, in place of shuffling
             and mixing them by weight (see `buckets.Order`).
-        host, hosts: which slice of how many; the slices in host order make up the global batch.
+        rows: which rows of the global batch; by default all.
 
     Returns:
-        A dataset of dicts, b = B / hosts:
+        A dataset of dicts, b = len(rows):
             image: uint8 [b, S, S, 3]; of stored features float [b, 1 + N, D].
             text: int32 [b, T], one of the image's captions, drawn by their weights if they have
                 some; all 0 when there is none. Where captions answer a question, that comes before
@@ -76,10 +75,9 @@ def train_dataset(
                 nearest following example that does stands in for it.
 
     Raises:
-        UserError: an empty source, a batch that the hosts cannot share evenly; and, when an
-            element is computed, `BROKEN_IN_A_ROW` broken images in a row.
+        UserError: an empty source; and, when an element is computed, `BROKEN_IN_A_ROW` broken
+            images in a row.
     """
-    per_host = _per_host(batch_size, hosts)
     load = _TrainRow([s for s, _ in sources], tokenizer, image_size, crop, flip)
     # Positions are shuffled and mixed, and only then loaded: an example's random numbers depend on
     # its place in the run alone, whatever member it comes from.
@@ -91,11 +89,7 @@ def train_dataset(
             for k, (start, stop) in enumerate(itertools.pairwise(load.bounds))
         ]
         positions = grain.MapDataset.mix(members, [weight for _, weight in sources])
-    return (
-        positions.random_map(load, seed=_derive(seed, _DRAW))
-        .batch(per_host, drop_remainder=True)
-        .slice(slice(host, None, hosts))
-    )
+    return _batched(positions.random_map(load, seed=_derive(seed, _DRAW)), batch_size, rows)
 
 
 def eval_batches(
@@ -106,8 +100,7 @@ def eval_batches(
     batch_size: int,
     crop: Literal["none", "center"] = "none",
     limit: int | None = None,
-    host: int = 0,
-    hosts: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> grain.MapDataset:
     """The batches that show every example exactly once, in order, as a sequence.
 
@@ -122,19 +115,41 @@ def eval_batches(
         batch_size: number of examples of the global batch, B.
         crop: "none" squashes the whole image; "center" takes the largest centred square.
         limit: the first so many examples only.
-        host, hosts: which slice of how many.
+        rows: which rows of each global batch; by default all.
 
     Returns:
         A sequence of dicts as of `train_dataset`, and
             mask: bool [b], False for padding and for images that do not decode (`broken`).
 
     Raises:
-        UserError: an empty source, or a batch that the hosts cannot share evenly.
+        UserError: an empty source.
     """
-    per_host = _per_host(batch_size, hosts)
     load = _EvalRow(source, tokenizer, image_size, crop, limit)
     padded = -(-load.count // batch_size) * batch_size
-    return grain.MapDataset.range(padded).map(load).batch(per_host).slice(slice(host, None, hosts))
+    return _batched(grain.MapDataset.range(padded).map(load), batch_size, rows)
+
+
+def _batched(
+    dataset: grain.MapDataset, batch_size: int, rows: Sequence[int] | None
+) -> grain.MapDataset:
+    """The batches of a dataset of rows; of each only the `rows`, if they are not all."""
+    if rows is not None and len(rows) < batch_size:
+        count = len(dataset) // batch_size * len(rows)
+        dataset = grain.MapDataset.range(count).map(_RowsOf(dataset, batch_size, rows))
+        batch_size = len(rows)
+    return dataset.batch(batch_size, drop_remainder=True)
+
+
+class _RowsOf:
+    """Number among the rows that are wanted -> the row, of a dataset of all."""
+
+    def __init__(self, dataset: grain.MapDataset, batch_size: int, rows: Sequence[int]):
+        self._dataset, self._batch_size = dataset, batch_size
+        self._rows = [int(row) for row in rows]
+
+    def __call__(self, index: int) -> Row:
+        batch, which = divmod(int(index), len(self._rows))
+        return self._dataset[batch * self._batch_size + self._rows[which]]
 
 
 class _TrainRow(grain.transforms.RandomMap):
@@ -284,15 +299,6 @@ def _known_crop(crop: str, known: Sequence[str]) -> str:
     if crop not in known:
         raise UserError(f"data.crop: there is no {crop!r} here.{did_you_mean(crop, known)}")
     return crop
-
-
-def _per_host(batch_size: int, hosts: int) -> int:
-    if batch_size < 1 or batch_size % hosts:
-        raise UserError(
-            f"batch_size: {batch_size} examples cannot be shared evenly by {hosts} host(s); "
-            f"choose a positive multiple of {hosts}."
-        )
-    return batch_size // hosts
 
 
 def _derive(seed: int, *purpose: int) -> int:

@@ -118,15 +118,15 @@ class Context:
           Interrupted: `stop` says so.
         """
         ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        batch_size = -(-batch_size // ways) * ways
         dataset = pipeline.eval_batches(
             source,
             self.tokenizer,
             image_size=self.config.data.image_size,
-            batch_size=-(-batch_size // ways) * ways,
+            batch_size=batch_size,
             crop="none" if self.config.data.crop == "none" else "center",
             limit=limit,
-            host=jax.process_index(),
-            hosts=jax.process_count(),
+            rows=partition.batch_rows(self.mesh, batch_size),
         )
         batches = prefetch.iterate(dataset)
         try:

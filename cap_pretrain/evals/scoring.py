@@ -171,8 +171,8 @@ class Scoring:
                 "reads stored features; leave out what compares with it."
             )
         side = self._context.config.data.image_size
-        rows = self._images // jax.process_count()
-        blank = {"image": np.full((rows, side, side, 3), BLANK, np.uint8)}
+        rows = partition.batch_rows(self._context.mesh, self._images)
+        blank = {"image": np.full((len(rows), side, side, 3), BLANK, np.uint8)}
         images = partition.put_batch(blank, self._context.mesh)["image"]
         features = self._image_features(variables, images)
         columns = -(-len(tokens) // self._images)

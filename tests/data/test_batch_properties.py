@@ -12,7 +12,7 @@ import pytest
 from cap_pretrain.data.pipeline import train_dataset
 from cap_pretrain.data.prefetch import iterate
 from cap_pretrain.data.tokenizers import NoText
-from tests.data.test_pipeline import SIZE, Numbers, assert_same
+from tests.data.test_pipeline import SIZE, Numbers, assert_same, share
 
 
 @dataclasses.dataclass
@@ -49,8 +49,7 @@ class Case:
             list(zip(sources, self.weights, strict=True)),
             NoText(),
             image_size=SIZE,
-            host=host,
-            hosts=hosts,
+            rows=share(host, hosts, self.options["batch_size"]),
             **self.options,
         )
 
@@ -99,10 +98,10 @@ def test_members_of_a_mixture_keep_weight_and_epochs_when_others_are_exhausted(s
     drawn = np.concatenate([batch["index"] for batch in case.batches(steps, threads=0)])
     shares = np.array(case.weights) / sum(case.weights)
     first = 0
-    for size, share in zip(case.sizes, shares, strict=True):
+    for size, expected in zip(case.sizes, shares, strict=True):
         own = drawn[(first <= drawn) & (drawn < first + size)] - first
         # To one hundredth of all, as Grain rounds weights.
-        assert abs(len(own) - share * len(drawn)) <= 0.01 * len(drawn) + 1
+        assert abs(len(own) - expected * len(drawn)) <= 0.01 * len(drawn) + 1
         for start in range(0, len(own), size):
             epoch = own[start : start + size].tolist()
             assert len(set(epoch)) == len(epoch), "an example comes once before any comes again"

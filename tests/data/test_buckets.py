@@ -14,6 +14,7 @@ from cap_pretrain.data.prefetch import iterate
 from cap_pretrain.data.words import Rules, WordTokenizer, write_words
 from cap_pretrain.errors import UserError
 from tests import toy
+from tests.data.test_pipeline import share
 
 SIZE, BATCH, MAX = 8, 4, 9
 WORDS = "a red star next to some very large blue circle on green".split()
@@ -136,7 +137,7 @@ def test_rows_hold_the_pair_they_name(build, tokenizer):
 def test_the_slices_of_the_hosts_make_up_the_batch(build, hosts):
     dataset, slices = (
         build(flip=True),
-        [build(flip=True, host=h, hosts=hosts) for h in range(hosts)],
+        [build(flip=True, rows=share(h, hosts, BATCH)) for h in range(hosts)],
     )
     for t in (0, 13, 1000):
         parts = [part[t] for part in slices]

@@ -165,7 +165,7 @@ def test_contrastive_learners_write_no_captions():
 HOST = """
 import json, sys
 import jax
-from cap_pretrain import partition
+from cap_pretrain import cluster
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.caption_scores import on_first_host
 
@@ -175,7 +175,7 @@ def fails():
 def never():
     raise SystemExit("this host was not to do it")
 
-partition.start_distributed()
+cluster.start()
 first = jax.process_index() == 0
 with jax.transfer_guard("disallow"):
     print(json.dumps(on_first_host((lambda: {"CIDEr": 0.1 + 0.2, "é": [1]}) if first else never)))
