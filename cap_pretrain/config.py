@@ -62,6 +62,7 @@ FREE = (
     *("checkpoint", "log", "eval", "evals", "mesh", "deterministic", "data.workers", "data.dir"),
     *("data.cache", "data.max_broken"),
     *("data.eval_split", "model.attention", "model.remat", "model.unroll", "model.logit_chunks"),
+    "learner.ring",
 )
 
 
@@ -76,7 +77,9 @@ def default() -> ConfigDict:
     c.total_epochs = 0.0
     # Examples a step, over all devices and hosts.
     c.batch_size = 8192
-    # Parts in which the gradient of a batch is computed, one after the other, to save memory.
+    # Parts in which the gradient of a batch is computed, one after the other, to save memory. It is
+    # that of the whole batch, also where examples are compared with each other: they are then all
+    # embedded before any is learned from, so twice. But BatchNorm normalises each part by itself.
     c.accumulate = 1
     # Of activations; parameters, softmax and loss are float32. "auto": bfloat16, on CPU float32.
     c.dtype = "auto"
@@ -351,11 +354,6 @@ def validate(config: ConfigDict) -> None:
         raise UserError(
             f"data.buckets: is for learning from the captions of one dataset, not for {what}; set "
             "data.buckets=False."
-        )
-    if config.accumulate > 1 and not cls.sum_over_batch:
-        raise UserError(
-            f"accumulate: {config.accumulate} would change the loss of a {config.learner.name}, "
-            "which compares every example with the whole batch; set accumulate=1."
         )
     frozen = [rule[0] for rule in config.optim.lr_rules if tuple(rule[1:]) == (0,)]
     has_encoder = config.encoder or config.model.name == STORED

@@ -1,5 +1,6 @@
 """The one training step: state in, state and metrics out, under one `jax.jit` for every learner."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from ml_collections import ConfigDict
 from cap_pretrain import optim, partition, rng
 from cap_pretrain.determinism import compiler_options
 from cap_pretrain.fingerprint import fingerprint
+from cap_pretrain.models.layers import constrain
 from cap_pretrain.plateau import Plateau
 
 
@@ -116,40 +118,102 @@ def accumulated_gradients(
 ) -> tuple[Any, dict[str, jax.Array], Any]:
     """Gradient of the loss of the whole batch, computed in `parts`, one after the other.
 
-    Each part counts by its "loss_weight", so that a mean over tokens or examples stays one. `hold`
-    is applied to the parameters before the loss, inside what is differentiated.
+    The other variables become the mean of what each part makes of them. `hold` is applied to the
+    parameters before the loss, inside what is differentiated.
+
+    Returns:
+      Gradients, metrics with the loss, other variables.
     """
+    if parts == 1:
 
-    def loss_of(params, stats, batch, key):
-        return loss_and_stats(graphdef, hold(params), stats, batch, key)
+        def loss_of(params):
+            return loss_and_stats(graphdef, hold(params), stats, batch, key)
 
-    gradient = jax.value_and_grad(loss_of, has_aux=True)
-
-    def one(stats, batch, key):
-        (loss, (metrics, stats)), grads = gradient(params, stats, batch, key)
+        (loss, (metrics, stats)), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
         return grads, {"loss": loss, **metrics}, stats
 
-    if parts == 1:
-        return one(stats, batch, key)
+    split = jax.tree.map(functools.partial(_split, parts=parts), batch)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(parts))
+    compares = hasattr(nnx.merge(graphdef, params, stats), "contrast")
+    gradients = _compared if compares else _averaged
+    grads, metrics, moved = gradients(graphdef, hold, params, stats, split, keys)
+    return grads, metrics, jax.tree.map(lambda old, sum: old + sum / parts, stats, moved)
 
-    def add(carry, inputs):
-        stats, total, grad_sum, metric_sum = carry
-        part, index = inputs
-        grads, metrics, stats = one(stats, part, jax.random.fold_in(key, index))
+
+def _split(x: jax.Array, parts: int) -> jax.Array:
+    """[B, …] -> [parts, B / parts, …]; part i is every parts-th, so devices keep their examples."""
+    return jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
+
+
+def _joined(x: jax.Array) -> jax.Array:
+    """What `_split` has split, in its order again."""
+    return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
+
+
+def _averaged(graphdef, hold, params, stats, split, keys):
+    """Of a loss that is a mean: the mean over parts, each by its "loss_weight"."""
+
+    def gradient(batch, key):
+        def loss_of(params):
+            return loss_and_stats(graphdef, hold(params), stats, batch, key)
+
+        (loss, (metrics, seen)), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
         weight = metrics.get("loss_weight", jnp.float32(1))
-        grad_sum = jax.tree.map(lambda s, g: s + weight * g, grad_sum, grads)
-        metric_sum = jax.tree.map(lambda s, m: s + weight * m, metric_sum, metrics)
-        return (stats, total + weight, grad_sum, metric_sum), None
+        weighted = jax.tree.map(lambda x: weight * x, (grads, {"loss": loss, **metrics}))
+        return weight, weighted, jax.tree.map(jnp.subtract, seen, stats)
 
-    # Part i holds every parts-th example, so each device keeps its own slice of the batch.
-    split = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1), batch)
-    first = jax.tree.map(lambda x: x[0], split)
-    shapes = jax.eval_shape(one, stats, first, key)
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes[:2])
-    carry = (stats, jnp.float32(0), *zeros)
-    (stats, total, grads, metrics), _ = jax.lax.scan(add, carry, (split, jnp.arange(parts)))
-    total = jnp.maximum(total, 1e-9)
-    return *jax.tree.map(lambda x: x / total, (grads, metrics)), stats
+    total, weighted, moved = _sum_over_parts(gradient, split, keys)
+    return *jax.tree.map(lambda x: x / jnp.maximum(total, 1e-9), weighted), moved
+
+
+def _compared(graphdef, hold, params, stats, split, keys):
+    """Of a `Contrastive` learner: that of the whole batch (Gao et al. 2021, 2101.06983, section 3).
+
+    All examples are embedded, and nothing kept but what is compared. The loss of that has a
+    gradient in each embedding, which then goes back into the parameters as each part is embedded
+    again, with the same keys.
+    """
+
+    def embed(params, batch, key):
+        learner = nnx.merge(graphdef, hold(params), stats)
+        return learner.embed(batch, key, train=True), split_learner(learner)[2]
+
+    parts = jax.lax.map(lambda part: embed(params, *part)[0], (split, keys))
+    leaves, tree = jax.tree.flatten(parts)
+    differ = [n for n, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+
+    def contrast(params, embeddings):
+        learned = dict(zip(differ, embeddings, strict=True))
+        joined = [constrain(_joined(learned.get(n, leaf))) for n, leaf in enumerate(leaves)]
+        together = jax.tree.unflatten(tree, joined)
+        return nnx.merge(graphdef, hold(params), stats).contrast(together)
+
+    (loss, metrics), (direct, pulls) = jax.value_and_grad(contrast, (0, 1), has_aux=True)(
+        params, [leaves[n] for n in differ]
+    )
+
+    def gradient(batch, key, pulls):
+        def pulled(params):
+            embedded, seen = embed(params, batch, key)
+            leaves = jax.tree.leaves(embedded)
+            return sum(jnp.sum(leaves[n] * p) for n, p in zip(differ, pulls, strict=True)), seen
+
+        grads, seen = jax.grad(pulled, has_aux=True)(params)
+        return grads, jax.tree.map(jnp.subtract, seen, stats)
+
+    grads, moved = _sum_over_parts(gradient, split, keys, pulls)
+    return jax.tree.map(jnp.add, direct, grads), {"loss": loss, **metrics}, moved
+
+
+def _sum_over_parts(fn: Callable[..., Any], *parts: Any) -> Any:
+    """The sum of `fn(*part)`, a tree of arrays, over the leading axis of all `parts`."""
+    first = jax.tree.map(lambda x: x[0], parts)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(fn, *first))
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, fn(*part)), None
+
+    return jax.lax.scan(add, zeros, parts)[0]
 
 
 # What must be finite for a step to count as a good one.

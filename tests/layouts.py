@@ -3,6 +3,7 @@
 import collections
 import copy
 import json
+import math
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from cap_pretrain import partition, step
@@ -75,6 +76,13 @@ def config(objective: str, **fields: Any) -> ConfigDict:
     return toy.config(learner, options, **fields)
 
 
+def mesh(layout: str) -> Mesh:
+    """The mesh of a layout, on the first devices of this process."""
+    shape = LAYOUTS[layout]
+    axes = dict(zip(("mesh__data", "mesh__fsdp", "mesh__tensor"), shape, strict=True))
+    return partition.make_mesh(toy.config(**axes), jax.devices()[: math.prod(shape)])
+
+
 class Training:
     """A config made ready to be trained on the first devices of this process.
 
@@ -85,10 +93,9 @@ class Training:
     """
 
     def __init__(self, c: ConfigDict, layout: str, vocab_size: int = VOCAB):
-        shape, c = LAYOUTS[layout], copy.deepcopy(c)
-        c.mesh.data, c.mesh.fsdp, c.mesh.tensor = shape
-        self.config = c
-        self.mesh = partition.make_mesh(c, jax.devices()[: int(np.prod(shape))])
+        self.config = c = copy.deepcopy(c)
+        c.mesh.data, c.mesh.fsdp, c.mesh.tensor = LAYOUTS[layout]
+        self.mesh = mesh(layout)
         self.init, self.abstract, graphdef, tx, rate, _ = toy.prepared(c, vocab_size, self.mesh)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
         self._take = step.make_train_step(graphdef, tx, rate, c, shardings)
@@ -103,6 +110,17 @@ class Training:
                 state, metrics = self._take(state, arrays)
                 losses.append(float(metrics["loss"]))
         return state, losses
+
+    def program(self) -> str:
+        """The step as XLA has compiled it, which is that of one device."""
+        batch = toy.batch(self.config)
+        sharding = partition.batch_sharding(self.mesh)
+        shapes = {
+            k: jax.ShapeDtypeStruct(batch[k].shape, batch[k].dtype, sharding=sharding)
+            for k in ("image", "text")
+        }
+        with jax.set_mesh(self.mesh):
+            return self._take.lower(self.abstract, shapes).compile().as_text()
 
     def save(self, state: step.TrainState, workdir: Path) -> None:
         """Saves the state as a run would."""

@@ -4,9 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from cap_pretrain import config as configs
 from cap_pretrain import learners, partition, step
-from cap_pretrain.errors import UserError
 from tests import toy
 
 SMALL = dict(model__depth=1, model__width=32, model__mlp=64)
@@ -33,12 +31,6 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(average):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), whole[0], in_parts[0])
     np.testing.assert_allclose(whole[1]["loss"], in_parts[1]["loss"], rtol=1e-5)
     np.testing.assert_allclose(whole[1]["token_accuracy"], in_parts[1]["token_accuracy"], rtol=1e-5)
-
-
-def test_accumulation_is_refused_where_it_would_change_the_loss():
-    c = toy.config("dual_encoder", accumulate=2)
-    with pytest.raises(UserError, match="accumulate: 2 .*dual_encoder"):
-        configs.validate(c)
 
 
 def test_a_bad_step_is_left_out_whole():

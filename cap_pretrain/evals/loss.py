@@ -43,7 +43,7 @@ class Loss:
         self._context, self._options = context, options
         self._source = context.source(options.split, options.data)
         over = "examples"
-        if not context.graphdef.nodes[0].type.sum_over_batch:
+        if hasattr(context.graphdef.nodes[0].type, "contrast"):
             over = f"batches of {options.batch_size}, weighted by their examples"
         named = context.named(options.split, options.data)
         self._details = {"protocol": f"the learner's own loss, its mean over {over}", **named}

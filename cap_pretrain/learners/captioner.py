@@ -63,7 +63,6 @@ class Captioner(nnx.Module):
                 )
 
     reads = ("image", "text", "prompt")
-    sum_over_batch = True
 
     def __init__(
         self,

@@ -48,7 +48,6 @@ class Classifier(nnx.Module):
                 )
 
     reads = ("image", "label")
-    sum_over_batch = True
 
     def __init__(self, encoder: ImageEncoder, *, options: Options, rngs: nnx.Rngs):
         """Of `options`, `classes` must be set; raises UserError if there is no such layer."""

@@ -10,12 +10,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 from ml_collections import ConfigDict
 
 from cap_pretrain import learners
 from cap_pretrain.errors import UserError
+from cap_pretrain.learners import pairs
+from cap_pretrain.learners.contrastive import Contrastive
 from cap_pretrain.models.build import build_encoder, compute, text_size
 from cap_pretrain.models.layers import XAVIER, normalize_images
 from cap_pretrain.models.text import TextTower
@@ -25,7 +26,7 @@ from cap_pretrain.models.text import TextTower
 INITIAL_SCALE_AND_BIAS = {"softmax": (math.log(1 / 0.07), None), "sigmoid": (math.log(10), -10.0)}
 
 
-class DualEncoder(nnx.Module):
+class DualEncoder(Contrastive):
     """An image and a text tower, each with a linear projection of the same width.
 
     A ViT's text tower is of its size.
@@ -37,18 +38,27 @@ class DualEncoder(nnx.Module):
 
         Attributes:
           contrast: "softmax" (CLIP) or "sigmoid" (SigLIP).
+          ring: whether, for "sigmoid", texts go around the devices instead of being gathered on
+            each: a device then holds as many texts and [b, b] logits as it has examples, instead of
+            all B and [b, B]. Nothing else changes. It is one message after the other, as many as
+            there are devices, so it pays where those arrays are what does not fit.
         """
 
         contrast: str = "softmax"
+        ring: bool = False
 
         def __post_init__(self):
             if self.contrast not in INITIAL_SCALE_AND_BIAS:
                 raise UserError(
                     f"learner.contrast: {self.contrast!r} is not 'softmax' or 'sigmoid'."
                 )
+            if self.ring and self.contrast != "sigmoid":
+                raise UserError(
+                    f"learner.ring: {self.contrast!r} needs all texts of the batch at once; only "
+                    "'sigmoid' can take them in turns."
+                )
 
     reads = ("image", "text")
-    sum_over_batch = False
 
     def __init__(
         self,
@@ -93,8 +103,11 @@ class DualEncoder(nnx.Module):
 
     def logits(self, images: jax.Array, texts: jax.Array) -> jax.Array:
         """Unit vectors [B, D] and [C, D] -> similarities [B, C] as the loss reads them."""
-        logits = jnp.exp(self.log_scale[...]) * jnp.matmul(images, texts.T, precision="highest")
-        return logits + self.bias[...] if self.options.contrast == "sigmoid" else logits
+        return pairs.similarities(images, texts, self._scale_and_bias())
+
+    def _scale_and_bias(self) -> dict[str, jax.Array]:
+        scale = {"scale": jnp.exp(self.log_scale[...])}
+        return scale | ({"bias": self.bias[...]} if self.options.contrast == "sigmoid" else {})
 
     def features(self, images: jax.Array) -> jax.Array:
         """uint8 images [B, H, W, 3] -> unit vectors [B, D] float32, as they meet those of texts."""
@@ -123,50 +136,33 @@ class DualEncoder(nnx.Module):
         """uint8 images [B, H, W, 3], text int32 [B, C, T] -> cosines [B, C]."""
         return self.compare(self.image_features(images), self.text_features(text))
 
-    def loss(
+    def embed(
         self, batch: dict[str, jax.Array], key: jax.Array, train: bool
-    ) -> tuple[jax.Array, dict[str, Any]]:
-        """The contrastive loss of a batch; masked examples are neither queries nor candidates."""
+    ) -> dict[str, jax.Array]:
+        """Unit vectors of `images` and `texts`, [B, D] each, and which are `valid`."""
         image_key, text_key = jax.random.split(key)
         images = self.embed_images(batch["image"], train=train, key=image_key)
         texts = self.embed_text(batch["text"], train=train, key=text_key)
-        logits = self.logits(images, texts)
         valid = batch.get("mask", jnp.ones(len(images), bool))
-        contrast = {"softmax": softmax_contrast, "sigmoid": sigmoid_contrast}
-        loss = contrast[self.options.contrast](logits, valid)
+        return {"images": images, "texts": texts, "valid": valid}
 
-        count = jnp.maximum(jnp.sum(valid), 1)
-        candidates = jnp.where(valid[None, :], logits, -jnp.inf)
-        own = jnp.arange(len(logits))
-        to_text = jnp.sum((jnp.argmax(candidates, 1) == own) * valid) / count
-        candidates = jnp.where(valid[:, None], logits, -jnp.inf)
-        to_image = jnp.sum((jnp.argmax(candidates, 0) == own) * valid) / count
+    def contrast(self, embedded: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, Any]]:
+        """The contrastive loss; of the metrics, accuracies are of retrieval within the batch."""
+        images, texts, valid = (embedded[k] for k in ("images", "texts", "valid"))
+        shared, count = self._scale_and_bias(), jnp.maximum(jnp.sum(valid), 1)
+        ring = self.options.ring and not jax.sharding.get_abstract_mesh().empty
+        compare = pairs.around if ring else pairs.gathered
+        found = compare(pairs.LOSSES[self.options.contrast], images, texts, shared, valid)
         metrics = {
             "loss_weight": jnp.sum(valid).astype(jnp.float32),
-            "image_to_text_accuracy": to_text,
-            "text_to_image_accuracy": to_image,
-            "logit_scale": jnp.exp(self.log_scale[...]),
+            "image_to_text_accuracy": jnp.sum((found.own > found.other_text) & valid) / count,
+            "text_to_image_accuracy": jnp.sum((found.own > found.other_image) & valid) / count,
+            "logit_scale": shared["scale"],
         }
-        return loss, metrics
+        return found.loss / count, metrics
 
 
 def unit(x: jax.Array) -> jax.Array:
     """Scales vectors [B, D] to length one, in float32."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-12)
-
-
-def softmax_contrast(logits: jax.Array, valid: jax.Array) -> jax.Array:
-    """CLIP: mean cross-entropy of rows and columns of logits [B, B], over valid examples."""
-    blocked = jnp.where(valid[:, None] & valid[None, :], logits, -1e9)
-    own = jnp.eye(len(logits))
-    rows = optax.softmax_cross_entropy(blocked, own)
-    columns = optax.softmax_cross_entropy(blocked.T, own)
-    return jnp.sum((rows + columns) / 2 * valid) / jnp.maximum(jnp.sum(valid), 1)
-
-
-def sigmoid_contrast(logits: jax.Array, valid: jax.Array) -> jax.Array:
-    """SigLIP: every pair is a binary question; summed over pairs, divided by the examples."""
-    signs = 2.0 * jnp.eye(len(logits)) - 1.0
-    pairs = -jax.nn.log_sigmoid(signs * logits) * (valid[:, None] & valid[None, :])
-    return jnp.sum(pairs) / jnp.maximum(jnp.sum(valid), 1)

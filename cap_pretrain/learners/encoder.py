@@ -19,7 +19,6 @@ class Encoder(nnx.Module):
         """There are none."""
 
     reads = ("image",)
-    sum_over_batch = True
 
     def __init__(self, encoder: nnx.Module):
         self.encoder = encoder

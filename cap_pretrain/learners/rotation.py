@@ -89,7 +89,6 @@ class Rotation(nnx.Module):
     }
 
     reads = ("image",)
-    sum_over_batch = True
 
     def __init__(self, encoder: ImageEncoder, *, options: Options, rngs: nnx.Rngs):
         self.encoder = encoder

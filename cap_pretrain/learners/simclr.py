@@ -15,13 +15,14 @@ from ml_collections import ConfigDict
 from cap_pretrain import augment, learners
 from cap_pretrain.errors import UserError
 from cap_pretrain.learners.classifier import classification
+from cap_pretrain.learners.contrastive import Contrastive
 from cap_pretrain.learners.dual_encoder import unit
 from cap_pretrain.models.build import build_encoder
 from cap_pretrain.models.encoder import ImageEncoder
 from cap_pretrain.models.layers import constrain
 
 
-class SimCLR(nnx.Module):
+class SimCLR(Contrastive):
     """An encoder and, on its pooled vector, an MLP of two layers that is dropped afterwards."""
 
     @dataclasses.dataclass(frozen=True)
@@ -72,7 +73,6 @@ class SimCLR(nnx.Module):
     }
 
     reads = ("image",)
-    sum_over_batch = False
 
     def __init__(self, encoder: ImageEncoder, *, options: Options, rngs: nnx.Rngs):
         """Raises UserError if views are no whole number of the encoder's patches."""
@@ -116,30 +116,39 @@ class SimCLR(nnx.Module):
             image = augment.gaussian_blur(of_blur, image)
         return image
 
-    def embed(
+    def project(
         self, views: jax.Array, *, train: bool = False, key: jax.Array | None = None
     ) -> jax.Array:
         """Views [2 B, S, S, 3] in [-1, 1] -> unit vectors [2 B, D] float32."""
         pooled = self.encoder(views, train=train, key=key).pooled
         return unit(self.projection(nnx.relu(self.hidden(pooled.astype(jnp.float32)))))
 
-    def loss(
+    def embed(
         self, batch: dict[str, jax.Array], key: jax.Array, train: bool
-    ) -> tuple[jax.Array, dict[str, Any]]:
+    ) -> dict[str, jax.Array]:
+        """Unit `vectors` of two views of each image, [B, 2, D], and which are `valid`.
+
+        Evaluation has views, too: drawn as in training, from a key that is always the same.
+        """
+        of_views, of_encoder = jax.random.split(key)
+        views = self.views(batch["image"], of_views)
+        vectors = self.project(views, train=train, key=of_encoder)
+        count = len(batch["image"])
+        valid = batch.get("mask", jnp.ones(count, bool))
+        return {"vectors": vectors.reshape(count, 2, -1), "valid": valid}
+
+    def contrast(self, embedded: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, Any]]:
         """The normalised temperature-scaled cross-entropy (section 2.1), its mean over views.
 
-        It compares views in evaluation, too: they are drawn as in training, from a key that is
-        always the same. Views of masked examples are neither asked about nor to be chosen.
+        Views of masked examples are neither asked about nor to be chosen.
 
         Of the metrics, `accuracy` is the share of views to which, of all others, their partner is
         nearest.
         """
-        of_views, of_encoder = jax.random.split(key)
-        views = self.views(batch["image"], of_views)
-        vectors = self.embed(views, train=train, key=of_encoder)
-        counts = jnp.repeat(batch.get("mask", jnp.ones(len(batch["image"]), bool)), 2)
-        logits = choices(vectors, counts, self.options.temperature)
-        loss, metrics = classification(logits, jnp.arange(len(views)) ^ 1, counts)
+        vectors = embedded["vectors"].reshape(-1, embedded["vectors"].shape[-1])
+        counts = jnp.repeat(embedded["valid"], 2)
+        logits = constrain(choices(vectors, counts, self.options.temperature))
+        loss, metrics = classification(logits, jnp.arange(len(vectors)) ^ 1, counts)
         return loss, metrics | {"chance": 1 / jnp.maximum(jnp.sum(counts) - 1, 1)}
 
 

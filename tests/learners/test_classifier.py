@@ -170,8 +170,6 @@ def test_what_cannot_be_is_told(classifier):
         Accuracy(captioner, Accuracy.Options())
     with pytest.raises(UserError, match="learner.classes: the dataset does not name"):
         tiny.abstract(config(classes=0))
-    with pytest.raises(UserError, match="accumulate: 2 parts"):
-        tiny.abstract(config(learner__batch_norm=True, accumulate=2))
     with pytest.raises(UserError, match="no layer 'block_9'"):
         train(config(learner__layer="block_9"), 1)
     for options in ({"classes": -1}, {"label_smoothing": 1.0}):

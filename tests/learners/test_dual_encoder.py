@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cap_pretrain import learners, plan
-from cap_pretrain.learners.dual_encoder import sigmoid_contrast, softmax_contrast
+from cap_pretrain.learners.pairs import LOSSES
 from cap_pretrain.step import split_learner
 from tests import tiny, torch_reference, toy
 
@@ -65,23 +65,30 @@ def test_loss_is_its_formula_over_the_examples_that_are_not_masked(dual, mask):
         assert metrics[name] == pytest.approx(accuracy)
 
 
-@pytest.mark.parametrize("contrast", [softmax_contrast, sigmoid_contrast])
+def loss_of(name):
+    """(logits, valid) -> the sum of the loss over a batch."""
+    return lambda logits, valid: LOSSES[name](
+        logits, np.eye(len(logits), dtype=bool), valid[:, None] & valid
+    )
+
+
+@pytest.mark.parametrize("contrast", LOSSES)
 def test_masked_logits_have_no_gradient_and_valid_ones_do(contrast):
     logits = np.random.default_rng(0).standard_normal((4, 4)).astype(np.float32)
     valid = np.array([True, False, True, True])
-    gradient = np.asarray(jax.grad(contrast)(logits, valid))
+    gradient = np.asarray(jax.grad(loss_of(contrast))(logits, valid))
     assert not gradient[1].any() and not gradient[:, 1].any()
     assert gradient[np.ix_(valid, valid)].all()
-    nothing = jax.value_and_grad(contrast)(logits, np.zeros(4, bool))
+    nothing = jax.value_and_grad(loss_of(contrast))(logits, np.zeros(4, bool))
     assert not any(np.any(x) for x in nothing)
 
 
-@pytest.mark.parametrize("contrast", [softmax_contrast, sigmoid_contrast])
+@pytest.mark.parametrize("contrast", LOSSES)
 def test_sure_and_right_costs_nothing_sure_and_wrong_is_finite(contrast):
     valid = np.ones(3, bool)
     right = 1000 * (2 * np.eye(3, dtype=np.float32) - 1)
-    assert contrast(right, valid) == 0
-    assert 500 < contrast(-right, valid) < 10_000
+    assert loss_of(contrast)(right, valid) == 0
+    assert 1500 < loss_of(contrast)(-right, valid) < 30_000
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,6 @@ class RelativePosition(nnx.Module):
     }
 
     reads = ("image",)
-    sum_over_batch = True
 
     def __init__(self, encoder, *, options: Options, rngs: nnx.Rngs):
         self.encoder, self.options = encoder, options

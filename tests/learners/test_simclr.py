@@ -91,7 +91,7 @@ def test_options_leave_out_colours_and_blur():
 def test_metrics_and_masks_of_a_batch():
     """An encoder that gives pixels as they are tells images of one colour apart."""
     learner = simclr(Seen(SIDE), colour=0.0, blur=False)
-    learner.embed = lambda views, **_: unit(views.mean(axis=(1, 2)))
+    learner.project = lambda views, **_: unit(views.mean(axis=(1, 2)))
     loss = jax.jit(lambda batch: learner.loss(batch, jax.random.key(0), False)[1])
     corners = [[int(c) * 255 for c in np.binary_repr(n, 3)] for n in range(8)]
     images = np.broadcast_to(np.array(corners, np.uint8)[:, None, None], (8, SIDE, SIDE, 3))

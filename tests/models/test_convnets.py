@@ -194,13 +194,6 @@ def test_statistics_are_of_the_batch_of_all_devices():
             np.testing.assert_allclose(ours, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_accumulation_needs_statistics_that_do_not_move():
-    fields = dict(model__name="resnet18", accumulate=2)
-    with pytest.raises(UserError, match="2 parts would each .* in encoder/.*/norm; set accumulate"):
-        tiny.abstract(toy.config(**fields))
-    tiny.abstract(toy.config(**fields, optim__lr_rules=(("encoder/.*", 0.0),)))
-
-
 def test_a_classifier_reads_a_layer_as_wide_as_it_is():
     options = {"classes": 6, "layer": "stage_2"}
     _, params, _ = tiny.abstract(toy.config("classifier", options, model__name="resnet18"))
