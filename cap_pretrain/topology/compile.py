@@ -42,13 +42,16 @@ _OVER = re.compile(r"Used ([\d.]+)([KMGT]?)i?B? of ([\d.]+)([KMGT]?)i?B? hbm")
 
 
 def set_environment() -> None:
-    """Keeps libtpu from looking for TPUs and asking the network; before JAX sets up a backend."""
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    # Nothing is loaded onto a TPU, so others may compile, too.
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
-    os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
+    """Keeps libtpu from looking for TPUs, before JAX sets up a backend; what is set stays."""
+    for name, value in {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server to ask what machine this is
+        "TPU_WORKER_HOSTNAMES": "localhost",  # these two only silence warnings
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        # Nothing is loaded onto a TPU, so others may compile, too.
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }.items():
+        os.environ.setdefault(name, value)
 
 
 @dataclasses.dataclass(frozen=True)

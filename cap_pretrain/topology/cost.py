@@ -174,13 +174,12 @@ def traffic(module: Module, computation: str, op: Operation) -> int:
         source = module.operation(computation, name)
         if source is None or all(map(_near, source.results)):
             continue
-        users = [o for o in inner if parameters.get(number) in o.operands]
-        if users and all(o.opcode == "dynamic-slice" for o in users):
+        mine = parameters.get(number)
+        users = [o for o in inner if mine in o.operands]
+        first = users and all(o.operands[0] == mine for o in users)
+        if first and all(o.opcode == "dynamic-slice" for o in users):
             total += sum(o.size for o in users)
-        elif users and all(
-            o.opcode == "dynamic-update-slice" and o.operands[0] == parameters[number]
-            for o in users
-        ):
+        elif first and all(o.opcode == "dynamic-update-slice" for o in users):
             # The result is the same array, with the slice replaced.
             update = [module.operation(op.runs("calls")[0], o.operands[1]) for o in users]
             total += sum(o.size for o in update if o) - source.size

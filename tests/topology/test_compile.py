@@ -1,0 +1,202 @@
+"""Programs compiled for TPUs that are not here, and what is told of them."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from cap_pretrain.errors import UserError
+from cap_pretrain.flops import chip_of
+from cap_pretrain.topology import compile as compiling
+from cap_pretrain.topology import cost, hlo, report, search
+from tests.topology.programs import program
+from tools import check_topology
+
+pytest.importorskip("libtpu", reason="the TPU compiler is not installed: pip install -e '.[tpu]'")
+compiling.set_environment()
+
+TINY = [
+    *("--config=configs/pretrain.py:objective=cap,model=mu/8", "--topology=v5e:2x2"),
+    *("--config.batch_size=8", "--config.data.image_size=16", "--config.text.vocab_size=50"),
+]
+
+
+@functools.cache
+def devices():
+    return compiling.open_topology("v5e:2x2")
+
+
+def measure(f, *shapes: tuple[jax.ShapeDtypeStruct, ...]) -> cost.Cost:
+    text = jax.jit(f).lower(*shapes).compile().as_text()
+    return cost.measure(hlo.parse(text), chip_of(devices()[0]), 4)
+
+
+def test_the_body_of_a_scan_counts_once_a_turn():
+    alone = jax.sharding.SingleDeviceSharding(devices()[0])
+    x = jax.ShapeDtypeStruct((1024, 1024), jnp.bfloat16, sharding=alone)
+
+    def products(x, turns):
+        return jax.lax.scan(lambda y, _: (jnp.tanh(y @ x), None), x, length=turns)[0]
+
+    few, many = (measure(functools.partial(products, turns=turns), x) for turns in (10, 30))
+    chip = chip_of(devices()[0])
+    per_turn = (many.cycles - few.cycles) / 20
+    ideal = 2 * 1024**3 / chip.peak * chip.clock
+    assert ideal < per_turn < 3 * ideal
+    assert few.cycles == pytest.approx(10 * per_turn, rel=0.3)
+
+
+def test_collectives_are_counted_with_their_turns():
+    mesh = Mesh(np.array(devices()), ("d",))
+
+    def one(x):
+        def turn(x, _):
+            return jax.lax.psum(jnp.sin(x), "d"), None
+
+        return jax.lax.all_gather(jax.lax.scan(turn, x, length=5)[0], "d", tiled=True)
+
+    f = jax.shard_map(one, mesh=mesh, in_specs=P("d"), out_specs=P(), check_vma=False)
+    x = jax.ShapeDtypeStruct((32, 128), jnp.float32, sharding=NamedSharding(mesh, P("d")))
+    found = measure(f, x).collectives
+    part = 4 * 8 * 128
+    assert found["all-reduce"].count == 5 and found["all-gather"].count == 1
+    assert found["all-reduce"].bytes == 5 * part and found["all-reduce"].sent == 7.5 * part
+    assert found["all-gather"].bytes == part and found["all-gather"].sent == 3 * part
+
+
+@pytest.mark.parametrize(
+    "name, count, kind", [("v5e:4x4", 16, "lite"), ("v4:2x2x2", 8, "v4"), ("v5p:2x2x2", 8, "v5")]
+)
+def test_topologies(name: str, count: int, kind: str):
+    found = compiling.open_topology(name)
+    assert len(found) == count and kind in found[0].device_kind
+
+
+def test_slices():
+    assert len(compiling.open_topology("v5e:2x2", slices=2)) == 8
+
+
+@pytest.mark.parametrize(
+    "kind, gib", [("v5e:2x2", 15.75), ("v4:2x2x1", 30.75), ("v5p:2x2x1", 95.74)]
+)
+def test_there_is_so_much_memory(kind: str, gib: float):
+    # What Google documents, 16, 32 and 95 GB, less what the compiler keeps.
+    limit = compiling.hbm_limit(compiling.open_topology(kind)[0])
+    assert limit / 2**30 == pytest.approx(gib, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "kind, chips, expected",
+    [
+        ("v5e", 16, ("v5e:4x4", 1)),
+        ("v5e", 128, ("v5e:8x16", 1)),
+        ("v5e", 1024, ("v5e:16x16", 4)),
+        ("v5p", 16, ("v5p:2x2x4", 1)),
+        ("v4", 64, ("v4:4x4x4", 1)),
+        ("v5p", 1024, ("v5p:8x8x16", 1)),
+    ],
+)
+def test_slice_of_so_many_chips(kind: str, chips: int, expected: tuple[str, int]):
+    assert search.slice_of(kind, chips) == expected
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--topology=v9:2x2"], "no chip 'v9'"),
+        (["--topology=v5e"], "lacks a shape"),
+        (["--topology=v5e:3x3"], "cannot be"),
+        (["--config.mesh.fsdp=3"], "mesh.fsdp=3"),
+        (["--config.batch_size=6"], "batch_size: 6"),
+        (["--config.nonsense=1"], "nonsense"),
+        (["--scan=12"], "12 chips"),
+    ],
+)
+def test_mistakes_are_told_in_a_line_or_two(arguments, said, capsys):
+    assert check_topology.main([*TINY, *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert said in err and err.count("\n") <= 2 and not out
+
+
+def test_without_the_compiler(monkeypatch, capsys):
+    monkeypatch.setattr(compiling.importlib.util, "find_spec", lambda name: None)
+    assert check_topology.main(TINY) == 2
+    assert "pip install -e '.[tpu]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory "
+        "required for HLO temporaries (20.00G) exceeds available HBM (16.00G).",
+        "Ran out of memory in memory space hbm. Used 20.00G of 16.00G hbm. Exceeded by 4.00G.",
+    ],
+)
+def test_what_does_not_fit_says_by_how_much_and_what_would(message, monkeypatch, capsys, tmp_path):
+    memory = compiling.Memory(2**34, 2**30, 0, 2**33, 2**20)
+    compiled = compiling.Compiled(program(""), memory, seconds=1.0)
+
+    def compile_step(config, vocab_size, devices):
+        if config.accumulate < 4 and config.model.remat == "none":
+            raise compiling._too_large(RuntimeError(message))
+        return compiled
+
+    monkeypatch.setattr(report, "compile_step", compile_step)
+    monkeypatch.setattr(report, "measure", lambda *a: cost.Cost(seconds=1.0))
+    monkeypatch.setattr(report.plan, "flops_per_example", lambda *a: {"training": 1.0})
+    big = ["--config.batch_size=16", f"--json={tmp_path / 'r.json'}"]
+    assert check_topology.main([*TINY, *big]) == 1
+    told = capsys.readouterr().out
+    assert "does not fit: needs 20.00 GiB of HBM a chip, there are 16.00: 4.00 GiB" in told
+    first, *tried = json.loads((tmp_path / "r.json").read_text())
+    assert not first["fits"]
+    assert [(r["accumulate"], r["remat"], r["fits"]) for r in tried] == [
+        *((2, "none", False), (4, "none", True), (1, "dots_no_batch", True))
+    ]
+    assert "--config.model.remat=" in told
+
+
+@pytest.mark.slow
+def test_a_step_of_training(capsys, tmp_path):
+    path = tmp_path / "r.json"
+    assert check_topology.main([*TINY, "--breakdown", f"--json={path}"]) == 0
+    told = capsys.readouterr().out
+    for said in ("HBM a chip", "all-reduce", "predicted, not measured", "roofline", "MFU"):
+        assert said in told
+    (found,) = json.loads(path.read_text())
+    assert found["fits"] and found["chips"] == 4 and found["batch_per_chip"] == 2
+    assert 0 < found["needed"] < found["limit"] and not found["loops_of_unknown_length"]
+    parts = sum(sum(kinds.values()) for kinds in found["seconds_by_part"].values())
+    predicted = found["predicted"]
+    assert parts == pytest.approx(predicted["cycles"] / predicted["clock"])
+    assert predicted["step_seconds"] >= predicted["cycles"] / predicted["clock"]
+    # Every gradient is summed over the chips once: in float32, or as bfloat16 before it is.
+    parameters = found["arguments"]
+    assert parameters / 8 < found["collectives"]["all-reduce"]["bytes"] < parameters
+
+
+@pytest.mark.slow
+def test_a_step_that_is_too_large():
+    config = compiling_config("--config.batch_size=4194304")
+    with pytest.raises(compiling.TooLarge) as found:
+        compiling.compile_step(*compiling.prepare(config), devices())
+    assert found.value.needed > found.value.limit > 15 * 2**30
+
+
+def compiling_config(*overrides: str):
+    from cap_pretrain.sweeps.trials import Trial, parse_overrides
+
+    _, _, *fields = TINY
+    config = TINY[0].removeprefix("--config=")
+    return Trial("t", config, parse_overrides([*fields, *overrides])).resolved()
+
+
+def test_the_mesh_must_divide():
+    with pytest.raises(UserError, match=r"mesh\.tensor=3"):
+        config, vocab_size = compiling.prepare(compiling_config("--config.mesh.tensor=3"))
+        compiling.compile_step(config, vocab_size, devices())

@@ -1,0 +1,112 @@
+"""Cycles, collectives and waiting are added up through loops, branches and asynchronous pairs."""
+
+import pytest
+
+from cap_pretrain.flops import Chip
+from cap_pretrain.topology import cost, hlo
+from tests.topology.programs import loop, operation, program, running
+
+# A cycle is a second, and so is a byte.
+CHIP = Chip(1.0, 1.0, 1.0, 1.0)
+SIZE = 4 * 8 * 128
+
+
+def measure(text: str, devices: int = 2) -> cost.Cost:
+    return cost.measure(hlo.parse(text), CHIP, devices)
+
+
+def test_cycles_are_multiplied_by_the_turns_of_nested_loops():
+    inner = loop("inner", operation("deep", 3), limit=4)
+    outer = loop("outer", operation("work", 10) + running("inner"), limit=5)
+    found = measure(program(operation("once", 7) + running("outer"), inner + outer))
+    assert found.cycles == found.seconds == 7 + 5 * (10 + 4 * 3)
+    assert found.cycles_of["fusion", "jit(f)/jvp()/deep"] == 60
+    assert not found.endless
+
+
+def test_a_loop_of_unknown_length_counts_once_and_is_told():
+    text = program(running("l"), loop("l", operation("work", 10))).replace("direction=LT", "")
+    text = text.replace("compare(%i, %limit), ", "custom-call(%i, %limit)")
+    found = measure(text)
+    assert found.cycles == 10 and found.endless == ["l"]
+
+
+def test_the_dearer_branch_counts():
+    branches = "".join(
+        f"%branch_{n} (p: f32[8,128]) -> f32[8,128] {{\n"
+        "  %p = f32[8,128]{1,0} parameter(0)\n"
+        f"{operation('work', cycles)}}}\n\n"
+        for n, cycles in enumerate((5, 11))
+    )
+    text = (
+        "  %c = f32[8,128]{1,0} conditional(%p, %p, %p), "
+        "branch_computations={%branch_0, %branch_1}\n"
+    )
+    assert measure(program(text, branches)).cycles == 11
+
+
+def collective(kind: str, opcode: str, operand: str = "p") -> str:
+    return (
+        f"  %{opcode} = f32[8,128]{{1,0}} {opcode}(%{operand}), channel_id=1, "
+        f"replica_groups=[1,2]<=[2], to_apply=%inside\n"
+    )
+
+
+def test_a_collective_is_waited_for():
+    found = measure(program(operation("work", 10) + collective("all-reduce", "all-reduce")))
+    # In a ring of two, each sends half of the array twice.
+    assert found.seconds == 10 + SIZE and found.waited["ici"] == SIZE
+    (kind,) = found.collectives
+    assert kind == "all-reduce"
+    assert found.collectives[kind] == cost.Collective(1, SIZE, SIZE, SIZE)
+
+
+@pytest.mark.parametrize("work, waited", [(100, SIZE - 100), (SIZE + 100, 0)])
+def test_what_is_done_meanwhile_is_not_waited_for(work: int, waited: int):
+    pair = (
+        collective("all-reduce", "all-reduce-start")
+        + operation("meanwhile", work)
+        + "  %done = f32[8,128]{1,0} all-reduce-done(%all-reduce-start)\n"
+    )
+    found = measure(program(pair))
+    assert found.seconds == max(work, SIZE) and found.waited["ici"] == waited
+    assert found.collectives["all-reduce"].count == 1
+
+
+def test_an_early_copy_moves_its_result():
+    pair = (
+        "  %s = (f32[2,128]{1,0:S(1)}, f32[8,128]{1,0}, u32[]{:S(2)}) copy-start(%p)\n"
+        "  %done = f32[2,128]{1,0:S(1)} copy-done(%s)\n"
+    )
+    found = measure(program(pair))
+    assert found.seconds == found.waited["hbm"] == 4 * 2 * 128
+
+
+@pytest.mark.parametrize(
+    "kind, share",
+    [("all-reduce", 1.5), ("all-gather", 3), ("reduce-scatter", 0.75), ("all-to-all", 0.75)],
+)
+def test_what_is_sent_in_a_ring_of_four(kind: str, share: float):
+    assert cost.sent_share(kind, 4) == share
+    assert cost.sent_share(kind, 1) == 0
+
+
+def test_traffic_counts_slices_and_not_what_lies_near():
+    slicing = """\
+%slicing (a: f32[6,8,128], i: s32[]) -> f32[1,8,128] {
+  %a = f32[6,8,128]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %cut = f32[1,8,128]{2,1,0} dynamic-slice(%a, %i, %i, %i)
+}
+
+"""
+    work = (
+        "  %all = f32[6,8,128]{2,1,0} custom-call(%p)\n"
+        "  %i = s32[] constant(0)\n"
+        "  %near = f32[8,128]{1,0:S(1)} copy(%p)\n"
+        "  %cut = f32[1,8,128]{2,1,0} fusion(%all, %i), kind=kLoop, calls=%slicing\n"
+    )
+    module = hlo.parse(program(work, slicing))
+    traffic = {op.name: cost.traffic(module, "main", op) for op in module.computations["main"]}
+    assert traffic["cut"] == 2 * SIZE + 4 and traffic["near"] == SIZE
+    assert traffic["all"] == 7 * SIZE
