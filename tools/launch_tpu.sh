@@ -26,9 +26,9 @@ die() { # STATUS MESSAGE
   exit "$1"
 }
 quoted() { # its arguments, as one line for a shell
-  local line='' word quote="'\\''"
+  local line='' word one="'" quoted="'\\''"
   for word in "$@"; do
-    case $word in *[!A-Za-z0-9_./:=,@%+-]* | '') word="'${word//\'/$quote}'" ;; esac
+    case $word in *[!A-Za-z0-9_./:=,@%+-]* | '') word="'${word//$one/$quoted}'" ;; esac
     line+=" $word"
   done
   printf '%s' "${line# }"

@@ -113,6 +113,7 @@ if status == "preempted":
     status = 143
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 print("step", count, flush=True)
+(fake / f"{{home.name}}_start_{{count}}").touch()
 if status == "waits":
     time.sleep(30)
 sys.exit(int(status))
@@ -229,8 +230,8 @@ def test_a_ready_slice_is_used_and_a_running_program_followed(bench):
     # Ctrl-C leaves it running.
     (bench.fake / "statuses").write_text("0\n0\nwaits")
     launcher = bench.start(start_new_session=True, stderr=subprocess.PIPE, text=True)
-    (log,) = (bench.fake / "worker1").glob("*/run/log")
-    while "step 3" not in log.read_text() or bench.verbs()[-1] != "follow":
+    ready = [bench.fake / f"worker{i}_start_3" for i in range(2)]
+    while not all(path.exists() for path in ready) or bench.verbs()[-1] != "follow":
         time.sleep(0.05)
     os.killpg(launcher.pid, signal.SIGINT)
     assert launcher.wait(20) == 130
