@@ -43,6 +43,7 @@ CHOICES = {
     "checkpoint.best_mode": ("min", "max"),
     "optim.name": tuple(optim.OPTIMIZERS),
     "optim.decay": tuple(optim.DECAYS),
+    "optim.moment_dtype": ("", "float32", "bfloat16"),
 }
 
 AT_LEAST_ONE = (
@@ -218,6 +219,9 @@ def default() -> ConfigDict:
     c.optim.b1 = 0.0
     c.optim.b2 = 0.0
     c.optim.eps = 0.0
+    # What first moments (momentum) are stored as: float32 or bfloat16; "" keeps the optimizer's own
+    # default, bfloat16 of adafactor and float32 of the others. Second moments are float32.
+    c.optim.moment_dtype = ""
     # Shape of the learning rate after the warm-up: cosine, linear, rsqrt, constant.
     c.optim.decay = "cosine"
     # Linear from 0. The recipe's 10,000 of 366,500 steps.

@@ -52,7 +52,7 @@ def _adafactor(c: ConfigDict) -> optax.GradientTransformation:
 
     return optax.chain(
         optax.partition({"matrix": rms(True), "vector": rms(False)}, kind),
-        optax.ema(c.b1 or 0.9, debias=False, accumulator_dtype=jnp.bfloat16),
+        optax.ema(c.b1 or 0.9, debias=False, accumulator_dtype=c.moment_dtype or jnp.bfloat16),
     )
 
 
@@ -66,17 +66,27 @@ def _lars_trust(c: ConfigDict) -> optax.GradientTransformation:
 
     return optax.chain(
         optax.masked(optax.scale_by_trust_ratio(trust_coefficient=0.001), kernels),
-        optax.trace(c.b1 or 0.9),
+        _momentum(c, nesterov=False),
     )
+
+
+def _momentum(c: ConfigDict, *, nesterov: bool) -> optax.GradientTransformation:
+    return optax.trace(c.b1 or 0.9, nesterov=nesterov, accumulator_dtype=c.moment_dtype or None)
 
 
 OPTIMIZERS = {
     "adamw": Optimizer(
-        lambda c: optax.scale_by_adam(b1=c.b1 or 0.9, b2=c.b2 or 0.999, eps=c.eps or 1e-8)
+        lambda c: optax.scale_by_adam(
+            b1=c.b1 or 0.9, b2=c.b2 or 0.999, eps=c.eps or 1e-8, mu_dtype=c.moment_dtype or None
+        )
     ),
     "adafactor": Optimizer(_adafactor),
-    "lion": Optimizer(lambda c: optax.scale_by_lion(b1=c.b1 or 0.9, b2=c.b2 or 0.99)),
-    "sgd": Optimizer(lambda c: optax.identity(), lambda c: optax.trace(c.b1 or 0.9, nesterov=True)),
+    "lion": Optimizer(
+        lambda c: optax.scale_by_lion(
+            b1=c.b1 or 0.9, b2=c.b2 or 0.99, mu_dtype=c.moment_dtype or None
+        )
+    ),
+    "sgd": Optimizer(lambda c: optax.identity(), lambda c: _momentum(c, nesterov=True)),
     "lars": Optimizer(lambda c: optax.identity(), _lars_trust),
 }
 

@@ -127,6 +127,7 @@ def test_where_and_how_fast_a_run_goes_may_change(fields, tmp_path):
     [
         ({"optim__lr": 0.5}, "optim.lr was 0.001, is now 0.5"),
         ({"seed": 1}, "seed was 0, is now 1"),
+        ({"optim__moment_dtype": "bfloat16"}, "optim.moment_dtype was '', is now 'bfloat16'"),
         (
             {"total_steps": 3, "data__name": "b"},
             "'scenes', is now 'b'; total_steps was 2, is now 3",

@@ -52,10 +52,10 @@ def run(tx, params, steps, loss=quadratic):
     return params, state
 
 
-@pytest.mark.parametrize(
-    ("name", "lr"),
-    [("adamw", 0.02), ("adafactor", 0.02), ("lion", 0.02), ("sgd", 0.1), ("lars", 0.5)],
-)
+LOWERS = [("adamw", 0.02), ("adafactor", 0.02), ("lion", 0.02), ("sgd", 0.1), ("lars", 0.5)]
+
+
+@pytest.mark.parametrize(("name", "lr"), LOWERS)
 def test_every_optimizer_lowers_a_quadratic(name, lr):
     params = parameters()
     c = section(name=name, weight_decay=0.0, clip_norm=0.0)
@@ -63,6 +63,25 @@ def test_every_optimizer_lowers_a_quadratic(name, lr):
     after, _ = run(tx, params, 30)
     assert quadratic(after) < 0.8 * quadratic(params)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
+
+
+@pytest.mark.parametrize(("name", "lr"), LOWERS)
+def test_moments_are_stored_as_the_config_says(name, lr):
+    params = parameters()
+    numbers = sum(leaf.size for leaf in jax.tree.leaves(params))
+
+    def trained(moment_dtype):
+        c = section(name=name, weight_decay=0.0, clip_norm=0.0, moment_dtype=moment_dtype)
+        after, state = run(optim.build(c, params, optax.constant_schedule(lr)), params, 30)
+        held = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+        return after, sum(leaf.nbytes for leaf in held)
+
+    (usual, plain), (whole, more), (half, less) = map(trained, ("", "float32", "bfloat16"))
+    assert more - less == 2 * numbers  # of the first moment, every number takes two bytes, not four
+    toy.assert_same(usual, half if name == "adafactor" else whole)
+    assert plain == (less if name == "adafactor" else more)
+    assert quadratic(half) < 0.8 * quadratic(params)
+    assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (half, whole)), strict=True))
 
 
 def test_the_choices_of_the_config_are_the_optimizers_there_are():
