@@ -309,6 +309,24 @@ def test_resize_is_close_to_exact_antialiasing(shape):
     assert np.abs(images.resize(image, 40).astype(int) - exact).mean() < 3
 
 
+@pytest.mark.parametrize("side", [44, 60, 88, 100, 160])
+def test_even_noise_is_resized_as_by_an_antialiasing_filter(side):
+    """Whether it is smoothed first, up to 2.2 times smaller, or averaged on a finer grid."""
+    noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
+    exact = np.asarray(Image.fromarray(noise).resize((40, 40), Image.Resampling.BILINEAR), int)
+    ours, aliased = (
+        np.abs(result.astype(int) - exact).mean()
+        for result in (images.resize(noise, 40), cv2.resize(noise, (40, 40)))
+    )
+    assert ours < 11 and ours < 0.75 * aliased
+
+
+@pytest.mark.parametrize("shape", [(45, 45), (89, 50), (30, 80), (300, 200)])
+def test_one_colour_stays_as_it_is(shape):
+    image = np.full((*shape, 3), (3, 130, 255), np.uint8)
+    assert (images.resize(image, 40) == (3, 130, 255)).all()
+
+
 @pytest.mark.parametrize("name", SQUARES)
 def test_no_square_of_a_broken_file(name):
     with pytest.raises(images.ImageError):

@@ -8,9 +8,11 @@ import subprocess
 import sys
 
 import cv2
+import grain
 import numpy as np
 import pytest
 
+from cap_pretrain.data import pipeline
 from cap_pretrain.data.pipeline import eval_batches, train_dataset
 from cap_pretrain.data.prefetch import iterate
 from cap_pretrain.data.tokenizers import SentencePieceTokenizer, train_sentencepiece
@@ -148,6 +150,27 @@ def test_rows_may_be_here_and_there(build, rows):
     dataset, part = build(), build(rows=rows)
     for t in (0, 7, 100):
         assert_same(part[t], {k: v[rows] for k, v in dataset[t].items()})
+
+
+def test_how_many_rows_are_loaded_together_does_not_show(build, monkeypatch):
+    whole = build(batch_size=40)[3]
+    monkeypatch.setattr(pipeline, "_GROUP", 7)
+    assert_same(build(batch_size=40)[3], whole)
+
+
+def test_random_numbers_are_those_of_grain(build):
+    """So that runs go on which began when Grain drew them."""
+
+    class Draw(grain.transforms.RandomMap):
+        def random_map(self, element, rng):
+            return rng.random(3)
+
+    drawn = grain.MapDataset.range(10**6).random_map(Draw(), seed=7)
+    rows = pipeline._TrainRows(
+        [Numbers(3)], None, None, image_size=8, crop="none", flip=False, seed=7
+    )
+    for number in (0, 1, 999_999):
+        assert (rows._rng(number).random(3) == drawn[number]).all()
 
 
 def test_any_order_and_any_start_give_the_same(build):
