@@ -22,6 +22,14 @@ from cap_pretrain.errors import UserError
 
 # Seconds that hosts wait for each other at the start.
 PATIENCE = 300
+# Exit status of a host that ends since another one is lost: try again (EX_TEMPFAIL of sysexits.h).
+EXIT_LOST = 75
+
+
+class NotTogether(Exception):
+    """Not all hosts came: those that did may try again."""
+
+    exit_code = EXIT_LOST
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +55,8 @@ def start(addresses: Addresses = Addresses()) -> None:
     `JAX_PROCESS_ID` count.
 
     Raises:
-      UserError: the addresses are incomplete, or not all hosts came within `PATIENCE` seconds.
+      UserError: the addresses are incomplete.
+      NotTogether: not all hosts came within `PATIENCE` seconds.
     """
     given = _given(addresses)
     found = "addresses" if given.coordinator else _recognised()
@@ -67,7 +76,7 @@ def start(addresses: Addresses = Addresses()) -> None:
         if found == "TPU" and isinstance(e, ValueError):  # a machine by itself
             return
         reason = str(e).strip().splitlines()[0]
-        raise UserError(
+        raise NotTogether(
             f"the hosts did not come together ({found}): {reason}\nStart the same command on every "
             "one, or give --coordinator_address, --num_processes and --process_id."
         ) from e
@@ -123,6 +132,8 @@ def _recognised() -> str:
     chips = any(Path("/dev").glob("accel[0-9]*")) or any(Path("/dev/vfio").glob("[0-9]*"))
     if "," in names or slices > 1 or (chips and not names):
         return "TPU"
+    if names:  # a TPU machine by itself
+        return ""
     if "KUBERNETES_SERVICE_HOST" in environ and "JOB_COMPLETION_INDEX" in environ:
         if importlib.util.find_spec("kubernetes"):
             return "Kubernetes"

@@ -23,14 +23,13 @@ import jax
 from jax.experimental import multihost_utils
 
 from cap_pretrain import cluster
+from cap_pretrain.cluster import EXIT_LOST
 from cap_pretrain.errors import UserError
 
 # Seconds between two signs of life, and without one until a host counts as lost.
 BEAT, SILENCE = 2.0, 35.0
 # Seconds in which a host that has met an error of its own may finish, when the others are gone.
 LAST = 30.0
-# Exit status of a host that ends since another one is lost: try again (EX_TEMPFAIL of sysexits.h).
-EXIT_LOST = 75
 
 _ALIVE, _VERDICT = "cap_pretrain/alive/", "cap_pretrain/verdict"
 

@@ -59,6 +59,11 @@ def parse(argv: list[str]) -> list[str]:
     if CONFIG.value is None or not WORKDIR.value:
         missing = "--config" if CONFIG.value is None else "--workdir"
         raise UserError(f"{missing} is missing; say --config=configs/NAME.py --workdir=DIR.")
+    if "://" in WORKDIR.value:
+        raise UserError(
+            f"--workdir: {WORKDIR.value} is a URL; give a folder, such as one of a file system "
+            "that is mounted (data is read from URLs, see docs/tpu_pod.md)."
+        )
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} is no flag; write --config.some.field=value.")
     return rest

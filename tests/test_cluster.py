@@ -102,7 +102,7 @@ def test_hosts_that_do_not_come_together(joined, monkeypatch):
         raise RuntimeError("DEADLINE_EXCEEDED: only 1 of 2 came\nat the barrier")
 
     monkeypatch.setattr(jax.distributed, "initialize", fail)
-    with pytest.raises(UserError, match="did not come together.*only 1 of 2 came"):
+    with pytest.raises(cluster.NotTogether, match="did not come together.*only 1 of 2 came"):
         cluster.start(cluster.Addresses("node0:1", 2, 0))
 
 

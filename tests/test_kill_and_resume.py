@@ -75,7 +75,7 @@ def test_worker_processes_that_stay_behind_are_noticed_and_ended(program, tmp_pa
     with kill_and_resume.Run([], tmp_path / "run") as run:
         while not (tmp_path / "run").exists():
             assert not run.ended()
-        run.kill()
+        run.hit(kill_and_resume.Blow("step", 0, 0.0))
         with pytest.raises(kill_and_resume.Failed, match=r"processes \[\d+\] were still running"):
             run.check_nothing_left()
     run.check_nothing_left()
@@ -97,14 +97,14 @@ def test_a_save_is_told_from_what_an_earlier_process_left(program, tmp_path):
 
 def test_kills_come_at_every_stage_and_all_along_the_run():
     pace = kill_and_resume.Pace(steps=100, start=5.0, line=0.1, save=0.2)
-    moments = list(kill_and_resume.moments(30, pace, random.Random(1)))
-    assert [m.after for m in moments].count("save") == 10
-    assert [m.after for m in moments].count("start") == 5
-    for number, moment in enumerate(moments):
-        assert 3 * number - 1 <= moment.step <= 3 * (number + 1)
-        assert 0 <= moment.seconds <= 1.2 * 5
-    assert moments == list(kill_and_resume.moments(30, pace, random.Random(1)))
-    assert moments != list(kill_and_resume.moments(30, pace, random.Random(2)))
+    blows = list(kill_and_resume.blows(30, pace, random.Random(1)))
+    assert [b.after for b in blows].count("save") == 10
+    assert [b.after for b in blows].count("start") == 5
+    for number, blow in enumerate(blows):
+        assert 3 * number - 1 <= blow.step <= 3 * (number + 1)
+        assert 0 <= blow.seconds <= 1.2 * 5
+    assert blows == list(kill_and_resume.blows(30, pace, random.Random(1)))
+    assert blows != list(kill_and_resume.blows(30, pace, random.Random(2)))
 
 
 LOG_AND_SAVE = """
@@ -120,7 +120,7 @@ def rehearse(folder, *arguments):
 
 def test_a_run_too_short_for_its_kills_is_no_proof(program, tmp_path, monkeypatch, capsys):
     program(LOG_AND_SAVE)
-    monkeypatch.setattr(kill_and_resume, "wait_for", lambda run, moment: False)
+    monkeypatch.setattr(kill_and_resume, "wait_for", lambda run, blow: False)
     monkeypatch.setattr(subprocess, "call", lambda *args, **kwargs: 0)
     assert rehearse(tmp_path / "new") == 1
     assert "the run ended after 0 of 3 kills" in capsys.readouterr().err
