@@ -1,32 +1,23 @@
 """Builds in several processes, killed and gone on with: always the same dataset."""
 
-import collections
 import errno
 import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import simplejpeg
 
 from cap_pretrain.data.builders import units
-from tests.data.test_build_filters import picture
 from tests.data.test_question_formats import build
 from tests.data.test_tables import parquet
 from tests.data.test_webdataset import sample, samples, tar
 from tests.tools.test_build_dataset import jpeg, read, report, run, write_files
-from tools import build_dataset
-
-ROOT = Path(build_dataset.__file__).parents[1]
-
-
-def contents(folder):
-    """Every file of a dataset, the reports included."""
-    return {p.name: p.read_bytes() for p in (folder / "1.0.0").iterdir()}
+from tools import rehearse_build
+from tools.rehearse_build import contents
 
 
 def numbered(tmp_path, count):
@@ -121,80 +112,33 @@ def test_a_full_disk_is_told_and_gone_on_after(tmp_path, capsys, monkeypatch):
     assert run(*arguments) == 0
 
 
-# A set of tars as from the web, with faults planted
-
-
-def web(folder, tars, per_tar, size=(64, 48)):
-    """Writes tars of img2dataset with faults; returns how many examples are lost by which reason.
-
-    The last tar is cut off in the middle.
-    """
-    lost = collections.Counter()
-    for shard in range(tars):
-        members = []
-        for k in range(per_tar):
-            number = shard * per_tar + k
-            image, caption = picture(number, *size), f"a caption of {number}"
-            if k % 10 == 1:
-                image = image[: len(image) // 2]
-                lost["broken"] += 1
-            elif k % 10 == 2:
-                image = b"<html>not found</html>"
-                lost["broken"] += 1
-            elif k % 10 == 3:
-                caption = "  "
-                lost["without captions"] += 1
-            elif k % 10 == 4 and shard:
-                image = picture(k - 4, *size)  # of the first tar
-                lost["duplicate image"] += 1
-            elif k % 10 == 5 and shard:
-                image = picture(k - 5, *size, quality=60 + shard)
-                lost["near-duplicate image"] += 1
-            members += sample(f"{number:09}", image, caption)
-        starts = tar(folder / f"{shard:05}.tar", members)
-    last = folder / f"{tars - 1:05}.tar"
-    half = per_tar // 2 // 10 * 10
-    cut = starts[f"{(tars - 1) * per_tar + half:09}.jpg"]
-    last.write_bytes(last.read_bytes()[:cut])
-    for k in range(half, per_tar):
-        reasons = {1: "broken", 2: "broken", 3: "without captions"}
-        reasons |= {4: "duplicate image", 5: "near-duplicate image"}
-        if k % 10 in reasons:
-            lost[reasons[k % 10]] -= 1
-    lost["rest of a tar that is cut off"] = 1
-    return dict(lost), (tars - 1) * per_tar + half + 1
-
-
-def command(shards, out, *more):
-    """Arguments of a build of `web`, and of the process that runs it."""
-    arguments = ["webdataset", "--name", "mine", "--out", out, "--shards", shards]
-    arguments += ["--dedup", "perceptual", *more]
-    return [sys.executable, ROOT / "tools" / "build_dataset.py", *map(str, arguments)]
-
-
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(rehearse_build.ROOT)}
 
 
 @pytest.mark.slow
 def test_kills_change_nothing(tmp_path):
-    expected, candidates = web(tmp_path / "tars", tars=8, per_tar=50)
-    whole = command(tmp_path / "tars", tmp_path / "whole")
-    subprocess.run(whole, env=ENVIRONMENT, check=True)
-    told = report(tmp_path / "whole" / "mine")["train"]
-    assert {reason: drop["count"] for reason, drop in told["dropped"].items()} == expected
-    assert told["candidates"] == candidates == told["kept"] + sum(expected.values())
+    tars = tmp_path / "tars"
+    planted, candidates = rehearse_build.write_tars(tars, 400, per_tar=50, size=(64, 48))
+    assert planted.keys() == {
+        "broken",
+        "without captions",
+        "duplicate image",
+        "near-duplicate image",
+        "rest of a tar that is cut off",
+    }
+    assert not rehearse_build.Build(tars, tmp_path / "whole", workers=1).run()
+    kept = candidates - sum(planted.values())
+    assert rehearse_build.told(tmp_path / "whole" / "mine") == (planted, candidates, kept)
 
     out = tmp_path / "killed"
     units_of = out / ".mine.building" / "units"
     for workers, made in ((2, 1), (1, 3), (2, 5), (1, 7), (2, 8)):
-        build = subprocess.Popen(
-            command(tmp_path / "tars", out, "--workers", str(workers)), env=ENVIRONMENT
-        )
+        build = rehearse_build.Build(tars, out, workers).process
         while len(list(units_of.glob("*.unit"))) < made and build.poll() is None:
             time.sleep(0.01)
         build.send_signal(signal.SIGKILL)
         build.wait()
-    subprocess.run(command(tmp_path / "tars", out), env=ENVIRONMENT, check=True)
+    assert not rehearse_build.Build(tars, out, workers=1).run()
     assert contents(out / "mine") == contents(tmp_path / "whole" / "mine")
     assert [path.name for path in out.iterdir()] == ["mine"]
 

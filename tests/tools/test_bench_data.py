@@ -42,7 +42,7 @@ def test_measures_the_pipeline_of_a_config_beside_a_dataloader():
     [
         (["--compare=tensorflow"], "--compare: there is no 'tensorflow'."),
         (["--compare=torch", "--config.data.crop=window"], "use none or random"),
-        (["--compare=torch", "--generated=0"], "has other images; add --generated=500"),
+        (["--compare=torch", "--generated=0"], "has other images; add --generated=2000"),
     ],
 )
 def test_what_cannot_be_compared_is_told(arguments, told):

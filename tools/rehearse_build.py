@@ -1,0 +1,259 @@
+"""Rehearses a build of web data: losses counted exactly, kills without a trace, flat memory.
+
+    python tools/rehearse_build.py --images 20000 --kills 5 --folder rehearsal
+
+Writes tars as img2dataset does, of `scenes` at 500 x 375 pixels, with faults planted: images that
+are cut off or none, captions that are empty, images that come again as they are or at another
+quality, and a last tar that ends in the middle. Then runs tools/build_dataset.py, deduplicating by
+what images show: straight through in FOLDER/straight; on a tenth of the images in FOLDER/tenth; and
+in FOLDER/killed, where SIGKILL ends it at random moments and it is started again each time.
+
+Prints what was lost by which reason, seconds, and the peak memory (VmHWM) of the build's process
+and of its workers. Exit status: 0 all counts are those planted and both datasets have the same
+bytes, reports included; 1 they have not; 2 the user's mistake.
+"""
+
+import argparse
+import collections
+import io
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import cv2
+import numpy as np
+import simplejpeg
+
+from cap_pretrain.data.scenes import Scenes
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZE = 500, 375
+PER_TAR = 1000
+POLL = 0.05  # seconds between two looks at the memory of processes
+# What is wrong with every tenth image, by the last digit of its number.
+FAULTS = {1: "broken", 2: "broken", 3: "without captions"}
+COPIES = {4: "duplicate image", 5: "near-duplicate image"}
+
+
+def photograph(number: int, quality: int = 90, size: tuple[int, int] = SIZE) -> bytes:
+    """A scene under a pattern of large spots, which no other shares, and with grain; a JPEG."""
+    width, height = size
+    scene = Scenes("train", image_size=max(size))[number]["image"][:height]
+    rng = np.random.default_rng(number)
+    spots = rng.integers(0, 256, (10, 10, 3), np.uint8)
+    spots = cv2.resize(spots, size, interpolation=cv2.INTER_CUBIC)
+    grain = rng.integers(-9, 10, (height, width, 1), np.int16)
+    pixels = cv2.addWeighted(np.ascontiguousarray(scene), 0.5, spots, 0.5, 0).astype(np.int16)
+    pixels = np.clip(pixels + grain, 0, 255).astype(np.uint8)
+    return simplejpeg.encode_jpeg(pixels, quality, colorsubsampling="420")
+
+
+def example(number: int, size: tuple[int, int]) -> tuple[bytes, str, str]:
+    """Returns image, caption and the reason for which an example will be lost, or ""."""
+    kind, reason = number % 10, FAULTS.get(number % 10, "")
+    if kind in COPIES and number >= 10:
+        reason = COPIES[kind]
+        ten = number // 10
+        quality = 90 if kind == 4 else 60 + ten % 2  # no two copies are the same
+        image = photograph(ten // 2 * 10, quality, size)
+    elif kind == 2:
+        image = b"<html>404 Not Found</html>"
+    else:
+        image = photograph(number, size=size)
+    caption = Scenes("train")[number]["captions"][0]
+    return image[: len(image) // 2] if kind == 1 else image, " " if kind == 3 else caption, reason
+
+
+def write_tar(path: Path, numbers: range, size: tuple[int, int], cut: bool = False) -> list[str]:
+    """Writes the examples of `numbers`; returns the reasons for which some will be lost.
+
+    If it is to be `cut`, half of them, and what follows is half a header.
+    """
+    reasons = []
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
+        for number in numbers[: len(numbers) // 2] if cut else numbers:
+            image, caption, reason = example(number, size)
+            about = json.dumps({"caption": caption, "key": f"{number:09}", "status": "success"})
+            for suffix, data in (("jpg", image), ("json", about), ("txt", caption)):
+                data = data if isinstance(data, bytes) else data.encode()
+                info = tarfile.TarInfo(f"{number:09}.{suffix}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+            reasons.append(reason)
+        end = tar.offset
+    if cut:
+        os.truncate(path, end)
+        reasons.append("rest of a tar that is cut off")
+    return reasons
+
+
+def write_tars(
+    folder: Path, images: int, per_tar: int = PER_TAR, size: tuple[int, int] = SIZE
+) -> tuple[dict[str, int], int]:
+    """Writes the tars; returns how many examples will be lost by reason, and of how many."""
+    folder.mkdir(parents=True)
+    starts = range(0, images, per_tar)
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        jobs = [
+            pool.submit(
+                write_tar,
+                folder / f"{shard:05}.tar",
+                range(start, min(start + per_tar, images)),
+                size,
+                cut=start == starts[-1],
+            )
+            for shard, start in enumerate(starts)
+        ]
+        reasons = [reason for job in jobs for reason in job.result()]
+    return dict(collections.Counter(filter(None, reasons))), len(reasons)
+
+
+class Build:
+    """A run of tools/build_dataset.py on tars, and the memory that its processes have taken."""
+
+    def __init__(self, shards: Path, out: Path, workers: int):
+        arguments = ["webdataset", "--name", "mine", "--out", out, "--shards", shards]
+        arguments += ["--dedup", "perceptual", "--workers", workers]
+        command = [sys.executable, ROOT / "tools" / "build_dataset.py", *arguments]
+        self.peaks: dict[int, int] = {}  # KiB by process
+        self._begun = time.monotonic()
+        self.process = subprocess.Popen(
+            list(map(str, command)),
+            stdout=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+
+    def run(self, seconds: float = float("inf")) -> bool:
+        """Waits for its end, and kills it after so many seconds; returns whether it came to that.
+
+        Raises:
+            subprocess.CalledProcessError: it failed.
+        """
+        while self.process.poll() is None:
+            if self.seconds > seconds:
+                self.process.send_signal(signal.SIGKILL)
+                self.process.wait()
+                return True
+            for pid in _family(self.process.pid):
+                self.peaks[pid] = max(self.peaks.get(pid, 0), _peak(pid))
+            time.sleep(POLL)
+        if self.process.returncode:
+            raise subprocess.CalledProcessError(self.process.returncode, "build_dataset.py")
+        return False
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._begun
+
+    def memory(self) -> tuple[float, float]:
+        """Peak of its own process and the largest of a worker, MiB."""
+        own = self.peaks.pop(self.process.pid)
+        return own / 1024, max(self.peaks.values(), default=0) / 1024
+
+
+def _family(pid: int) -> Iterator[int]:
+    """A process and those it has started."""
+    yield pid
+    try:
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for child in (task / "children").read_text().split():
+                yield from _family(int(child))
+    except OSError:
+        return  # it has ended
+
+
+def _peak(pid: int) -> int:
+    """VmHWM, proc(5), in KiB; 0 of a process that has ended."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    lines = (line.split() for line in status.splitlines() if line.startswith("VmHWM"))
+    return next((int(line[1]) for line in lines), 0)
+
+
+def told(dataset: Path) -> tuple[dict[str, int], int, int]:
+    """What a finished build reports: lost by reason, candidates, kept."""
+    report = json.loads((dataset / "1.0.0" / "report.json").read_text())["splits"]["train"]
+    lost = {reason: drop["count"] for reason, drop in report["dropped"].items()}
+    return lost, report["candidates"], report["kept"]
+
+
+def contents(dataset: Path) -> dict[str, bytes]:
+    """Every file of a dataset, the reports included."""
+    return {path.name: path.read_bytes() for path in (dataset / "1.0.0").iterdir()}
+
+
+def straight(shards: Path, out: Path, workers: int, planted: tuple[dict[str, int], int]) -> Build:
+    """Builds without a kill and prints what became of it. Exits if counts differ."""
+    build = Build(shards, out, workers)
+    build.run()
+    seconds = build.seconds
+    lost, candidates, kept = told(out / "mine")
+    own, worker = build.memory()
+    print(f"{candidates} candidates, {kept} kept, {workers} workers: {seconds:.0f} s", end="; ")
+    print(f"peak memory {own:.0f} MiB, of a worker {worker:.0f} MiB", flush=True)
+    for reason, count in sorted(lost.items()):
+        print(f"    {count:6} {reason}")
+    if (lost, candidates) != planted or kept != candidates - sum(lost.values()):
+        sys.exit(f"planted were {planted}")
+    return build
+
+
+def main() -> int:
+    """Returns the exit code."""
+    summary, _, rest = __doc__.partition("\n")
+    parser = argparse.ArgumentParser(
+        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--images", type=int, default=20_000)
+    parser.add_argument("--kills", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--folder", type=Path, required=True, help="must not exist")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
+    args = parser.parse_args()
+    if args.folder.exists():
+        parser.error(f"--folder {args.folder}: is there; name another.")
+    begun = time.monotonic()
+    planted = {
+        name: write_tars(args.folder / f"{name}_tars", count)
+        for name, count in (("tenth", args.images // 10), ("straight", args.images))
+    }
+    size = sum(path.stat().st_size for path in (args.folder / "straight_tars").iterdir())
+    print(f"{size / 1e6:.0f} MB of tars written in {time.monotonic() - begun:.0f} s", flush=True)
+    for name, counts in planted.items():
+        out = args.folder / name
+        build = straight(args.folder / f"{name}_tars", out, args.workers, counts)
+
+    # Kept is what was done by then or less, so that none of the builds comes to its end before.
+    took = build.seconds
+    draw = random.Random(args.seed)
+    moments = sorted(draw.uniform(0.02, 0.98) * took for _ in range(args.kills))
+    out, before = args.folder / "killed", 0.0
+    for number, moment in enumerate(moments, start=1):
+        build = Build(args.folder / "straight_tars", out, args.workers)
+        if not build.run(seconds := moment - before):
+            sys.exit(f"kill {number} came too late")
+        done = len(list((out / ".mine.building" / "units").glob("*.unit")))
+        print(f"killed after {seconds:.1f} s, {done} units are done", flush=True)
+        before = moment
+    build = Build(args.folder / "straight_tars", out, args.workers)
+    build.run()
+    print(f"the last build took {build.seconds:.0f} s")
+    same = contents(out / "mine") == contents(args.folder / "straight" / "mine")
+    left = [path.name for path in out.iterdir() if path.name != "mine"]
+    print("the same bytes" if same else "OTHER BYTES", f"and left behind: {left}" if left else "")
+    return int(not same or bool(left))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
