@@ -38,7 +38,7 @@ def assert_same(found, expected):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("contrast", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("contrast", ["softmax", pytest.param("sigmoid", marks=pytest.mark.slow)])
 def test_image_text_pairs_in_parts_learn_what_the_whole_batch_does(contrast):
     rngs, options = nnx.Rngs(0), DualEncoder.Options(contrast=contrast)
     size = Size(16, 1, 16, 2)

@@ -1,7 +1,5 @@
 """Contrastive losses on many devices: nothing is sent that need not be, the ring gives the same."""
 
-import math
-
 import jax
 import numpy as np
 import pytest
@@ -10,29 +8,14 @@ from cap_pretrain import learners, partition
 from cap_pretrain.errors import UserError
 from cap_pretrain.learners import pairs
 from tests import layouts
-from tests.collectives import collectives, shapes_in
-from tests.layouts import SMALL, Training, config, on_eight_devices
+from tests.collectives import Sent, collectives, of_step
+from tests.layouts import SMALL, on_eight_devices
 
 BATCH, WIDTH = 48, SMALL["model__width"]
 
 
-def sent(objective, layout, fields, ring=False):
-    """What the compiled step of a config sends, [kind, shapes] each, and the shapes it computes."""
-    fields = SMALL | {"model__heads": 4, "model__dropout": 0.0, "batch_size": BATCH} | fields
-    c = config(objective, **fields)
-    if ring:
-        c.learner.ring = True
-    program = Training(c, layout).program()
-    return collectives(program), sorted(set(shapes_in(program)))
-
-
-def sizes(found, *kinds):
-    """How many numbers there are in each array that a collective of these kinds sends."""
-    return [math.prod(shape) for kind, shapes in found for shape in shapes if kind in kinds]
-
-
 def compared(layout, ring, mask):
-    """What `pairs` makes of random vectors on a layout, and the gradient of the loss."""
+    """What `pairs` makes of random vectors on a layout, its gradients, and what it sends."""
     mesh = layouts.mesh(layout)
     rng = np.random.default_rng(0)
     images, texts = rng.standard_normal((2, 16, 5)).astype(np.float32)
@@ -47,15 +30,16 @@ def compared(layout, ring, mask):
 
     with jax.set_mesh(mesh):
         batch = partition.put_batch({"i": images, "t": texts, "v": valid}, mesh)
-        judged = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))
-        (_, found), gradients = judged(batch["i"], batch["t"], shared, batch["v"])
-        alone = jax.jit(loss)(batch["i"], batch["t"], shared, batch["v"])[1]
-    return jax.tree.map(np.ndarray.tolist, jax.device_get([found, gradients, alone]))
+        args = batch["i"], batch["t"], shared, batch["v"]
+        learn = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True)).lower(*args).compile()
+        (_, found), gradients = learn(*args)
+        alone = jax.jit(loss)(*args)[1]
+    found = jax.tree.map(np.ndarray.tolist, jax.device_get([found, gradients, alone]))
+    return *found, collectives(learn.as_text())
 
 
 CALLS = {
-    "clip": ("sent", "clip", "data", {}),
-    "ring": ("sent", "siglip", "data", {}, True),
+    "clip": ("of_step", "clip", "data", {"batch_size": BATCH}),
     **{
         f"{layout} {mask}": ("compared", layout, True, mask)
         for layout in ("one", "data", "all")
@@ -65,7 +49,7 @@ CALLS = {
 
 
 def call(name, *args):
-    return {"sent": sent, "compared": compared}[name](*args)
+    return {"of_step": of_step, "compared": compared}[name](*args)
 
 
 @pytest.fixture(scope="module")
@@ -75,35 +59,38 @@ def eight():
 
 
 def test_a_contrastive_step_gathers_texts_and_nothing_larger(eight):
-    found, computed = eight["clip"]
-    gathered = sizes(found, "all-gather")
+    step = Sent(*eight["clip"])
+    gathered = step.sizes("all-gather")
     # Forward, the texts; the rest is a number or two for each example: what a softmax and an
     # accuracy over the rows, which are on all devices, need.
     assert gathered.count(BATCH * WIDTH) == 1
     assert all(size <= 2 * BATCH for size in gathered if size != BATCH * WIDTH)
-    # Backward, what the texts learn, is summed; all other sums are of parameters and scalars.
-    assert sizes(found, "all-reduce", "reduce-scatter").count(BATCH * WIDTH) == 1
-    assert not sizes(found, "all-to-all", "collective-permute")
+    # Backward, what the texts learn is summed; all other sums are of parameters and scalars.
+    assert step.sizes("all-reduce", "reduce-scatter").count(BATCH * WIDTH) == 1
+    assert not step.sizes("all-to-all", "collective-permute")
     # A device has the logits of its own images.
-    assert [BATCH // 8, BATCH] in computed
-    assert [BATCH, BATCH] not in computed
+    assert [BATCH // 8, BATCH] in step.computed
+    assert [BATCH, BATCH] not in step.computed
 
 
-def test_the_ring_gathers_nothing(eight):
-    found, computed = eight["ring"]
-    assert not sizes(found, "all-gather", "all-to-all")
-    onward = sizes(found, "collective-permute")
+@pytest.mark.slow
+def test_the_ring_gathers_nothing():
+    fields = {"batch_size": BATCH, "learner__ring": True}
+    ring = Sent(*on_eight_devices(of_step, [("siglip", "data", fields)])[0])
+    assert not ring.sizes("all-gather", "all-to-all")
+    onward = ring.sizes("collective-permute")
     assert onward.count(BATCH // 8 * WIDTH) == 2  # texts, and what they learn
     assert max(onward) == BATCH // 8 * WIDTH
-    assert BATCH * WIDTH not in sizes(found, "all-reduce", "reduce-scatter")
-    assert [BATCH // 8, BATCH] not in computed
+    assert BATCH * WIDTH not in ring.sizes("all-reduce", "reduce-scatter")
+    assert [BATCH // 8, BATCH] not in ring.computed
 
 
 @pytest.mark.parametrize("mask", [False, True], ids=["all", "some"])
 def test_the_ring_gives_the_same_on_any_layout(eight, mask):
-    expected = compared("one", False, mask)
+    *expected, _ = compared("one", False, mask)
     for layout in ("one", "data", "all"):
-        found = eight[f"{layout} {mask}"]
+        *found, sent = eight[f"{layout} {mask}"]
+        assert {kind for kind, _ in sent} <= {"collective-permute", "all-reduce"}
         for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5, err_msg=layout)
 

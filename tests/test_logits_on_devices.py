@@ -1,0 +1,28 @@
+"""Logits of a vocabulary that devices share: they and the layer before are gathered nowhere."""
+
+import pytest
+
+from tests.collectives import Sent, of_step
+from tests.layouts import VOCAB, on_eight_devices
+
+
+def check(layout, share, fields):
+    """The step of a captioner: `share` is of the vocabulary on a device."""
+    ((sent, computed),) = on_eight_devices(of_step, [("cap", layout, {"accumulate": 1} | fields)])
+    step = Sent(sent, computed)
+    assert not [shape for shape in step.shapes("all-gather", "all-to-all") if VOCAB in shape]
+    length = 16 // fields.get("model__logit_chunks", 1)
+    batch = 16 if layout == "tensor" else 4
+    assert [batch, length, share] in step.computed  # logits
+    assert [32, share] in step.computed  # the kernel that makes them
+    assert not [shape for shape in step.computed if VOCAB in shape]
+
+
+def test_logits_of_a_shared_vocabulary_stay_where_they_are():
+    check("tensor", VOCAB // 8, {"model__logit_chunks": 2})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("layout", "share"), [("tensor", VOCAB // 8), ("all", VOCAB // 2)])
+def test_so_do_those_of_whole_texts(layout, share):
+    check(layout, share, {})
