@@ -36,7 +36,7 @@ CHOICES = {
     "model.final_norm": ("tokens", "pooled"),
     "model.activation": tuple(ACTIVATIONS),
     "model.colours": COLOURS,
-    "model.attention": ("auto", "xla", "cudnn"),
+    "model.attention": ("auto", "xla", "cudnn", "recompute"),
     "model.remat": tuple(REMAT_POLICIES),
     "data.crop": ("none", "random", "window"),
     "text.kind": ("sentencepiece", "words"),
@@ -132,10 +132,11 @@ def default() -> ConfigDict:
     # What the encoder sees of images: rgb, or lightness: gray in all three channels, whatever it is
     # given, as one that learned to colour them was.
     c.model.colours = "rgb"
-    # Attention kernel: xla, cudnn (fused, NVIDIA GPUs, half precision), auto (cudnn where it runs).
+    # Attention kernel: xla, cudnn (fused, NVIDIA GPUs, half precision), recompute (the weights are
+    # computed again in the backward pass), auto (cudnn where it runs, recompute on TPUs).
     c.model.attention = "auto"
     # What transformers keep for the backward pass: none (recompute nothing), full, dots,
-    # dots_no_batch.
+    # dots_no_batch, lean (what TPUs are fastest with; see cap_pretrain/models/layers.py).
     c.model.remat = "none"
     # Layers per iteration of the scan over depth: more compile time for, maybe, less run time.
     c.model.unroll = 1

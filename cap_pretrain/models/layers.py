@@ -14,9 +14,11 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from cap_pretrain.determinism import compiler_options
+from cap_pretrain.models.attention import ATTENDED, recomputing_attention
 from cap_pretrain.models.sizes import Size
 
 XAVIER = nnx.initializers.xavier_uniform()
@@ -28,9 +30,11 @@ class Compute:
 
     Attributes:
       dtype: of activations and of the parameters as they enter a product.
-      attention: "xla", "cudnn" (fused, GPU only) or "auto" (cudnn where it applies).
+      attention: "xla", "cudnn" (fused, GPU only), "recompute" (see models/attention.py) or "auto"
+        (cudnn where it applies, recompute on TPUs, else xla).
       remat: what the backward pass keeps: "none" recomputes nothing; "full" recomputes all but the
-        layer inputs; "dots" keeps the results of matrix products.
+        layer inputs; "dots" keeps the results of matrix products; "lean" what enters attention and
+        comes out of it, and the hidden units of the MLP before their activation.
       unroll: layers per iteration of the scan over depth; the depth itself unrolls it whole.
       logit_chunks: parts of a text for which the logits of a loss are made, one after the other.
       dropout: rate after attention and MLP.
@@ -48,11 +52,16 @@ class Compute:
     deterministic: bool = False
 
 
+# What "lean" keeps, by the names given below. Normalisation and activation are cheap to
+# compute again; on a TPU that is faster than to store and to load what they give.
+KEPT = ("query", "key", "value", ATTENDED, "out", "hidden")
+
 REMAT_POLICIES: dict[str, Any] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_saveable,
     "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "lean": jax.checkpoint_policies.save_only_these_names(*KEPT),
 }
 
 
@@ -145,7 +154,8 @@ class Mlp(nnx.Module):
         self.activation = activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(ACTIVATIONS[self.activation](self.up(x)))
+        hidden = checkpoint_name(self.up(x), "hidden")
+        return self.down(ACTIVATIONS[self.activation](hidden))
 
 
 class Attention(nnx.Module):
@@ -180,19 +190,25 @@ class Attention(nnx.Module):
 
     def keys_values(self, context: jax.Array) -> tuple[jax.Array, jax.Array]:
         """context [B, S, E] -> keys and values, each [B, S, heads, D / heads]."""
-        return self._split_heads(self.key(context)), self._split_heads(self.value(context))
+        keys, values = self._split_heads(self.key(context)), self._split_heads(self.value(context))
+        return checkpoint_name(keys, "key"), checkpoint_name(values, "value")
 
     def attend(
         self, x: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array | None = None
     ) -> jax.Array:
         """x [B, T, D], keys and values [B, S, heads, D / heads], mask bool [B | 1, 1, T, S]."""
-        query = self._split_heads(self.query(x))
+        query = checkpoint_name(self._split_heads(self.query(x)), "query")
         kind = self.compute.attention
         if kind == "auto":
             fused = fused_attention_works(query, keys, mask is not None, self.compute.deterministic)
-            kind = "cudnn" if fused else "xla"
-        out = jax.nn.dot_product_attention(query, keys, values, mask=mask, implementation=kind)
-        return self.out(out.reshape(x.shape))
+            usual = "recompute" if jax.default_backend() == "tpu" else "xla"
+            kind = "cudnn" if fused else usual
+        if kind == "recompute":
+            out = recomputing_attention(query, keys, values, mask)
+        else:
+            out = jax.nn.dot_product_attention(query, keys, values, mask=mask, implementation=kind)
+            out = checkpoint_name(out, ATTENDED)
+        return checkpoint_name(self.out(out.reshape(x.shape)), "out")
 
     def weights(self, x: jax.Array, context: jax.Array) -> jax.Array:
         """What each of x [B, T, D] takes of each of context [B, S, E]: [B, heads, T, S] float32.
@@ -300,21 +316,25 @@ def scan_layers(
     )
 
 
-def in_chunks(fn: Callable[..., Any], chunks: int, *arrays: jax.Array) -> Any:
-    """Returns `fn(*arrays)`, computed for one part of the second axis after the other.
+def in_chunks(fn: Callable[..., Any], chunks: int, params: Any, *arrays: jax.Array) -> Any:
+    """Returns `fn(params, *arrays)`, computed for one part of the second axis after the other.
 
     What `fn` computes on the way is kept no longer than a part lasts: the backward pass computes it
     again. Examples stay on the devices they are on, as they would not in parts of the first axis.
 
     Args:
-      fn: of arrays [B, L, ...], for any L; gives a tree of arrays [B, L, ...].
+      fn: of `params` and arrays [B, L, ...], for any L; gives a tree of arrays [B, L, ...].
       chunks: how many parts; the last may be shorter.
+      params: what every part reads. What fsdp has split of it is gathered once and not for each
+        part; the last axis of a matrix, which may be split over tensor, stays so.
       arrays: [B, T, ...] each.
     """
     total = arrays[0].shape[1]
     length = -(-total // chunks)
     if length == total:
-        return fn(*arrays)
+        return fn(params, *arrays)
+    if not jax.sharding.get_abstract_mesh().empty:
+        params = jax.lax.with_sharding_constraint(params, P(None, P.UNCONSTRAINED))
     count = -(-total // length)
 
     def split(x):
@@ -323,7 +343,7 @@ def in_chunks(fn: Callable[..., Any], chunks: int, *arrays: jax.Array) -> Any:
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def one(parts):
-        return fn(*map(constrain, parts))
+        return fn(params, *map(constrain, parts))
 
     def join(x):
         return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], count * length, *x.shape[3:])[:, :total]

@@ -152,6 +152,8 @@ def prepare(config: ConfigDict) -> tuple[ConfigDict, int]:
     config = copy.deepcopy(config)
     if config.dtype == "auto":
         config.dtype = "bfloat16"  # as on a TPU; "auto" would ask what is here
+    if config.model.attention == "auto":
+        config.model.attention = "recompute"
     vocab_size = config.text.vocab_size
     try:
         mixture = inputs.open_sources(config)
