@@ -1,5 +1,7 @@
 """Attention that computes its weights again gives the values and gradients of the plain one."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,6 +63,6 @@ def test_blocks_that_keep_little_have_the_same_gradients():
     largest = max(float(jnp.abs(b).max()) for b in jax.tree.leaves(expected[1]))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6 * largest)
-    # Nothing of [layers, batch, heads, T, T] is kept from the forward to the backward pass.
-    kept = "f32[3,2,2,5,5]"
-    assert kept in str(plain) and kept not in str(lean)
+    # No weights, [layers, batch, heads, T, T], are kept from the forward to the backward pass.
+    kept = re.compile(r"f32\[3,[\d,]*5,5\]")
+    assert kept.search(str(plain)) and not kept.search(str(lean))
