@@ -40,6 +40,8 @@ setup(
             *("torch==2.13.0", "transformers>=5.23,<6"),
             *("scikit-learn>=1.6,<2", "scikit-image>=0.25,<0.27", "pycocoevalcap>=1.2,<1.3"),
             "matplotlib>=3.11,<4",
+            # The TPU compiler, of the version that goes with JAX; there are wheels for this only.
+            "jax[tpu]>=0.10.2,<0.12; sys_platform == 'linux' and platform_machine == 'x86_64'",
         ],
         "plots": ["matplotlib>=3.11,<4", "scikit-learn>=1.6,<2"],
         "captions": ["pycocoevalcap>=1.2,<1.3"],
