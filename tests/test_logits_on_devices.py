@@ -1,9 +1,10 @@
 """Logits of a vocabulary that devices share: they and the layer before are gathered nowhere."""
 
+import numpy as np
 import pytest
 
 from tests.collectives import Sent, of_step
-from tests.layouts import VOCAB, on_eight_devices
+from tests.layouts import SMALL, VOCAB, Training, config, on_eight_devices
 
 
 def check(layout, share, fields):
@@ -26,3 +27,26 @@ def test_logits_of_a_shared_vocabulary_stay_where_they_are():
 @pytest.mark.parametrize(("layout", "share"), [("tensor", VOCAB // 8), ("all", VOCAB // 2)])
 def test_so_do_those_of_whole_texts(layout, share):
     check(layout, share, {})
+
+
+@pytest.mark.slow
+def test_the_kernel_is_gathered_once_for_all_parts():
+    fields = {"accumulate": 1, "model__remat": "none", "model__logit_chunks": 4}
+    step = Sent(*on_eight_devices(of_step, [("cap", "fsdp", fields)])[0])
+    kernels = [shape for shape in step.shapes("all-gather") if sorted(shape) == [32, VOCAB]]
+    assert len(kernels) == 1
+
+
+def losses_on(layout, chunks):
+    fields = SMALL | {"accumulate": 1, "model__heads": 8, "model__logit_chunks": chunks}
+    training = Training(config("cap", **fields), layout)
+    return training.go_on(training.init(), 3)[1]
+
+
+@pytest.mark.slow
+def test_in_parts_or_whole_on_any_layout_it_is_the_same_loss():
+    calls = [("one", 1), ("fsdp", 3), ("all", 4)]
+    one, *others = on_eight_devices(losses_on, calls)
+    assert len(set(one)) == 3
+    for losses in others:
+        np.testing.assert_allclose(losses, one, rtol=1e-5)

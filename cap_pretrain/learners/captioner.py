@@ -152,12 +152,13 @@ class Captioner(nnx.Module):
         Returns:
           float32 and bool [B, T].
         """
+        graphdef, kernels, others = nnx.split(self.decoder, is_kernel_of_logits, ...)
 
-        def judge(states, text):
-            logits = self.decoder.to_logits(states)
+        def judge(kernels, states, text):
+            logits = nnx.merge(graphdef, kernels, others).to_logits(states)
             return token_loss(logits, text, smoothing), jnp.argmax(logits, -1) == text
 
-        return in_chunks(judge, self.decoder.compute.logit_chunks, states, text)
+        return in_chunks(judge, self.decoder.compute.logit_chunks, kernels, states, text)
 
     def loss(
         self, batch: dict[str, jax.Array], key: jax.Array, train: bool
@@ -260,6 +261,11 @@ class Captioner(nnx.Module):
     ) -> tuple[jax.Array, Cache]:
         """Logits [B * beams, V] of what follows `tokens` int32 [B * beams] at `position`; cache."""
         return self.decoder.step(tokens, position, self.text_positions[...], cache)
+
+
+def is_kernel_of_logits(path: tuple[Any, ...], _: Any) -> bool:
+    """A filter of `nnx.split`: the matrix that makes logits of states."""
+    return path == ("logits", "kernel")
 
 
 def causal(length: int) -> jax.Array:
