@@ -20,8 +20,9 @@ import jax
 
 from cap_pretrain.errors import UserError
 
-# Seconds that hosts wait for each other at the start.
-PATIENCE = 300
+# Seconds that hosts wait for each other to come, and, once they have, for what the others say: one
+# that dies meanwhile ends them sooner (see lifeline.py).
+PATIENCE, PATIENCE_WITH_ANSWERS = 300, 3600
 # Exit status of a host that ends since another one is lost: try again (EX_TEMPFAIL of sysexits.h).
 EXIT_LOST = 75
 
@@ -171,10 +172,10 @@ def agree(facts: Mapping[str, Any], remedy: str) -> None:
     if me == 0:
         own, difference = json.loads(mine), ""
         for host in range(1, count):
-            said = store.blocking_key_value_get(f"{here}/{host}", 1000 * PATIENCE)
+            said = store.blocking_key_value_get(f"{here}/{host}", 1000 * PATIENCE_WITH_ANSWERS)
             difference = difference or _difference(own, host, json.loads(said))
         store.key_value_set(f"{here}/result", difference or "the same")
-    result = store.blocking_key_value_get(f"{here}/result", 1000 * PATIENCE)
+    result = store.blocking_key_value_get(f"{here}/result", 1000 * PATIENCE_WITH_ANSWERS)
     if result != "the same":
         raise UserError(f"{result}\n{remedy}")
 

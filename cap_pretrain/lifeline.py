@@ -84,7 +84,8 @@ class _Watch:
         self._left = threading.Event()
         self._beats = 0
         # Of each host its name, its last sign of life, and when that came.
-        self._heard: dict[int, tuple[str, str, float]] = {}
+        began = time.monotonic()
+        self._heard = {host: ("", "", began) for host in range(jax.process_count())}
         # All are here: on CPUs the first collective must find them within half a minute.
         cluster.agree({}, "")
         multihost_utils.sync_global_devices("cap_pretrain")
@@ -155,7 +156,7 @@ class _Watch:
         for key, sign in self._client.key_value_dir_get(_ALIVE):
             host = int(key.rpartition("/")[2])
             beat, _, name = sign.partition(" ")
-            if self._heard.get(host, ("", "", 0.0))[1] != beat:
+            if self._heard[host][1] != beat:
                 self._heard[host] = (name, beat, now)
         for host, (name, beat, when) in sorted(self._heard.items()):
             if beat != "left" and now - when > SILENCE:
@@ -180,7 +181,7 @@ class _Watch:
         own = self._failed is not None and not isinstance(self._failed, jax.errors.JaxRuntimeError)
         if own and self._left.wait(LAST):
             return  # it has ended by itself
-        who = f"host {verdict['host']} ({verdict['name']})"
+        who = f"host {verdict['host']} ({verdict['name'] or 'never heard of'})"
         if own:
             message = str(self._failed)
         elif verdict["why"]:
