@@ -1,0 +1,42 @@
+"""Which rows of a batch a host of a pod reads: its chips are neighbours, their rows need not be."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from cap_pretrain import partition
+from cap_pretrain.errors import UserError
+from cap_pretrain.topology import compile as compiling
+
+pytest.importorskip("libtpu", reason="the TPU compiler is not installed: pip install -e '.[tpu]'")
+compiling.set_environment()
+
+
+def mesh(name, *shape):
+    axes = ("data", "fsdp", "tensor")
+    devices = compiling.open_topology(name)
+    return jax.make_mesh(shape, axes, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows"),
+    [
+        # A host has 2 x 2 chips, in two lines of the grid.
+        ((32, 1, 1), [0, 1, 2, 3, 16, 17, 18, 19]),
+        # The same on both sides of the axis tensor: each of two hosts reads them.
+        ((8, 1, 4), range(8)),
+        ((1, 1, 32), range(64)),
+    ],
+)
+def test_a_host_reads_the_rows_that_its_chips_hold(shape, rows):
+    found = partition.batch_rows(mesh("v5e:4x8", *shape), 64)
+    held = partition.batch_sharding(mesh("v5e:4x8", *shape)).addressable_devices_indices_map((64,))
+    assert sorted(set(found)) == found.tolist()
+    assert set(found) == {row for (s,) in held.values() for row in np.arange(64)[s]}
+    assert found.tolist()[: len(rows)] == list(rows)
+
+
+def test_batches_that_the_chips_do_not_divide():
+    with pytest.raises(UserError, match="batch_size: 48 .* data x fsdp = 32"):
+        partition.batch_rows(mesh("v5e:4x8", 32, 1, 1), 48)
