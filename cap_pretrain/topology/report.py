@@ -119,7 +119,7 @@ def _part(name: str) -> str:
 def _kind(opcode: str, name: str) -> str:
     if opcode in ("copy", "transpose", "reshape", "bitcast-convert"):
         return "layout"
-    if re.search(r"BTNH|BSNH|BNTS|attend", name) or "/vmap()/" in name:
+    if re.search(r"BTNH|BSNH|BNTS|bthd|bhts|/vmap\(\)/", name):  # its einsums, and softmax
         return "attention"
     if "dot_general" in name or "conv_general" in name:
         return "products"

@@ -21,7 +21,7 @@ PLANES = ("v5e", "v6e")
 LARGEST_PLANE = 256
 
 # What is tried when a step does not fit: nothing is computed twice, or only what is cheap.
-USUAL_POLICIES = ("none", "dots_no_batch")
+USUAL_POLICIES = ("none", "lean")
 
 Say = Callable[[str], None]
 
@@ -39,7 +39,9 @@ def fit(
     """Tries other settings of the same step, which change how it is computed and not what.
 
     For each policy of rematerialisation, the batch is taken in as few parts as fit. A learner that
-    cannot do so gets a smaller batch instead. If nothing fits, parameters are split over all chips.
+    cannot do so gets a smaller batch instead. With `everything` more parts are tried, too, for as
+    long as that is faster: what is small enough stays in the core's own memory. If nothing fits,
+    parameters are split over all chips.
 
     Args:
       config: went through `compile.prepare`.
@@ -56,6 +58,7 @@ def fit(
     tried: list[Report] = []
     for policy in REMAT_POLICIES if everything else USUAL_POLICIES:
         changes: dict[str, Any] = {"model.remat": policy}
+        best: Report | None = None
         while True:
             known = first if policy == first["remat"] and len(changes) == 1 else None
             report = known or _try(config, changes, vocab_size, topology, devices, say)
@@ -64,9 +67,11 @@ def fit(
             if not known:
                 tried.append(report)
             if report["fits"]:
-                break
+                if not everything or (best and _rate(report) <= _rate(best)):
+                    break
+                best = report
             smaller = _smaller(config, changes, report, len(devices))
-            if smaller is None:
+            if smaller is None or (best and "accumulate" not in smaller):
                 break
             changes |= smaller
     if not any(report["fits"] for report in [first, *tried]):
@@ -77,7 +82,7 @@ def fit(
 
 
 def _smaller(config: ConfigDict, changes: dict, report: Report, chips: int) -> dict | None:
-    """Changes that take less memory than what did not fit; None if there are none."""
+    """Changes that take less memory: half of it, or so little that it fits; None for none."""
     factor = 2 ** max(1, math.ceil(math.log2(report["needed"] / report["limit"])))
     for field, value in (
         ("accumulate", report["accumulate"] * factor),
@@ -127,13 +132,17 @@ def advice(first: Report, tried: Sequence[Report]) -> str:
     fitting = [report for report in [first, *tried] if report["fits"]]
     if not fitting:
         return "Nothing that was tried fits: take more chips, a smaller batch or a smaller model."
-    best = max(fitting, key=lambda report: report["predicted"]["examples_per_second"])
+    best = max(fitting, key=_rate)
     guess = best["predicted"]
     what = options(best["changes"]) if "changes" in best else "the config as it is"
     return (
         f"Predicted to be the fastest of what fits: {what}: {gib(best['needed'])} GiB, "
         f"{milli(guess['step_seconds'])} ms a step, MFU {guess['mfu']:.1%}."
     )
+
+
+def _rate(report: Report) -> float:
+    return report["predicted"]["examples_per_second"]
 
 
 def scan(

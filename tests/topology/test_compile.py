@@ -156,7 +156,7 @@ def test_what_does_not_fit_says_by_how_much_and_what_would(message, monkeypatch,
     first, *tried = json.loads((tmp_path / "r.json").read_text())
     assert not first["fits"]
     assert [(r["accumulate"], r["remat"], r["fits"]) for r in tried] == [
-        *((2, "none", False), (4, "none", True), (1, "dots_no_batch", True))
+        *((2, "none", False), (4, "none", True), (1, "lean", True))
     ]
     assert "--config.model.remat=" in told
 
