@@ -17,6 +17,8 @@ from cap_pretrain.learners.classifier import classification
 from cap_pretrain.learners.dual_encoder import unit
 from cap_pretrain.learners.simclr import SimCLR, choices
 from tests import tiny
+from tests.collectives import Sent, of_step
+from tests.layouts import on_eight_devices
 from tests.learners.pixels import Pixels, Seen, learned
 
 SIDE = 8
@@ -135,3 +137,11 @@ def test_from_a_config():
 def test_mistakes_are_told(options, said):
     with pytest.raises(UserError, match=said):
         tiny.abstract(tiny.config("simclr", options))
+
+
+@pytest.mark.slow
+def test_devices_gather_vectors_and_nothing_else():
+    step = Sent(*on_eight_devices(of_step, [("simclr", "data", {"batch_size": 48})])[0])
+    assert step.sizes("all-gather") == [2 * 48 * 32]
+    assert not step.sizes("all-to-all", "collective-permute")
+    assert [96, 96] not in step.computed and [12, 96] in step.computed
