@@ -233,6 +233,7 @@ class Blow:
         of a "save".
       step: the step; it does not matter for "start".
       seconds: how long to wait then.
+      latest: the step at which it comes anyway, on a machine that has become faster.
       which: the signal.
       everyone: whether it hits all processes of a cluster, or one.
     """
@@ -240,6 +241,7 @@ class Blow:
     after: str
     step: int
     seconds: float
+    latest: float = float("inf")
     which: signal.Signals = signal.SIGKILL
     everyone: bool = True
 
@@ -260,10 +262,11 @@ def blows(
     longest = {"save": pace.save, "start": 1.2 * pace.start, "step": pace.line}
     for number, kind in enumerate(kinds):
         # The last tenth of the run is left, so that it does not end before its last kill.
-        step = int(0.9 * pace.steps * (number + rng.random()) / kills)
+        share = 0.9 * pace.steps / kills
+        step, latest = int(share * (number + rng.random())), share * (number + 1.5)
         which = rng.choice(list(signals)) if signals else signal.SIGKILL
         seconds, everyone = rng.random() * longest[kind], rng.random() < 0.5
-        yield Blow(kind, step, seconds, which, everyone)
+        yield Blow(kind, step, seconds, latest, which, everyone)
 
 
 def wait_for(run: Run, blow: Blow) -> bool:
@@ -278,7 +281,7 @@ def wait_for(run: Run, blow: Blow) -> bool:
         }
         if due is None and happened[blow.after]:
             due = run.seconds() + blow.seconds
-        if due is not None and run.seconds() >= due:
+        if (due is not None and run.seconds() >= due) or (step > before and step >= blow.latest):
             return True
         time.sleep(POLL)
     return False
