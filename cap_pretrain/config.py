@@ -37,7 +37,7 @@ CHOICES = {
     "model.activation": tuple(ACTIVATIONS),
     "model.colours": COLOURS,
     "model.attention": ("auto", "xla", "cudnn", "recompute"),
-    "model.remat": tuple(REMAT_POLICIES),
+    "model.remat": ("auto", *REMAT_POLICIES),
     "data.crop": ("none", "random", "window"),
     "text.kind": ("sentencepiece", "words"),
     "checkpoint.best_mode": ("min", "max"),
@@ -136,8 +136,9 @@ def default() -> ConfigDict:
     # computed again in the backward pass), auto (cudnn where it runs, recompute on TPUs).
     c.model.attention = "auto"
     # What transformers keep for the backward pass: none (recompute nothing), full, dots,
-    # dots_no_batch, lean (what TPUs are fastest with; see cap_pretrain/models/layers.py).
-    c.model.remat = "none"
+    # dots_no_batch, lean (what TPUs are fastest with; see cap_pretrain/models/layers.py); auto is
+    # lean on TPUs, else none.
+    c.model.remat = "auto"
     # Layers per iteration of the scan over depth: more compile time for, maybe, less run time.
     c.model.unroll = 1
     # Parts of the captions, along their length, for which a captioner's logits are made, one after

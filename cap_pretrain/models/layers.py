@@ -34,7 +34,8 @@ class Compute:
         (cudnn where it applies, recompute on TPUs, else xla).
       remat: what the backward pass keeps: "none" recomputes nothing; "full" recomputes all but the
         layer inputs; "dots" keeps the results of matrix products; "lean" what enters attention and
-        comes out of it, and the hidden units of the MLP before their activation.
+        comes out of it, and the hidden units of the MLP before their activation; "auto" is lean on
+        TPUs, else none.
       unroll: layers per iteration of the scan over depth; the depth itself unrolls it whole.
       logit_chunks: parts of a text for which the logits of a loss are made, one after the other.
       dropout: rate after attention and MLP.
@@ -307,10 +308,13 @@ def scan_layers(
         params, inputs = inputs
         return body(nnx.merge(graphdef, params), x, inputs)
 
-    if compute.remat != "none":
+    remat = compute.remat
+    if remat == "auto":
+        remat = "lean" if jax.default_backend() == "tpu" else "none"
+    if remat != "none":
         # XLA merges nothing across two loops; without loops it would undo the recomputation.
         whole = compute.unroll >= depth
-        step = jax.checkpoint(step, policy=REMAT_POLICIES[compute.remat], prevent_cse=whole)
+        step = jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=whole)
     return jax.lax.scan(
         step, x, (params, per_layer), length=depth, unroll=min(compute.unroll, depth)
     )

@@ -101,7 +101,7 @@ def over_time(
     Returns:
       The outputs, [R, T, ...] each, and the last state.
     """
-    if compute.remat != "none":
+    if compute.remat not in ("none", "auto", "lean"):  # lean names parts of transformers
         policy = REMAT_POLICIES[compute.remat]
         advance = jax.checkpoint(advance, policy=policy, prevent_cse=False)
     state, outputs = jax.lax.scan(advance, state, jnp.moveaxis(inputs, 1, 0))

@@ -151,9 +151,11 @@ def prepare(config: ConfigDict) -> tuple[ConfigDict, int]:
     configs.validate(config)
     config = copy.deepcopy(config)
     if config.dtype == "auto":
-        config.dtype = "bfloat16"  # as on a TPU; "auto" would ask what is here
+        config.dtype = "bfloat16"  # these as on a TPU; "auto" would ask what is here
     if config.model.attention == "auto":
         config.model.attention = "recompute"
+    if config.model.remat == "auto":
+        config.model.remat = "lean"
     vocab_size = config.text.vocab_size
     try:
         mixture = inputs.open_sources(config)
