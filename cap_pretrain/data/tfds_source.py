@@ -44,6 +44,9 @@ class TfdsSource:
         self.class_names = list(getattr(features.get("label"), "names", None) or [])
         encoded = isinstance(features["image"], tfds.features.Image)
         skip = tfds.decode.SkipDecoding() if encoded else None
+        self._wanted = {*self._paths.values(), *(path for path, _ in self._captions)}
+        self._leaves = dict(_leaves(builder.info.features))
+        self._plain = all(_is_plain(self._leaves[path]) for path in self._wanted)
         self._open_records = self._open_split(builder, split, skip)
         self._records = self._open_records()
 
@@ -63,8 +66,8 @@ class TfdsSource:
         if self._copies:
             self._fetch(shard)
         try:
-            record = retried(lambda: self._read(index))
-            values = {field: _lookup(record, path) for field, path in self._paths.items()}
+            record = self._parsed(retried(lambda: self._read(index)))
+            values = {field: _single(record[path]) for field, path in self._paths.items()}
             return {
                 "image": _image(values["image"]),
                 **self._captions_of(record),
@@ -79,7 +82,24 @@ class TfdsSource:
                 f"({why(error)}); copy or build the dataset again."
             ) from error
 
-    def _read(self, index: int) -> dict:
+    def _parsed(self, record: bytes) -> dict[str, Any]:
+        """The values of the features that are wanted, by path.
+
+        Plain ones are taken as they are: TFDS would take longer for them than to read the record.
+        A record without some features, or with them under other names, is for TFDS to judge.
+        """
+        if self._plain:
+            from tensorflow_datasets.proto import tf_example_pb2
+
+            stored = tf_example_pb2.Example.FromString(record).features.feature
+            if all(path in stored for path in self._leaves):
+                return {path: _stored(stored[path]) for path in self._wanted}
+        example = self._records.dataset_info.features.deserialize_example_np(
+            record, decoders=self._records.decoders
+        )
+        return {path: _lookup(example, path) for path in self._wanted}
+
+    def _read(self, index: int) -> bytes:
         try:
             return self._records[index]
         except RuntimeError:
@@ -89,7 +109,7 @@ class TfdsSource:
     def _captions_of(self, record: Mapping[str, Any]) -> dict[str, list]:
         """Returns `captions` of an example, and of several features `weights`."""
         found = [
-            [_text(c) for c in np.atleast_1d(np.asarray(_lookup(record, path), object))]
+            [_text(c) for c in np.atleast_1d(np.asarray(record[path], object))]
             for path, _ in self._captions
         ]
         if len(found) < 2:
@@ -195,8 +215,10 @@ class TfdsSource:
         captions = [(path, weight) for path, weight in captions if path in leaves]
         return found, captions, {field: leaves[path] for field, path in found.items()}
 
-    def _open_split(self, builder: Any, split: str, skip: Any) -> Callable[[], Sequence[dict]]:
+    def _open_split(self, builder: Any, split: str, skip: Any) -> Callable[[], Sequence[bytes]]:
         """Returns what opens the records of a split, of which it checks all but the files."""
+        import tensorflow_datasets as tfds
+
         known = builder.info.splits
         resolved = "+".join(self._resolve(part, known) for part in split.split("+"))
         try:
@@ -209,7 +231,10 @@ class TfdsSource:
         decoders = skip
         for part in reversed(self._paths["image"].split("/") if skip else ()):
             decoders = {part: decoders}
-        records = functools.partial(builder.as_data_source, resolved, decoders=decoders)
+        raw = tfds.decode.DeserializeMethod.RAW_BYTES
+        records = functools.partial(
+            builder.as_data_source, resolved, decoders=decoders, deserialize_method=raw
+        )
         try:
             records()
         except NotImplementedError as error:
@@ -242,6 +267,30 @@ def _leaves(features: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(inner, f"{prefix}{name}/")
         else:
             yield prefix + name, feature
+
+
+def _is_plain(feature: Any) -> bool:
+    """Whether records have it as a list of values that need no decoding, of none or one sequence.
+
+    Of several they have it under other names.
+    """
+    import tensorflow_datasets as tfds
+
+    plain = (tfds.features.Image, tfds.features.Text, tfds.features.ClassLabel)
+    return isinstance(getattr(feature, "feature", feature), plain)
+
+
+def _stored(feature: Any) -> list:
+    """The values of a tf.train.Feature."""
+    kind = feature.WhichOneof("kind")
+    return list(getattr(feature, kind).value) if kind else []
+
+
+def _single(value: Any) -> Any:
+    """What is stored alone."""
+    if isinstance(value, list):
+        (value,) = value
+    return value
 
 
 def _lookup(record: Mapping[str, Any], path: str) -> Any:

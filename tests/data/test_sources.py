@@ -99,6 +99,23 @@ def test_records_are_as_stored(data_dir):
     assert seen == set(range(10))
 
 
+@pytest.mark.parametrize(
+    "name, fields, plain",
+    [
+        ("flat", {}, True),
+        ("nested_captions", {"captions": "captions/text"}, True),
+        ("one_caption", {"captions": "meta/text"}, True),
+        ("one_caption", {"captions": "meta/text", "id": "meta/number"}, False),
+    ],
+)
+def test_records_are_as_tfds_reads_them(data_dir, name, fields, plain):
+    source = read(data_dir / name, fields=fields)
+    assert source._plain is plain, "read without TFDS's parser"
+    examples = list(source)
+    source._plain = False
+    assert list(source) == examples
+
+
 def test_a_path_may_stop_at_any_level_and_a_name_is_looked_up(data_dir):
     version = data_dir / "flat" / "1.0.0"
     expected = read(version)[4]
