@@ -149,7 +149,7 @@ def test_what_does_not_fit_says_by_how_much_and_what_would(message, monkeypatch,
     monkeypatch.setattr(report, "compile_step", compile_step)
     monkeypatch.setattr(report, "measure", lambda *a: cost.Cost(seconds=1.0))
     monkeypatch.setattr(report.plan, "flops_per_example", lambda *a: {"training": 1.0})
-    big = ["--config.batch_size=16", f"--json={tmp_path / 'r.json'}"]
+    big = ["--config.batch_size=16", "--config.model.remat=none", f"--json={tmp_path / 'r.json'}"]
     assert check_topology.main([*TINY, *big]) == 1
     told = capsys.readouterr().out
     assert "does not fit: needs 20.00 GiB of HBM a chip, there are 16.00: 4.00 GiB" in told
