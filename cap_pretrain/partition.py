@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
@@ -65,10 +66,27 @@ def mesh_shape(config: ConfigDict, devices: int) -> dict[str, int]:
 
 
 def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Returns the mesh of a config over `devices` (default: all); see `mesh_shape`."""
+    """Returns the mesh of a config over `devices` (default: all); see `mesh_shape`.
+
+    Of several TPU slices, which only the data center network joins, each holds a part of the data
+    axis.
+
+    Raises:
+      UserError: as `mesh_shape`; or the data axis cannot be split over the slices.
+    """
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(config, len(devices))
     kinds = (AxisType.Auto,) * len(shape)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices > 1:
+        if shape["data"] % slices:
+            raise UserError(
+                f"mesh.data: {shape['data']} does not divide by the {slices} slices, which only "
+                "share data; lower mesh.fsdp or mesh.tensor."
+            )
+        within = (shape["data"] // slices, shape["fsdp"], shape["tensor"])
+        placed = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices)
+        return Mesh(placed, tuple(shape), axis_types=kinds)
     return jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=kinds, devices=devices)
 
 

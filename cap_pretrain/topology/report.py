@@ -167,8 +167,8 @@ def text(report: Report, breakdown: bool = False) -> str:
     told += [
         format_table(rows, ("predicted, not measured", "ms")),
         f"{report['flops_per_step'] / 1e12:,.1f} TFLOP a step (counted), predicted "
-        f"{guess['examples_per_second']:,.0f} examples/s, MFU {guess['mfu']:.1%}; no step can take "
-        f"less than {milli(guess['roofline_seconds'])} ms",
+        f"{guess['examples_per_second']:,.0f} examples/s, MFU {guess['mfu']:.1%}; by the "
+        f"roofline this program takes no less than {milli(guess['roofline_seconds'])} ms",
     ]
     if loops := report["loops_of_unknown_length"]:
         told.append(f"Counted as one turn, as their length is not known: {', '.join(loops)}.")

@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from cap_pretrain import partition
 from cap_pretrain.errors import UserError
 from cap_pretrain.flops import chip_of
 from cap_pretrain.topology import compile as compiling
@@ -77,8 +78,15 @@ def test_topologies(name: str, count: int, kind: str):
     assert len(found) == count and kind in found[0].device_kind
 
 
-def test_slices():
-    assert len(compiling.open_topology("v5e:2x2", slices=2)) == 8
+def test_slices_share_the_data_axis():
+    two = compiling.open_topology("v5e:2x2", slices=2)
+    config = compiling_config("--config.mesh.fsdp=2")
+    mesh = partition.make_mesh(config, two)
+    assert dict(mesh.shape) == {"data": 4, "fsdp": 2, "tensor": 1}
+    slices = [[d.slice_index for d in row.flat] for row in mesh.devices]
+    assert slices == [[0, 0], [0, 0], [1, 1], [1, 1]]
+    with pytest.raises(UserError, match="mesh.data: 1 does not divide by the 2 slices"):
+        partition.make_mesh(compiling_config("--config.mesh.fsdp=8"), two)
 
 
 @pytest.mark.parametrize(
