@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grain
@@ -191,7 +192,9 @@ def run(config: ConfigDict) -> dict:
         tokenizer = inputs.prepare_tokenizer(config, mixture, folder, anew=True)
         grouped = inputs.in_buckets(config, mixture, tokenizer)
         dataset = inputs.training_batches(config, grouped, tokenizer)
-        parts = stages(mixture, tokenizer, config, dataset)
+        # In a thread, as the pipeline: there the allocator keeps its memory.
+        with ThreadPoolExecutor(1) as thread:
+            parts = thread.submit(stages, mixture, tokenizer, config, dataset).result()
         size = parts.pop("bytes")
         candidates = {"cap_pretrain": ours(dataset, config.data.workers)}
         if COMPARE.value:
