@@ -8,7 +8,6 @@ the core busy; a fusion's are those of all that is inside.
 
 import dataclasses
 import functools
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -289,14 +288,3 @@ def _closing(text: str, begin: int) -> int:
         if not depth:
             return place
     return len(text)
-
-
-def read_json(op: Operation) -> dict:
-    """The operation's backend_config, or an empty dict."""
-    _, found, rest = op.line.partition("backend_config=")
-    if not found:
-        return {}
-    try:
-        return json.JSONDecoder().raw_decode(rest)[0]
-    except ValueError:
-        return {}
