@@ -40,6 +40,8 @@ POLL = 0.003
 # Seconds that the worker processes of a killed run may take to notice, and the other processes of
 # a cluster.
 GRACE, GRACE_OF_HOSTS = 20, 60
+# How a host ends that has lost another, and how often that may be for no reason but a slow machine.
+EXIT_LOST, MAY_LOSE = 75, 3
 # Losses of other numbers of processes, whose sums round differently, may differ so much.
 TOLERANCE = 1e-4
 
@@ -50,6 +52,10 @@ class Failed(Exception):
     def __init__(self, message: str, code: int = 1):
         super().__init__(message)
         self.code = code
+
+
+class Lost(Failed):
+    """A host ended since it lost another one, unprovoked: to be started again."""
 
 
 class Run:
@@ -101,7 +107,8 @@ class Run:
         if bad := [code for code in codes if code]:
             last = self._log.read_text(encoding="utf-8", errors="replace").splitlines()[-2:]
             said = "\n".join(last)
-            raise Failed(f"a run ended with exit status {bad[0]} ({self._log}):\n{said}")
+            kind = Lost if set(bad) == {EXIT_LOST} else Failed
+            raise kind(f"a run ended with exit status {bad[0]} ({self._log}):\n{said}")
         return None not in codes
 
     def step(self) -> int:
@@ -295,33 +302,39 @@ def kill_and_resume(
     Raises:
       Failed: it did not go on, or processes stayed behind.
     """
-    done = 0
-    for blow in blows:
-        with cluster.run(arguments, workdir) as run:
-            before = run.step()
-            if not wait_for(run, blow):
-                return done
-            after, saving = run.seconds(), sorted(run.saving())
-            run.hit(blow)
-            done += 1
-            if saving := saving or sorted(run.saving()):
-                doing = f"while saving step {saving[0].partition('.')[0]}"
-            elif run.step() > before:
-                doing = "between saves"
-            else:
-                doing = "starting, or doing steps again"
-            told = "" if cluster.alone else f" {cluster.told} ({blow.told})"
-            print(
-                f"kill {done} of {len(blows)}{told}: at step {run.step()} of {pace.steps}, {doing},"
-                f" {after:.1f} s after its start",
-                flush=True,
-            )
-            run.check_nothing_left()
-    with cluster.run(arguments, workdir) as run:
-        while not run.ended():
-            time.sleep(POLL)
-        run.check_nothing_left()
-    return done
+    done, again = 0, 0
+    while True:
+        try:
+            with cluster.run(arguments, workdir) as run:
+                if done == len(blows):
+                    while not run.ended():
+                        time.sleep(POLL)
+                    run.check_nothing_left()
+                    return done
+                blow, before = blows[done], run.step()
+                if not wait_for(run, blow):
+                    return done
+                after, saving = run.seconds(), sorted(run.saving())
+                run.hit(blow)
+                done += 1
+                if saving := saving or sorted(run.saving()):
+                    doing = f"while saving step {saving[0].partition('.')[0]}"
+                elif run.step() > before:
+                    doing = "between saves"
+                else:
+                    doing = "starting, or doing steps again"
+                told = "" if cluster.alone else f" {cluster.told} ({blow.told})"
+                print(
+                    f"kill {done} of {len(blows)}{told}: at step {run.step()} of {pace.steps}, "
+                    f"{doing}, {after:.1f} s after its start",
+                    flush=True,
+                )
+                run.check_nothing_left()
+        except Lost as error:
+            again += 1
+            if again > MAY_LOSE:
+                raise
+            print(f"started again: {str(error).splitlines()[1]}", flush=True)
 
 
 class Cluster:
