@@ -17,6 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from cap_pretrain.errors import UserError
 
@@ -189,6 +193,26 @@ def _difference(first: dict[str, Any], host: int, other: dict[str, Any]) -> str:
                 f"host 0 ({first['name']})."
             )
     return ""
+
+
+def meet() -> None:
+    """Has the devices of all hosts speak to each other for the first time, when all are there.
+
+    On CPUs a host gives up if the others are not there within half a minute.
+    """
+    agree({}, "")
+    mesh = Mesh(jax.devices(), ("all",))
+    ones = jax.make_array_from_callback(
+        (jax.device_count(),), NamedSharding(mesh, P("all")), lambda index: np.ones(1, np.int32)
+    )
+    assert int(jax.jit(jnp.sum)(ones)) == jax.device_count()
+
+
+def compiled_everywhere(fn: Any, *args: Any) -> Any:
+    """Returns a jitted function compiled for `args`, once all hosts have it; why: see `meet`."""
+    compiled = fn.lower(*args).compile()
+    agree({}, "")
+    return compiled
 
 
 def check_same(config: Mapping[str, Any]) -> None:

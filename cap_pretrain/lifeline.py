@@ -20,7 +20,6 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import jax
-from jax.experimental import multihost_utils
 
 from cap_pretrain import cluster
 from cap_pretrain.cluster import EXIT_LOST
@@ -86,9 +85,7 @@ class _Watch:
         # Of each host its name, its last sign of life, and when that came.
         began = time.monotonic()
         self._heard = {host: ("", "", began) for host in range(jax.process_count())}
-        # All are here: on CPUs the first collective must find them within half a minute.
-        cluster.agree({}, "")
-        multihost_utils.sync_global_devices("cap_pretrain")
+        cluster.meet()
         self._thread = threading.Thread(target=self._run, name="cluster watch", daemon=True)
         self._thread.start()
         # Without the coordinator, JAX aborts the process from a thread of its own, where Python's

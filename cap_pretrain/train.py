@@ -187,7 +187,10 @@ def run(config: ConfigDict, workdir: Path, allow_changes: Sequence[str] = ()) ->
             batch = {k: batch[k] for k in reads}
             if hosts > 1:
                 batch["asked"] = np.tile(asked_for(), (len(batch["broken"]), 1))
-            state, metrics = step_fn(state, partition.put_batch(batch, mesh))
+            arrays = partition.put_batch(batch, mesh)
+            if hosts > 1 and step == start + 1:
+                step_fn = cluster.compiled_everywhere(step_fn, state, arrays)
+            state, metrics = step_fn(state, arrays)
             watch.add(step, metrics)
             # Several hosts do what any of them asked for in the step before: all the same, at once.
             stopped, overdue = asked_for() if hosts == 1 else watch.asked
