@@ -379,7 +379,7 @@ def test_workers_do_not_outlive_a_killed_parent(tokenizer):
     _, (model, *_) = tokenizer.__reduce__()
     command = [sys.executable, "-c", _KILLED_WHILE_READING, model]
     # Returns when every process that holds the pipe has ended.
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=20)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=90)
     assert done.returncode == -signal.SIGKILL
 
 
