@@ -68,6 +68,7 @@ class Run:
         self._workdir = workdir
         self._log = workdir.with_name(workdir.name + ".log")
         self._of_earlier_runs = self._temporary_folders()
+        self._step_before = self.step()
         self._began = time.monotonic()
         command = [sys.executable, "-m", "cap_pretrain.main", *arguments, f"--workdir={workdir}"]
         address = _free_address() if processes > 1 else ""
@@ -132,7 +133,7 @@ class Run:
         Raises:
           Failed: one did not end in time, or SIGTERM found it in its loop and it did not stop well.
         """
-        before = self.step()
+        in_loop = self.step() != self._step_before
         one = int(1e6 * blow.seconds) % len(self._processes)  # as good as any
         for process in self._processes if blow.everyone else [self._processes[one]]:
             process.send_signal(blow.which)
@@ -142,7 +143,7 @@ class Run:
         except subprocess.TimeoutExpired as error:
             raise Failed(f"a process still ran {GRACE_OF_HOSTS} s after another's end.") from error
         codes = {process.returncode for process in self._processes}
-        if blow.which == signal.SIGTERM and before and not codes <= {0, 128 + signal.SIGTERM}:
+        if blow.which == signal.SIGTERM and in_loop and not codes <= {0, 128 + signal.SIGTERM}:
             raise Failed(f"after SIGTERM the processes ended with {codes} ({self._log}).")
 
     def check_nothing_left(self) -> None:
