@@ -4,14 +4,15 @@ import sys
 
 import pytest
 
-from tests.data.test_build_units import contents, numbered, web
+from tests.data.test_build_units import numbered
 from tests.data.test_question_formats import build
 from tests.tools.test_build_dataset import run
+from tools.rehearse_build import contents, write_tars
 
 
 def test_beam_builds_the_same(tmp_path):
     pytest.importorskip("apache_beam")
-    web(tmp_path / "tars", tars=3, per_tar=20)
+    write_tars(tmp_path / "tars", 60, per_tar=20, size=(64, 48))
     arguments = ("--shards", tmp_path / "tars", "--dedup", "perceptual")
     whole = contents(build(tmp_path, "webdataset", *arguments))
     by_beam = (*arguments, "--overwrite", "--beam=--runner=DirectRunner")

@@ -229,7 +229,13 @@ def test_a_ready_slice_is_used_and_a_running_program_followed(bench):
 
     # Ctrl-C leaves it running.
     (bench.fake / "statuses").write_text("0\n0\nwaits")
-    launcher = bench.start(start_new_session=True, stderr=subprocess.PIPE, text=True)
+    launcher = bench.start(
+        start_new_session=True,
+        # Where the tests run in the background, it is ignored, and bash would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     ready = [bench.fake / f"worker{i}_start_3" for i in range(2)]
     while not all(path.exists() for path in ready) or bench.verbs()[-1] != "follow":
         time.sleep(0.05)
