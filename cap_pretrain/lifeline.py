@@ -85,13 +85,14 @@ class _Watch:
         # Of each host its name, its last sign of life, and when that came.
         began = time.monotonic()
         self._heard = {host: ("", "", began) for host in range(jax.process_count())}
-        cluster.meet()
+        self._beat()
         self._thread = threading.Thread(target=self._run, name="cluster watch", daemon=True)
         self._thread.start()
         # Without the coordinator, JAX aborts the process from a thread of its own, where Python's
         # handlers of signals do not run.
         self._on_abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(self._aborted)
         ctypes.CDLL(None).signal(signal.SIGABRT, self._on_abort)
+        cluster.meet()
 
     def tell(self, error: BaseException) -> None:
         """Tells the others of an error, unless they know, or it may be the echo of a loss."""
@@ -125,13 +126,16 @@ class _Watch:
             self._client.key_value_set(f"{_ALIVE}{self._me}", "left", allow_overwrite=True)
         self._thread.join(2 * BEAT)
 
+    def _beat(self) -> None:
+        self._beats += 1
+        sign = f"{self._beats} {socket.gethostname()}"
+        self._client.key_value_set(f"{_ALIVE}{self._me}", sign, allow_overwrite=True)
+
     def _run(self) -> None:
         silent_since = None
         while not self._left.wait(BEAT):
             try:
-                self._beats += 1
-                sign = f"{self._beats} {socket.gethostname()}"
-                self._client.key_value_set(f"{_ALIVE}{self._me}", sign, allow_overwrite=True)
+                self._beat()
                 verdict = dict(self._client.key_value_dir_get(_VERDICT)).get(f"{_VERDICT}/0")
                 if self._me == 0 and not verdict:
                     self._look()
@@ -178,7 +182,7 @@ class _Watch:
         own = self._failed is not None and not isinstance(self._failed, jax.errors.JaxRuntimeError)
         if own and self._left.wait(LAST):
             return  # it has ended by itself
-        who = f"host {verdict['host']} ({verdict['name'] or 'never heard of'})"
+        who = f"host {verdict['host']} ({verdict['name']})"
         if own:
             message = str(self._failed)
         elif verdict["why"]:

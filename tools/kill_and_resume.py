@@ -137,9 +137,11 @@ class Run:
         one = int(1e6 * blow.seconds) % len(self._processes)  # as good as any
         for process in self._processes if blow.everyone else [self._processes[one]]:
             process.send_signal(blow.which)
+        # After SIGTERM a run first has to come as far as its loop, which may take a while.
+        bounded = len(self._processes) > 1 and blow.which == signal.SIGKILL
         try:
             for process in self._processes:
-                process.wait(GRACE_OF_HOSTS if len(self._processes) > 1 else None)
+                process.wait(GRACE_OF_HOSTS if bounded else None)
         except subprocess.TimeoutExpired as error:
             raise Failed(f"a process still ran {GRACE_OF_HOSTS} s after another's end.") from error
         codes = {process.returncode for process in self._processes}
