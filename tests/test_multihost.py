@@ -1,4 +1,7 @@
-"""Several real processes over jax.distributed do what one does, and end together."""
+"""Several real processes over jax.distributed do what one does, and end together.
+
+Hit again and again: tools/kill_and_resume.py --processes 1 2 4.
+"""
 
 import os
 import re
@@ -12,7 +15,6 @@ import pytest
 
 from cap_pretrain.checkpoint import saved_steps
 from tests import toy
-from tools import kill_and_resume
 
 pytestmark = pytest.mark.slow
 
@@ -164,18 +166,3 @@ def test_hosts_that_were_started_otherwise_are_refused(own, message, tmp_path):
     for text in printed:
         assert re.search(message, text), text
     assert not saved_steps(tmp_path / "run")
-
-
-def test_a_cluster_that_is_hit_again_and_again_sees_the_same_examples(tmp_path, capfd):
-    code = kill_and_resume.main(
-        [
-            *("--kills=3", "--processes", "2", "1", "--devices=2", "--signals", "KILL", "TERM"),
-            *(f"--workdir={tmp_path / 'rehearsal'}", "--"),
-            *arguments("cap", {"total_steps": 24, "eval.every_steps": 12}),
-        ]
-    )
-    out, err = capfd.readouterr()
-    assert code == 0, f"{out}\n{err}"
-    said = out.splitlines()
-    assert sum("of 2 processes" in line or "of one process" in line for line in said) == 3
-    assert said[-1].startswith("the same: ")
