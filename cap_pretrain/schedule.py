@@ -9,6 +9,9 @@ from ml_collections import ConfigDict
 
 from cap_pretrain import optim
 
+# What a run's length is given in; the first that is set counts.
+UNITS = ("steps", "examples", "epochs")
+
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
@@ -55,6 +58,16 @@ def make_schedule(config: ConfigDict, *, epoch: int) -> Schedule:
         evaluate=duration(config.eval, "every", **kwargs),
         save=duration(config.checkpoint, "every", **kwargs),
     )
+
+
+def describe(config: ConfigDict, schedule: Schedule) -> str:
+    """How long the run is, and which lengths the config gives besides, which do not count."""
+    lengths = {f"total_{unit}": config[f"total_{unit}"] for unit in UNITS}
+    counts, *others = [f"{field}={value:,}" for field, value in lengths.items() if value]
+    told = f"{schedule.total:,} steps, from {counts}"
+    if others:
+        told += f" and not {', '.join(others)}, for which set {counts.partition('=')[0]}=0"
+    return told
 
 
 def learning_rate(config: ConfigDict, schedule: Schedule) -> optax.Schedule:

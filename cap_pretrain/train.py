@@ -89,6 +89,7 @@ def run(config: ConfigDict, workdir: Path, allow_changes: Sequence[str] = ()) ->
         progress.say(line)
     step_flops = 0.0
     if schedule.total:
+        progress.say(schedules.describe(config, schedule))
         progress.say(f"MFU is relative to {peak.source}" if peak.flops else peak.source)
         counted = plan.flops_per_example(config, tokenizer.vocab_size)
         step_flops = config.batch_size * counted["training"]

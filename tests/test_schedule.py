@@ -56,3 +56,20 @@ def test_the_rate_of_a_run_is_scaled_by_its_own_batch_size():
     c.optim.warmup_share = 0.0
     rate = schedule.learning_rate(c, schedule.make_schedule(c, epoch=200))
     assert float(rate(0)) == pytest.approx(0.45)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"total_steps": 10}, "10 steps, from total_steps=10"),
+        ({"total_steps": 0, "total_epochs": 0.5}, "13 steps, from total_epochs=0.5"),
+        (
+            {"total_steps": 1000, "total_epochs": 0.5},
+            "1,000 steps, from total_steps=1,000 and not total_epochs=0.5, "
+            "for which set total_steps=0",
+        ),
+    ],
+)
+def test_it_is_told_which_length_counts(given, told):
+    c = toy.config(**given)
+    assert schedule.describe(c, schedule.make_schedule(c, epoch=200)) == told

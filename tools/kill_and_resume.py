@@ -38,8 +38,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # Seconds between two looks at what a run does.
 POLL = 0.003
 # Seconds that the worker processes of a killed run may take to notice, and the other processes of
-# a cluster.
-GRACE, GRACE_OF_HOSTS = 20, 60
+# a cluster. Before they have met, hosts wait for one that does not come (cluster.PATIENCE).
+GRACE, GRACE_OF_HOSTS, PATIENCE = 20, 60, 300
 # How a host ends that has lost another, and how often that may be for no reason but a slow machine.
 EXIT_LOST, MAY_LOSE = 75, 3
 # Losses of other numbers of processes, whose sums round differently, may differ so much.
@@ -139,11 +139,12 @@ class Run:
             process.send_signal(blow.which)
         # After SIGTERM a run first has to come as far as its loop, which may take a while.
         bounded = len(self._processes) > 1 and blow.which == signal.SIGKILL
+        grace = GRACE_OF_HOSTS + (0 if in_loop else PATIENCE)
         try:
             for process in self._processes:
-                process.wait(GRACE_OF_HOSTS if bounded else None)
+                process.wait(grace if bounded else None)
         except subprocess.TimeoutExpired as error:
-            raise Failed(f"a process still ran {GRACE_OF_HOSTS} s after another's end.") from error
+            raise Failed(f"a process still ran {grace} s after another's end.") from error
         codes = {process.returncode for process in self._processes}
         if blow.which == signal.SIGTERM and in_loop and not codes <= {0, 128 + signal.SIGTERM}:
             raise Failed(f"after SIGTERM the processes ended with {codes} ({self._log}).")
