@@ -282,8 +282,9 @@ class Checkpoints:
         for path in [*wanted, *(path for path in saved if path not in wanted)]:
             there, here = (shape_of(leaves.get(path)) for leaves in (saved, wanted))
             if there != here:
+                what = "optimizer" if path.startswith("optimizer/") else "model"
                 raise UserError(
-                    f"{folder}: holds another model than this config describes: {path} is {there} "
+                    f"{folder}: holds another {what} than this config describes: {path} is {there} "
                     f"there, {here} here.\nUse another --workdir, or the config it was made with."
                 )
 

@@ -257,10 +257,17 @@ def test_a_tokenizer_that_does_not_fit_the_checkpoint(straight, tokenizer_path, 
         train.run(make_config(CAPPA, tokenizer_path), workdir)
 
 
-def test_a_checkpoint_of_another_model_is_not_gone_on_from(straight, tokenizer_path, tmp_path):
+@pytest.mark.parametrize(
+    ("field", "value", "what"),
+    [("model__width", 32, "model"), ("optim__name", "adamw", "optimizer")],
+)
+def test_a_checkpoint_of_another_model_is_not_gone_on_from(
+    field, value, what, straight, tokenizer_path, tmp_path
+):
     workdir = shutil.copytree(straight(CAPPA), tmp_path / "run")
-    config = make_config(CAPPA, tokenizer_path, model__width=32)
-    with pytest.raises(UserError, match="holds another model than this config describes") as error:
+    config = make_config(CAPPA, tokenizer_path, **{field: value})
+    match = f"holds another {what} than this config describes"
+    with pytest.raises(UserError, match=match) as error:
         train.run(config, workdir, ["all"])
     assert len(str(error.value).splitlines()) == 2
     assert saved_steps(workdir) == [2, 4]
