@@ -24,11 +24,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers as policies
 
-from cap_pretrain import rules
+from cap_pretrain import cluster, rules
 from cap_pretrain.errors import UserError, disk_error
 from cap_pretrain.fingerprint import fingerprints
 from cap_pretrain.manifest import (
@@ -294,8 +293,7 @@ class Checkpoints:
             aside = folder.with_name(f"{step}.damaged")
             shutil.rmtree(aside, ignore_errors=True)
             folder.rename(aside)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"damaged {step}")
+        cluster.barrier()
         self._manager.reload()
 
     @contextlib.contextmanager
@@ -347,11 +345,8 @@ def _reading(folder: Path, read: Callable[[], Any]) -> Any:
         if isinstance(e, MemoryError) or any(word in str(e) for word in _NOT_DAMAGE):
             raise
         damage = e
-    fine = damage is None
-    if jax.process_count() > 1:
-        fine = bool(np.all(multihost_utils.process_allgather(np.array(fine))))
-    if not fine:
-        reason = (str(damage).strip() or repr(damage)).splitlines()[0]
+    told = (str(damage).strip() or repr(damage)).splitlines()[0] if damage else ""
+    if reason := cluster.decided(told, lambda said: next(filter(None, said), "")):
         raise Damaged(f"{folder}: is damaged ({reason[:200]})") from damage
     return result
 

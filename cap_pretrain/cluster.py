@@ -12,7 +12,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +155,49 @@ def _alone_on_its_machine() -> bool:
     return "1" in (tasks, os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE"))
 
 
+def decided(mine: Any, decide: Callable[[list[Any]], Any]) -> Any:
+    """Has host 0 decide something for all, by what each of them says.
+
+    It goes by the key-value store, which has the time: on CPUs devices give up where others are
+    half a minute late.
+
+    Args:
+      mine: what this host says, as JSON has it.
+      decide: is called on host 0 alone, with what all say in the order of the hosts.
+
+    Returns:
+      Its answer, on every host, as JSON has it.
+
+    Raises:
+      UserError: on every host, if `decide` does.
+    """
+    if jax.process_count() == 1:
+        return decide([mine])
+    global _decisions
+    _decisions += 1
+    here, before = (f"cap_pretrain/decided/{n}" for n in (_decisions, _decisions - 1))
+    store, me, wait = client(), jax.process_index(), 1000 * PATIENCE_WITH_ANSWERS
+    store.key_value_set(f"{here}/{me}", json.dumps(mine))
+    if me == 0:
+        hosts = range(jax.process_count())
+        said = [json.loads(store.blocking_key_value_get(f"{here}/{n}", wait)) for n in hosts]
+        store.key_value_delete(before)  # who is here has read it
+        try:
+            answer = {"answer": decide(said)}
+        except UserError as error:
+            answer = {"error": str(error)}
+        store.key_value_set(f"{here}/answer", json.dumps(answer))
+    answer = json.loads(store.blocking_key_value_get(f"{here}/answer", wait))
+    if "error" in answer:
+        raise UserError(answer["error"])
+    return answer["answer"]
+
+
+def barrier() -> None:
+    """Waits until all hosts are here."""
+    decided(None, lambda said: None)
+
+
 def agree(facts: Mapping[str, Any], remedy: str) -> None:
     """Compares on every host what is to be the same on all.
 
@@ -165,23 +208,13 @@ def agree(facts: Mapping[str, Any], remedy: str) -> None:
     Raises:
       UserError: on every host, if one fact of one host is not that of host 0; names both.
     """
-    if jax.process_count() == 1:
-        return
-    global _agreed
-    _agreed += 1
-    store, me, count = client(), jax.process_index(), jax.process_count()
-    here = f"cap_pretrain/agree/{_agreed}"
-    mine = json.dumps({"name": socket.gethostname(), "facts": dict(facts)})
-    store.key_value_set(f"{here}/{me}", mine)
-    if me == 0:
-        own, difference = json.loads(mine), ""
-        for host in range(1, count):
-            said = store.blocking_key_value_get(f"{here}/{host}", 1000 * PATIENCE_WITH_ANSWERS)
-            difference = difference or _difference(own, host, json.loads(said))
-        store.key_value_set(f"{here}/result", difference or "the same")
-    result = store.blocking_key_value_get(f"{here}/result", 1000 * PATIENCE_WITH_ANSWERS)
-    if result != "the same":
-        raise UserError(f"{result}\n{remedy}")
+
+    def compare(hosts: list[dict[str, Any]]) -> None:
+        for number, other in enumerate(hosts):
+            if difference := _difference(hosts[0], number, other):
+                raise UserError(f"{difference}\n{remedy}")
+
+    decided({"name": socket.gethostname(), "facts": dict(facts)}, compare)
 
 
 def _difference(first: dict[str, Any], host: int, other: dict[str, Any]) -> str:
@@ -200,7 +233,7 @@ def meet() -> None:
 
     On CPUs a host gives up if the others are not there within half a minute.
     """
-    agree({}, "")
+    barrier()
     mesh = Mesh(jax.devices(), ("all",))
     ones = jax.make_array_from_callback(
         (jax.device_count(),), NamedSharding(mesh, P("all")), lambda index: np.ones(1, np.int32)
@@ -211,7 +244,7 @@ def meet() -> None:
 def compiled_everywhere(fn: Any, *args: Any) -> Any:
     """Returns a jitted function compiled for `args`, once all hosts have it; why: see `meet`."""
     compiled = fn.lower(*args).compile()
-    agree({}, "")
+    barrier()
     return compiled
 
 
@@ -240,7 +273,7 @@ def check_shared(workdir: Path) -> None:
     if jax.process_index() == 0:
         sign.touch()
         seen = sign.name
-    agree({}, "")  # so that it is written
+    barrier()  # so that it is written
     if jax.process_index() != 0:
         deadline, seen = time.monotonic() + 15, None  # network file systems show it late
         while seen is None and time.monotonic() < deadline:
@@ -263,7 +296,7 @@ def _code() -> str:
     return digest.hexdigest()[:16]
 
 
-_agreed = 0
+_decisions = 0
 
 
 def state() -> Any:

@@ -8,12 +8,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import grain
-import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from cap_pretrain import files, learners
+from cap_pretrain import cluster, files, learners
 from cap_pretrain.data import buckets, pipeline, sources, subset, tokenizers, words
 from cap_pretrain.data.sources import Source
 from cap_pretrain.errors import UserError
@@ -157,10 +155,12 @@ def prepare_tokenizer(
     """
     if "text" not in learners.learner_class(config.learner.name).reads:
         return tokenizers.NoText()
-    if jax.process_index() == 0 and (anew or not tokenizer_path(workdir).exists()):
-        _make_tokenizer(config, mixture, workdir)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("tokenizer")
+
+    def make(_: list[None]) -> None:
+        if anew or not tokenizer_path(workdir).exists():
+            _make_tokenizer(config, mixture, workdir)
+
+    cluster.decided(None, make)  # host 0 does, for all
     return open_tokenizer(config, tokenizer_path(workdir))
 
 

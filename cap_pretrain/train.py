@@ -35,6 +35,7 @@ from cap_pretrain import (
 from cap_pretrain import config as configs
 from cap_pretrain import schedule as schedules
 from cap_pretrain.broken import BrokenList
+from cap_pretrain.changes import check_unchanged, fields
 from cap_pretrain.checkpoint import Checkpoints, saved_steps
 from cap_pretrain.data import prefetch
 from cap_pretrain.errors import UserError
@@ -55,7 +56,7 @@ def run(config: ConfigDict, workdir: Path, allow_changes: Sequence[str] = ()) ->
       UserError: the user's mistake.
       watch.Stopped: SIGTERM or SIGINT ended the run early, after saving.
     """
-    cluster.check_same(configs.fields(json.loads(configs.to_json(config))))
+    cluster.check_same(fields(json.loads(configs.to_json(config))))
     config, beginning = initial.resolve(config)
     configs.validate(config)
     mesh = partition.make_mesh(config)
@@ -244,7 +245,7 @@ def allowed_changes(config: ConfigDict, workdir: Path, allowed: Sequence[str]) -
     """
     path = workdir / "config.json"
     if path.exists() and (saved_steps(workdir) or not configs.trains(config)):
-        return configs.check_unchanged(config, path, allowed)
+        return check_unchanged(config, path, allowed)
     return []
 
 

@@ -2,12 +2,17 @@
 
 import importlib.util
 import json
+import os
+import socket
+import subprocess
+import sys
 
 import jax
 import pytest
 
 from cap_pretrain import cluster
 from cap_pretrain.errors import UserError
+from tests import toy
 
 NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 ELSEWHERE = (
@@ -120,6 +125,9 @@ class Store:
         assert milliseconds > 1000
         return self.values[key]
 
+    def key_value_delete(self, key):
+        assert key == "cap_pretrain/decided/6"
+
 
 @pytest.mark.parametrize(
     ("other", "message"),
@@ -131,19 +139,61 @@ class Store:
     ],
 )
 def test_what_differs_is_named_on_every_host(other, message, monkeypatch):
-    store = Store()
+    store, here = Store(), "cap_pretrain/decided/7"
     monkeypatch.setattr(cluster, "client", lambda: store)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(cluster, "_agreed", 6)
-    store.values["cap_pretrain/agree/7/1"] = json.dumps({"name": "b", "facts": other})
+    store.values[f"{here}/1"] = json.dumps({"name": "b", "facts": other})
     for host, facts in enumerate([{"optim.lr": 0.1, "seed": 0}, other]):
         monkeypatch.setattr(jax, "process_index", lambda host=host: host)
-        monkeypatch.setattr(cluster, "_agreed", 6)
-        if host:
-            del store.values["cap_pretrain/agree/7/1"]
+        monkeypatch.setattr(cluster, "_decisions", 6)
+        store.values.pop(f"{here}/{host}", None)
         if message:
             with pytest.raises(UserError, match=message) as error:
                 cluster.agree(facts, "Do this.")
             assert str(error.value).endswith("\nDo this.")
         else:
             cluster.agree(facts, "Do this.")
+
+
+HOST = """
+import hashlib, json
+import jax
+from cap_pretrain import cluster
+from cap_pretrain.errors import UserError
+
+def fails(said):
+    raise UserError("no é")
+
+def never(said):
+    raise SystemExit("this host was not to do it")
+
+cluster.start()
+me = jax.process_index()
+with jax.transfer_guard("disallow"):
+    for large in ("", "é" * 10_000_000):  # more than gRPC sends unless it is told to
+        answer = cluster.decided((me, large), (lambda said: {"é": said}) if me == 0 else never)
+    print(hashlib.sha256(json.dumps(answer).encode()).hexdigest(), [n for n, _ in answer["é"]])
+    try:
+        cluster.decided(None, fails if me == 0 else never)
+    except UserError as error:
+        print(error)
+"""
+
+
+@pytest.mark.slow
+def test_what_one_host_decides_all_have():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    hosts = []
+    for host in range(2):
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(toy.CONFIGS.parent)}
+        environment |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+        environment |= {"JAX_PROCESS_ID": str(host), "PYTHONIOENCODING": "utf-8"}
+        command = [sys.executable, "-c", HOST]
+        pipes = {"stdout": subprocess.PIPE, "encoding": "utf-8"}
+        hosts.append(subprocess.Popen(command, env=environment, **pipes))
+    printed = [host.communicate(timeout=120)[0].splitlines() for host in hosts]
+    (*_, first, error), (*_, second, error_too) = printed  # before are lines of those who connect
+    assert first == second and first.endswith(" [0, 1]")
+    assert error == error_too == "no é"

@@ -6,6 +6,7 @@ import pytest
 
 from cap_pretrain import config as configs
 from cap_pretrain import evals, learners
+from cap_pretrain.changes import check_unchanged
 from cap_pretrain.errors import UserError
 from tests import toy
 
@@ -119,7 +120,7 @@ def stored(tmp_path, config):
 )
 def test_where_and_how_fast_a_run_goes_may_change(fields, tmp_path):
     path = stored(tmp_path, toy.config())
-    assert configs.check_unchanged(toy.config(**fields), path) == []
+    assert check_unchanged(toy.config(**fields), path) == []
 
 
 @pytest.mark.parametrize(
@@ -142,20 +143,20 @@ def test_where_and_how_fast_a_run_goes_may_change(fields, tmp_path):
 def test_what_is_learned_may_not_unless_allowed(fields, said, tmp_path):
     path, c = stored(tmp_path, toy.config()), toy.config(**fields)
     with pytest.raises(UserError, match=said) as error:
-        configs.check_unchanged(c, path)
+        check_unchanged(c, path)
     assert len(str(error.value).splitlines()) == 2
     allowed = str(error.value).rpartition("--allow_changes=")[2].rstrip(".").split(",")
     with pytest.raises(UserError):
-        configs.check_unchanged(c, path, allowed[1:])
-    assert len(configs.check_unchanged(c, path, allowed)) == len(allowed)
+        check_unchanged(c, path, allowed[1:])
+    assert len(check_unchanged(c, path, allowed)) == len(allowed)
     sections = [field.partition(".")[0] for field in allowed]
-    assert configs.check_unchanged(c, path, sections) == configs.check_unchanged(c, path, ["all"])
+    assert check_unchanged(c, path, sections) == check_unchanged(c, path, ["all"])
 
 
 def test_another_learner_is_another_config(tmp_path):
     path = stored(tmp_path, toy.config())
     with pytest.raises(UserError, match="learner.name was 'captioner', is now 'dual_encoder'"):
-        configs.check_unchanged(toy.config("dual_encoder"), path)
+        check_unchanged(toy.config("dual_encoder"), path)
 
 
 def test_a_field_that_is_new_counts_with_its_default(tmp_path):
@@ -166,17 +167,17 @@ def test_a_field_that_is_new_counts_with_its_default(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(then))
     with pytest.raises(UserError, match="config: optim.gone was 3, is now None[.]"):
-        configs.check_unchanged(c, path)
+        check_unchanged(c, path)
     c.optim.ema = 0.5
     with pytest.raises(UserError, match=r"optim.ema was 0.0, is now 0.5[.]"):
-        configs.check_unchanged(c, path, ["optim.gone"])
+        check_unchanged(c, path, ["optim.gone"])
 
 
 @pytest.mark.parametrize("content", ["", "{torn", "[1]"])
 def test_a_stored_config_that_cannot_be_read(content, tmp_path):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match="config.json: is not readable JSON"):
-        configs.check_unchanged(toy.config(), tmp_path / "config.json")
+        check_unchanged(toy.config(), tmp_path / "config.json")
 
 
 def test_the_best_checkpoint_needs_an_evaluator_of_the_config():

@@ -3,14 +3,12 @@
 import collections
 import dataclasses
 import importlib.metadata
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
+from cap_pretrain import cluster
 from cap_pretrain.data.sources import parse_mixture
 from cap_pretrain.decoding import Decoding
 from cap_pretrain.errors import UserError
@@ -77,7 +75,7 @@ class CaptionScores:
     def __call__(self, variables) -> Result:
         captions = dict(self._captioning(variables))
         # Only the first host needs Java, and all have the same figures.
-        found = on_first_host(lambda: self._scored(captions))
+        found = cluster.decided(None, lambda said: self._scored(captions))
         return Result(found["figures"], found["details"], (found["line"],))
 
     def _scored(self, captions: Mapping[int, str]) -> dict[str, Any]:
@@ -130,26 +128,3 @@ class CaptionScores:
         # A signal that ends the run may have ended Java with it.
         if self._context.stop():
             raise Interrupted
-
-
-def on_first_host(compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Returns on every host the JSON object that `compute` returns on the first.
-
-    Raises:
-      UserError: on every host, if `compute` does.
-    """
-    if jax.process_count() == 1:
-        return compute()
-    message = b""
-    if jax.process_index() == 0:
-        try:
-            message = json.dumps({"result": compute()}).encode()
-        except UserError as error:
-            message = json.dumps({"error": str(error)}).encode()
-    with jax.transfer_guard("allow"):  # it sends NumPy arrays to the devices by itself
-        length = int(multihost_utils.broadcast_one_to_all(np.array(len(message))))
-        padded = np.frombuffer(message.ljust(length), np.uint8)
-        answer = json.loads(multihost_utils.broadcast_one_to_all(padded).tobytes())
-    if "error" in answer:
-        raise UserError(answer["error"])
-    return answer["result"]

@@ -19,11 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import AxisType
 
 import cap_pretrain
-from cap_pretrain import files, fingerprint, partition
+from cap_pretrain import cluster, files, fingerprint, partition
 from cap_pretrain.data.sources import Source
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals import Context
@@ -97,11 +96,7 @@ class Features:
         """
         path, key = self._path(), self._key(variables)
         found = _read(path, key) if path else None
-        if jax.process_count() > 1:  # all compute, or none
-            with jax.transfer_guard("allow"):  # it sends a NumPy array to the devices by itself
-                everywhere = multihost_utils.process_allgather(np.array(found is not None))
-            found = found if everywhere.all() else None
-        if found is None:
+        if not cluster.decided(found is not None, all):  # all compute, or none
             found = self._computed(variables)
             if path and jax.process_index() == 0:
                 _write(path, key, found)

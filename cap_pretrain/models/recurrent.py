@@ -10,7 +10,6 @@ weights are float32.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,18 +18,10 @@ import numpy as np
 from flax import nnx
 
 from cap_pretrain.errors import UserError, did_you_mean
-from cap_pretrain.models.layers import (
-    REMAT_POLICIES,
-    Compute,
-    constrain,
-    dropout,
-    split_optional,
-)
+from cap_pretrain.models.cells import GRU, LSTM, State, over_time
+from cap_pretrain.models.layers import Compute, constrain, dropout, split_optional
 from cap_pretrain.models.text import embed
 
-ORTHOGONAL = nnx.initializers.orthogonal()
-
-State = Any  # leaves [R, ...], a row a caption
 Shared = Any  # leaves [B, ...], a row an image
 Cache = tuple[State, Shared]
 
@@ -88,101 +79,6 @@ class Options:
             raise UserError(f"learner.reset: {self.reset!r} is neither 'after' nor 'before'.")
         if not 0 <= self.dropout < 1:
             raise UserError(f"learner.dropout: {self.dropout} is not in [0, 1).")
-
-
-def over_time(
-    advance: Callable[[State, Any], tuple[State, Any]],
-    state: State,
-    inputs: jax.Array,
-    compute: Compute,
-) -> tuple[Any, State]:
-    """Runs `advance(state, input [R, G]) -> (state, output [R, ...])` over inputs [R, T, G].
-
-    Returns:
-      The outputs, [R, T, ...] each, and the last state.
-    """
-    if compute.remat not in ("none", "auto", "lean"):  # lean names parts of transformers
-        policy = REMAT_POLICIES[compute.remat]
-        advance = jax.checkpoint(advance, policy=policy, prevent_cse=False)
-    state, outputs = jax.lax.scan(advance, state, jnp.moveaxis(inputs, 1, 0))
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), outputs), state
-
-
-class LSTM(nnx.Module):
-    """A layer of an LSTM; gates in the order of torch: input, forget, candidate, output.
-
-    The forget gate begins open, with a bias of 1 (Jozefowicz et al. 2015; Keras): what is read
-    first, such as the image, is to be remembered.
-    """
-
-    def __init__(self, width: int, hidden: int, *, compute: Compute, rngs: nnx.Rngs):
-        def open_forget_gate(key, shape, dtype=jnp.float32):
-            return jnp.zeros(shape, dtype).at[hidden : 2 * hidden].set(1)
-
-        kwargs = dict(dtype=compute.dtype, rngs=rngs)
-        self.input = nnx.Linear(width, 4 * hidden, bias_init=open_forget_gate, **kwargs)
-        self.recurrent = nnx.Linear(
-            hidden, 4 * hidden, use_bias=False, kernel_init=ORTHOGONAL, **kwargs
-        )
-        self.hidden, self.compute = hidden, compute
-
-    def zero(self, rows: int) -> State:
-        """The state before anything was read: h and c, [rows, H] each."""
-        return (jnp.zeros((rows, self.hidden)),) * 2
-
-    def advance(self, state: State, gates: jax.Array) -> State:
-        """One position, given what its input gives to the gates, [R, 4 H]."""
-        h, c = state
-        gates = gates.astype(jnp.float32) + self.recurrent(h).astype(jnp.float32)
-        i, f, g, o = jnp.split(gates, 4, axis=-1)
-        c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
-        return jax.nn.sigmoid(o) * jnp.tanh(c), c
-
-    def __call__(self, x: jax.Array, state: State) -> tuple[jax.Array, State]:
-        """x [R, T, D] -> h at every position, [R, T, H], and the last state."""
-
-        def advance(state, gates):
-            state = self.advance(state, gates)
-            return state, state[0]
-
-        return over_time(advance, state, self.input(x), self.compute)
-
-
-class GRU(nnx.Module):
-    """A GRU; gates in the order of torch: reset, update, candidate; see `Options.reset`."""
-
-    def __init__(self, width: int, hidden: int, *, reset: str, compute: Compute, rngs: nnx.Rngs):
-        kwargs = dict(dtype=compute.dtype, rngs=rngs)
-        self.input = nnx.Linear(width, 3 * hidden, **kwargs)
-        self.recurrent = nnx.Linear(
-            hidden, 2 * hidden, use_bias=False, kernel_init=ORTHOGONAL, **kwargs
-        )
-        # Before the product, its bias would be the input's once more; after it, it is reset, too.
-        self.candidate = nnx.Linear(
-            hidden, hidden, use_bias=reset == "after", kernel_init=ORTHOGONAL, **kwargs
-        )
-        self.hidden, self.reset, self.compute = hidden, reset, compute
-
-    def advance(self, h: jax.Array, gates: jax.Array) -> jax.Array:
-        """One position, given what its input gives to the gates, [R, 3 H]: the new h [R, H]."""
-        gates = gates.astype(jnp.float32)
-        more = self.recurrent(h).astype(jnp.float32)
-        reset, update = jnp.split(jax.nn.sigmoid(gates[:, : 2 * self.hidden] + more), 2, axis=-1)
-        if self.reset == "after":
-            past = reset * self.candidate(h).astype(jnp.float32)
-        else:
-            past = self.candidate(reset * h).astype(jnp.float32)
-        candidate = jnp.tanh(gates[:, 2 * self.hidden :] + past)
-        return (1 - update) * candidate + update * h
-
-    def __call__(self, x: jax.Array, state: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """x [R, T, D] -> h at every position, [R, T, H], and the last one."""
-
-        def advance(h, gates):
-            h = self.advance(h, gates)
-            return h, h
-
-        return over_time(advance, state, self.input(x), self.compute)
 
 
 class Decoder(nnx.Module):

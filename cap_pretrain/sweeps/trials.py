@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from cap_pretrain import config as configs
 from cap_pretrain import files
+from cap_pretrain.changes import check_unchanged
 from cap_pretrain.checkpoint import saved_steps
 from cap_pretrain.errors import UserError, did_you_mean
 
@@ -140,7 +141,7 @@ def prepare(trials: Sequence[Trial], out: Path) -> None:
         if record(folder).get("state") == "finished" or saved_steps(folder):
             asked = folder / ASKED_FILE
             if asked.exists():
-                configs.check_unchanged(config, asked)
+                check_unchanged(config, asked)
     files.make_workdir(out)
     earlier = read(out) if (out / SWEEP_FILE).exists() else []
     listed = {trial.name: trial for trial in earlier if (out / trial.name).is_dir()}

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -160,46 +159,3 @@ def test_contrastive_learners_write_no_captions():
     context.graphdef = graphdef
     with pytest.raises(UserError, match="reads captions, and a learner of the kind DualEncoder"):
         CaptionScores(context, CaptionScores.Options())
-
-
-HOST = """
-import json, sys
-import jax
-from cap_pretrain import cluster
-from cap_pretrain.errors import UserError
-from cap_pretrain.evals.caption_scores import on_first_host
-
-def fails():
-    raise UserError("no é")
-
-def never():
-    raise SystemExit("this host was not to do it")
-
-cluster.start()
-first = jax.process_index() == 0
-with jax.transfer_guard("disallow"):
-    print(json.dumps(on_first_host((lambda: {"CIDEr": 0.1 + 0.2, "é": [1]}) if first else never)))
-    try:
-        on_first_host(fails if first else never)
-    except UserError as error:
-        print(error)
-"""
-
-
-@pytest.mark.slow
-def test_what_one_host_finds_all_have():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    hosts = []
-    for host in range(2):
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-        environment |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-        environment |= {"JAX_PROCESS_ID": str(host), "PYTHONIOENCODING": "utf-8"}
-        command = [sys.executable, "-c", HOST]
-        pipes = {"stdout": subprocess.PIPE, "encoding": "utf-8"}
-        hosts.append(subprocess.Popen(command, env=environment, **pipes))
-    printed = [host.communicate(timeout=120)[0].splitlines() for host in hosts]
-    for *_, found, error in printed:  # the first lines are of those who connect them
-        assert json.loads(found) == {"CIDEr": 0.1 + 0.2, "é": [1]}
-        assert error == "no é"
