@@ -38,10 +38,9 @@ def fit(
 ) -> list[Report]:
     """Tries other settings of the same step, which change how it is computed and not what.
 
-    For each policy of rematerialisation, the batch is taken in as few parts as fit. A learner that
-    cannot do so gets a smaller batch instead. With `everything` more parts are tried, too, for as
-    long as that is faster: what is small enough stays in the core's own memory. If nothing fits,
-    parameters are split over all chips.
+    For each policy of rematerialisation, the batch is taken in as few parts as fit, and in more for
+    as long as that is faster: what is small enough stays in the core's own memory. A learner that
+    cannot do so gets a smaller batch instead. If nothing fits, parameters are split over all chips.
 
     Args:
       config: went through `compile.prepare`.
@@ -67,7 +66,7 @@ def fit(
             if not known:
                 tried.append(report)
             if report["fits"]:
-                if not everything or (best and _rate(report) <= _rate(best)):
+                if best and _rate(report) <= _rate(best):
                     break
                 best = report
             smaller = _smaller(config, changes, report, len(devices))
