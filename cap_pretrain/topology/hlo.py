@@ -39,8 +39,12 @@ _BRANCHES = re.compile(
 )
 _TRIPS = re.compile(r'known_trip_count[\\"]*:\{[\\"]*n[\\"]*:[\\"]*(\d+)')
 _IOTA_GROUPS = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=")
+_GROUPS = re.compile(r"replica_groups=(\S+?),? ")
 _LISTED_GROUPS = re.compile(r"replica_groups=\{\{([\d,]*)\}")
-_MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}")
+# mesh['a'=8,'b'=4], device_ids=([4,8]T(1,0)) {'a'}; of a part of an axis it is {'a':(2)4}.
+_MESH_GROUPS = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((?:[^()]|\([^()]*\))*\))?\s*\{([^}]*)\}"
+)
 
 COLLECTIVES = (
     *("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all"),
@@ -215,14 +219,23 @@ class Module:
         return (added[0] if op.opcode == "add" else -added[0]) if added else None
 
     def groups(self, op: Operation, devices: int) -> int:
-        """How many devices take part together in a collective."""
+        """How many devices take part together in a collective.
+
+        Raises:
+          UserError: the program says so in a way that is not known here.
+        """
         if found := _IOTA_GROUPS.search(op.line):
             return int(found[2])
         if found := _MESH_GROUPS.search(op.line):
             sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
-            return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", found[2]))
+            axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])
+            return math.prod(int(part or sizes[axis]) for axis, part in axes)
         if found := _LISTED_GROUPS.search(op.line):
             return len(found[1].split(","))
+        if (told := _GROUPS.search(op.line)) and told[1] != "{}":
+            raise UserError(
+                f"Replica groups of the compiler's program are not understood: {told[1]}"
+            )
         return devices
 
 

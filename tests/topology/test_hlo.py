@@ -85,13 +85,23 @@ def test_a_scan_compiled_here():
         ("replica_groups={{0,1,2},{3,4,5}}", 3),
         ("replica_groups=mesh['a'=4,'b'=2,'c'=1] {'a','b'}", 8),
         ("replica_groups=mesh['a'=4,'b'=2,'c'=1] {'b'}", 2),
+        ("replica_groups=mesh['a'=8,'b'=1,'c'=4], device_ids=([4,8]T(1,0)) {'a'}", 8),
+        ("replica_groups=mesh['a'=8,'b'=4], device_ids=([32]) {'a':(2)4,'b'}", 16),
         ("replica_groups={}", 32),
+        ("source_target_pairs={{0,1},{1,0}}", 32),
     ],
 )
 def test_groups(written: str, size: int):
     work = f"  %r = f32[8,128]{{1,0}} all-reduce(%p), channel_id=1, {written}, to_apply=%inside\n"
     module = hlo.parse(program(work))
     assert module.groups(module.operation("main", "r"), 32) == size
+
+
+def test_groups_written_otherwise_are_refused():
+    work = "  %r = f32[8]{0} all-reduce(%p), channel_id=1, replica_groups=spiral[4], to_apply=%i\n"
+    module = hlo.parse(program(work))
+    with pytest.raises(UserError, match=r"not understood: spiral\[4\]"):
+        module.groups(module.operation("main", "r"), 32)
 
 
 def test_what_is_no_program():
