@@ -45,13 +45,12 @@ CHOICES = {
 }
 
 AT_LEAST_ONE = (
-    *("batch_size", "accumulate", "text.length", "text.vocab_size"),
-    *("model.unroll", "model.logit_chunks"),
+    *("batch_size", "accumulate", "text.length", "text.vocab_size", "model.logit_chunks"),
 )
 NOT_NEGATIVE = (
     *("optim.lr", "optim.lr_batch", "optim.weight_decay", "optim.clip_norm", "optim.clip_value"),
     *("optim.skip_bad_steps", "data.workers", "checkpoint.every_minutes", "log.spikes"),
-    *("data.class_min", "data.class_max", "data.max_broken"),
+    *("data.class_min", "data.class_max", "data.max_broken", "model.unroll"),
     *(f"model.{whose}{n.name}" for whose in ("", "decoder_") for n in dataclasses.fields(Size)),
 )
 
@@ -137,8 +136,9 @@ def default() -> ConfigDict:
     # dots_no_batch, lean (what TPUs are fastest with; see cap_pretrain/models/layers.py); auto is
     # lean on TPUs, else none.
     c.model.remat = "auto"
-    # Layers per iteration of the scan over depth: more compile time for, maybe, less run time.
-    c.model.unroll = 1
+    # Layers per iteration of the scan over depth: more compile time, and what the backward pass
+    # needs is not copied into one array for all layers. 0: all of them on TPUs, else 1.
+    c.model.unroll = 0
     # Parts of the captions, along their length, for which a captioner's logits are made, one after
     # the other, and made again in the backward pass: no array is batch x length x vocabulary.
     c.model.logit_chunks = 1

@@ -36,7 +36,8 @@ class Compute:
         layer inputs; "dots" keeps the results of matrix products; "lean" what enters attention and
         comes out of it, and the hidden units of the MLP before their activation; "auto" is lean on
         TPUs, else none.
-      unroll: layers per iteration of the scan over depth; the depth itself unrolls it whole.
+      unroll: layers per iteration of the scan over depth; the depth itself unrolls it whole; 0 is
+        that on TPUs, else 1.
       logit_chunks: parts of a text for which the logits of a loss are made, one after the other.
       dropout: rate after attention and MLP.
       stochastic_depth: rate of dropping a residual branch, growing linearly with depth.
@@ -292,7 +293,7 @@ def scan_layers(
     depth: int,
     compute: Compute,
 ) -> tuple[jax.Array, Any]:
-    """Runs stacked layers one after the other; compile time does not grow with depth.
+    """Runs stacked layers one after the other; compile time grows with those that are unrolled.
 
     Args:
       layers: from `stack_layers`.
@@ -308,16 +309,16 @@ def scan_layers(
         params, inputs = inputs
         return body(nnx.merge(graphdef, params), x, inputs)
 
-    remat = compute.remat
+    on_tpu = jax.default_backend() == "tpu"
+    remat, unroll = compute.remat, min(compute.unroll, depth)
     if remat == "auto":
-        remat = "lean" if jax.default_backend() == "tpu" else "none"
+        remat = "lean" if on_tpu else "none"
+    if not unroll:
+        unroll = depth if on_tpu else 1
     if remat != "none":
         # XLA merges nothing across two loops; without loops it would undo the recomputation.
-        whole = compute.unroll >= depth
-        step = jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=whole)
-    return jax.lax.scan(
-        step, x, (params, per_layer), length=depth, unroll=min(compute.unroll, depth)
-    )
+        step = jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=unroll == depth)
+    return jax.lax.scan(step, x, (params, per_layer), length=depth, unroll=unroll)
 
 
 def in_chunks(fn: Callable[..., Any], chunks: int, params: Any, *arrays: jax.Array) -> Any:

@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import os
 import re
+import sys
 import time
 from collections.abc import Sequence
 
@@ -156,6 +157,8 @@ def prepare(config: ConfigDict) -> tuple[ConfigDict, int]:
         config.model.attention = "recompute"
     if config.model.remat == "auto":
         config.model.remat = "lean"
+    if config.model.unroll == 0:
+        config.model.unroll = sys.maxsize
     vocab_size = config.text.vocab_size
     try:
         mixture = inputs.open_sources(config)

@@ -118,6 +118,17 @@ def test_a_scan_is_one_layer_after_the_other(stack, remat, unroll):
     assert_same(scanned(graphdef, remat=remat, unroll=unroll)(params), expected)
 
 
+@pytest.mark.parametrize(
+    ("backend", "asked", "unrolled"), [("tpu", 0, 3), ("cpu", 0, 1), ("tpu", 1, 1), ("cpu", 9, 3)]
+)
+def test_layers_are_unrolled_on_tpus_unless_told(stack, backend, asked, unrolled, monkeypatch):
+    graphdef, params, _ = stack
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    program = scanned(graphdef, unroll=asked).trace(params).jaxpr.jaxpr
+    scans = [e.params["unroll"] for e in equations(program) if e.primitive.name == "scan"]
+    assert scans and set(scans) == {unrolled}
+
+
 def test_the_compiler_does_not_undo_rematerialisation_where_there_is_no_loop(stack):
     graphdef, params, _ = stack
     none, full = (
