@@ -72,7 +72,7 @@ def fit(
             smaller = _smaller(config, changes, report, len(devices))
             if smaller is None or (best and "accumulate" not in smaller):
                 break
-            changes |= smaller
+            changes = changes | smaller
     if not any(report["fits"] for report in [first, *tried]):
         split = {"mesh.data": 1, "mesh.fsdp": len(devices), "mesh.tensor": 1}
         changes = {"model.remat": "full", **changes, **split}

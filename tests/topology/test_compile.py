@@ -167,7 +167,8 @@ def test_what_does_not_fit_says_by_how_much_and_what_would(message, monkeypatch,
     assert [(r["accumulate"], r["remat"], r["fits"]) for r in tried] == [
         *((2, "none", False), (4, "none", True), (1, "lean", True), (2, "lean", True))
     ]
-    assert "--config.model.remat=" in told
+    assert [r["changes"].get("accumulate", 1) for r in tried] == [2, 4, 1, 2]
+    assert "of what fits: --config.model.remat=none --config.accumulate=4:" in told
 
 
 @pytest.mark.slow
