@@ -4,7 +4,8 @@ The time of the operations is the compiler's own: `estimated_cycles`, times the 
 around them, over the clock. For collectives and for copies that it starts early (between HBM and
 the core's memory) it gives none, so they take their bytes over the bandwidth. Operations run one
 after the other, in the order of the schedule; what is started and ended by a pair of operations
-runs beside those in between, and what is not over by then is waited for.
+runs beside those in between, and what is not over by then is waited for. So does a collective of
+which the compiler has put pieces into several operations, from the first of them to the last.
 """
 
 import collections
@@ -86,6 +87,8 @@ class _Walk:
         cost = Cost()
         free = {"ici": 0.0, "hbm": 0.0}  # when what moves the bytes has done what it was given
         ends: dict[str, tuple[str, float]] = {}  # of what was started: who does it, and when
+        pieces = {op.name: self._pieces(name, op) for op in self.module.computations[name]}
+        last = {one.channel: holder for holder, held in pieces.items() for _, one in held}
         for op in self.module.computations[name]:
             if op.opcode == "while":
                 turns = self.module.trips(op, name)
@@ -97,43 +100,58 @@ class _Walk:
                 branches = [self.computation(c) for c in op.runs("branch", "to_apply", "calls")]
                 cost.add(max(branches, key=lambda branch: branch.seconds))
             elif op.opcode.endswith("-done"):
-                by, end = ends.pop(op.operands[0], ("", 0.0)) if op.operands else ("", 0.0)
-                cost.waited[by] += max(0.0, end - cost.seconds)
-                cost.seconds = max(cost.seconds, end)
+                self._wait(cost, *ends.pop(op.operands[0] if op.operands else "", ("", 0.0)))
             elif op.opcode not in _FREE:
-                self._run(name, op, cost, free, ends)
-        cost.waited.pop("", None)
+                begun = [one for one in pieces[op.name] if one[1].channel not in ends]
+                self._run(name, op, begun, last, cost, free, ends)
+                for channel in {one.channel for _, one in pieces[op.name]}:
+                    if last[channel] == op.name:
+                        self._wait(cost, *ends.pop(channel, ("", 0.0)))
         return cost
 
-    def _run(self, where: str, op: Operation, cost: Cost, free: dict, ends: dict) -> None:
+    @staticmethod
+    def _wait(cost: Cost, by: str, end: float) -> None:
+        if end > cost.seconds:
+            cost.waited[by] += end - cost.seconds
+            cost.seconds = end
+
+    def _run(
+        self, where: str, op: Operation, begun: list, last: dict, cost: Cost, free: dict, ends: dict
+    ) -> None:
+        """An operation, with the collectives that begin in it."""
         cost.cycles += op.cycles
         cost.seconds += op.cycles / self.chip.clock
         if op.cycles:
             cost.cycles_of[op.opcode, op.op_name] += op.cycles
-        by, seconds = "ici", self._collectives(where, op, cost)
+        by, seconds = "ici", self._collectives(begun, cost)
         if op.opcode in ("copy-start", "slice-start", "dynamic-slice-start"):
             copied = self._copied(op)
             cost.hbm_bytes += copied
             by, seconds = "hbm", copied / self.chip.hbm_bandwidth
         elif not op.collective:
             cost.hbm_bytes += traffic(self.module, where, op)
-        if not seconds:
-            return
-        begin = max(cost.seconds, free[by])
-        free[by] = begin + seconds
+        end = cost.seconds
+        if seconds:
+            end = free[by] = max(end, free[by]) + seconds
         if op.opcode.endswith("-start"):
-            ends[op.name] = by, free[by]
+            open_ended = {op.name}  # until its -done
         else:
-            cost.waited[by] += free[by] - cost.seconds
-            cost.seconds = free[by]
+            open_ended = {one.channel for _, one in begun if last[one.channel] != op.name}
+        ends |= dict.fromkeys(open_ended, (by, end))
+        if not open_ended:
+            self._wait(cost, by, end)
 
-    def _collectives(self, where: str, op: Operation, cost: Cost) -> float:
-        """Counts those that an operation is or holds; returns their seconds."""
+    def _pieces(self, where: str, op: Operation) -> list[tuple[str, Operation]]:
+        """The collectives, or pieces of them, that an operation is or holds, and where they are."""
         found = [(where, op)] if op.collective else []
         for inner in op.runs("calls"):
             found += [(inner, o) for o in self.module.computations[inner] if o.collective]
+        return found
+
+    def _collectives(self, begun: list[tuple[str, Operation]], cost: Cost) -> float:
+        """Counts them; returns their seconds."""
         total = 0.0
-        for computation, one in found:
+        for computation, one in begun:
             size = self._taken(computation, one)
             group = self.module.groups(one, self.devices)
             of_kind = cost.collectives.setdefault(one.collective, Collective())

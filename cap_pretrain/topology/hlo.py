@@ -38,6 +38,7 @@ _BRANCHES = re.compile(
     r"false_computation=%?([\w.\-]+))"
 )
 _TRIPS = re.compile(r'known_trip_count[\\"]*:\{[\\"]*n[\\"]*:[\\"]*(\d+)')
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 _IOTA_GROUPS = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=")
 _GROUPS = re.compile(r"replica_groups=(\S+?),? ")
 _LISTED_GROUPS = re.compile(r"replica_groups=\{\{([\d,]*)\}")
@@ -106,6 +107,12 @@ class Operation:
         """Which of COLLECTIVES it begins, if any."""
         kind = self.opcode.removesuffix("-start")
         return kind if kind in COLLECTIVES else None
+
+    @property
+    def channel(self) -> str:
+        """What tells a collective from others, and is the same in all pieces of it."""
+        found = _CHANNEL.search(self.line)
+        return found[1] if found else self.name
 
     def runs(self, *roles: str) -> tuple[str, ...]:
         """Names of the computations it runs in these roles."""

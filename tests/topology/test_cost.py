@@ -73,6 +73,24 @@ def test_what_is_done_meanwhile_is_not_waited_for(work: int, waited: int):
     assert found.collectives["all-reduce"].count == 1
 
 
+@pytest.mark.parametrize("work, waited", [(100, SIZE - 300), (SIZE, 0)])
+def test_pieces_of_a_collective_in_several_operations_are_one(work: int, waited: int):
+    names = ("begins", "goes_on", "goes_on_more", "ends")
+    within = "".join(
+        f"%{name}.body (q: f32[8,128]) -> f32[8,128] {{\n  %q = f32[8,128]{{1,0}} parameter(0)\n"
+        f"{collective('all-gather', 'all-gather', 'q')}}}\n\n"
+        for name in names
+    )
+    pieces = [
+        operation(name, work * (0 < n < 3)).replace("%inside", f"%{name}.body")
+        for n, name in enumerate(names)
+    ]
+    beside = operation("beside", work)
+    found = measure(program("".join([*pieces[:3], beside, pieces[3]]), within))
+    assert found.collectives["all-gather"] == cost.Collective(1, SIZE, SIZE, SIZE)
+    assert found.seconds == max(3 * work, SIZE) and found.waited["ici"] == waited
+
+
 def test_an_early_copy_moves_its_result():
     pair = (
         "  %s = (f32[2,128]{1,0:S(1)}, f32[8,128]{1,0}, u32[]{:S(2)}) copy-start(%p)\n"
