@@ -70,17 +70,19 @@ class Chip(NamedTuple):
       hbm_bandwidth: bytes/s.
       ici_bandwidth: bytes/s that it sends to its neighbours over all links together.
       clock: Hz.
+      links: to neighbours: four in a plane, six in a block.
     """
 
     peak: float | None
     hbm_bandwidth: float | None = None
     ici_bandwidth: float | None = None
     clock: float | None = None
+    links: int | None = None
 
 
-def _tpu(peak: float, hbm: float, ici: float, products: int) -> Chip:
+def _tpu(peak: float, hbm: float, ici: float, products: int, links: int) -> Chip:
     """`ici` is in bits/s; from `products`, the multiply-adds of a cycle, follows the clock."""
-    return Chip(peak, hbm, ici / 8, peak / (2 * products))
+    return Chip(peak, hbm, ici / 8, peak / (2 * products), links)
 
 
 # By the lower-cased `device_kind`: the first name found in it counts, so longer names stand before
@@ -88,20 +90,20 @@ def _tpu(peak: float, hbm: float, ici: float, products: int) -> Chip:
 _CHIPS: tuple[tuple[str, Chip], ...] = (
     # Google Cloud documentation, "TPU versions" and the page of each version: peak compute per chip
     # (bf16), HBM bandwidth, inter-chip interconnect bandwidth (in one direction), matrix units
-    # (MXU). A v2, v3 or 7x chip shows as two devices.
+    # (MXU), links. A v2, v3 or 7x chip shows as two devices.
     ("tpu v2", Chip(46e12 / 2)),
     ("tpu v3", Chip(123e12 / 2)),
     # v4i: Jouppi et al., "Ten Lessons From Three Generations", ISCA 2021
     ("tpu v4 lite", Chip(137e12)),
     # Six links of 50 GB/s, and 1050 MHz, which also follows: Jouppi et al., "TPU v4", ISCA 2023,
     # table 4
-    ("tpu v4", _tpu(275e12, 1200e9, 2400e9, 8 * 128**2)),
-    ("tpu v5 lite", _tpu(197e12, 819e9, 1600e9, 4 * 128**2)),  # v5e
-    ("tpu v5e", _tpu(197e12, 819e9, 1600e9, 4 * 128**2)),
-    ("tpu v5", _tpu(459e12, 2765e9, 4800e9, 8 * 128**2)),  # v5p
+    ("tpu v4", _tpu(275e12, 1200e9, 2400e9, 8 * 128**2, 6)),
+    ("tpu v5 lite", _tpu(197e12, 819e9, 1600e9, 4 * 128**2, 4)),  # v5e
+    ("tpu v5e", _tpu(197e12, 819e9, 1600e9, 4 * 128**2, 4)),
+    ("tpu v5", _tpu(459e12, 2765e9, 4800e9, 8 * 128**2, 6)),  # v5p
     # v6e, "TPU v6 lite". Its page has two units of 256 x 256, but the compiler counts on more
     # products a cycle in a large matrix product than these could do: it must be twice as many.
-    ("tpu v6", _tpu(918e12, 1638e9, 3200e9, 4 * 256**2)),
+    ("tpu v6", _tpu(918e12, 1638e9, 3200e9, 4 * 256**2, 4)),
     ("tpu7x", Chip(2307e12 / 2)),
     # NVIDIA data sheets; where one prints the rate "with sparsity", half of that.
     ("mig", Chip(None)),  # a slice of a GPU: the name does not tell how much of it computes

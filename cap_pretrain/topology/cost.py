@@ -2,7 +2,8 @@
 
 The time of the operations is the compiler's own: `estimated_cycles`, times the turns of the loops
 around them, over the clock. For collectives and for copies that it starts early (between HBM and
-the core's memory) it gives none, so they take their bytes over the bandwidth. Operations run one
+the core's memory) it gives none, so they take their bytes over the bandwidth; of that of a chip's
+links, a collective has what its rings use, two links each. Operations run one
 after the other, in the order of the schedule; what is started and ended by a pair of operations
 runs beside those in between, and what is not over by then is waited for. So does a collective of
 which the compiler has put pieces into several operations, from the first of them to the last.
@@ -88,7 +89,7 @@ class _Walk:
         free = {"ici": 0.0, "hbm": 0.0}  # when what moves the bytes has done what it was given
         ends: dict[str, tuple[str, float]] = {}  # of what was started: who does it, and when
         pieces = {op.name: self._pieces(name, op) for op in self.module.computations[name]}
-        last = {one.channel: holder for holder, held in pieces.items() for _, one in held}
+        last = {one.chain: holder for holder, held in pieces.items() for _, one in held}
         for op in self.module.computations[name]:
             if op.opcode == "while":
                 turns = self.module.trips(op, name)
@@ -102,11 +103,11 @@ class _Walk:
             elif op.opcode.endswith("-done"):
                 self._wait(cost, *ends.pop(op.operands[0] if op.operands else "", ("", 0.0)))
             elif op.opcode not in _FREE:
-                begun = [one for one in pieces[op.name] if one[1].channel not in ends]
+                begun = [one for one in pieces[op.name] if one[1].chain not in ends]
                 self._run(name, op, begun, last, cost, free, ends)
-                for channel in {one.channel for _, one in pieces[op.name]}:
-                    if last[channel] == op.name:
-                        self._wait(cost, *ends.pop(channel, ("", 0.0)))
+                for chain in {one.chain for _, one in pieces[op.name]}:
+                    if last[chain] == op.name:
+                        self._wait(cost, *ends.pop(chain, ("", 0.0)))
         return cost
 
     @staticmethod
@@ -123,7 +124,7 @@ class _Walk:
         cost.seconds += op.cycles / self.chip.clock
         if op.cycles:
             cost.cycles_of[op.opcode, op.op_name] += op.cycles
-        by, seconds = "ici", self._collectives(begun, cost)
+        by, seconds = "ici", self._collectives(op, begun, cost)
         if op.opcode in ("copy-start", "slice-start", "dynamic-slice-start"):
             copied = self._copied(op)
             cost.hbm_bytes += copied
@@ -136,7 +137,7 @@ class _Walk:
         if op.opcode.endswith("-start"):
             open_ended = {op.name}  # until its -done
         else:
-            open_ended = {one.channel for _, one in begun if last[one.channel] != op.name}
+            open_ended = {one.chain for _, one in begun if last[one.chain] != op.name}
         ends |= dict.fromkeys(open_ended, (by, end))
         if not open_ended:
             self._wait(cost, by, end)
@@ -148,21 +149,35 @@ class _Walk:
             found += [(inner, o) for o in self.module.computations[inner] if o.collective]
         return found
 
-    def _collectives(self, begun: list[tuple[str, Operation]], cost: Cost) -> float:
-        """Counts them; returns their seconds."""
+    def _collectives(
+        self, holder: Operation, begun: list[tuple[str, Operation]], cost: Cost
+    ) -> float:
+        """Counts those that begin in an operation; returns their seconds."""
         total = 0.0
         for computation, one in begun:
             size = self._taken(computation, one)
             group = self.module.groups(one, self.devices)
-            of_kind = cost.collectives.setdefault(one.collective, Collective())
-            sent = size * sent_share(one.collective, group)
-            seconds = sent / self.chip.ici_bandwidth
+            # Written as an all-reduce of which a part is taken, in one fusion.
+            scatters = "AllReduceScatterFusion" in holder.line
+            kind = "reduce-scatter" if scatters else one.collective
+            of_kind = cost.collectives.setdefault(kind, Collective())
+            sent = size * sent_share(kind, group)
+            seconds = sent / (self.chip.ici_bandwidth * self._links_used(holder, one, group))
             of_kind.count += 1
             of_kind.bytes += size
             of_kind.sent += sent
             of_kind.seconds += seconds
             total += seconds
         return total
+
+    def _links_used(self, holder: Operation, one: Operation, group: int) -> float:
+        """The share of a chip's links that a collective uses: in a ring one to each side.
+
+        Where the compiler does not say in how many rings it is run, that is one, but for a
+        collective of all chips, for which the compiler takes all dimensions of the wiring.
+        """
+        rings = holder.rings or one.rings or (self.chip.links if group == self.devices else 1)
+        return min(1.0, 2 * rings / self.chip.links)
 
     def _taken(self, computation: str, op: Operation) -> int:
         """Bytes of an operation's inputs."""

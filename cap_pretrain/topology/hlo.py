@@ -38,7 +38,8 @@ _BRANCHES = re.compile(
     r"false_computation=%?([\w.\-]+))"
 )
 _TRIPS = re.compile(r'known_trip_count[\\"]*:\{[\\"]*n[\\"]*:[\\"]*(\d+)')
-_CHANNEL = re.compile(r"channel_id=(\d+)")
+_CHAIN = re.compile(r'chain_id="(\d+)"')
+_RINGS = re.compile(r"Strategy\w+\{colors:(\d+)")
 _IOTA_GROUPS = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=")
 _GROUPS = re.compile(r"replica_groups=(\S+?),? ")
 _LISTED_GROUPS = re.compile(r"replica_groups=\{\{([\d,]*)\}")
@@ -109,10 +110,19 @@ class Operation:
         return kind if kind in COLLECTIVES else None
 
     @property
-    def channel(self) -> str:
-        """What tells a collective from others, and is the same in all pieces of it."""
-        found = _CHANNEL.search(self.line)
-        return found[1] if found else self.name
+    def chain(self) -> str:
+        """What pieces of one collective have in common, and nothing else.
+
+        Channels do not tell: clones of an operation, as of each layer, share theirs.
+        """
+        found = _CHAIN.search(self.line)
+        return f"chain {found[1]}" if found else f"chain of {self.name} alone"
+
+    @property
+    def rings(self) -> int | None:
+        """In how many rings at a time a collective is run, if the compiler says so."""
+        found = _RINGS.search(self.line)
+        return int(found[1]) if found else None
 
     def runs(self, *roles: str) -> tuple[str, ...]:
         """Names of the computations it runs in these roles."""

@@ -7,7 +7,7 @@ from cap_pretrain.topology import cost, hlo
 from tests.topology.programs import loop, operation, program, running
 
 # A cycle is a second, and so is a byte.
-CHIP = Chip(1.0, 1.0, 1.0, 1.0)
+CHIP = Chip(1.0, 1.0, 1.0, 1.0, links=4)
 SIZE = 4 * 8 * 128
 
 
@@ -45,10 +45,10 @@ def test_the_dearer_branch_counts():
     assert measure(program(text, branches)).cycles == 11
 
 
-def collective(kind: str, opcode: str, operand: str = "p") -> str:
+def collective(kind: str, opcode: str, operand: str = "p", more: str = "") -> str:
     return (
         f"  %{opcode} = f32[8,128]{{1,0}} {opcode}(%{operand}), channel_id=1, "
-        f"replica_groups=[1,2]<=[2], to_apply=%inside\n"
+        f"replica_groups=[1,2]<=[2], to_apply=%inside{more}\n"
     )
 
 
@@ -73,22 +73,53 @@ def test_what_is_done_meanwhile_is_not_waited_for(work: int, waited: int):
     assert found.collectives["all-reduce"].count == 1
 
 
-@pytest.mark.parametrize("work, waited", [(100, SIZE - 300), (SIZE, 0)])
-def test_pieces_of_a_collective_in_several_operations_are_one(work: int, waited: int):
-    names = ("begins", "goes_on", "goes_on_more", "ends")
+def spread(layer: int, work: int) -> tuple[str, str]:
+    """A gather in pieces, in four operations with another beside the last, and what they call."""
+    names = [f"{name}_{layer}" for name in ("begins", "goes_on", "goes_on_more", "ends")]
+    chain = f', frontend_attributes={{chain_id="{layer}"}}'
     within = "".join(
         f"%{name}.body (q: f32[8,128]) -> f32[8,128] {{\n  %q = f32[8,128]{{1,0}} parameter(0)\n"
-        f"{collective('all-gather', 'all-gather', 'q')}}}\n\n"
+        f"{collective('all-gather', 'all-gather', 'q', chain)}}}\n\n"
         for name in names
     )
     pieces = [
         operation(name, work * (0 < n < 3)).replace("%inside", f"%{name}.body")
         for n, name in enumerate(names)
     ]
-    beside = operation("beside", work)
-    found = measure(program("".join([*pieces[:3], beside, pieces[3]]), within))
-    assert found.collectives["all-gather"] == cost.Collective(1, SIZE, SIZE, SIZE)
-    assert found.seconds == max(3 * work, SIZE) and found.waited["ici"] == waited
+    return "".join([*pieces[:3], operation(f"beside_{layer}", work), pieces[3]]), within
+
+
+@pytest.mark.parametrize("work, waited", [(100, SIZE - 300), (SIZE, 0)])
+def test_pieces_of_a_collective_in_several_operations_are_one(work: int, waited: int):
+    """And those of another layer another, though both have one channel."""
+    text, within = zip(*(spread(layer, work) for layer in (25, 26)), strict=True)
+    found = measure(program("".join(text), "".join(within)))
+    assert found.collectives["all-gather"] == cost.Collective(2, 2 * SIZE, 2 * SIZE, 2 * SIZE)
+    assert found.seconds == 2 * max(3 * work, SIZE) and found.waited["ici"] == 2 * waited
+
+
+def test_an_all_reduce_of_which_a_part_is_taken_is_a_reduce_scatter():
+    within = (
+        "%all-reduce-scatter (q: f32[8,128]) -> f32[8,128] {\n"
+        "  %q = f32[8,128]{1,0} parameter(0)\n"
+        f"{collective('all-reduce', 'all-reduce', 'q')}}}\n\n"
+    )
+    holder = operation("r", 0).replace("%inside", "%all-reduce-scatter")
+    holder = holder.replace(
+        "backend_config={", 'backend_config={"emitter":"AllReduceScatterFusion",'
+    )
+    found = measure(program(holder, within))
+    assert found.collectives == {"reduce-scatter": cost.Collective(1, SIZE, SIZE / 2, SIZE / 2)}
+
+
+@pytest.mark.parametrize(
+    "devices, told, share",
+    [(2, "", 1), (16, "", 0.5), (2, "1", 0.5), (16, "2", 1), (16, "3", 1)],
+)
+def test_a_ring_uses_two_of_a_chips_four_links(devices: int, told: str, share: float):
+    more = f", strategy=StrategyND{{colors:{told} phases:1}}" if told else ""
+    found = measure(program(collective("all-reduce", "all-reduce", more=more)), devices)
+    assert found.seconds == SIZE / share
 
 
 def test_an_early_copy_moves_its_result():
