@@ -251,7 +251,8 @@ def default() -> ConfigDict:
     c.mesh = ConfigDict()
     # Devices along each axis; at most one is -1: what the others leave.
     c.mesh.data = -1
-    c.mesh.fsdp = 1
+    # 0: on TPUs 16, or fewer where a slice has less than 32 chips; elsewhere 1.
+    c.mesh.fsdp = 0
     c.mesh.tensor = 1
     # Sharding rules that go before the built-in ones: (regular expression, for each trailing
     # dimension an axis, several or None), as (".*/mlp/up/kernel", ("fsdp", "tensor")) or

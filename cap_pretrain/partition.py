@@ -21,6 +21,12 @@ from cap_pretrain.errors import UserError
 
 BATCH_AXES = ("data", "fsdp")
 
+# Over how many TPUs parameters and optimizer are split unless the config says. By the compiler's
+# estimate (BENCHMARKS.md, "On a TPU pod") that is faster than not at all, as the update takes a
+# part of the time and weights arrive while products are computed; but not over all there are: then
+# the compiler takes the products apart, too.
+FSDP_ON_TPUS = 16
+
 # What splits one dimension: an axis of the mesh, several, or none.
 Axes = str | Sequence[str] | None
 
@@ -38,31 +44,52 @@ RULES = (
 )
 
 
-def mesh_shape(config: ConfigDict, devices: int) -> dict[str, int]:
-    """Returns the size of each axis of a config's mesh over so many devices.
+def mesh_shape(config: ConfigDict, devices: Sequence[jax.Device] | int) -> dict[str, int]:
+    """Returns the size of each axis of a config's mesh.
+
+    Args:
+      config: see `config.mesh` in config.py.
+      devices: what it is over; a number stands for devices that are no TPUs.
 
     Raises:
       UserError: the axes do not multiply to the number of devices, or do not divide the batch.
     """
+    number = devices if isinstance(devices, int) else len(devices)
     shape = {axis: config.mesh[axis] for axis in ("data", "fsdp", "tensor")}
-    said = ", ".join(f"mesh.{axis}={n}" for axis, n in shape.items())
     free = [axis for axis, n in shape.items() if n == -1]
-    if len(free) > 1 or any(n < 1 and n != -1 for n in shape.values()):
+    possible = all(n > 0 or n == -1 or (n == 0 and axis == "fsdp") for axis, n in shape.items())
+    if possible and not shape["fsdp"]:
+        shape["fsdp"] = _usual_fsdp(shape, devices)
+    said = ", ".join(f"mesh.{axis}={n}" for axis, n in shape.items())
+    if len(free) > 1 or not possible:
         raise UserError(
             f"{said}: axes are positive, and at most one is -1 (what the others leave)."
         )
     fixed = math.prod(n for n in shape.values() if n != -1)
     if free:
-        shape[free[0]] = max(1, devices // fixed)
-    if math.prod(shape.values()) != devices:
+        shape[free[0]] = max(1, number // fixed)
+    if math.prod(shape.values()) != number:
         needs = f"a multiple of {fixed}" if free else f"{fixed}"
-        raise UserError(f"{said}: this needs {needs} devices, there are {devices}.")
+        raise UserError(f"{said}: this needs {needs} devices, there are {number}.")
     ways = shape["data"] * shape["fsdp"] * config.accumulate
     if config.batch_size % ways:
         raise UserError(
             f"batch_size: {config.batch_size} does not divide by data x fsdp x accumulate = {ways}."
         )
     return shape
+
+
+def _usual_fsdp(shape: Mapping[str, int], devices: Sequence[jax.Device] | int) -> int:
+    """What `mesh.fsdp=0` stands for."""
+    if isinstance(devices, int) or devices[0].platform != "tpu" or shape["tensor"] == -1:
+        return 1
+    data = max(2, slices_of(devices)) if shape["data"] == -1 else shape["data"]
+    return math.gcd(FSDP_ON_TPUS, max(1, len(devices) // (data * shape["tensor"])))
+
+
+def slices_of(devices: Sequence[jax.Device]) -> int:
+    """The number of TPU slices that devices belong to, which only share a data center's network."""
+    return len({getattr(device, "slice_index", 0) for device in devices})
 
 
 def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -75,9 +102,9 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
       UserError: as `mesh_shape`; or the data axis cannot be split over the slices.
     """
     devices = jax.devices() if devices is None else devices
-    shape = mesh_shape(config, len(devices))
-    kinds = (AxisType.Auto,) * len(shape)
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    shape = mesh_shape(config, devices)
+    slices = slices_of(devices)
+    split = {"allow_split_physical_axes": True}  # an axis of 8 in chips wired as 4 x 4 x 4
     if slices > 1:
         if shape["data"] % slices:
             raise UserError(
@@ -85,9 +112,10 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
                 "share data; lower mesh.fsdp or mesh.tensor."
             )
         within = (shape["data"] // slices, shape["fsdp"], shape["tensor"])
-        placed = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices)
-        return Mesh(placed, tuple(shape), axis_types=kinds)
-    return jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=kinds, devices=devices)
+        placed = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices, **split)
+    else:
+        placed = mesh_utils.create_device_mesh(tuple(shape.values()), devices, **split)
+    return Mesh(placed, tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -142,6 +170,23 @@ def param_shardings(params: Any, mesh: Mesh, extra_rules: Sequence = ()) -> Any:
         (*extra_rules, *RULES), params, default=(), field="mesh.rules", strict=False
     )
     return jax.tree.map(lambda p, a: NamedSharding(mesh, _fit(p.shape, a, mesh)), params, axes)
+
+
+def gathered(params: Any) -> Any:
+    """Params with what fsdp has split in whole, for a loop that would gather it at each turn.
+
+    What `RULES` split over tensor stays so. To be called under `jax.jit`; without a mesh it does
+    nothing.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return params
+
+    def constrain(param, sharding):
+        kept = [tuple(a for a in _names(group) if a != "fsdp") for group in sharding.spec]
+        return jax.lax.with_sharding_constraint(param, P(*(group or None for group in kept)))
+
+    return jax.tree.map(constrain, params, param_shardings(params, mesh))
 
 
 def state_shardings(state: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:

@@ -77,8 +77,10 @@ def make_plan(
       make_optimizer: parameters -> optimizer.
     """
     named = [config.mesh[axis] for axis in ("data", "fsdp", "tensor")]
-    devices = jax.device_count() if -1 in named else math.prod(named)
-    shape = partition.mesh_shape(config, devices)
+    if -1 in named or (0 in named and jax.default_backend() == "tpu"):
+        shape = partition.mesh_shape(config, jax.devices())
+    else:
+        shape = partition.mesh_shape(config, math.prod(n or 1 for n in named))
     mesh = AbstractMesh(tuple(shape.values()), tuple(shape))
     _, abstract, _, _ = init_state(
         lambda key: learners.build(config, vocab_size, key), make_optimizer, config, mesh
@@ -93,7 +95,7 @@ def make_plan(
         "flops_per_example": counted,
         "total_steps": total_steps,
         "batch_size": config.batch_size,
-        "devices": devices,
+        "devices": math.prod(shape.values()),
         "mesh": shape,
         "batch_per_device": config.batch_size / (shape["data"] * shape["fsdp"]),
         "bytes_per_device": {

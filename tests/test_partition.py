@@ -56,6 +56,7 @@ def test_fsdp_shares_the_state_of_real_models_by_eight(model):
         ((2, -1, 2), 8, (2, 2, 2)),
         ((1, 1, 1), 1, (1, 1, 1)),
         ((2, 2, -1), 4, (2, 2, 1)),
+        ((-1, 0, 2), 8, (4, 1, 2)),  # 0 is 1 where there are no TPUs
     ],
 )
 def test_minus_one_is_what_the_other_axes_leave(mesh, devices, shape):
@@ -68,6 +69,7 @@ def test_minus_one_is_what_the_other_axes_leave(mesh, devices, shape):
     [
         ({"mesh__data": -1, "mesh__fsdp": -1}, 8, "at most one is -1"),
         ({"mesh__data": 0}, 8, "axes are positive"),
+        ({"mesh__fsdp": -2}, 8, "axes are positive"),
         ({"mesh__data": 3}, 8, "needs 3 devices, there are 8"),
         ({"mesh__fsdp": 3}, 8, "needs a multiple of 3 devices, there are 8"),
         ({"mesh__fsdp": 16}, 8, "needs a multiple of 16 devices, there are 8"),

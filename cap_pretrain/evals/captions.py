@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from cap_pretrain import rng
+from cap_pretrain import partition, rng
 from cap_pretrain.data import pipeline
 from cap_pretrain.decoding import Decoding, decode
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals import Context, Result
 from cap_pretrain.learners.captioner import PAD
+from cap_pretrain.step import split_learner
 
 
 def write_captions(
@@ -27,9 +28,11 @@ def write_captions(
     prompt: jax.Array | None = None,
 ) -> jax.Array:
     """A captioner's captions of uint8 images [B, H, W, 3]: int32 [B, length]; see `decode`."""
+    cache = learner.init_decoding(images, how.rows)
+    graphdef, params, others = split_learner(learner)
     return decode(
-        learner.decode_step,
-        learner.init_decoding(images, how.rows),
+        nnx.merge(graphdef, partition.gathered(params), others).decode_step,
+        cache,
         how,
         batch=len(images),
         length=length,

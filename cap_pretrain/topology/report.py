@@ -30,7 +30,7 @@ def check(
     chip = flops.chip_of(devices[0])
     if chip is None or chip.clock is None:
         raise UserError(f"--topology: nothing is known of the speed of {devices[0].device_kind}.")
-    mesh = partition.mesh_shape(config, len(devices))
+    mesh = partition.mesh_shape(config, devices)
     per_chip = config.batch_size / (mesh["data"] * mesh["fsdp"])
     report: Report = {
         "learner": config.learner.name,

@@ -69,7 +69,7 @@ def fit(
                 if best and _rate(report) <= _rate(best):
                     break
                 best = report
-            smaller = _smaller(config, changes, report, len(devices))
+            smaller = _smaller(config, changes, report, devices)
             if smaller is None or (best and "accumulate" not in smaller):
                 break
             changes = changes | smaller
@@ -80,7 +80,7 @@ def fit(
     return tried
 
 
-def _smaller(config: ConfigDict, changes: dict, report: Report, chips: int) -> dict | None:
+def _smaller(config: ConfigDict, changes: dict, report: Report, devices) -> dict | None:
     """Changes that take less memory: half of it, or so little that it fits; None for none."""
     factor = 2 ** max(1, math.ceil(math.log2(report["needed"] / report["limit"])))
     for field, value in (
@@ -88,16 +88,18 @@ def _smaller(config: ConfigDict, changes: dict, report: Report, chips: int) -> d
         ("batch_size", report["batch_size"] // factor),
     ):
         changed = {**changes, field: value}
-        if _is_possible(config, changed, chips):
+        if _is_possible(config, changed, devices):
             return {field: value}
     return None
 
 
-def _is_possible(config: ConfigDict, changes: dict[str, Any], chips: int) -> bool:
+def _is_possible(
+    config: ConfigDict, changes: dict[str, Any], devices: Sequence[jax.Device]
+) -> bool:
     try:
         changed = _changed(config, changes)
         configs.validate(changed)
-        partition.mesh_shape(changed, chips)
+        partition.mesh_shape(changed, devices)
     except UserError:
         return False
     return changed.batch_size >= 1
@@ -111,7 +113,7 @@ def _changed(config: ConfigDict, changes: dict[str, Any]) -> ConfigDict:
 
 def _try(config, changes, vocab_size, topology, devices, say: Say) -> Report | None:
     """What `check` says with these changes; None if the config cannot have them."""
-    if not _is_possible(config, changes, len(devices)):
+    if not _is_possible(config, changes, devices):
         return None
     told = options(changes)
     say(f"trying {told} …")

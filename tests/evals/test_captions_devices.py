@@ -1,7 +1,5 @@
 """Captions and their perplexity are the same on one device and on eight, however these share."""
 
-import re
-
 import jax
 import numpy as np
 import pytest
@@ -11,6 +9,7 @@ from cap_pretrain import partition
 from cap_pretrain.decoding import Decoding
 from cap_pretrain.evals.captions import Captions, write_captions
 from cap_pretrain.evals.perplexity import Perplexity
+from cap_pretrain.topology import hlo
 from tests import tiny
 from tests.evals import stubs
 from tests.layouts import on_eight_devices
@@ -60,11 +59,12 @@ def test_one_device_and_eight_write_the_same(tokenizer_path, methods):
         np.testing.assert_allclose(figures_8[name], value, rtol=1e-6, err_msg=name)
 
 
-def communication(method, prompted):
-    """The collective operations of decoding on all devices, with the shapes of their results."""
+def communication(method, prompted, fsdp=1):
+    """The kinds of collective operations in decoding on all devices: in its loop, and before it."""
     c = tiny.config()
+    c.mesh.fsdp = fsdp
     mesh = partition.make_mesh(c)
-    graphdef, *variables = tiny.split(c)
+    graphdef, params, stats = tiny.split(c)
 
     def write(variables, images, keys, prompt):
         learner, how = nnx.merge(graphdef, *variables), Decoding(**METHODS[method], top_k=5)
@@ -74,14 +74,32 @@ def communication(method, prompted):
     keys = jax.random.split(jax.random.key(0), 16)
     batch = tiny.images(16), keys, tiny.texts([3] * 16)
     batch = jax.device_put(batch, partition.batch_sharding(mesh))
-    variables = jax.device_put(variables, partition.replicated(mesh))
+    shardings = partition.param_shardings(params, mesh), partition.replicated(mesh)
+    variables = jax.device_put((params, stats), shardings)
     with jax.set_mesh(mesh):
-        program = jax.jit(write).lower(variables, *batch).compile().as_text()
-    return re.findall(r"= (\S+) (all-\w+|collective-permute)\(", program)
+        program = hlo.parse(jax.jit(write).lower(variables, *batch).compile().as_text())
+    found = {
+        name: [(op.collective, op.size) for op in operations if op.collective]
+        for name, operations in program.computations.items()
+    }
+    loops = [op for op in program.computations[program.entry] if op.opcode == "while"]
+    decoding = loops[-1].runs("condition", "body")
+    inside = [what for name in decoding for what in found.pop(name)]
+    return inside, [what for of_one in found.values() for what in of_one]
+
+
+ONLY_WHETHER_DONE = [["all-reduce", 1]]  # of one byte
 
 
 @pytest.mark.slow
 def test_the_devices_only_tell_each_other_whether_they_are_done():
     calls = [[method, prompted] for method in METHODS for prompted in (False, True)]
-    for found in on_eight_devices(communication, calls):
-        assert found == [["pred[]", "all-reduce"]]
+    for inside, outside in on_eight_devices(communication, calls):
+        assert inside == ONLY_WHETHER_DONE and not outside
+
+
+@pytest.mark.slow
+def test_weights_are_gathered_before_the_first_token_and_not_for_each():
+    for inside, outside in on_eight_devices(communication, [[m, False, 4] for m in METHODS]):
+        assert inside == ONLY_WHETHER_DONE
+        assert {kind for kind, _ in outside} >= {"all-gather"}

@@ -78,6 +78,27 @@ def test_topologies(name: str, count: int, kind: str):
     assert len(found) == count and kind in found[0].device_kind
 
 
+@pytest.mark.parametrize(
+    "name, slices, fields, shape",
+    [
+        ("v5e:4x8", 1, {}, (2, 16, 1)),
+        ("v5e:2x4", 1, {}, (2, 4, 1)),
+        ("v5e:2x2", 1, {}, (2, 2, 1)),
+        ("v5e:2x2", 2, {}, (2, 4, 1)),
+        ("v5e:4x4", 1, {"mesh.tensor": 4}, (2, 2, 4)),
+        ("v5e:4x4", 1, {"mesh.data": 16}, (16, 1, 1)),
+        ("v5e:4x4", 1, {"mesh.data": 4}, (4, 4, 1)),
+        ("v5e:4x4", 1, {"mesh.data": 2, "mesh.tensor": -1}, (2, 1, 8)),
+        ("v4:4x4x4", 1, {"mesh.fsdp": 8}, (8, 8, 1)),  # part of a dimension of the wiring
+    ],
+)
+def test_sixteen_tpus_of_a_slice_share_the_state_unless_told(name, slices, fields, shape):
+    fields = {"batch_size": 64, **fields}
+    config = compiling_config(*(f"--config.{field}={n}" for field, n in fields.items()))
+    mesh = partition.make_mesh(config, compiling.open_topology(name, slices))
+    assert tuple(mesh.shape.values()) == shape
+
+
 def test_slices_share_the_data_axis():
     two = compiling.open_topology("v5e:2x2", slices=2)
     config = compiling_config("--config.mesh.fsdp=2")
