@@ -44,9 +44,7 @@ CHOICES = {
     "optim.moment_dtype": ("", "float32", "bfloat16"),
 }
 
-AT_LEAST_ONE = (
-    *("batch_size", "accumulate", "text.length", "text.vocab_size", "model.logit_chunks"),
-)
+AT_LEAST_ONE = ("batch_size", "accumulate", "text.length", "text.vocab_size", "model.logit_chunks")
 NOT_NEGATIVE = (
     *("optim.lr", "optim.lr_batch", "optim.weight_decay", "optim.clip_norm", "optim.clip_value"),
     *("optim.skip_bad_steps", "data.workers", "checkpoint.every_minutes", "log.spikes"),

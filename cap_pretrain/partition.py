@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -172,21 +173,24 @@ def param_shardings(params: Any, mesh: Mesh, extra_rules: Sequence = ()) -> Any:
     return jax.tree.map(lambda p, a: NamedSharding(mesh, _fit(p.shape, a, mesh)), params, axes)
 
 
-def gathered(params: Any) -> Any:
-    """Params with what fsdp has split in whole, for a loop that would gather it at each turn.
+def gathered(module: nnx.Module) -> nnx.Module:
+    """The module with what fsdp has split in whole, for a loop that would gather it at each turn.
 
     What `RULES` split over tensor stays so. To be called under `jax.jit`; without a mesh it does
     nothing.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return params
+        return module
 
     def constrain(param, sharding):
         kept = [tuple(a for a in _names(group) if a != "fsdp") for group in sharding.spec]
         return jax.lax.with_sharding_constraint(param, P(*(group or None for group in kept)))
 
-    return jax.tree.map(constrain, params, param_shardings(params, mesh))
+    graphdef, params, others = nnx.split(module, nnx.Param, ...)
+    params = nnx.to_pure_dict(params)
+    params = jax.tree.map(constrain, params, param_shardings(params, mesh))
+    return nnx.merge(graphdef, params, others)
 
 
 def state_shardings(state: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:

@@ -14,7 +14,6 @@ from cap_pretrain.decoding import Decoding, decode
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals import Context, Result
 from cap_pretrain.learners.captioner import PAD
-from cap_pretrain.step import split_learner
 
 
 def write_captions(
@@ -28,11 +27,9 @@ def write_captions(
     prompt: jax.Array | None = None,
 ) -> jax.Array:
     """A captioner's captions of uint8 images [B, H, W, 3]: int32 [B, length]; see `decode`."""
-    cache = learner.init_decoding(images, how.rows)
-    graphdef, params, others = split_learner(learner)
     return decode(
-        nnx.merge(graphdef, partition.gathered(params), others).decode_step,
-        cache,
+        partition.gathered(learner).decode_step,
+        learner.init_decoding(images, how.rows),
         how,
         batch=len(images),
         length=length,

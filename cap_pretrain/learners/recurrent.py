@@ -13,6 +13,7 @@ from cap_pretrain.errors import UserError
 from cap_pretrain.learners.captioner import Captioner, is_learned, shift_right
 from cap_pretrain.models import recurrent
 from cap_pretrain.models.build import build_encoder, compute
+from cap_pretrain.partition import gathered
 
 
 class Recurrent(Captioner):
@@ -91,22 +92,22 @@ class Recurrent(Captioner):
 
     def states(self, encoded: jax.Array, text: jax.Array) -> jax.Array:
         """What the logits of `text` int32 [B * C, T] are made of, as a `Captioner`'s."""
-        return self.decoder.states(encoded, shift_right(text))[0]
+        return gathered(self.decoder).states(encoded, shift_right(text))[0]
 
     def loss(
         self, batch: dict[str, jax.Array], key: jax.Array, train: bool
     ) -> tuple[jax.Array, dict[str, Any]]:
         """Cross-entropy of the captions; prompts, padding and masked examples do not count."""
-        text, options = batch["text"], self.options
+        text, options, decoder = batch["text"], self.options, gathered(self.decoder)
         encoder_key, words_key, decoder_key = jax.random.split(key, 3)
         encoded = self.encode(batch["image"], train=train, key=encoder_key)
         encoded = getattr(encoded, self.decoder.reads)
         inputs, prompt = shift_right(text), batch.get("prompt", 0)
         if train and options.scheduled_sampling:
             rates = options.scheduled_sampling * is_learned(inputs, prompt + 1)
-            inputs = sampled_inputs(self.decoder, encoded, inputs, rates, words_key)
+            inputs = sampled_inputs(decoder, encoded, inputs, rates, words_key)
         key = decoder_key if train else None
-        states, attention = self.decoder.states(encoded, inputs, key=key)
+        states, attention = decoder.states(encoded, inputs, key=key)
 
         learned = is_learned(text, prompt)
         shares, weight = token_shares(learned, batch.get("mask"), options.average)
