@@ -9,8 +9,8 @@ from cap_pretrain import partition
 from cap_pretrain.step import loss_and_stats
 from cap_pretrain.topology import hlo
 from tests import tiny
-from tests.learners import test_recurrent
 from tests.layouts import on_eight_devices
+from tests.learners import test_recurrent
 
 
 def gathers(kind: str) -> tuple[int, int]:
