@@ -16,16 +16,17 @@ from types import SimpleNamespace
 
 from ml_collections import ConfigDict
 
-from cap_pretrain import evals, learners, optim
-from cap_pretrain.data import words
-from cap_pretrain.data.scenes import ScenesOptions
-from cap_pretrain.data.sources import DEFAULT_FIELDS, parse_mixture
+from cap_pretrain import evals, learners
+from cap_pretrain.data.scenes.source import ScenesOptions
+from cap_pretrain.data.sources.base import DEFAULT_FIELDS, parse_mixture
+from cap_pretrain.data.text import words
 from cap_pretrain.errors import UserError, did_you_mean
 from cap_pretrain.models import build
 from cap_pretrain.models.encoder import COLOURS
 from cap_pretrain.models.layers import ACTIVATIONS, REMAT_POLICIES
 from cap_pretrain.models.sizes import STORED, Size
-from cap_pretrain.plateau import Plateau
+from cap_pretrain.optim import optimizers
+from cap_pretrain.optim.plateau import Plateau
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 CHOICES = {
@@ -39,8 +40,8 @@ CHOICES = {
     "data.crop": ("none", "random", "window"),
     "text.kind": ("sentencepiece", "words"),
     "checkpoint.best_mode": ("min", "max"),
-    "optim.name": tuple(optim.OPTIMIZERS),
-    "optim.decay": tuple(optim.DECAYS),
+    "optim.name": tuple(optimizers.OPTIMIZERS),
+    "optim.decay": tuple(optimizers.DECAYS),
     "optim.moment_dtype": ("", "float32", "bfloat16"),
 }
 
@@ -164,7 +165,7 @@ def default() -> ConfigDict:
     # (~/tensorflow_datasets).
     c.data.dir = ""
     # Local folder with room for copies of the remote datasets that are read; "" is
-    # ~/.cache/cap_pretrain. Processes and runs share it (see cap_pretrain/data/storage.py).
+    # ~/.cache/cap_pretrain. Processes and runs share it (see cap_pretrain/data/sources/storage.py).
     c.data.cache = ""
     # A run ends, after saving, when more than this share of its last 10,000 examples did not
     # decode, so that neighbours stood in for them; 1: never.
@@ -180,7 +181,7 @@ def default() -> ConfigDict:
     # Mirror half of the images. Captions that say left and right become wrong.
     c.data.flip = False
     # Every batch is of captions with as many tokens; an epoch is each caption once, not each image
-    # (see cap_pretrain/data/buckets.py).
+    # (see cap_pretrain/data/sources/buckets.py).
     c.data.buckets = False
     # Worker processes that prepare batches; 0 uses threads of the training process.
     c.data.workers = 0
@@ -198,7 +199,7 @@ def default() -> ConfigDict:
     # Tokens a caption, EOS included; shorter ones are padded, longer ones cut, EOS kept.
     c.text.length = 64
     c.text.lower = True
-    # What is a word, and which are kept (see cap_pretrain/data/words.py).
+    # What is a word, and which are kept (see cap_pretrain/data/text/words.py).
     c.text.words = ConfigDict(dataclasses.asdict(words.Rules()))
 
     c.optim = ConfigDict()
@@ -213,7 +214,7 @@ def default() -> ConfigDict:
     c.optim.clip_value = 0.0
     # Decoupled weight decay, times the learning rate: p -= lr * weight_decay * p.
     c.optim.weight_decay = 0.1
-    # Moments and epsilon; 0 keeps the optimizer's own default (see cap_pretrain/optim.py).
+    # Moments and epsilon; 0 keeps the optimizer's own default (see optim/optimizers.py).
     c.optim.b1 = 0.0
     c.optim.b2 = 0.0
     c.optim.eps = 0.0

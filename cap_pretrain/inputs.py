@@ -11,9 +11,13 @@ import grain
 import numpy as np
 from ml_collections import ConfigDict
 
-from cap_pretrain import cluster, files, learners
-from cap_pretrain.data import buckets, pipeline, sources, subset, tokenizers, words
-from cap_pretrain.data.sources import Source
+from cap_pretrain import files, learners
+from cap_pretrain.data import pipeline
+from cap_pretrain.data.sources import buckets, subset
+from cap_pretrain.data.sources.base import Source, parse_mixture
+from cap_pretrain.data.sources.open import open_source
+from cap_pretrain.data.text import tokenizers, words
+from cap_pretrain.distributed import cluster
 from cap_pretrain.errors import UserError
 from cap_pretrain.models.sizes import STORED
 
@@ -36,7 +40,7 @@ def open_data(config: ConfigDict, split: str, name: str = "") -> Source:
       UserError: as `sources.open_source`; it holds features and not images, or the other way round;
         as `subset.ClassSizes.of`.
     """
-    members = [member for member, _ in sources.parse_mixture(config.data.name)]
+    members = [member for member, _ in parse_mixture(config.data.name)]
     name = name or members[0]
     source = _open_whole(config.data, split, name)
     features, stored = pipeline.is_features(source[0]["image"]), config.model.name == STORED
@@ -60,7 +64,7 @@ def open_data(config: ConfigDict, split: str, name: str = "") -> Source:
 
 
 def _open_whole(section: ConfigDict, split: str, name: str) -> Source:
-    return sources.open_source(
+    return open_source(
         name,
         split,
         image_size=section.image_size,
@@ -86,7 +90,7 @@ def open_sources(config: ConfigDict) -> Mixture:
     """
     reads = learners.learner_class(config.learner.name).reads
     members = []
-    for name, weight in sources.parse_mixture(config.data.name):
+    for name, weight in parse_mixture(config.data.name):
         source = open_data(config, config.data.split, name)
         example = source[0]
         for part, missing in (("text", not example["captions"]), ("label", example["label"] < 0)):

@@ -71,7 +71,8 @@ def parse(argv: list[str]) -> list[str]:
 
 def main(_: list[str]) -> None:
     """Dispatches, after the flags are parsed."""
-    from cap_pretrain import cluster, determinism, lifeline, train
+    from cap_pretrain import train
+    from cap_pretrain.distributed import cluster, determinism, heartbeat
 
     determinism.set_environment(CONFIG.value)
     workdir = Path(WORKDIR.value)
@@ -79,7 +80,7 @@ def main(_: list[str]) -> None:
         print(train.dry_run(CONFIG.value, workdir))
         return
     cluster.start(cluster.Addresses(COORDINATOR.value, PROCESSES.value, PROCESS.value))
-    with lifeline.watched():
+    with heartbeat.watched():
         train.run(CONFIG.value, workdir, ALLOW_CHANGES.value)
 
 
@@ -118,8 +119,8 @@ def leave() -> NoReturn:
     except Exception:
         traceback.print_exc()
         code = 1
-    lifeline = sys.modules.get("cap_pretrain.lifeline")  # not imported for a mistake
-    (lifeline.leave if lifeline else sys.exit)(code)
+    heartbeat = sys.modules.get("cap_pretrain.distributed.heartbeat")  # not imported for a mistake
+    (heartbeat.leave if heartbeat else sys.exit)(code)
 
 
 if __name__ == "__main__":

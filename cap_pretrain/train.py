@@ -17,31 +17,27 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from cap_pretrain import (
-    cluster,
-    evals,
-    files,
-    flops,
-    history,
-    initial,
-    inputs,
-    learners,
-    lifeline,
-    optim,
-    partition,
-    plan,
-    telemetry,
-)
 from cap_pretrain import config as configs
-from cap_pretrain import schedule as schedules
-from cap_pretrain.broken import BrokenList
-from cap_pretrain.changes import check_unchanged, fields
-from cap_pretrain.checkpoint import Checkpoints, saved_steps
+from cap_pretrain import files, inputs, learners
+from cap_pretrain.checkpoints import warm_start
+from cap_pretrain.checkpoints.checkpoint import Checkpoints, saved_steps
 from cap_pretrain.data import prefetch
+from cap_pretrain.distributed import cluster, heartbeat, sharding
 from cap_pretrain.errors import UserError
-from cap_pretrain.plateau import Plateau
-from cap_pretrain.step import init_state, make_train_step
-from cap_pretrain.watch import Stopped, StopRequest, Watch
+from cap_pretrain.evals.base import Context, Interrupted, Result
+from cap_pretrain.evals.suite import Suite
+from cap_pretrain.optim import optimizers
+from cap_pretrain.optim import schedule as schedules
+from cap_pretrain.optim.plateau import Plateau
+from cap_pretrain.telemetry import flops
+from cap_pretrain.telemetry.metrics import MetricsWriter, read_metrics
+from cap_pretrain.telemetry.progress import Progress, parameter_table
+from cap_pretrain.telemetry.timer import StepTimer
+from cap_pretrain.training import history, plan
+from cap_pretrain.training.broken import BrokenList
+from cap_pretrain.training.changes import check_unchanged, fields
+from cap_pretrain.training.step import init_state, make_train_step
+from cap_pretrain.training.watch import Stopped, StopRequest, Watch
 
 
 def run(config: ConfigDict, workdir: Path, allow_changes: Sequence[str] = ()) -> None:
@@ -57,9 +53,9 @@ def run(config: ConfigDict, workdir: Path, allow_changes: Sequence[str] = ()) ->
       watch.Stopped: SIGTERM or SIGINT ended the run early, after saving.
     """
     cluster.check_same(fields(json.loads(configs.to_json(config))))
-    config, beginning = initial.resolve(config)
+    config, beginning = warm_start.resolve(config)
     configs.validate(config)
-    mesh = partition.make_mesh(config)
+    mesh = sharding.make_mesh(config)
     is_main, hosts = jax.process_index() == 0, jax.process_count()
     mixture = inputs.open_sources(config) if configs.trains(config) else []
     config = inputs.completed(config, mixture)
@@ -81,10 +77,10 @@ def run(config: ConfigDict, workdir: Path, allow_changes: Sequence[str] = ()) ->
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     step_fn = make_train_step(graphdef, tx, rate, config, shardings)
     peak = flops.system_peak(jax.devices())
-    progress = telemetry.Progress(
+    progress = Progress(
         schedule.total, mfu_label=peak.label, stream=None if is_main else io.StringIO()
     )
-    progress.say(telemetry.parameter_table(abstract.params))
+    progress.say(parameter_table(abstract.params))
     progress.say(f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}")
     for line in inputs.describe(config, mixture):
         progress.say(line)
@@ -94,7 +90,7 @@ def run(config: ConfigDict, workdir: Path, allow_changes: Sequence[str] = ()) ->
         progress.say(f"MFU is relative to {peak.source}" if peak.flops else peak.source)
         counted = plan.flops_per_example(config, tokenizer.vocab_size)
         step_flops = config.batch_size * counted["training"]
-    timer = telemetry.StepTimer(
+    timer = StepTimer(
         total_steps=schedule.total,
         batch_size=config.batch_size,
         flops_per_step=step_flops,
@@ -118,21 +114,21 @@ def run(config: ConfigDict, workdir: Path, allow_changes: Sequence[str] = ()) ->
             progress.say("\n".join([f"Going on from step {start}.", *changes]))
         if is_main:
             keep_config(config, workdir, start)
-        logged = telemetry.read_metrics(workdir)
+        logged = read_metrics(workdir)
         evaluated = {
             name.rpartition("/")[0] for line in logged if line["step"] == start for name in line
         }
         # Without a checkpoint a run begins again, step 0's own metrics included.
         keep_until = start if start or not schedule.total else -1
-        writer = telemetry.MetricsWriter(workdir, enabled=is_main, keep_until=keep_until)
+        writer = MetricsWriter(workdir, enabled=is_main, keep_until=keep_until)
         stack.callback(writer.close)
         watch = Watch(config, workdir, writer, progress)
         stop = stack.enter_context(StopRequest())
         # Hosts of a cluster may not leave an evaluation one by one.
         interrupt = stop.is_set if hosts == 1 else lambda: False
-        context = evals.Context(config, graphdef, tokenizer, mesh, interrupt, workdir)
+        context = Context(config, graphdef, tokenizer, mesh, interrupt, workdir)
         weights = beginning.source if beginning and not (start or schedule.total) else ""
-        suite = evals.Suite(context, workdir, write=is_main, weights=weights)
+        suite = Suite(context, workdir, write=is_main, weights=weights)
         plateau = Plateau.of(config)
 
         def asked_for() -> tuple[bool, bool]:
@@ -149,7 +145,7 @@ def run(config: ConfigDict, workdir: Path, allow_changes: Sequence[str] = ()) ->
                     figures = {f"{name}/{k}": v for k, v in result.figures.items()}
                     state = state.replace(plateau=plateau.after(state.plateau, step, figures))
                     _report(step, name, result, writer, progress)
-            except evals.Interrupted:
+            except Interrupted:
                 if step and checkpoints.latest_step() != step:
                     checkpoints.save(state)
                 raise Stopped(stop, step) from None
@@ -173,14 +169,14 @@ def run(config: ConfigDict, workdir: Path, allow_changes: Sequence[str] = ()) ->
             return
         reads = (*learners.learner_class(config.learner.name).reads, "broken")
         reads += ("index",) if config.log.ids else ()
-        rows = partition.batch_rows(mesh, config.batch_size)
+        rows = sharding.batch_rows(mesh, config.batch_size)
         dataset = inputs.training_batches(config, mixture, tokenizer, rows)
         batches = prefetch.iterate(dataset, start, schedule.total, workers=config.data.workers)
         stack.callback(batches.close)
         members = [source for source, _ in mixture]
         broken = BrokenList(config.data, members, workdir, jax.process_index())
         stack.enter_context(jax.transfer_guard("disallow"))
-        stack.push(lambda _, error, __: lifeline.ending(error) if error else None)
+        stack.push(lambda _, error, __: heartbeat.ending(error) if error else None)
 
         for step in range(start + 1, schedule.total + 1):
             with timer.data_wait():
@@ -189,7 +185,7 @@ def run(config: ConfigDict, workdir: Path, allow_changes: Sequence[str] = ()) ->
             batch = {k: batch[k] for k in reads}
             if hosts > 1:
                 batch["asked"] = np.tile(asked_for(), (len(batch["broken"]), 1))
-            arrays = partition.put_batch(batch, mesh)
+            arrays = sharding.put_batch(batch, mesh)
             if hosts > 1 and step == start + 1:
                 step_fn = cluster.compiled_everywhere(step_fn, state, arrays)
             state, metrics = step_fn(state, arrays)
@@ -259,7 +255,7 @@ def keep_config(config: ConfigDict, workdir: Path, start: int) -> None:
 
 def dry_run(config: ConfigDict, workdir: Path) -> str:
     """Writes `workdir/plan.json` and returns it as text; builds abstract shapes only."""
-    config, _ = initial.resolve(config)
+    config, _ = warm_start.resolve(config)
     configs.validate(config)
     files.make_workdir(workdir)
     mixture = inputs.open_sources(config) if configs.trains(config) else []
@@ -281,15 +277,15 @@ def make_optimizer(
     config: ConfigDict, rate: optax.Schedule, params: Any, *, idle: bool
 ) -> optax.GradientTransformation:
     """The optimizer for `params`; an idle one, for no step at all, has no state."""
-    return optax.set_to_zero() if idle else optim.build(config.optim, params, rate)
+    return optax.set_to_zero() if idle else optimizers.build(config.optim, params, rate)
 
 
 def _report(
     step: int,
     name: str,
-    result: evals.Result,
-    writer: telemetry.MetricsWriter,
-    progress: telemetry.Progress,
+    result: Result,
+    writer: MetricsWriter,
+    progress: Progress,
 ) -> None:
     """Shows what an evaluator found, and keeps the figures with the metrics."""
     writer.write(step, {f"{name}/{k}": v for k, v in result.figures.items()})

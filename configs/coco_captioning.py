@@ -20,7 +20,7 @@ Evaluators of the second dataset are then called `val_2`, `samples_2`, `answers_
 from ml_collections import ConfigDict
 
 from cap_pretrain import config, evals, learners
-from cap_pretrain.data.sources import parse_mixture
+from cap_pretrain.data.sources.base import parse_mixture
 from cap_pretrain.errors import UserError, did_you_mean
 
 # What judges a task at the end of the run, under which name.

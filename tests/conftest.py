@@ -10,8 +10,8 @@ import jax
 import pytest
 from absl import flags
 
-from cap_pretrain.data.scenes import Scenes
-from cap_pretrain.data.tokenizers import source_captions, train_sentencepiece
+from cap_pretrain.data.scenes.source import Scenes
+from cap_pretrain.data.text.tokenizers import source_captions, train_sentencepiece
 
 if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()  # worker processes ask for it

@@ -16,8 +16,9 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from cap_pretrain import partition, step
-from cap_pretrain.checkpoint import Checkpoints
+from cap_pretrain.checkpoints.checkpoint import Checkpoints
+from cap_pretrain.distributed import sharding
+from cap_pretrain.training import step
 from tests import toy
 
 # Devices along data, fsdp and tensor.
@@ -80,7 +81,7 @@ def mesh(layout: str) -> Mesh:
     """The mesh of a layout, on the first devices of this process."""
     shape = LAYOUTS[layout]
     axes = dict(zip(("mesh__data", "mesh__fsdp", "mesh__tensor"), shape, strict=True))
-    return partition.make_mesh(toy.config(**axes), jax.devices()[: math.prod(shape)])
+    return sharding.make_mesh(toy.config(**axes), jax.devices()[: math.prod(shape)])
 
 
 class Training:
@@ -106,7 +107,7 @@ class Training:
         with jax.set_mesh(self.mesh):
             for number in range(int(state.step), int(state.step) + steps):
                 batch = toy.batch(self.config, number, WORDS)
-                arrays = partition.put_batch({k: batch[k] for k in ("image", "text")}, self.mesh)
+                arrays = sharding.put_batch({k: batch[k] for k in ("image", "text")}, self.mesh)
                 state, metrics = self._take(state, arrays)
                 losses.append(float(metrics["loss"]))
         return state, losses
@@ -114,9 +115,9 @@ class Training:
     def program(self) -> str:
         """The step as XLA has compiled it, which is that of one device."""
         batch = toy.batch(self.config)
-        sharding = partition.batch_sharding(self.mesh)
+        rows = sharding.batch_sharding(self.mesh)
         shapes = {
-            k: jax.ShapeDtypeStruct(batch[k].shape, batch[k].dtype, sharding=sharding)
+            k: jax.ShapeDtypeStruct(batch[k].shape, batch[k].dtype, sharding=rows)
             for k in ("image", "text")
         }
         with jax.set_mesh(self.mesh):

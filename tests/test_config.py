@@ -6,8 +6,8 @@ import pytest
 
 from cap_pretrain import config as configs
 from cap_pretrain import evals, learners
-from cap_pretrain.changes import check_unchanged
 from cap_pretrain.errors import UserError
+from cap_pretrain.training.changes import check_unchanged
 from tests import toy
 
 

@@ -4,9 +4,9 @@ import pytest
 
 from cap_pretrain import config as configs
 from cap_pretrain import inputs, train
-from cap_pretrain.data.words import Rules, WordTokenizer, write_words
+from cap_pretrain.checkpoints.load import load_learner
+from cap_pretrain.data.text.words import Rules, WordTokenizer, write_words
 from cap_pretrain.errors import UserError
-from cap_pretrain.pretrained import load_learner
 from tests import toy
 
 

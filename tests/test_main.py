@@ -104,7 +104,8 @@ def test_bugs_keep_their_traceback(command, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_run_that_was_stopped_says_by_what(number, code, command, tmp_path, monkeypatch):
-    from cap_pretrain import train, watch
+    from cap_pretrain import train
+    from cap_pretrain.training import watch
 
     def run(config, workdir, allow_changes):
         assert config.total_steps == 7 and workdir == tmp_path

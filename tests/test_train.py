@@ -14,10 +14,14 @@ import pytest
 import sentencepiece
 from ml_collections import ConfigDict
 
-from cap_pretrain import evals, partition, telemetry, train, watch
-from cap_pretrain.checkpoint import Checkpoints, saved_steps
-from cap_pretrain.data.tokenizers import train_sentencepiece
+from cap_pretrain import evals, train
+from cap_pretrain.checkpoints.checkpoint import Checkpoints, saved_steps
+from cap_pretrain.data.text.tokenizers import train_sentencepiece
+from cap_pretrain.distributed import sharding
 from cap_pretrain.errors import UserError
+from cap_pretrain.evals.base import Context
+from cap_pretrain.telemetry.metrics import MetricsWriter
+from cap_pretrain.training import watch
 from tests import toy
 
 STEPS = 4
@@ -38,7 +42,7 @@ class PowerCut(BaseException):
 
 def sigterm_in(step, monkeypatch):
     """Has SIGTERM come while that step of the next run is computed."""
-    put, calls = partition.put_batch, []
+    put, calls = sharding.put_batch, []
 
     def put_batch(batch, mesh):
         calls.append(1)
@@ -46,19 +50,19 @@ def sigterm_in(step, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
         return put(batch, mesh)
 
-    monkeypatch.setattr(partition, "put_batch", put_batch)
+    monkeypatch.setattr(sharding, "put_batch", put_batch)
 
 
 def power_cut_after(step, monkeypatch, when="step"):
     """Ends the next run when it has logged that step, or the figure `when` of it."""
-    write = telemetry.MetricsWriter.write
+    write = MetricsWriter.write
 
     def write_then_die(self, now, metrics):
         write(self, now, metrics)
         if now == step and when in {"step", *metrics}:
             raise PowerCut
 
-    monkeypatch.setattr(telemetry.MetricsWriter, "write", write_then_die)
+    monkeypatch.setattr(MetricsWriter, "write", write_then_die)
 
 
 @pytest.fixture(scope="module")
@@ -202,14 +206,14 @@ def test_an_evaluation_gives_way_to_a_signal_and_is_made_up_for(
     """The step is evaluated but not due to be saved: it is saved then."""
     config = make_config(CAPPA, tokenizer_path, eval__every_steps=3, checkpoint__every_steps=4)
     config.evals = ConfigDict({"val": evals.defaults("loss", limit=8)})
-    batches = evals.Context.batches
+    batches = Context.batches
 
     def interrupted(self, *args, **kwargs):
         os.kill(os.getpid(), signal.SIGINT)
         return batches(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(evals.Context, "batches", interrupted)
+        patch.setattr(Context, "batches", interrupted)
         with pytest.raises(watch.Stopped, match="SIGINT: stopped after step 3") as stopped:
             train.run(config, tmp_path)
     assert stopped.value.exit_code == 130 and saved_steps(tmp_path) == [3]

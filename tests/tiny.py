@@ -11,7 +11,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from cap_pretrain import learners
-from cap_pretrain.step import TrainState, split_learner
+from cap_pretrain.training.step import TrainState, split_learner
 from tests import toy
 
 VOCAB, LENGTH, SIDE, PATCH, HEADS = 23, 7, 16, 4, 4

@@ -11,9 +11,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cap_pretrain import config as configs
-from cap_pretrain import inputs, learners, optim, partition, schedule, step
-from cap_pretrain.checkpoint import Checkpoints
-from cap_pretrain.data import words
+from cap_pretrain import inputs, learners
+from cap_pretrain.checkpoints.checkpoint import Checkpoints
+from cap_pretrain.data.text import words
+from cap_pretrain.distributed import sharding
+from cap_pretrain.optim import optimizers, schedule
+from cap_pretrain.training import step
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -73,11 +76,11 @@ def losses(workdir: Path) -> list[dict[str, float]]:
 
 def prepared(c: ConfigDict, vocab_size: int = 100, mesh: Any = None):
     """Returns (initial state, its abstract form, graphdef, optimizer, learning rate, mesh)."""
-    mesh = mesh or partition.make_mesh(c)
+    mesh = mesh or sharding.make_mesh(c)
     rate = schedule.learning_rate(c, schedule.make_schedule(c, epoch=200))
     init, abstract, graphdef, tx = step.init_state(
         lambda key: learners.build(c, vocab_size, key),
-        lambda params: optim.build(c.optim, params, rate),
+        lambda params: optimizers.build(c.optim, params, rate),
         c,
         mesh,
     )

@@ -20,9 +20,11 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from cap_pretrain import config as configs
-from cap_pretrain import learners, optim, partition, schedule
-from cap_pretrain.checkpoint import Checkpoints
-from cap_pretrain.step import init_state, make_train_step
+from cap_pretrain import learners
+from cap_pretrain.checkpoints.checkpoint import Checkpoints
+from cap_pretrain.distributed import sharding
+from cap_pretrain.optim import optimizers, schedule
+from cap_pretrain.training.step import init_state, make_train_step
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/NAME.py[:key=value,…]")
 EVERY = flags.DEFINE_integer("every", 50, "Steps between two saves.", lower_bound=1)
@@ -34,11 +36,11 @@ def main(_: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     config = CONFIG.value
     configs.validate(config)
-    mesh = partition.make_mesh(config)
+    mesh = sharding.make_mesh(config)
     rate = schedule.learning_rate(config, schedule.make_schedule(config, epoch=config.batch_size))
     init, abstract, graphdef, tx = init_state(
         lambda key: learners.build(config, config.text.vocab_size, key),
-        lambda params: optim.build(config.optim, params, rate),
+        lambda params: optimizers.build(config.optim, params, rate),
         config,
         mesh,
     )
@@ -54,7 +56,7 @@ def main(_: list[str]) -> None:
     seconds: dict[bool, list[float]] = {False: [], True: []}
     blocked = []
     with tempfile.TemporaryDirectory(dir=FOLDER.value) as folder, jax.set_mesh(mesh):
-        batch = partition.put_batch(batch, mesh)
+        batch = sharding.put_batch(batch, mesh)
         checkpoints = Checkpoints(folder, config)
         checkpoints.prepare(abstract)
         state, _ = take(init(), batch)

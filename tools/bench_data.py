@@ -35,9 +35,10 @@ from ml_collections import ConfigDict, config_flags
 
 from cap_pretrain import inputs
 from cap_pretrain.data import images, pipeline, prefetch
-from cap_pretrain.data.builders import build, pairs
+from cap_pretrain.data.builders import build
+from cap_pretrain.data.builders.formats import pairs
 from cap_pretrain.data.builders.units import Part
-from cap_pretrain.data.sources import DEFAULT_FIELDS
+from cap_pretrain.data.sources.base import DEFAULT_FIELDS
 from cap_pretrain.errors import UserError, did_you_mean
 from tools import bench_data_rivals
 from tools.bench_decode import generated

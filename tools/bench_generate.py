@@ -31,10 +31,10 @@ def ours(size: Size, encoded: Any, args: argparse.Namespace) -> Generate:
     import jax
     from flax import nnx
 
-    from cap_pretrain.decoding import beam_search
+    from cap_pretrain.models.decoding import beam_search
     from cap_pretrain.models.layers import Compute
     from cap_pretrain.models.text import Decoder
-    from cap_pretrain.step import split_learner
+    from cap_pretrain.training.step import split_learner
 
     decoder = Decoder(size, vocab_size=args.vocab_size, compute=Compute(), rngs=nnx.Rngs(0))
     graphdef, params, stats = split_learner(decoder)

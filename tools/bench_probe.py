@@ -22,8 +22,8 @@ import jax
 import numpy as np
 
 from cap_pretrain.errors import UserError
-from cap_pretrain.evals import logistic
-from cap_pretrain.evals.features import Labelled
+from cap_pretrain.evals.probes import logistic
+from cap_pretrain.evals.probes.features import Labelled
 
 
 class Fit(NamedTuple):

@@ -7,7 +7,7 @@ import argparse
 import sys
 import time
 
-from cap_pretrain.data.scenes import SPLITS, Scenes
+from cap_pretrain.data.scenes.source import SPLITS, Scenes
 from cap_pretrain.errors import UserError
 
 

@@ -24,10 +24,10 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from cap_pretrain.captioning import Captioner, captioner, read_image
-from cap_pretrain.decoding import Decoding
+from cap_pretrain.checkpoints.load import load_learner
+from cap_pretrain.cli.captioning import Captioner, captioner, read_image
 from cap_pretrain.errors import UserError
-from cap_pretrain.pretrained import load_learner
+from cap_pretrain.models.decoding import Decoding
 
 
 def caption_files(
@@ -79,7 +79,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print JSON, an object a line")
     parser.add_argument("--batch_size", type=_positive, default=16, help="default: 16")
     parser.add_argument("--seed", type=int, default=0, help="of --method sample")
-    how = parser.add_argument_group("decoding", "see Decoding in cap_pretrain/decoding.py")
+    how = parser.add_argument_group("decoding", "see Decoding in cap_pretrain/models/decoding.py")
     for field in dataclasses.fields(Decoding):
         kind, default = type(field.default), field.default
         how.add_argument(f"--{field.name}", type=kind, default=default, help=f"default: {default}")

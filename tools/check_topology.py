@@ -10,7 +10,8 @@ minutes and a few GiB of memory.
 Predicted time: the cycles that the compiler estimates for each operation, times the turns of the
 loops around it, over the chip's clock; and where the core waits for collectives or for copies from
 HBM, their bytes over the bandwidth. Model FLOPs, and so MFU, are counted from the traced program
-without what rematerialisation computes again. Peaks, bandwidths and clocks: cap_pretrain/flops.py.
+without what rematerialisation computes again. Peaks, bandwidths and clocks:
+cap_pretrain/telemetry/flops.py.
 
 If it does not fit, it says by how much, tries what would make it fit, and names the fastest of
 that; --fit tries them in any case. --scan=16,64,256,1024 keeps the batch per chip and grows the

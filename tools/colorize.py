@@ -23,10 +23,11 @@ import numpy as np
 from absl import logging
 from flax import nnx
 
-from cap_pretrain import colours, figures
-from cap_pretrain.captioning import Named, of_dataset, of_files
+from cap_pretrain.checkpoints.load import Learner, load_learner
+from cap_pretrain.cli import figures
+from cap_pretrain.cli.captioning import Named, of_dataset, of_files
 from cap_pretrain.errors import UserError
-from cap_pretrain.pretrained import Learner, load_learner
+from cap_pretrain.models import lab
 
 PANEL = 1.8  # inches
 
@@ -57,7 +58,7 @@ def draw(named: Sequence[Named], coloured: np.ndarray) -> Any:
     for row, (name, image), found in zip(axes, named, coloured, strict=True):
         # Names of files may be long; their ends are what differs.
         titles = [name[-18:], "lightness", "coloured"]
-        panels = [image, colours.gray(image / 255), found]
+        panels = [image, lab.gray(image / 255), found]
         for axis, title, panel in zip(row, titles, panels, strict=True):
             axis.set_axis_off()
             axis.imshow(panel)

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from absl import logging
 
-from cap_pretrain import checkpoint
+from cap_pretrain.checkpoints import checkpoint
 from cap_pretrain.errors import UserError
 
 # How a run went, not what came of it.

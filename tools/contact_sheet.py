@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from cap_pretrain import inputs
 from cap_pretrain.data import pipeline
-from cap_pretrain.data.sources import open_source
+from cap_pretrain.data.sources.open import open_source
 from cap_pretrain.errors import UserError
 
 Picture = tuple[np.ndarray, str]

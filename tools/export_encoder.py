@@ -15,10 +15,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from cap_pretrain.checkpoints.load import read_config, read_weights
 from cap_pretrain.convert import card, export
 from cap_pretrain.errors import UserError
 from cap_pretrain.inputs import TOKENIZER_FILE
-from cap_pretrain.pretrained import read_config, read_weights
 
 DUAL = "siglip"  # folder of the SiglipModel
 

@@ -34,14 +34,16 @@ from tqdm import tqdm
 
 import cap_pretrain
 from cap_pretrain import config as configs
-from cap_pretrain import fingerprint, initial, inputs, learners, partition
-from cap_pretrain.data.sources import Example, Source
-from cap_pretrain.data.tokenizers import NoText, Tokenizer
+from cap_pretrain import fingerprint, inputs, learners
+from cap_pretrain.checkpoints import warm_start
+from cap_pretrain.data.sources.base import Example, Source
+from cap_pretrain.data.text.tokenizers import NoText, Tokenizer
+from cap_pretrain.distributed import sharding
 from cap_pretrain.errors import UserError
-from cap_pretrain.evals import Context
+from cap_pretrain.evals.base import Context
 from cap_pretrain.evals.portions import EveryImage
 from cap_pretrain.models.layers import normalize_images
-from cap_pretrain.step import init_state
+from cap_pretrain.training.step import init_state
 
 WHAT = ("pooled", "tokens", "head")
 DTYPES = ("float32", "float16")
@@ -66,13 +68,13 @@ def extract(args: argparse.Namespace) -> Iterator[str]:
     from cap_pretrain.data.builders.build import only_finished
     from cap_pretrain.data.builders.features import FeatureDataset
 
-    config, beginning = initial.resolve(_config(args))
+    config, beginning = warm_start.resolve(_config(args))
     tokenizer = _tokenizer(config, args.what)
     splits = {split.partition("[")[0]: split for split in args.splits}
     if len(splits) < len(args.splits):
         raise UserError(f"--splits: {' '.join(args.splits)} has two parts of one split.")
     sources = {name: inputs.open_data(config, split) for name, split in splits.items()}
-    mesh = partition.make_mesh(config)
+    mesh = sharding.make_mesh(config)
     init, _, graphdef, _ = init_state(
         lambda key: learners.build(config, tokenizer.vocab_size, key),
         lambda params: optax.set_to_zero(),

@@ -53,7 +53,7 @@ def _lines(dataset: str, splits: Sequence[str], ids: bool) -> Iterator[list[str]
     """Yields the lines of each image."""
     from cap_pretrain.data import images
     from cap_pretrain.data.builders import hashes
-    from cap_pretrain.data.sources import open_source
+    from cap_pretrain.data.sources.open import open_source
 
     for split in splits:
         source = open_source(dataset, split, image_size=hashes.LOOK)

@@ -11,8 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from cap_pretrain import permutations
 from cap_pretrain.errors import UserError
+from cap_pretrain.learners import permutations
 
 
 def main(argv: list[str] | None = None) -> int:

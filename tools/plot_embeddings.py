@@ -29,14 +29,16 @@ import numpy as np
 from absl import logging
 from flax import nnx
 
-from cap_pretrain import figures, inputs, word_maps
-from cap_pretrain.captioning import evaluation_crop
+from cap_pretrain import inputs
+from cap_pretrain.checkpoints.load import Learner, load_learner
+from cap_pretrain.cli import figures
+from cap_pretrain.cli.captioning import evaluation_crop
 from cap_pretrain.data import pipeline, prefetch
-from cap_pretrain.data.sources import Source
+from cap_pretrain.data.sources.base import Source
 from cap_pretrain.errors import UserError
+from cap_pretrain.evals import word_maps
 from cap_pretrain.models import readout
 from cap_pretrain.models.layers import normalize_images
-from cap_pretrain.pretrained import Learner, load_learner
 
 FEWEST = 5  # points
 BATCH = 64

@@ -33,7 +33,7 @@ import cv2
 import numpy as np
 import simplejpeg
 
-from cap_pretrain.data.scenes import Scenes
+from cap_pretrain.data.scenes.source import Scenes
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = 500, 375

@@ -13,8 +13,8 @@ import json
 import sys
 from pathlib import Path
 
-from cap_pretrain import tables
 from cap_pretrain.errors import UserError, did_you_mean
+from cap_pretrain.telemetry import tables
 
 
 def newest_result(workdir: Path, evaluator: str) -> dict:

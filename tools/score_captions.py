@@ -19,7 +19,7 @@ from typing import Any
 
 from cap_pretrain import files
 from cap_pretrain.errors import UserError
-from cap_pretrain.evals import caption_metrics, caption_tokens
+from cap_pretrain.evals.metrics import caption_metrics, caption_tokens
 
 Texts = dict[str, list[str]]
 

@@ -25,11 +25,12 @@ import numpy as np
 from absl import logging
 from flax import nnx
 
-from cap_pretrain import figures, word_maps
-from cap_pretrain.captioning import Named, captioner, of_dataset, of_files
-from cap_pretrain.decoding import Decoding
+from cap_pretrain.checkpoints.load import Learner, load_learner
+from cap_pretrain.cli import figures
+from cap_pretrain.cli.captioning import Named, captioner, of_dataset, of_files
 from cap_pretrain.errors import UserError
-from cap_pretrain.pretrained import Learner, load_learner
+from cap_pretrain.evals import word_maps
+from cap_pretrain.models.decoding import Decoding
 
 PANEL = 1.4  # inches
 SIDE = 256  # pixels of a panel, at least

@@ -29,10 +29,13 @@ from typing import Any
 
 import numpy as np
 
-from cap_pretrain import figures, tables, telemetry
+from cap_pretrain.cli import figures
 from cap_pretrain.errors import UserError
 from cap_pretrain.sweeps import power_law, results, runner, trials
 from cap_pretrain.sweeps.trials import Trial
+from cap_pretrain.telemetry import tables
+from cap_pretrain.telemetry.progress import format_duration
+from cap_pretrain.telemetry.tables import format_table
 
 
 def run(args: argparse.Namespace) -> int:
@@ -59,9 +62,9 @@ def status(args: argparse.Namespace) -> int:
         now = results.status(trial, args.out, running)
         count[now.state] = count.get(now.state, 0) + 1
         step = f"{now.step:,} of {now.total:,}" if now.total else f"{now.step:,}"
-        left = "" if now.left_s is None else telemetry.format_duration(now.left_s)
+        left = "" if now.left_s is None else format_duration(now.left_s)
         rows.append((trial.name, now.state, step if now.step else "", left, now.reason))
-    print(telemetry.format_table(rows, ("trial", "state", "step", "time left", "reason")))
+    print(format_table(rows, ("trial", "state", "step", "time left", "reason")))
     print(", ".join(f"{number} {state}" for state, number in count.items()))
     return 0
 

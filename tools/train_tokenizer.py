@@ -16,13 +16,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from cap_pretrain.data.sources import open_source, parse_mixture
-from cap_pretrain.data.tokenizers import (
+from cap_pretrain.data.sources.base import parse_mixture
+from cap_pretrain.data.sources.open import open_source
+from cap_pretrain.data.text.tokenizers import (
     SentencePieceTokenizer,
     source_captions,
     train_sentencepiece,
 )
-from cap_pretrain.data.words import Rules, WordTokenizer, write_words
+from cap_pretrain.data.text.words import Rules, WordTokenizer, write_words
 from cap_pretrain.errors import UserError
 
 _SMALL_IMAGE = 16  # pixels; generated datasets draw an image for each caption, and nobody looks
@@ -70,7 +71,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     pieces = parser.add_argument_group("sentencepiece")
     pieces.add_argument("--vocab_size", type=int, default=32000, help="default: 32000, as in Cap")
     pieces.add_argument("--seed", type=int, default=0)
-    group = parser.add_argument_group("words", "see Rules in cap_pretrain/data/words.py")
+    group = parser.add_argument_group("words", "see Rules in cap_pretrain/data/text/words.py")
     for field in dataclasses.fields(Rules):
         if isinstance(field.default, bool):
             group.add_argument(f"--{field.name}", action="store_true")

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from cap_pretrain.data.scene_text import mentions
-from cap_pretrain.data.scenes import Scenes
-from cap_pretrain.data.sources import Source
-from cap_pretrain.data.word_order import shuffles, words_of
+from cap_pretrain.data.scenes.source import Scenes
+from cap_pretrain.data.scenes.text import mentions
+from cap_pretrain.data.sources.base import Source
+from cap_pretrain.data.text.word_order import shuffles, words_of
 
 
 @dataclass(frozen=True)

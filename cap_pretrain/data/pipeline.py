@@ -17,8 +17,8 @@ import grain
 import numpy as np
 
 from cap_pretrain.data import images
-from cap_pretrain.data.sources import Example, Source
-from cap_pretrain.data.tokenizers import SentencePieceTokenizer, encode_answer
+from cap_pretrain.data.sources.base import Example, Source
+from cap_pretrain.data.text.tokenizers import SentencePieceTokenizer, encode_answer
 from cap_pretrain.errors import UserError, did_you_mean
 
 BROKEN_IN_A_ROW = 100

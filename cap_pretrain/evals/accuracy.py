@@ -4,9 +4,10 @@ import dataclasses
 from typing import Any
 
 from cap_pretrain.errors import UserError
-from cap_pretrain.evals import Context, Result, ranking
+from cap_pretrain.evals.base import Context, Result
+from cap_pretrain.evals.metrics import ranking
 from cap_pretrain.evals.portions import EveryImage
-from cap_pretrain.evals.probing import standing
+from cap_pretrain.evals.probes.probing import standing
 from cap_pretrain.evals.zero_shot import accuracies
 
 

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from cap_pretrain import word_maps
-from cap_pretrain.data.scene_text import find_mentions
-from cap_pretrain.data.scene_world import Scene
-from cap_pretrain.data.scenes import Scenes
+from cap_pretrain.data.scenes.source import Scenes
+from cap_pretrain.data.scenes.text import find_mentions
+from cap_pretrain.data.scenes.world import Scene
 from cap_pretrain.errors import UserError
-from cap_pretrain.evals import Context, Result
+from cap_pretrain.evals import word_maps
+from cap_pretrain.evals.base import Context, Result
 
 Box = tuple[float, float, float, float]
 

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from cap_pretrain import cluster
-from cap_pretrain.data.sources import parse_mixture
-from cap_pretrain.decoding import Decoding
+from cap_pretrain.data.sources.base import parse_mixture
+from cap_pretrain.distributed import cluster
 from cap_pretrain.errors import UserError
-from cap_pretrain.evals import Context, Interrupted, Result, caption_metrics
+from cap_pretrain.evals.base import Context, Interrupted, Result
 from cap_pretrain.evals.captions import Captioning
+from cap_pretrain.evals.metrics import caption_metrics
+from cap_pretrain.models.decoding import Decoding
 
 
 class CaptionScores:

@@ -6,38 +6,13 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from cap_pretrain import partition, rng
+from cap_pretrain import rng
 from cap_pretrain.data import pipeline
-from cap_pretrain.decoding import Decoding, decode
 from cap_pretrain.errors import UserError
-from cap_pretrain.evals import Context, Result
-from cap_pretrain.learners.captioner import PAD
-
-
-def write_captions(
-    learner: nnx.Module,
-    images: jax.Array,
-    how: Decoding,
-    *,
-    length: int,
-    eos: int,
-    keys: jax.Array | None = None,
-    prompt: jax.Array | None = None,
-) -> jax.Array:
-    """A captioner's captions of uint8 images [B, H, W, 3]: int32 [B, length]; see `decode`."""
-    return decode(
-        partition.gathered(learner).decode_step,
-        learner.init_decoding(images, how.rows),
-        how,
-        batch=len(images),
-        length=length,
-        start=PAD,
-        eos=eos,
-        keys=keys,
-        prompt=prompt,
-    )
+from cap_pretrain.evals.base import Context, Result
+from cap_pretrain.models.decoding import Decoding, write_captions
+from cap_pretrain.models.text import PAD
 
 
 class Captioning:

@@ -7,7 +7,8 @@ import numpy as np
 from cap_pretrain.data.hard_negatives import OrderQuestions, Question, QuestionSet, SceneQuestions
 from cap_pretrain.data.sugarcrepe import SugarCrepe
 from cap_pretrain.errors import UserError, did_you_mean
-from cap_pretrain.evals import Context, Result, ranking
+from cap_pretrain.evals.base import Context, Result
+from cap_pretrain.evals.metrics import ranking
 from cap_pretrain.evals.scoring import Scoring
 
 SETS = ("scenes", "order", "sugarcrepe")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cap_pretrain import inputs
-from cap_pretrain.evals import Context, Result
+from cap_pretrain.evals.base import Context, Result
 
 # Training captions that are counted for the unigram model.
 UNIGRAM_CAPTIONS = 50_000

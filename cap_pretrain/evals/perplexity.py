@@ -6,7 +6,7 @@ import math
 import numpy as np
 
 from cap_pretrain.errors import UserError
-from cap_pretrain.evals import Context, Result
+from cap_pretrain.evals.base import Context, Result
 from cap_pretrain.evals.scoring import Scoring
 
 

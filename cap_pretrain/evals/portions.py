@@ -15,10 +15,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cap_pretrain import partition
-from cap_pretrain.data.sources import Source
+from cap_pretrain.data.sources.base import Source
+from cap_pretrain.distributed import sharding
 from cap_pretrain.errors import UserError
-from cap_pretrain.evals import Context
+from cap_pretrain.evals.base import Context
 
 PORTION = 32
 """Images a device at a time: a B/16 has matrices of 6272 rows then, enough to be busy."""
@@ -48,7 +48,7 @@ class EveryImage:
 
         def compute(learner, images, labels):
             graphdef, state = nnx.split(learner)
-            state = jax.lax.with_sharding_constraint(state, partition.replicated(context.mesh))
+            state = jax.lax.with_sharding_constraint(state, sharding.replicated(context.mesh))
             whole = nnx.merge(graphdef, state)
             return in_portions(lambda batch: fn(whole, *batch), (images, labels), context.mesh)
 
@@ -94,7 +94,7 @@ def in_portions(fn: Callable[[Any], Any], batch: Any, mesh: Mesh) -> Any:
       mesh: where they lie.
     """
     ways = _ways(mesh)
-    spread = NamedSharding(mesh, P(None, partition.BATCH_AXES))
+    spread = NamedSharding(mesh, P(None, sharding.BATCH_AXES))
 
     def split(x):  # each device keeps what it has, so nothing is sent
         x = x.reshape(ways, -1, PORTION, *x.shape[1:]).swapaxes(0, 1)

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from cap_pretrain.decoding import Decoding
 from cap_pretrain.errors import UserError
-from cap_pretrain.evals import Context, Result
-from cap_pretrain.evals.answer_accuracy import accuracy
+from cap_pretrain.evals.base import Context, Result
 from cap_pretrain.evals.captions import Captioning
+from cap_pretrain.evals.metrics.answer_accuracy import accuracy
+from cap_pretrain.models.decoding import Decoding
 
 RULE = "VQA accuracy (visualqa.org/evaluation), exact match where one answer is known"
 

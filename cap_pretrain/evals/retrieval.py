@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from cap_pretrain.errors import UserError
-from cap_pretrain.evals import Context, Result, ranking
+from cap_pretrain.evals.base import Context, Result
+from cap_pretrain.evals.metrics import ranking
 from cap_pretrain.evals.scoring import Scoring
 
 TOP = (1, 5, 10)

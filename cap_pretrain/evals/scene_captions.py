@@ -2,12 +2,12 @@
 
 import dataclasses
 
-from cap_pretrain.data.scene_text import mentions, names_every_object
-from cap_pretrain.data.scenes import Scenes
-from cap_pretrain.decoding import Decoding
+from cap_pretrain.data.scenes.source import Scenes
+from cap_pretrain.data.scenes.text import mentions, names_every_object
 from cap_pretrain.errors import UserError
-from cap_pretrain.evals import Context, Result
+from cap_pretrain.evals.base import Context, Result
 from cap_pretrain.evals.captions import Captioning
+from cap_pretrain.models.decoding import Decoding
 
 
 class SceneCaptions:

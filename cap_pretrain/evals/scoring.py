@@ -16,11 +16,11 @@ import jax
 import numpy as np
 from flax import nnx
 
-from cap_pretrain import partition
-from cap_pretrain.data import sources
-from cap_pretrain.data.tokenizers import encode_answer
+from cap_pretrain.data.sources.base import Source
+from cap_pretrain.data.text.tokenizers import encode_answer
+from cap_pretrain.distributed import sharding
 from cap_pretrain.errors import UserError
-from cap_pretrain.evals import Context, Interrupted
+from cap_pretrain.evals.base import Context, Interrupted
 from cap_pretrain.models.sizes import STORED
 
 # The grey of the blank image, of 0 to 255: as near to 0 as what the encoder reads can come.
@@ -72,7 +72,7 @@ class Scoring:
 
         # They are large and stay where they were made; whatever else there is goes to every host.
         self._image_features = jax.jit(
-            image_features, out_shardings=partition.batch_sharding(context.mesh)
+            image_features, out_shardings=sharding.batch_sharding(context.mesh)
         )
         self._text_features = context.jit(lambda learner, text: learner.text_features(text))
         self._compare = context.jit(lambda learner, *features: learner.compare(*features))
@@ -97,7 +97,7 @@ class Scoring:
         return tokens[:, : -(-longest // LENGTHS) * LENGTHS]
 
     def batches(
-        self, variables: Any, source: sources.Source, limit: int
+        self, variables: Any, source: Source, limit: int
     ) -> Iterator[tuple[dict[str, np.ndarray], jax.Array]]:
         """Yields batches of images, each as where it comes from and features for `compare`.
 
@@ -171,9 +171,9 @@ class Scoring:
                 "reads stored features; leave out what compares with it."
             )
         side = self._context.config.data.image_size
-        rows = partition.batch_rows(self._context.mesh, self._images)
+        rows = sharding.batch_rows(self._context.mesh, self._images)
         blank = {"image": np.full((len(rows), side, side, 3), BLANK, np.uint8)}
-        images = partition.put_batch(blank, self._context.mesh)["image"]
+        images = sharding.put_batch(blank, self._context.mesh)["image"]
         features = self._image_features(variables, images)
         columns = -(-len(tokens) // self._images)
         own = _padded(tokens, columns * self._images).reshape(self._images, columns, -1)
@@ -188,10 +188,10 @@ class Scoring:
 
     def _put(self, array: np.ndarray) -> jax.Array:
         """Sends what is the same on every host to every device."""
-        sharding = partition.replicated(self._context.mesh)
+        everywhere = sharding.replicated(self._context.mesh)
         # With several hosts, JAX does not see that this transfer is meant.
         with jax.transfer_guard_host_to_device("allow"):
-            return jax.make_array_from_process_local_data(sharding, array)
+            return jax.make_array_from_process_local_data(everywhere, array)
 
 
 def _padded(array: np.ndarray, size: int, axis: int = 0) -> np.ndarray:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from cap_pretrain.data import subset
-from cap_pretrain.data.scenes import Scenes
+from cap_pretrain.data.scenes.source import Scenes
+from cap_pretrain.data.sources import subset
 from cap_pretrain.errors import UserError
-from cap_pretrain.evals import Context, Result, ranking
+from cap_pretrain.evals.base import Context, Result
+from cap_pretrain.evals.metrics import ranking
 from cap_pretrain.evals.scoring import Scoring
 
 # In the spirit of those of CLIP (Radford et al. 2021, section 3.1.4), few and plain.

@@ -38,11 +38,11 @@ import jax
 from flax import nnx
 from ml_collections import ConfigDict
 
-from cap_pretrain import optim
 from cap_pretrain.errors import UserError, did_you_mean
 from cap_pretrain.models.convnet import BatchNorm
 from cap_pretrain.models.encoder import ImageEncoder
 from cap_pretrain.models.sizes import STORED
+from cap_pretrain.optim import optimizers
 
 REGISTRY = {
     "captioner": "cap_pretrain.learners.captioner:Captioner",
@@ -106,5 +106,5 @@ def build(config: ConfigDict, vocab_size: int, key: jax.Array) -> nnx.Module:
             weights = nnx.to_pure_dict(nnx.state(module, nnx.Param))
             for name in reversed(path):
                 weights = {name: weights}
-            module.frozen = optim.is_frozen(config.optim, weights)
+            module.frozen = optimizers.is_frozen(config.optim, weights)
     return learner

@@ -12,9 +12,7 @@ from cap_pretrain import learners
 from cap_pretrain.errors import UserError
 from cap_pretrain.models.build import build_encoder, compute, decoder_size, encoder_width
 from cap_pretrain.models.layers import in_chunks, normalize_images
-from cap_pretrain.models.text import Cache, Decoder
-
-PAD = 0  # also what stands before the first token
+from cap_pretrain.models.text import PAD, Cache, Decoder
 
 
 def shift_right(text: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
 """Learning an encoder by telling the colours of a gray image (Zhang et al. 2016, 1603.08511).
 
 The encoder sees nothing but lightness, as an image that is gray in all three channels. From its
-tokens a linear layer tells, for each part of the image, which bin of the ab plane (see colours.py)
+tokens a linear layer tells, for each part of the image, which bin of the ab plane (see lab.py)
 its colour is in, the mean over the part. Bins that are rare in the training images count more, and
 images without colour do not count. Recipes set `model.colours`, so that whatever else is done with
 the encoder, it goes on seeing lightness alone.
@@ -18,11 +18,12 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from cap_pretrain import colours, learners
+from cap_pretrain import learners
 from cap_pretrain.data import images as image_files
 from cap_pretrain.data import pipeline
-from cap_pretrain.data.sources import Source
+from cap_pretrain.data.sources.base import Source
 from cap_pretrain.errors import UserError
+from cap_pretrain.models import lab
 from cap_pretrain.models.build import build_encoder
 from cap_pretrain.models.encoder import ImageEncoder
 from cap_pretrain.models.layers import normalize_images
@@ -62,12 +63,12 @@ class Colorization(nnx.Module):
             counts = self.prior.split()
             known = self.prior in ("", UNIFORM)
             if not known and (
-                len(counts) != colours.BINS
+                len(counts) != lab.BINS
                 or not all(count.isdecimal() for count in counts)
                 or not any(map(int, counts))
             ):
                 raise UserError(
-                    f"learner.prior: {self.prior[:20]!r} is not {colours.BINS} counts of bins; "
+                    f"learner.prior: {self.prior[:20]!r} is not {lab.BINS} counts of bins; "
                     f"leave it empty, or say {UNIFORM!r}."
                 )
 
@@ -102,7 +103,7 @@ class Colorization(nnx.Module):
         self.encoder = encoder
         # Zeros, so that learning begins with all bins alike.
         zeros = nnx.initializers.zeros
-        outputs = colours.BINS * options.upsample**2
+        outputs = lab.BINS * options.upsample**2
         self.head = nnx.Linear(encoder.width, outputs, kernel_init=zeros, rngs=rngs)
         self.options = options
 
@@ -126,7 +127,7 @@ class Colorization(nnx.Module):
         Raises:
           UserError: the encoder's tokens are no square grid.
         """
-        gray = 2 * colours.gray(_unit(images)) - 1
+        gray = 2 * lab.gray(_unit(images)) - 1
         x = self.encoder(gray, train=train, key=key).tokens.astype(jnp.float32)
         batch, count, _ = x.shape
         side, r = math.isqrt(count), self.options.upsample
@@ -137,8 +138,8 @@ class Colorization(nnx.Module):
             )
         # A token before those of the grid is that of the class.
         x = self.head(x[:, count - side**2 :])
-        x = x.reshape(batch, side, side, r, r, colours.BINS).swapaxes(2, 3)
-        return x.reshape(batch, side * r, side * r, colours.BINS)
+        x = x.reshape(batch, side, side, r, r, lab.BINS).swapaxes(2, 3)
+        return x.reshape(batch, side * r, side * r, lab.BINS)
 
     def loss(
         self, batch: dict[str, jax.Array], key: jax.Array, train: bool
@@ -152,7 +153,7 @@ class Colorization(nnx.Module):
         """
         images = batch["image"]
         logits = self.predict(images, train=train, key=key)
-        ab = _parts(colours.lab(_unit(images))[..., 1:], logits.shape[1])
+        ab = _parts(lab.lab(_unit(images))[..., 1:], logits.shape[1])
         coloured = jnp.any(jnp.abs(ab) > GRAY, axis=(1, 2, 3)) & batch.get("mask", True)
         weight = jnp.sum(coloured).astype(jnp.float32)
 
@@ -161,32 +162,32 @@ class Colorization(nnx.Module):
             by_image = jnp.mean(values.astype(jnp.float32), axis=(1, 2))
             return jnp.sum(jnp.where(coloured, by_image, 0)) / jnp.maximum(weight, 1)
 
-        numbers, shares = colours.encode(ab)
+        numbers, shares = lab.encode(ab)
         # Compared with every bin: indexing has a scatter for its gradient, not exact on GPUs.
         own = numbers[..., None] == jnp.arange(logits.shape[-1])
         target = jnp.sum(jnp.where(own, shares[..., None], 0), axis=-2)
         entropy = -jnp.sum(target * jax.nn.log_softmax(logits), axis=-1)
         right, counts = numbers[..., 0], self.options.counts
         if counts is None:
-            loss, commonest = mean(entropy), int(colours.nearest_bin(np.zeros(2)))
+            loss, commonest = mean(entropy), int(lab.nearest_bin(np.zeros(2)))
         else:
-            loss = mean(entropy * jnp.asarray(colours.weights(counts))[right])
+            loss = mean(entropy * jnp.asarray(lab.weights(counts))[right])
             commonest = int(np.argmax(counts))
         return loss, {
             "loss_weight": weight,
             "cross_entropy": mean(entropy),
             "accuracy": mean(jnp.argmax(logits, axis=-1) == right),
             "chance": mean(right == commonest),
-            "ab_error": mean(_length(colours.annealed_mean(logits) - ab)),
+            "ab_error": mean(_length(lab.annealed_mean(logits) - ab)),
             "ab_error_gray": mean(_length(ab)),
         }
 
     def colourize(self, images: jax.Array) -> jax.Array:
         """uint8 images [B, S, S, 3] -> uint8 of their lightness and the colours it makes of it."""
-        ab = colours.annealed_mean(self.predict(images))
+        ab = lab.annealed_mean(self.predict(images))
         ab = jax.image.resize(ab, (*images.shape[:3], 2), "bilinear")
-        lightness = colours.lab(_unit(images))[..., :1]
-        rgb = colours.rgb(jnp.concatenate([lightness, ab], axis=-1))
+        lightness = lab.lab(_unit(images))[..., :1]
+        rgb = lab.rgb(jnp.concatenate([lightness, ab], axis=-1))
         return jnp.round(255 * rgb).astype(jnp.uint8)
 
 
@@ -197,7 +198,7 @@ def count_colours(mixture: Sequence[tuple[Source, float]]) -> np.ndarray:
     evenly spread over it. It is done in float64 by numpy, so that any machine finds the same.
     """
     total = sum(weight for _, weight in mixture)
-    counts = np.zeros(colours.BINS, int)
+    counts = np.zeros(lab.BINS, int)
     for source, weight in mixture:
         some = min(len(source), math.ceil(PRIOR_IMAGES * weight / total))
         for n in range(some):
@@ -205,10 +206,10 @@ def count_colours(mixture: Sequence[tuple[Source, float]]) -> np.ndarray:
                 image = pipeline.picture(source[n * len(source) // some]["image"], PRIOR_SIDE)
             except image_files.ImageError:
                 continue
-            ab = colours.lab(image / 255)[..., 1:]
+            ab = lab.lab(image / 255)[..., 1:]
             if np.any(np.abs(ab) > GRAY):
-                numbers = colours.nearest_bin(ab).ravel()
-                counts += np.bincount(numbers, minlength=colours.BINS)
+                numbers = lab.nearest_bin(ab).ravel()
+                counts += np.bincount(numbers, minlength=lab.BINS)
     return counts
 
 
@@ -219,7 +220,7 @@ def _unit(images: jax.Array) -> jax.Array:
 
 def _parts(ab: jax.Array, cells: int) -> jax.Array:
     """[B, S, S, 2] -> [B, cells, cells, 2]: means over the parts of a grid."""
-    means = colours.area_means(ab.shape[1], cells)
+    means = lab.area_means(ab.shape[1], cells)
     return jnp.einsum("gs,bstc,ht->bghc", means, ab, means, precision="highest")
 
 

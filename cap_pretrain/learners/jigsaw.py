@@ -18,16 +18,17 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from cap_pretrain import augment, learners, permutations
+from cap_pretrain import learners
 from cap_pretrain.errors import UserError, did_you_mean
+from cap_pretrain.learners import augment, permutations
 from cap_pretrain.learners.classifier import classification
+from cap_pretrain.learners.permutations import TILES
 from cap_pretrain.models import alexnet
 from cap_pretrain.models.build import build_encoder
 from cap_pretrain.models.convnet import MEAN, STD, BatchNorm
 from cap_pretrain.models.encoder import ImageEncoder
 from cap_pretrain.models.layers import constrain, dropout, split_optional
 from cap_pretrain.models.sizes import ALEXNET, CONVNETS, parse_name
-from cap_pretrain.permutations import TILES
 
 GRID = 3  # cells a side
 # Brightness, contrast, saturation and hue, of SimCLR (appendix A).
@@ -52,7 +53,7 @@ class Jigsaw(nnx.Module):
           cell: a third of it.
           tile: side of what is cut of a cell, likewise. It moves by up to cell - tile pixels.
           permutations: how many orders there are to tell apart.
-          rule: by which they are chosen, "mean" or "min" (see cap_pretrain/permutations.py).
+          rule: by which they are chosen, "mean" or "min" (see learners/permutations.py).
           file: takes the first of a file of them instead.
           normalize: whether each channel of a tile is moved and scaled to the mean and deviation
             that it has in ImageNet.

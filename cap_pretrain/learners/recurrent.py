@@ -9,11 +9,11 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from cap_pretrain import learners
+from cap_pretrain.distributed.sharding import gathered
 from cap_pretrain.errors import UserError
 from cap_pretrain.learners.captioner import Captioner, is_learned, shift_right
 from cap_pretrain.models import recurrent
 from cap_pretrain.models.build import build_encoder, compute
-from cap_pretrain.partition import gathered
 
 
 class Recurrent(Captioner):

@@ -16,8 +16,8 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from cap_pretrain import learners
-from cap_pretrain.augment import keys
 from cap_pretrain.errors import UserError, did_you_mean
+from cap_pretrain.learners.augment import keys
 from cap_pretrain.learners.classifier import classification
 from cap_pretrain.models.build import build_encoder
 from cap_pretrain.models.encoder import ImageEncoder

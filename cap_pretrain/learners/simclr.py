@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from cap_pretrain import augment, learners
+from cap_pretrain import learners
 from cap_pretrain.errors import UserError
+from cap_pretrain.learners import augment
 from cap_pretrain.learners.classifier import classification
 from cap_pretrain.learners.contrastive import Contrastive
 from cap_pretrain.learners.dual_encoder import unit

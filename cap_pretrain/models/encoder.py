@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from cap_pretrain import colours
+from cap_pretrain.models import lab
 from cap_pretrain.models.layers import EncoderOutput
 
 COLOURS = ("rgb", "lightness")
@@ -54,5 +54,5 @@ class ImageEncoder(nnx.Module):
     def _seen(self, images: jax.Array) -> jax.Array:
         if self.colours == "rgb":
             return images
-        gray = colours.gray((images.astype(jnp.float32) + 1) / 2)
+        gray = lab.gray((images.astype(jnp.float32) + 1) / 2)
         return (2 * gray - 1).astype(images.dtype)

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from cap_pretrain.determinism import compiler_options
+from cap_pretrain.distributed.determinism import compiler_options
 from cap_pretrain.models.attention import ATTENDED, recomputing_attention
 from cap_pretrain.models.sizes import Size
 

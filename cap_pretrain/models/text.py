@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from cap_pretrain.determinism import rows_of
+from cap_pretrain.distributed.determinism import rows_of
 from cap_pretrain.models.layers import (
     Attention,
     Compute,
@@ -21,6 +21,8 @@ from cap_pretrain.models.layers import (
     stack_layers,
 )
 from cap_pretrain.models.sizes import Size
+
+PAD = 0  # the padding token; it also stands before the first token of a caption
 
 Cache = tuple[jax.Array, Any]
 

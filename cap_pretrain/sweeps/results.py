@@ -9,11 +9,15 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from cap_pretrain import files, inputs, learners, plan, pretrained, schedule, telemetry
-from cap_pretrain.data import tokenizers
+from cap_pretrain import files, inputs, learners
+from cap_pretrain.checkpoints import load
+from cap_pretrain.data.text import tokenizers
 from cap_pretrain.errors import UserError, did_you_mean
-from cap_pretrain.step import split_learner
+from cap_pretrain.optim import schedule
 from cap_pretrain.sweeps.trials import Trial, record
+from cap_pretrain.telemetry.metrics import read_metrics
+from cap_pretrain.training import plan
+from cap_pretrain.training.step import split_learner
 
 Row = dict[str, Any]
 
@@ -46,7 +50,7 @@ class Status(NamedTuple):
 def status(trial: Trial, out: Path, running: bool) -> Status:
     """How far a trial is. `running` says whether somebody runs the sweep."""
     folder = out / trial.name
-    told, lines = record(folder), telemetry.read_metrics(folder)
+    told, lines = record(folder), read_metrics(folder)
     step, total = max((int(line["step"]) for line in lines), default=0), _total_steps(folder)
     by_hand = "finished" if total and step == total else "begun" if lines else "waiting"
     state = told.get("state", by_hand)
@@ -59,7 +63,7 @@ def status(trial: Trial, out: Path, running: bool) -> Status:
 
 def _total_steps(folder: Path) -> int:
     try:
-        config = pretrained.read_config(folder)
+        config = load.read_config(folder)
         in_epochs = not (config.total_steps or config.total_examples)
         if in_epochs and config.data.buckets:  # which takes reading all captions
             return 0
@@ -82,7 +86,7 @@ def rows(trials: Sequence[Trial], out: Path, figures: Sequence[str]) -> list[Row
       UserError: no trial has a figure.
     """
     varying = _varying([trial.fields for trial in trials])
-    lines = [telemetry.read_metrics(out / trial.name) for trial in trials]
+    lines = [read_metrics(out / trial.name) for trial in trials]
     there = {name for own in lines for line in own for name in line}
     found = []
     for trial, own in zip(trials, lines, strict=True):
@@ -179,13 +183,13 @@ def costs(folder: Path) -> dict[str, float]:
     if not path.exists():
         files.write_text(path, json.dumps(_counted(folder), indent=2) + "\n")
     counted = files.read_json(path)
-    steps = max((line["step"] for line in telemetry.read_metrics(folder)), default=0)
+    steps = max((line["step"] for line in read_metrics(folder)), default=0)
     examples = steps * counted.pop("batch_size")
     return counted | {"examples": examples, "flops": examples * counted.pop("flops_per_example")}
 
 
 def _counted(folder: Path) -> dict[str, float]:
-    config = pretrained.read_config(folder)
+    config = load.read_config(folder)
     path = inputs.tokenizer_path(folder)
     tokenizer = inputs.open_tokenizer(config, path) if path.exists() else tokenizers.NoText()
     size = tokenizer.vocab_size

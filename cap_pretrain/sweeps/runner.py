@@ -15,7 +15,7 @@ from typing import IO
 from cap_pretrain import files
 from cap_pretrain.errors import UserError
 from cap_pretrain.sweeps.trials import LOG_FILE, RECORD_FILE, Trial, record
-from cap_pretrain.watch import StopRequest
+from cap_pretrain.training.watch import StopRequest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PROGRAM = (sys.executable, "-m", "cap_pretrain.main")

@@ -20,9 +20,9 @@ from ml_collections import ConfigDict
 
 from cap_pretrain import config as configs
 from cap_pretrain import files
-from cap_pretrain.changes import check_unchanged
-from cap_pretrain.checkpoint import saved_steps
+from cap_pretrain.checkpoints.checkpoint import saved_steps
 from cap_pretrain.errors import UserError, did_you_mean
+from cap_pretrain.training.changes import check_unchanged
 
 # In the folder of a sweep: its trials. In that of a trial: the config that was asked for, before
 # the run took over what its data and its encoder settle; how far it is; what it printed.

@@ -22,10 +22,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from cap_pretrain import config as configs
-from cap_pretrain import initial, inputs, learners, partition, plan, train
-from cap_pretrain import schedule as schedules
+from cap_pretrain import inputs, learners, train
+from cap_pretrain.checkpoints import warm_start
+from cap_pretrain.distributed import sharding
 from cap_pretrain.errors import UserError, did_you_mean
-from cap_pretrain.step import init_state, make_train_step
+from cap_pretrain.optim import schedule as schedules
+from cap_pretrain.training import plan
+from cap_pretrain.training.step import init_state, make_train_step
 
 # What the names of topologies begin with, and how libtpu is to set up the chips. The two cores of a
 # v4 chip work as one device, as they do on Cloud TPU; in later ones they always do.
@@ -148,7 +151,7 @@ def prepare(config: ConfigDict) -> tuple[ConfigDict, int]:
     Raises:
       UserError: the config's mistakes; or its data is not here and settles what is built.
     """
-    config, _ = initial.resolve(config)
+    config, _ = warm_start.resolve(config)
     configs.validate(config)
     config = copy.deepcopy(config)
     if config.dtype == "auto":
@@ -180,7 +183,7 @@ def compile_step(config: ConfigDict, vocab_size: int, devices: Sequence[jax.Devi
       UserError: the mesh does not fit the devices, or the batch the mesh.
       TooLarge: the step does not fit into HBM.
     """
-    mesh = partition.make_mesh(config, devices)
+    mesh = sharding.make_mesh(config, devices)
     step, state, batch = abstract_step(config, vocab_size, mesh)
     begin = time.monotonic()
     try:
@@ -217,7 +220,7 @@ def abstract_step(config: ConfigDict, vocab_size: int, mesh: Mesh):
     batch["broken"] = jax.ShapeDtypeStruct((config.batch_size,), np.bool_)
     if config.log.ids:
         batch["index"] = jax.ShapeDtypeStruct((config.batch_size,), np.uint32)
-    split = partition.batch_sharding(mesh)
+    split = sharding.batch_sharding(mesh)
     batch = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=split) for k, v in batch.items()}
     return step, state, batch
 

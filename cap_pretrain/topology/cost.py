@@ -12,7 +12,7 @@ which the compiler has put pieces into several operations, from the first of the
 import collections
 import dataclasses
 
-from cap_pretrain.flops import Chip
+from cap_pretrain.telemetry.flops import Chip
 from cap_pretrain.topology.hlo import COLLECTIVES, Array, Module, Operation
 
 # What says where the results of others are, and computes nothing.

@@ -9,12 +9,14 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from cap_pretrain import flops, partition, plan
+from cap_pretrain.distributed import sharding
 from cap_pretrain.errors import UserError
-from cap_pretrain.telemetry import format_table
+from cap_pretrain.telemetry import flops
+from cap_pretrain.telemetry.tables import format_table
 from cap_pretrain.topology import hlo
 from cap_pretrain.topology.compile import TooLarge, compile_step
 from cap_pretrain.topology.cost import Cost, measure
+from cap_pretrain.training import plan
 
 Report = dict[str, Any]
 
@@ -30,7 +32,7 @@ def check(
     chip = flops.chip_of(devices[0])
     if chip is None or chip.clock is None:
         raise UserError(f"--topology: nothing is known of the speed of {devices[0].device_kind}.")
-    mesh = partition.mesh_shape(config, devices)
+    mesh = sharding.mesh_shape(config, devices)
     per_chip = config.batch_size / (mesh["data"] * mesh["fsdp"])
     report: Report = {
         "learner": config.learner.name,

@@ -9,7 +9,7 @@ import jax
 from ml_collections import ConfigDict
 
 from cap_pretrain import config as configs
-from cap_pretrain import partition
+from cap_pretrain.distributed import sharding
 from cap_pretrain.errors import UserError
 from cap_pretrain.models.layers import REMAT_POLICIES
 from cap_pretrain.topology.compile import open_topology
@@ -99,7 +99,7 @@ def _is_possible(
     try:
         changed = _changed(config, changes)
         configs.validate(changed)
-        partition.mesh_shape(changed, devices)
+        sharding.mesh_shape(changed, devices)
     except UserError:
         return False
     return changed.batch_size >= 1

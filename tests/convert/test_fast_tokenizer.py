@@ -8,8 +8,8 @@ import pytest
 import sentencepiece
 
 from cap_pretrain.convert import fast_tokenizer
-from cap_pretrain.data.scenes import Scenes
-from cap_pretrain.data.tokenizers import SentencePieceTokenizer, source_captions
+from cap_pretrain.data.scenes.source import Scenes
+from cap_pretrain.data.text.tokenizers import SentencePieceTokenizer, source_captions
 from cap_pretrain.errors import UserError
 
 tokenizers = pytest.importorskip("tokenizers")

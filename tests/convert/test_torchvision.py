@@ -8,12 +8,13 @@ import torch
 from flax import nnx
 from safetensors.torch import save_file
 
-from cap_pretrain import initial, learners, rules
+from cap_pretrain import learners, rules
+from cap_pretrain.checkpoints import warm_start
 from cap_pretrain.convert import open_encoder
 from cap_pretrain.errors import UserError
 from cap_pretrain.models.build import build_encoder
 from cap_pretrain.models.layers import normalize_images
-from cap_pretrain.step import split_learner
+from cap_pretrain.training.step import split_learner
 from tests import tiny, torch_convnets, toy
 from tests.convert.torch_models import pixels
 
@@ -138,7 +139,7 @@ def test_a_run_begins_with_its_statistics_and_on_images_of_any_size(tmp_path):
     model = torch_convnets.make("resnet18", small=True)
     torch.save(model.state_dict(), tmp_path / "weights.pth")
     fields = {"model__pool": "map", "data__image_size": 24, "encoder": str(tmp_path)}
-    c, beginning = initial.resolve(toy.config("classifier", {"classes": 3}, **fields))
+    c, beginning = warm_start.resolve(toy.config("classifier", {"classes": 3}, **fields))
     assert (c.model.name, c.model.stem, c.model.pool) == ("resnet18", "small", "gap")
     assert c.data.image_size == 24
     state = beginning.put(tiny.state(c, optax.identity()))

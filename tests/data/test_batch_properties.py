@@ -11,7 +11,7 @@ import pytest
 
 from cap_pretrain.data.pipeline import train_dataset
 from cap_pretrain.data.prefetch import iterate
-from cap_pretrain.data.tokenizers import NoText
+from cap_pretrain.data.text.tokenizers import NoText
 from tests.data.test_pipeline import SIZE, Numbers, assert_same, share
 
 

@@ -8,10 +8,10 @@ import pytest
 
 from cap_pretrain import config as configs
 from cap_pretrain import inputs, train
-from cap_pretrain.data import buckets
 from cap_pretrain.data.pipeline import train_dataset
 from cap_pretrain.data.prefetch import iterate
-from cap_pretrain.data.words import Rules, WordTokenizer, write_words
+from cap_pretrain.data.sources import buckets
+from cap_pretrain.data.text.words import Rules, WordTokenizer, write_words
 from cap_pretrain.errors import UserError
 from tests import toy
 from tests.data.test_pipeline import share

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from cap_pretrain.data.hard_negatives import OrderQuestions, SceneQuestions
-from cap_pretrain.data.scene_text import mentions
-from cap_pretrain.data.scenes import Scenes
+from cap_pretrain.data.scenes.source import Scenes
+from cap_pretrain.data.scenes.text import mentions
 from cap_pretrain.data.sugarcrepe import SugarCrepe
 from cap_pretrain.errors import UserError
 

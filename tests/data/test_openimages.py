@@ -4,7 +4,7 @@ import gzip
 
 import pytest
 
-from cap_pretrain.data.sources import open_source
+from cap_pretrain.data.sources.open import open_source
 from tests.data.test_question_formats import build, lost
 from tests.tools.test_build_dataset import jpeg, read, run, write_files
 

@@ -15,7 +15,7 @@ import pytest
 from cap_pretrain.data import pipeline
 from cap_pretrain.data.pipeline import eval_batches, train_dataset
 from cap_pretrain.data.prefetch import iterate
-from cap_pretrain.data.tokenizers import SentencePieceTokenizer, train_sentencepiece
+from cap_pretrain.data.text.tokenizers import SentencePieceTokenizer, train_sentencepiece
 from cap_pretrain.errors import UserError
 
 SIZE = 8
@@ -364,7 +364,7 @@ _KILLED_WHILE_READING = """
 import os, signal, sys
 from cap_pretrain.data.pipeline import train_dataset
 from cap_pretrain.data.prefetch import iterate
-from cap_pretrain.data.tokenizers import SentencePieceTokenizer
+from cap_pretrain.data.text.tokenizers import SentencePieceTokenizer
 from tests.data.test_pipeline import Numbers
 
 tokenizer = SentencePieceTokenizer(sys.argv[1])

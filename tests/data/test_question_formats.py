@@ -8,8 +8,8 @@ import pytest
 
 from cap_pretrain.data import images
 from cap_pretrain.data.builders.files import Finder, open_files
-from cap_pretrain.data.builders.nlvr2 import side_by_side
-from cap_pretrain.data.sources import open_source
+from cap_pretrain.data.builders.formats.nlvr2 import side_by_side
+from cap_pretrain.data.sources.open import open_source
 from tests.tools.test_build_dataset import jpeg, read, report, run, write_files
 
 

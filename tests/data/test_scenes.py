@@ -11,10 +11,10 @@ from itertools import permutations
 import numpy as np
 import pytest
 
-from cap_pretrain.data.scene_render import render
-from cap_pretrain.data.scene_text import mentions, names_every_object
-from cap_pretrain.data.scene_world import COLOURS, HELD_OUT, PATTERNS, SHAPES, Scene, Thing
-from cap_pretrain.data.scenes import LABELS, SPLITS, Scenes, ScenesOptions
+from cap_pretrain.data.scenes.render import render
+from cap_pretrain.data.scenes.source import LABELS, SPLITS, Scenes, ScenesOptions
+from cap_pretrain.data.scenes.text import mentions, names_every_object
+from cap_pretrain.data.scenes.world import COLOURS, HELD_OUT, PATTERNS, SHAPES, Scene, Thing
 from cap_pretrain.errors import UserError
 
 MEANING = {
@@ -123,7 +123,7 @@ def test_record_is_a_pure_function_of_split_index_and_options():
     assert_same_record(source[7], first)
     assert_same_record(pickle.loads(pickle.dumps(source))[np.int64(7)], first)
     program = (
-        "import hashlib; from cap_pretrain.data.scenes import Scenes\n"
+        "import hashlib; from cap_pretrain.data.scenes.source import Scenes\n"
         "r = Scenes('train', 32)[7]; print(hashlib.sha1(r['image']).hexdigest(), r['captions'])"
     )
     told = subprocess.run(

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cap_pretrain.data import sources
-from cap_pretrain.data.sources import DEFAULT_FIELDS, open_source, parse_mixture
+from cap_pretrain.data.sources.base import DEFAULT_FIELDS, parse_mixture
+from cap_pretrain.data.sources.open import find_dataset, open_source
 from cap_pretrain.errors import UserError
 
 SIZES = {"train": 10, "val": 3}
@@ -129,11 +129,11 @@ def test_the_newest_of_several_versions_is_read_and_a_single_config(data_dir, tm
         folder = tmp_path / "flat" / "config" / version
         folder.mkdir(parents=True)
         (folder / "dataset_info.json").touch()
-    assert sources.find_dataset(str(tmp_path / "flat")).name == "10.0.0"
+    assert find_dataset(str(tmp_path / "flat")).name == "10.0.0"
     (tmp_path / "flat" / "other" / "1.0.0").mkdir(parents=True)
     (tmp_path / "flat" / "other" / "1.0.0" / "dataset_info.json").touch()
     with pytest.raises(UserError, match="config, other"):
-        sources.find_dataset(str(tmp_path / "flat"))
+        find_dataset(str(tmp_path / "flat"))
 
 
 def test_split_syntax_and_aliases(data_dir):

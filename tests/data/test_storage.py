@@ -13,12 +13,12 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from cap_pretrain import train
-from cap_pretrain.data import storage
 from cap_pretrain.data.pipeline import train_dataset
 from cap_pretrain.data.prefetch import iterate
-from cap_pretrain.data.sources import open_source
-from cap_pretrain.data.tfds_source import TfdsSource
-from cap_pretrain.data.tokenizers import SentencePieceTokenizer, train_sentencepiece
+from cap_pretrain.data.sources import storage
+from cap_pretrain.data.sources.open import open_source
+from cap_pretrain.data.sources.tfds import TfdsSource
+from cap_pretrain.data.text.tokenizers import SentencePieceTokenizer, train_sentencepiece
 from cap_pretrain.errors import UserError
 from tests import toy
 from tests.data.test_sources import write

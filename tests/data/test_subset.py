@@ -5,9 +5,9 @@ import pickle
 import numpy as np
 import pytest
 
-from cap_pretrain.data import subset
-from cap_pretrain.data.scenes import Scenes
-from cap_pretrain.data.sources import without_image
+from cap_pretrain.data.scenes.source import Scenes
+from cap_pretrain.data.sources import subset
+from cap_pretrain.data.sources.base import without_image
 from cap_pretrain.errors import UserError
 
 SOURCE = Scenes("train", 16, length_train=400, label="count")

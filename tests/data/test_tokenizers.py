@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from cap_pretrain.data.tokenizers import (
+from cap_pretrain.data.text.tokenizers import (
     NoText,
     SentencePieceTokenizer,
     encode_answer,

@@ -11,8 +11,8 @@ import pytest
 
 from cap_pretrain.data.pipeline import train_dataset
 from cap_pretrain.data.prefetch import iterate
-from cap_pretrain.data.sources import open_source
-from cap_pretrain.data.tokenizers import SentencePieceTokenizer, train_sentencepiece
+from cap_pretrain.data.sources.open import open_source
+from cap_pretrain.data.text.tokenizers import SentencePieceTokenizer, train_sentencepiece
 from cap_pretrain.errors import UserError
 from tests.data.test_sources import write
 
@@ -223,7 +223,7 @@ import os, sys
 from cap_pretrain.data.pipeline import train_dataset
 from cap_pretrain.data.prefetch import iterate
 from cap_pretrain.data.sources import open_source
-from cap_pretrain.data.tokenizers import SentencePieceTokenizer
+from cap_pretrain.data.text.tokenizers import SentencePieceTokenizer
 from cap_pretrain.errors import UserError
 
 def main():

@@ -5,8 +5,8 @@ from random import Random
 
 import pytest
 
-from cap_pretrain.data.word_classes import ADJECTIVE, NOUN, word_classes
-from cap_pretrain.data.word_order import MAX_WORDS, SHUFFLES, shuffles, words_of
+from cap_pretrain.data.text.word_classes import ADJECTIVE, NOUN, word_classes
+from cap_pretrain.data.text.word_order import MAX_WORDS, SHUFFLES, shuffles, words_of
 
 CAPTIONS = [
     "A small brown dog jumps over the old fence, while two girls watch.",

@@ -7,7 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cap_pretrain.data.words import Rules, WordTokenizer, is_words_file, nltk_words, write_words
+from cap_pretrain.data.text.words import (
+    Rules,
+    WordTokenizer,
+    is_words_file,
+    nltk_words,
+    write_words,
+)
 from cap_pretrain.errors import UserError
 
 CAPTIONS = [

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from cap_pretrain import partition
-from cap_pretrain.evals import Context
+from cap_pretrain.distributed import sharding
+from cap_pretrain.evals.base import Context
 from tests import tiny
 from tests.evals.stubs import Numbers
 
@@ -56,7 +56,7 @@ def context(train: Any, test: Any, *, workdir: Any = None, mesh: Any = None, **m
     """A context for a tiny captioner with random weights, and these variables."""
     c = tiny.config()
     graphdef, *variables = tiny.split(c)
-    mesh = mesh or partition.make_mesh(c)
+    mesh = mesh or sharding.make_mesh(c)
     sources = {"train": train, "val": test} | more
     made = Among(c, graphdef, Numbers(), mesh, workdir=workdir, sources=sources)
     return made, tuple(variables)

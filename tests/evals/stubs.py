@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from cap_pretrain import inputs, partition, step
-from cap_pretrain.evals import Context
+from cap_pretrain import inputs
+from cap_pretrain.distributed import sharding
+from cap_pretrain.evals.base import Context
+from cap_pretrain.training import step
 from tests import tiny, toy
 
 
@@ -108,7 +110,7 @@ def context(learner: type[nnx.Module], pictures: Any) -> tuple[Context, tuple[An
     """A context for a learner of this file, and its (no) variables."""
     c = tiny.config()
     graphdef, *variables = step.split_learner(learner())
-    mesh = partition.make_mesh(c)
+    mesh = sharding.make_mesh(c)
     return On(c, graphdef, Numbers(), mesh, pictures=pictures), tuple(variables)
 
 
@@ -117,4 +119,4 @@ def small(kind: str, tokenizer_path: Any, **fields: Any) -> tuple[Context, tuple
     c = toy.config(kind, **dict(model__depth=1, data__scenes__length_val=13) | fields)
     tokenizer = inputs.open_tokenizer(c, tokenizer_path)
     graphdef, *variables = tiny.split(c, vocab=tokenizer.vocab_size)
-    return Context(c, graphdef, tokenizer, partition.make_mesh(c)), tuple(variables)
+    return Context(c, graphdef, tokenizer, sharding.make_mesh(c)), tuple(variables)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cap_pretrain.evals.answer_accuracy import accuracy, normalized
+from cap_pretrain.evals.metrics.answer_accuracy import accuracy, normalized
 
 
 @pytest.mark.parametrize(

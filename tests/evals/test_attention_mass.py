@@ -9,15 +9,17 @@ import pytest
 from flax import nnx
 from ml_collections import ConfigDict
 
-from cap_pretrain import evals, partition, step, train
-from cap_pretrain.data import words
-from cap_pretrain.data.scene_render import _RGB, render
-from cap_pretrain.data.scene_text import Mention, find_mentions
-from cap_pretrain.data.scene_world import COLOURS
-from cap_pretrain.data.scenes import Scenes
+from cap_pretrain import evals, train
+from cap_pretrain.data.scenes.render import _RGB, render
+from cap_pretrain.data.scenes.source import Scenes
+from cap_pretrain.data.scenes.text import Mention, find_mentions
+from cap_pretrain.data.scenes.world import COLOURS
+from cap_pretrain.data.text import words
+from cap_pretrain.distributed import sharding
 from cap_pretrain.errors import UserError
-from cap_pretrain.evals import Context
 from cap_pretrain.evals.attention_mass import AttentionMass, covered
+from cap_pretrain.evals.base import Context
+from cap_pretrain.training import step
 from tests import toy
 from tests.evals import stubs
 from tests.layouts import on_eight_devices
@@ -63,7 +65,7 @@ def measure(tmp_path):
         tokenizer = words.WordTokenizer(path, c.text.length)
         Spotter.ids = [tokenizer.encode(colour)[0] for colour in COLOURS]
         graphdef, *variables = step.split_learner(learner())
-        context = Context(c, graphdef, tokenizer, partition.make_mesh(c))
+        context = Context(c, graphdef, tokenizer, sharding.make_mesh(c))
         return AttentionMass(context, AttentionMass.Options(batch_size=batch_size))(variables)
 
     return measure
@@ -185,8 +187,8 @@ def of_captioner(tokenizer_path, shape):
     fields = {f"mesh__{axis}": n for axis, n in zip(("data", "fsdp", "tensor"), shape, strict=True)}
     context, (params, stats) = stubs.small("captioner", tokenizer_path, **fields)
     params["decoder"]["blocks"]["cross_attention"]["query"]["kernel"] *= 4
-    params = jax.device_put(params, partition.param_shardings(params, context.mesh))
-    variables = params, jax.device_put(stats, partition.replicated(context.mesh))
+    params = jax.device_put(params, sharding.param_shardings(params, context.mesh))
+    variables = params, jax.device_put(stats, sharding.replicated(context.mesh))
     with jax.set_mesh(context.mesh), jax.transfer_guard("disallow"):
         result = AttentionMass(context, AttentionMass.Options(batch_size=3))(variables)
     assert not result.figures.keys() & result.details.keys()  # of one JSON object

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from cap_pretrain.errors import UserError
-from cap_pretrain.evals import caption_metrics, caption_tokens
-from cap_pretrain.evals.caption_metrics import METRICS, score
+from cap_pretrain.evals.metrics import caption_metrics, caption_tokens
+from cap_pretrain.evals.metrics.caption_metrics import METRICS, score
 
 needs_java = pytest.mark.skipif(not shutil.which("java"), reason="there is no Java here")
 

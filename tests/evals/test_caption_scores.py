@@ -11,10 +11,12 @@ import jax
 import pytest
 
 from cap_pretrain import evals
-from cap_pretrain.data.scenes import Scenes
+from cap_pretrain.data.scenes.source import Scenes
 from cap_pretrain.errors import UserError
-from cap_pretrain.evals import Interrupted, caption_scores
+from cap_pretrain.evals import caption_scores
+from cap_pretrain.evals.base import Interrupted
 from cap_pretrain.evals.caption_scores import CaptionScores
+from cap_pretrain.evals.suite import write_result
 from tests import tiny, toy
 from tests.evals.test_caption_metrics import CAPTIONS, PUBLISHED, REFERENCES
 from tests.evals.test_loss import context_of
@@ -80,7 +82,7 @@ def test_captions_are_scored_and_kept(evaluator, tmp_path, capsys):
     )
 
     path = tmp_path / "evals" / "test" / "1.json"
-    evals.write_result(path, evals.defaults("caption_scores"), 1, result)
+    write_result(path, evals.defaults("caption_scores"), 1, result)
     assert score_captions.main(["--results", str(path)]) == 0
     again = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {name: again[name] for name in expected} == found

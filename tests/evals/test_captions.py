@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from cap_pretrain.decoding import beam_search
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.captions import Captioning, Captions
+from cap_pretrain.models.decoding import beam_search
 from tests.evals import stubs
 
 

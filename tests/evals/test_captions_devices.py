@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from cap_pretrain import partition
-from cap_pretrain.decoding import Decoding
-from cap_pretrain.evals.captions import Captions, write_captions
+from cap_pretrain.distributed import sharding
+from cap_pretrain.evals.captions import Captions
 from cap_pretrain.evals.perplexity import Perplexity
+from cap_pretrain.models.decoding import Decoding, write_captions
 from cap_pretrain.topology import hlo
 from tests import tiny
 from tests.evals import stubs
@@ -31,8 +31,8 @@ def measured(tokenizer_path, shape, methods, count=7):
         params["decoder"]["blocks"]["cross_attention"][part]["kernel"] *= 4
     params["decoder"]["logits"]["bias"] *= 0
     params["text_positions"] *= 5
-    params = jax.device_put(params, partition.param_shardings(params, context.mesh))
-    variables = params, jax.device_put(stats, partition.replicated(context.mesh))
+    params = jax.device_put(params, sharding.param_shardings(params, context.mesh))
+    variables = params, jax.device_put(stats, sharding.replicated(context.mesh))
     with jax.set_mesh(context.mesh), jax.transfer_guard("disallow"):
         results = [
             Captions(context, Captions.Options(count=count, **METHODS[method]))(variables)
@@ -63,7 +63,7 @@ def communication(method, prompted, fsdp=1):
     """The kinds of collective operations in decoding on all devices: in its loop, and before it."""
     c = tiny.config()
     c.mesh.fsdp = fsdp
-    mesh = partition.make_mesh(c)
+    mesh = sharding.make_mesh(c)
     graphdef, params, stats = tiny.split(c)
 
     def write(variables, images, keys, prompt):
@@ -73,8 +73,8 @@ def communication(method, prompted, fsdp=1):
 
     keys = jax.random.split(jax.random.key(0), 16)
     batch = tiny.images(16), keys, tiny.texts([3] * 16)
-    batch = jax.device_put(batch, partition.batch_sharding(mesh))
-    shardings = partition.param_shardings(params, mesh), partition.replicated(mesh)
+    batch = jax.device_put(batch, sharding.batch_sharding(mesh))
+    shardings = sharding.param_shardings(params, mesh), sharding.replicated(mesh)
     variables = jax.device_put((params, stats), shardings)
     with jax.set_mesh(mesh):
         program = hlo.parse(jax.jit(write).lower(variables, *batch).compile().as_text())

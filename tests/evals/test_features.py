@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from cap_pretrain.data import subset
+from cap_pretrain.data.sources import subset
 from cap_pretrain.errors import UserError
-from cap_pretrain.evals.features import Features
+from cap_pretrain.evals.probes.features import Features
 from tests import tiny
 from tests.evals.labelled import Coloured, context
 from tests.evals.stubs import Pictures

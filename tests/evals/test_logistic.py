@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from cap_pretrain.evals import logistic
+from cap_pretrain.evals.probes import logistic
 
 
 def problem(n=300, d=20, classes=4, apart=0.6, seed=0):

@@ -7,9 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from cap_pretrain import evals, inputs, learners, partition, step
-from cap_pretrain.evals import Context
+from cap_pretrain import evals, inputs, learners
+from cap_pretrain.distributed import sharding
+from cap_pretrain.evals.base import Context
 from cap_pretrain.evals.loss import Loss
+from cap_pretrain.training import step
 from tests import toy
 
 
@@ -19,7 +21,7 @@ def context_of(c, tokenizer_path):
     graphdef, params, stats = step.split_learner(learner)
     # Noise, or else a fresh logits layer makes every token equally likely.
     params = jax.tree.map(lambda p: p + 0.3 * jax.random.normal(jax.random.key(1), p.shape), params)
-    return Context(c, graphdef, tokenizer, partition.make_mesh(c)), (params, stats)
+    return Context(c, graphdef, tokenizer, sharding.make_mesh(c)), (params, stats)
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression, Ridge
 
-from cap_pretrain import partition
+from cap_pretrain.distributed import sharding
 from cap_pretrain.errors import UserError
-from cap_pretrain.evals import few_shot, knn, probing
-from cap_pretrain.evals.features import Features
-from cap_pretrain.evals.few_shot import FewShot
-from cap_pretrain.evals.knn import KNearestNeighbours
-from cap_pretrain.evals.linear_probe import LinearProbe
+from cap_pretrain.evals.probes import few_shot, knn, probing
+from cap_pretrain.evals.probes.features import Features
+from cap_pretrain.evals.probes.few_shot import FewShot
+from cap_pretrain.evals.probes.knn import KNearestNeighbours
+from cap_pretrain.evals.probes.linear_probe import LinearProbe
 from tests import tiny, toy
 from tests.evals.labelled import Coloured, context
 
@@ -195,9 +195,9 @@ def all_figures(shape: tuple[int, int, int], batch_size: int) -> dict[str, list[
     """The figures of every probe on a mesh, with parameters laid out as training has them."""
     c = tiny.config()
     c.mesh.data, c.mesh.fsdp, c.mesh.tensor = shape
-    mesh = partition.make_mesh(c, jax.devices()[: math.prod(shape)])
+    mesh = sharding.make_mesh(c, jax.devices()[: math.prod(shape)])
     made, (params, stats) = context(TRAIN, TEST, mesh=mesh)
-    variables = jax.device_put(params, partition.param_shardings(params, mesh)), stats
+    variables = jax.device_put(params, sharding.param_shardings(params, mesh)), stats
     probes = {
         LinearProbe: {"c": GRID},
         KNearestNeighbours: {},

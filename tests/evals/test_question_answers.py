@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from cap_pretrain import partition
-from cap_pretrain.data.tokenizers import encode_answer
+from cap_pretrain.data.text.tokenizers import encode_answer
+from cap_pretrain.distributed import sharding
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.captions import Captions
 from cap_pretrain.evals.perplexity import Perplexity
@@ -176,8 +176,8 @@ def measured(tokenizer_path, shape, methods, batch_size):
     fields |= {"data__scenes__length_val": 11, "text__length": 14}
     context, (params, stats) = stubs.small("captioner", tokenizer_path, **fields)
     teach(params)
-    params = jax.device_put(params, partition.param_shardings(params, context.mesh))
-    variables = params, jax.device_put(stats, partition.replicated(context.mesh))
+    params = jax.device_put(params, sharding.param_shardings(params, context.mesh))
+    variables = params, jax.device_put(stats, sharding.replicated(context.mesh))
     answers = {k: ["circle", "a ring", "blue"] * 3 for k in range(0, 11, 2)}
     asked = Asked(context.source(), answers)
     type(context).source, found = lambda *_: asked, []

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from cap_pretrain.evals import ranking
+from cap_pretrain.evals.metrics import ranking
 
 
 def over_all_orders(figure, better, wrong, right):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cap_pretrain.data.scenes import Scenes
+from cap_pretrain.data.scenes.source import Scenes
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals import scene_captions
 from cap_pretrain.evals.scene_captions import SceneCaptions

@@ -9,7 +9,8 @@ from ml_collections import ConfigDict
 
 from cap_pretrain import evals
 from cap_pretrain.errors import UserError
-from cap_pretrain.evals import Result
+from cap_pretrain.evals.base import Result
+from cap_pretrain.evals.suite import Suite
 
 
 class Fake:
@@ -37,7 +38,7 @@ def suite(monkeypatch, tmp_path):
             {"often": evals.defaults("fake"), "last": evals.defaults("fake", scale=3.0, when=also)}
         )
         context = SimpleNamespace(config=SimpleNamespace(evals=entries))
-        return evals.Suite(context, tmp_path, **kwargs)
+        return Suite(context, tmp_path, **kwargs)
 
     return make
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from cap_pretrain.data.scenes import Scenes
+from cap_pretrain.data.scenes.source import Scenes
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals import zero_shot
 from cap_pretrain.evals.zero_shot import ZeroShot

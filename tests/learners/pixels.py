@@ -7,7 +7,7 @@ from flax import nnx
 
 from cap_pretrain.models.encoder import ImageEncoder
 from cap_pretrain.models.layers import EncoderOutput
-from cap_pretrain.step import loss_and_stats, split_learner
+from cap_pretrain.training.step import loss_and_stats, split_learner
 
 
 class Pixels(ImageEncoder):

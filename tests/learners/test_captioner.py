@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from cap_pretrain import plan
-from cap_pretrain.learners.captioner import PAD
-from cap_pretrain.step import loss_and_stats
+from cap_pretrain.models.text import PAD
+from cap_pretrain.training import plan
+from cap_pretrain.training.step import loss_and_stats
 from tests import tiny, torch_reference, toy
 
 KEY = jax.random.key(3)

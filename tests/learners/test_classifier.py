@@ -7,10 +7,12 @@ import optax
 import pytest
 from flax import nnx
 
-from cap_pretrain import learners, partition, step
+from cap_pretrain import learners
+from cap_pretrain.distributed import sharding
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.accuracy import Accuracy
 from cap_pretrain.learners.classifier import Classifier
+from cap_pretrain.training import step
 from tests import tiny, toy
 from tests.evals.labelled import Among, Coloured
 from tests.evals.stubs import Numbers
@@ -139,7 +141,7 @@ def classifier():
     c = config()
     graphdef, *variables = tiny.split(c)
     sources = {"val": Coloured(45, 6, broken=(7, 44)), "more": Coloured(20, 7)}
-    mesh = partition.make_mesh(c)
+    mesh = sharding.make_mesh(c)
     return Among(c, graphdef, Numbers(), mesh, sources=sources), tuple(variables)
 
 

@@ -10,12 +10,13 @@ import optax
 import pytest
 from flax import nnx
 
-from cap_pretrain import colours, inputs, train
 from cap_pretrain import config as configs
+from cap_pretrain import inputs, train
 from cap_pretrain.convert.export import form
 from cap_pretrain.errors import UserError
 from cap_pretrain.learners import colorization
 from cap_pretrain.learners.colorization import Colorization, count_colours
+from cap_pretrain.models import lab
 from cap_pretrain.models.build import build_encoder
 from cap_pretrain.models.encoder import COLOURS, ImageEncoder
 from cap_pretrain.models.layers import EncoderOutput
@@ -68,14 +69,14 @@ def whole():
     """A learner, its logits of IMAGES, and the colours of their parts, [6, 4, 4, 2]."""
     learner = colorization_of()
     logits = np.asarray(_predict(learner, IMAGES))
-    ab = colours.lab(IMAGES / 255)[..., 1:].reshape(6, 4, 4, 4, 4, 2).mean((2, 4))
+    ab = lab.lab(IMAGES / 255)[..., 1:].reshape(6, 4, 4, 4, 4, 2).mean((2, 4))
     return learner, logits, ab
 
 
 def test_the_loss_is_cross_entropy_with_soft_targets(whole):
     learner, logits, ab = whole
-    assert logits.shape == (6, 4, 4, colours.BINS)
-    squares = ((ab[..., None, :] - colours.bins()) ** 2).sum(-1)
+    assert logits.shape == (6, 4, 4, lab.BINS)
+    squares = ((ab[..., None, :] - lab.bins()) ** 2).sum(-1)
     tenth = np.sort(squares, axis=-1)[..., 9:10]
     shares = np.where(squares <= tenth, np.exp(-squares / 50), 0)
     shares /= shares.sum(-1, keepdims=True)
@@ -85,9 +86,9 @@ def test_the_loss_is_cross_entropy_with_soft_targets(whole):
     np.testing.assert_allclose(metrics["cross_entropy"], found, rtol=1e-6)
     right = squares.argmin(-1)
     np.testing.assert_allclose(metrics["accuracy"], (logits.argmax(-1) == right).mean(), atol=1e-6)
-    gray = int(colours.nearest_bin(np.zeros(2)))
+    gray = int(lab.nearest_bin(np.zeros(2)))
     np.testing.assert_allclose(metrics["chance"], (right == gray).mean(), atol=1e-6)
-    told = colours.annealed_mean(jnp.asarray(logits))
+    told = lab.annealed_mean(jnp.asarray(logits))
     error = np.linalg.norm(told - ab, axis=-1).mean()
     np.testing.assert_allclose(metrics["ab_error"], error, rtol=1e-4)
     expected = np.linalg.norm(ab, axis=-1).mean()
@@ -97,13 +98,13 @@ def test_the_loss_is_cross_entropy_with_soft_targets(whole):
 
 def test_rare_bins_count_more(whole):
     _, logits, ab = whole
-    right = np.asarray(colours.nearest_bin(ab))
-    counts = np.bincount(right.ravel(), minlength=colours.BINS)
+    right = np.asarray(lab.nearest_bin(ab))
+    counts = np.bincount(right.ravel(), minlength=lab.BINS)
     learner = colorization_of(prior=" ".join(map(str, counts)))
     found, metrics = loss(learner, IMAGES)
-    numbers, shares = colours.encode(jnp.asarray(ab, jnp.float32))
+    numbers, shares = lab.encode(jnp.asarray(ab, jnp.float32))
     logs = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), np.asarray(numbers), -1)
-    expected = -(shares * logs).sum(-1) * colours.weights(counts)[right]
+    expected = -(shares * logs).sum(-1) * lab.weights(counts)[right]
     np.testing.assert_allclose(found, expected.mean(), rtol=1e-3)
     assert found != pytest.approx(float(metrics["cross_entropy"]), rel=1e-3)
     share = (right == counts.argmax()).mean()
@@ -112,7 +113,7 @@ def test_rare_bins_count_more(whole):
 
 def test_the_encoder_sees_lightness_alone(whole):
     learner, logits, _ = whole
-    recoloured = np.asarray(255 * colours.gray(IMAGES / 255)).round().astype(np.uint8)
+    recoloured = np.asarray(255 * lab.gray(IMAGES / 255)).round().astype(np.uint8)
     assert np.abs(IMAGES.astype(int) - recoloured).max() > 20
     np.testing.assert_allclose(_predict(learner, recoloured), logits, atol=0.05)
     assert np.ptp(logits) > 1
@@ -120,7 +121,7 @@ def test_the_encoder_sees_lightness_alone(whole):
 
 def test_gray_and_masked_images_do_not_count(whole):
     learner, *_ = whole
-    gray = np.asarray(255 * colours.gray(IMAGES / 255)).astype(np.uint8)
+    gray = np.asarray(255 * lab.gray(IMAGES / 255)).astype(np.uint8)
     noisy = gray + np.array([0, 3, 0], np.uint8)  # a and b of less than 5, as JPEG may leave
     first = np.arange(6) < 3
     expected, of_first = loss(learner, IMAGES, first)
@@ -155,7 +156,7 @@ def test_its_gradient_has_no_scatter_which_gpus_add_up_in_any_order():
 
 def test_predictions_lie_where_their_pixels_are():
     learner = colorization_of(upsample=2)
-    head = np.zeros((24, 2, 2, colours.BINS), np.float32)
+    head = np.zeros((24, 2, 2, lab.BINS), np.float32)
     head[:, 1, 0, 5] = 1  # the part below left of each token
     learner.head.kernel[...] = jnp.asarray(head.reshape(24, -1))
     images = np.zeros((1, SIDE, SIDE, 3), np.uint8)
@@ -186,7 +187,7 @@ def test_it_learns_that_light_is_yellow():
     fresh = Colorization(Patches(), options=Colorization.Options(upsample=1), rngs=nnx.Rngs(0))
     held_out = dull_and_bright(32, 99)
     before, _ = loss(fresh, held_out)
-    np.testing.assert_allclose(before, np.log(colours.BINS), rtol=1e-5)
+    np.testing.assert_allclose(before, np.log(lab.BINS), rtol=1e-5)
     batches = [dull_and_bright(32, n) for n in range(40)]
     for images in batches:
         images[:8] = images[:8, ..., :1]  # gray, of which nothing is learned and nothing breaks
@@ -197,11 +198,11 @@ def test_it_learns_that_light_is_yellow():
     found = np.asarray(jax.jit(learner.colourize)(held_out))
     assert found.dtype == np.uint8 and found.shape == held_out.shape
     np.testing.assert_allclose(
-        colours.lab(found / 255)[..., 0], colours.lab(held_out / 255)[..., 0], atol=6
+        lab.lab(found / 255)[..., 0], lab.lab(held_out / 255)[..., 0], atol=6
     )
     middle = (slice(None), slice(2, 6), slice(2, 6))
     off = np.abs(found[middle].astype(int) - held_out[middle]).mean()
-    assert off < 30 < np.abs(255 * colours.gray(held_out / 255) - held_out)[middle].mean()
+    assert off < 30 < np.abs(255 * lab.gray(held_out / 255) - held_out)[middle].mean()
 
 
 class Numbered:
@@ -225,7 +226,7 @@ def test_colours_of_the_training_images_are_counted(monkeypatch):
     monkeypatch.setattr(colorization, "PRIOR_IMAGES", 20)
     red, blue = Numbered((250, 0, 0), 150, odd=(10, 11, 20, 21)), Numbered((0, 0, 250), 3)
     counts = count_colours([(red, 0.75), (blue, 0.25)])
-    bins = colours.nearest_bin(colours.lab(np.array([[250, 0, 0], [0, 0, 250]]) / 255)[:, 1:])
+    bins = lab.nearest_bin(lab.lab(np.array([[250, 0, 0], [0, 0, 250]]) / 255)[:, 1:])
     assert np.flatnonzero(counts).tolist() == sorted(bins)
     assert red.seen == list(range(0, 150, 10)) and blue.seen == [0, 1, 2]
     assert counts[bins].tolist() == [13 * 16**2, 3 * 16**2]
@@ -244,7 +245,7 @@ def test_what_is_counted_becomes_part_of_the_config(monkeypatch):
     mixture = inputs.open_sources(c)
     settled = inputs.completed(c, mixture)
     prior = np.array(settled.learner.prior.split(), int)
-    assert prior.shape == (colours.BINS,) and 0 < prior.sum() <= 12 * 16**2
+    assert prior.shape == (lab.BINS,) and 0 < prior.sum() <= 12 * 16**2
     assert inputs.completed(c, mixture).learner == settled.learner
     assert inputs.completed(settled, []).learner == settled.learner
     c.learner.prior = "uniform"
@@ -266,10 +267,10 @@ def test_a_run_of_two_steps(monkeypatch, tmp_path):
     configs.validate(c)
     train.run(c, tmp_path)
     one, two = toy.losses(tmp_path)
-    assert one["train/cross_entropy"] == pytest.approx(np.log(colours.BINS), rel=1e-4)
+    assert one["train/cross_entropy"] == pytest.approx(np.log(lab.BINS), rel=1e-4)
     assert two["train/loss"] != one["train/loss"]
     kept = json.loads((tmp_path / "config.json").read_text())
-    assert len(kept["learner"]["prior"].split()) == colours.BINS
+    assert len(kept["learner"]["prior"].split()) == lab.BINS
     train.run(c, tmp_path)  # counts the same again, or the config would be refused
     assert "ab_error" in json.loads((tmp_path / "evals" / "loss" / "2.json").read_text())
 
@@ -280,7 +281,7 @@ def seen_by(encoder, images):
     All that is vectors, pooled and of the first layer.
     """
     layer = next(iter(encoder.layers), None)
-    gray = 2 * colours.gray((images + 1) / 2) - 1
+    gray = 2 * lab.gray((images + 1) / 2) - 1
 
     @jax.jit
     def outputs(images):
@@ -326,7 +327,7 @@ def test_what_cannot_be_is_told():
         configs.validate(toy.config(model__colours="grey"))
     with pytest.raises(UserError, match="model.colours: 'lightness' is for images"):
         configs.validate(toy.config(model__name="stored", model__colours="lightness"))
-    for wrong in ("1 2 3", "x " * colours.BINS, "0 " * colours.BINS, "-1 " * colours.BINS):
+    for wrong in ("1 2 3", "x " * lab.BINS, "0 " * lab.BINS, "-1 " * lab.BINS):
         with pytest.raises(UserError, match="learner.prior: .* is not 261 counts of bins"):
             Colorization.Options(prior=wrong)
     with pytest.raises(UserError, match="learner.upsample: 0 must be at least 1"):

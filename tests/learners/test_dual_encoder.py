@@ -6,9 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from cap_pretrain import learners, plan
+from cap_pretrain import learners
 from cap_pretrain.learners.pairs import LOSSES
-from cap_pretrain.step import split_learner
+from cap_pretrain.training import plan
+from cap_pretrain.training.step import split_learner
 from tests import tiny, torch_reference, toy
 
 KEY = jax.random.key(0)

@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from cap_pretrain import rules, step
+from cap_pretrain import rules
+from cap_pretrain.training import step
 from tests import tiny, toy
 
 LEARNERS = {

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from cap_pretrain import permutations
 from cap_pretrain.errors import UserError
+from cap_pretrain.learners import permutations
 from cap_pretrain.learners.jigsaw import Jigsaw, cut_tiles
 from cap_pretrain.models.convnet import MEAN, STD
 from tests import tiny

@@ -14,11 +14,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from cap_pretrain import augment, config, initial, learners, plan, train
+from cap_pretrain import config, learners, train
+from cap_pretrain.checkpoints import warm_start
 from cap_pretrain.errors import UserError
+from cap_pretrain.learners import augment
 from cap_pretrain.learners.classifier import classification
 from cap_pretrain.models.build import build_encoder
 from cap_pretrain.models.layers import constrain
+from cap_pretrain.training import plan
 from tests import toy
 
 NEIGHBOURS = 8
@@ -111,6 +114,6 @@ def test_it_trains_is_evaluated_resumes_and_its_encoder_is_taken_over(tmp_path):
     assert len(toy.losses(tmp_path / "run")) == 3
 
     probe = toy.config("encoder", encoder=str(tmp_path / "run"), total_steps=0)
-    resolved, beginning = initial.resolve(probe)
+    resolved, beginning = warm_start.resolve(probe)
     assert (resolved.model.name, resolved.data.image_size) == ("mu/8", 32)
     assert beginning.params and all(path.startswith("encoder/") for path in beginning.params)

@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from cap_pretrain import learners, partition
+from cap_pretrain import learners
+from cap_pretrain.distributed import sharding
 from cap_pretrain.errors import UserError
 from cap_pretrain.learners import pairs
 from tests import layouts
@@ -29,7 +30,7 @@ def compared(layout, ring, mask):
         return 3 * found.loss, found
 
     with jax.set_mesh(mesh):
-        batch = partition.put_batch({"i": images, "t": texts, "v": valid}, mesh)
+        batch = sharding.put_batch({"i": images, "t": texts, "v": valid}, mesh)
         args = batch["i"], batch["t"], shared, batch["v"]
         learn = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True)).lower(*args).compile()
         (_, found), gradients = learn(*args)

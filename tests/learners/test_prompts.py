@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from cap_pretrain.learners.captioner import PAD
+from cap_pretrain.models.text import PAD
 from tests import tiny
 from tests.learners.test_captioner import KEY, log_softmax, loss_with
 

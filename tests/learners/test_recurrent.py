@@ -9,13 +9,13 @@ import optax
 import pytest
 from flax import nnx
 
-from cap_pretrain.decoding import beam_search, greedy
 from cap_pretrain.errors import UserError
 from cap_pretrain.learners.recurrent import Recurrent, sampled_inputs, unevenness
+from cap_pretrain.models.decoding import beam_search, greedy
 from cap_pretrain.models.encoder import ImageEncoder
 from cap_pretrain.models.layers import Compute, EncoderOutput
 from cap_pretrain.models.recurrent import DECODERS
-from cap_pretrain.step import accumulated_gradients, split_learner
+from cap_pretrain.training.step import accumulated_gradients, split_learner
 from tests import tiny
 
 KEY = jax.random.key(3)

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType
 
-from cap_pretrain import partition
-from cap_pretrain.step import loss_and_stats
+from cap_pretrain.distributed import sharding
 from cap_pretrain.topology import hlo
+from cap_pretrain.training.step import loss_and_stats
 from tests import tiny
 from tests.layouts import on_eight_devices
 from tests.learners import test_recurrent
@@ -23,8 +23,8 @@ def gathers(kind: str) -> tuple[int, int]:
         "image": jnp.asarray(tiny.images(16)),
         "text": jnp.asarray(tiny.texts([3, 5] * 8)),
     }
-    params = jax.device_put(params, partition.param_shardings(params, mesh))
-    batch = jax.device_put(batch, partition.batch_sharding(mesh))
+    params = jax.device_put(params, sharding.param_shardings(params, mesh))
+    batch = jax.device_put(batch, sharding.batch_sharding(mesh))
 
     def loss(params, batch):
         return loss_and_stats(graphdef, params, stats, batch, jax.random.key(0))[0]

@@ -9,12 +9,14 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from cap_pretrain import config as configs
-from cap_pretrain import learners, partition, plan
+from cap_pretrain import learners
 from cap_pretrain.convert import export, open_encoder
+from cap_pretrain.distributed import sharding
 from cap_pretrain.errors import UserError
 from cap_pretrain.models import build
 from cap_pretrain.models.convnet import BatchNorm, convolved, max_pool
 from cap_pretrain.models.layers import normalize_images
+from cap_pretrain.training import plan
 from tests import layouts, tiny, torch_convnets, toy
 from tests.convert.test_torchvision import MEAN, STD, close, imported, rows
 from tests.convert.torch_models import pixels
@@ -130,7 +132,7 @@ def test_a_resnet_of_another_width(name, width):
 def test_kernels_are_split_by_their_channels_out(name):
     _, params, _ = tiny.abstract(toy.config("encoder", model__name=name))
     mesh = jax.sharding.AbstractMesh((1, 8, 1), ("data", "fsdp", "tensor"))
-    shardings = partition.param_shardings(params, mesh)
+    shardings = sharding.param_shardings(params, mesh)
 
     def check(leaf, sharding):
         assert sharding.spec == P(*(None,) * (leaf.ndim - 1), "fsdp")

@@ -7,7 +7,6 @@ import pytest
 from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
-from cap_pretrain.flops import count_flops
 from cap_pretrain.models.layers import (
     REMAT_POLICIES,
     Compute,
@@ -18,6 +17,7 @@ from cap_pretrain.models.layers import (
     scan_layers,
     stack_layers,
 )
+from cap_pretrain.telemetry.flops import count_flops
 from tests import tiny
 
 KEY = jax.random.key(0)

@@ -4,9 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from cap_pretrain import learners, plan
+from cap_pretrain import learners
 from cap_pretrain.learners.captioner import shift_right
-from cap_pretrain.step import split_learner
+from cap_pretrain.training import plan
+from cap_pretrain.training.step import split_learner
 from tests import tiny, torch_reference, toy
 
 # A decoder of another size than its encoder, and how many heads it has.

@@ -14,8 +14,8 @@ from tensorflow_datasets.core import shuffle
 
 from cap_pretrain.data import images
 from cap_pretrain.data.builders import base
-from cap_pretrain.data.builders.image_folder import class_names, classified
-from cap_pretrain.data.sources import open_source
+from cap_pretrain.data.builders.formats.image_folder import class_names, classified
+from cap_pretrain.data.sources.open import open_source
 from cap_pretrain.errors import UserError
 from tools import build_dataset
 

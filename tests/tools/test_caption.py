@@ -11,10 +11,9 @@ import pytest
 from flax import nnx
 from PIL import Image
 
+from cap_pretrain.checkpoints.load import load_learner
 from cap_pretrain.data import pipeline
-from cap_pretrain.decoding import Decoding
-from cap_pretrain.evals.captions import write_captions
-from cap_pretrain.pretrained import load_learner
+from cap_pretrain.models.decoding import Decoding, write_captions
 from tests import toy
 from tools import caption
 

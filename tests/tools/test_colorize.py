@@ -8,9 +8,10 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from cap_pretrain import colours, learners
-from cap_pretrain.initial import resolve
-from cap_pretrain.pretrained import load_learner
+from cap_pretrain import learners
+from cap_pretrain.checkpoints.load import load_learner
+from cap_pretrain.checkpoints.warm_start import resolve
+from cap_pretrain.models import lab
 from tests import toy
 from tools import colorize
 
@@ -57,12 +58,12 @@ def test_the_lightness_stays_and_the_colours_are_the_learners(run):
     found = colorize.colourized(learner, pixels)
     assert found.shape == pixels.shape and found.dtype == np.uint8
     logits = nnx.merge(learner.graphdef, *learner.variables).predict(pixels)
-    ab = jax.image.resize(colours.annealed_mean(logits), (2, 16, 16, 2), "bilinear")
-    lab = colours.lab(found / 255)
+    ab = jax.image.resize(lab.annealed_mean(logits), (2, 16, 16, 2), "bilinear")
+    seen = lab.lab(found / 255)
     whole = np.all((found > 0) & (found < 255), axis=-1)  # others had to be cut to sRGB
     assert whole.mean() > 0.3
-    expected = np.concatenate([colours.lab(pixels / 255)[..., :1], ab], axis=-1)
-    np.testing.assert_allclose(lab[whole], expected[whole], atol=1.5)
+    expected = np.concatenate([lab.lab(pixels / 255)[..., :1], ab], axis=-1)
+    np.testing.assert_allclose(seen[whole], expected[whole], atol=1.5)
 
 
 def test_whoever_takes_the_encoder_sees_what_it_saw(run):

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cap_pretrain.checkpoint import Checkpoints, load_arrays
-from cap_pretrain.step import TrainState
+from cap_pretrain.checkpoints.checkpoint import Checkpoints, load_arrays
+from cap_pretrain.training.step import TrainState
 from tests import toy
 from tools import compare_runs
 

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from cap_pretrain import config as configs
-from cap_pretrain.data.scenes import Scenes
+from cap_pretrain.data.scenes.source import Scenes
 from tests import toy
 from tools import contact_sheet
 

@@ -10,12 +10,12 @@ import torch
 
 from cap_pretrain import config as configs
 from cap_pretrain import rules
-from cap_pretrain.checkpoint import Checkpoints
+from cap_pretrain.checkpoints.checkpoint import Checkpoints
 from cap_pretrain.convert import card, open_encoder
 from cap_pretrain.convert.export import form
-from cap_pretrain.data.tokenizers import SentencePieceTokenizer
+from cap_pretrain.data.text.tokenizers import SentencePieceTokenizer
 from cap_pretrain.errors import UserError
-from cap_pretrain.step import TrainState
+from cap_pretrain.training.step import TrainState
 from tests import tiny
 from tools import export_encoder
 

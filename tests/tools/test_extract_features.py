@@ -7,16 +7,19 @@ import numpy as np
 import pytest
 
 from cap_pretrain import config as configs
-from cap_pretrain import evals, inputs, partition, plan
-from cap_pretrain.captioning import captioner
-from cap_pretrain.data import sources
+from cap_pretrain import inputs
+from cap_pretrain.checkpoints.load import Learner
+from cap_pretrain.cli.captioning import captioner
 from cap_pretrain.data.builders import features
-from cap_pretrain.decoding import Decoding
+from cap_pretrain.data.sources.open import open_source
+from cap_pretrain.distributed import sharding
 from cap_pretrain.errors import UserError
+from cap_pretrain.evals.base import Context
 from cap_pretrain.evals.captions import Captioning, Captions
 from cap_pretrain.evals.scoring import Scoring
-from cap_pretrain.pretrained import Learner
-from cap_pretrain.step import make_train_step
+from cap_pretrain.models.decoding import Decoding
+from cap_pretrain.training import plan
+from cap_pretrain.training.step import make_train_step
 from tests import toy
 from tests.tools import test_build_dataset as images
 from tools import contact_sheet, extract_features
@@ -82,7 +85,7 @@ def learned(c, params, tokenizer):
     given = {part: params[part] for part in abstract.params}
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     state = init().replace(params=jax.device_put(given, shardings.params))
-    context = evals.Context(c, graphdef, tokenizer, mesh)
+    context = Context(c, graphdef, tokenizer, mesh)
     captioning = Captioning(context, context.source(), batch_size=8, limit=None, how=Decoding())
     captions = dict(captioning(state.variables))
     take = make_train_step(graphdef, tx, rate, c, shardings)
@@ -90,7 +93,7 @@ def learned(c, params, tokenizer):
     losses = []
     for step in range(3):
         batch = {k: batches[step][k] for k in ("image", "text", "broken", "prompt")}
-        state, metrics = take(state, partition.put_batch(batch, mesh))
+        state, metrics = take(state, sharding.put_batch(batch, mesh))
         losses.append(float(metrics["loss"]))
     return losses, captions
 
@@ -111,7 +114,7 @@ def test_the_dataset_is_that_of_the_images_with_features_in_their_place(run, dat
     config_ = config(data)
     _, _, graphdef, *_ = toy.prepared(config_)
     for split in ("train", "val"):
-        old, new = (sources.open_source(str(d), split, image_size=16) for d in (data, stored))
+        old, new = (open_source(str(d), split, image_size=16) for d in (data, stored))
         assert len(new) == len(old) == COUNT
         for before, after in zip(old, new, strict=True):
             assert before.keys() == after.keys()
@@ -131,7 +134,7 @@ def test_pooled_vectors_in_half_precision(run, data, stored, tmp_path, capsys):
     told = capsys.readouterr().out
     assert "val: 3 of 3 images, [1, 64] float16 each" in told and "images/s" in told
     small, whole = (
-        sources.open_source(str(d), "val", image_size=16) for d in (tmp_path / "stored", stored)
+        open_source(str(d), "val", image_size=16) for d in (tmp_path / "stored", stored)
     )
     for a, b in zip(small, (whole[k] for k in range(3)), strict=True):
         assert a["image"].dtype == np.float16
@@ -156,12 +159,12 @@ def test_what_is_behind_the_encoder(
     assert f"val: 3 of 3 images, [1, {width}] float32" in capsys.readouterr().out
     tokenizer = inputs.open_tokenizer(c, tokenizer_path)
     _, _, graphdef, _, _, mesh = toy.prepared(c, tokenizer.vocab_size)
-    context = evals.Context(c, graphdef, tokenizer, mesh)
+    context = Context(c, graphdef, tokenizer, mesh)
     ((batch, _),) = context.batches(inputs.open_data(c, "val[:3]"), 3)
     expected = context.jit(lambda learner, images: learner.features(images))(
         (params, {}), batch["image"]
     )
-    got = sources.open_source(str(tmp_path / "stored"), "val", image_size=side)
+    got = open_source(str(tmp_path / "stored"), "val", image_size=side)
     for vector, example in zip(expected, got, strict=True):
         np.testing.assert_allclose(example["image"], vector[None], rtol=1e-4, atol=1e-5)
 
@@ -189,10 +192,10 @@ def test_images_that_do_not_decode_are_left_out(run, data, tmp_path, monkeypatch
         assert not list(tmp_path.iterdir())
         return
     assert code == 0 and "train: 17 of 20 images" in capsys.readouterr().out
-    source = sources.open_source(str(data), "train", image_size=16)
+    source = open_source(str(data), "train", image_size=16)
     made = json.loads((tmp_path / "stored" / "1.0.0" / "made.json").read_text())
     assert made["splits"]["train"]["left_out"] == [source[i]["id"] for i in broken]
-    new = sources.open_source(str(tmp_path / "stored"), "train", image_size=16)
+    new = open_source(str(tmp_path / "stored"), "train", image_size=16)
     assert [e["id"] for e in new] == [source[i]["id"] for i in range(COUNT) if i not in broken]
 
 
@@ -237,7 +240,7 @@ def test_shards_labels_and_questions(tmp_path, monkeypatch):
     split = dataset.write_split("train", iter(rows))
     assert len(split.shards) > 2 and sum(split.shards) == 7
     dataset.finish("", {})
-    read = sources.open_source(str(tmp_path / "mine"), "train", image_size=8)
+    read = open_source(str(tmp_path / "mine"), "train", image_size=8)
     assert read.class_names == ["number", "colour"]
     for row, got in zip(rows, read, strict=True):
         np.testing.assert_array_equal(got.pop("image"), row.pop("image"))
@@ -261,7 +264,7 @@ def test_what_needs_pixels_says_so(stored, tokenizer_path, tmp_path, capsys):
     c = of_features(stored)
     tokenizer = inputs.open_tokenizer(c, tokenizer_path)
     init, _, graphdef, _, _, mesh = toy.prepared(c, tokenizer.vocab_size)
-    context, variables = evals.Context(c, graphdef, tokenizer, mesh), init().variables
+    context, variables = Context(c, graphdef, tokenizer, mesh), init().variables
     result = Captions(context, Captions.Options(count=2))(variables)
     assert len(result.details["samples"]) == 2 and not result.pictures
     with pytest.raises(UserError, match="blank one, and the run reads stored features"):

@@ -1,6 +1,6 @@
 """The file of permutations is what the learner would make, and its figures are told."""
 
-from cap_pretrain import permutations
+from cap_pretrain.learners import permutations
 from tools import make_permutations
 
 

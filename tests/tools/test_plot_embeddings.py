@@ -9,11 +9,12 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from cap_pretrain import inputs, word_maps
-from cap_pretrain.data import tokenizers
+from cap_pretrain import inputs
+from cap_pretrain.checkpoints.load import load_learner
+from cap_pretrain.data.text import tokenizers
 from cap_pretrain.errors import UserError
+from cap_pretrain.evals import word_maps
 from cap_pretrain.models.layers import normalize_images
-from cap_pretrain.pretrained import load_learner
 from tests import tiny, toy
 from tests.evals import stubs
 from tools import plot_embeddings

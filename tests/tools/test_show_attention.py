@@ -9,10 +9,11 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from cap_pretrain import figures, inputs
-from cap_pretrain.data.scenes import Scenes
+from cap_pretrain import inputs
+from cap_pretrain.checkpoints.load import load_learner
+from cap_pretrain.cli import figures
+from cap_pretrain.data.scenes.source import Scenes
 from cap_pretrain.errors import UserError
-from cap_pretrain.pretrained import load_learner
 from tests import toy
 from tools import show_attention
 

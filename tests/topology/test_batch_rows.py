@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from cap_pretrain import partition
+from cap_pretrain.distributed import sharding
 from cap_pretrain.errors import UserError
 from cap_pretrain.topology import compile as compiling
 
@@ -30,8 +30,8 @@ def mesh(name, *shape):
     ],
 )
 def test_a_host_reads_the_rows_that_its_chips_hold(shape, rows):
-    found = partition.batch_rows(mesh("v5e:4x8", *shape), 64)
-    held = partition.batch_sharding(mesh("v5e:4x8", *shape)).addressable_devices_indices_map((64,))
+    found = sharding.batch_rows(mesh("v5e:4x8", *shape), 64)
+    held = sharding.batch_sharding(mesh("v5e:4x8", *shape)).addressable_devices_indices_map((64,))
     assert sorted(set(found)) == found.tolist()
     assert set(found) == {row for (s,) in held.values() for row in np.arange(64)[s]}
     assert found.tolist()[: len(rows)] == list(rows)
@@ -39,4 +39,4 @@ def test_a_host_reads_the_rows_that_its_chips_hold(shape, rows):
 
 def test_batches_that_the_chips_do_not_divide():
     with pytest.raises(UserError, match="batch_size: 48 .* data x fsdp = 32"):
-        partition.batch_rows(mesh("v5e:4x8", 32, 1, 1), 48)
+        sharding.batch_rows(mesh("v5e:4x8", 32, 1, 1), 48)

@@ -10,9 +10,9 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cap_pretrain import partition
+from cap_pretrain.distributed import sharding
 from cap_pretrain.errors import UserError
-from cap_pretrain.flops import chip_of
+from cap_pretrain.telemetry.flops import chip_of
 from cap_pretrain.topology import compile as compiling
 from cap_pretrain.topology import cost, hlo, report, search
 from tests.topology.programs import program
@@ -95,19 +95,19 @@ def test_topologies(name: str, count: int, kind: str):
 def test_sixteen_tpus_of_a_slice_share_the_state_unless_told(name, slices, fields, shape):
     fields = {"batch_size": 64, **fields}
     config = compiling_config(*(f"--config.{field}={n}" for field, n in fields.items()))
-    mesh = partition.make_mesh(config, compiling.open_topology(name, slices))
+    mesh = sharding.make_mesh(config, compiling.open_topology(name, slices))
     assert tuple(mesh.shape.values()) == shape
 
 
 def test_slices_share_the_data_axis():
     two = compiling.open_topology("v5e:2x2", slices=2)
     config = compiling_config("--config.mesh.fsdp=2")
-    mesh = partition.make_mesh(config, two)
+    mesh = sharding.make_mesh(config, two)
     assert dict(mesh.shape) == {"data": 4, "fsdp": 2, "tensor": 1}
     slices = [[d.slice_index for d in row.flat] for row in mesh.devices]
     assert slices == [[0, 0], [0, 0], [1, 1], [1, 1]]
     with pytest.raises(UserError, match="mesh.data: 1 does not divide by the 2 slices"):
-        partition.make_mesh(compiling_config("--config.mesh.fsdp=8"), two)
+        sharding.make_mesh(compiling_config("--config.mesh.fsdp=8"), two)
 
 
 @pytest.mark.parametrize(

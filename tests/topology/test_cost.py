@@ -2,7 +2,7 @@
 
 import pytest
 
-from cap_pretrain.flops import Chip
+from cap_pretrain.telemetry.flops import Chip
 from cap_pretrain.topology import cost, hlo
 from tests.topology.programs import loop, operation, program, running
 

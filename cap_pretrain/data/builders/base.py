@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from cap_pretrain.data import images
 from cap_pretrain.data.builders import units
+from cap_pretrain.data.builders.candidates import Candidate
 from cap_pretrain.data.builders.duplicates import without_duplicates
 from cap_pretrain.data.builders.files import READ_ERRORS
 from cap_pretrain.data.builders.filters import Filters, Refused, kept_captions
@@ -29,28 +30,6 @@ from cap_pretrain.errors import UserError
 
 _THREADS = os.cpu_count() or 1
 _AHEAD = 4 * _THREADS  # candidates in memory at a time
-
-
-@dataclasses.dataclass(frozen=True)
-class Candidate:
-    """An example to be, if its image turns out to be usable.
-
-    Attributes:
-        id: unique within the split.
-        file: name of the image, for the report.
-        read: returns the encoded image; raises FileNotFoundError if there is none, or another of
-            files.READ_ERRORS.
-        features: everything but "image" and "id", as JSON can have it.
-        problem: a reason to drop the example that is known without reading it, or "".
-        fields: what else is known of it, that filters may ask for.
-    """
-
-    id: str
-    file: str
-    read: Callable[[], bytes]
-    features: Mapping[str, Any]
-    problem: str = ""
-    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class ImageDataset(tfds.core.GeneratorBasedBuilder, skip_registration=True):

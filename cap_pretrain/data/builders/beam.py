@@ -8,18 +8,14 @@ import functools
 import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cap_pretrain.data.builders import units
 from cap_pretrain.errors import UserError
 
-if TYPE_CHECKING:
-    from cap_pretrain.data.builders.base import ImageDataset
-
 
 def make_all(
-    builder: "ImageDataset",
-    make_builder: Callable[[], "ImageDataset"],
+    builder: units.RowMaker,
+    make_builder: Callable[[], units.RowMaker],
     all_units: Sequence[units.Unit],
     folder: Path,
     workers: int,
@@ -58,5 +54,5 @@ def _make(unit: units.Unit, make_builder: bytes, folder: Path) -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def _builder(make_builder: bytes) -> "ImageDataset":
+def _builder(make_builder: bytes) -> units.RowMaker:
     return pickle.loads(make_builder)()

@@ -16,7 +16,7 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from cap_pretrain.data.builders.base import ordered
-from cap_pretrain.data.sources import Example
+from cap_pretrain.data.sources.base import Example
 
 _WRITING = "group_size:1,uncompressed"  # any record by itself; floating-point noise packs badly
 _SHARD_BYTES = 256 * 2**20  # so that a few threads may read different files

@@ -20,14 +20,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
 from cap_pretrain import files
-
-if TYPE_CHECKING:
-    from cap_pretrain.data.builders.base import Candidate, ImageDataset
+from cap_pretrain.data.builders.candidates import Candidate
 
 FOLDER = "units"
 """Where the units of a build are, in the folder it works in."""
@@ -54,7 +52,7 @@ class Part:
         source: the file they are in, if it is one.
     """
 
-    read: Callable[[], Iterable["Candidate"]]
+    read: Callable[[], Iterable[Candidate]]
     count: Callable[[], int] | None = None
     source: Path | None = None
 
@@ -128,7 +126,15 @@ def _stamp(path: Path) -> tuple[str, int, int]:
     return str(path), status.st_size, status.st_mtime_ns
 
 
-def make(builder: "ImageDataset", unit: Unit, folder: Path, threads: int) -> None:
+class RowMaker(Protocol):
+    """What makes the rows of a unit: a dataset builder."""
+
+    def rows(self, unit: Unit, threads: int) -> Iterator[tuple[Row, bytes]]:
+        """Yields the row of each candidate of a unit, with the image's bytes if it is kept."""
+        ...
+
+
+def make(builder: RowMaker, unit: Unit, folder: Path, threads: int) -> None:
     """Makes a unit."""
     final = unit.path(folder)
     # Another process, on another machine perhaps, may be at it, too.
@@ -159,8 +165,8 @@ def read_rows(path: Path, with_data: bool = False) -> Iterator[tuple[Row, bytes]
 
 
 def make_all(
-    builder: "ImageDataset",
-    make_builder: Callable[[], "ImageDataset"],
+    builder: RowMaker,
+    make_builder: Callable[[], RowMaker],
     units: Sequence[Unit],
     folder: Path,
     workers: int,
@@ -192,7 +198,7 @@ def make_all(
 
 
 def _in_processes(
-    make_builder: Callable[[], "ImageDataset"],
+    make_builder: Callable[[], RowMaker],
     units: Sequence[Unit],
     folder: Path,
     workers: int,
@@ -225,7 +231,7 @@ def _work(unit: Unit) -> None:
 
 
 def _start(
-    make_builder: Callable[[], "ImageDataset"],
+    make_builder: Callable[[], RowMaker],
     folder: Path,
     threads: int,
     parent: multiprocessing.connection.Connection,

@@ -1,0 +1,179 @@
+"""What a run has learned, read back from its workdir: for captioning, evaluation and export."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh
+from ml_collections import ConfigDict
+
+from cap_pretrain import config as configs
+from cap_pretrain import inputs, learners, rules
+from cap_pretrain.checkpoints.checkpoint import Damaged, load_arrays, saved_identity, saved_steps
+from cap_pretrain.data.text import tokenizers
+from cap_pretrain.distributed import sharding
+from cap_pretrain.errors import UserError
+from cap_pretrain.training.step import split_learner
+
+Say = Callable[[str], None]
+
+
+def to_stderr(text: str) -> None:
+    """Tells people who read the results on stdout."""
+    print(text, file=sys.stderr)
+
+
+class Weights(NamedTuple):
+    """The variables of a learner on this host, by path in the learner.
+
+    Attributes:
+      step: of the checkpoint.
+      averaged: whether `params` are the moving average.
+      params: parameters, as "encoder/blocks/…".
+      stats: other variables.
+    """
+
+    step: int
+    averaged: bool
+    params: dict[str, np.ndarray]
+    stats: dict[str, np.ndarray]
+
+
+class Learner(NamedTuple):
+    """A learner as evaluators take it: `nnx.merge(graphdef, *variables)`, and what it came with."""
+
+    config: ConfigDict
+    tokenizer: tokenizers.Tokenizer
+    graphdef: nnx.GraphDef
+    variables: tuple[Any, Any]
+
+
+def load_learner(
+    workdir: str | Path, mesh: Mesh | None = None, step: int | None = None, say: Say = to_stderr
+) -> Learner:
+    """Opens a run's learner, without its optimizer; nothing in the workdir is changed.
+
+    Args:
+      workdir: the folder of the run.
+      mesh: where the variables are to lie; None is the first device of this process.
+      step: which checkpoint; None is the newest sound one.
+      say: is told of damaged checkpoints that are passed over.
+
+    Raises:
+      UserError: there is no such run or no sound checkpoint, or its config.json or tokenizer is not
+        the one it was trained with.
+    """
+    workdir = Path(workdir)
+    config = read_config(workdir)
+    weights = read_weights(workdir, step, say)
+    tokenizer = _open_tokenizer(config, workdir, weights.step)
+    if mesh is None:
+        axes, kinds = ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3
+        mesh = jax.make_mesh((1, 1, 1), axes, axis_types=kinds, devices=jax.local_devices()[:1])
+
+    def build() -> nnx.Module:
+        return learners.build(config, tokenizer.vocab_size, jax.random.key(0))
+
+    graphdef, params, stats = split_learner(nnx.eval_shape(build))
+    shardings = sharding.param_shardings(params, mesh, config.mesh.rules)
+    whole = jax.tree.map(lambda _: sharding.replicated(mesh), stats)
+    where = f"{workdir}: the checkpoint of step {weights.step}"
+    variables = (
+        _placed(params, weights.params, shardings, where),
+        _placed(stats, weights.stats, whole, where),
+    )
+    return Learner(config, tokenizer, graphdef, variables)
+
+
+def read_config(workdir: str | Path) -> ConfigDict:
+    """Returns the config of a run; what was no field yet when it ran has its default.
+
+    Raises:
+      UserError: there is none, or it cannot be read.
+    """
+    path = Path(workdir) / "config.json"
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        config = configs.default()
+        with config.unlocked():
+            config.learner = ConfigDict(stored.pop("learner"))
+            config.update(stored)
+    except OSError as e:
+        raise UserError(
+            f"{workdir}: is no folder of a run, its config.json cannot be read ({e.strerror}); "
+            "name the --workdir of one."
+        ) from e
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        raise UserError(f"{path}: is no config of a run ({e}); put the run's own one back.") from e
+    return config.lock()
+
+
+def read_weights(workdir: str | Path, step: int | None = None, say: Say = to_stderr) -> Weights:
+    """Reads the learner's variables, each compared with its fingerprint; averaged ones if any.
+
+    Args:
+      workdir: the folder of the run.
+      step: which checkpoint; None is the newest sound one.
+      say: is told of damaged checkpoints that are passed over.
+
+    Raises:
+      UserError: there is no such checkpoint, or none that is sound.
+    """
+    steps = saved_steps(workdir)
+    if not steps or step not in (None, *steps):
+        there = f"there are {', '.join(map(str, steps))}" if steps else "there is none at all"
+        asked = "" if step is None else f" of step {step}"
+        raise UserError(f"{workdir}: has no checkpoint{asked}; {there}.")
+    for candidate in reversed(steps) if step is None else [step]:
+        try:
+            arrays = load_arrays(workdir, candidate, items=("learner",))
+        except Damaged as e:
+            say(f"{e}, and passed over.")
+            continue
+        averaged = any(path.startswith("learner/ema/") for path in arrays)
+        kinds = ("ema" if averaged else "params", "stats")
+        return Weights(candidate, averaged, *(_under(f"learner/{k}/", arrays) for k in kinds))
+    raise UserError(f"{workdir}: every checkpoint asked for is damaged; put a sound one back.")
+
+
+def _under(prefix: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+
+
+def _open_tokenizer(config: ConfigDict, workdir: Path, step: int) -> tokenizers.Tokenizer:
+    if "text" not in learners.learner_class(config.learner.name).reads:
+        return tokenizers.NoText()
+    path = inputs.tokenizer_path(workdir)
+    tokenizer = inputs.open_tokenizer(config, path)
+    if inputs.tokenizer_identity(workdir) != saved_identity(workdir, step):
+        raise UserError(
+            f"{path}: is not the file that the run was trained with; put that one back."
+        )
+    return tokenizer
+
+
+def _placed(tree: Any, arrays: dict[str, np.ndarray], shardings: Any, where: str) -> Any:
+    """The arrays in the form of an abstract tree, on the devices."""
+
+    def place(key_path, leaf, sharding):
+        path = rules.path_string(key_path)
+        array = arrays.get(path)
+        if array is None or array.shape != leaf.shape:
+            found = "missing" if array is None else f"of shape {list(array.shape)}"
+            raise UserError(
+                f"{where} is not one of the model in config.json: {path} is {found} instead of "
+                f"{list(leaf.shape)}. Put the run's own config.json back."
+            )
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: array[index])
+
+    if surplus := arrays.keys() - rules.flatten(tree).keys():
+        raise UserError(
+            f"{where} is not one of the model in config.json, which has no {min(surplus)}. Put the "
+            "run's own config.json back."
+        )
+    return jax.tree_util.tree_map_with_path(place, tree, shardings)

@@ -1,0 +1,94 @@
+"""COCO-style captions: images by {"id", "file_name"}, captions by {"image_id", "caption"}."""
+
+import argparse
+import collections
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from cap_pretrain import files
+from cap_pretrain.data.builders.arguments import by_split
+from cap_pretrain.data.builders.formats import annotated
+from cap_pretrain.data.builders.formats.annotated import Entry
+
+_WHAT = "COCO captions"
+
+
+class Dataset(annotated.Annotated, skip_registration=True):
+    """Images with one or more captions each."""
+
+    HOMEPAGE = "https://cocodataset.org/#format-data"
+
+    def __init__(
+        self,
+        annotations: Mapping[str, Path],
+        images: Mapping[str, Path],
+        counts: Callable[[dict[str, Any]], bool] = lambda annotation: True,
+        **kwargs: Any,
+    ):
+        """As `Annotated`.
+
+        Args:
+            annotations: by split.
+            images: by split; those of "" serve all other splits.
+            counts: whether a caption, an entry of "annotations", is kept.
+            **kwargs: of `ImageDataset`.
+        """
+        super().__init__(
+            {split: read_captions(path, counts) for split, path in annotations.items()},
+            annotated.open_images(images, annotations, "--annotations"),
+            origin=", ".join(path.name for path in annotations.values()),
+            **kwargs,
+        )
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        what = "captions in COCO's format, .json or .json.gz; without SPLIT= it is train"
+        annotated.add_paths(parser, "--annotations", what)
+        annotated.add_paths(parser, "--images", annotated.IMAGES_HELP)
+
+    @classmethod
+    def from_arguments(cls, args: argparse.Namespace, **kwargs: Any) -> "Dataset":
+        annotations = by_split("--annotations", args.annotations, default="train")
+        return cls(annotations, by_split("--images", args.images, default=""), **kwargs)
+
+
+def read_captions(
+    path: Path, counts: Callable[[dict[str, Any]], bool] = lambda annotation: True
+) -> list[Entry]:
+    """Reads a COCO-captions file, plain or gzipped.
+
+    Args:
+        path: the file.
+        counts: whether a caption, an entry of "annotations", is kept.
+
+    Returns:
+        The images in the order of the file; captions are stripped, empty ones left out, so an image
+        may have none. Captions of images that are not listed follow.
+
+    Raises:
+        UserError: no such file, no JSON, or not laid out as COCO captions.
+    """
+    content = files.read_json(path)
+    listed, annotations = (
+        annotated.entries_of(path, content, key, _WHAT) for key in ("images", "annotations")
+    )
+    captions = collections.defaultdict(list)
+    for entry in annotations:
+        image_id, caption = annotated.take(
+            path, "annotations", entry, "image_id", "caption", what=_WHAT
+        )
+        if counts(entry):
+            captions[str(image_id)] += annotated.texts(caption)
+    entries = []
+    for entry in listed:
+        image_id, name = annotated.take(path, "images", entry, "id", "file_name", what=_WHAT)
+        own = captions.get(str(image_id), [])
+        problem = "" if own else "without captions"
+        entries.append(Entry(str(image_id), (str(name),), own, problem=problem))
+    known = {entry.id for entry in entries}
+    return entries + [
+        Entry(image_id, (), own, problem="captioned but not listed")
+        for image_id, own in captions.items()
+        if own and image_id not in known
+    ]

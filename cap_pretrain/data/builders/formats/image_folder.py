@@ -1,0 +1,115 @@
+"""Labelled images, one folder a class: "n0144/1.jpg", or "train/n0144/1.jpg" in an archive."""
+
+import argparse
+import collections
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from cap_pretrain.data.builders import base
+from cap_pretrain.data.builders.arguments import by_split
+from cap_pretrain.data.builders.candidates import Candidate
+from cap_pretrain.data.builders.files import image_names, open_files
+from cap_pretrain.errors import UserError
+from cap_pretrain.files import read_json
+
+
+class Dataset(base.ImageDataset, skip_registration=True):
+    """Images with one label each, the folder they are in."""
+
+    def __init__(self, images: Mapping[str, Path], classes: Path | None = None, **kwargs: Any):
+        """`images` is by split; `classes` is a json file of readable names by folder."""
+        self._origin = ", ".join(path.name for path in images.values())
+        self._files = {split: open_files(path) for split, path in images.items()}
+        self._members = {
+            split: classified(image_names(files), split) for split, files in self._files.items()
+        }
+        self._folders = sorted({c for members in self._members.values() for _, c in members})
+        if not any(self._folders):
+            raise UserError(
+                f"{self._origin}: the images are not in class folders (CLASS/NAME.jpg)."
+            )
+        self._names = class_names([f for f in self._folders if f], classes)
+        super().__init__(**kwargs)
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument(
+            "--images",
+            nargs="+",
+            required=True,
+            metavar="SPLIT=DIR_OR_ZIP",
+            help="folder or zip with a folder a class; without SPLIT= it is train",
+        )
+        parser.add_argument(
+            "--classes", type=Path, metavar="JSON", help='readable names: {"n01440764": "tench", …}'
+        )
+
+    @classmethod
+    def from_arguments(cls, args: argparse.Namespace, **kwargs: Any) -> "Dataset":
+        return cls(by_split("--images", args.images, default="train"), args.classes, **kwargs)
+
+    def splits(self) -> dict[str, int]:
+        return {split: len(members) for split, members in self._members.items()}
+
+    def candidates(self, split: str) -> Iterator[Candidate]:
+        files = self._files[split]
+        for name, folder in self._members[split]:
+            yield Candidate(
+                id=name,
+                file=name,
+                read=functools.partial(files.read, name),
+                features={"label": self._names[folder]} if folder else {},
+                problem="" if folder else "without class folder",
+            )
+
+    def features(self) -> dict[str, Any]:
+        return {"label": tfds.features.ClassLabel(names=list(self._names.values()))}
+
+    def description(self) -> str:
+        return f"Images of {len(self._names)} classes, built from {self._origin}."
+
+
+def classified(names: Sequence[str], split: str) -> list[tuple[str, str]]:
+    """Returns (name, class folder) of the files that belong to a split.
+
+    Folders around the class folders are skipped: one named like the split (then what is outside of
+    it belongs to other splits), or one that holds everything. A file in no class folder has "".
+    """
+    members = [(name, name.split("/")) for name in names]
+    if any(split in parts[:-2] for _, parts in members):
+        members = [(n, p[p.index(split) + 1 :]) for n, p in members if split in p[:-1]]
+    while len({parts[0] for _, parts in members}) == 1 and all(len(p) > 2 for _, p in members):
+        members = [(n, p[1:]) for n, p in members]
+    return [(n, p[0] if len(p) > 1 else "") for n, p in members]
+
+
+def class_names(folders: Sequence[str], path: Path | None) -> dict[str, str]:
+    """Returns a distinct name for each class folder, in the order of `folders`.
+
+    Args:
+        folders: names of the class folders.
+        path: json file {folder: readable name}; None keeps the folder names. Where two folders have
+            the same name (ImageNet knows two kinds of crane), the folder is added to it.
+
+    Raises:
+        UserError: the file is not such a json, or lacks a folder.
+    """
+    if path is None:
+        return {folder: folder for folder in folders}
+    names = read_json(path)
+    if not isinstance(names, dict):
+        raise UserError(f"--classes {path}: must be an object of folder: name.")
+    unnamed = [folder for folder in folders if not isinstance(names.get(folder), str)]
+    if unnamed:
+        raise UserError(f"--classes {path}: no name for the folder {unnamed[0]!r}; add it.")
+    return told_apart({folder: names[folder] for folder in folders})
+
+
+def told_apart(names: Mapping[str, str]) -> dict[str, str]:
+    """Adds the key to names that several keys have."""
+    counts = collections.Counter(names.values())
+    return {k: name if counts[name] == 1 else f"{name} ({k})" for k, name in names.items()}

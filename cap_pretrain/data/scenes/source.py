@@ -1,0 +1,235 @@
+"""`scenes`: the embedded dataset of captioned images, rendered on the fly.
+
+Example i is a pure function of (split, i, options); nothing is stored or fetched. Scenes come in
+four splits that share none: train, val, test, and novel, where every object bears a colour-shape
+pair that the other three never show.
+"""
+
+import operator
+from dataclasses import dataclass, fields
+from random import Random
+from typing import Any
+
+from cap_pretrain.data.scenes import text, world
+from cap_pretrain.data.scenes.render import render
+from cap_pretrain.data.scenes.world import COLOURS, MAX_OBJECTS, OPPOSITE, SHAPES, Scene
+from cap_pretrain.errors import UserError, did_you_mean
+
+SPLITS = ("train", "val", "test", "novel")
+LABELS = ("shape", "colour", "count", "relation")
+
+_RANGES = {
+    "min_objects": (1, MAX_OBJECTS),
+    "max_objects": (1, MAX_OBJECTS),
+    "colours": (2, len(COLOURS)),
+    "shapes": (2, len(SHAPES)),
+    "noise": (0.0, 0.5),
+    **{f"length_{split}": (1, 2**40) for split in SPLITS},
+}
+
+
+@dataclass(frozen=True)
+class ScenesOptions:
+    """What the scenes hold and how they are told.
+
+    Attributes:
+        min_objects: fewest objects in a scene, 1 to 3.
+        max_objects: most objects in a scene, `min_objects` to 3.
+        smallest: least radius of an object as a fraction of the image's side: from the default, at
+            which shapes can still be told apart at 48 pixels, to 0.3, 0.2, 0.14 for at most one,
+            two, three objects.
+        colours: how many colours occur (the first ones of `COLOURS`), 2 to 8.
+        shapes: how many shapes occur (the first ones of `SHAPES`), 2 to 8.
+        patterns: whether half of the objects are striped, dotted or checkered.
+        backgrounds: whether backgrounds vary in brightness, tint and shading; else mid-grey.
+        noise: largest standard deviation of the pixel noise (each image draws its own, up to this),
+            as a fraction of full scale, 0 to 0.5.
+        plain_captions: whether captions only list colours and shapes ("a red circle and a blue
+            ring"), with nothing left out and nothing added; the options on captions that follow
+            then have no say, except `synonyms`.
+        partial_captions: whether some captions leave out objects, colours or shapes. When False,
+            all five name every object's colour and shape.
+        relations: whether some captions say how objects lie to each other.
+        synonyms: whether captions use more than one word for the same thing.
+        label: what `label` in a record means: shape or colour of the main (largest) object, count,
+            or relation (of the main object to the second largest).
+        length_train: number of examples in split train.
+        length_val: number of examples in split val.
+        length_test: number of examples in split test.
+        length_novel: number of examples in split novel.
+    """
+
+    min_objects: int = 1
+    max_objects: int = MAX_OBJECTS
+    smallest: float = world.SMALLEST
+    colours: int = len(COLOURS)
+    shapes: int = len(SHAPES)
+    patterns: bool = True
+    backgrounds: bool = True
+    noise: float = 0.04
+    plain_captions: bool = False
+    partial_captions: bool = True
+    relations: bool = True
+    synonyms: bool = True
+    label: str = "shape"
+    length_train: int = 1_000_000
+    length_val: int = 10_000
+    length_test: int = 10_000
+    length_novel: int = 10_000
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value, wanted = getattr(self, field.name), field.type
+            kinds = (int, float) if wanted is float else wanted
+            if not isinstance(value, kinds) or (wanted is not bool and isinstance(value, bool)):
+                raise UserError(
+                    f"scenes.{field.name} is {value!r}; it must be of type {wanted.__name__}."
+                )
+            low, high = _RANGES.get(field.name, (value, value))
+            if not low <= value <= high:
+                raise UserError(f"scenes.{field.name} is {value}; give {low} to {high}.")
+        if self.min_objects > self.max_objects:
+            raise UserError(
+                f"scenes.min_objects is {self.min_objects}, above max_objects "
+                f"({self.max_objects}); lower it or raise the other."
+            )
+        most = world.largest_smallest(self.max_objects)
+        if not world.SMALLEST <= self.smallest <= most:
+            raise UserError(
+                f"scenes.smallest is {self.smallest}; with {self.max_objects} objects give "
+                f"{world.SMALLEST} to {most:.2g}."
+            )
+        if self.label not in LABELS:
+            raise UserError(
+                f"scenes.label is {self.label!r}, which no scene has."
+                f"{did_you_mean(self.label, LABELS)}"
+            )
+
+
+class Scenes:
+    """The dataset as a random-access sequence of records.
+
+    Args:
+        split: train, val, test or novel.
+        image_size: image side in pixels, at least 16; the scenes are the same at every size.
+        **options: fields of `ScenesOptions`.
+
+    Raises:
+        UserError: unknown split or option, a value out of range, or (novel) fewer held-out pairs
+            among so few colours and shapes than objects in a scene.
+    """
+
+    def __init__(self, split: str, image_size: int = 64, **options: Any) -> None:
+        if split not in SPLITS:
+            raise UserError(f"scenes has no split {split!r}.{did_you_mean(split, SPLITS)}")
+        if not isinstance(image_size, int) or image_size < 16:
+            raise UserError(f"image_size is {image_size!r}; scenes needs 16 pixels or more.")
+        known = [field.name for field in fields(ScenesOptions)]
+        for name in options:
+            if name not in known:
+                raise UserError(f"scenes has no option {name!r}.{did_you_mean(name, known)}")
+        self.split = split
+        self.image_size = image_size
+        self.options = ScenesOptions(**options)
+        counts = (self.options.colours, self.options.shapes)
+        seen = world.pairs_of(*counts, held_out=False)
+        held_out = world.pairs_of(*counts, held_out=True)
+        self._pairs = held_out if split == "novel" else seen
+        self._pairs_in_negatives = seen + held_out if split == "novel" else seen
+        if len(self._pairs) < self.options.max_objects:
+            raise UserError(
+                f"scenes.max_objects is {self.options.max_objects}, but the first "
+                f"{self.options.colours} colours and {self.options.shapes} shapes have only "
+                f"{len(self._pairs)} held-out pairs; raise scenes.colours and scenes.shapes."
+            )
+
+    def __str__(self) -> str:
+        return f"scenes, split {self.split!r}"
+
+    @property
+    def class_names(self) -> list[str]:
+        """The names that `label` in the records indexes."""
+        return self.label_classes[self.options.label]
+
+    @property
+    def class_captions(self) -> list[str]:
+        """What a caption would say of each class, such as "a red shape" or "two shapes"."""
+        labelling = self.options.label
+        return [text.label_caption(labelling, name) for name in self.class_names]
+
+    class_templates = text.LABEL_TEMPLATES
+    """Openings of captions, with {} where one of `class_captions` goes."""
+
+    @property
+    def label_classes(self) -> dict[str, list[str]]:
+        """The class names of every labelling, as `Scene.labels()` uses them."""
+        return {
+            "shape": list(SHAPES[: self.options.shapes]),
+            "colour": list(COLOURS[: self.options.colours]),
+            "count": [str(n + 1) for n in range(self.options.max_objects)],
+            "relation": ["none", *OPPOSITE],
+        }
+
+    def __len__(self) -> int:
+        return getattr(self.options, f"length_{self.split}")
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Record `index`: image uint8 [S, S, 3], captions (five), label, id."""
+        scene = self.scene(index)
+        image = render(scene, self.image_size, self.options.noise)
+        return {"image": image} | self._without_image(index, scene)
+
+    def without_image(self, index: int) -> dict[str, Any]:
+        """The rest of record `index`, in a quarter of the time."""
+        return self._without_image(index, self.scene(index))
+
+    def _without_image(self, index: int, scene: Scene) -> dict[str, Any]:
+        told = text.captions(
+            scene,
+            self._rng(index, "captions"),
+            plain=self.options.plain_captions,
+            partial=self.options.partial_captions,
+            relations=self.options.relations,
+            synonyms=self.options.synonyms,
+        )
+        return {
+            "captions": told,
+            "label": self.class_names.index(scene.labels()[self.options.label]),
+            "id": f"{self.split}/{index}",
+        }
+
+    def scene(self, index: int) -> Scene:
+        """What example `index` shows."""
+        index = operator.index(index)
+        if not 0 <= index < len(self):
+            raise IndexError(f"scenes/{self.split} has {len(self)} examples, not number {index}")
+        return world.draw_scene(
+            self._rng(index, "scene"),
+            self._pairs,
+            min_objects=self.options.min_objects,
+            max_objects=self.options.max_objects,
+            smallest=self.options.smallest,
+            patterns=self.options.patterns,
+            backgrounds=self.options.backgrounds,
+        )
+
+    def negatives(self, index: int) -> dict[str, tuple[str, str]]:
+        """kind -> (true caption, false caption) of example `index`: see `scene_text.negatives`.
+
+        Outside `novel` the false captions only mention colour-shape pairs that occur in training,
+        and everywhere only numbers of objects that do.
+        """
+        options = self.options
+        counts = range(options.min_objects, options.max_objects + 1)
+        return text.negatives(
+            self.scene(index),
+            self._rng(index, "negatives"),
+            pairs=self._pairs_in_negatives,
+            counts=counts if options.partial_captions else (),
+            plain=options.plain_captions,
+            relations=options.relations,
+            synonyms=options.synonyms,
+        )
+
+    def _rng(self, index: int, purpose: str) -> Random:
+        return Random(f"scenes/{self.split}/{index}/{purpose}")

@@ -1,0 +1,86 @@
+"""The k nearest neighbours: how well features tell classes apart without any training."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cap_pretrain.errors import UserError
+from cap_pretrain.evals.base import Context, Result
+from cap_pretrain.evals.probes import probing
+from cap_pretrain.evals.probes.features import on_one_device
+
+CHUNK = 2**26
+"""Similarities that are computed at once: 256 MB of them."""
+
+
+class KNearestNeighbours:
+    """Each training image among the k nearest votes for its class with exp(cosine / temperature).
+
+    As Wu et al. 2018 (1805.01978, section 3.4) and DINO (2104.14294), whose k and temperature these
+    are.
+    """
+
+    @dataclasses.dataclass(frozen=True)
+    class Options(probing.Options):
+        """Settings, besides those of every probe.
+
+        Attributes:
+          k: number of neighbours.
+          temperature: of the weights; a small one lets the nearest decide.
+        """
+
+        k: int = 20
+        temperature: float = 0.07
+
+        def __post_init__(self):
+            for name in ("k", "temperature"):
+                if getattr(self, name) <= 0:
+                    raise UserError(f"knn.{name}: {getattr(self, name)} must be positive.")
+
+    def __init__(self, context: Context, options: Options):
+        self._options = options
+        self._splits = probing.Splits(context, options)
+
+    def __call__(self, variables: Any) -> Result:
+        options, data = self._options, self._splits(variables)
+        k = min(options.k, len(data.train.labels))
+        with on_one_device():
+            train, test, temperature = jax.device_put(
+                (data.train, data.test, np.float32(options.temperature))
+            )
+            scores = votes(*train, test.features, temperature, k=k, classes=data.classes)
+            figures = probing.figures(scores, test.labels)
+        protocol = f"{k} nearest neighbours by cosine, weights exp(cosine / {options.temperature})"
+        return Result(figures, self._splits.details(data, protocol))
+
+
+@functools.partial(jax.jit, static_argnames=("k", "classes"))
+def votes(
+    train: jax.Array,
+    labels: jax.Array,
+    test: jax.Array,
+    temperature: jax.Array,
+    *,
+    k: int,
+    classes: int,
+) -> jax.Array:
+    """train [N, D], its labels [N], test [M, D] -> what each class gets of the votes, [M, K]."""
+    train = _unit(train)
+
+    def of_one(features):
+        cosines = jnp.matmul(train, _unit(features), precision="highest")
+        nearest, where = jax.lax.top_k(cosines, k)
+        # The nearest has weight one, so that no temperature makes all of them 0 or infinite.
+        weights = jnp.exp((nearest - nearest[0]) / temperature)
+        weights = weights / jnp.sum(weights)
+        return jnp.sum(weights[:, None] * jax.nn.one_hot(labels[where], classes), axis=0)
+
+    return jax.lax.map(of_one, test, batch_size=max(1, CHUNK // len(train)))
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)

@@ -1,0 +1,85 @@
+"""The metrics of a run, as `metrics.jsonl` and TensorBoard event files."""
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cap_pretrain import files
+
+
+class MetricsWriter:
+    """Appends metrics to `metrics.jsonl` and to TensorBoard files in `tensorboard/`.
+
+    What an earlier, killed process wrote after the step `keep_until` is dropped, a torn last line
+    included, so every step is there once. Only one host should have `enabled=True`; elsewhere all
+    calls do nothing.
+
+    Every method raises OSError, with the name of the file, when the disk does not take it, be it
+    for TensorBoard alone: such a disk would not take the next checkpoint either.
+    """
+
+    def __init__(
+        self, workdir: str | os.PathLike[str], enabled: bool = True, keep_until: int = -1
+    ) -> None:
+        self._enabled = enabled
+        if not enabled:
+            return
+        from cap_pretrain.telemetry import (
+            tensorboard,  # not above: a second where torch is installed
+        )
+
+        workdir = Path(workdir)
+        workdir.mkdir(parents=True, exist_ok=True)
+        path = workdir / "metrics.jsonl"
+        kept = [line for line in read_metrics(workdir) if line["step"] <= keep_until]
+        files.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._lines = files.Appended(path)
+        self._board = tensorboard.EventFile(workdir / "tensorboard", keep_until + 1)
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Appends one line. Values are numbers or arrays of one; NaN and infinity become null."""
+        if not self._enabled:
+            return
+        values = {tag: float(value) for tag, value in metrics.items()}
+        finite = {tag: value if math.isfinite(value) else None for tag, value in values.items()}
+        line = json.dumps({"step": int(step)} | finite, allow_nan=False) + "\n"
+        self._lines.write(line.encode())
+        self._board.scalars(int(step), values)
+
+    def text(self, step: int, tag: str, text: str) -> None:
+        """Shows `text`, read as Markdown, in TensorBoard."""
+        if self._enabled:
+            self._board.text(int(step), tag, text)
+
+    def images(self, step: int, tag: str, images: np.ndarray, captions: Sequence[str]) -> None:
+        """Shows images uint8 [N, H, W, 3] as one grid and their N captions as a numbered list."""
+        if len(images) != len(captions):
+            raise ValueError(f"{len(images)} images but {len(captions)} captions for {tag!r}")
+        if self._enabled:
+            self._board.images(int(step), tag, np.asarray(images))
+            self.text(step, tag, "\n".join(f"{i}. {c}" for i, c in enumerate(captions, 1)))
+
+    def close(self) -> None:
+        if self._enabled:
+            self._lines.close()
+            self._board.close()
+
+
+def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The lines of a workdir's metrics.jsonl, but any torn by a kill or a full disk."""
+    path = Path(workdir) / "metrics.jsonl"
+    if not path.exists():
+        return []
+    lines = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError):
+            value = json.loads(line)
+            if isinstance(value, dict) and "step" in value:
+                lines.append(value)
+    return lines

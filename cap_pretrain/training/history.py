@@ -1,0 +1,71 @@
+"""What evaluators found in the course of a run, as tables: a row for each time."""
+
+import csv
+import io
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cap_pretrain import files
+from cap_pretrain.telemetry.metrics import read_metrics
+from cap_pretrain.telemetry.tables import markdown
+
+Row = dict[str, float]
+
+
+def evaluations(
+    lines: Iterable[Mapping[str, Any]], names: Collection[str], epoch: float
+) -> list[Row]:
+    """Puts the figures of each step side by side.
+
+    Args:
+      lines: of metrics.jsonl.
+      names: of the evaluators.
+      epoch: steps in one.
+
+    Returns:
+      {"step": …, "epoch": …, "EVALUATOR/FIGURE": …, …} for each step with any, ascending.
+    """
+    rows: dict[int, Row] = {}
+    for line in lines:
+        found = {k: v for k, v in line.items() if k.rpartition("/")[0] in names}
+        if found:
+            step = int(line["step"])
+            row = rows.setdefault(step, {"step": step, "epoch": round(step / epoch, 3)})
+            row |= found
+    return [rows[step] for step in sorted(rows)]
+
+
+def keep(workdir: Path, names: Collection[str], epoch: float) -> list[Row]:
+    """Writes all evaluations of a run to evals/table.csv; returns them, see `evaluations`.
+
+    Raises:
+      OSError: as `files.write_text`.
+    """
+    rows = evaluations(read_metrics(workdir), names, epoch)
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    files.write_text(workdir / "evals" / "table.csv", text.getvalue())
+    return rows
+
+
+def tables(rows: Sequence[Row]) -> str:
+    """A Markdown table for each evaluator that found something more than once, for people."""
+    names = dict.fromkeys(c.rpartition("/")[0] for row in rows for c in row if "/" in c)
+    shown = []
+    for name in names:
+        columns = dict.fromkeys(c for row in rows for c in row if c.rpartition("/")[0] == name)
+        own = [row for row in rows if columns.keys() & row.keys()]
+        if len(own) < 2:
+            continue
+        head = ["step", "epoch", *(c.rpartition("/")[2] for c in columns)]
+        cells = [[_written(row.get(c)) for c in ("step", "epoch", *columns)] for row in own]
+        shown.append(f"{name}\n\n{markdown(head, cells)}")
+    return "\n\n".join(shown)
+
+
+def _written(value: float | None) -> str:
+    return "" if value is None else f"{value:d}" if isinstance(value, int) else f"{value:.4g}"

@@ -1,0 +1,151 @@
+"""What a run would take, from abstract shapes alone: nothing is computed or allocated."""
+
+import copy
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AbstractMesh
+from ml_collections import ConfigDict
+
+from cap_pretrain import files, learners
+from cap_pretrain.distributed import sharding
+from cap_pretrain.models.sizes import STORED
+from cap_pretrain.optim import optimizers
+from cap_pretrain.telemetry import flops
+from cap_pretrain.telemetry.tables import format_table
+from cap_pretrain.training.step import init_state, loss_and_stats, split_learner
+
+
+def abstract_batch(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of the global batch as the learner gets it."""
+    b, s, t = config.batch_size, config.data.image_size, config.text.length
+    image = jax.ShapeDtypeStruct((b, s, s, 3), np.uint8)
+    if config.model.name == STORED:
+        image = jax.ShapeDtypeStruct((b, 1 + config.model.tokens, config.model.width), np.float32)
+    everything = {
+        "image": image,
+        "text": jax.ShapeDtypeStruct((b, t), np.int32),
+        "prompt": jax.ShapeDtypeStruct((b,), np.int32),
+        "label": jax.ShapeDtypeStruct((b,), np.int32),
+    }
+    return {k: everything[k] for k in learners.learner_class(config.learner.name).reads}
+
+
+def flops_per_example(config: ConfigDict, vocab_size: int) -> dict[str, float]:
+    """Counted FLOPs of an example: `forward`, and `training` (forward and backward).
+
+    Rematerialisation is not counted: model FLOPs, whatever is computed twice to save memory.
+    """
+    plain = copy.deepcopy(config)
+    plain.model.remat, plain.model.attention = "none", "xla"
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    learner = nnx.eval_shape(lambda: learners.build(plain, vocab_size, jax.random.key(0)))
+    graphdef, params, stats = split_learner(learner)
+
+    def forward(params, stats, batch, key):
+        params = optimizers.hold_frozen(config.optim, params)
+        return loss_and_stats(graphdef, params, stats, batch, key)
+
+    def training(*args):
+        return jax.value_and_grad(forward, has_aux=True)(*args)
+
+    def per_example(fn: Callable) -> float:
+        args = (params, stats, abstract_batch(plain), key)
+        return flops.count_flops(fn, *args) / config.batch_size
+
+    return {"forward": per_example(forward), "training": per_example(training)}
+
+
+def count_parameters(params: Any) -> dict[str, int]:
+    """Parameters in all and by part, the first step of their paths."""
+    sizes = {part: sum(map(_size, jax.tree.leaves(tree))) for part, tree in params.items()}
+    return {"total": sum(sizes.values()), **sizes}
+
+
+def make_plan(
+    config: ConfigDict, *, vocab_size: int, total_steps: int, make_optimizer: Callable
+) -> dict[str, Any]:
+    """Returns the plan of a run, as `plan.json` holds it.
+
+    Args:
+      config: the resolved config. If its mesh names a number of devices other than there are here,
+        the plan is for that number.
+      vocab_size: of the tokenizer.
+      total_steps: length of the run; with 0, which only evaluates, there are no FLOPs of training.
+      make_optimizer: parameters -> optimizer.
+    """
+    named = [config.mesh[axis] for axis in ("data", "fsdp", "tensor")]
+    if -1 in named or (0 in named and jax.default_backend() == "tpu"):
+        shape = sharding.mesh_shape(config, jax.devices())
+    else:
+        shape = sharding.mesh_shape(config, math.prod(n or 1 for n in named))
+    mesh = AbstractMesh(tuple(shape.values()), tuple(shape))
+    _, abstract, _, _ = init_state(
+        lambda key: learners.build(config, vocab_size, key), make_optimizer, config, mesh
+    )
+    parameter_bytes = _bytes_per_device(abstract.params)
+    counted = flops_per_example(config, vocab_size) if total_steps else {}
+    return {
+        "learner": config.learner.name,
+        "model": config.model.name,
+        "vocab_size": vocab_size,
+        "parameters": count_parameters(abstract.params),
+        "flops_per_example": counted,
+        "total_steps": total_steps,
+        "batch_size": config.batch_size,
+        "devices": math.prod(shape.values()),
+        "mesh": shape,
+        "batch_per_device": config.batch_size / (shape["data"] * shape["fsdp"]),
+        "bytes_per_device": {
+            "parameters": parameter_bytes,
+            "optimizer": _bytes_per_device(abstract.opt_state),
+            "gradients": parameter_bytes if total_steps else 0,
+            "ema": _bytes_per_device(abstract.ema),
+        },
+    }
+
+
+def write_plan(plan: dict[str, Any], workdir: Path) -> str:
+    """Writes `plan.json` and returns the plan as tables for people."""
+    files.write_text(workdir / "plan.json", json.dumps(plan, indent=2) + "\n")
+    parameters = [(part, n, f"{n / 1e6:.1f}M") for part, n in plan["parameters"].items()]
+    told = [
+        f"{plan['learner']} {plan['model']}, vocabulary {plan['vocab_size']:,}",
+        format_table(parameters, ("parameters", "number", "")),
+    ]
+    if plan["flops_per_example"]:
+        forward, training = (plan["flops_per_example"][k] for k in ("forward", "training"))
+        whole = training * plan["batch_size"] * plan["total_steps"]
+        cost = [
+            ("forward, one example", f"{forward / 1e9:.3f} GFLOP"),
+            ("training, one example", f"{training / 1e9:.3f} GFLOP"),
+            ("training, one step", f"{training * plan['batch_size'] / 1e12:.3f} TFLOP"),
+            (f"training, {plan['total_steps']:,} steps", f"{whole / 1e18:.4g} EFLOP"),
+        ]
+        told.append(format_table(cost, ("arithmetic", "")))
+    memory = [(what, f"{n / 2**20:,.1f} MiB") for what, n in plan["bytes_per_device"].items()]
+    mesh = " x ".join(f"{axis} {n}" for axis, n in plan["mesh"].items())
+    told += [
+        format_table(memory, (f"per device ({mesh})", "")),
+        f"batch {plan['batch_size']:,}: {plan['batch_per_device']:g} examples per device; "
+        "activations come on top (model.remat lowers them)",
+        f"written to {workdir / 'plan.json'}",
+    ]
+    return "\n\n".join(told)
+
+
+def _size(leaf: jax.ShapeDtypeStruct) -> int:
+    return math.prod(leaf.shape)
+
+
+def _bytes_per_device(tree: Any) -> int:
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )

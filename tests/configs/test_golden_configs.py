@@ -1,0 +1,119 @@
+"""Every config in `configs/`: what it resolves to, and that it trains.
+
+`pytest tests/test_golden_configs.py --update_golden` writes tests/golden/ anew; a hyperparameter
+that changed shows in the diff.
+"""
+
+import difflib
+import json
+from pathlib import Path
+
+import pytest
+
+from cap_pretrain import config as configs
+from cap_pretrain import learners, train
+from tests import toy
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+# Every file of configs/ with every value of the arguments that choose what is learned.
+CASES = {
+    "quickstart": ("quickstart", None),
+    **{
+        f"pretrain-{objective}": ("pretrain", f"objective={objective}")
+        for objective in ("cappa", "cap", "clip", "siglip")
+    },
+}
+
+# Those that begin with an encoder, see tests/test_initial.py.
+WITH_ENCODER = {
+    "evaluate": ("evaluate", "evals=loss+captions"),
+    "coco_captioning": ("coco_captioning", None),
+    "coco_captioning-questions": (
+        "coco_captioning",
+        "data=data/coco:0.5+data/vqav2:0.5,tasks=captions+questions",
+    ),
+    "linear_probe": ("linear_probe", None),
+    "linear_probe-sgd": ("linear_probe", "protocol=sgd"),
+    "finetune": ("finetune", "fraction=0.1"),
+}
+
+# Trained in tests/test_recurrent_recipes.py.
+RECURRENT = {
+    f"recurrent-{recipe}": ("recurrent", f"recipe={recipe}")
+    for recipe in (
+        *("cnn_lstm", "gru", "show_attend_tell", "merge", "merge_jigsaw", "rotation_lstm"),
+        *("clip_lstm", "clip_attention"),
+    )
+}
+# Trained in tests/test_pretext_recipes.py.
+PRETEXT = {
+    f"pretext-{task}-{recipe}": ("pretext", f"task={task},recipe={recipe}")
+    for task, cls in learners.pretexts().items()
+    for recipe in cls.RECIPES
+}
+ALL = CASES | WITH_ENCODER | RECURRENT | PRETEXT
+
+
+def test_every_config_is_here():
+    files = {name for name, _ in ALL.values()}
+    assert files == {p.stem for p in toy.CONFIGS.glob("*.py")}
+
+
+@pytest.mark.parametrize("case", ALL)
+def test_resolves_to_what_it_did(case, request):
+    resolved = configs.to_json(toy.load(*ALL[case]))
+    path = GOLDEN / f"{case}.json"
+    if request.config.getoption("update_golden"):
+        path.write_text(resolved)
+    golden = path.read_text()
+    difference = difflib.unified_diff(golden.splitlines(), resolved.splitlines(), lineterm="", n=0)
+    assert golden == resolved, "\n".join(difference)
+
+
+@pytest.mark.parametrize("case", [*CASES, *RECURRENT, *PRETEXT])
+def test_is_valid_and_locked(case):
+    c = toy.load(*ALL[case])
+    configs.validate(c)
+    assert c.is_locked
+    for section in (c, c.optim, c.learner, *c.evals.values()):
+        with pytest.raises(AttributeError):
+            section.no_such_field = 1
+
+
+def test_nothing_but_the_objective_differs():
+    def rest(objective):
+        c = toy.load("pretrain", f"objective={objective}").to_dict()
+        del c["learner"], c["evals"]
+        return c
+
+    assert rest("cappa") == rest("cap") == rest("clip") == rest("siglip")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_trains_two_steps_and_leaves_its_files(case, tokenizer_path, tmp_path):
+    c = toy.shrink(toy.load(*CASES[case]), optim__warmup_share=0.0)
+    if case != "quickstart":  # which shows that a tokenizer is made when none is given
+        c.text.tokenizer = str(tokenizer_path)
+    for section in c.evals.values():
+        if section.evaluator == "loss":
+            section.limit = section.batch_size = 8
+        else:
+            section.count = 8
+        if section.evaluator == "scene_captions":
+            section.batch_size = 8
+    configs.validate(c)
+    train.run(c, tmp_path)
+
+    assert json.loads((tmp_path / "config.json").read_text()) == json.loads(configs.to_json(c))
+    assert (tmp_path / "tokenizer" / "tokenizer.model").is_file()
+    assert (tmp_path / "checkpoints" / "2").is_dir()
+    assert list((tmp_path / "tensorboard").iterdir())
+    losses = toy.losses(tmp_path)
+    assert [line["step"] for line in losses] == [1, 2]
+    assert losses[0]["train/loss"] != losses[1]["train/loss"]
+    last = {k: v for line in toy.lines(tmp_path) if line["step"] == 2 for k, v in line.items()}
+    for name in c.evals:
+        result = json.loads((tmp_path / "evals" / name / "2.json").read_text())
+        assert result["step"] == 2 and result["options"] == c.evals[name].to_dict()
+        logged = {k.split("/", 1)[1]: v for k, v in last.items() if k.startswith(f"{name}/")}
+        assert logged and logged.items() <= result.items()

@@ -1,0 +1,164 @@
+"""The recipes of configs/recurrent.py: what they build at full size, and that all of them learn."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from cap_pretrain import config as configs
+from cap_pretrain import train
+from cap_pretrain.data.text import words
+from cap_pretrain.errors import UserError
+from cap_pretrain.training import plan, step
+from tests import tiny, toy
+
+RECIPES = (
+    *("cnn_lstm", "gru", "show_attend_tell", "merge", "merge_jigsaw", "rotation_lstm"),
+    *("clip_lstm", "clip_attention"),
+)
+
+
+def small(recipe, **fields):
+    """A recipe that runs in seconds: what is large is small, and everything else is its own."""
+    c = toy.shrink(toy.load("recurrent", f"recipe={recipe}"), **fields)
+    c.learner.embed = c.learner.hidden = c.learner.attention = 32
+    c.learner.grid = min(c.learner.grid, 3)
+    c.data.scenes.max_objects = 1
+    c.data.scenes.plain_captions = True
+    for section in c.evals.values():
+        section["count" if section.evaluator == "captions" else "limit"] = 8
+        if "batch_size" in section:
+            section.batch_size = 8
+    return c
+
+
+def test_there_is_no_other_recipe():
+    with pytest.raises(UserError) as error:
+        toy.load("recurrent", "recipe=?")
+    listed = str(error.value).rpartition("Choose from:")[2].strip(" .").split(", ")
+    assert sorted(filter(None, listed)) == sorted(RECIPES)
+
+
+@pytest.mark.parametrize(
+    "recipe, encoder, decoder",
+    [
+        # By hand: embedding and logits 512 x 1000 + 513 x 1000; of an LSTM's layer 4 x 512 x 1025;
+        # the image 2048 x 512 + 512.
+        ("cnn_lstm", 23_508_032, 512_000 + 513_000 + 2 * 2_099_200 + 1_049_088),
+        # Of a GRU 3 x 512 x 1025 and another bias of the candidate.
+        ("gru", 42_500_160, 512_000 + 513_000 + 1_574_400 + 512 + 1_049_088),
+        # Image 2 x 1,049,088, keys as many, queries 512 x 513, scores 512, the gate 2048 x 513, of
+        # the LSTM 4 x 512 x (1025 + 2048).
+        (
+            "show_attend_tell",
+            42_500_160,
+            512_000 + 513_000 + 3 * 1_049_088 + 262_656 + 512 + 1_050_624 + 6_293_504,
+        ),
+        # Image 2048 x 256 + 256, LSTM 4 x 256 x 513, merged 256 x 257.
+        ("merge", 23_508_032, 256_000 + 257_000 + 524_544 + 525_312 + 65_792),
+    ],
+)
+def test_sizes_are_those_of_the_sources(recipe, encoder, decoder):
+    c = toy.load("recurrent", f"recipe={recipe}")
+    counts = plan.count_parameters(tiny.abstract(c, vocab=1000)[1])
+    assert counts == {"total": encoder + decoder, "encoder": encoder, "decoder": decoder}
+
+
+@pytest.mark.parametrize("recipe, parts", [("show_attend_tell", 14 * 14), ("clip_attention", 50)])
+def test_attention_sees_the_parts_that_the_source_says(recipe, parts):
+    c = toy.load("recurrent", f"recipe={recipe}")
+    graphdef, *variables = tiny.abstract(c, vocab=100)
+    image = jax.ShapeDtypeStruct((2, c.data.image_size, c.data.image_size, 3), np.uint8)
+    text = jax.ShapeDtypeStruct((2, c.text.length), np.int32)
+
+    def attend(variables, *args):
+        return nnx.merge(graphdef, *variables).attend(*args)
+
+    weights = jax.eval_shape(attend, variables, image, text)
+    assert weights.shape == (2, 51, parts)
+
+
+def test_arguments_override_the_recipe(tmp_path):
+    c = toy.load("recurrent", "recipe=show_attend_tell,decoder=lstm,encoder=vit,data=coco")
+    assert (c.learner.decoder, c.model.name, c.data.name) == ("lstm", "S/16", "coco")
+    # What is no option of an LSTM is gone, the rest is as the recipe says.
+    assert (c.learner.grid, c.learner.penalty, c.learner.dropout) == (0, 0.0, 0.5)
+    configs.validate(c)
+    assert toy.load("recurrent", "decoder=attention") == toy.load(
+        "recurrent", "recipe=show_attend_tell"
+    )
+    frozen = toy.load("recurrent", f"encoder={tmp_path}")
+    assert frozen.encoder == str(tmp_path) and frozen.optim.lr_rules == (("encoder/.*", 0.0),)
+    assert not c.encoder and not c.optim.lr_rules
+    with pytest.raises(UserError, match="encoder='resent50' is neither .* mean 'resnet50'"):
+        toy.load("recurrent", "encoder=resent50")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_takes_two_steps(recipe):
+    c = small(recipe, model__depth=1, model__width=16, model__mlp=32, model__heads=2)
+    init, abstract, graphdef, tx, rate, mesh = toy.prepared(c)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    take = step.make_train_step(graphdef, tx, rate, c, shardings)
+    state, losses = init(), []
+    with jax.set_mesh(mesh):
+        for seed in range(2):
+            batch = toy.batch(c, seed)
+            state, metrics = take(state, {k: batch[k] for k in ("image", "text")})
+            penalty = c.learner.penalty * metrics.get("penalty", 0)
+            losses.append(float(metrics["loss"] - penalty))
+    assert abs(losses[0] - np.log(100)) < 1  # all words are as good as any other
+    assert losses[0] != losses[1]
+
+
+def judged(c, workdir):
+    """Runs a config; every evaluator, and the figure that tells the best, has been at its end."""
+    configs.validate(c)
+    train.run(c, workdir)
+    assert (workdir / "tokenizer" / "words.tsv").is_file()
+    results = {
+        name: json.loads((workdir / "evals" / name / f"{c.total_steps}.json").read_text())
+        for name in c.evals
+    }
+    name, _, figure = c.checkpoint.best.rpartition("/")
+    assert np.isfinite(results[name][figure])
+    return [line["train/loss"] for line in toy.losses(workdir)]
+
+
+def test_runs_and_is_judged_by_its_figure(tmp_path):
+    c = small("show_attend_tell")
+    for name in ("perplexity", "samples", "scores_beam_3", "scores_beam_5"):
+        with c.unlocked():
+            del c.evals[name]
+    c.evals.scores.tokenizer = "python"  # Java takes long to start
+    assert len(judged(c, tmp_path)) == 2
+
+
+@pytest.mark.slow
+def test_batches_of_one_length_resume_exactly(tmp_path):
+    c = small("rotation_lstm", total_steps=6, checkpoint__every_steps=2, checkpoint__best="")
+    c.checkpoint.every_epochs = c.eval.every_epochs = 0.0
+    c.checkpoint.keep_last = 3
+    c.log.ids = True
+    with c.unlocked():
+        for name in set(c.evals) - {"val"}:
+            del c.evals[name]
+    whole, halved = tmp_path / "whole", tmp_path / "halved"
+    train.run(c, whole)
+    shutil.copytree(whole, halved)
+    for step_number in (4, 6):
+        shutil.rmtree(halved / "checkpoints" / str(step_number))
+    train.run(c, halved)
+    assert toy.losses(whole) == toy.losses(halved)
+    vocab = words.WordTokenizer(whole / "tokenizer" / "words.tsv").vocab_size
+    toy.assert_same(*(toy.saved_state(c, workdir, vocab, 6) for workdir in (whole, halved)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_loss_falls_and_all_evaluators_judge_it(recipe, tmp_path):
+    losses = judged(small(recipe, total_steps=60), tmp_path)
+    assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:3])

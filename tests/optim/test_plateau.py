@@ -1,0 +1,148 @@
+"""Lower rates and an early end when a figure becomes no better; the same after any interruption."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from cap_pretrain import config as configs
+from cap_pretrain import evals, train
+from cap_pretrain.checkpoints import checkpoint
+from cap_pretrain.errors import UserError
+from cap_pretrain.evals.base import Result
+from cap_pretrain.evals.suite import Suite
+from cap_pretrain.optim.plateau import Plateau
+from tests import toy
+
+
+def watched(plateau, figures):
+    """What is remembered after each of several evaluations."""
+    memory, all_of_them = jax.tree.map(jax.numpy.asarray, plateau.begin()), []
+    for step, figure in enumerate(figures):
+        memory = plateau.after(memory, step, {"val/loss": figure, "val/other": 0.0})
+        all_of_them.append(jax.device_get(memory))
+    return all_of_them
+
+
+def test_the_rate_falls_after_each_row_of_evaluations_without_gain():
+    plateau = Plateau(figure="val/loss", factor=0.5, patience=2, stop=5)
+    memory = watched(plateau, [3.0, 2.0, 2.0, np.nan, 2.5, 2.1, 1.0, 1.5, 1.5])
+    assert [float(m["scale"]) for m in memory] == [1, 1, 1, 0.5, 0.5, 0.25, 0.25, 0.25, 0.125]
+    assert [int(m["since"]) for m in memory] == [0, 0, 1, 2, 3, 4, 0, 1, 2]
+    assert float(memory[-1]["best"]) == 1
+    assert not plateau.ended(memory[-1])
+    assert plateau.ended(watched(plateau, [1.0] + 5 * [2.0])[-1])
+
+
+def test_larger_may_be_better():
+    plateau = Plateau(figure="val/loss", mode="max", patience=1, factor=0.1)
+    scales = [float(m["scale"]) for m in watched(plateau, [0.2, 0.4, 0.3])]
+    assert scales == pytest.approx([1, 1, 0.1])
+
+
+def test_an_evaluation_counts_once_and_others_do_not():
+    plateau = Plateau(figure="val/loss", patience=1)
+    memory = watched(plateau, [1.0])[0]
+    assert plateau.after(memory, 5, {"val/other": 9.0}) is memory
+    assert plateau.after(memory, 0, {"val/loss": 9.0}) is memory
+    assert Plateau().begin() is None and Plateau().after(None, 1, {"val/loss": 1.0}) is None
+    assert not Plateau(stop=1).ended(None)
+
+
+def run_of(tokenizer_path, **plateau):
+    c = toy.config("captioner", text__tokenizer=str(tokenizer_path), total_steps=20)
+    c.eval.every_steps = c.checkpoint.every_steps = 2
+    c.optim.decay, c.optim.warmup_share = "constant", 0.0
+    c.evals = ConfigDict(
+        {
+            "val": evals.defaults("loss", limit=8, batch_size=8),
+            "end": evals.defaults("loss", limit=8, batch_size=8, when="end"),
+        }
+    )
+    c.plateau.update(figure="val/loss", **plateau)
+    return c
+
+
+@pytest.fixture
+def falling_then_flat(monkeypatch):
+    """The evaluators find losses of 3, 1, 1, 1, … at steps 2, 4, 6, 8, …"""
+    whole = Suite.run
+
+    def run(suite, step, variables, **kwargs):
+        for name, _ in whole(suite, step, variables, **kwargs):
+            yield name, Result({"loss": max(5.0 - step, 1.0)})
+
+    monkeypatch.setattr(Suite, "run", run)
+
+
+def test_a_run_lowers_its_rate_and_ends_early_and_is_then_done(
+    tokenizer_path, tmp_path, falling_then_flat, capsys
+):
+    c = run_of(tokenizer_path, factor=0.5, patience=2, stop=3)
+    c.checkpoint.every_steps = 100  # so that the end is saved for its own sake
+    train.run(c, tmp_path)
+    lines = toy.lines(tmp_path)
+    rates = {x["step"]: x["train/learning_rate"] for x in lines if "train/learning_rate" in x}
+    assert max(rates) == 10  # best at step 4, no better at 6, 8, 10
+    assert all(rates[step] == pytest.approx(1e-3) for step in range(1, 9))
+    assert rates[9] == rates[10] == pytest.approx(5e-4)
+    assert [x["step"] for x in lines if "end/loss" in x] == [10]
+    assert checkpoint.saved_steps(tmp_path) == [10]
+    assert "val/loss becomes no better: ending at step 10" in capsys.readouterr().out
+    train.run(c, tmp_path)
+    assert "Already at step 10 of 20" in capsys.readouterr().out
+    assert toy.lines(tmp_path) == lines
+
+
+@pytest.fixture
+def whole_run(tokenizer_path, falling_then_flat, tmp_path):
+    """The config and folder of a run that ended at step 10, half the rate at a time."""
+    c = run_of(tokenizer_path, factor=0.5, patience=1, stop=3)
+    c.checkpoint.keep_last = 20
+    train.run(c, tmp_path / "whole")
+    return c, tmp_path / "whole"
+
+
+@pytest.mark.parametrize("last", [6, 10])
+@pytest.mark.parametrize("told", [True, False])
+def test_after_an_interruption_it_goes_on_the_same(whole_run, tmp_path, last, told):
+    """Stopped after the checkpoint of a step was saved, before or after its evaluation was told."""
+    c, whole = whole_run
+    stopped = tmp_path / "stopped"
+    shutil.copytree(whole, stopped)
+    for step in checkpoint.saved_steps(stopped):
+        if step > last:
+            shutil.rmtree(stopped / "checkpoints" / str(step))
+    lines = [x for x in toy.lines(stopped) if x["step"] <= last]
+    if not told:
+        lines = [x for x in lines if x["step"] < last or "train/loss" in x]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (stopped / "metrics.jsonl").write_text(text)
+    train.run(c, stopped)
+    assert figures(stopped) == figures(whole)
+    assert checkpoint.saved_steps(stopped) == checkpoint.saved_steps(whole)
+
+
+def figures(workdir):
+    """What was logged of steps and evaluations, times left out."""
+    kinds = ("step", "train/", "val/", "end/")
+    return [{k: v for k, v in x.items() if k.startswith(kinds)} for x in toy.lines(workdir)]
+
+
+@pytest.mark.parametrize(
+    "fields, told",
+    [
+        (dict(figure="vall/loss"), "plateau.figure: 'vall/loss' is no figure of an evaluator"),
+        (dict(mode="least"), "plateau.mode: 'least'"),
+        (dict(factor=0.0), "plateau.factor: 0.0 is not in"),
+        (dict(patience=-1), "plateau.patience: -1 must not"),
+    ],
+)
+def test_mistakes_are_told(fields, told):
+    c = toy.config("captioner")
+    c.plateau.update(fields)
+    with pytest.raises(UserError, match=told):
+        configs.validate(c)

@@ -1,0 +1,143 @@
+"""Exact resume: a run that was killed again and again ends like one that was not.
+
+And the tool that rehearses it, with programs in place of the trainer.
+"""
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import toy
+from tools import kill_and_resume
+
+STATISTICS = Path(__file__).parents[1] / "configs" / "with_statistics.py"
+PRETRAIN = toy.CONFIGS / "pretrain.py"
+STEPS = 40
+SMALL = {
+    **{"batch_size": 8, "data.image_size": 16, "data.workers": 2, "text.length": 16},
+    **{"data.scenes.length_train": 200, "data.scenes.length_val": 20},
+    **{"total_steps": STEPS, "log.every_steps": 1, "log.ids": True},
+    **{"checkpoint.every_steps": 2, "eval.every_steps": 10},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "more"),
+    [
+        (f"{PRETRAIN}:objective=cap,model=mu/8", {"evals.samples.when": "end"}),
+        (str(STATISTICS), {}),  # CapPa that also keeps statistics and an average
+        (f"{PRETRAIN}:objective=clip,model=mu/8", {}),
+        (f"{PRETRAIN}:objective=siglip,model=mu/8", {}),
+    ],
+    ids=["cap", "cappa-with-statistics", "clip", "siglip"],
+)
+def test_a_run_killed_five_times_ends_as_one_that_was_not(
+    config, more, tokenizer_path, tmp_path, capfd
+):
+    fields = SMALL | more | {"text.tokenizer": tokenizer_path}
+    code = kill_and_resume.main(
+        [
+            *("--kills=5", f"--workdir={tmp_path / 'rehearsal'}", "--", f"--config={config}"),
+            *(f"--config.{name}={value}" for name, value in fields.items()),
+        ]
+    )
+    out, err = capfd.readouterr()
+    assert code == 0, f"{out}\n{err}"
+    said = out.splitlines()
+    assert [line.split(":")[0] for line in said[1:-1]] == [f"kill {n} of 5" for n in range(1, 6)]
+    assert any("while saving" in line for line in said)
+    assert said[-1].startswith("the same: ") and f" figures of {STEPS} steps" in said[-1]
+    killed = tmp_path / "rehearsal" / "killed"
+    assert sum("data/ids" in line for line in toy.lines(killed)) >= STEPS
+    assert "Going on from step " in killed.with_name("killed.log").read_text()
+
+
+@pytest.fixture
+def program(tmp_path, monkeypatch):
+    """Has a shell script run in place of Python; `$dir` is its workdir."""
+
+    def use(script):
+        path = tmp_path / "program"
+        path.write_text(f'#!/bin/sh\nfor last; do :; done\ndir="${{last#--workdir=}}"\n{script}\n')
+        path.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(path))
+
+    return use
+
+
+def test_worker_processes_that_stay_behind_are_noticed_and_ended(program, tmp_path, monkeypatch):
+    monkeypatch.setattr(kill_and_resume, "GRACE", 0.1)
+    program("sleep 60 &\n mkdir $dir; exec sleep 60")
+    with kill_and_resume.Run([], tmp_path / "run") as run:
+        while not (tmp_path / "run").exists():
+            assert not run.ended()
+        run.hit(kill_and_resume.Blow("step", 0, 0.0))
+        with pytest.raises(kill_and_resume.Failed, match=r"processes \[\d+\] were still running"):
+            run.check_nothing_left()
+    run.check_nothing_left()
+
+
+def test_a_save_is_told_from_what_an_earlier_process_left(program, tmp_path):
+    folders = tmp_path / "run" / "checkpoints"
+    left = folders / "4.orbax-checkpoint-tmp"
+    left.mkdir(parents=True)
+    (folders / "2").mkdir()
+    program("sleep 60")
+    with kill_and_resume.Run([], tmp_path / "run") as run:
+        assert run.saving() == set()
+        left.rmdir()
+        assert run.saving() == set()
+        left.mkdir()
+        assert run.saving() == {left.name}
+
+
+def test_kills_come_at_every_stage_and_all_along_the_run():
+    pace = kill_and_resume.Pace(steps=100, start=5.0, line=0.1, save=0.2)
+    blows = list(kill_and_resume.blows(30, pace, random.Random(1)))
+    assert [b.after for b in blows].count("save") == 10
+    assert [b.after for b in blows].count("start") == 5
+    for number, blow in enumerate(blows):
+        assert 3 * number - 1 <= blow.step <= 3 * (number + 1)
+        assert 0 <= blow.seconds <= 1.2 * 5
+    assert blows == list(kill_and_resume.blows(30, pace, random.Random(1)))
+    assert blows != list(kill_and_resume.blows(30, pace, random.Random(2)))
+
+
+LOG_AND_SAVE = """
+mkdir -p $dir/checkpoints/1.orbax-checkpoint-tmp
+echo '{"step": 1}' > $dir/metrics.jsonl
+sleep 0.1
+"""
+
+
+def rehearse(folder, *arguments):
+    return kill_and_resume.main(["--kills=3", f"--workdir={folder}", *arguments, "--", "--x=1"])
+
+
+def test_a_run_too_short_for_its_kills_is_no_proof(program, tmp_path, monkeypatch, capsys):
+    program(LOG_AND_SAVE)
+    monkeypatch.setattr(kill_and_resume, "wait_for", lambda run, blow: False)
+    monkeypatch.setattr(subprocess, "call", lambda *args, **kwargs: 0)
+    assert rehearse(tmp_path / "new") == 1
+    assert "the run ended after 0 of 3 kills" in capsys.readouterr().err
+    assert rehearse(tmp_path / "new") == 2
+    assert "name another folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("script", "code"),
+    [
+        ("echo 'no field' >&2; exit 2", 2),  # at once
+        (f"if test $(basename $dir) = killed; then exit 2; fi; {LOG_AND_SAVE}", 1),  # on resume
+        ("mkdir $dir", 2),  # nothing to compare
+    ],
+)
+def test_a_run_that_fails_ends_the_rehearsal(script, code, program, tmp_path, capsys):
+    program(script)
+    assert rehearse(tmp_path / "new") == code
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and len(message.splitlines()) <= 2
