@@ -142,7 +142,7 @@ def run(config: ConfigDict, workdir: Path, allow_changes: Sequence[str] = ()) ->
             nonlocal state
             try:
                 for name, result in suite.run(step, state.variables, when=when, done=done):
-                    figures = {f"{name}/{k}": v for k, v in result.figures.items()}
+                    figures = {f"{name}/{k}": v for k, v in result.metrics.items()}
                     state = state.replace(plateau=plateau.after(state.plateau, step, figures))
                     _report(step, name, result, writer, progress)
             except Interrupted:
@@ -288,8 +288,8 @@ def _report(
     progress: Progress,
 ) -> None:
     """Shows what an evaluator found, and keeps the figures with the metrics."""
-    writer.write(step, {f"{name}/{k}": v for k, v in result.figures.items()})
-    figures = "  ".join(f"{k} {v:.4g}" for k, v in result.figures.items())
+    writer.write(step, {f"{name}/{k}": v for k, v in result.metrics.items()})
+    figures = "  ".join(f"{k} {v:.4g}" for k, v in result.metrics.items())
     progress.say("\n    ".join([f"step {step}  {name}: {figures}", *result.lines]))
     if result.pictures:
         images, captions = zip(*result.pictures, strict=True)

@@ -1,6 +1,8 @@
 """Tests run on the CPU, offline, and compile each program once."""
 
 import os
+import shutil
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Tests compile much and compute little: this halves the time.
@@ -17,27 +19,29 @@ if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()  # worker processes ask for it
 
 
+# Compiled programs are kept for the whole session, in one folder that its processes share: a rerun
+# of a workdir need not compile again. A folder that the environment names outlasts the session.
+CACHE = {
+    "jax_compilation_cache_dir": os.environ.get("JAX_COMPILATION_CACHE_DIR", ""),
+    "jax_persistent_cache_min_compile_time_secs": 0.2,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}
+
+
+def pytest_configure(config):
+    """Set up the compilation cache of this process and, by the environment, of those it starts."""
+    if not CACHE["jax_compilation_cache_dir"]:
+        CACHE["jax_compilation_cache_dir"] = folder = tempfile.mkdtemp(prefix="compiled-")
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    for name, value in CACHE.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--update_golden", action="store_true", help="write tests/golden/ anew instead of comparing"
     )
-
-
-@pytest.fixture(scope="session", autouse=True)
-def compile_once(tmp_path_factory):
-    """Keeps compiled programs for the whole session: a rerun of a workdir need not compile again.
-
-    Subprocesses share them through the environment.
-    """
-    folder = str(tmp_path_factory.mktemp("compiled"))
-    settings = {
-        "jax_compilation_cache_dir": folder,
-        "jax_persistent_cache_min_compile_time_secs": 0.2,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    for name, value in settings.items():
-        jax.config.update(name, value)
-        os.environ[name.upper()] = str(value)
 
 
 @pytest.fixture(scope="session")

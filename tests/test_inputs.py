@@ -67,7 +67,7 @@ def test_a_plan_counts_words(of_words, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "field, value, message",
+    ("field", "value", "message"),
     [
         ("text__kind", "word", "text.kind: 'word' is unknown.*words"),
         ("text__words__min_count", 0, "text.words.min_count"),

@@ -104,6 +104,6 @@ def make(name: str, small: bool = False) -> nn.Module:
             elif key.endswith("running_mean"):
                 tensor.copy_(0.3 * torch.randn_like(tensor))
             elif tensor.ndim == 1 and tensor.is_floating_point():
-                scale = "bn" in key and key.endswith("weight") or "downsample.1.weight" in key
+                scale = ("bn" in key and key.endswith("weight")) or "downsample.1.weight" in key
                 tensor.copy_(scale + 0.2 * torch.randn_like(tensor))
     return model.eval().requires_grad_(False)

@@ -109,7 +109,7 @@ def saved_run(c: ConfigDict, workdir: Path, tokenizer_path: Path, *steps: int) -
     _, abstract, *_ = prepared(c, inputs.open_tokenizer(c, path).vocab_size)
     abstract = abstract.replace(opt_state={"count": abstract.step})
     rng = np.random.default_rng(0)
-    draw = lambda leaf: (0.3 * rng.standard_normal(leaf.shape)).astype(leaf.dtype)  # noqa: E731
+    draw = lambda leaf: (0.3 * rng.standard_normal(leaf.shape)).astype(leaf.dtype)
     state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract).replace(
         params=jax.tree.map(draw, abstract.params), ema=jax.tree.map(draw, abstract.ema)
     )

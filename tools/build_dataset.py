@@ -1,4 +1,4 @@
-"""Builds a dataset in TFDS format (ArrayRecord) from images and captions, or from class folders.
+r"""Builds a dataset in TFDS format (ArrayRecord) from images and captions, or from class folders.
 
     python tools/build_dataset.py captions_json --name my_data --out data \\
         --annotations train=captions_train.json.gz val=captions_val.json.gz \\

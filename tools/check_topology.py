@@ -1,4 +1,4 @@
-"""Will it fit, and how fast would it be? Asks the TPU compiler, on a machine without TPUs.
+r"""Will it fit, and how fast would it be? Asks the TPU compiler, on a machine without TPUs.
 
     python tools/check_topology.py --config=configs/pretrain.py:objective=cap,model=B/16 \\
         --topology=v5e:16x16 [--config.batch_size=16384 …]

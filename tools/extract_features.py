@@ -1,4 +1,4 @@
-"""Stores what an encoder makes of the images of a dataset: a dataset of features, to learn from.
+r"""Stores what an encoder makes of the images of a dataset: a dataset of features, to learn from.
 
     python tools/extract_features.py --encoder runs/cappa --data data/my_data --splits train val \\
         --out data --name my_features --what tokens

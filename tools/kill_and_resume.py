@@ -1,4 +1,4 @@
-"""Rehearses the worst: a run that is killed at any moment, again and again, goes on exactly.
+r"""Rehearses the worst: a run that is killed at any moment, again and again, goes on exactly.
 
     python tools/kill_and_resume.py --kills 5 --workdir runs/rehearsal -- \\
         --config=configs/pretrain.py:objective=cap,model=mu/8 --config.total_steps=200 …

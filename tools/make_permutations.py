@@ -1,4 +1,4 @@
-"""Makes the permutations that a jigsaw puzzle is about: orders of nine tiles, far from each other.
+r"""Makes the permutations that a jigsaw puzzle is about: orders of nine tiles, far from each other.
 
     python tools/make_permutations.py --count 100 --rule min --out data/permutations_100.txt
     python -m cap_pretrain.main --config=configs/pretext.py:task=jigsaw,data=data/my_images \\

@@ -1,4 +1,4 @@
-"""Puts what evaluators found in several runs side by side, as a Markdown table.
+r"""Puts what evaluators found in several runs side by side, as a Markdown table.
 
     python tools/results_table.py runs/cap runs/cappa runs/clip \\
         --figures linear_probe/top1 retrieval/image_to_text_r1 order:composition/accuracy

@@ -166,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     print(f"{scores.images} images, {scores.references} references; tokenizer: {scores.tokenizer}")
     print(*scores.table(), sep="\n")
-    print(json.dumps(scores.figures | scores.protocol() | remarks))
+    print(json.dumps(scores.metrics | scores.protocol() | remarks))
     return 0
 
 

@@ -42,7 +42,7 @@ def read(weights: Weights) -> Pretrained | None:
         return _resnet(weights)
     found = {name.rpartition(".")[0] for name in names if name.startswith("features.")}
     if found == set(ALEXNET_NAMES.values()):
-        build = lambda: AlexNet(compute=Compute(), rngs=nnx.Rngs(0))  # noqa: E731
+        build = lambda: AlexNet(compute=Compute(), rngs=nnx.Rngs(0))
         return _assemble(weights, build, ALEXNET_NAMES, {"name": ALEXNET})
     return None
 

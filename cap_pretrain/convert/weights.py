@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  with it, NumPy knows bfloat16
+import ml_dtypes
 import numpy as np
 
 from cap_pretrain.errors import UserError
@@ -104,7 +104,7 @@ def _safetensors_file(path: Path) -> dict[str, Callable[[], Any]]:
         file = safetensors.safe_open(path, framework="numpy")
     except (OSError, safetensors.SafetensorError) as e:
         raise UserError(f"{path}: cannot be read as safetensors ({e}).") from e
-    return {name: lambda name=name: file.get_tensor(name) for name in file.keys()}
+    return {name: lambda name=name: file.get_tensor(name) for name in file}
 
 
 def _torch_file(path: Path) -> dict[str, Callable[[], Any]]:

@@ -84,7 +84,7 @@ class _Watch:
         self._beats = 0
         # Of each host its name, its last sign of life, and when that came.
         began = time.monotonic()
-        self._heard = {host: ("", "", began) for host in range(jax.process_count())}
+        self._heard = dict.fromkeys(range(jax.process_count()), ("", "", began))
         self._beat()
         self._thread = threading.Thread(target=self._run, name="cluster watch", daemon=True)
         self._thread.start()

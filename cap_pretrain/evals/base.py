@@ -22,13 +22,13 @@ class Result:
     """What an evaluator found.
 
     Attributes:
-      figures: scalars.
+      metrics: scalars.
       details: anything else that is JSON.
       lines: what people read on the console.
       pictures: uint8 images [H, W, 3] of one size with their captions, for TensorBoard.
     """
 
-    figures: dict[str, float]
+    metrics: dict[str, float]
     details: dict[str, Any] = dataclasses.field(default_factory=dict)
     lines: tuple[str, ...] = ()
     pictures: tuple[tuple[np.ndarray, str], ...] = ()

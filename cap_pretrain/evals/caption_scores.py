@@ -92,7 +92,7 @@ class CaptionScores:
         )
         counts = collections.Counter(captions.values())
         ((commonest, times),) = counts.most_common(1)
-        figures = scores.figures | {
+        figures = scores.metrics | {
             # Captioners are known to collapse to a few sentences without anybody noticing.
             "distinct_share": len(counts) / len(captions),
             "commonest_share": times / len(captions),

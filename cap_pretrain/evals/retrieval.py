@@ -75,7 +75,7 @@ class Retrieval:
 
         if not scoring.has_prior:  # one small vector an image, to be kept
             kept = list(blocks())
-            blocks = lambda: kept  # noqa: E731
+            blocks = lambda: kept
 
         own_scores, there = np.zeros(len(texts), np.float32), np.zeros(len(texts), bool)
         for where, images in blocks():

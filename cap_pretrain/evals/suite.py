@@ -62,5 +62,5 @@ class Suite:
 def write_result(path: Path, section: Mapping, step: int, result: Result, **about: str) -> None:
     """Writes a result as JSON, completely or not at all; raises OSError as `files.write_text`."""
     content = {"step": step, "options": section.to_dict(), **about}
-    content |= {**result.figures, **result.details}
+    content |= {**result.metrics, **result.details}
     files.write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")

@@ -205,7 +205,7 @@ def _multiply(multipliers: Any) -> optax.GradientTransformation:
 
 def _map(fn: Callable, multipliers: Any, updates: Any, params: Any) -> Any:
     """`jax.tree.map` over trees in which `optax.partition` has masked some leaves."""
-    masked = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
+    masked = lambda x: isinstance(x, optax.MaskedNode)
     return jax.tree.map(
         lambda u, p, m: u if masked(u) else fn(u, p, m),
         updates,

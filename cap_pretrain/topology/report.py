@@ -130,7 +130,11 @@ def _kind(opcode: str, name: str) -> str:
 
 def _short(name: str) -> str:
     """The end of a path, without what transformations wrote around it."""
-    steps = [s for s in name.split(";")[0].split("/") if s not in ("while", "body", "closed_call")]
+    steps = [
+        s
+        for s in name.split(";", maxsplit=1)[0].split("/")
+        if s not in ("while", "body", "closed_call")
+    ]
     return "/".join(steps[-2:]) or "(of the compiler)"
 
 

@@ -207,7 +207,7 @@ def test_without_a_sound_checkpoint_nothing_is_begun_anew(tmp_path):
 
 
 def test_a_checkpoint_is_bound_to_its_tokenizer(tmp_path):
-    of = lambda tokenizer: Checkpoints(tmp_path, toy.config(), identity={"t.model": tokenizer})  # noqa: E731
+    of = lambda tokenizer: Checkpoints(tmp_path, toy.config(), identity={"t.model": tokenizer})
     with contextlib.closing(of("abc")) as checkpoints:
         checkpoints.save(make_state())
     with contextlib.closing(of("abc")) as checkpoints:

@@ -89,7 +89,7 @@ def test_fields_that_a_run_did_not_know_have_their_default(workdir):
 
 
 @pytest.mark.parametrize(
-    "damage, message",
+    ("damage", "message"),
     [
         (lambda w: shutil.rmtree(w), "is no folder of a run, its config.json cannot be read"),
         (lambda w: (w / "config.json").write_text("{"), "config.json: is no config of a run"),
@@ -113,7 +113,7 @@ def test_another_tokenizer_is_refused(workdir):
 
 
 @pytest.mark.parametrize(
-    "section, field, value, message",
+    ("section", "field", "value", "message"),
     [
         ("model", "width", 32, "is of shape .* instead of"),
         ("model", "pool", "map", "encoder/head/.* is missing instead of"),

@@ -43,7 +43,7 @@ def test_there_is_no_other_recipe():
 
 
 @pytest.mark.parametrize(
-    "recipe, encoder, decoder",
+    ("recipe", "encoder", "decoder"),
     [
         # By hand: embedding and logits 512 x 1000 + 513 x 1000; of an LSTM's layer 4 x 512 x 1025;
         # the image 2048 x 512 + 512.
@@ -67,7 +67,9 @@ def test_sizes_are_those_of_the_sources(recipe, encoder, decoder):
     assert counts == {"total": encoder + decoder, "encoder": encoder, "decoder": decoder}
 
 
-@pytest.mark.parametrize("recipe, parts", [("show_attend_tell", 14 * 14), ("clip_attention", 50)])
+@pytest.mark.parametrize(
+    ("recipe", "parts"), [("show_attend_tell", 14 * 14), ("clip_attention", 50)]
+)
 def test_attention_sees_the_parts_that_the_source_says(recipe, parts):
     c = toy.load("recurrent", f"recipe={recipe}")
     graphdef, *variables = tiny.abstract(c, vocab=100)

@@ -85,7 +85,9 @@ def test_hosts_threads_and_where_a_run_began_change_nothing(seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed, workers, hosts", [(20, 1, 2), (21, 2, 1), (22, 2, 2), (23, 1, 4)])
+@pytest.mark.parametrize(
+    ("seed", "workers", "hosts"), [(20, 1, 2), (21, 2, 1), (22, 2, 2), (23, 1, 4)]
+)
 def test_worker_processes_change_nothing_either(seed, workers, hosts):
     case = Case.draw(seed)
     assert_all_same(case.batches(5, hosts, workers=workers), case.batches(5, threads=0))

@@ -17,7 +17,7 @@ from tests import toy
 from tests.data.test_pipeline import share
 
 SIZE, BATCH, MAX = 8, 4, 9
-WORDS = "a red star next to some very large blue circle on green".split()
+WORDS = ["a", "red", "star", "next", "to", "some", "very", "large", "blue", "circle", "on", "green"]
 # How many captions there are of each length, EOS included; 9 is what longer ones are cut to.
 COUNTS = {2: 3, 3: 21, 4: 40, 6: 10, 9: 14}
 
@@ -200,7 +200,7 @@ def test_epochs_are_of_captions(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "learner, data, message",
+    ("learner", "data", "message"),
     [("captioner", "scenes+other", "not for the mixture"), ("classifier", "scenes", "classifier")],
 )
 def test_what_has_no_batches_of_one_length(learner, data, message):

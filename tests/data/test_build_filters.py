@@ -174,7 +174,7 @@ def test_images_that_are_held_out(tmp_path, capsys):
     assert lost(folder, "train") == {"held out": ["s/0000", "s/0001", "s/0003"]}
 
 
-@pytest.mark.parametrize("scale, quality", [(0.5, 75), (0.7, 40), (1.5, 90)])
+@pytest.mark.parametrize(("scale", "quality"), [(0.5, 75), (0.7, 40), (1.5, 90)])
 def test_a_copy_has_nearly_the_same_perceptual_hash_and_others_have_not(scale, quality):
     originals = [images.decode(picture(seed, 200, 150)) for seed in range(30)]
     own = np.array([hashes.perceptual(pixels) for pixels in originals], np.uint64)
@@ -205,7 +205,7 @@ def test_nearly_repeated_hashes_are_those_of_a_search_through_all():
 
 
 @pytest.mark.parametrize(
-    "text, fields, problem",
+    ("text", "fields", "problem"),
     [
         ("a >= 0.5", {"a": "0.5"}, ""),
         ("a<1e3", {"a": 1000}, "not a<1e3"),
@@ -252,7 +252,7 @@ def test_the_page_shows_ten_of_what_is_kept(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    ("options", "message"),
     [
         ("--where similarity", "--where 'similarity': write FIELD, one of >= <= == != > <"),
         ("--min_size 0", "--min_size: 0 must be at least 1"),

@@ -15,9 +15,9 @@ from cap_pretrain.distributed import sharding
 from cap_pretrain.training import step
 from tests import tiny, toy
 from tests.data import test_webdataset as web
-from tests.data.test_flickr import published as flickr  # noqa: F401, fixtures by name
-from tests.data.test_openimages import published as openimages  # noqa: F401
-from tests.data.test_question_formats import (  # noqa: F401
+from tests.data.test_flickr import published as flickr
+from tests.data.test_openimages import published as openimages
+from tests.data.test_question_formats import (
     build,
     gqa_question,
     karpathy,
@@ -25,7 +25,7 @@ from tests.data.test_question_formats import (  # noqa: F401
     write_json,
 )
 from tests.data.test_tables import photos
-from tests.data.test_vizwiz import published as vizwiz  # noqa: F401
+from tests.data.test_vizwiz import published as vizwiz
 from tests.data.test_webdataset import samples, tar
 from tests.tools.test_build_dataset import jpeg, write_captions, write_files
 
@@ -161,14 +161,14 @@ def built(name, recipe, tmp_path, request):
     return build(tmp_path, name.partition(",")[0], *arguments)
 
 
-@pytest.mark.parametrize("name, recipe", CAPTIONS.items(), ids=CAPTIONS)
+@pytest.mark.parametrize(("name", "recipe"), CAPTIONS.items(), ids=CAPTIONS)
 def test_captions_of_every_format_are_trained_on(name, recipe, tmp_path, request, captioner):
     for batch in captioner.two_steps(built(name, recipe, tmp_path, request)):
         assert not batch["broken"].any() and not batch["prompt"].any()
         assert (batch["text"][:, :2] > 0).all() and batch["image"].std() > 10
 
 
-@pytest.mark.parametrize("name, recipe", QUESTIONS.items(), ids=QUESTIONS)
+@pytest.mark.parametrize(("name", "recipe"), QUESTIONS.items(), ids=QUESTIONS)
 def test_questions_of_every_format_are_trained_on(name, recipe, tmp_path, request, captioner):
     for batch in captioner.two_steps(built(name, recipe, tmp_path, request)):
         given = batch["prompt"]
@@ -177,7 +177,7 @@ def test_questions_of_every_format_are_trained_on(name, recipe, tmp_path, reques
         assert (answers > 0).all() and batch["image"].std() > 10
 
 
-@pytest.mark.parametrize("name, recipe", LABELS.items(), ids=LABELS)
+@pytest.mark.parametrize(("name", "recipe"), LABELS.items(), ids=LABELS)
 def test_labels_of_every_format_are_trained_on(name, recipe, tmp_path, request, classifier):
     for batch in classifier.two_steps(built(name, recipe, tmp_path, request)):
         assert not batch["broken"].any() and (batch["label"] >= 0).all()

@@ -179,7 +179,7 @@ def test_bombs_are_refused_by_their_header(format, side):
 
 
 @pytest.mark.parametrize(
-    "min_size, expected", [(0, 48), (48, 48), (25, 48), (24, 24), (12, 12), (1, 6)]
+    ("min_size", "expected"), [(0, 48), (48, 48), (25, 48), (24, 24), (12, 12), (1, 6)]
 )
 def test_min_size_is_never_undercut(min_size, expected):
     image = images.decode(FILES["jpeg"][0], min_size=min_size)

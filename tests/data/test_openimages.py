@@ -70,7 +70,7 @@ def test_the_classes_wanted_and_the_least_confidence_are_chosen(tmp_path, publis
 
 
 @pytest.mark.parametrize(
-    "which, text, message",
+    ("which", "text", "message"),
     [
         ("train-labels.csv", "a,b\n1,2\n", "no column ImageID (found: a, b)"),
         ("train-labels.csv", HEADER + "000a,x,/m/0dog,much\n", "line 2 is not understood"),

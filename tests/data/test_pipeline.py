@@ -397,7 +397,7 @@ def test_iterating_an_empty_range_gives_nothing(build):
 
 
 @pytest.mark.parametrize(
-    "count, limit, shown", [(10, None, 10), (8, None, 8), (30, 9, 9), (3, 9, 3)]
+    ("count", "limit", "shown"), [(10, None, 10), (8, None, 8), (30, 9, 9), (3, 9, 3)]
 )
 def test_evaluation_shows_every_example_once(tokenizer, count, limit, shown):
     def batches(**options):

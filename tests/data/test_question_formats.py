@@ -349,7 +349,7 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize("command, message", MISTAKES)
+@pytest.mark.parametrize(("command", "message"), MISTAKES)
 def test_mistakes_are_told_in_a_line(tmp_path, monkeypatch, capsys, command, message):
     monkeypatch.chdir(tmp_path)
     write_files(tmp_path / "photos", {"1.jpg": jpeg(1)})

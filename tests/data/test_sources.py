@@ -100,7 +100,7 @@ def test_records_are_as_stored(data_dir):
 
 
 @pytest.mark.parametrize(
-    "name, fields, plain",
+    ("name", "fields", "plain"),
     [
         ("flat", {}, True),
         ("nested_captions", {"captions": "captions/text"}, True),
@@ -211,7 +211,7 @@ def test_tensorflow_stays_out(data_dir):
 
 
 @pytest.mark.parametrize(
-    "name, split, options, message",
+    ("name", "split", "options", "message"),
     [
         ("flat", "trian", {}, r"no split 'trian'.*train \(10\), val \(3\)"),
         ("flat", "train[:900%", {}, r"split 'train\[:900%' is not valid"),
@@ -263,7 +263,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text, expected",
+    ("text", "expected"),
     [
         ("a", [("a", 1.0)]),
         ("a:0.2+b:0.8", [("a", 0.2), ("b", 0.8)]),
@@ -284,4 +284,4 @@ def test_impossible_mixtures_are_refused(text):
 
 
 def test_default_fields_are_those_the_builders_write():
-    assert DEFAULT_FIELDS == {k: k for k in ("image", "captions", "label", "id", "question")}
+    assert {k: k for k in ("image", "captions", "label", "id", "question")} == DEFAULT_FIELDS

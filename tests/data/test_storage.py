@@ -115,7 +115,7 @@ def assert_same(some, others):
 
 
 @pytest.mark.parametrize(
-    "name, data_dir",
+    ("name", "data_dir"),
     [(URL, ""), (f"{URL}/1.0.0/", ""), ("captioned", "faulty://bucket"), ("local://{}", "")],
 )
 def test_a_location_is_read_as_a_folder_is(name, data_dir, folder, tmp_path):
@@ -186,7 +186,7 @@ def test_what_always_fails_ends_with_the_path_and_the_reason(at, tokenizer, tmp_
 
 
 @pytest.mark.parametrize(
-    "error, said",
+    ("error", "said"),
     [
         (FileNotFoundError("x"), "no such file"),
         (PermissionError(13, "Forbidden"), "Forbidden"),

@@ -95,7 +95,7 @@ def test_parquet_may_hold_the_images(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    ("arguments", "message"),
     [
         ("--tables t.csv --images Images --caption text", "no column 'text'. Choose from: caption"),
         ("--tables t.csv --images Images --image imag", "Did you mean 'image'?"),

@@ -105,7 +105,7 @@ def test_a_small_corpus_gives_fewer_pieces(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "captions, vocab_size, message",
+    ("captions", "vocab_size", "message"),
     [([], 100, "no captions"), (["", "\n"], 100, "no captions"), (CAPTIONS, 10, "vocab_size 10")],
 )
 def test_captions_that_cannot_be_trained_on(tmp_path, captions, vocab_size, message):

@@ -46,7 +46,7 @@ def test_marked_captions_are_left_out(tmp_path, published):
     assert lost(folder, "train") == {"without captions": ["2"]}
 
 
-@pytest.mark.parametrize("keep, counts", [("rejected", [2, 2]), ("precanned", [2, 2, 1])])
+@pytest.mark.parametrize(("keep", "counts"), [("rejected", [2, 2]), ("precanned", [2, 2, 1])])
 def test_marked_captions_may_be_kept(tmp_path, published, keep, counts):
     folder = build(tmp_path, "vizwiz", *published, "--keep", keep)
     examples = read(folder, "train")

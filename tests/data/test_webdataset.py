@@ -150,7 +150,7 @@ def test_tars_are_read_without_seeking(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "path, message",
+    ("path", "message"),
     [
         ("none", "no such file or folder"),
         ("empty", "no tar in it"),

@@ -68,7 +68,7 @@ def test_orders_that_say_the_same_are_not_taken():
     caption = "a red circle and a blue ring"
 
     def same(one, other):
-        pairs = lambda text: {tuple(x.split()[-2:]) for x in text.split(" and ")}  # noqa: E731
+        pairs = lambda text: {tuple(x.split()[-2:]) for x in text.split(" and ")}
         return pairs(one) == pairs(other)
 
     assert "a blue ring and a red circle" in {

@@ -124,13 +124,13 @@ NLTK = [
 ]
 
 
-@pytest.mark.parametrize("text, words", NLTK)
+@pytest.mark.parametrize(("text", "words"), NLTK)
 def test_splits_as_nltk_does(text, words):
     assert nltk_words(text) == words.split()
 
 
 @pytest.mark.parametrize(
-    "captions, rules, message",
+    ("captions", "rules", "message"),
     [
         ([], {}, "no captions"),
         (["", " . "], {}, "no captions"),
@@ -144,7 +144,7 @@ def test_captions_without_a_vocabulary(tmp_path, captions, rules, message):
 
 
 @pytest.mark.parametrize(
-    "rules, message",
+    ("rules", "message"),
     [({"tokenization": "nltkk"}, "tokenization.*'nltk'"), ({"min_count": 0}, "min_count: 0")],
 )
 def test_rules_that_are_none(rules, message):

@@ -28,7 +28,7 @@ def joined(monkeypatch):
     for name in (*NAMES, *ELSEWHERE):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: calls.append((a, k)))
-    updates = lambda name, value: calls.append((name, value))  # noqa: E731
+    updates = lambda name, value: calls.append((name, value))
     monkeypatch.setattr(jax.config, "update", updates)
     return calls
 

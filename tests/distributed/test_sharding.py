@@ -87,7 +87,7 @@ def abstract_mesh(data=1, fsdp=1, tensor=1):
 
 
 def tree():
-    shape = lambda *s: jax.ShapeDtypeStruct(s, np.float32)  # noqa: E731
+    shape = lambda *s: jax.ShapeDtypeStruct(s, np.float32)
     return {
         "encoder": {
             "attention": {"query": {"kernel": shape(2, 64, 64), "bias": shape(2, 64)}},
@@ -160,13 +160,13 @@ def test_optimizer_state_lies_as_its_parameter_does():
     params = tree()
     shardings = sharding.param_shardings(params, mesh)
     kernel = {"encoder": {"attention": {"query": {"kernel": None}}}}
-    at = lambda *s: jax.tree.map(  # noqa: E731
+    at = lambda *s: jax.tree.map(
         lambda _: jax.ShapeDtypeStruct(s, np.float32), kernel, is_leaf=lambda x: x is None
     )
     state = {"mu": at(2, 64, 64), "column": at(2, 64), "none": at(1), "count": at()}
     state["step"] = jax.ShapeDtypeStruct((), np.int32)
     found = sharding.state_shardings(state, params, shardings, mesh)
-    spec = lambda name: found[name]["encoder"]["attention"]["query"]["kernel"].spec  # noqa: E731
+    spec = lambda name: found[name]["encoder"]["attention"]["query"]["kernel"].spec
     assert spec("mu") == P(None, "fsdp", "tensor")
     assert spec("column") == P(None, ("tensor", "fsdp"))  # a factored moment takes over the axis
     assert spec("none") == spec("count") == found["step"].spec == P()

@@ -75,15 +75,15 @@ def test_looking_everywhere_is_chance(measure):
     result = measure(Uniform)
     for kind in ("", "_colour", "_shape"):
         for figure in ("ratio", "own", "others"):
-            assert result.figures[figure + kind] == pytest.approx(1, abs=1e-5)
-        assert result.figures["share" + kind] == pytest.approx(result.figures["area" + kind])
+            assert result.metrics[figure + kind] == pytest.approx(1, abs=1e-5)
+        assert result.metrics["share" + kind] == pytest.approx(result.metrics["area" + kind])
     assert 10 < result.details["images"] <= 23
     assert min(result.details["words"].values()) > 15
 
 
 def test_looking_at_what_is_named_is_far_above_it(measure):
     result = measure(Spotter)
-    figures = result.figures
+    figures = result.metrics
     assert figures["share_colour"] > 0.85 and figures["ratio_colour"] > 3
     assert figures["own_colour"] > 3
     assert figures["others_colour"] < 0.7  # now and then it has the same colour
@@ -93,14 +93,14 @@ def test_looking_at_what_is_named_is_far_above_it(measure):
 
 
 def test_a_lone_object_has_no_others(measure):
-    figures = measure(Spotter, max_objects=1).figures
+    figures = measure(Spotter, max_objects=1).metrics
     assert not {"own", "others"} & figures.keys() and figures["share_colour"] > 0.95
 
 
 def test_batches_do_not_matter(measure):
     first, second = measure(Spotter, batch_size=4), measure(Spotter, batch_size=40)
     assert first.details == second.details
-    assert first.figures == pytest.approx(second.figures, rel=1e-6)
+    assert first.metrics == pytest.approx(second.metrics, rel=1e-6)
 
 
 def test_how_much_of_each_cell_is_in_a_box():
@@ -148,7 +148,7 @@ def test_recurrent_attention_is_measured_alike(tokenizer_path):
     context, variables = stubs.small(
         "recurrent", tokenizer_path, learner__decoder="attention", **sizes
     )
-    figures = AttentionMass(context, AttentionMass.Options())(variables).figures
+    figures = AttentionMass(context, AttentionMass.Options())(variables).metrics
     assert 0.2 < figures["ratio"] < 5
     context, variables = stubs.small("recurrent", tokenizer_path, learner__decoder="lstm", **sizes)
     with pytest.raises(UserError, match="a decoder 'lstm' has no attention"):
@@ -191,8 +191,8 @@ def of_captioner(tokenizer_path, shape):
     variables = params, jax.device_put(stats, sharding.replicated(context.mesh))
     with jax.set_mesh(context.mesh), jax.transfer_guard("disallow"):
         result = AttentionMass(context, AttentionMass.Options(batch_size=3))(variables)
-    assert not result.figures.keys() & result.details.keys()  # of one JSON object
-    return result.figures, result.details
+    assert not result.metrics.keys() & result.details.keys()  # of one JSON object
+    return result.metrics, result.details
 
 
 @pytest.mark.slow

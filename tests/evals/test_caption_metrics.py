@@ -69,10 +69,10 @@ def test_the_protocol_of_seed_002_is_a_corpus_bleu_of_its_own_words_and_weights(
     found = score(references, captions, protocol="seed002")
     for n, weight in enumerate((1, 1 / 2, 0.3, 1 / 4), start=1):
         expected = brevity * math.prod(p**weight for p in precisions[:n])
-        assert found.figures[f"Bleu_{n}"] == pytest.approx(expected, rel=1e-6)
-    assert found.figures.keys() == set(METRICS[:4])
+        assert found.metrics[f"Bleu_{n}"] == pytest.approx(expected, rel=1e-6)
+    assert found.metrics.keys() == set(METRICS[:4])
     assert found.tokenizer.startswith("seed002")
-    assert found.figures["Bleu_1"] > score(references, captions, spice="no").figures["Bleu_1"]
+    assert found.metrics["Bleu_1"] > score(references, captions, spice="no").metrics["Bleu_1"]
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def fake_java(monkeypatch, tmp_path):
 
 def test_published_figures_without_java(no_java):
     scores = score(REFERENCES, CAPTIONS)
-    assert scores.figures == pytest.approx(
+    assert scores.metrics == pytest.approx(
         {name: value for name, value in PUBLISHED.items() if name != "METEOR"}, abs=1e-6
     )
     assert scores.tokenizer == "Python (not PTB)"
@@ -118,7 +118,7 @@ def test_published_figures_with_java_quietly(capfd):
     before = sorted(package.rglob("[!_]*"))
     captions = {i: caption.capitalize() + "." for i, caption in CAPTIONS.items()}
     scores = score(REFERENCES, captions, spice="no")
-    assert scores.figures == pytest.approx(PUBLISHED, abs=1e-6)
+    assert scores.metrics == pytest.approx(PUBLISHED, abs=1e-6)
     assert scores.tokenizer == "PTB"
     assert scores.skipped == {"SPICE": "not asked for"}
     assert capfd.readouterr() == ("", "")
@@ -139,7 +139,7 @@ def test_captions_without_words_are_worth_nothing():
 def test_worked_examples_of_the_papers(no_java):
     # Papineni et al. 2002, example 2: modified unigram precision.
     mats = {1: ["The cat is on the mat.", "There is a cat on the mat."]}
-    assert score(mats, {1: "the the the the the the the."}).figures["Bleu_1"] == pytest.approx(
+    assert score(mats, {1: "the the the the the the the."}).metrics["Bleu_1"] == pytest.approx(
         2 / 7
     )
     # Lin 2004, section 3.1, where precision and recall are equal: 3/4 and 2/4.
@@ -151,7 +151,7 @@ def test_worked_examples_of_the_papers(no_java):
     scores = score({image: [caption] for image, caption in captions.items()}, captions)
     assert scores.per_image["CIDEr"] == pytest.approx({1: 10, 2: 10})
     # Brevity: two words of four, each of them right.
-    assert score({1: ["a dog runs fast"]}, {1: "a dog"}).figures["Bleu_1"] == pytest.approx(
+    assert score({1: ["a dog runs fast"]}, {1: "a dog"}).metrics["Bleu_1"] == pytest.approx(
         2.718281828 ** (1 - 4 / 2)
     )
 
@@ -203,7 +203,7 @@ def test_text_that_is_words_already_is_left_alone(no_java):
 def test_java_that_does_not_start_is_done_without(fake_java):
     fake_java("sys.exit('Could not reserve enough space\\nfor the heap\\nand more')")
     scores = score(REFERENCES, CAPTIONS)
-    assert scores.figures["CIDEr"] == pytest.approx(PUBLISHED["CIDEr"], abs=1e-6)
+    assert scores.metrics["CIDEr"] == pytest.approx(PUBLISHED["CIDEr"], abs=1e-6)
     reason = "java failed: Could not reserve enough space for the heap"
     assert scores.skipped["PTB"] == scores.skipped["METEOR"] == reason
     with pytest.raises(UserError, match="tokenizer: 'ptb' cannot run, java failed: Could not"):
@@ -218,14 +218,14 @@ def test_java_that_hangs_is_ended(fake_java, monkeypatch):
     assert (
         scores.skipped["PTB"] == scores.skipped["METEOR"] == "java did not finish within 0 seconds"
     )
-    assert "ROUGE_L" in scores.figures
+    assert "ROUGE_L" in scores.metrics
 
 
 def test_meteor_that_dies_at_work_is_left_out(fake_java):
     fake_java("print('1.0 2.0', flush=True); sys.stdin.readline(); sys.exit('Out of memory')")
     scores = score(REFERENCES, CAPTIONS, tokenizer="none")
     assert scores.skipped["METEOR"] == "java failed: Out of memory"
-    assert scores.figures.keys() == set(METRICS) - {"METEOR", "SPICE"}
+    assert scores.metrics.keys() == set(METRICS) - {"METEOR", "SPICE"}
 
 
 def test_what_fails_otherwise_leaves_no_java_behind(fake_java):
@@ -264,9 +264,9 @@ def test_spice_runs_where_its_models_are(fake_java, package, capfd):
     add_models(package)
     scores = score(REFERENCES, CAPTIONS, tokenizer="python")
     assert scores.per_image["SPICE"] == {"a": 0.5, "b": 0.5}
-    assert scores.figures["SPICE"] == 0.5
+    assert scores.metrics["SPICE"] == 0.5
     assert capfd.readouterr() == ("", "")
-    assert "SPICE" not in score(REFERENCES, CAPTIONS, tokenizer="python", spice="no").figures
+    assert "SPICE" not in score(REFERENCES, CAPTIONS, tokenizer="python", spice="no").metrics
 
 
 @pytest.mark.parametrize(
@@ -301,7 +301,7 @@ def test_spice_fetches_its_models_only_if_asked(fake_java, package, monkeypatch,
     assert "models are not installed, and nothing was fetched" in skipped and not asked
     skipped = score(REFERENCES, CAPTIONS, tokenizer="python", spice="download").skipped["SPICE"]
     assert skipped == "its models could not be fetched (no route)"
-    assert "SPICE" in score(REFERENCES, CAPTIONS, tokenizer="python", spice="download").figures
+    assert "SPICE" in score(REFERENCES, CAPTIONS, tokenizer="python", spice="download").metrics
     assert capfd.readouterr() == ("", "Downloading\n" * 2)
 
 

@@ -67,10 +67,10 @@ def evaluator(monkeypatch):
 def test_captions_are_scored_and_kept(evaluator, tmp_path, capsys):
     result = evaluator()(None)
     expected = {name: value for name, value in PUBLISHED.items() if name != "METEOR"}
-    found = {name: value for name, value in result.figures.items() if name in expected}
+    found = {name: value for name, value in result.metrics.items() if name in expected}
     assert found == pytest.approx(expected, abs=1e-6)
-    assert result.figures["distinct_share"] == 1 and result.figures["commonest_share"] == 0.5
-    assert result.figures["mean_words"] == 10
+    assert result.metrics["distinct_share"] == 1 and result.metrics["commonest_share"] == 0.5
+    assert result.metrics["mean_words"] == 10
     details = result.details
     assert (details["dataset"], details["split"]) == ("mine", "val")
     assert (details["images"], details["references"]) == (2, 4)
@@ -91,7 +91,7 @@ def test_captions_are_scored_and_kept(evaluator, tmp_path, capsys):
 def test_captioners_that_say_the_same_always_are_seen_through(evaluator):
     result = evaluator({"a": "a dog", "b": "a dog"}, method="beam", beams=3)(None)
     assert result.details["protocol"].startswith("beam search, 3 beams")
-    assert result.figures["distinct_share"] == 0.5 and result.figures["commonest_share"] == 1
+    assert result.metrics["distinct_share"] == 0.5 and result.metrics["commonest_share"] == 1
     assert result.details["commonest"] == "a dog"
 
 
@@ -140,7 +140,7 @@ def test_a_captioner_is_scored_alike_on_eight_devices(tokenizer_path):
         "import json, sys\n"
         "from tests.evals.test_caption_scores import of_a_captioner\n"
         "result = of_a_captioner(sys.argv[1], 5, method='beam', beams=2)\n"
-        "print(json.dumps([result.figures, result.details]))\n"
+        "print(json.dumps([result.metrics, result.details]))\n"
     )
     flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
     eight = subprocess.run(
@@ -152,7 +152,7 @@ def test_a_captioner_is_scored_alike_on_eight_devices(tokenizer_path):
         check=True,
     )
     one = of_a_captioner(tokenizer_path, 3, method="beam", beams=2)
-    assert json.loads(eight.stdout.splitlines()[-1]) == [one.figures, one.details]
+    assert json.loads(eight.stdout.splitlines()[-1]) == [one.metrics, one.details]
 
 
 def test_contrastive_learners_write_no_captions():

@@ -26,9 +26,9 @@ def test_captions_are_greedy_in_order_and_kept_with_their_references(captioner):
     assert len(result.lines) == 4
     assert samples[1]["caption"] in result.lines[2]
     words = [len(s["caption"].split()) for s in samples]
-    np.testing.assert_allclose(result.figures["mean_words"], np.mean(words))
+    np.testing.assert_allclose(result.metrics["mean_words"], np.mean(words))
     distinct = len({s["caption"] for s in samples}) / 5
-    np.testing.assert_allclose(result.figures["distinct_share"], distinct)
+    np.testing.assert_allclose(result.metrics["distinct_share"], distinct)
 
     del result.details["samples"]
     protocol = {"protocol": "greedy decoding", "dataset": "scenes", "split": "val", "images": 5}

@@ -41,9 +41,9 @@ def measured(tokenizer_path, shape, methods, count=7):
         options = Perplexity.Options(batch_size=3, pairs=8)
         perplexity = Perplexity(context, options)(variables)
     for result in (*results, perplexity):
-        assert not result.figures.keys() & result.details.keys()  # of one JSON object
+        assert not result.metrics.keys() & result.details.keys()  # of one JSON object
     captions = [[sample["caption"] for sample in r.details["samples"]] for r in results]
-    return captions, perplexity.figures, perplexity.details
+    return captions, perplexity.metrics, perplexity.details
 
 
 @pytest.mark.parametrize("methods", [["beam"], pytest.param([*METHODS], marks=pytest.mark.slow)])

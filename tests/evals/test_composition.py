@@ -42,16 +42,16 @@ def measured(monkeypatch):
 def test_an_oracle_is_always_right_and_a_constant_guesses(measured):
     result = measured(stubs.Oracle, batch_size=1)
     assert result.details["images"] == 7  # one is not asked about
-    assert result.figures.pop("chance_all") == pytest.approx((7 / 3 + 3 / 2) / 10)
-    assert result.figures == dict.fromkeys(
+    assert result.metrics.pop("chance_all") == pytest.approx((7 / 3 + 3 / 2) / 10)
+    assert result.metrics == dict.fromkeys(
         ("accuracy", "accuracy_next", "accuracy_last", "accuracy_all"), 1.0
     )
     assert result.details["questions"] == 10
     assert result.details["questions_by_kind"] == {"last": 7, "next": 10}
-    figures = measured(stubs.Constant, batch_size=8).figures
+    figures = measured(stubs.Constant, batch_size=8).metrics
     assert figures["accuracy"] == figures["accuracy_next"] == figures["accuracy_last"] == 0.5
     assert figures["accuracy_all"] == pytest.approx(figures["chance_all"])
-    figures = measured(stubs.Diverged).figures
+    figures = measured(stubs.Diverged).metrics
     assert figures["accuracy"] == figures["accuracy_all"] == 0
 
 
@@ -73,7 +73,7 @@ def small(tokenizer_path):
 def test_accuracy_is_that_of_scoring_one_by_one(small, kind, questions, cls):
     context, variables = small[kind]
     options = Composition.Options(questions=questions, batch_size=5, pairs=40)
-    figures = Composition(context, options)(variables).figures
+    figures = Composition(context, options)(variables).metrics
     score = tiny.jitted((context.graphdef, *variables), lambda x, i, t: x.score(i, t))
     asked = cls(context.source())
     blank = np.full((16, 16, 3), 128, np.uint8)
@@ -132,7 +132,7 @@ def test_sugarcrepe_files_are_evaluated(small, tmp_path):
     )
     result = Composition(context, options)(variables)
     assert result.details["questions_by_kind"] == {"add_att": 2, "swap_obj": 3}
-    figures = result.figures
+    figures = result.metrics
     assert figures["accuracy"] == pytest.approx(
         (figures["accuracy_add_att"] + figures["accuracy_swap_obj"]) / 2
     )

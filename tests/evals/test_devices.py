@@ -37,8 +37,8 @@ def figures(tokenizer_path, every, batch_size, pairs):
                 options = cls.Options(batch_size=batch_size, pairs=pairs, **more)
                 result = cls(context, options)(variables)
                 assert {"protocol", "dataset", "split", "images"} <= result.details.keys()
-                assert not result.figures.keys() & result.details.keys()  # of one JSON object
-                found.append(json.loads(json.dumps(result.figures | result.details)))
+                assert not result.metrics.keys() & result.details.keys()  # of one JSON object
+                found.append(json.loads(json.dumps(result.metrics | result.details)))
     return found
 
 

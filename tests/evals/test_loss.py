@@ -37,22 +37,22 @@ def measured(captioner, **options):
 def test_the_batch_size_and_padding_do_not_matter(captioner):
     results = [measured(captioner, batch_size=size) for size in (3, 5, 13)]
     for result in results:
-        assert result.figures.keys() == {"loss", "token_accuracy"}
+        assert result.metrics.keys() == {"loss", "token_accuracy"}
         assert result.details == {
             "protocol": "the learner's own loss, its mean over examples",
             "dataset": "scenes",
             "split": "val",
             "examples": 13,
         }
-        for name, value in result.figures.items():
-            np.testing.assert_allclose(value, results[0].figures[name], rtol=1e-5, err_msg=name)
-    assert not math.isclose(results[0].figures["loss"], math.log(100), rel_tol=0.01)
+        for name, value in result.metrics.items():
+            np.testing.assert_allclose(value, results[0].metrics[name], rtol=1e-5, err_msg=name)
+    assert not math.isclose(results[0].metrics["loss"], math.log(100), rel_tol=0.01)
 
 
 def test_limit_takes_the_first_examples(captioner):
     whole, limited = measured(captioner, batch_size=5), measured(captioner, batch_size=5, limit=7)
     assert limited.details["examples"] == 7
-    assert limited.figures["loss"] != whole.figures["loss"]
+    assert limited.metrics["loss"] != whole.metrics["loss"]
     context, variables = captioner
     source = context.source()
     tokenizer = context.tokenizer
@@ -61,7 +61,7 @@ def test_limit_takes_the_first_examples(captioner):
         "text": np.stack([tokenizer.encode(source[i]["captions"][0]) for i in range(7)]),
     }
     loss, _ = step.loss_and_stats(context.graphdef, *variables, batch, jax.random.key(0))
-    np.testing.assert_allclose(limited.figures["loss"], loss, rtol=1e-5)
+    np.testing.assert_allclose(limited.metrics["loss"], loss, rtol=1e-5)
 
 
 def test_the_unigram_model_counts_the_training_captions(captioner):
@@ -79,12 +79,12 @@ def test_the_unigram_model_counts_the_training_captions(captioner):
         for i in range(13)
     ]
     result = measured(captioner, batch_size=5, unigram=True)
-    np.testing.assert_allclose(result.figures["unigram_loss"], np.mean(nll), rtol=1e-6)
+    np.testing.assert_allclose(result.metrics["unigram_loss"], np.mean(nll), rtol=1e-6)
 
 
 def test_contrastive_learners_are_measured_in_their_batches(tokenizer_path):
     c = toy.config("dual_encoder", model__depth=1, data__scenes__length_val=13)
     result = measured(context_of(c, tokenizer_path), batch_size=13)
-    assert {"loss", "image_to_text_accuracy", "text_to_image_accuracy"} <= result.figures.keys()
-    assert 0 <= result.figures["image_to_text_accuracy"] <= 1
+    assert {"loss", "image_to_text_accuracy", "text_to_image_accuracy"} <= result.metrics.keys()
+    assert 0 <= result.metrics["image_to_text_accuracy"] <= 1
     assert evals.defaults("loss").evaluator == "loss"

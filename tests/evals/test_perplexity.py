@@ -81,9 +81,9 @@ def test_every_caption_counts_by_its_tokens(captioner, measured):
         "bits_per_byte": bits / characters,
         "bits_per_character": bits / characters,
     }
-    assert result.figures.keys() == figures.keys()
+    assert result.metrics.keys() == figures.keys()
     for name, value in figures.items():
-        np.testing.assert_allclose(result.figures[name], value, rtol=1e-5)
+        np.testing.assert_allclose(result.metrics[name], value, rtol=1e-5)
     counts = {"images": 5, "captions": 16, "tokens": sum(tokens), "characters": characters}
     counts |= {"dataset": "scenes", "split": "val"}
     assert counts.items() <= result.details.items()
@@ -94,8 +94,8 @@ def test_batches_do_not_matter(measured):
     run, _ = measured
     few, many = run(batch_size=2, pairs=2), run(batch_size=7)
     assert few.details == many.details
-    for name, value in few.figures.items():
-        np.testing.assert_allclose(value, many.figures[name], rtol=1e-6, err_msg=name)
+    for name, value in few.metrics.items():
+        np.testing.assert_allclose(value, many.metrics[name], rtol=1e-6, err_msg=name)
 
 
 def test_limit_takes_the_first_images(captioner, measured):
@@ -104,7 +104,7 @@ def test_limit_takes_the_first_images(captioner, measured):
     captions = by_hand(captioner, [pictures[0]])
     assert result.details["captions"] == 5
     np.testing.assert_allclose(
-        result.figures["perplexity"],
+        result.metrics["perplexity"],
         math.exp(sum(c[0] for c in captions) / sum(c[1] for c in captions)),
         rtol=1e-5,
     )
@@ -114,9 +114,9 @@ def test_bytes_are_those_of_utf8(captioner):
     context, _ = captioner
     evaluator = Perplexity(context, Perplexity.Options())
     result = evaluator._result(np.array([math.log(2) * 6]), np.array([3]), ["žába"], 1, 0)
-    assert result.figures["bits_per_byte"] == pytest.approx(1.0)
-    assert result.figures["bits_per_character"] == pytest.approx(1.5)
-    assert result.figures["perplexity"] == pytest.approx(4.0)
+    assert result.metrics["bits_per_byte"] == pytest.approx(1.0)
+    assert result.metrics["bits_per_character"] == pytest.approx(1.5)
+    assert result.metrics["perplexity"] == pytest.approx(4.0)
 
 
 def test_what_has_no_perplexity_is_refused(captioner, tokenizer_path, monkeypatch):

@@ -64,13 +64,13 @@ def test_linear_probe_is_scikit_learns_at_the_c_it_has_chosen(probed):
     by_c = {c: fitted(c, ~held).score(train.features[held], train.labels[held]) for c in GRID}
     assert dict(result.details["held_out_top1_by_c"]) == pytest.approx(by_c)
     best = max(GRID, key=lambda c: (by_c[c], -c))
-    assert result.figures["c"] == best and result.figures["held_out_top1"] == by_c[best]
+    assert result.metrics["c"] == best and result.metrics["held_out_top1"] == by_c[best]
     final = fitted(best, slice(None))
-    assert result.figures["top1"] == pytest.approx(final.score(*test))
-    assert result.figures["train_top1"] == pytest.approx(final.score(*train))
+    assert result.metrics["top1"] == pytest.approx(final.score(*test))
+    assert result.metrics["train_top1"] == pytest.approx(final.score(*train))
     right = final.predict(test.features) == test.labels
     by_class = [right[test.labels == k].mean() for k in range(4)]
-    assert result.figures["mean_per_class"] == pytest.approx(np.mean(by_class))
+    assert result.metrics["mean_per_class"] == pytest.approx(np.mean(by_class))
     assert result.details["converged"]
     assert result.details["train_images"] == 160 and result.details["chosen_on_images"] == 16
     assert result.details["images"] == 52 and result.details["dimensions"] == 16
@@ -86,9 +86,9 @@ def test_a_split_may_choose_and_is_not_learned_from(probed):
     train, val, test = (features_of((made, variables), s) for s in (small, validation, TEST))
     by_c = {c: regression(c, *train).score(*val) for c in GRID}
     assert dict(result.details["held_out_top1_by_c"]) == pytest.approx(by_c)
-    final = regression(result.figures["c"], *train)
-    assert result.figures["train_top1"] == pytest.approx(final.score(*train))
-    assert result.figures["top1"] == pytest.approx(final.score(*test))
+    final = regression(result.metrics["c"], *train)
+    assert result.metrics["train_top1"] == pytest.approx(final.score(*train))
+    assert result.metrics["top1"] == pytest.approx(final.score(*test))
 
 
 def test_a_c_at_the_end_of_the_grid_is_told(probed):
@@ -97,20 +97,20 @@ def test_a_c_at_the_end_of_the_grid_is_told(probed):
     assert "at the end of what was tried" in result.lines[0]
     result = LinearProbe(made, LinearProbe.Options(c=(1e-5,)))(variables)  # nothing is chosen
     assert result.lines == () and result.details["chosen_on"] is None
-    assert result.figures["c"] == 1e-5 and "held_out_top1" not in result.figures
+    assert result.metrics["c"] == 1e-5 and "held_out_top1" not in result.metrics
 
 
 def test_neighbours_tell_classes_apart_that_can_be(probed):
     made, variables = probed
     result = KNearestNeighbours(made, KNearestNeighbours.Options(layer="pixels"))(variables)
-    assert result.figures["top1"] > 0.9 and result.details["dimensions"] == 768
+    assert result.metrics["top1"] > 0.9 and result.details["dimensions"] == 768
 
 
 def test_neighbours_vote_as_in_numpy():
     (train, labels), (test, _) = blobs(60), blobs(25, seed=1)
     temperature = 0.3
     got = knn.votes(train, labels, test, np.float32(temperature), k=7, classes=3)
-    unit = lambda x: x / np.linalg.norm(x, axis=1, keepdims=True)  # noqa: E731
+    unit = lambda x: x / np.linalg.norm(x, axis=1, keepdims=True)
     cosines = unit(test.astype(np.float64)) @ unit(train.astype(np.float64)).T
     for row, votes in zip(cosines, got, strict=True):
         nearest = np.argsort(-row)[:7]
@@ -147,8 +147,8 @@ def test_few_shot_draws_shots_and_chooses_without_the_test_split(probed):
         found = result.details["by_shots"][shots]
         assert found["shots_in_all"] == 4 * shots and found["held_out_images"] == 16
         assert len(found["top1"]) == 3
-        assert result.figures[f"top1_{shots}shot"] == pytest.approx(np.mean(found["top1"]))
-        assert result.figures[f"top1_{shots}shot_std"] == pytest.approx(np.std(found["top1"]))
+        assert result.metrics[f"top1_{shots}shot"] == pytest.approx(np.mean(found["top1"]))
+        assert result.metrics[f"top1_{shots}shot_std"] == pytest.approx(np.std(found["top1"]))
         by_l2 = dict(found["held_out_top1_by_l2"])
         assert by_l2[found["l2"]] == max(by_l2.values())
     assert len(set(result.details["by_shots"][5]["top1"])) > 1
@@ -208,7 +208,7 @@ def all_figures(shape: tuple[int, int, int], batch_size: int) -> dict[str, list[
             probe.__name__: probe(made, probe.Options(batch_size=batch_size, **options))(variables)
             for probe, options in probes.items()
         }
-    return {name: [result.figures, result.details] for name, result in results.items()}
+    return {name: [result.metrics, result.details] for name, result in results.items()}
 
 
 @pytest.mark.parametrize("mesh", [(2, 2, 2), pytest.param((8, 1, 1), marks=pytest.mark.slow)])

@@ -102,7 +102,7 @@ def test_answers_follow_the_question_and_are_judged_by_kind(asked, said):
     assert {str(e["question_id"]): e["answer"] for e in result.details["answers"]} == kept
     assert all(isinstance(e["question_id"], int) for e in result.details["answers"])
     counts = [list(said.values()).count(text) for text in said.values()]
-    assert result.figures == pytest.approx(
+    assert result.metrics == pytest.approx(
         {
             "accuracy": (3 * 0.6 + 2 + 2) / 9,
             "accuracy_number": 2 / 3,
@@ -125,7 +125,7 @@ def test_answers_follow_the_question_and_are_judged_by_kind(asked, said):
 def test_where_answers_are_secret_there_are_only_answers(asked, said):
     _, run = asked
     result = run(QuestionAnswers, limit=3)
-    assert result.figures.keys() == {"distinct_share", "commonest_share"}
+    assert result.metrics.keys() == {"distinct_share", "commonest_share"}
     assert [e["answer"] for e in result.details["answers"]] == [said[k] for k in range(3)]
     assert result.details["judged"] == 0
 
@@ -161,7 +161,7 @@ def test_perplexity_is_that_of_the_answers(captioner, asked):
             text += context.tokenizer.decode(ids[given:])
     counts = {"tokens": tokens, "captions": 4, "captions_of_full_length": full, "bytes": len(text)}
     assert counts.items() <= result.details.items() and 0 < full < 4
-    assert result.figures["perplexity"] == pytest.approx(np.exp(nats / tokens), rel=1e-5)
+    assert result.metrics["perplexity"] == pytest.approx(np.exp(nats / tokens), rel=1e-5)
 
 
 def test_a_dataset_without_questions_is_refused(captioner, tokenizer_path):
@@ -185,8 +185,8 @@ def measured(tokenizer_path, shape, methods, batch_size):
         for method in methods:
             options = QuestionAnswers.Options(method=method, beams=3, batch_size=batch_size)
             result = QuestionAnswers(context, options)(variables)
-            assert not result.figures.keys() & result.details.keys()
-            found.append(json.loads(json.dumps(result.figures | result.details)))
+            assert not result.metrics.keys() & result.details.keys()
+            found.append(json.loads(json.dumps(result.metrics | result.details)))
     return found
 
 

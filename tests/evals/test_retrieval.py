@@ -42,11 +42,11 @@ def brute_force(scores, owner):
 
 
 def test_an_oracle_finds_everything_and_a_constant_guesses():
-    figures = measured(stubs.Oracle, batch_size=3).figures
+    figures = measured(stubs.Oracle, batch_size=3).metrics
     assert figures.pop("text_to_image_mean_rank") == figures.pop("image_to_text_mean_rank") == 1.0
     assert len(figures) == 6 and set(figures.values()) == {1.0}
 
-    figures = measured(stubs.Constant, batch_size=3).figures
+    figures = measured(stubs.Constant, batch_size=3).metrics
     own = [len(captions) for captions in CAPTIONS if captions]
     texts = sum(own)
     assert figures["text_to_image_r5"] == pytest.approx(5 / 17)
@@ -55,7 +55,7 @@ def test_an_oracle_finds_everything_and_a_constant_guesses():
     expected = np.mean([(texts + 1) / (n + 1) for n in own])  # of the first of n among `texts`
     assert figures["image_to_text_mean_rank"] == pytest.approx(expected)
 
-    figures = measured(stubs.Diverged).figures
+    figures = measured(stubs.Diverged).metrics
     assert {v for k, v in figures.items() if "rank" not in k} == {0.0}
 
 
@@ -72,14 +72,14 @@ def test_figures_are_those_of_brute_force_with_ties_and_several_captions():
         result = measured(stubs.Hashed, batch_size=size)
         assert result.details["images"] == 16 and result.details["captions"] == len(tokens)
         for name, value in expected.items():
-            assert result.figures[name] == pytest.approx(value, abs=0.03), name
+            assert result.metrics[name] == pytest.approx(value, abs=0.03), name
 
 
 def test_broken_images_are_no_candidates_nor_their_captions():
     whole, part = measured(stubs.Constant), measured(stubs.Constant, broken=[0, 2], batch_size=4)
     assert part.details["images"] == whole.details["images"] - 2
     assert part.details["captions"] == whole.details["captions"] - 6
-    assert part.figures["text_to_image_r5"] == pytest.approx(5 / 15)  # of 17
+    assert part.metrics["text_to_image_r5"] == pytest.approx(5 / 15)  # of 17
     with pytest.raises(UserError, match="no image that can be decoded"):
         measured(stubs.Constant, broken=range(17))
 
@@ -123,7 +123,7 @@ def test_scores_are_the_learners_whatever_the_blocks(kind, tokenizer_path):
         Retrieval(context, Retrieval.Options(batch_size=size, pairs=pairs))(variables)
         for size, pairs in ((2, 8), (7, 1000))
     ]
-    assert results[0].figures == results[1].figures
+    assert results[0].metrics == results[1].metrics
     source = context.source()
     images = np.stack([source[i]["image"] for i in range(7)])
     tokens = np.stack(
@@ -134,7 +134,7 @@ def test_scores_are_the_learners_whatever_the_blocks(kind, tokenizer_path):
     every = np.broadcast_to(tokens, (8, *tokens.shape))
     scores = np.asarray(score(np.concatenate([images, blank]), every))
     owner = np.repeat(np.arange(7), 5)
-    figures = results[0].figures
+    figures = results[0].metrics
     for name, value in brute_force(scores[:7], owner).items():
         assert figures[name] == pytest.approx(value, abs=0.02), name
     if kind == "captioner":

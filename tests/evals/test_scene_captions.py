@@ -43,8 +43,8 @@ def right(i):
 
 def test_captions_that_name_everything_are_right(judged):
     result = judged({i: right(i) for i in range(20)})
-    assert result.figures["accuracy"] == 1
-    assert result.figures["accuracy_1_objects"] == result.figures["accuracy_2_objects"] == 1
+    assert result.metrics["accuracy"] == 1
+    assert result.metrics["accuracy_1_objects"] == result.metrics["accuracy_2_objects"] == 1
     protocol = result.details.pop("protocol")
     assert protocol == "greedy decoding; every object's colour and shape, and no other"
     expected = {"dataset": "scenes", "split": "val", "images": 20, "mistakes": []}
@@ -53,7 +53,7 @@ def test_captions_that_name_everything_are_right(judged):
 
 
 def test_the_datasets_own_full_captions_are_right(judged):
-    assert judged({i: SOURCE[i]["captions"][i % 5] for i in range(20)}).figures["accuracy"] == 1
+    assert judged({i: SOURCE[i]["captions"][i % 5] for i in range(20)}).metrics["accuracy"] == 1
 
 
 def test_wrong_captions_are_wrong_and_listed(judged):
@@ -66,8 +66,8 @@ def test_wrong_captions_are_wrong_and_listed(judged):
     captions[two[2]] = ""
     captions[one[0]] = right(one[0]).replace(SOURCE.scene(one[0]).things[0].colour, "striped")
     result = judged(captions)
-    assert result.figures["accuracy"] == 16 / 20
-    assert result.figures["accuracy_2_objects"] == (len(two) - 3) / len(two)
+    assert result.metrics["accuracy"] == 16 / 20
+    assert result.metrics["accuracy_2_objects"] == (len(two) - 3) / len(two)
     mistakes = {mistake["index"]: mistake for mistake in result.details["mistakes"]}
     assert mistakes.keys() == {two[0], two[1], two[2], one[0]}
     assert mistakes[two[0]]["caption"] == captions[two[0]]
@@ -86,7 +86,7 @@ def test_exchanged_colours_are_wrong(judged):
     a, b = things
     captions = {i: right(i) for i in range(20)}
     captions[index] = f"a {b.colour} {a.shape} and a {a.colour} {b.shape}"
-    assert judged(captions).figures["accuracy"] == 19 / 20
+    assert judged(captions).metrics["accuracy"] == 19 / 20
 
 
 def test_other_datasets_have_no_scenes_to_judge_by():

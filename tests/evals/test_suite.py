@@ -47,9 +47,9 @@ def test_each_runs_in_its_turn_and_is_built_once(suite):
     s = suite()
     assert Fake.built == 0
     assert dict(s.run(10, 1.0, when="always")).keys() == {"often"}
-    assert dict(s.run(20, 1.0, when="always"))["often"].figures == {"score": 2.0}
+    assert dict(s.run(20, 1.0, when="always"))["often"].metrics == {"score": 2.0}
     assert Fake.built == 1
-    assert dict(s.run(30, 1.0, when="end"))["last"].figures == {"score": 3.0}
+    assert dict(s.run(30, 1.0, when="end"))["last"].metrics == {"score": 3.0}
     assert Fake.built == 2
     assert not dict(s.run(30, 1.0, when="end", done={"last", "loss"}))
     assert dict(s.run(40, 1.0, when="always", done={"often"})).keys() == {"often"}  # not there

@@ -31,28 +31,28 @@ def templates(tmp_path):
 
 def test_an_oracle_is_always_right_and_a_constant_guesses(templates):
     labels = list(range(10))
-    assert measured(stubs.Oracle, labels, templates=templates, batch_size=3).figures == {
+    assert measured(stubs.Oracle, labels, templates=templates, batch_size=3).metrics == {
         "top1": 1.0,
         "top5": 1.0,
         "mean_per_class": 1.0,
     }
-    assert measured(stubs.Constant, labels, templates=templates).figures == pytest.approx(
+    assert measured(stubs.Constant, labels, templates=templates).metrics == pytest.approx(
         {"top1": 0.1, "top5": 0.5, "mean_per_class": 0.1}
     )
-    assert set(measured(stubs.Diverged, labels, templates=templates).figures.values()) == {0.0}
+    assert set(measured(stubs.Diverged, labels, templates=templates).metrics.values()) == {0.0}
 
 
 def test_the_mean_per_class_counts_classes_and_top1_images(templates):
     # The oracle names the image: wrong for images 1 and 2, of class 0.
     result = measured(stubs.Oracle, [0, 0, 0, 3, 4], templates=templates)
-    assert result.figures["top1"] == pytest.approx(3 / 5 + 2 / 5 * 0)
-    assert result.figures["mean_per_class"] == pytest.approx((1 / 3 + 1 + 1) / 3)
+    assert result.metrics["top1"] == pytest.approx(3 / 5 + 2 / 5 * 0)
+    assert result.metrics["mean_per_class"] == pytest.approx((1 / 3 + 1 + 1) / 3)
     assert result.details["images"] == 5
 
 
 def test_broken_images_and_those_without_label_do_not_count(templates):
     result = measured(stubs.Oracle, [0, 0, 2, -1, 4], broken=[1], templates=templates, batch_size=2)
-    assert result.details["images"] == 3 and result.figures["top1"] == 1.0
+    assert result.details["images"] == 3 and result.metrics["top1"] == 1.0
 
 
 def test_a_limit_takes_images_of_all_classes(templates):
@@ -107,8 +107,8 @@ def test_figures_are_those_of_numpy_whatever_the_batch_size(small):
         ZeroShot(context, ZeroShot.Options(batch_size=size, pairs=pairs))(variables)
         for size, pairs in ((4, 16), (13, 1000))
     ]
-    assert results[0].figures == results[1].figures
-    figures = results[0].figures
+    assert results[0].metrics == results[1].metrics
+    figures = results[0].metrics
     assert len(figures) == 3 * len(scores)
     for suffix, expected in scores.items():
         top = [figures[f"top{k}{suffix}"] for k in (1, 5)]

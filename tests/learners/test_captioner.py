@@ -159,7 +159,7 @@ SOME = np.array([True, False, True, True])
 
 
 @pytest.mark.parametrize(
-    "average, fraction, train, mask",
+    ("average", "fraction", "train", "mask"),
     [
         ("example", 0.0, True, None),
         ("example", 1.0, True, SOME),
@@ -202,7 +202,7 @@ def test_nothing_to_learn_from_is_a_loss_and_gradients_of_zero(cap, batch):
 
 
 @pytest.mark.parametrize(
-    "model, total, encoder, decoder",
+    ("model", "total", "encoder", "decoder"),
     [
         ("S/16", "60.5", "21.7", "38.8"),
         ("M/16", "96.3", "38.3", "58.0"),

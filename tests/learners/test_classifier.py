@@ -155,11 +155,11 @@ def test_accuracy_counts_every_image_once(classifier):
     right = np.argmax(logits, axis=1) == labels
     for batch_size in (1, 64):
         result = Accuracy(context, Accuracy.Options(batch_size=batch_size))(variables)
-        assert result.figures["top1"] == pytest.approx(right.mean())
+        assert result.metrics["top1"] == pytest.approx(right.mean())
         by_class = [right[labels == k].mean() for k in range(6)]
-        assert result.figures["mean_per_class"] == pytest.approx(np.mean(by_class))
+        assert result.metrics["mean_per_class"] == pytest.approx(np.mean(by_class))
         ranks = np.sum(logits > np.take_along_axis(logits, labels[:, None], 1), axis=1)
-        assert result.figures["top5"] == pytest.approx(np.mean(ranks < 5))
+        assert result.metrics["top5"] == pytest.approx(np.mean(ranks < 5))
         assert result.details["images"] == 43 and result.details["split"] == "val"
 
 

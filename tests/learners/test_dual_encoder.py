@@ -93,7 +93,7 @@ def test_sure_and_right_costs_nothing_sure_and_wrong_is_finite(contrast):
 
 
 @pytest.mark.parametrize(
-    "contrast, scale, bias", [("softmax", 1 / 0.07, None), ("sigmoid", 10, -10)]
+    ("contrast", "scale", "bias"), [("softmax", 1 / 0.07, None), ("sigmoid", 10, -10)]
 )
 def test_initial_scale_and_bias(contrast, scale, bias):
     c = tiny.config("dual_encoder", {"contrast": contrast})
@@ -108,7 +108,7 @@ def test_initial_scale_and_bias(contrast, scale, bias):
 
 
 @pytest.mark.parametrize(
-    "model, pool, total",
+    ("model", "pool", "total"),
     [("B/16", "gap", "196.7"), ("B/16", "map", "203.7"), ("L/14", "gap", "640.4")],
 )
 def test_parameters_are_those_of_the_paper(model, pool, total):

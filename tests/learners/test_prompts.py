@@ -35,7 +35,7 @@ def predict(cap, encoded):
 
 
 @pytest.mark.parametrize(
-    "average, train, fraction",
+    ("average", "train", "fraction"),
     [("example", True, 0.0), ("token", True, 1.0), ("example", False, 1.0)],
 )
 def test_the_prompt_is_no_part_of_the_loss(cap, predict, average, train, fraction):
@@ -71,7 +71,7 @@ def test_parallel_prediction_reads_the_prompt_and_nothing_after_it(predict):
     np.testing.assert_allclose(mixed[1::2], predict(TEXT, ~parallel, PROMPT)[1::2], atol=1e-6)
 
 
-@pytest.mark.parametrize("train, fraction", [(True, 0.75), (False, 0.0)])
+@pytest.mark.parametrize(("train", "fraction"), [(True, 0.75), (False, 0.0)])
 def test_without_a_prompt_nothing_changes(cap, train, fraction):
     batch = {"image": tiny.images(4), "text": tiny.texts([7, 4, 0, 1])}
     loss = loss_with(cap, train, parallel_fraction=fraction)

@@ -74,7 +74,7 @@ def split(kind):
 
 def predicted(split, images, text):
     """Logits [B, T, V] of one text an image."""
-    predict = lambda learner, *args: learner.predict(learner.image_features(args[0]), args[1])  # noqa: E731
+    predict = lambda learner, *args: learner.predict(learner.image_features(args[0]), args[1])
     return np.asarray(tiny.jitted(split, predict)(images, text))
 
 
@@ -107,7 +107,7 @@ def mean_over(values, text, average):
     )
 
 
-@pytest.mark.parametrize("train, average", [(True, "token"), (False, "example")])
+@pytest.mark.parametrize(("train", "average"), [(True, "token"), (False, "example")])
 def test_loss_is_its_formula(split, kind, train, average):
     images, text = tiny.images(4), tiny.texts([7, 4, 2, 1])
     mask = np.array([True, True, False, True])
@@ -189,7 +189,7 @@ def test_gradients_reach_the_image(split):
     encoded = tiny.jitted(split, lambda learner, *args: learner.image_features(*args))(
         tiny.images(2)
     )
-    likelihood = lambda learner, *args: jnp.sum(learner.compare(*args))  # noqa: E731
+    likelihood = lambda learner, *args: jnp.sum(learner.compare(*args))
     gradient = jax.jit(jax.grad(tiny.jitted(split, likelihood)))(encoded, tiny.texts([5, 1]))
     assert (np.abs(gradient).max(-1) > 1e-5).all()  # of each part that there is
 
@@ -351,7 +351,7 @@ def test_overfits_and_greedy_decoding_returns_the_captions(kind):
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    ("options", "message"),
     [
         ({"penalty": 1.0}, "learner.penalty: 1.0 is not for a decoder 'lstm'"),
         ({"decoder": "attention", "penalty": -1.0}, "learner.penalty: -1.0"),

@@ -95,7 +95,7 @@ def test_padding_a_captioners_text_changes_nothing(text):
 def test_an_option_of_training_has_no_say_in_evaluation(text):
     split = tiny.split(tiny.config())
     other, *_ = tiny.abstract(tiny.config(options={"parallel_fraction": 0.75}))
-    score = lambda learner, *args: learner.score(*args)  # noqa: E731
+    score = lambda learner, *args: learner.score(*args)
     args = (tiny.images(IMAGES), text)
     np.testing.assert_array_equal(
         tiny.jitted((other, *split[1:]), score)(*args), tiny.jitted(split, score)(*args)

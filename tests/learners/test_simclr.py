@@ -109,7 +109,7 @@ def test_metrics_and_masks_of_a_batch():
 def test_it_learns_to_tell_images_apart():
     """Fields of colour under noise, seen in part and mirrored."""
     learner = simclr(Pixels(SIDE), colour=0.0, blur=False)
-    loss = lambda learner: learner.loss({"image": held_out}, jax.random.key(0), False)[0]  # noqa: E731
+    loss = lambda learner: learner.loss({"image": held_out}, jax.random.key(0), False)[0]
     held_out = tiny.images(32, SIDE, seed=1000)
     before = loss(learner)
     learner = learned(learner, (tiny.images(32, SIDE, seed=n) for n in range(200)))

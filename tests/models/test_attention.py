@@ -19,7 +19,7 @@ MASKS = {
 
 
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 2e-6), (jnp.bfloat16, 3e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 2e-6), (jnp.bfloat16, 3e-2)])
 def test_value_and_gradients(mask: str, dtype, tolerance: float):
     sources = 7 if MASKS[mask] is not None else 5
     keys = jax.random.split(jax.random.key(0), 4)

@@ -88,7 +88,7 @@ def stack():
         x, product, keys = X, 1.0, jax.random.split(KEY, 3)
         for i in range(3):
             product *= x.sum()
-            layer = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[i], params))  # noqa: B023
+            layer = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[i], params))
             x = x + SCALES[i] * dropout(layer(x), 0.3, keys[i])
         return jnp.sum(jnp.sin(x)) + product
 
@@ -111,7 +111,7 @@ def scanned(graphdef, **fields):
 
 
 @pytest.mark.parametrize(
-    "remat, unroll", [*((remat, 1) for remat in REMAT_POLICIES), ("none", 2), ("full", 100)]
+    ("remat", "unroll"), [*((remat, 1) for remat in REMAT_POLICIES), ("none", 2), ("full", 100)]
 )
 def test_a_scan_is_one_layer_after_the_other(stack, remat, unroll):
     graphdef, params, expected = stack
@@ -138,7 +138,7 @@ def test_the_compiler_does_not_undo_rematerialisation_where_there_is_no_loop(sta
     assert full > 1.1 * none
 
 
-@pytest.mark.parametrize("loss, remat", [(of_encoder, "dots"), (of_decoder, "full")])
+@pytest.mark.parametrize(("loss", "remat"), [(of_encoder, "dots"), (of_decoder, "full")])
 def test_rematerialisation_changes_no_result(params, loss, remat):
     one, other = (
         jax.jit(value_and_grad(loss, remat=name))(params, BATCH, KEY) for name in (remat, "none")
@@ -246,7 +246,7 @@ def draws(fn):
 
 
 @pytest.mark.parametrize(
-    "name, field", [("captioner", "dropout"), ("dual_encoder", "stochastic_depth")]
+    ("name", "field"), [("captioner", "dropout"), ("dual_encoder", "stochastic_depth")]
 )
 def test_the_loss_is_random_in_training_only(name, field):
     graphdef, params, _ = split = tiny.split(tiny.config(name, **{field: 0.5}))

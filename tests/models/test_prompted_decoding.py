@@ -51,7 +51,7 @@ def test_wide_enough_a_beam_finds_the_best_continuation_of_all(norm):
         assert found[image].tolist() == padded([*prompt, *best], length)
 
 
-@pytest.mark.parametrize("beams, norm", [(1, 1.0), (2, 0.0), (3, 1.0)])
+@pytest.mark.parametrize(("beams", "norm"), [(1, 1.0), (2, 0.0), (3, 1.0)])
 def test_a_narrow_beam_is_that_of_plain_python_after_the_prompt(beams, norm):
     lengths = set()
     how = Decoding(method="beam", beams=beams, length_norm=norm)
@@ -162,4 +162,4 @@ def test_with_the_cache_as_when_all_is_predicted_anew(captioner, method):
         free = tiny.LENGTH - len(given)
         _, said = plain(log_probs, beams=how.rows, length=free, eos=eos)
         assert found[row].tolist() == padded([*given, *said], tiny.LENGTH)
-    assert VOCAB < len({token for row in found for token in row.tolist()})
+    assert len({token for row in found for token in row.tolist()}) > VOCAB

@@ -41,7 +41,7 @@ def random_decoder(options, compute=FLOAT32):
     )
     rng = np.random.default_rng(0)
     graphdef, params = nnx.split(decoder)
-    draw = lambda p: jnp.asarray(0.5 * rng.standard_normal(p.shape), p.dtype)  # noqa: E731
+    draw = lambda p: jnp.asarray(0.5 * rng.standard_normal(p.shape), p.dtype)
     params = jax.tree.map(draw, params)
     return nnx.merge(graphdef, params), jax.device_get(nnx.to_pure_dict(params))
 
@@ -227,7 +227,7 @@ def test_dropout_is_before_the_output_and_in_the_merge_model_on_what_is_read(kin
         np.testing.assert_allclose(dropped, np.where(kept, 2 * whole, 0), atol=1e-6)
 
 
-@pytest.mark.parametrize("old, new", [(8, 14), (7, 14), (14, 7), (5, 5), (4, 3), (1, 2)])
+@pytest.mark.parametrize(("old", "new"), [(8, 14), (7, 14), (14, 7), (5, 5), (4, 3), (1, 2)])
 def test_grids_are_pooled_as_torch_does(old, new):
     tokens = np.random.default_rng(0).standard_normal((2, old * old, 3)).astype(np.float32)
     grid = tensor(tokens).reshape(2, old, old, 3).permute(0, 3, 1, 2)
@@ -241,7 +241,7 @@ def test_what_is_no_square_has_no_grid():
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    ("options", "message"),
     [
         ({"decoder": "lsmt"}, "learner.decoder: 'lsmt' is unknown. Did you mean 'lstm'"),
         ({"hidden": 0}, "learner.hidden: 0 must be at least 1"),

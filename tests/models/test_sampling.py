@@ -20,7 +20,7 @@ def left(**options):
 
 
 @pytest.mark.parametrize(
-    "options, tokens",
+    ("options", "tokens"),
     [
         ({}, [0, 1, 2, 3, 4]),
         ({"top_k": 1}, [1]),
@@ -128,7 +128,7 @@ def test_decode_does_what_the_options_say():
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    ("options", "message"),
     [
         ({"method": "beams"}, "method: .*'beams'. Did you mean 'beam'"),
         ({"beams": 0}, "beams: 0 must be at least 1"),

@@ -24,7 +24,7 @@ def section(**fields):
 
 def parameters(seed=0):
     rng = np.random.default_rng(seed)
-    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
     return {
         "encoder": {
             "blocks": {"up": {"kernel": draw(2, 40, 48), "bias": draw(2, 48)}},  # two layers
@@ -156,7 +156,7 @@ def test_adafactor_keeps_a_row_and_a_column_of_a_matrix_only():
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "lion"])
 def test_weight_decay_is_the_learning_rate_times_the_kernels(name):
     params = parameters()
-    build = lambda w: optimizers.build(  # noqa: E731
+    build = lambda w: optimizers.build(
         section(name=name, weight_decay=w), params, optax.constant_schedule(0.5)
     )
     without, _ = run(build(0.0), params, 1)
@@ -198,7 +198,7 @@ def test_a_rate_of_zero_freezes_exactly_and_keeps_no_state(name):
 
 def test_frozen_gradients_do_not_count_for_clipping():
     params = parameters()
-    big_encoder = lambda p: 1e6 * quadratic(p["encoder"]) + quadratic(p["head"])  # noqa: E731
+    big_encoder = lambda p: 1e6 * quadratic(p["encoder"]) + quadratic(p["head"])
     c = section(name="sgd", clip_norm=0.5, weight_decay=0.0, lr_rules=(("encoder/.*", 0.0),))
     after, _ = run(
         optimizers.build(c, params, optax.constant_schedule(0.1)), params, 1, big_encoder
@@ -220,7 +220,7 @@ def test_multipliers_scale_and_the_first_rule_that_matches_wins():
     plain, _ = run(optimizers.build(section(name="adamw"), params, lambda _: 0.1), params, 1)
     c = section(name="adamw", lr_rules=(("encoder/positions", 0.5), ("encoder/.*", 0.1)))
     scaled, _ = run(optimizers.build(c, params, lambda _: 0.1), params, 1)
-    moved = lambda after: jax.tree.map(lambda a, b: a - b, after, params)  # noqa: E731
+    moved = lambda after: jax.tree.map(lambda a, b: a - b, after, params)
     expected = moved(plain)
     factors = jax.tree.map(lambda _: 0.1, params)
     factors["encoder"]["positions"], factors["head"]["kernel"] = 0.5, 1.0

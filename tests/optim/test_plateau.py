@@ -133,7 +133,7 @@ def figures(workdir):
 
 
 @pytest.mark.parametrize(
-    "fields, told",
+    ("fields", "told"),
     [
         (dict(figure="vall/loss"), "plateau.figure: 'vall/loss' is no figure of an evaluator"),
         (dict(mode="least"), "plateau.mode: 'least'"),

@@ -25,7 +25,7 @@ def root(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "sweep, count",
+    ("sweep", "count"),
     [
         ("recurrent.py", 5 * 4 * 5),
         ("recurrent.py:size=toy,batches=8+16,rates=0.1,layers=1+2+3", 2 * 3),
@@ -53,7 +53,7 @@ def test_a_recurrent_trial_is_the_recipe_but_for_what_is_swept(root):
 
 
 @pytest.mark.parametrize(
-    "fields, told",
+    ("fields", "told"),
     [
         ({"optim.rl": 1}, "no field 'optim.rl'"),
         ({"batch_size": "many"}, "batch_size='many'"),

@@ -20,7 +20,7 @@ def test_matmul_of_any_size_is_counted_without_allocating():
 
 
 def test_batched_einsum():
-    fn = lambda q, k: jnp.einsum("btnh,bsnh->bnts", q, k)  # noqa: E731
+    fn = lambda q, k: jnp.einsum("btnh,bsnh->bnts", q, k)
     assert count_flops(fn, shape(2, 5, 3, 8), shape(2, 7, 3, 8)) == 2 * 2 * 3 * 5 * 7 * 8
 
 
@@ -81,8 +81,8 @@ def test_scanned_layers_count_once_each_inside_jit():
 def test_control_flow():
     square, x = (lambda x: x @ x), shape(8, 8)
     one = 2 * 8**3
-    cond = lambda x: jax.lax.cond(x[0, 0] > 0, square, lambda x: x @ x @ x, x)  # noqa: E731
-    loop = lambda x: jax.lax.while_loop(lambda x: x[0, 0] > 0, square, x)  # noqa: E731
+    cond = lambda x: jax.lax.cond(x[0, 0] > 0, square, lambda x: x @ x @ x, x)
+    loop = lambda x: jax.lax.while_loop(lambda x: x[0, 0] > 0, square, x)
     assert count_flops(cond, x) == 2 * one
     assert count_flops(loop, x) == one
     assert count_flops(lambda x: jax.lax.fori_loop(0, 5, lambda _, x: x @ x, x), x) == 5 * one
@@ -112,7 +112,7 @@ def test_shard_map_counts_every_shard():
 def test_nnx_module_built_abstractly():
     layer = nnx.eval_shape(lambda: nnx.Linear(32, 48, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(layer)
-    fn = lambda state, x: nnx.merge(graph, state)(x)  # noqa: E731
+    fn = lambda state, x: nnx.merge(graph, state)(x)
     assert count_flops(fn, state, shape(5, 32)) == 2 * 5 * 32 * 48
 
 
@@ -151,7 +151,7 @@ def test_pallas_kernel_is_refused_rather_than_miscounted():
 
 
 @pytest.mark.parametrize(
-    "kind, tera",
+    ("kind", "tera"),
     [
         ("TPU v4", 275), ("TPU v5 lite", 197), ("TPU v5e", 197), ("TPU v5", 459),
         ("TPU v5p", 459), ("TPU v6 lite", 918), ("TPU v6e", 918), ("TPU7x", 1153.5),

@@ -38,7 +38,7 @@ def test_measures_the_pipeline_of_a_config_beside_a_dataloader():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "arguments, told",
+    ("arguments", "told"),
     [
         (["--compare=tensorflow"], "--compare: there is no 'tensorflow'."),
         (["--compare=torch", "--config.data.crop=window"], "use none or random"),
@@ -67,7 +67,7 @@ def test_photographs_of_the_dataloader_are_drawn_by_index(folder, crop):
     assert {(s.shape, s.dtype) for s in drawn} == {((16, 16, 3), np.dtype(np.uint8))}
     assert all((squares[index] == s).all() for index, s in enumerate(drawn))
     different = sum((a != b).any() for a, b in itertools.pairwise(drawn))
-    assert different == 7 if crop == "random" else 0 < different
+    assert different == 7 if crop == "random" else different > 0
     if crop == "none":
         whole = [np.array(Image.open(p).resize((16, 16), Image.Resampling.BILINEAR)) for p in paths]
         assert all(any((s == w).all() for w in whole) for s in drawn)

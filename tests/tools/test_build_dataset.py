@@ -311,7 +311,7 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize("command, message", MISTAKES)
+@pytest.mark.parametrize(("command", "message"), MISTAKES)
 def test_mistakes_exit_2_with_a_line_or_two(tmp_path, monkeypatch, capsys, command, message):
     monkeypatch.chdir(tmp_path)
     write_files(Path("photos"), {"1.jpg": jpeg(1), "2.jpg": jpeg(2)})

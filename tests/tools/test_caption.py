@@ -73,7 +73,7 @@ def awkward(tmp_path_factory):
     return paths
 
 
-def expected(run, paths, how=Decoding(), question=""):  # noqa: B008
+def expected(run, paths, how=Decoding(), question=""):
     """The captions of the files in the paths."""
     config, tokenizer, graphdef, variables = load_learner(run)
     learner = nnx.merge(graphdef, *variables)

@@ -35,7 +35,7 @@ def data(tmp_path_factory):
     files = {f"{i}.jpg": images.jpeg(i) for i in range(COUNT)}
     photos = images.write_files(folder / "photos", files)
     captions = [
-        (i, f"a {'red blue green'.split()[i % 3]} star, {k}") for i in range(COUNT) for k in "ab"
+        (i, f"a {['red', 'blue', 'green'][i % 3]} star, {k}") for i in range(COUNT) for k in "ab"
     ]
     annotations = images.write_captions(
         folder / "captions.json", {i: f"{i}.jpg" for i in range(COUNT)}, captions
@@ -247,7 +247,7 @@ def test_shards_labels_and_questions(tmp_path, monkeypatch):
         assert got == row
 
 
-@pytest.mark.parametrize("field, value", [("crop", "random"), ("flip", True)])
+@pytest.mark.parametrize(("field", "value"), [("crop", "random"), ("flip", True)])
 def test_features_are_not_augmented(stored, field, value):
     with pytest.raises(UserError, match=f"data.{field}: .*features cannot be augmented"):
         of_features(stored, **{f"data__{field}": value})

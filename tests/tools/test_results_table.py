@@ -34,7 +34,7 @@ def test_a_row_a_run(runs, capsys):
 
 
 @pytest.mark.parametrize(
-    "asked, told",
+    ("asked", "told"),
     [
         (["probe/top11"], "no figure 'top11'. Did you mean 'top1'?"),
         (["probe/protocol"], "no figure 'protocol'"),

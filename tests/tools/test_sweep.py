@@ -229,7 +229,7 @@ def test_tables_and_plots(run, out, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments, told",
+    ("arguments", "told"),
     [
         (["status", "DIR"], "is no folder of a sweep"),
         (["run", "no_such_sweep.py", "--out=DIR"], "there is no file 'no_such_sweep.py'"),

@@ -71,7 +71,8 @@ def test_collectives_are_counted_with_their_turns():
 
 
 @pytest.mark.parametrize(
-    "name, count, kind", [("v5e:4x4", 16, "lite"), ("v4:2x2x2", 8, "v4"), ("v5p:2x2x2", 8, "v5")]
+    ("name", "count", "kind"),
+    [("v5e:4x4", 16, "lite"), ("v4:2x2x2", 8, "v4"), ("v5p:2x2x2", 8, "v5")],
 )
 def test_topologies(name: str, count: int, kind: str):
     found = compiling.open_topology(name)
@@ -79,7 +80,7 @@ def test_topologies(name: str, count: int, kind: str):
 
 
 @pytest.mark.parametrize(
-    "name, slices, fields, shape",
+    ("name", "slices", "fields", "shape"),
     [
         ("v5e:4x8", 1, {}, (2, 16, 1)),
         ("v5e:2x4", 1, {}, (2, 4, 1)),
@@ -111,7 +112,7 @@ def test_slices_share_the_data_axis():
 
 
 @pytest.mark.parametrize(
-    "kind, gib", [("v5e:2x2", 15.75), ("v4:2x2x1", 30.75), ("v5p:2x2x1", 95.74)]
+    ("kind", "gib"), [("v5e:2x2", 15.75), ("v4:2x2x1", 30.75), ("v5p:2x2x1", 95.74)]
 )
 def test_there_is_so_much_memory(kind: str, gib: float):
     # What Google documents, 16, 32 and 95 GB, less what the compiler keeps.
@@ -120,7 +121,7 @@ def test_there_is_so_much_memory(kind: str, gib: float):
 
 
 @pytest.mark.parametrize(
-    "kind, chips, expected",
+    ("kind", "chips", "expected"),
     [
         ("v5e", 16, ("v5e:4x4", 1)),
         ("v5e", 128, ("v5e:8x16", 1)),
@@ -135,7 +136,7 @@ def test_slice_of_so_many_chips(kind: str, chips: int, expected: tuple[str, int]
 
 
 @pytest.mark.parametrize(
-    "arguments, said",
+    ("arguments", "said"),
     [
         (["--topology=v9:2x2"], "no chip 'v9'"),
         (["--topology=v5e"], "lacks a shape"),

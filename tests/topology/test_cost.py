@@ -61,7 +61,7 @@ def test_a_collective_is_waited_for():
     assert found.collectives[kind] == cost.Collective(1, SIZE, SIZE, SIZE)
 
 
-@pytest.mark.parametrize("work, waited", [(100, SIZE - 100), (SIZE + 100, 0)])
+@pytest.mark.parametrize(("work", "waited"), [(100, SIZE - 100), (SIZE + 100, 0)])
 def test_what_is_done_meanwhile_is_not_waited_for(work: int, waited: int):
     pair = (
         collective("all-reduce", "all-reduce-start")
@@ -89,7 +89,7 @@ def spread(layer: int, work: int) -> tuple[str, str]:
     return "".join([*pieces[:3], operation(f"beside_{layer}", work), pieces[3]]), within
 
 
-@pytest.mark.parametrize("work, waited", [(100, SIZE - 300), (SIZE, 0)])
+@pytest.mark.parametrize(("work", "waited"), [(100, SIZE - 300), (SIZE, 0)])
 def test_pieces_of_a_collective_in_several_operations_are_one(work: int, waited: int):
     """And those of another layer another, though both have one channel."""
     text, within = zip(*(spread(layer, work) for layer in (25, 26)), strict=True)
@@ -113,7 +113,7 @@ def test_an_all_reduce_of_which_a_part_is_taken_is_a_reduce_scatter():
 
 
 @pytest.mark.parametrize(
-    "devices, told, share",
+    ("devices", "told", "share"),
     [(2, "", 1), (16, "", 0.5), (2, "1", 0.5), (16, "2", 1), (16, "3", 1)],
 )
 def test_a_ring_uses_two_of_a_chips_four_links(devices: int, told: str, share: float):
@@ -132,7 +132,7 @@ def test_an_early_copy_moves_its_result():
 
 
 @pytest.mark.parametrize(
-    "kind, share",
+    ("kind", "share"),
     [("all-reduce", 1.5), ("all-gather", 3), ("reduce-scatter", 0.75), ("all-to-all", 0.75)],
 )
 def test_what_is_sent_in_a_ring_of_four(kind: str, share: float):

@@ -36,7 +36,7 @@ def test_operation():
 
 
 @pytest.mark.parametrize(
-    "how, expected",
+    ("how", "expected"),
     [
         ({}, 5),
         ({"limit": 7, "start": 3}, 4),
@@ -68,7 +68,7 @@ def test_turns_that_depend_on_data_are_not_known():
 
 def test_a_scan_compiled_here():
     def f(x):
-        inner = lambda y: jax.lax.scan(lambda y, _: (jnp.sin(y @ x), None), y, length=3)[0]  # noqa: E731
+        inner = lambda y: jax.lax.scan(lambda y, _: (jnp.sin(y @ x), None), y, length=3)[0]
         return jax.lax.scan(lambda y, _: (inner(y), None), x, length=7)[0]
 
     text = jax.jit(f).lower(jnp.ones((16, 16))).compile().as_text()
@@ -79,7 +79,7 @@ def test_a_scan_compiled_here():
 
 
 @pytest.mark.parametrize(
-    "written, size",
+    ("written", "size"),
     [
         ("replica_groups=[4,8]<=[32]", 8),
         ("replica_groups={{0,1,2},{3,4,5}}", 3),

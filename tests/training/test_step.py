@@ -99,6 +99,6 @@ def test_a_step_counts_averages_and_leaves_what_is_frozen():
     assert "loss_weight" not in metrics
     np.testing.assert_allclose(metrics["learning_rate"], c.optim.lr, rtol=1e-6)
     moved = jax.tree.map(lambda a, b: a - b, after.params, before.params)
-    norm = lambda tree: np.sqrt(sum(np.sum(x**2) for x in jax.tree.leaves(tree)))  # noqa: E731
+    norm = lambda tree: np.sqrt(sum(np.sum(x**2) for x in jax.tree.leaves(tree)))
     np.testing.assert_allclose(metrics["update_norm"], norm(moved), rtol=1e-3)
     np.testing.assert_allclose(metrics["param_norm"], norm(after.params), rtol=1e-5)

@@ -18,7 +18,9 @@ READ_ERRORS = (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 MAX_BYTES = 2**28
 """Larger files are refused unread: no photograph, and perhaps a zip that unpacks without end."""
 
-IMAGE_SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff".split())
+IMAGE_SUFFIXES = frozenset(
+    [".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"]
+)
 
 
 class Files(Protocol):
@@ -97,7 +99,7 @@ class _Folder:
     def __init__(self, path: Path):
         self.path = path
 
-    @functools.cache  # noqa: B019, as long-lived as the program
+    @functools.cache
     def names(self) -> list[str]:
         return sorted(
             os.path.relpath(os.path.join(folder, file), self.path).replace(os.sep, "/")

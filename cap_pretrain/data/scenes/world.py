@@ -119,7 +119,8 @@ class Scene:
 
     def labels(self) -> dict[str, str]:
         """The class of the scene under each labelling: `shape` and `colour` of the main object,
-        `count`, and `relation`: where the main object lies as seen from the second largest."""
+        `count`, and `relation`: where the main object lies as seen from the second largest.
+        """
         main = self.things[0]
         relation = clear_relation(main, self.things[1]) if len(self.things) > 1 else None
         return {

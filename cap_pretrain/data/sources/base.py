@@ -10,7 +10,8 @@ A source is a picklable sequence. `source[i]` is one example, as it is stored:
 and `source.class_names` lists the names of the labels (empty: none). A question (missing or "":
 none) is what the captions answer; then label and class names are those of kinds of questions. A new
 kind of source is one new file with such a class and one entry in `_GENERATED`; everything stored
-goes through TFDS. It may have `without_image(i)`, the rest of an example where that takes less."""
+goes through TFDS. It may have `without_image(i)`, the rest of an example where that takes less.
+"""
 
 import contextlib
 import math

@@ -65,7 +65,7 @@ class Scores:
     """How good captions are.
 
     Attributes:
-      figures: over all images, of those of `METRICS` that could be computed.
+      metrics: over all images, of those of `METRICS` that could be computed.
       per_image: the same for each image: metric -> image -> score. BLEU of a single caption is not
         meant for much: it is 0 where no four words match.
       tokenizer: what cut the text into words.
@@ -74,7 +74,7 @@ class Scores:
       references: how many there are.
     """
 
-    figures: dict[str, float]
+    metrics: dict[str, float]
     per_image: dict[str, dict[Any, float]]
     tokenizer: str
     skipped: dict[str, str]
@@ -93,7 +93,7 @@ class Scores:
 
     def table(self) -> tuple[str, ...]:
         """The figures, a line each, and what was left out."""
-        lines = [f"{name:8}{self.figures[name]:9.5f}" for name in METRICS if name in self.figures]
+        lines = [f"{name:8}{self.metrics[name]:9.5f}" for name in METRICS if name in self.metrics]
         return (*lines, *(f"{name:8}  skipped: {why}" for name, why in self.skipped.items()))
 
 

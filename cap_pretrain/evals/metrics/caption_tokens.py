@@ -18,7 +18,27 @@ from cap_pretrain.errors import UserError
 
 # What pycocoevalcap's PTBTokenizer leaves out. Brackets stay, as "-lrb-": they are lower-cased
 # before they are compared with this list. All published scores are made so.
-PUNCTUATION = frozenset("'' ' `` ` -LRB- -RRB- -LCB- -RCB- . ? ! , : - -- ... ;".split())
+PUNCTUATION = frozenset(
+    [
+        "''",
+        "'",
+        "``",
+        "`",
+        "-LRB-",
+        "-RRB-",
+        "-LCB-",
+        "-RCB-",
+        ".",
+        "?",
+        "!",
+        ",",
+        ":",
+        "-",
+        "--",
+        "...",
+        ";",
+    ]
+)
 
 # Seconds a Java program may take: to start, and for each image. Some twenty times what it does.
 START_SECONDS, IMAGE_SECONDS = 300.0, 0.5
@@ -106,10 +126,52 @@ def ptb(captions: Sequence[str]) -> list[str]:
     return [_without_punctuation(line.split()) for line in lines]
 
 
-_ABBREVIATIONS = """
-    mr mrs ms dr prof gen sgt lt col capt jr sr bros st ave blvd rd mt ft vs etc co inc corp ltd
-    jan feb mar apr jun jul aug sep sept oct nov dec mon tue tues wed thu thurs fri
-""".split()
+_ABBREVIATIONS = [
+    "mr",
+    "mrs",
+    "ms",
+    "dr",
+    "prof",
+    "gen",
+    "sgt",
+    "lt",
+    "col",
+    "capt",
+    "jr",
+    "sr",
+    "bros",
+    "st",
+    "ave",
+    "blvd",
+    "rd",
+    "mt",
+    "ft",
+    "vs",
+    "etc",
+    "co",
+    "inc",
+    "corp",
+    "ltd",
+    "jan",
+    "feb",
+    "mar",
+    "apr",
+    "jun",
+    "jul",
+    "aug",
+    "sep",
+    "sept",
+    "oct",
+    "nov",
+    "dec",
+    "mon",
+    "tue",
+    "tues",
+    "wed",
+    "thu",
+    "thurs",
+    "fri",
+]
 
 _NORMALIZED = str.maketrans(
     {"’": "'", "‘": "`", "“": '"', "”": '"', "«": '"', "»": '"', "–": "--", "—": "--", "…": "..."}
