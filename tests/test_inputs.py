@@ -105,6 +105,6 @@ def test_all_splits_of_a_run_have_the_classes_of_its_training_split():
 def test_datasets_that_are_not_the_runs_own_keep_their_classes(monkeypatch):
     c = toy.config("classifier", data__class_max=1)
     c.data.name = "mine"
-    monkeypatch.setattr(inputs.sources, "open_source", lambda name, split, **_: [{"image": name}])
+    monkeypatch.setattr(inputs, "open_source", lambda name, split, **_: [{"image": name}])
     monkeypatch.setattr(inputs.pipeline, "is_features", lambda image: False)
     assert inputs.open_data(c, "val", "another") == [{"image": "another"}]

@@ -310,7 +310,8 @@ def test_format_table_aligns():
 
 def test_no_tensorflow_is_imported(tmp_path):
     code = (
-        "import sys; from cap_pretrain.telemetry import MetricsWriter, parameter_table;"
+        "import sys; from cap_pretrain.telemetry.metrics import MetricsWriter;"
+        "from cap_pretrain.telemetry.progress import parameter_table;"
         f"w = MetricsWriter({str(tmp_path)!r}); w.write(1, {{'a': 1.0}}); w.text(1, 't', 'x');"
         "w.close(); parameter_table({});"
         "assert not [m for m in sys.modules if m.split('.')[0] in ('tensorflow', 'tensorboard')]"
