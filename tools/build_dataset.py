@@ -74,7 +74,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         what = "instead, units are made by Apache Beam with these options, as --runner=DirectRunner"
         sub.add_argument("--beam", metavar="OPTIONS", help=what)
         filters.add_arguments(sub)
-        module = importlib.import_module(f"cap_pretrain.data.builders.{name}")
+        module = importlib.import_module(f"cap_pretrain.data.builders.formats.{name}")
         module.Dataset.add_arguments(sub)
         sub.set_defaults(dataset=module.Dataset)
     return parser.parse_args(argv)

@@ -2,7 +2,7 @@
 #   docker build --file=tools/launch_gke.Dockerfile --tag=IMAGE . && docker push IMAGE
 FROM python:3.11-slim
 WORKDIR /cap_pretrain
-COPY setup.py .
+COPY pyproject.toml setup.py README.md ./
 COPY cap_pretrain cap_pretrain
 RUN pip install --no-cache-dir --editable '.[tpu]' gcsfs
 COPY configs configs

@@ -134,7 +134,7 @@ no_capacity() { # returns if that is why the slice could not be created
 install() { # this working tree and what it needs, on all workers
   local unpack='rm -rf cap_pretrain/{cap_pretrain,configs,tools} && mkdir -p cap_pretrain'
   run env COPYFILE_DISABLE=1 tar -czf "$temporary/cap_pretrain.tgz" --exclude=__pycache__ \
-    -C "$root" setup.py cap_pretrain configs tools
+    -C "$root" pyproject.toml setup.py README.md cap_pretrain configs tools
   tpus tpu-vm scp "$temporary/cap_pretrain.tgz" "$name:" --worker=all
   tpus tpu-vm ssh "$name" --worker=all \
     --command="$unpack && tar -xzf cap_pretrain.tgz -C cap_pretrain"

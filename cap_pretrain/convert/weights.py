@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
+import ml_dtypes  # noqa: F401 - with it, NumPy knows bfloat16
 import numpy as np
 
 from cap_pretrain.errors import UserError

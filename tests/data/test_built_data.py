@@ -15,9 +15,9 @@ from cap_pretrain.distributed import sharding
 from cap_pretrain.training import step
 from tests import tiny, toy
 from tests.data import test_webdataset as web
-from tests.data.test_flickr import published as flickr
-from tests.data.test_openimages import published as openimages
-from tests.data.test_question_formats import (
+from tests.data.test_flickr import published as flickr  # noqa: F401 - a fixture
+from tests.data.test_openimages import published as openimages  # noqa: F401 - a fixture
+from tests.data.test_question_formats import (  # noqa: F401 - fixtures
     build,
     gqa_question,
     karpathy,
@@ -25,7 +25,7 @@ from tests.data.test_question_formats import (
     write_json,
 )
 from tests.data.test_tables import photos
-from tests.data.test_vizwiz import published as vizwiz
+from tests.data.test_vizwiz import published as vizwiz  # noqa: F401 - a fixture
 from tests.data.test_webdataset import samples, tar
 from tests.tools.test_build_dataset import jpeg, write_captions, write_files
 
