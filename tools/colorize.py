@@ -27,6 +27,7 @@ from cap_pretrain.checkpoints.load import Learner, load_learner
 from cap_pretrain.cli import figures
 from cap_pretrain.cli.captioning import Named, of_dataset, of_files
 from cap_pretrain.errors import UserError
+from cap_pretrain.learners.protocols import Colorizes, learner_type
 from cap_pretrain.models import lab
 
 PANEL = 1.8  # inches
@@ -38,7 +39,7 @@ def colourized(learner: Learner, pixels: np.ndarray) -> np.ndarray:
     Raises:
       UserError: the learner tells no colours.
     """
-    if not hasattr(learner.graphdef.nodes[0].type, "colourize"):
+    if not issubclass(learner_type(learner.graphdef), Colorizes):
         raise UserError(
             f"--checkpoint: is one of a {learner.config.learner.name}, which tells no colours; "
             "name a run with task=colorization."

@@ -42,6 +42,7 @@ from cap_pretrain.distributed import sharding
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.base import Context
 from cap_pretrain.evals.portions import EveryImage
+from cap_pretrain.learners.protocols import Featurizes
 from cap_pretrain.models.layers import normalize_images
 from cap_pretrain.training.step import init_state
 
@@ -148,7 +149,7 @@ def _config(args: argparse.Namespace) -> ConfigDict:
 def _tokenizer(config: ConfigDict, what: str) -> Tokenizer:
     """The tokenizer of the learner, which may have none; raises UserError if it has no head."""
     learner = learners.learner_class(config.learner.name)
-    if what == "head" and not hasattr(learner, "features"):
+    if what == "head" and not issubclass(learner, Featurizes):
         raise UserError(
             f"--what: head, but a learner {config.learner.name!r} has no vector of its own behind "
             "its encoder; choose pooled or tokens."

@@ -37,6 +37,7 @@ from cap_pretrain.data import pipeline, prefetch
 from cap_pretrain.data.sources.base import Source
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals import word_maps
+from cap_pretrain.learners.protocols import EmbedsText
 from cap_pretrain.models import readout
 from cap_pretrain.models.layers import normalize_images
 
@@ -88,7 +89,7 @@ def of_captions(learner: Learner, source: Source, count: int) -> Points:
 
     def encode(module, batch):
         text = batch["text"]
-        if hasattr(module, "embed_text"):
+        if isinstance(module, EmbedsText):
             return module.embed_text(text)
         real = (text != tokenizer.pad_id) & (text != tokenizer.eos_id)
         vectors = module.decoder.embedding(text).astype(jnp.float32)
@@ -115,7 +116,7 @@ def of_words(learner: Learner, source: Source, count: int) -> Points:
                 counts[word.text] += 1
                 tokens.setdefault(word.text, ids[list(word.tokens)])
     module = nnx.merge(learner.graphdef, *learner.variables)
-    part = module.text_tower if hasattr(module, "embed_text") else module.decoder
+    part = module.text_tower if isinstance(module, EmbedsText) else module.decoder
     embedding = np.asarray(part.embedding.embedding[...], np.float32)
     words = [word for word, _ in counts.most_common(count)]
     vectors = np.array([embedding[tokens[word]].mean(0) for word in words])

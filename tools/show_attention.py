@@ -30,6 +30,7 @@ from cap_pretrain.cli import figures
 from cap_pretrain.cli.captioning import Named, captioner, of_dataset, of_files
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals import word_maps
+from cap_pretrain.learners.protocols import learner_type
 from cap_pretrain.models.decoding import Decoding
 
 PANEL = 1.4  # inches
@@ -60,7 +61,7 @@ def look(
       UserError: the learner does not look at parts of images, or has no such layer.
     """
     _, tokenizer, graphdef, variables = learner
-    word_maps.check_attends(graphdef.nodes[0].type, by_layer=bool(layer))
+    word_maps.check_attends(learner_type(graphdef), by_layer=bool(layer))
     pixels = np.stack([image for _, image in named])
     write = captioner(learner, Decoding(), len(pixels), seed=0)
     captions = [caption] * len(pixels) if caption else write(pixels)

@@ -14,6 +14,7 @@ from cap_pretrain.checkpoints.load import Learner
 from cap_pretrain.data import images, pipeline
 from cap_pretrain.data.text.tokenizers import encode_answer
 from cap_pretrain.errors import UserError
+from cap_pretrain.learners.protocols import WritesCaptions, learner_type
 from cap_pretrain.models.decoding import Decoding, write_captions
 from cap_pretrain.models.sizes import STORED
 
@@ -87,7 +88,7 @@ def captioner(
             f"--checkpoint: learned from stored features ({config.data.name}) and has no encoder "
             "to see images with; take a run that was given the encoder itself."
         )
-    if not hasattr(graphdef.nodes[0].type, "decode_step"):
+    if not issubclass(learner_type(graphdef), WritesCaptions):
         raise UserError(
             f"--checkpoint: is one of a {config.learner.name}, which writes no captions."
         )

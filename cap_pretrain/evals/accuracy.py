@@ -9,6 +9,7 @@ from cap_pretrain.evals.metrics import ranking
 from cap_pretrain.evals.portions import EveryImage
 from cap_pretrain.evals.probes.probing import standing
 from cap_pretrain.evals.zero_shot import accuracies
+from cap_pretrain.learners.protocols import Classifies, learner_type
 
 
 class Accuracy:
@@ -29,8 +30,8 @@ class Accuracy:
         batch_size: int = 256
 
     def __init__(self, context: Context, options: Options):
-        kind = context.graphdef.nodes[0].type
-        if not hasattr(kind, "classify"):
+        kind = learner_type(context.graphdef)
+        if not issubclass(kind, Classifies):
             raise UserError(
                 f"evals: accuracy is of classifiers, and a {kind.__name__} is none; its encoder is "
                 "judged by linear_probe, knn or few_shot."

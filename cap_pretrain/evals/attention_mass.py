@@ -12,6 +12,7 @@ from cap_pretrain.data.scenes.world import Scene
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals import word_maps
 from cap_pretrain.evals.base import Context, Result
+from cap_pretrain.learners.protocols import learner_type
 
 Box = tuple[float, float, float, float]
 
@@ -54,7 +55,7 @@ class AttentionMass:
         Raises:
           UserError: the learner has no attention to look at, or the dataset is another one.
         """
-        word_maps.check_attends(context.graphdef.nodes[0].type)
+        word_maps.check_attends(learner_type(context.graphdef))
         self._context, self._options = context, options
         self._source = context.source(options.split, "scenes")
         if not isinstance(self._source, Scenes):

@@ -11,6 +11,7 @@ from cap_pretrain import rng
 from cap_pretrain.data import pipeline
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.base import Context, Result
+from cap_pretrain.learners.protocols import WritesCaptions, learner_type
 from cap_pretrain.models.decoding import Decoding, write_captions
 from cap_pretrain.models.text import PAD
 
@@ -32,8 +33,8 @@ class Captioning:
     def __init__(
         self, context: Context, source, *, batch_size: int, limit: int | None, how: Decoding
     ):
-        learner = context.graphdef.nodes[0].type
-        if not hasattr(learner, "decode_step"):
+        learner = learner_type(context.graphdef)
+        if not issubclass(learner, WritesCaptions):
             raise UserError(
                 "evals: this evaluator reads captions, and a learner of the kind "
                 f"{learner.__name__} writes none; take a captioner, or leave it out."

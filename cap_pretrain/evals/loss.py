@@ -9,6 +9,7 @@ import numpy as np
 
 from cap_pretrain import inputs
 from cap_pretrain.evals.base import Context, Result
+from cap_pretrain.learners.protocols import Contrasts, learner_type
 
 # Training captions that are counted for the unigram model.
 UNIGRAM_CAPTIONS = 50_000
@@ -43,7 +44,7 @@ class Loss:
         self._context, self._options = context, options
         self._source = context.source(options.split, options.data)
         over = "examples"
-        if hasattr(context.graphdef.nodes[0].type, "contrast"):
+        if issubclass(learner_type(context.graphdef), Contrasts):
             over = f"batches of {options.batch_size}, weighted by their examples"
         named = context.named(options.split, options.data)
         self._details = {"protocol": f"the learner's own loss, its mean over {over}", **named}

@@ -21,6 +21,7 @@ from cap_pretrain.data.text.tokenizers import encode_answer
 from cap_pretrain.distributed import sharding
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.base import Context, Interrupted
+from cap_pretrain.learners.protocols import EmbedsText, ScoresTexts, learner_type
 from cap_pretrain.models.sizes import STORED
 
 # The grey of the blank image, of 0 to 255: as near to 0 as what the encoder reads can come.
@@ -54,13 +55,13 @@ class Scoring:
     """
 
     def __init__(self, context: Context, *, batch_size: int, pairs: int):
-        learner = context.graphdef.nodes[0].type
-        if not hasattr(learner, "compare"):
+        learner = learner_type(context.graphdef)
+        if not issubclass(learner, ScoresTexts):
             raise UserError(
                 "evals: this evaluator scores texts for images, which a learner of the kind "
                 f"{learner.__name__} does not; take a captioner or a dual encoder, or leave it out."
             )
-        self.has_prior = not hasattr(learner, "embed_text")
+        self.has_prior = not issubclass(learner, EmbedsText)
         self.tolerance = CAPTIONER_TOLERANCE if self.has_prior else DUAL_ENCODER_TOLERANCE
         self._context = context
         ways = context.mesh.shape["data"] * context.mesh.shape["fsdp"]

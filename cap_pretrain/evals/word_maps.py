@@ -10,6 +10,7 @@ import numpy as np
 
 from cap_pretrain.data.text.tokenizers import Tokenizer
 from cap_pretrain.errors import UserError
+from cap_pretrain.learners.protocols import Attends
 
 _WORD = re.compile(r"\w+(?:['’-]\w+)*")
 
@@ -75,13 +76,12 @@ def word_maps(attention: np.ndarray, words: Sequence[Word]) -> np.ndarray:
 
 def check_attends(learner: type, *, by_layer: bool = False) -> None:
     """Raises UserError if learners of this class have no attention, or none by layers."""
-    attend = getattr(learner, "attend", None)
-    if attend is None:
+    if not issubclass(learner, Attends):
         raise UserError(
             f"attention: a learner of the kind {learner.__name__} pays none to parts of the image "
             "for words of a text; take a captioner."
         )
-    if by_layer and "layer" not in inspect.signature(attend).parameters:
+    if by_layer and "layer" not in inspect.signature(learner.attend).parameters:
         raise UserError(
             f"attention: a {learner.__name__} has one, not one in each layer; leave the layer out."
         )

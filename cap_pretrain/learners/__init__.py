@@ -14,9 +14,8 @@ or, if the loss compares examples with each other, as a `contrastive.Contrastive
   embed(batch, key, train)             -> what is compared, a tree of arrays [B, …]
   contrast(embedded)                   -> (scalar loss, metrics)
 
-and, if layers behind the encoder make a vector that is of use elsewhere,
-
-  features(images)                     -> [B, D]; see tools/extract_features.py
+and, for the evaluators and tools that look for it, any of the methods in `protocols`:
+`WritesCaptions`, `ScoresTexts`, `EmbedsText`, `Attends`, `Classifies`, `Colorizes`, `Featurizes`.
 
 `metrics` may hold "loss_weight": what a part of a batch weighs against another (default: equal).
 What else of its options the training data are to settle, as a run begins, is told by

@@ -15,6 +15,7 @@ from cap_pretrain import rng
 from cap_pretrain.distributed import sharding
 from cap_pretrain.distributed.determinism import compiler_options
 from cap_pretrain.fingerprint import fingerprint
+from cap_pretrain.learners.protocols import Contrasts, learner_type
 from cap_pretrain.models.layers import constrain
 from cap_pretrain.optim import optimizers
 from cap_pretrain.optim.plateau import Plateau
@@ -136,7 +137,7 @@ def accumulated_gradients(
 
     split = jax.tree.map(functools.partial(_split, parts=parts), batch)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(parts))
-    compares = hasattr(nnx.merge(graphdef, params, stats), "contrast")
+    compares = issubclass(learner_type(graphdef), Contrasts)
     gradients = _compared if compares else _averaged
     grads, metrics, moved = gradients(graphdef, hold, params, stats, split, keys)
     return grads, metrics, jax.tree.map(lambda old, sum: old + sum / parts, stats, moved)
