@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except units.Unfinished as error:
+    except units.UnfinishedError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:

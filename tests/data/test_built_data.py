@@ -1,4 +1,4 @@
-"""From files as people have them to a run: build a dataset, train on it, judge on it."""
+"""From published files to a run: build a dataset, train on it, evaluate on it."""
 
 import functools
 import json

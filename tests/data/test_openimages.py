@@ -74,7 +74,7 @@ def test_the_classes_wanted_and_the_least_confidence_are_chosen(tmp_path, publis
     [
         ("train-labels.csv", "a,b\n1,2\n", "no column ImageID (found: a, b)"),
         ("train-labels.csv", HEADER + "000a,x,/m/0dog,much\n", "line 2 is not understood"),
-        ("train-labels.csv", HEADER + "ffff,x,/m/0dog,1\n", "no label of an image that is there"),
+        ("train-labels.csv", HEADER + "ffff,x,/m/0dog,1\n", "no image present has a label"),
         ("class-descriptions.csv", "Dog\n", "must have lines like /m/0bt9lr,Dog"),
         ("val-labels.csv.gz", "no gzip", "val-labels.csv.gz: cannot be read"),
     ],

@@ -103,7 +103,7 @@ def test_parquet_may_hold_the_images(tmp_path):
         ("--tables t.csv", "--images: none for split 'train'"),
         ("--tables t.csv --images val=Images train=Images", "--tables: none for split 'val'"),
         ("--tables none.csv --images Images", "none.csv: cannot be read"),
-        ("--tables t.txt --images Images", "t.txt: no table in it or by its name"),
+        ("--tables t.txt --images Images", "t.txt: not a table, nor a folder with one"),
         ("--tables broken.parquet", "broken.parquet: cannot be read"),
         ("--tables broken.csv.gz --images Images", "broken.csv.gz: cannot be read"),
     ],

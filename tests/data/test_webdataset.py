@@ -9,7 +9,7 @@ import zlib
 import pytest
 
 from cap_pretrain.data.builders.formats.pairs import pair_id
-from cap_pretrain.data.builders.tars import CutOff, read_members
+from cap_pretrain.data.builders.tars import CutOffError, read_members
 from tests.data.test_question_formats import build, lost
 from tests.tools.test_build_dataset import jpeg, read, report, run, write_files
 
@@ -116,7 +116,7 @@ def test_what_is_cut_within_gzip_is_told(tmp_path):
     tar(tmp_path / "s.tar", samples(8))
     data = gzip.compress((tmp_path / "s.tar").read_bytes())
     (tmp_path / "s.tar.gz").write_bytes(data[: len(data) // 2])
-    with pytest.raises(CutOff):
+    with pytest.raises(CutOffError):
         list(read_members(tmp_path / "s.tar.gz"))
     folder = build(tmp_path, "webdataset", "--shards", tmp_path / "s.tar.gz")
     assert 0 < len(captions(folder)) < 8 and "rest of a tar that is cut off" in lost(

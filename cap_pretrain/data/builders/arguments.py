@@ -1,4 +1,4 @@
-"""Command line values of the form SPLIT=PATH."""
+"""Command-line values of the form SPLIT=PATH."""
 
 import re
 from collections.abc import Iterable
@@ -10,10 +10,19 @@ _SPLIT_AND_PATH = re.compile(r"(?:(?P<split>\w+)=)?(?P<path>.+)")
 
 
 def by_split(flag: str, values: Iterable[str], default: str) -> dict[str, Path]:
-    """Parses ["train=a.zip", "val=b.zip"] into a path a split; without SPLIT= it is `default`.
+    """Parse values such as ["train=a.zip", "val=b.zip"].
+
+    Args:
+        flag: the option, for messages.
+        values: SPLIT=PATH or PATH each.
+        default: the split of a value without SPLIT=.
+
+    Returns:
+        A path by split, with "~" expanded.
 
     Raises:
-        UserError: a split named twice or "all" (TFDS's word for all of them), or an empty value.
+        UserError: a value is empty, or a split is given twice or called "all", the name by which
+            TFDS refers to all splits.
     """
     paths: dict[str, Path] = {}
     for value in values:
@@ -23,7 +32,7 @@ def by_split(flag: str, values: Iterable[str], default: str) -> dict[str, Path]:
         split = match["split"] or default
         if split == "all":
             raise UserError(
-                f"{flag} {value}: TFDS keeps the name 'all' for itself; choose another."
+                f"{flag} {value}: TFDS reserves the name 'all' for all splits; choose another."
             )
         if split in paths:
             raise UserError(f"{flag} {value}: split {split!r} is given twice.")

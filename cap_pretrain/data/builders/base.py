@@ -1,4 +1,4 @@
-"""What all formats share: checking images, counting losses, and the TFDS builder around it."""
+"""Base class of all formats: checks images, counts dropped examples and writes TFDS records."""
 
 import argparse
 import collections
@@ -9,7 +9,7 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from cap_pretrain.data.builders import units
 from cap_pretrain.data.builders.candidates import Candidate
 from cap_pretrain.data.builders.duplicates import without_duplicates
 from cap_pretrain.data.builders.files import READ_ERRORS
-from cap_pretrain.data.builders.filters import Filters, Refused, kept_captions
+from cap_pretrain.data.builders.filters import Filters, RejectedError, kept_captions
 from cap_pretrain.data.builders.report import DROPPED, SplitReport
 from cap_pretrain.data.builders.report_page import page
 from cap_pretrain.errors import UserError
@@ -32,62 +32,89 @@ _THREADS = os.cpu_count() or 1
 _AHEAD = 4 * _THREADS  # candidates in memory at a time
 
 
-class ImageDataset(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Base of all formats: a subclass says what the candidates are, this one checks and keeps them.
+class ImageDataset(tfds.core.GeneratorBasedBuilder):
+    """Base class of all formats.
 
-    Images are stored as they are if every decoder reads them alike, else encoded again
-    (images.to_plain). What cannot be used is counted in `report`, and ends nothing.
+    A subclass yields candidates; this class checks, filters and writes them. An image is stored
+    unchanged if all decoders agree on it, and re-encoded otherwise (`images.to_plain`). A
+    candidate that cannot be used is dropped and counted in `report`; it does not stop the build.
+
+    A subclass implements `add_arguments`, `from_arguments`, `splits`, `features`, `description` and
+    either `candidates` or `parts`.
+
+    Args:
+        name: the dataset's name in TFDS.
+        data_dir: the folder that `build` works in.
+        filters: what to keep; default: everything that is usable.
+
+    Raises:
+        UserError: there are filters for captions but the format has no captions.
     """
 
     VERSION = tfds.core.Version("1.0.0")
     HOMEPAGE = ""
     CITATION = ""
-    # Where TFDS looks for checksums of downloads, of which there are none; its own search would
-    # need importlib_resources, which it does not declare.
+    # TFDS looks here for checksums of downloads. There are none, and its default search needs
+    # importlib_resources, which TFDS does not declare as a dependency.
     code_path = None
 
-    def __init__(self, name: str, data_dir: Path, filters: Filters | None = None):
-        """`data_dir` is the folder that `build` works in.
+    def __init_subclass__(cls, skip_registration: bool = True, **kwargs: Any) -> None:
+        """Keep formats out of the registry of TFDS, where all would be called "dataset"."""
+        super().__init_subclass__(skip_registration=skip_registration, **kwargs)
 
-        Raises:
-            UserError: filters for captions, of a format without.
-        """
+    def __init__(self, name: str, data_dir: Path, filters: Filters | None = None):
         self.name = name
         self.report: dict[str, SplitReport] = {}
         self._folder, self._filters = Path(data_dir), filters or Filters()
         features = self.features()
         if self._filters.on_captions and ("captions" not in features or "question" in features):
-            raise UserError("--min_words and its like are for captions, which this format lacks.")
+            raise UserError(
+                "--min_words and similar options filter captions, which this format lacks."
+            )
         super().__init__(data_dir=data_dir)
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
-        """Declares the command line arguments of this format."""
+        """Declare the command-line options of this format."""
         raise NotImplementedError
 
     @classmethod
-    def from_arguments(cls, args: argparse.Namespace, name: str, data_dir: Path) -> "ImageDataset":
-        """Returns the builder. Raises UserError for files that are missing or not understood."""
+    def from_arguments(cls, args: argparse.Namespace, **kwargs: Any) -> "ImageDataset":
+        """Construct the builder from parsed options.
+
+        Args:
+            args: the options that `add_arguments` declares.
+            **kwargs: arguments of `ImageDataset`: name, data_dir, filters.
+
+        Raises:
+            UserError: a file is missing or not in the expected format.
+        """
         raise NotImplementedError
 
     def splits(self) -> Mapping[str, int | None]:
-        """Returns the number of candidates of each split; None where `parts` know it."""
+        """Return the number of candidates by split; None if only `parts` can tell."""
         raise NotImplementedError
 
     def candidates(self, split: str) -> Iterable[Candidate]:
-        """Yields the candidates of a split, always in the same order, if `parts` ask for it."""
+        """Yield the candidates of a split in a fixed order; not used if `parts` is overridden."""
         raise NotImplementedError
 
     def parts(self, split: str) -> Sequence[units.Part]:
-        """Returns what the candidates of a split are read from, always in the same order."""
-        candidates = functools.partial(self.candidates, split)
-        return [units.Part(candidates, count=lambda: self.splits()[split])]
+        """Return the parts of a split in a fixed order, such as the shards it is read from."""
+
+        def count() -> int:
+            number = self.splits()[split]
+            assert number is not None, "formats without counts override `parts`"
+            return number
+
+        return [units.Part(functools.partial(self.candidates, split), count)]
 
     def features(self) -> dict[str, Any]:
-        """Returns the TFDS features besides "image" and "id"."""
+        """Return the TFDS features besides "image" and "id"."""
         raise NotImplementedError
 
     def description(self) -> str:
+        """Return one sentence about the dataset, for its metadata."""
         raise NotImplementedError
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -105,7 +132,16 @@ class ImageDataset(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return {split: self._generate_examples(split) for split in self.splits()}
 
     def rows(self, unit: units.Unit, threads: int) -> Iterator[tuple[units.Row, bytes]]:
-        """Yields what becomes of each candidate of a unit, and the images that are kept."""
+        """Check the candidates of a unit.
+
+        Args:
+            unit: the range of candidates.
+            threads: number of threads that read and check images.
+
+        Yields:
+            For each candidate in order, its row (with "reason" if it is dropped) and the encoded
+            image to store, b"" if it is dropped.
+        """
         part = self.parts(unit.split)[unit.part]
         candidates = itertools.islice(part.read(), unit.start, unit.stop)
         check = functools.partial(_check, filters=self._filters)
@@ -119,7 +155,7 @@ class ImageDataset(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         # disable=None: no bar where there is no terminal
         for row, data in tqdm(rows, desc=split, unit="img", disable=None):
             if data:
-                image = io.BytesIO(data)  # bytes in a file object: TFDS stores them untouched
+                image = io.BytesIO(data)  # TFDS stores the bytes of a file object unchanged
                 yield row["id"], {"image": image, "id": row["id"], **row["features"]}
         if not report.kept:
             raise UserError(f"split {split!r}: no usable image ({report.summary()}).")
@@ -128,7 +164,7 @@ class ImageDataset(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return _SortedWriter(file_format=self.info.file_format)
 
     def write_report(self, folder: Path) -> None:
-        """Writes report.json, report.html and dropped.jsonl. See `SplitReport`."""
+        """Write report.json, report.html and dropped.jsonl to `folder`; see `SplitReport`."""
         splits = {split: report.to_json() for split, report in self.report.items()}
         text = json.dumps({"dataset": self.name, "splits": splits}, indent=2, ensure_ascii=False)
         (folder / "report.json").write_text(text + "\n", encoding="utf-8")
@@ -137,56 +173,57 @@ class ImageDataset(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 class _SortedWriter(writer.ExampleWriter):
-    """Writes records that are `ordered`."""
+    """Writer of records with their features in a fixed order (`ordered`)."""
 
     def write(self, path: str, examples: Iterable[tuple[Any, bytes]]) -> Any:
         return super().write(path, ((key, ordered(record)) for key, record in examples))
 
 
 def ordered(record: bytes) -> bytes:
-    """A record with its features in a fixed order, so that equal builds give equal bytes.
+    """Return a serialized Example with its features sorted, so that equal builds give equal bytes.
 
-    TFDS leaves the order to protobuf's maps, which differs from process to process.
+    TFDS leaves the order to protobuf's maps, which differs between processes.
     """
     return tf_example_pb2.Example.FromString(record).SerializeToString(deterministic=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Outcome:
-    """What a unit says of a candidate; `data` is the image if it is kept, or b""."""
+    """Result of checking a candidate: its row, and the image to store (b"" if it is dropped)."""
 
     row: units.Row
     data: bytes = b""
 
 
 def _check(candidate: Candidate, filters: Filters) -> _Outcome:
+    """Read a candidate's image and apply the filters."""
     problem = candidate.problem or filters.known_problem(candidate.id, candidate.fields)
     if problem:
         return _Outcome({"reason": problem})
-    features, lost = dict(candidate.features), []
+    features, dropped = dict(candidate.features), list[str]()
     if filters.on_captions:
-        features["captions"], lost = kept_captions(filters, features["captions"])
+        features["captions"], dropped = kept_captions(filters, features["captions"])
         if not features["captions"]:
-            return _Outcome({"reason": lost[0]})
+            return _Outcome({"reason": dropped[0]})
     try:
         data = candidate.read()
         picture = filters.picture(data)
     except FileNotFoundError:
         return _Outcome({"reason": "missing"})
-    except Refused as error:
+    except RejectedError as error:
         return _Outcome({"reason": str(error)})
     except (images.ImageError, *READ_ERRORS) as error:
         return _Outcome({"reason": "broken", "why": str(error)})
-    row = {"read": len(data), "features": features, "captions_dropped": lost}
+    row = {"read": len(data), "features": features, "captions_dropped": dropped}
     return _Outcome(row | picture.row, picture.data)
 
 
 def _map_ahead(
-    function: Callable, items: Iterable, threads: int = _THREADS
+    function: Callable[[Any], Any], items: Iterable[Any], threads: int = _THREADS
 ) -> Iterator[tuple[Any, Any]]:
-    """Yields (item, function(item)) in order, computed by threads a bounded number ahead."""
+    """Yield (item, function(item)) in order; threads compute at most `_AHEAD` results ahead."""
     with ThreadPoolExecutor(threads) as pool:
-        running = collections.deque()
+        running: collections.deque[tuple[Any, Future]] = collections.deque()
         try:
             for item in items:
                 running.append((item, pool.submit(function, item)))

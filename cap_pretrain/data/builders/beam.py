@@ -1,7 +1,7 @@
-"""Units made by Apache Beam, on as many machines as a runner has (an optional extra, `beam`).
+"""Making units with Apache Beam, on any number of machines (the optional extra `beam`).
 
-All machines see the same files under the same paths: those that are read, and the folder of the
-build. What is one pass, over the finished units, is done where the build was started.
+All machines must see the input files and the work folder of the build under the same paths. The
+sequential pass over the finished units runs on the machine where the build was started.
 """
 
 import functools
@@ -22,15 +22,15 @@ def make_all(
     *,
     options: Sequence[str],
 ) -> None:
-    """As `units.make_all`.
+    """Make the units that are missing; a replacement for `units.make_all`.
 
     Args:
-        builder: not used; each process has one of its own.
-        make_builder: called in each process to have one there.
-        all_units: all units of the build, of which the missing ones are made.
-        folder: where they are.
-        workers: not used; the runner knows.
-        options: of the pipeline, as ["--runner=FlinkRunner", …].
+        builder: not used; each process makes its own.
+        make_builder: returns a builder; each process calls it once. It must be picklable.
+        all_units: all units of the build.
+        folder: the folder of units.
+        workers: not used; the runner has its own option.
+        options: of the pipeline, such as ["--runner=FlinkRunner", …].
 
     Raises:
         UserError: Beam is not installed.
@@ -40,7 +40,9 @@ def make_all(
         import apache_beam as beam
         from apache_beam.options.pipeline_options import PipelineOptions
     except ImportError as error:
-        raise UserError("--beam: Beam is missing; pip install 'cap_pretrain[beam]'.") from error
+        raise UserError(
+            "--beam: Apache Beam is not installed; pip install 'cap_pretrain[beam]'."
+        ) from error
     left = [unit for unit in all_units if not unit.path(folder).exists()]
     if not left:
         return
@@ -55,4 +57,5 @@ def _make(unit: units.Unit, make_builder: bytes, folder: Path) -> None:
 
 @functools.lru_cache(maxsize=1)
 def _builder(make_builder: bytes) -> units.RowMaker:
+    """Return this process's builder."""
     return pickle.loads(make_builder)()

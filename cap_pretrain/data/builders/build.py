@@ -1,4 +1,4 @@
-"""Builds a dataset so that only a finished one ever carries its name."""
+"""Builds datasets atomically: only a finished dataset gets its final name."""
 
 import contextlib
 import fcntl
@@ -14,7 +14,7 @@ from cap_pretrain.data.builders.base import ImageDataset
 from cap_pretrain.data.builders.shuffling import with_plain_files
 from cap_pretrain.errors import UserError
 
-_NAME = re.compile(r"[a-z][a-z0-9_]*")  # what TFDS accepts and file names survive
+_NAME = re.compile(r"[a-z][a-z0-9_]*")  # accepted by TFDS and safe in file names
 _LOCK = "lock"
 
 
@@ -27,35 +27,36 @@ def build(
     settings: Any = None,
     make_units: Callable[..., None] = units.make_all,
 ) -> tuple[Path, ImageDataset]:
-    """Writes a dataset to `out/name/VERSION` in ArrayRecord format.
+    """Write a dataset to `out/name/VERSION` in ArrayRecord format.
 
-    All work is done in the hidden sibling `out/.name.building`, renamed at the end. Of a build that
-    was interrupted there are finished units in it, with which the next goes on.
+    All work is done in the hidden sibling `out/.name.building`, which is renamed at the end. An
+    interrupted build leaves its finished units there, and the next build resumes from them.
 
     Args:
-        make: the builder, called with `name` and `data_dir`; it goes to other processes by pickle.
+        make: returns the builder, called with `name` and `data_dir`. It must be picklable, since
+            worker processes call it, too.
         name: the dataset's name in TFDS, like "my_data".
         out: the folder of datasets (`data_dir` of TFDS).
         overwrite: replace a finished dataset of this name and version.
-        workers: number of processes; the dataset does not depend on it.
-        settings: what the builder depends on, as JSON (`units.settings_of`); a build with others is
-            not gone on with.
-        make_units: does as `units.make_all`.
+        workers: number of processes; the resulting dataset does not depend on it.
+        settings: everything the builder depends on, as JSON (`units.settings_of`). An interrupted
+            build with other settings is not resumed.
+        make_units: makes the units; same signature as `units.make_all`.
 
     Returns:
         The dataset's folder, and the builder with its report.
 
     Raises:
-        UserError: as `only_finished`, or whatever the builder finds wrong with its files.
+        UserError: see `only_finished`; or the input is invalid.
     """
     with only_finished(name, out, overwrite) as (built, final):
         work = built.parent.parent
         make_here = functools.partial(make, name=name, data_dir=work)
         builder = make_here()
         parts = {split: builder.parts(split) for split in builder.splits()}
-        made = units.resume(work / units.FOLDER, parts, settings)
-        make_units(builder, make_here, made, work / units.FOLDER, workers)
-        # TFDS announces a download, into the work folder.
+        planned = units.resume(work / units.FOLDER, parts, settings)
+        make_units(builder, make_here, planned, work / units.FOLDER, workers)
+        # Hide what TFDS prints: it announces a download, into the work folder.
         with contextlib.redirect_stdout(None), with_plain_files():
             builder.download_and_prepare(file_format="array_record")
         builder.write_report(built)
@@ -64,10 +65,18 @@ def build(
 
 @contextlib.contextmanager
 def only_finished(name: str, out: Path, overwrite: bool = False) -> Iterator[tuple[Path, Path]]:
-    """Gives the folder to build a dataset in, NAME/VERSION, and the one that it becomes at the end.
+    """Give a folder to build a dataset in, and rename it to its final path on success.
+
+    Args:
+        name: the dataset's name.
+        out: the folder of datasets.
+        overwrite: replace a finished dataset.
+
+    Yields:
+        The folder to build in, whose last two parts are NAME/VERSION, and the final path.
 
     Raises:
-        UserError: a bad name, a finished dataset is there, or another process is building it.
+        UserError: the name is invalid, the dataset exists, or another process is building it.
     """
     if not _NAME.fullmatch(name):
         raise UserError(f"--name {name!r}: must be lower-case letters, digits and _, like my_data.")
@@ -86,9 +95,9 @@ def only_finished(name: str, out: Path, overwrite: bool = False) -> Iterator[tup
 
 @contextlib.contextmanager
 def _work_folder(path: Path) -> Iterator[Path]:
-    """A folder of this process alone, removed at the end; empty but for units.
+    """Lock a work folder for this process, empty it except for units, and remove it at the end.
 
-    After a mistake of the user's it is removed, too; other errors leave the units behind.
+    It is removed after a UserError, too; other errors leave the units for the next build.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -96,9 +105,8 @@ def _work_folder(path: Path) -> Iterator[Path]:
         raise UserError(f"--out {path.parent}: cannot be written ({error.strerror}).") from error
     with (path / _LOCK).open("w") as lock:
         try:
-            fcntl.flock(
-                lock, fcntl.LOCK_EX | fcntl.LOCK_NB
-            )  # falls with the process, however it ends
+            # The kernel releases the lock when the process ends, however it ends.
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(f"{path}: another process is building this dataset.") from error
         for left_over in path.iterdir():

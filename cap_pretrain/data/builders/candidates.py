@@ -1,4 +1,4 @@
-"""An example to be."""
+"""Candidates: examples of the input, before it is known whether they can be used."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -7,16 +7,16 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """An example to be, if its image turns out to be usable.
+    """An example of the input; it becomes one of the dataset if its image is usable.
 
     Attributes:
         id: unique within the split.
         file: name of the image, for the report.
-        read: returns the encoded image; raises FileNotFoundError if there is none, or another of
-            files.READ_ERRORS.
-        features: everything but "image" and "id", as JSON can have it.
-        problem: a reason to drop the example that is known without reading it, or "".
-        fields: what else is known of it, that filters may ask for.
+        read: returns the encoded image. Raises FileNotFoundError if it is missing, or another of
+            `files.READ_ERRORS`.
+        features: all features but "image" and "id", JSON-serializable.
+        problem: a reason to drop the example that is known before the image is read, or "".
+        fields: further metadata, which filters can test (`--where`).
     """
 
     id: str

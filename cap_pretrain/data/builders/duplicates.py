@@ -1,6 +1,7 @@
-"""The one pass in which candidates are seen together: of those that are the same, the first stays.
+"""Deduplication: the only pass that compares candidates with each other; the first is kept.
 
-It keeps a few numbers of 64 bits of each, so that a machine's memory holds hundreds of millions.
+It holds up to three 64-bit numbers per candidate in memory, so that it scales to hundreds of
+millions of candidates.
 """
 
 from array import array
@@ -16,11 +17,14 @@ _REASONS = {0: "", 1: "duplicate id", 2: "duplicate image", 3: "near-duplicate i
 
 
 def without_duplicates(paths: Sequence[Path], dedup: str) -> Iterator[tuple[Row, bytes]]:
-    """Yields the rows of units with their images; those of duplicates have a reason and none.
+    """Yield the rows of units, with duplicates marked as dropped.
 
     Args:
-        paths: the units of a split, in their order.
-        dedup: of `Filters`; ids are unique in any case.
+        paths: the units of a split, in order.
+        dedup: "", "exact" or "perceptual", see `Filters`. Duplicate ids are dropped in any case.
+
+    Yields:
+        Each row with its image; a duplicate has a "reason" and the image b"".
     """
     reasons = iter(_reasons(paths, dedup))
     for path in paths:
@@ -32,20 +36,21 @@ def without_duplicates(paths: Sequence[Path], dedup: str) -> Iterator[tuple[Row,
 
 
 def _reasons(paths: Sequence[Path], dedup: str) -> np.ndarray:
-    """uint8 [N], keys of _REASONS, for the rows that were kept so far."""
-    checks = [hashes.repeated]
-    checks += [hashes.repeated] if dedup else []
-    checks += [hashes.nearly_repeated] if dedup == "perceptual" else []
-    columns = [array("Q") for _ in checks]
+    """Return a key of _REASONS for each row that is kept so far, uint8 [N]."""
+    keys = ["id"]
+    keys += ["exact"] if dedup else []
+    keys += ["perceptual"] if dedup == "perceptual" else []
+    columns = [array("Q") for _ in keys]
     for path in paths:
         for row, _ in read_rows(path):
             if "reason" not in row:
-                values = hashes.exact(row["id"].encode()), row.get("exact"), row.get("perceptual")
-                for column, value in zip(columns, values, strict=False):
-                    column.append(value)
+                values = {**row, "id": hashes.exact(row["id"].encode())}
+                for key, column in zip(keys, columns, strict=True):
+                    column.append(values[key])
     reasons = np.zeros(len(columns[0]), np.uint8)
     left = np.arange(len(reasons))
-    for reason, (check, column) in enumerate(zip(checks, columns, strict=True), start=1):
+    for reason, (key, column) in enumerate(zip(keys, columns, strict=True), start=1):
+        check = hashes.nearly_repeated if key == "perceptual" else hashes.repeated
         again = check(np.frombuffer(column, np.uint64)[left])
         reasons[left[again]] = reason
         left = left[~again]

@@ -1,8 +1,8 @@
-"""Features in place of images, as a dataset in TFDS format.
+"""Writes datasets of precomputed features, in place of images, in TFDS format.
 
-TFDS's own way of writing holds a split in memory to shuffle it, and turns to TensorFlow beyond a
-gigabyte. Here examples stay in the order they come in, so that what is learned from features meets
-them as it would have met the images; and are written as they come.
+TFDS's own writer holds a split in memory to shuffle it, and needs TensorFlow beyond a gigabyte.
+This one writes examples as they come, in the order of the source dataset, so that training on
+features sees the same order of examples as training on the images.
 """
 
 import dataclasses
@@ -18,17 +18,17 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from cap_pretrain.data.builders.base import ordered
 from cap_pretrain.data.sources.base import Example
 
-_WRITING = "group_size:1,uncompressed"  # any record by itself; floating-point noise packs badly
-_SHARD_BYTES = 256 * 2**20  # so that a few threads may read different files
+_WRITING = "group_size:1,uncompressed"  # random access; features hardly compress
+_SHARD_BYTES = 256 * 2**20  # small enough for threads to read different files
 
 
 @dataclasses.dataclass
 class Split:
-    """What has been written of a split.
+    """Progress of writing a split.
 
     Attributes:
         shards: number of examples in each file.
-        bytes: of all records.
+        bytes: size of all records.
     """
 
     shards: list[int] = dataclasses.field(default_factory=list)
@@ -36,14 +36,17 @@ class Split:
 
 
 class FeatureDataset:
-    """A dataset of features that is being written.
+    """Writer of a dataset of features.
 
     Args:
-        folder: NAME/VERSION, made here.
-        like: an example of the dataset with the images, which says what else is stored.
-        shape: [1 + N, D], of the features of an example.
+        folder: NAME/VERSION; it must not exist.
+        like: an example of the source dataset; label and question are stored if it has them.
+        shape: shape of an example's features, (1 + N, D): the pooled vector and N tokens.
         dtype: float32 or float16.
-        class_names: of labels; empty: they have no names.
+        class_names: names of the labels; empty: labels are plain integers.
+
+    Attributes:
+        splits: what has been written so far, by name.
     """
 
     def __init__(
@@ -75,7 +78,7 @@ class FeatureDataset:
         self.splits: dict[str, Split] = {}
 
     def write_split(self, name: str, examples: Iterator[Example]) -> Split:
-        """Writes the examples of a split, whose "image" are their features, one after the other."""
+        """Write the examples of a split in order; their "image" holds the features."""
         split = self.splits[name] = Split()
         writer, size = None, 0
         for example in examples:
@@ -95,13 +98,18 @@ class FeatureDataset:
         if writer:
             writer.close()
         for k in range(len(split.shards)):
-            of = f"{k:05}-of-{len(split.shards):05}"
-            final = self._folder / f"{self._name}-{name}.array_record-{of}"
+            shard = f"{k:05}-of-{len(split.shards):05}"
+            final = self._folder / f"{self._name}-{name}.array_record-{shard}"
             (self._folder / f"{k}.tmp").rename(final)
         return split
 
     def finish(self, description: str, made: dict[str, Any]) -> None:
-        """Writes what TFDS wants to know; and made.json, how the features were made."""
+        """Write the metadata of TFDS, and how the features were made as made.json.
+
+        Args:
+            description: one sentence about the dataset.
+            made: the content of made.json.
+        """
         template = tfds.core.ShardedFileTemplate(
             data_dir=self._folder, dataset_name=self._name, filetype_suffix="array_record"
         )

@@ -1,7 +1,6 @@
-"""Image files by name, out of a folder or a zip."""
+"""Image files by name, in a folder or a zip."""
 
 import collections
-import functools
 import os
 import posixpath
 import zipfile
@@ -13,10 +12,10 @@ from typing import Protocol
 from cap_pretrain.errors import UserError
 
 READ_ERRORS = (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
-"""What reading one damaged, encrypted or vanished file may raise."""
+"""Exceptions from reading a single file that is corrupt, encrypted or has vanished."""
 
 MAX_BYTES = 2**28
-"""Larger files are refused unread: no photograph, and perhaps a zip that unpacks without end."""
+"""Larger files are rejected unread: they are no photographs, and may be zip bombs."""
 
 IMAGE_SUFFIXES = frozenset(
     [".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"]
@@ -24,19 +23,23 @@ IMAGE_SUFFIXES = frozenset(
 
 
 class Files(Protocol):
-    """Named files; `read` may be called from several threads at once."""
+    """A collection of named files; `read` is thread-safe.
+
+    Attributes:
+        path: the folder or zip, for messages.
+    """
 
     path: Path
 
     def names(self) -> Sequence[str]:
-        """The names of all files, sorted, with "/" between folders."""
+        """Return the names of all files, sorted, with "/" between folders."""
 
     def read(self, name: str) -> bytes:
-        """Returns a file's bytes; raises one of READ_ERRORS."""
+        """Return a file's bytes; raises one of READ_ERRORS."""
 
 
 def open_files(path: str | Path) -> Files:
-    """Opens a folder or a zip. Raises UserError for anything else."""
+    """Open a folder or a zip; raises UserError for anything else."""
     path = Path(path).expanduser()
     if path.is_dir():
         return _Folder(path)
@@ -48,15 +51,15 @@ def open_files(path: str | Path) -> Files:
 
 
 def image_names(files: Files) -> list[str]:
-    """The names that look like images; hidden files and macOS's resource forks are no images.
+    """Return the names with an image suffix, without hidden files and macOS's resource forks.
 
     Raises:
-        UserError: there is none.
+        UserError: there are none.
     """
     names = [
         name
         for name in files.names()
-        if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+        if posixpath.splitext(name)[1].lower() in IMAGE_SUFFIXES
         and not any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
     ]
     if not names:
@@ -65,47 +68,52 @@ def image_names(files: Files) -> list[str]:
 
 
 class Finder:
-    """Files as annotations call them: by name, or by base name, since archives often add a folder.
+    """Lookup of files by the names that annotations use.
 
-    What several base names stand for, none is called.
+    A name matches the full name of a file; or else its base name, since archives often add a
+    folder. A base name that several files share matches none of them.
 
     Args:
-        where: folders and zips; of files of one name in several of them, the first counts.
-        key: makes of a base name what annotations call the file, or None if they never do; without
-            one they call it by its base name.
+        where: folders and zips; if several of them have a file of the same name, the first wins.
+        key: maps a base name to the name that annotations use, or to None to exclude the file;
+            default: the base name itself.
     """
 
     def __init__(self, where: Sequence[Files], key: Callable[[str], str | None] | None = None):
-        self._named: dict[str, Files] = {}
+        self._files_of: dict[str, Files] = {}
         for files in where:
-            self._named = dict.fromkeys(files.names(), files) | self._named
-        called = collections.defaultdict(list)
-        for name in self._named:
+            self._files_of = dict.fromkeys(files.names(), files) | self._files_of
+        candidates: dict[str | None, list[str]] = collections.defaultdict(list)
+        for name in self._files_of:
             base = posixpath.basename(name)
             if not base.startswith("."):  # such as macOS's resource forks
-                called[key(base) if key else base].append(name)
-        called.pop(None, None)
-        self._called = {call: names[0] for call, names in called.items() if len(names) == 1}
+                candidates[key(base) if key else base].append(name)
+        candidates.pop(None, None)
+        self._by_key = {key: names[0] for key, names in candidates.items() if len(names) == 1}
 
     def read(self, name: str) -> bytes:
-        """Returns a file's bytes; raises FileNotFoundError or another of READ_ERRORS."""
-        found = name if name in self._named else self._called.get(posixpath.basename(name))
+        """Return a file's bytes; raises FileNotFoundError or another of READ_ERRORS."""
+        found = name if name in self._files_of else self._by_key.get(posixpath.basename(name))
         if found is None:
             raise FileNotFoundError(name)
-        return self._named[found].read(found)
+        return self._files_of[found].read(found)
 
 
 class _Folder:
+    """The files of a folder and its subfolders."""
+
     def __init__(self, path: Path):
         self.path = path
+        self._names: list[str] | None = None
 
-    @functools.cache
     def names(self) -> list[str]:
-        return sorted(
-            os.path.relpath(os.path.join(folder, file), self.path).replace(os.sep, "/")
-            for folder, _, files in os.walk(self.path, followlinks=True)
-            for file in files
-        )
+        if self._names is None:
+            self._names = sorted(
+                Path(folder, file).relative_to(self.path).as_posix()
+                for folder, _, files in os.walk(self.path, followlinks=True)
+                for file in files
+            )
+        return self._names
 
     def read(self, name: str) -> bytes:
         path = self.path / name
@@ -114,9 +122,11 @@ class _Folder:
 
 
 class _Zip:
+    """The files of a zip."""
+
     def __init__(self, path: Path):
         self.path = path
-        self._zip = zipfile.ZipFile(path)  # locks itself around reads of the shared file
+        self._zip = zipfile.ZipFile(path)  # thread-safe: it locks reads of the shared file
 
     def names(self) -> list[str]:
         return sorted(info.filename for info in self._zip.infolist() if not info.is_dir())

@@ -1,4 +1,4 @@
-"""What of the candidates is kept, and how: options that all formats have in common."""
+"""Filters of candidates: options that all formats have in common."""
 
 import argparse
 import dataclasses
@@ -18,7 +18,7 @@ from cap_pretrain.data import images
 from cap_pretrain.data.builders import hashes
 from cap_pretrain.errors import UserError
 
-_COMPARED = {
+_COMPARISONS = {
     ">=": operator.ge,
     "<=": operator.le,
     "==": operator.eq,
@@ -28,23 +28,29 @@ _COMPARED = {
 }
 _CONDITION = re.compile(r"\s*(?P<field>[^<>=!]+?)\s*(?P<sign>[<>=!]=|[<>])\s*(?P<value>.*?)\s*")
 DEDUP = ("exact", "perceptual")
-"""What counts as the same image: the bytes of its file; or also what it shows, nearly."""
+"""What makes two images duplicates: equal file contents; or also nearly equal appearance."""
 
 
-class Refused(Exception):
-    """An image that is whole but not wanted; the message is the reason, in a word or two."""
+class RejectedError(Exception):
+    """A filter rejects a valid image; the message is the reason, in a word or two."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Condition:
-    """What a field of the candidates must be, as `similarity>0.3`."""
+    """A condition on a field of the candidates, such as `similarity>0.3`.
+
+    Attributes:
+        field: name of the field.
+        sign: a comparison operator, such as ">".
+        value: what the field is compared with, as a number if both are numbers.
+    """
 
     field: str
     sign: str
     value: str
 
     def problem(self, fields: Mapping[str, Any]) -> str:
-        """Why a candidate with these fields is dropped, or ""."""
+        """Return why a candidate with these fields is dropped, or "" if it is kept."""
         found = fields.get(self.field)
         if found is None:
             return f"without {self.field}"
@@ -54,8 +60,8 @@ class Condition:
         except (TypeError, ValueError):
             found = str(found)
             if self.sign not in ("==", "!="):
-                return f"without {self.field}"  # in numbers
-        if _COMPARED[self.sign](found, wanted):
+                return f"without {self.field}"  # text has no order here
+        if _COMPARISONS[self.sign](found, wanted):
             return ""
         return f"not {self.field}{self.sign}{self.value}"
 
@@ -66,11 +72,11 @@ class Picture:
 
     Attributes:
         data: the encoded image.
-        size: width and height of `data` before it is turned as EXIF wants it, pixels.
-        reencoded: whether the bytes are not those that were read.
-        resized: whether the pixels are not.
-        exact: hash of what was read, if that was asked for.
-        perceptual: hash of what it shows, if that was asked for.
+        size: width and height of `data` in pixels, before EXIF orientation is applied.
+        reencoded: whether the bytes differ from those that were read.
+        resized: whether the image was resized.
+        exact: hash of the bytes that were read, if needed.
+        perceptual: perceptual hash, if needed.
     """
 
     data: bytes
@@ -82,28 +88,28 @@ class Picture:
 
     @property
     def row(self) -> dict[str, Any]:
-        """All but `data`, as JSON can have it."""
+        """All attributes but `data` that are not None, JSON-serializable."""
         row = {name: value for name, value in vars(self).items() if name != "data"}
         return {name: value for name, value in row.items() if value is not None}
 
 
 @dataclasses.dataclass(frozen=True)
 class Filters:
-    """Limits, all of them off by default.
+    """Limits on what is kept, all of them off by default.
 
     Attributes:
-        resize: pixels of the shorter side of what is larger; 0: as they are.
+        resize: larger images are resized to this shorter side, in pixels; 0: no resizing.
         quality: of JPEGs that are resized, 1 to 100.
-        min_size: least of the shorter side, pixels.
-        max_aspect: most of the longer side in terms of the shorter.
-        min_words: least of words between white space, of a caption that is kept.
-        max_words: most of them.
-        min_chars: least of characters of a caption that is kept.
-        max_chars: most of them.
-        min_ascii: least share of ASCII among its characters, 0 to 1.
-        where: what fields must be.
-        dedup: "exact" or "perceptual": of images that are the same the first is kept.
-        held_out: images that are left out.
+        min_size: minimum of the shorter side, in pixels.
+        max_aspect: maximum of the longer side divided by the shorter.
+        min_words: minimum number of words in a caption, separated by white space.
+        max_words: maximum number of words.
+        min_chars: minimum number of characters in a caption.
+        max_chars: maximum number of characters.
+        min_ascii: minimum fraction of ASCII among a caption's characters, 0 to 1.
+        where: conditions on the fields of a candidate, all of which must hold.
+        dedup: "exact" or "perceptual" keeps the first of duplicate images; "" keeps all.
+        held_out: images to drop.
     """
 
     resize: int = 0
@@ -121,19 +127,19 @@ class Filters:
 
     @property
     def on_captions(self) -> bool:
-        """Whether captions are looked at."""
+        """Whether any caption filter is on."""
         limits = ("min_words", "max_words", "min_chars", "max_chars", "min_ascii")
-        own = {field.name: field.default for field in dataclasses.fields(self)}
-        return any(getattr(self, limit) != own[limit] for limit in limits)
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        return any(getattr(self, limit) != defaults[limit] for limit in limits)
 
-    def known_problem(self, id: str, fields: Mapping[str, Any]) -> str:
-        """Why a candidate is dropped, whatever its image; or ""."""
-        if id in self.held_out.ids:
+    def known_problem(self, example_id: str, fields: Mapping[str, Any]) -> str:
+        """Return why a candidate is dropped regardless of its image, or ""."""
+        if example_id in self.held_out.ids:
             return "held out"
         return next(filter(None, (one.problem(fields) for one in self.where)), "")
 
     def caption_problem(self, caption: str) -> str:
-        """Why a caption is dropped, or ""."""
+        """Return why a caption is dropped, or ""."""
         words, chars = len(caption.split()), len(caption)
         if words < self.min_words or chars < self.min_chars:
             return "caption too short"
@@ -144,36 +150,41 @@ class Filters:
         return ""
 
     def picture(self, data: bytes) -> Picture:
-        """Returns an image as it is to be stored.
+        """Check an encoded image and return it as it is to be stored.
 
         Raises:
-            ImageError: as `images.decode`.
-            Refused: it is whole, or looks so, but not wanted.
+            ImageError: the image cannot be decoded; see `images.decode`.
+            RejectedError: a filter rejects it. It may be raised for a corrupt image, too, whose
+                header is intact.
         """
         size = _size(data)
         if size and min(size) < self.min_size:
-            raise Refused("too small")
+            raise RejectedError("too small")
         if size and max(size) > self.max_aspect * min(size):
-            raise Refused("too elongated")
-        look = self.dedup == "perceptual" or len(self.held_out.perceptual)
-        same = hashes.exact(data) if self.dedup or self.held_out.exact else None
-        if same in self.held_out.exact:
-            raise Refused("held out")
-        if resized := bool(size and 0 < self.resize < min(size)):
+            raise RejectedError("too elongated")
+        exact = hashes.exact(data) if self.dedup or self.held_out.exact else None
+        if exact in self.held_out.exact:
+            raise RejectedError("held out")
+        resized = bool(size and 0 < self.resize < min(size))
+        if size and resized:
             plain, size = self._shrunk(data, size)
         else:
             plain = images.to_plain(data)
-        seen = hashes.perceptual(images.decode(data, hashes.LOOK)) if look else None
-        if seen is not None and self.held_out.has_like(seen):
-            raise Refused("held out")
-        return Picture(plain, size, resized or plain is not data, resized, same, seen)
+        perceptual = None
+        if self.dedup == "perceptual" or len(self.held_out.perceptual):
+            perceptual = hashes.perceptual(images.decode(data, hashes.LOOK))
+            if self.held_out.has_like(perceptual):
+                raise RejectedError("held out")
+        if size is None:  # unreachable: what Pillow cannot open is not decoded either
+            raise images.ImageError("no size in its header")
+        return Picture(plain, size, resized or plain is not data, resized, exact, perceptual)
 
     def _shrunk(self, data: bytes, size: tuple[int, int]) -> tuple[bytes, tuple[int, int]]:
-        """Returns a smaller JPEG, upright, of an image of this size; and its size."""
+        """Return an image of this size as a smaller, upright JPEG, and its (width, height)."""
         pixels = images.decode(data, self.resize)
         longer = round(self.resize * max(size) / min(size))
-        high = pixels.shape[0] > pixels.shape[1]
-        size = (self.resize, longer) if high else (longer, self.resize)
+        upright = pixels.shape[0] > pixels.shape[1]
+        size = (self.resize, longer) if upright else (longer, self.resize)
         pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
         jpeg = simplejpeg.encode_jpeg(
             pixels, self.quality, colorspace="RGB", colorsubsampling="420"
@@ -182,39 +193,46 @@ class Filters:
 
 
 def _size(data: bytes) -> tuple[int, int] | None:
-    """Width and height by the header, or None of what no decoder will take."""
+    """Return width and height from the header, or None if no decoder will accept the image."""
     try:
         return Image.open(io.BytesIO(data)).size
-    except Exception:  # on garbage, Pillow's plug-ins raise nearly everything
+    except Exception:  # Pillow's plug-ins raise nearly any exception on garbage
         return None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the options of `Filters`."""
-    group = parser.add_argument_group("what is kept", "counted by reason in report.json")
+    """Declare the command-line options of `Filters`."""
+    group = parser.add_argument_group("filters", "dropped examples are counted in report.json")
 
     def number(flag: str, kind: type, what: str, least: float, most: float = math.inf) -> None:
         group.add_argument(flag, type=_between(kind, least, most), metavar="N", help=what)
 
     number("--resize", int, "shrink larger images to this shorter side, in pixels, as JPEG", 1)
     number("--quality", int, "of JPEGs that are resized, 1 to 100; default: 95", 1, 100)
-    number("--min_size", int, "least of the shorter side, in pixels", 1)
-    number("--max_aspect", float, "most of the longer side divided by the shorter", 1)
-    number("--min_words", int, "captions with fewer words do not count", 1)
-    number("--max_words", int, "captions with more words do not count", 1)
-    number("--min_chars", int, "captions with fewer characters do not count", 1)
-    number("--max_chars", int, "captions with more characters do not count", 1)
-    number("--min_ascii", float, "least share of ASCII in a caption that counts, 0 to 1", 0, 1)
-    what = "a json field or column and what it must be, as 'similarity>0.3' or 'NSFW!=NSFW'; again"
-    group.add_argument("--where", action="append", metavar="CONDITION", help=f"{what} for more")
-    what = "keep the first of images whose files are equal, or that also look alike, in a split"
+    number("--min_size", int, "minimum of the shorter side, in pixels", 1)
+    number("--max_aspect", float, "maximum of the longer side divided by the shorter", 1)
+    number("--min_words", int, "drop captions with fewer words", 1)
+    number("--max_words", int, "drop captions with more words", 1)
+    number("--min_chars", int, "drop captions with fewer characters", 1)
+    number("--max_chars", int, "drop captions with more characters", 1)
+    number("--min_ascii", float, "drop captions with a smaller fraction of ASCII, 0 to 1", 0, 1)
+    what = (
+        "keep examples whose JSON field or column fulfills this, as 'similarity>0.3' or "
+        "'NSFW!=NSFW'; may be repeated"
+    )
+    group.add_argument("--where", action="append", metavar="CONDITION", help=what)
+    what = "keep the first of images in a split whose files are equal, or that also look alike"
     group.add_argument("--dedup", choices=DEDUP, help=what)
-    what = "lists of images to leave out, as tools/held_out.py makes of a dataset"
+    what = "lists of images to leave out, as written by tools/held_out.py for a dataset"
     group.add_argument("--held_out", nargs="+", type=Path, metavar="FILE", help=what)
 
 
 def from_arguments(args: argparse.Namespace) -> Filters:
-    """Returns the filters; raises UserError for a condition or a list that is not understood."""
+    """Return the filters given by parsed options.
+
+    Raises:
+        UserError: a condition or a list of held-out images is invalid.
+    """
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Filters)}
     given["where"] = tuple(map(condition, given["where"] or ()))
     given["held_out"] = hashes.read_held_out(given["held_out"] or ())
@@ -222,27 +240,29 @@ def from_arguments(args: argparse.Namespace) -> Filters:
 
 
 def condition(text: str) -> Condition:
-    """Parses "similarity>0.3"; raises UserError."""
+    """Parse a condition such as "similarity>0.3"; raises UserError."""
     match = _CONDITION.fullmatch(text)
     if match is None:
-        signs = " ".join(_COMPARED)
+        signs = " ".join(_COMPARISONS)
         raise UserError(f"--where {text!r}: write FIELD, one of {signs}, and a value.")
     return Condition(match["field"], match["sign"], match["value"])
 
 
 def kept_captions(filters: Filters, captions: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Returns the captions that are kept, and why each of the others is not."""
+    """Return the captions that pass the filters, and the reason for dropping each of the others."""
     problems = [filters.caption_problem(caption) for caption in captions]
     kept = [c for c, problem in zip(captions, problems, strict=True) if not problem]
     return kept, [problem for problem in problems if problem]
 
 
 def _between(kind: type, least: float, most: float) -> Any:
+    """Return a parser of numbers from `least` to `most`, for argparse."""
+
     def number(text: str) -> float:
         try:
             value = kind(text)
         except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{text!r} is no number") from error
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from error
         if not least <= value <= most:
             limits = f"{least} to {most}" if most < math.inf else f"at least {least}"
             raise argparse.ArgumentTypeError(f"{text} must be {limits}")

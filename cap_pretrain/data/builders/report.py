@@ -1,4 +1,4 @@
-"""What became of the candidates of a build: report.json, report.html and dropped.jsonl."""
+"""Report of a build: what was kept and dropped (report.json, report.html and dropped.jsonl)."""
 
 import collections
 import heapq
@@ -13,29 +13,45 @@ from cap_pretrain.data.builders.units import Row
 DROPPED = "dropped.jsonl"
 
 LISTED = 100
-"""Examples named in report.json for each reason; dropped.jsonl names all."""
+"""Number of examples named in report.json for each reason; dropped.jsonl names all."""
 
 SHOWN = 10
-"""Examples that are kept, shown in report.html."""
+"""Number of kept examples shown in report.html."""
 
-_LONGEST = 50  # words; longer captions are counted together
+_LONGEST = 50  # words; longer captions share a bin of the histogram
 
 
 class SplitReport:
-    """What became of the candidates of one split; its size does not grow with theirs."""
+    """Counts and samples of one split, in memory that does not grow with the split.
+
+    Args:
+        split: name of the split.
+        dropped: a file to which a line of JSON is appended for each dropped candidate.
+
+    Attributes:
+        candidates: number of candidates.
+        kept: number of those that are kept; all of the following is about these.
+        bytes_read: size of their images as they were read.
+        bytes_stored: size of their images as they are stored.
+        reencoded: number of images that were re-encoded without being resized.
+        resized: number of images that were resized.
+        captions: number of captions that are kept.
+        dropped: number of dropped candidates by reason.
+        dropped_captions: number of dropped captions by reason.
+        words: number of captions by length in words.
+    """
 
     def __init__(self, split: str, dropped: Path) -> None:
-        """Those that are dropped are appended to the file `dropped`, a line of JSON each."""
         self.candidates = 0
         self.kept = 0
-        self.bytes_read = 0  # of the images that are kept
+        self.bytes_read = 0
         self.bytes_stored = 0
         self.reencoded = 0
         self.resized = 0
         self.captions = 0
-        self.dropped: collections.Counter[str] = collections.Counter()  # by reason
+        self.dropped: collections.Counter[str] = collections.Counter()
         self.dropped_captions: collections.Counter[str] = collections.Counter()
-        self.words: collections.Counter[int] = collections.Counter()  # captions by their number
+        self.words: collections.Counter[int] = collections.Counter()
         self._split = split
         self._path = dropped
         self._listed: dict[str, list[dict[str, str]]] = collections.defaultdict(list)
@@ -43,14 +59,14 @@ class SplitReport:
         self._shown: list[tuple[int, str, Row, bytes]] = []
 
     def count(self, rows: Iterable[tuple[Row, bytes]]) -> Iterator[tuple[Row, bytes]]:
-        """Passes on rows with their images, and counts them."""
+        """Count rows and yield them with their images unchanged."""
         with self._path.open("a", encoding="utf-8") as file:
             for row, data in rows:
                 self.candidates += 1
                 if "reason" in row:
                     self._drop(row)
-                    lost = {"split": self._split, "reason": row["reason"], **_named(row)}
-                    file.write(json.dumps(lost, ensure_ascii=False) + "\n")
+                    line = {"split": self._split, "reason": row["reason"], **_named(row)}
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 else:
                     self._keep(row, data)
                 yield row, data
@@ -73,7 +89,7 @@ class SplitReport:
         self.captions += len(captions)
         self.words.update(min(len(caption.split()), _LONGEST) for caption in captions)
         self.dropped_captions.update(row["captions_dropped"])
-        # Those whose hash is highest: any, but always the same.
+        # Sample the examples with the highest hashes: pseudorandom, but the same in every build.
         ranked = hashes.exact(row["id"].encode()), row["id"], row, data
         if len(self._shown) < SHOWN:
             heapq.heappush(self._shown, ranked)
@@ -81,11 +97,11 @@ class SplitReport:
             heapq.heappushpop(self._shown, ranked)
 
     def shown(self) -> list[tuple[Row, bytes]]:
-        """Some examples that were kept, with their images."""
+        """Return a sample of the kept examples, with their images."""
         return [(row, data) for _, _, row, data in sorted(self._shown, key=lambda s: s[:2])]
 
     def summary(self) -> str:
-        """One line: "5990 of 6000 kept; dropped: 8 broken, 2 missing; 3 re-encoded"."""
+        """Return a line like "5990 of 6000 kept; dropped: 8 broken, 2 missing; 3 re-encoded"."""
         line = f"{self.kept} of {self.candidates} kept"
         if self.dropped:
             counts = (f"{count} {reason}" for reason, count in self.dropped.items())
@@ -94,13 +110,14 @@ class SplitReport:
         return line + (f"; {self.resized} resized" if self.resized else "")
 
     def histogram(self) -> dict[str, int]:
-        """How many captions have how many words, from the shortest to the longest."""
+        """Return the number of captions by length in words, from the shortest to the longest."""
         if not self.words:
             return {}
         lengths = range(min(self.words), max(self.words) + 1)
         return {f"{n}+" if n == _LONGEST else str(n): self.words[n] for n in lengths}
 
     def to_json(self) -> dict[str, Any]:
+        """Return the split's part of report.json."""
         return {
             "candidates": self.candidates,
             "kept": self.kept,
@@ -121,4 +138,5 @@ class SplitReport:
 
 
 def _named(row: Row) -> dict[str, str]:
+    """Return what identifies a candidate in the report."""
     return {key: row[key] for key in ("id", "file", "why") if row.get(key)}

@@ -1,4 +1,4 @@
-"""report.html: what became of the candidates of a build, for people; one file without scripts."""
+"""The report of a build as HTML (report.html): one self-contained file without scripts."""
 
 import base64
 import html
@@ -12,7 +12,7 @@ import simplejpeg
 from cap_pretrain.data import images
 from cap_pretrain.data.builders.report import SplitReport
 
-_SIDE = 128  # the longer one of thumbnails, pixels
+_SIDE = 128  # longer side of thumbnails, in pixels
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #222; max-width: 60em; margin: 2em auto; }
 table { border-collapse: collapse; margin: .6em 0 1.4em; }
@@ -27,7 +27,7 @@ small { color: #666; }
 
 
 def page(dataset: str, splits: Mapping[str, SplitReport]) -> str:
-    """Returns the page, in HTML."""
+    """Return the page of a dataset as HTML, given the report of each split."""
     title = f"Dataset {html.escape(dataset)}"
     body = "".join(_split(name, report) for name, report in splits.items())
     return (
@@ -37,30 +37,33 @@ def page(dataset: str, splits: Mapping[str, SplitReport]) -> str:
 
 
 def _split(name: str, report: SplitReport) -> str:
+    """Return the section of a split."""
     rows = [("kept", report.kept), *report.dropped.items()]
-    fates = [[_text(what), *_share(n, report.candidates)] for what, n in rows]
-    fates.append(["in all", _number(report.candidates), ""])
+    outcomes = [[_text(what), *_count_and_percentage(n, report.candidates)] for what, n in rows]
+    outcomes.append(["total", _number(report.candidates), ""])
     sizes = [
-        ["images as they were read", _number(report.bytes_read), "bytes"],
-        ["images as they are stored", _number(report.bytes_stored), "bytes"],
+        ["images as read", _number(report.bytes_read), "bytes"],
+        ["images as stored", _number(report.bytes_stored), "bytes"],
         ["resized", _number(report.resized), "images"],
-        ["re-encoded otherwise", _number(report.reencoded), "images"],
+        ["re-encoded without resizing", _number(report.reencoded), "images"],
     ]
     parts = [
-        f"<h2>{_text(name)}</h2>\n<h3>Examples</h3>\n{_table(fates)}",
-        f"<h3>Of those that are kept</h3>\n{_table(sizes)}",
+        f"<h2>{_text(name)}</h2>\n<h3>Examples</h3>\n{_table(outcomes)}",
+        f"<h3>Images of kept examples</h3>\n{_table(sizes)}",
     ]
     if report.captions:
-        lost = report.dropped_captions.items()
-        counts = [["kept", _number(report.captions)], *([_text(w), _number(n)] for w, n in lost)]
-        parts.append(f"<h3>Captions of those that are kept</h3>\n{_table(counts)}")
-        parts.append(f"<h3>Length of their captions</h3>\n{_bars(report.histogram())}")
+        dropped = report.dropped_captions.items()
+        counts = [["kept", _number(report.captions)]]
+        counts += [[_text(why), _number(n)] for why, n in dropped]
+        parts.append(f"<h3>Captions of kept examples</h3>\n{_table(counts)}")
+        parts.append(f"<h3>Length of captions</h3>\n{_bars(report.histogram())}")
     shown = [_sample(row, data) for row, data in report.shown()]
-    parts.append(f"<h3>Some that are kept</h3>\n{_table(shown, ('', ''))}")
+    parts.append(f"<h3>Samples of kept examples</h3>\n{_table(shown, ('', ''))}")
     return "".join(parts)
 
 
 def _sample(row: Mapping[str, Any], data: bytes) -> list[str]:
+    """Return the table cells of an example: its image and its features."""
     width, height = row["size"]
     features = dict(row["features"])
     lines = [f"<p>{_text(caption)}</p>" for caption in features.pop("captions", ())]
@@ -72,6 +75,7 @@ def _sample(row: Mapping[str, Any], data: bytes) -> list[str]:
 
 
 def _thumbnail(data: bytes) -> bytes:
+    """Return a small JPEG of an encoded image."""
     pixels = images.decode(data, _SIDE)
     scale = min(1.0, _SIDE / max(pixels.shape[:2]))
     height, width = (max(1, round(side * scale)) for side in pixels.shape[:2])
@@ -80,6 +84,7 @@ def _thumbnail(data: bytes) -> bytes:
 
 
 def _bars(counts: Mapping[str, int]) -> str:
+    """Return a histogram of captions as a table with bars."""
     most = max(counts.values())
     bars = (
         f'<div class="bar" style="width: {100 * n / most:.1f}%"></div>' for n in counts.values()
@@ -89,7 +94,7 @@ def _bars(counts: Mapping[str, int]) -> str:
 
 
 def _table(rows: Iterable[Iterable[str]], classes: Sequence[str] = ("", "n", "n")) -> str:
-    """A table of cells that are HTML."""
+    """Return a table of cells given as HTML, with a CSS class for each column."""
     lines = []
     for row in rows:
         cells = [f'<td class="{c}">{cell}</td>' for cell, c in zip(row, classes, strict=False)]
@@ -97,8 +102,8 @@ def _table(rows: Iterable[Iterable[str]], classes: Sequence[str] = ("", "n", "n"
     return f"<table>\n{''.join(lines)}</table>\n"
 
 
-def _share(count: int, of: int) -> tuple[str, str]:
-    return _number(count), f"{100 * count / of:.1f} %"
+def _count_and_percentage(count: int, total: int) -> tuple[str, str]:
+    return _number(count), f"{100 * count / total:.1f} %"
 
 
 def _number(count: int) -> str:

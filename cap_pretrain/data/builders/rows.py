@@ -18,20 +18,31 @@ _BATCH = 128  # rows of Parquet in memory, which may hold images
 
 
 def table_files(path: Path) -> list[Path]:
-    """Returns the file, or those of a folder in alphabetical order.
+    """Return the file, or the tables of a folder in alphabetical order.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no file with the suffix of a table.
     """
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     files = [file for file in files if file.name.lower().endswith(_SUFFIXES)]
     if not files:
-        raise UserError(f"{path}: no table in it or by its name ({', '.join(_SUFFIXES)}).")
+        raise UserError(
+            f"{path}: not a table, nor a folder with one (by suffix: {', '.join(_SUFFIXES)})."
+        )
     return files
 
 
 def check_columns(path: Path, names: Sequence[str], needed: Collection[str]) -> None:
-    """Raises UserError if a table lacks a column; `names` are those of one without a header."""
+    """Check that a table has certain columns.
+
+    Args:
+        path: the table.
+        names: the names of all columns, if the table has no header; else empty.
+        needed: the columns it must have.
+
+    Raises:
+        UserError: a column is missing, or the file cannot be read.
+    """
     columns = _parquet(path).schema_arrow.names if is_parquet(path) else names or _header(path)
     for name in needed:
         if name not in columns:
@@ -42,13 +53,20 @@ def check_columns(path: Path, names: Sequence[str], needed: Collection[str]) -> 
 
 
 def read_rows(path: Path, names: Sequence[str] = ()) -> Iterator[Row]:
-    """Yields the rows, those with another number of fields than columns as {}.
+    """Yield the rows of a table as dicts by column.
 
-    A TSV has no quotes: it is read as the lists of Conceptual Captions are written. A header is
-    passed over if `names` are given and it holds just these.
+    A TSV has no quoting, like the lists of Conceptual Captions.
+
+    Args:
+        path: the table.
+        names: the names of all columns, if the table has no header. A first row that consists of
+            just these names is skipped.
+
+    Yields:
+        Each row; {} for a row whose number of fields is not that of the columns.
 
     Raises:
-        UserError: the file cannot be read, or not further.
+        UserError: the file cannot be read, or not to its end.
     """
     if is_parquet(path):
         yield from _parquet_rows(path)
@@ -61,7 +79,7 @@ def read_rows(path: Path, names: Sequence[str] = ()) -> Iterator[Row]:
 
 
 def count_rows(path: Path) -> int:
-    """The number of rows of a Parquet file, without reading them."""
+    """Return the number of rows of a Parquet file, from its metadata."""
     return _parquet(path).metadata.num_rows
 
 
@@ -70,12 +88,16 @@ def _header(path: Path) -> list[str]:
 
 
 def _text_rows(path: Path) -> Iterator[list[str]]:
+    """Yield the rows of a TSV or CSV, header included, as lists of fields."""
     tabs = path.name.lower().endswith((".tsv", ".tsv.gz"))
-    with _reading(path), (gzip.open if path.suffix == ".gz" else open)(path, "rb") as data:
-        with io.TextIOWrapper(
+    with (
+        _reading(path),
+        (gzip.open if path.suffix == ".gz" else open)(path, "rb") as data,
+        io.TextIOWrapper(
             data, encoding="utf-8-sig", errors="replace", newline="\n" if tabs else ""
-        ) as file:
-            yield from _tsv(file) if tabs else _csv(file)
+        ) as file,
+    ):
+        yield from _tsv(file) if tabs else _csv(file)
 
 
 def _tsv(file: io.TextIOBase) -> Iterator[list[str]]:
@@ -91,13 +113,14 @@ def _csv(file: io.TextIOBase) -> Iterator[list[str]]:
             row = next(reader)
         except StopIteration:
             return
-        except csv.Error:  # of this row alone
+        except csv.Error:  # only this row is malformed
             row = [""]
         if row:
             yield row
 
 
 def is_parquet(path: Path) -> bool:
+    """Return whether the file name ends in .parquet."""
     return path.suffix.lower() == ".parquet"
 
 
@@ -117,8 +140,9 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[None]:
+    """Turn errors of reading a file into UserErrors that name it."""
     try:
         yield
-    except (OSError, EOFError, ValueError, zlib.error) as error:  # PyArrow's are of these
+    except (OSError, EOFError, ValueError, zlib.error) as error:  # includes those of PyArrow
         why = str(error).partition("\n")[0]
         raise UserError(f"{path}: cannot be read ({why}).") from error

@@ -1,8 +1,7 @@
-"""TFDS's shuffling of what does not fit in memory, without TensorFlow.
+"""TFDS's shuffling of data that does not fit in memory, without TensorFlow.
 
-What is too much for memory, a gigabyte for TFDS and less here, lies in a thousand files until it is
-in order. TFDS 4.9 opens these by TensorFlow, which need not be installed; here they are opened as
-any others.
+Beyond a gigabyte of records (less here), TFDS sorts them through a thousand temporary files. TFDS
+4.9 opens these with TensorFlow, which need not be installed; here they are opened with Python.
 """
 
 import contextlib
@@ -13,26 +12,26 @@ from types import SimpleNamespace
 
 from tensorflow_datasets.core import shuffle
 
-_IN_MEMORY = 64 * 2**20  # bytes, so that builds of any size need about as much
+_IN_MEMORY = 64 * 2**20  # bytes; small, so that builds of any size need about the same memory
 _OPEN_FILES = shuffle.BUCKETS_NUMBER + 1024
 
 
-class _Never(Exception):
-    """Stands for an error of TensorFlow's."""
+class _NeverRaisedError(Exception):
+    """Stands in for an error of TensorFlow's."""
 
 
-# All that the module `shuffle` has of TensorFlow.
+# Everything that the module `shuffle` uses of TensorFlow.
 _PLAIN_FILES = SimpleNamespace(
     io=SimpleNamespace(
         gfile=SimpleNamespace(GFile=open, exists=os.path.exists, remove=os.remove),
     ),
-    errors=SimpleNamespace(ResourceExhaustedError=_Never),
+    errors=SimpleNamespace(ResourceExhaustedError=_NeverRaisedError),
 )
 
 
 @contextlib.contextmanager
 def with_plain_files() -> Iterator[None]:
-    """Within, TFDS keeps its files by itself, and may have that many open."""
+    """Make TFDS shuffle through Python's files, and raise the limit of open files for them."""
     tensorflow, most_in_memory = shuffle.tf, shuffle.MAX_MEM_BUFFER_SIZE
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     soft, hard = limits

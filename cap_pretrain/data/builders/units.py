@@ -1,8 +1,8 @@
-"""A build in units: what each is made of is settled before, who makes it and when does not matter.
+"""Units of a build: work that is planned in advance, so that who does it, and when, has no effect.
 
-A unit is a file of rows, one for each candidate, kept or not: a line of JSON, and the image's bytes
-if it is kept. It has its name only once it is whole, so that a build that was killed goes on with
-the units that are missing.
+A unit is a file with a row for each candidate, kept or dropped: a line of JSON, followed by the
+image's bytes if the candidate is kept. A unit gets its final name only when it is complete, so a
+build that was killed resumes with the units that are missing.
 """
 
 import dataclasses
@@ -28,28 +28,28 @@ from cap_pretrain import files
 from cap_pretrain.data.builders.candidates import Candidate
 
 FOLDER = "units"
-"""Where the units of a build are, in the folder it works in."""
+"""Name of the folder of units inside the work folder of a build."""
 
-_LEAST = 1000  # candidates of a unit, where there are as many
-_MOST = 64  # units of a part: who makes one passes over all that is before it
+_LEAST = 1000  # candidates in a unit, if there are that many
+_MOST = 64  # units in a part: making a unit means skipping all candidates before it
 _PLAN = "plan.json"
 
 Row = dict[str, Any]
 
 
-class Unfinished(Exception):
-    """A build has stopped that goes on where it was if it is run again; says why."""
+class UnfinishedError(Exception):
+    """The build stopped and resumes if it is run again; the message says why it stopped."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Candidates that are read from the first to the last.
+    """Candidates that are read sequentially.
 
     Attributes:
-        read: yields them, always in the same order.
-        count: returns how many they are, if they can be passed over without reading the images;
-            None: they cannot.
-        source: the file they are in, if it is one.
+        read: yields the candidates, always in the same order.
+        count: returns their number; None if candidates cannot be skipped without reading their
+            images, in which case the part is one unit.
+        source: the file that holds the candidates, if there is one.
     """
 
     read: Callable[[], Iterable[Candidate]]
@@ -59,7 +59,15 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-    """Candidates `start` to `stop` (None: the last) of a part of a split; `number` is its place."""
+    """A range of candidates in a part of a split.
+
+    Attributes:
+        split: name of the split.
+        number: index of the unit in the split.
+        part: index of the part in the split.
+        start: index of the first candidate in the part.
+        stop: index after the last candidate; None: all that remain.
+    """
 
     split: str
     number: int
@@ -68,11 +76,12 @@ class Unit:
     stop: int | None
 
     def path(self, folder: Path) -> Path:
+        """Return the unit's file in `folder`."""
         return folder / f"{self.split}-{self.number:06}.unit"
 
 
 def cut(parts: Mapping[str, Sequence[Part]]) -> list[Unit]:
-    """Cuts the parts of all splits into units, the same for the same files."""
+    """Divide the parts of all splits into units; the same input files give the same units."""
     units = []
     for split, own in parts.items():
         ranges = ((p, *limits) for p, part in enumerate(own) for limits in _ranges(part))
@@ -81,6 +90,7 @@ def cut(parts: Mapping[str, Sequence[Part]]) -> list[Unit]:
 
 
 def _ranges(part: Part) -> list[tuple[int, int | None]]:
+    """Return (start, stop) of each unit in a part."""
     if part.count is None:
         return [(0, None)]
     count = part.count()
@@ -89,9 +99,16 @@ def _ranges(part: Part) -> list[tuple[int, int | None]]:
 
 
 def resume(folder: Path, parts: Mapping[str, Sequence[Part]], settings: Any) -> list[Unit]:
-    """Returns all units of a build, those that are finished included.
+    """Plan a build and keep those finished units that fit the plan.
 
-    Finished units of a build with other `settings`, or of files that have changed, are removed.
+    Args:
+        folder: the folder of units. Its units are removed if they were made with other `settings`
+            or from files that have changed since.
+        parts: by split.
+        settings: what the build depends on, as JSON (`settings_of`).
+
+    Returns:
+        All units of the build, finished or not.
     """
     units = cut(parts)
     sources = [[_stamp(part.source) for part in own if part.source] for own in parts.values()]
@@ -106,10 +123,12 @@ def resume(folder: Path, parts: Mapping[str, Sequence[Part]], settings: Any) -> 
 
 
 def settings_of(arguments: Mapping[str, Any]) -> Any:
-    """What a build depends on, as JSON: its arguments, and the state of files that they name."""
+    """Return what a build depends on, as JSON: its options, and the state of files they name."""
     texts = {name: _texts(value) for name, value in arguments.items()}
     named = {part for own in texts.values() for text in own for part in (text, _path_in(text))}
-    return [texts, {name: _stamp(Path(name)) for name in sorted(named) if os.path.exists(name)}]
+    # os.path.exists, unlike Path.exists, is False for "" and for names that are too long.
+    paths = [name for name in sorted(named) if os.path.exists(name)]  # noqa: PTH110 (see above)
+    return [texts, {name: _stamp(Path(name)) for name in paths}]
 
 
 def _texts(value: Any) -> list[str]:
@@ -117,42 +136,43 @@ def _texts(value: Any) -> list[str]:
 
 
 def _path_in(text: str) -> str:
-    """The path of SPLIT=PATH."""
+    """Return the path in SPLIT=PATH, "" if the text is not of this form."""
     return text.partition("=")[2]
 
 
 def _stamp(path: Path) -> tuple[str, int, int]:
+    """Return path, size and modification time, which change if the file does."""
     status = path.stat()
     return str(path), status.st_size, status.st_mtime_ns
 
 
 class RowMaker(Protocol):
-    """What makes the rows of a unit: a dataset builder."""
+    """What units need of a dataset builder."""
 
     def rows(self, unit: Unit, threads: int) -> Iterator[tuple[Row, bytes]]:
-        """Yields the row of each candidate of a unit, with the image's bytes if it is kept."""
+        """Yield the row of each candidate of a unit, and the image's bytes if it is kept."""
         ...
 
 
 def make(builder: RowMaker, unit: Unit, folder: Path, threads: int) -> None:
-    """Makes a unit."""
+    """Write a unit to its file in `folder`."""
     final = unit.path(folder)
-    # Another process, on another machine perhaps, may be at it, too.
-    fresh = final.with_name(f"{final.name}.{uuid.uuid4().hex}.tmp")
-    with files.naming(fresh), fresh.open("wb") as file:
+    # The name is unique: another process, perhaps on another machine, may be making this unit, too.
+    temporary = final.with_name(f"{final.name}.{uuid.uuid4().hex}.tmp")
+    with files.naming(temporary), temporary.open("wb") as file:
         for row, data in builder.rows(unit, threads):
             line = json.dumps({**row, "bytes": len(data)} if data else row)
             file.write(line.encode() + b"\n" + data)
-    os.replace(fresh, final)
+    temporary.replace(final)
 
 
 def finished(folder: Path, split: str) -> list[Path]:
-    """The units of a split in their order, when all are made."""
+    """Return the files of a split's units in order; call it when all are made."""
     return sorted(folder.glob(f"{glob.escape(split)}-*.unit"))
 
 
 def read_rows(path: Path, with_data: bool = False) -> Iterator[tuple[Row, bytes]]:
-    """Yields the rows of a unit, and the images that were kept, or b""."""
+    """Yield the rows of a unit, with the images that were kept if `with_data`, else with b""."""
     with path.open("rb") as file:
         for line in file:
             row = json.loads(line)
@@ -171,18 +191,18 @@ def make_all(
     folder: Path,
     workers: int,
 ) -> None:
-    """Makes the units that are missing, in as many processes; 1: in this one.
+    """Make the units that are missing.
 
     Args:
-        builder: what makes them in this process.
-        make_builder: called in each of the others to have one there.
+        builder: makes units in this process, if `workers` is 1.
+        make_builder: returns a builder; each worker process calls it once. It must be picklable.
         units: all units of the build.
-        folder: where they are.
-        workers: number of processes.
+        folder: the folder of units.
+        workers: number of processes; 1: this one.
 
     Raises:
-        UserError: as the builder.
-        Unfinished: a process has died.
+        UserError: the builder finds invalid input.
+        UnfinishedError: a worker process died.
     """
     threads = max(1, (os.cpu_count() or 1) // workers)
     left = [unit for unit in units if not unit.path(folder).exists()]
@@ -204,7 +224,8 @@ def _in_processes(
     workers: int,
     threads: int,
 ) -> Iterator[None]:
-    # Not forked: a fork has of the threads of this process only the locks they held.
+    """Make units in worker processes; yields None after each."""
+    # Not forked: a fork would copy the locks held by other threads, but not the threads.
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     arguments = make_builder, folder, threads, theirs
@@ -213,17 +234,17 @@ def _in_processes(
         yield from (f.result() for f in as_completed([pool.submit(_work, unit) for unit in units]))
         pool.shutdown()
     except BrokenProcessPool as error:
-        raise Unfinished(
-            "a worker process has died, perhaps for lack of memory; run it again to go on, with "
-            "fewer --workers."
+        raise UnfinishedError(
+            "a worker process has died, perhaps for lack of memory; run the same command again to "
+            "resume, with fewer --workers."
         ) from error
     finally:
-        ours.close()  # which ends those that still work
+        ours.close()  # makes workers that are still running exit
         pool.shutdown(cancel_futures=True)
 
 
 _make: Callable[[Unit], None]
-"""In a worker process: makes a unit."""
+"""In a worker process, the function that makes a unit; set by `_start`."""
 
 
 def _work(unit: Unit) -> None:
@@ -236,9 +257,9 @@ def _start(
     threads: int,
     parent: multiprocessing.connection.Connection,
 ) -> None:
-    """Makes a process one that works, until its parent ends or closes its end of the pipe."""
+    """Initialize a worker process, which exits when the parent exits or closes the pipe."""
     global _make
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
 
     def leave_with_parent() -> None:
         multiprocessing.connection.wait([parent])

@@ -1,4 +1,4 @@
-"""What formats have in common whose annotations name their images: captions, questions."""
+"""Shared parts of formats whose annotations name their images: captions and questions."""
 
 import argparse
 import dataclasses
@@ -10,21 +10,24 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from cap_pretrain.data.builders import base
+from cap_pretrain.data.builders.arguments import by_split
 from cap_pretrain.data.builders.candidates import Candidate
 from cap_pretrain.data.builders.files import Finder, open_files
 from cap_pretrain.errors import UserError
 
+IMAGES_HELP = "folder or zip of the images; without SPLIT= it serves all splits"
+
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """What the annotations say of an example.
+    """The annotations of one example.
 
     Attributes:
         id: unique within the split.
-        files: names of its images; most formats have one.
+        files: names of its images; in most formats just one.
         captions: of the image, or answers to the question.
-        question: what is asked, in formats that ask.
-        kind: of the question; "": none.
+        question: the question, in formats that have questions.
+        kind: type of the question; "": none.
         problem: a reason to drop the example, or "".
     """
 
@@ -36,8 +39,15 @@ class Entry:
     problem: str = ""
 
 
-class Annotated(base.ImageDataset, skip_registration=True):
-    """Images with what `entries` says of them. A subclass reads the entries."""
+class Annotated(base.ImageDataset):
+    """Images with captions from annotations; subclasses read the annotations.
+
+    Args:
+        entries: annotations by split.
+        images: where to find the images, by split; the images of "" serve all other splits.
+        origin: names of the input files, for the description.
+        **kwargs: arguments of `ImageDataset`.
+    """
 
     def __init__(
         self,
@@ -46,15 +56,16 @@ class Annotated(base.ImageDataset, skip_registration=True):
         origin: str,
         **kwargs: Any,
     ):
-        """`entries` and `images` are by split; the images of "" serve all other splits."""
         self._entries, self._images, self._origin = entries, images, origin
         self._kinds = sorted({e.kind for split in entries.values() for e in split if e.kind})
         super().__init__(**kwargs)
 
     def splits(self) -> dict[str, int]:
+        """Return the number of entries by split."""
         return {split: len(entries) for split, entries in self._entries.items()}
 
     def candidates(self, split: str) -> Iterator[Candidate]:
+        """Yield a candidate for each entry."""
         finder = self._images.get(split) or self._images[""]
         for entry in self._entries[split]:
             yield Candidate(
@@ -66,23 +77,63 @@ class Annotated(base.ImageDataset, skip_registration=True):
             )
 
     def picture(self, finder: Finder, names: Sequence[str]) -> bytes:
-        """Returns the encoded image of an example; raises as `Candidate.read`."""
+        """Return the encoded image of an example; raises like `Candidate.read`."""
         (name,) = names
         return finder.read(name)
 
     def values(self, entry: Entry) -> dict[str, Any]:
-        """The features of an entry."""
+        """Return the features of an entry, JSON-serializable."""
         return {"captions": list(entry.captions)}
 
     def features(self) -> dict[str, Any]:
+        """Return the feature "captions"."""
         return {"captions": tfds.features.Sequence(tfds.features.Text())}
 
     def description(self) -> str:
+        """Return one sentence that names the input files."""
         return f"Images with captions, built from {self._origin}."
 
 
-class Questions(Annotated, skip_registration=True):
-    """One example a question; its captions are the answers, its label is the question's kind."""
+class SharedImages(Annotated):
+    """Images with captions where all splits share the folders and zips of images.
+
+    Args:
+        entries: annotations by split.
+        images: folders and zips; if several have a file of the same name, the first wins.
+        origin: names of the input files.
+        **kwargs: arguments of `ImageDataset`.
+    """
+
+    def __init__(
+        self,
+        entries: Mapping[str, Sequence[Entry]],
+        images: Sequence[Path],
+        origin: str,
+        **kwargs: Any,
+    ):
+        finder = Finder([open_files(path) for path in images])
+        super().__init__(entries, {"": finder}, origin, **kwargs)
+
+    @staticmethod
+    def add_file(parser: argparse.ArgumentParser, flag: str, metavar: str, what: str) -> None:
+        """Declare the option of the file of annotations."""
+        parser.add_argument(flag, required=True, type=Path, metavar=metavar, help=what)
+
+    @staticmethod
+    def add_images(parser: argparse.ArgumentParser, example: str = "") -> None:
+        """Declare --images; `example` ends its help text."""
+        what = f"folders or zips that contain the images{example}"
+        parser.add_argument(
+            "--images", nargs="+", required=True, type=Path, metavar="DIR_OR_ZIP", help=what
+        )
+
+
+class Questions(Annotated):
+    """One example per question: its captions are the answers, its label is the type of question.
+
+    Args: see `Annotated`. If no entry of a split has an answer, the answers of that split are
+        secret; otherwise questions without an answer are dropped.
+    """
 
     def __init__(
         self,
@@ -91,23 +142,71 @@ class Questions(Annotated, skip_registration=True):
         origin: str,
         **kwargs: Any,
     ):
-        """As `Annotated`; a split without any answer is one whose answers are secret."""
         checked = {split: _with_problems(own) for split, own in entries.items()}
         super().__init__(checked, images, origin, **kwargs)
 
     def values(self, entry: Entry) -> dict[str, Any]:
+        """Return answers, question and, if the format has types of questions, the label."""
         label = {"label": entry.kind or -1} if self._kinds else {}
         return super().values(entry) | {"question": entry.question} | label
 
     def features(self) -> dict[str, Any]:
+        """Return the features "captions", "question" and perhaps "label"."""
         label = {"label": tfds.features.ClassLabel(names=self._kinds)} if self._kinds else {}
         return super().features() | {"question": tfds.features.Text()} | label
 
     def description(self) -> str:
+        """Return one sentence that names the input files."""
         return f"Questions about images, built from {self._origin}."
 
 
+class QuestionFiles(Questions):
+    """Questions with their answers, in one file per split; subclasses say how to read it.
+
+    Args:
+        questions: a file by split.
+        images: a folder or zip by split; the images of "" serve all other splits.
+        **kwargs: arguments of `ImageDataset`.
+
+    Attributes:
+        QUESTIONS_HELP: help text of the option --questions.
+    """
+
+    QUESTIONS_HELP: str
+
+    def __init__(self, questions: Mapping[str, Path], images: Mapping[str, Path], **kwargs: Any):
+        super().__init__(
+            {split: self.read(path) for split, path in questions.items()},
+            open_images(images, questions, "--questions", self.image_key),
+            origin=", ".join(path.name for path in questions.values()),
+            **kwargs,
+        )
+
+    @staticmethod
+    def read(path: Path) -> list[Entry]:
+        """Return the questions of a file in order; raises UserError if it is invalid."""
+        raise NotImplementedError
+
+    @staticmethod
+    def image_key(base_name: str) -> str:
+        """Return the name by which questions refer to an image file."""
+        return base_name
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        """Declare --questions and --images."""
+        add_paths(parser, "--questions", cls.QUESTIONS_HELP)
+        add_paths(parser, "--images", IMAGES_HELP)
+
+    @classmethod
+    def from_arguments(cls, args: argparse.Namespace, **kwargs: Any) -> "QuestionFiles":
+        """Construct the builder from parsed options."""
+        questions = by_split("--questions", args.questions, default="train")
+        return cls(questions, by_split("--images", args.images, default=""), **kwargs)
+
+
 def _with_problems(entries: Sequence[Entry]) -> list[Entry]:
+    """Mark questions that are empty or, unless the whole split is unanswered, unanswered."""
     answered = any(entry.captions for entry in entries)
 
     def problem(entry: Entry) -> str:
@@ -119,29 +218,33 @@ def _with_problems(entries: Sequence[Entry]) -> list[Entry]:
 
 
 def add_paths(parser: argparse.ArgumentParser, flag: str, what: str, required: bool = True) -> None:
-    """Declares an option that takes a path for each split."""
+    """Declare an option that takes a path for each split (see `by_split`).
+
+    Args:
+        parser: of the format.
+        flag: the option.
+        what: its help text.
+        required: whether the option must be given.
+    """
     parser.add_argument(flag, nargs="+", required=required, metavar="SPLIT=PATH", help=what)
-
-
-IMAGES_HELP = "folder or zip of the images; without SPLIT= it serves all splits"
 
 
 def open_images(
     images: Mapping[str, Path],
     splits: Collection[str],
     flag: str,
-    key: Callable[[str], str] | None = None,
+    key: Callable[[str], str | None] | None = None,
 ) -> dict[str, Finder]:
-    """Opens the images by split; those of "" serve all other splits.
+    """Open the images of each split; those of "" serve all other splits.
 
     Args:
         images: a folder or zip by split.
-        splits: that have annotations.
-        flag: that names the annotations, for messages.
-        key: of `Finder`.
+        splits: the splits that have annotations.
+        flag: the option of the annotations, for messages.
+        key: see `Finder`.
 
     Raises:
-        UserError: a split without images, images without annotations, no folder or zip.
+        UserError: a split lacks images or annotations, or a path is not a folder or zip.
     """
     opened = {split: Finder([open_files(path)], key) for split, path in images.items()}
     for split in splits:
@@ -153,7 +256,17 @@ def open_images(
 
 
 def entries_of(path: Path, content: Any, key: str, what: str) -> list[Any]:
-    """Returns the list `key` of an object; raises UserError that this is not `what` without it."""
+    """Return the list `key` of a JSON object.
+
+    Args:
+        path: the file, for messages.
+        content: its content.
+        key: the list to return.
+        what: the kind of file expected, for messages: "is it `what`?".
+
+    Raises:
+        UserError: the content is not an object with such a list.
+    """
     if not isinstance(content, dict) or not isinstance(content.get(key), list):
         found = ", ".join(content) if isinstance(content, dict) else type(content).__name__
         raise UserError(f"{path}: no list {key!r} in it (found: {found[:80]}); is it {what}?")
@@ -161,7 +274,18 @@ def entries_of(path: Path, content: Any, key: str, what: str) -> list[Any]:
 
 
 def take(path: Path, where: str, entry: Any, *keys: str, what: str) -> list[Any]:
-    """Returns the values of an entry of the list `where`; raises UserError if it lacks some."""
+    """Return the values of `keys` in a JSON object that is an entry of a list.
+
+    Args:
+        path: the file, for messages.
+        where: name of the list, for messages.
+        entry: the object.
+        *keys: the keys it must have.
+        what: the kind of file expected, for messages.
+
+    Raises:
+        UserError: the entry is not an object or lacks a key.
+    """
     try:
         return [entry[key] for key in keys]
     except (KeyError, TypeError) as error:
@@ -173,12 +297,12 @@ def take(path: Path, where: str, entry: Any, *keys: str, what: str) -> list[Any]
 
 
 def texts_of(path: Path, where: str, entries: Any, key: str, what: str) -> list[str]:
-    """`texts` of what each entry of a list within an entry has as `key`; raises as `take`."""
+    """Return the non-empty texts under `key` in each of `entries`; otherwise like `take`."""
     entries = entries if isinstance(entries, list) else [entries]
     return texts([take(path, where, entry, key, what=what)[0] for entry in entries])
 
 
 def texts(values: Any) -> list[str]:
-    """The texts in a list that say something, without white space around them."""
+    """Return the strings in a list (or a single value), stripped, without empty ones."""
     values = values if isinstance(values, list) else [values]
     return [value.strip() for value in values if isinstance(value, str) and value.strip()]

@@ -14,8 +14,15 @@ from cap_pretrain.data.builders.formats.annotated import Entry
 _WHAT = "COCO captions"
 
 
-class Dataset(annotated.Annotated, skip_registration=True):
-    """Images with one or more captions each."""
+class Dataset(annotated.Annotated):
+    """Images with one or more captions each.
+
+    Args:
+        annotations: a file by split.
+        images: a folder or zip by split; the images of "" serve all other splits.
+        keep: whether to keep a caption, given its entry in "annotations"; default: keep all.
+        **kwargs: arguments of `ImageDataset`.
+    """
 
     HOMEPAGE = "https://cocodataset.org/#format-data"
 
@@ -23,19 +30,11 @@ class Dataset(annotated.Annotated, skip_registration=True):
         self,
         annotations: Mapping[str, Path],
         images: Mapping[str, Path],
-        counts: Callable[[dict[str, Any]], bool] = lambda annotation: True,
+        keep: Callable[[dict[str, Any]], bool] | None = None,
         **kwargs: Any,
     ):
-        """As `Annotated`.
-
-        Args:
-            annotations: by split.
-            images: by split; those of "" serve all other splits.
-            counts: whether a caption, an entry of "annotations", is kept.
-            **kwargs: of `ImageDataset`.
-        """
         super().__init__(
-            {split: read_captions(path, counts) for split, path in annotations.items()},
+            {split: read_captions(path, keep) for split, path in annotations.items()},
             annotated.open_images(images, annotations, "--annotations"),
             origin=", ".join(path.name for path in annotations.values()),
             **kwargs,
@@ -43,42 +42,42 @@ class Dataset(annotated.Annotated, skip_registration=True):
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
+        """Declare --annotations and --images."""
         what = "captions in COCO's format, .json or .json.gz; without SPLIT= it is train"
         annotated.add_paths(parser, "--annotations", what)
         annotated.add_paths(parser, "--images", annotated.IMAGES_HELP)
 
     @classmethod
     def from_arguments(cls, args: argparse.Namespace, **kwargs: Any) -> "Dataset":
+        """Construct the builder from parsed options."""
         annotations = by_split("--annotations", args.annotations, default="train")
         return cls(annotations, by_split("--images", args.images, default=""), **kwargs)
 
 
-def read_captions(
-    path: Path, counts: Callable[[dict[str, Any]], bool] = lambda annotation: True
-) -> list[Entry]:
-    """Reads a COCO-captions file, plain or gzipped.
+def read_captions(path: Path, keep: Callable[[dict[str, Any]], bool] | None = None) -> list[Entry]:
+    """Read a file of COCO captions, plain or gzipped.
 
     Args:
         path: the file.
-        counts: whether a caption, an entry of "annotations", is kept.
+        keep: whether to keep a caption, given its entry in "annotations"; None: keep all.
 
     Returns:
-        The images in the order of the file; captions are stripped, empty ones left out, so an image
-        may have none. Captions of images that are not listed follow.
+        The images in the order of the file. Captions are stripped and empty ones left out, so an
+        image may have none. At the end, entries for captions of images that are not listed.
 
     Raises:
-        UserError: no such file, no JSON, or not laid out as COCO captions.
+        UserError: the file is missing, is not JSON, or is not laid out as COCO captions.
     """
     content = files.read_json(path)
     listed, annotations = (
         annotated.entries_of(path, content, key, _WHAT) for key in ("images", "annotations")
     )
-    captions = collections.defaultdict(list)
+    captions: dict[str, list[str]] = collections.defaultdict(list)
     for entry in annotations:
         image_id, caption = annotated.take(
             path, "annotations", entry, "image_id", "caption", what=_WHAT
         )
-        if counts(entry):
+        if keep is None or keep(entry):
             captions[str(image_id)] += annotated.texts(caption)
     entries = []
     for entry in listed:

@@ -3,7 +3,7 @@
 from cap_pretrain.data.builders.formats import conceptual
 
 
-class Dataset(conceptual.Conceptual, skip_registration=True):
+class Dataset(conceptual.Conceptual):
     """Images from the web with one caption each."""
 
     HOMEPAGE = "https://github.com/google-research-datasets/conceptual-12m"

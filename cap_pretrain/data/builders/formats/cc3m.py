@@ -6,7 +6,7 @@ Train_GCC-training.tsv and Validation_GCC-1.1.0-Validation.tsv: caption, tab, UR
 from cap_pretrain.data.builders.formats import conceptual
 
 
-class Dataset(conceptual.Conceptual, skip_registration=True):
+class Dataset(conceptual.Conceptual):
     """Images from the web with one caption each."""
 
     HOMEPAGE = "https://ai.google.com/research/ConceptualCaptions"

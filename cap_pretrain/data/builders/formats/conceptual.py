@@ -1,7 +1,7 @@
-"""What Conceptual Captions 3M and 12M have in common: a list of URLs with captions, and images.
+"""Shared parts of Conceptual Captions 3M and 12M: a list of URLs with captions, and images.
 
-Either the list as published and the folder they were downloaded to, or the tars of img2dataset.
-Both give the same dataset, example by example, if they hold the same images.
+The input is either the published list with the folder of downloaded images, or the tars written by
+img2dataset. Both give the same examples if they hold the same images.
 """
 
 import argparse
@@ -15,10 +15,24 @@ from cap_pretrain.data.builders.formats import annotated, pairs, table, webdatas
 from cap_pretrain.errors import UserError
 
 
-class Conceptual(pairs.Pairs, skip_registration=True):
-    """Images from the web with their captions. A subclass says how the list is laid out."""
+class Conceptual(pairs.Pairs):
+    """Images from the web with their captions; subclasses define the columns of the list.
 
-    COLUMNS: Sequence[str]  # of the list, which has no header
+    Args:
+        lists: a published list by split.
+        images: a folder or zip by split, for `lists`; the images of "" serve all other splits.
+        shards: a tar or folder of tars by split, instead of `lists` and `images`.
+        named_by: how image files are named, a key of `table.NAMES`.
+        **kwargs: arguments of `ImageDataset`.
+
+    Attributes:
+        COLUMNS: the columns of the list, which has no header.
+
+    Raises:
+        UserError: a file is missing or invalid, or a split is in `lists` and in `shards`.
+    """
+
+    COLUMNS: Sequence[str]
 
     def __init__(
         self,
@@ -28,14 +42,9 @@ class Conceptual(pairs.Pairs, skip_registration=True):
         named_by: str = "row",
         **kwargs: Any,
     ):
-        """All are by split; `lists` go with `images`, those of "" serve all other splits.
-
-        Raises:
-            UserError: files that are missing or not understood; a split twice.
-        """
         columns = table.Columns(named_by=named_by, names=self.COLUMNS)
         if twice := set(lists) & set(shards):
-            raise UserError(f"--shards: split {min(twice)!r} is among the --lists, too.")
+            raise UserError(f"--shards: split {min(twice)!r} is given by --lists, too.")
         parts = table.parts(lists, images, columns, "--lists") | webdataset.parts(shards)
         if not parts or bool(lists) != bool(images):
             raise UserError("--lists: give lists with --images, or --shards.")
@@ -44,17 +53,19 @@ class Conceptual(pairs.Pairs, skip_registration=True):
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        """Declare --lists, --images, --named_by and --shards."""
         order = " and ".join(cls.COLUMNS)
-        what = f"the published list, {order} with a tab between; without SPLIT= it is train"
+        what = f"the published list, {order} separated by a tab; without SPLIT= it is train"
         annotated.add_paths(parser, "--lists", what, required=False)
         annotated.add_paths(parser, "--images", annotated.IMAGES_HELP, required=False)
-        what = f"how images are called; default: row. {table.NAMES_HELP}"
+        what = f"how image files are named; default: row. {table.NAMES_HELP}"
         parser.add_argument("--named_by", default="row", choices=table.NAMES, help=what)
-        what = "instead of lists and images: tars of img2dataset, or a folder of them"
+        what = "instead of lists and images: a tar of img2dataset, or a folder of tars"
         annotated.add_paths(parser, "--shards", what, required=False)
 
     @classmethod
     def from_arguments(cls, args: argparse.Namespace, **kwargs: Any) -> "Conceptual":
+        """Construct the builder from parsed options."""
         return cls(
             by_split("--lists", args.lists or (), default="train"),
             by_split("--images", args.images or (), default=""),

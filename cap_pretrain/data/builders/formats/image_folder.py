@@ -1,4 +1,4 @@
-"""Labelled images, one folder a class: "n0144/1.jpg", or "train/n0144/1.jpg" in an archive."""
+"""Labeled images in one folder per class: "n0144/1.jpg", or "train/n0144/1.jpg" in an archive."""
 
 import argparse
 import collections
@@ -17,11 +17,16 @@ from cap_pretrain.errors import UserError
 from cap_pretrain.files import read_json
 
 
-class Dataset(base.ImageDataset, skip_registration=True):
-    """Images with one label each, the folder they are in."""
+class Dataset(base.ImageDataset):
+    """Images with one label each, given by their folder.
+
+    Args:
+        images: a folder or zip by split.
+        classes: a JSON file of readable class names by folder; None: use the folder names.
+        **kwargs: arguments of `ImageDataset`.
+    """
 
     def __init__(self, images: Mapping[str, Path], classes: Path | None = None, **kwargs: Any):
-        """`images` is by split; `classes` is a json file of readable names by folder."""
         self._origin = ", ".join(path.name for path in images.values())
         self._files = {split: open_files(path) for split, path in images.items()}
         self._members = {
@@ -37,12 +42,13 @@ class Dataset(base.ImageDataset, skip_registration=True):
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
+        """Declare --images and --classes."""
         parser.add_argument(
             "--images",
             nargs="+",
             required=True,
             metavar="SPLIT=DIR_OR_ZIP",
-            help="folder or zip with a folder a class; without SPLIT= it is train",
+            help="folder or zip with a folder per class; without SPLIT= it is train",
         )
         parser.add_argument(
             "--classes", type=Path, metavar="JSON", help='readable names: {"n01440764": "tench", …}'
@@ -50,12 +56,15 @@ class Dataset(base.ImageDataset, skip_registration=True):
 
     @classmethod
     def from_arguments(cls, args: argparse.Namespace, **kwargs: Any) -> "Dataset":
+        """Construct the builder from parsed options."""
         return cls(by_split("--images", args.images, default="train"), args.classes, **kwargs)
 
     def splits(self) -> dict[str, int]:
+        """Return the number of images by split."""
         return {split: len(members) for split, members in self._members.items()}
 
     def candidates(self, split: str) -> Iterator[Candidate]:
+        """Yield a candidate for each image."""
         files = self._files[split]
         for name, folder in self._members[split]:
             yield Candidate(
@@ -67,17 +76,20 @@ class Dataset(base.ImageDataset, skip_registration=True):
             )
 
     def features(self) -> dict[str, Any]:
+        """Return the feature "label"."""
         return {"label": tfds.features.ClassLabel(names=list(self._names.values()))}
 
     def description(self) -> str:
+        """Return one sentence that names the input files."""
         return f"Images of {len(self._names)} classes, built from {self._origin}."
 
 
 def classified(names: Sequence[str], split: str) -> list[tuple[str, str]]:
-    """Returns (name, class folder) of the files that belong to a split.
+    """Return (name, class folder) of the files that belong to a split.
 
-    Folders around the class folders are skipped: one named like the split (then what is outside of
-    it belongs to other splits), or one that holds everything. A file in no class folder has "".
+    Folders around the class folders are skipped: one that holds everything; or one named like the
+    split, in which case files outside of it belong to other splits. The class folder of a file that
+    is in none is "".
     """
     members = [(name, name.split("/")) for name in names]
     if any(split in parts[:-2] for _, parts in members):
@@ -88,15 +100,15 @@ def classified(names: Sequence[str], split: str) -> list[tuple[str, str]]:
 
 
 def class_names(folders: Sequence[str], path: Path | None) -> dict[str, str]:
-    """Returns a distinct name for each class folder, in the order of `folders`.
+    """Return a distinct name for each class folder, in the order of `folders`.
 
     Args:
         folders: names of the class folders.
-        path: json file {folder: readable name}; None keeps the folder names. Where two folders have
-            the same name (ImageNet knows two kinds of crane), the folder is added to it.
+        path: a JSON file {folder: readable name}; None: use the folder names. If two folders have
+            the same readable name (ImageNet has two classes "crane"), the folder is appended.
 
     Raises:
-        UserError: the file is not such a json, or lacks a folder.
+        UserError: the file has another form, or lacks a folder.
     """
     if path is None:
         return {folder: folder for folder in folders}
@@ -106,10 +118,10 @@ def class_names(folders: Sequence[str], path: Path | None) -> dict[str, str]:
     unnamed = [folder for folder in folders if not isinstance(names.get(folder), str)]
     if unnamed:
         raise UserError(f"--classes {path}: no name for the folder {unnamed[0]!r}; add it.")
-    return told_apart({folder: names[folder] for folder in folders})
+    return disambiguated({folder: names[folder] for folder in folders})
 
 
-def told_apart(names: Mapping[str, str]) -> dict[str, str]:
-    """Adds the key to names that several keys have."""
+def disambiguated(names: Mapping[str, str]) -> dict[str, str]:
+    """Return the names with the key appended to those that several keys share."""
     counts = collections.Counter(names.values())
     return {k: name if counts[name] == 1 else f"{name} ({k})" for k, name in names.items()}

@@ -1,8 +1,8 @@
-"""Open Images: labels of whole images, in the csv files that it is published with.
+"""Open Images: image-level labels, in the CSV files that are published with it.
 
 Kuznetsova et al. 2018 (arXiv 1811.00982), https://storage.googleapis.com/openimages/web/. The files
 have the columns ImageID, Source, LabelName and Confidence; those of human-verified labels have a
-confidence of 1 or, for what is not in the image, 0. An image has several labels as a rule.
+confidence of 1, or of 0 for labels that are absent. Most images have several labels.
 """
 
 import argparse
@@ -23,19 +23,29 @@ from cap_pretrain.data.builders.arguments import by_split
 from cap_pretrain.data.builders.candidates import Candidate
 from cap_pretrain.data.builders.files import image_names, open_files
 from cap_pretrain.data.builders.formats import annotated
-from cap_pretrain.data.builders.formats.image_folder import told_apart
+from cap_pretrain.data.builders.formats.image_folder import disambiguated
 from cap_pretrain.errors import UserError
 
 _COLUMNS = ("ImageID", "LabelName", "Confidence")
 MIN_CONFIDENCE = 0.5
-"""What labels by machines have at least, in general (the README of Open Images)."""
+"""Minimum confidence of machine-generated labels in general (README of Open Images)."""
 
 
-class Dataset(base.ImageDataset, skip_registration=True):
-    """The images that are there, one label each.
+class Dataset(base.ImageDataset):
+    """The images that are present, with one label each.
 
-    Of several labels an image gets the one with the highest confidence, and among equals the one
-    that the fewest images have, of those that are there in any split: it says the most.
+    Of several labels, an image gets the one with the highest confidence. Ties go to the label that
+    is rarest among the images present in all splits, since it is the most specific.
+
+    Args:
+        labels: a file of labels by split.
+        images: a folder or zip by split.
+        classes: a file of class names; labels of other classes are ignored.
+        confidence: minimum confidence of a label.
+        **kwargs: arguments of `ImageDataset`.
+
+    Raises:
+        UserError: a file is missing or invalid, or a split has only labels or only images.
     """
 
     HOMEPAGE = "https://storage.googleapis.com/openimages/web/"
@@ -48,11 +58,6 @@ class Dataset(base.ImageDataset, skip_registration=True):
         confidence: float = MIN_CONFIDENCE,
         **kwargs: Any,
     ):
-        """`labels` and `images` are by split; other classes than those of `classes` do not count.
-
-        Raises:
-            UserError: files that are missing or not understood, a split with one of the two only.
-        """
         for split in set(labels) ^ set(images):
             flag = "--images" if split in labels else "--labels"
             raise UserError(f"{flag}: none for split {split!r}; add {split}=PATH.")
@@ -69,47 +74,51 @@ class Dataset(base.ImageDataset, skip_registration=True):
         )
         if not counts:
             raise UserError(
-                f"--labels {self._origin}: no label of an image that is there, of the classes in "
-                f"{classes}; images must be called by their ids, as 000060e3121c7305.jpg."
+                f"--labels {self._origin}: no image present has a label of a class in {classes}; "
+                "images must be named by their ids, as 000060e3121c7305.jpg."
             )
         self._labels = {
             split: {image: _best(all_labels, counts) for image, all_labels in own.items()}
             for split, own in found.items()
         }
         used = {label for own in self._labels.values() for label in own.values()}
-        self._names = told_apart({label: names[label] for label in sorted(used)})
+        self._names = disambiguated({label: names[label] for label in sorted(used)})
         super().__init__(**kwargs)
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
-        what = "train-annotations-human-imagelabels.csv or the like, also as .gz"
+        """Declare --labels, --images, --classes and --confidence."""
+        what = "train-annotations-human-imagelabels.csv or a similar file, also as .gz"
         annotated.add_paths(parser, "--labels", f"{what}; without SPLIT= it is train")
-        what = "folder or zip of the images, called by their ids; without SPLIT= it is train"
+        what = "folder or zip of the images, named by their ids; without SPLIT= it is train"
         annotated.add_paths(parser, "--images", what)
         parser.add_argument(
             "--classes",
             required=True,
             type=Path,
             metavar="CSV",
-            help="class-descriptions.csv, or its part whose classes are wanted",
+            help="class-descriptions.csv, or just the lines of the classes to keep",
         )
         parser.add_argument(
             "--confidence",
             type=float,
             default=MIN_CONFIDENCE,
-            help=f"labels with less do not count; default: {MIN_CONFIDENCE}",
+            help=f"minimum confidence of a label; default: {MIN_CONFIDENCE}",
         )
 
     @classmethod
     def from_arguments(cls, args: argparse.Namespace, **kwargs: Any) -> "Dataset":
+        """Construct the builder from parsed options."""
         labels = by_split("--labels", args.labels, default="train")
         images = by_split("--images", args.images, default="train")
         return cls(labels, images, args.classes, args.confidence, **kwargs)
 
     def splits(self) -> dict[str, int]:
+        """Return the number of images by split."""
         return {split: len(names) for split, names in self._images.items()}
 
     def candidates(self, split: str) -> Iterator[Candidate]:
+        """Yield a candidate for each image."""
         for name in self._images[split]:
             label = self._labels[split].get(_image_id(name), "")
             yield Candidate(
@@ -121,17 +130,19 @@ class Dataset(base.ImageDataset, skip_registration=True):
             )
 
     def features(self) -> dict[str, Any]:
+        """Return the feature "label"."""
         return {"label": tfds.features.ClassLabel(names=list(self._names.values()))}
 
     def description(self) -> str:
+        """Return one sentence that names the input files."""
         return f"Images of {len(self._names)} classes of Open Images, built from {self._origin}."
 
 
 def read_classes(path: Path) -> dict[str, str]:
-    """Returns the name of each label, as {"/m/0bt9lr": "Dog"}; older files have no header.
+    """Return the name of each class, as {"/m/0bt9lr": "Dog"}; older files have no header.
 
     Raises:
-        UserError: no such file, or another form.
+        UserError: the file is missing or has another form.
     """
     rows = list(_rows(path))
     if not rows or any(len(row) != 2 for row in rows) or not rows[-1][0].startswith("/"):
@@ -142,16 +153,16 @@ def read_classes(path: Path) -> dict[str, str]:
 def read_labels(
     path: Path, images: set[str], confidence: float, classes: Mapping[str, str]
 ) -> dict[str, dict[str, float]]:
-    """Returns the labels of these images with their confidence, as {image: {label: 1.0}}.
+    """Return the labels of images with their confidence, as {image: {label: 1.0}}.
 
     Args:
         path: a file of labels.
-        images: ids; the others of the millions of images are passed over.
-        confidence: the least.
-        classes: labels that count.
+        images: ids of the images; the files list millions of others, which are skipped.
+        confidence: minimum confidence.
+        classes: the labels to read.
 
     Raises:
-        UserError: no such file, or another form.
+        UserError: the file is missing or has another form.
     """
     rows = _rows(path)
     header = next(rows, [])
@@ -173,6 +184,7 @@ def read_labels(
 
 
 def _rows(path: Path) -> Iterator[Sequence[str]]:
+    """Yield the rows of a CSV, plain or gzipped."""
     try:
         with (gzip.open if path.suffix == ".gz" else open)(
             path, "rt", encoding="utf-8", newline=""
@@ -183,6 +195,7 @@ def _rows(path: Path) -> Iterator[Sequence[str]]:
 
 
 def _best(labels: Mapping[str, float], counts: Mapping[str, int]) -> str:
+    """Return the label with the highest confidence, then the lowest count."""
     return min(labels, key=lambda label: (-labels[label], counts[label], label))
 
 

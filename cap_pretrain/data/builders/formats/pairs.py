@@ -1,4 +1,4 @@
-"""What formats have in common that are read as a stream: images with captions, one at a time."""
+"""Shared parts of formats that are read as a stream of image-caption pairs."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -11,48 +11,57 @@ from cap_pretrain.data.builders.candidates import Candidate
 from cap_pretrain.data.builders.units import Part
 
 
-class Pairs(base.ImageDataset, skip_registration=True):
-    """Images with captions that are read as they are written, and never all in memory."""
+class Pairs(base.ImageDataset):
+    """Images with captions, of which only a few are in memory at a time.
+
+    Args:
+        parts: the parts that hold the candidates, by split.
+        origin: names of the input files, for the description.
+        **kwargs: arguments of `ImageDataset`.
+    """
 
     def __init__(self, parts: Mapping[str, Sequence[Part]], origin: str, **kwargs: Any):
-        """`parts` hold the candidates of each split."""
         self._parts, self._origin = parts, origin
         super().__init__(**kwargs)
 
     def splits(self) -> dict[str, None]:
+        """Return None by split: the number of candidates is not known in advance."""
         return dict.fromkeys(self._parts)
 
     def parts(self, split: str) -> Sequence[Part]:
+        """Return the parts of a split."""
         return self._parts[split]
 
     def features(self) -> dict[str, Any]:
+        """Return the feature "captions"."""
         return {"captions": tfds.features.Sequence(tfds.features.Text())}
 
     def description(self) -> str:
+        """Return one sentence that names the input files."""
         return f"Images with captions, built from {self._origin}."
 
 
 def pair_id(url: str, captions: Sequence[str]) -> str:
-    """The id of an image by its URL and captions: the same, whichever way both were stored.
+    """Return an id made of an image's URL and captions, the same for every input format.
 
-    Captions belong to it, as lists of URLs have some twice, with other words.
+    The captions are included because lists of URLs contain some URLs twice, with other captions.
     """
     return hashlib.sha256("\n".join([url.strip(), *captions]).encode()).hexdigest()[:20]
 
 
 def candidate(
-    id: str,
+    example_id: str,
     file: str,
     captions: Sequence[str],
     read: Callable[[], bytes],
     problem: str = "",
     fields: Mapping[str, Any] | None = None,
 ) -> Candidate:
-    """An image with captions; one without any is dropped."""
+    """Return a candidate with captions, marked as dropped if there are none; see `Candidate`."""
     problem = problem or ("" if captions else "without captions")
-    return Candidate(id, file, read, {"captions": list(captions)}, problem, fields or {})
+    return Candidate(example_id, file, read, {"captions": list(captions)}, problem, fields or {})
 
 
-def lost(id: str, file: str, problem: str) -> Candidate:
-    """Something that is not understood as an example, for the report."""
-    return candidate(id, file, (), bytes, problem)
+def dropped(example_id: str, file: str, problem: str) -> Candidate:
+    """Return a dropped candidate for input that is not a valid example, for the report."""
+    return candidate(example_id, file, (), bytes, problem)

@@ -1,11 +1,11 @@
-"""Tables with a row a caption: TSV, CSV or Parquet, with the images in files or in the table."""
+"""Tables with a row per caption: TSV, CSV or Parquet, with images in files or in the table."""
 
 import argparse
 import dataclasses
 import functools
 import hashlib
 import itertools
-import os
+import posixpath
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -33,34 +33,35 @@ def _crc32(url: str) -> int:
 
 
 NAMES: dict[str, Callable[[int, str], str]] = {
-    "row": lambda row, url: str(row),
-    "crc32": lambda row, url: str(_crc32(url)),
+    "row": lambda row, _url: str(row),
+    "crc32": lambda _row, url: str(_crc32(url)),
     "row_crc32": lambda row, url: f"{row}_{_crc32(url)}",
-    "md5": lambda row, url: hashlib.md5(url.encode(), usedforsecurity=False).hexdigest(),
-    "sha256": lambda row, url: hashlib.sha256(url.encode()).hexdigest(),
+    "md5": lambda _row, url: hashlib.md5(url.encode(), usedforsecurity=False).hexdigest(),
+    "sha256": lambda _row, url: hashlib.sha256(url.encode()).hexdigest(),
 }
-"""How downloaders call the image of a row (from 0) with a URL, apart from its suffix."""
+"""Naming schemes of downloaders: (row number from 0, URL) -> file name without suffix."""
 
 NAMES_HELP = (
-    "row: the number of its row from 0, with or without leading zeros, as by img2dataset with "
-    "10,000 images a shard; crc32: that of its URL, as a decimal; row_crc32: both with _ between, "
-    "as by DownloadConceptualCaptions; md5, sha256: those of its URL, hexadecimal"
+    "row: its row number from 0, with or without leading zeros, as by img2dataset with 10,000 "
+    "images per shard; crc32: the CRC-32 of its URL, decimal; row_crc32: both joined by _, as by "
+    "DownloadConceptualCaptions; md5, sha256: the hash of its URL, hexadecimal"
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """What the columns of a table are.
+    """The columns of a table and their meaning.
 
     Attributes:
-        caption: those of captions.
-        image: names of images, or their bytes, or both as Hugging Face's datasets have them.
-        url: of URLs; it may be missing.
-        id: of ids; "": an example has that of its URL (`pairs.pair_id`), else the name of its
-            image, else the number of its row.
-        named_by: how image files are called: a key of NAMES; "path": by column `image`; "stem": by
-            that without suffix.
-        names: of all columns, if there is no header.
+        caption: the columns of captions.
+        image: the column of image names, or of their bytes, or of both in a struct as in datasets
+            of Hugging Face.
+        url: the column of URLs; it may be missing.
+        id: the column of ids; "": the id is made of URL and captions (`pairs.pair_id`); without a
+            URL it is the image's name, or else the row number.
+        named_by: how image files are named: a key of NAMES; "path": by the column `image`; "stem":
+            by that column, without suffix.
+        names: the names of all columns, if there is no header.
     """
 
     caption: Sequence[str] = ("caption",)
@@ -72,16 +73,16 @@ class Columns:
 
     @property
     def needed(self) -> tuple[str, ...]:
-        """The columns that a table must have."""
+        """The columns that the table must have."""
         image = self.url if self.named_by in NAMES else self.image
         return (*self.caption, image, *([self.id] if self.id else ()))
 
     def key(self, base_name: str) -> str | None:
-        """What a file is called by, as `Finder` asks."""
+        """Return the name by which the table refers to an image file, for `Finder`."""
         if self.named_by == "path":
             return base_name
-        stem, suffix = os.path.splitext(base_name)
-        if suffix and suffix.lower() not in IMAGE_SUFFIXES:  # captions next to their images
+        stem, suffix = posixpath.splitext(base_name)
+        if suffix and suffix.lower() not in IMAGE_SUFFIXES:  # such as captions beside their images
             return None
         return _without_zeros(stem) if self.named_by == "row" else stem
 
@@ -90,8 +91,19 @@ def _without_zeros(number: str) -> str:
     return number.lstrip("0") or "0"
 
 
-class Dataset(pairs.Pairs, skip_registration=True):
-    """Images with captions in tables."""
+class Dataset(pairs.Pairs):
+    """Images with captions in tables.
+
+    Args:
+        tables: a file or folder of files by split.
+        images: a folder or zip by split; the images of "" serve all other splits. Empty if the
+            tables hold the images.
+        columns: the columns of the tables.
+        **kwargs: arguments of `ImageDataset`.
+
+    Raises:
+        UserError: a file is missing or invalid, or lacks a column.
+    """
 
     def __init__(
         self,
@@ -100,33 +112,26 @@ class Dataset(pairs.Pairs, skip_registration=True):
         columns: Columns,
         **kwargs: Any,
     ):
-        """`tables` are by split: files, or folders of them.
-
-        `images` are folders or zips by split; those of "" serve all other splits. There may be
-        none, if the tables hold the images.
-
-        Raises:
-            UserError: files that are missing or not understood, or lack a column.
-        """
         own = parts(tables, images, columns, "--tables")
         super().__init__(own, ", ".join(path.name for path in tables.values()), **kwargs)
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
+        """Declare the options of the tables, their columns and the images."""
         what = "TSV, CSV (also .gz) or Parquet, or a folder of them; without SPLIT= it is train"
         annotated.add_paths(parser, "--tables", what)
         what = f"{annotated.IMAGES_HELP}; not needed if they are in the tables"
         annotated.add_paths(parser, "--images", what, required=False)
         what = "columns of captions; default: caption"
         parser.add_argument("--caption", nargs="+", default=("caption",), help=what)
-        what = "column of the images' names or bytes; default: image"
+        what = "column of image names or bytes; default: image"
         parser.add_argument("--image", default="image", help=what)
         what = "column of URLs, which may be missing; default: url"
         parser.add_argument("--url", default="url", help=what)
-        what = "column of ids; default: they are made of URL and captions, or of the image's name"
+        what = "column of ids; default: made of URL and captions, or the name of the image"
         parser.add_argument("--id", default="", help=what)
         what = (
-            "how image files are called. path: by column --image; stem: by that, without suffix; "
+            "how image files are named. path: by column --image; stem: likewise, without suffix; "
         )
         choices = ("path", "stem", *NAMES)
         parser.add_argument("--named_by", default="path", choices=choices, help=what + NAMES_HELP)
@@ -135,6 +140,7 @@ class Dataset(pairs.Pairs, skip_registration=True):
 
     @classmethod
     def from_arguments(cls, args: argparse.Namespace, **kwargs: Any) -> "Dataset":
+        """Construct the builder from parsed options."""
         tables = by_split("--tables", args.tables, default="train")
         images = by_split("--images", args.images or (), default="")
         columns = {field.name: getattr(args, field.name) for field in dataclasses.fields(Columns)}
@@ -144,9 +150,15 @@ class Dataset(pairs.Pairs, skip_registration=True):
 def parts(
     tables: Mapping[str, Path], images: Mapping[str, Path], columns: Columns, flag: str
 ) -> dict[str, list[Part]]:
-    """The tables of each split; `flag` names them, for messages. See `Dataset`.
+    """Return the parts of each split: one per table if tables hold images, else one in all.
 
-    Those that hold their images are read one by one, as to pass over images takes time.
+    Skipping rows is slow if they hold images, so such a table is never divided into units.
+
+    Args:
+        tables: see `Dataset`.
+        images: see `Dataset`.
+        columns: see `Dataset`.
+        flag: the option of the tables, for messages.
     """
     files = {split: table_files(path) for split, path in tables.items()}
     for path in itertools.chain(*files.values()):
@@ -166,20 +178,27 @@ def _part_of_names(files: Sequence[Path], finder: Finder, columns: Columns) -> P
 
 
 def _parts_with_images(files: Sequence[Path], columns: Columns) -> list[Part]:
-    first, own = 0, []
+    first, found = 0, []
     for path in files:
         read = functools.partial(candidates, [path], Finder([]), columns, first)
-        own.append(Part(read, source=path))
+        found.append(Part(read, source=path))
         first += count_rows(path)
-    return own
+    return found
 
 
 def candidates(
     files: Sequence[Path], finder: Finder, columns: Columns, first: int = 0
 ) -> Iterator[Candidate]:
-    """Yields an example for each row; rows of one id that follow each other are one.
+    """Yield the candidates of tables.
 
-    Those with a URL never are: their captions are part of the id. Rows are numbered from `first`.
+    Consecutive rows with the same id or image become one candidate with several captions. Rows with
+    a URL are never merged, since their captions are part of the id.
+
+    Args:
+        files: the tables.
+        finder: where to find image files.
+        columns: the columns of the tables.
+        first: number of the first row.
     """
     rows = enumerate((row for path in files for row in read_rows(path, columns.names)), first)
     for _, group in itertools.groupby(rows, functools.partial(_image_of, columns)):
@@ -187,7 +206,7 @@ def candidates(
 
 
 def _image_of(columns: Columns, numbered: Numbered) -> str | int:
-    """What rows of one example have in common."""
+    """Return a key that is equal for rows of the same example."""
     number, row = numbered
     if row and columns.id:
         return str(row[columns.id])
@@ -196,9 +215,10 @@ def _image_of(columns: Columns, numbered: Numbered) -> str | int:
 
 
 def _candidate(group: Sequence[Numbered], finder: Finder, columns: Columns) -> Candidate:
+    """Return the candidate made of a group of rows."""
     number, row = group[0]
     if not row:
-        return pairs.lost(f"row {number}", f"row {number}", "not a row")
+        return pairs.dropped(f"row {number}", f"row {number}", "not a row")
     url = str(row.get(columns.url) or "").strip()
     cells = (own.get(name) for _, own in group for name in columns.caption)
     captions = [text for cell in cells for text in annotated.texts(cell)]
@@ -210,7 +230,7 @@ def _candidate(group: Sequence[Numbered], finder: Finder, columns: Columns) -> C
     file = image if isinstance(image, str) else f"row {number}"
     found = _image_of(columns, group[0])
     return pairs.candidate(
-        id=pairs.pair_id(url, captions) if url and not columns.id else str(found),
+        example_id=pairs.pair_id(url, captions) if url and not columns.id else str(found),
         file=file,
         captions=captions,
         read=(lambda: image) if isinstance(image, bytes) else lambda: finder.read(file),

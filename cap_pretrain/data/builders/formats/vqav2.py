@@ -1,6 +1,7 @@
 """VQAv2: questions about images of COCO with ten answers each, in the files of visualqa.org.
 
-Goyal et al. 2017 (arXiv 1612.00837), https://visualqa.org/download.html. OK-VQA's are the same.
+Goyal et al. 2017 (arXiv 1612.00837), https://visualqa.org/download.html. OK-VQA has
+the same format.
 """
 
 import argparse
@@ -18,8 +19,15 @@ from cap_pretrain.errors import UserError
 _WHAT = "one of VQAv2's"
 
 
-class Dataset(annotated.Questions, skip_registration=True):
-    """Questions with the answers of ten people; kinds are yes/no, number, other."""
+class Dataset(annotated.Questions):
+    """Questions with the answers of ten people; labels are the types yes/no, number and other.
+
+    Args:
+        questions: a file by split.
+        annotations: a file of answers by split, for splits whose answers are public.
+        images: a folder or zip by split; the images of "" serve all other splits.
+        **kwargs: arguments of `ImageDataset`.
+    """
 
     HOMEPAGE = "https://visualqa.org"
 
@@ -30,7 +38,6 @@ class Dataset(annotated.Questions, skip_registration=True):
         images: Mapping[str, Path],
         **kwargs: Any,
     ):
-        """All are by split. The images of "" serve all other splits; answers may be missing."""
         for split in set(annotations) - set(questions):
             raise UserError(f"--questions: none for split {split!r}; add {split}=FILE.json.")
         super().__init__(
@@ -42,6 +49,7 @@ class Dataset(annotated.Questions, skip_registration=True):
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
+        """Declare --questions, --annotations and --images."""
         what = "v2_OpenEnded_mscoco_…_questions.json, also as .gz; without SPLIT= it is train"
         annotated.add_paths(parser, "--questions", what)
         what = "v2_mscoco_…_annotations.json of the splits whose answers are public"
@@ -50,6 +58,7 @@ class Dataset(annotated.Questions, skip_registration=True):
 
     @classmethod
     def from_arguments(cls, args: argparse.Namespace, **kwargs: Any) -> "Dataset":
+        """Construct the builder from parsed options."""
         return cls(
             by_split("--questions", args.questions, default="train"),
             by_split("--annotations", args.annotations or (), default="train"),
@@ -59,19 +68,23 @@ class Dataset(annotated.Questions, skip_registration=True):
 
 
 def image_number(name: str) -> str:
-    """COCO_train2014_000000458752.jpg -> "458752", by which questions call it."""
+    """Return the id by which questions refer to an image file.
+
+    COCO_train2014_000000458752.jpg gives "458752".
+    """
     found = re.search(r"(\d+)\.\w+$", name)
     return str(int(found[1])) if found else ""
 
 
 def read_questions(path: Path, annotations: Path | None) -> list[Entry]:
-    """Reads a file of questions and the one of their answers, plain or gzipped.
+    """Read a file of questions and the file of their answers, plain or gzipped.
 
     Returns:
-        The questions in the order of the file, then answers to what is not asked.
+        The questions in the order of the file. At the end, entries for answers whose question is
+        not in the file.
 
     Raises:
-        UserError: no such file, no JSON, of another form.
+        UserError: a file is missing, is not JSON, or has another form.
     """
     answers: dict[str, tuple[list[str], str]] = {}
     if annotations:

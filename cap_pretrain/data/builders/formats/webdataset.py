@@ -1,7 +1,7 @@
-"""WebDataset: tars of images, captions and json, members of one example named alike; img2dataset's.
+"""WebDataset: tars in which the image, caption and JSON of an example share a name but the suffix.
 
-https://github.com/webdataset/webdataset; img2dataset writes KEY.jpg, KEY.txt with the caption, and
-KEY.json with url, caption, width and more.
+https://github.com/webdataset/webdataset. The tars of img2dataset hold KEY.jpg, KEY.txt with the
+caption, and KEY.json with url, caption, width and more.
 """
 
 import argparse
@@ -16,34 +16,43 @@ from cap_pretrain.data.builders.arguments import by_split
 from cap_pretrain.data.builders.candidates import Candidate
 from cap_pretrain.data.builders.files import IMAGE_SUFFIXES
 from cap_pretrain.data.builders.formats import annotated, pairs
-from cap_pretrain.data.builders.tars import CutOff, read_members
+from cap_pretrain.data.builders.tars import CutOffError, read_members
 from cap_pretrain.data.builders.units import Part
 from cap_pretrain.errors import UserError
 
 _TARS = (".tar", ".tar.gz", ".tgz")
 
 
-class Dataset(pairs.Pairs, skip_registration=True):
-    """Images with captions out of tars, read once from the first byte to the last."""
+class Dataset(pairs.Pairs):
+    """Images with captions from tars, each read once and sequentially.
+
+    Args:
+        shards: a tar, or a folder of tars, by split.
+        **kwargs: arguments of `ImageDataset`.
+
+    Raises:
+        UserError: there is no tar.
+    """
 
     HOMEPAGE = "https://github.com/webdataset/webdataset"
 
     def __init__(self, shards: Mapping[str, Path], **kwargs: Any):
-        """`shards` are by split: a tar, or a folder of them. Raises UserError if there is none."""
         super().__init__(parts(shards), ", ".join(path.name for path in shards.values()), **kwargs)
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
-        what = "a tar, also .gz, or a folder of them; without SPLIT= it is train"
+        """Declare --shards."""
+        what = "a tar, also .gz, or a folder of tars; without SPLIT= it is train"
         annotated.add_paths(parser, "--shards", what)
 
     @classmethod
     def from_arguments(cls, args: argparse.Namespace, **kwargs: Any) -> "Dataset":
+        """Construct the builder from parsed options."""
         return cls(by_split("--shards", args.shards, default="train"), **kwargs)
 
 
 def parts(shards: Mapping[str, Path]) -> dict[str, list[Part]]:
-    """The tars of each split. See `Dataset`."""
+    """Return a part for each tar, by split; see `Dataset`."""
     return {
         split: [
             Part(functools.partial(candidates, shard, tar), source=tar)
@@ -54,10 +63,10 @@ def parts(shards: Mapping[str, Path]) -> dict[str, list[Part]]:
 
 
 def tars(path: Path) -> dict[str, Path]:
-    """Returns a tar, or those of a folder in alphabetical order, by name without suffix.
+    """Return a tar, or the tars of a folder in alphabetical order, by name without suffix.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no tar.
     """
     if path.is_file():
         return {path.name.partition(".")[0]: path}
@@ -69,30 +78,36 @@ def tars(path: Path) -> dict[str, Path]:
 
 
 def candidates(shard: str, path: Path) -> Iterator[Candidate]:
-    """Yields an example for each key of a tar, and one that is lost if it ends early.
+    """Yield a candidate for each key of a tar, and a dropped one if the tar ends early.
 
-    Ids are those of URL and captions where the json has a URL, so that it does not matter in which
-    shard an image is; else SHARD/KEY.
+    Args:
+        shard: name of the tar, for ids.
+        path: the tar.
+
+    Yields:
+        Candidates in order. If the JSON of an example has a URL, the id is `pairs.pair_id`, which
+        does not depend on the shard; else it is SHARD/KEY.
     """
     key = "its start"
     try:
         for key, found in _examples(path):
             yield _candidate(f"{shard}/{key}", found)
-    except CutOff as error:
+    except CutOffError as error:
         file = f"{path.name} after {key} ({error})"
-        yield pairs.lost(shard, file, "rest of a tar that is cut off")
+        yield pairs.dropped(shard, file, "rest of a tar that is cut off")
 
 
 def _examples(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Yields key and files, by suffix, of each example; raises CutOff after the last."""
-    key, found = "", {}
+    """Yield the key of each example and its files by suffix; may raise CutOffError at the end."""
+    key = ""
+    found: dict[str, bytes] = {}
     try:
         for own, suffix, data in _members(path):
             if found and own != key:
                 yield key, found
                 found = {}
             key, found[suffix] = own, data
-    except CutOff:
+    except CutOffError:
         if found:
             yield key, found
         raise
@@ -101,7 +116,7 @@ def _examples(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
 
 
 def _members(path: Path) -> Iterator[tuple[str, str, bytes]]:
-    """Yields (key, suffix, content) of the files that are not hidden."""
+    """Yield (key, suffix, content) of the files that are not hidden."""
     for name, data in read_members(path):
         folder, base_name = posixpath.split(name)
         stem, _, suffix = base_name.partition(".")
@@ -110,21 +125,22 @@ def _members(path: Path) -> Iterator[tuple[str, str, bytes]]:
 
 
 def _candidate(name: str, found: Mapping[str, bytes]) -> Candidate:
+    """Return the candidate made of an example's files by suffix."""
     try:
-        about = json.loads(found.get(".json", b"{}"))
+        metadata = json.loads(found.get(".json", b"{}"))
     except ValueError:
-        return pairs.lost(name, name, "broken json")
-    about = about if isinstance(about, dict) else {}
+        return pairs.dropped(name, name, "broken json")
+    metadata = metadata if isinstance(metadata, dict) else {}
     images = [suffix for suffix in found if suffix in IMAGE_SUFFIXES]
     if not images:
-        return pairs.lost(name, name, "without image")
+        return pairs.dropped(name, name, "without image")
     text = found.get(".txt", b"").decode("utf-8", "replace")
-    captions = annotated.texts([text]) or annotated.texts(about.get("caption"))
-    url = about.get("url")
+    captions = annotated.texts([text]) or annotated.texts(metadata.get("caption"))
+    url = metadata.get("url")
     return pairs.candidate(
-        id=pairs.pair_id(url, captions) if url and isinstance(url, str) else name,
+        example_id=pairs.pair_id(url, captions) if url and isinstance(url, str) else name,
         file=name + images[0],
         captions=captions,
         read=lambda: found[images[0]],
-        fields=about,
+        fields=metadata,
     )
