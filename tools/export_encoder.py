@@ -43,12 +43,14 @@ def write(workdir: Path, step: int | None, out: Path) -> str:
         card.write_card(
             folder / "README.md",
             config,
-            step=step,
-            parameters=sum(array.size for array in encoder.values()),
-            averaged=averaged,
-            evaluations=card.read_evaluations(workdir, step),
-            dual="" if left_out else DUAL,
-            left_out=left_out,
+            card.Exported(
+                step=step,
+                parameters=sum(array.size for array in encoder.values()),
+                averaged=averaged,
+                evaluations=card.read_evaluations(workdir, step),
+                dual="" if left_out else DUAL,
+                left_out=left_out,
+            ),
         )
     of = "averaged parameters" if averaged else "parameters"
     told = f"wrote {out}: {of} of the {config.model.name} encoder at step {step}"

@@ -1,9 +1,9 @@
-"""Encoders of other ecosystems, and ours for them.
+"""Import and export of vision encoders in the formats of other libraries.
 
-`open_encoder` reads what others have: folders that `transformers` wrote (CLIP, SigLIP, ViT; what
-tools/export_encoder.py writes is a SigLIP), checkpoints in the layout of OpenAI's CLIP, and ResNets
-and AlexNet under torchvision's names, such as VISSL's. Each ecosystem has a file with a table of
-names. Nothing is downloaded and no pickle is executed.
+`open_encoder` reads folders that `transformers` wrote (CLIP, SigLIP, ViT; tools/export_encoder.py
+writes SigLIP), checkpoints in the layout of OpenAI's CLIP, and ResNets and AlexNet under
+torchvision's names, such as VISSL's. Each of these has a module with a table of names. Nothing is
+downloaded, and no pickle is executed.
 """
 
 from pathlib import Path
@@ -17,18 +17,23 @@ __all__ = ["Pretrained", "open_encoder"]
 
 
 def open_encoder(path: str | Path) -> Pretrained:
-    """Reads a vision encoder.
+    """Read a vision encoder.
 
     Args:
-      path: a folder with config.json and model.safetensors (or its shards with their index, or
-        pytorch_model.bin) of a CLIP, SigLIP or ViT of `transformers`, or of its vision part alone;
-        a folder with open_clip_config.json and open_clip_model.safetensors (or
-        open_clip_pytorch_model.bin); a file in OpenAI's layout or with a state dict of a ResNet or
-        AlexNet under torchvision's names, .safetensors, .pt or .pth; a folder with such a file.
+        path: one of
+
+            - a folder with config.json and model.safetensors (or shards with their index, or
+              pytorch_model.bin) of a CLIP, SigLIP or ViT of `transformers`, or of its vision model
+              alone;
+            - a folder with open_clip_config.json and open_clip_model.safetensors (or
+              open_clip_pytorch_model.bin);
+            - a file (.safetensors, .pt or .pth) in the layout of OpenAI's CLIP, or with the state
+              dict of a ResNet or AlexNet under torchvision's names;
+            - a folder with one such file.
 
     Raises:
-      UserError: there is no such thing; it is none of these; weights are missing or unknown (which
-        is told by name); a file would have to execute code to be read.
+        UserError: the path does not exist or is none of these; weights are missing or unknown,
+            which the message names; or reading a file would execute code.
     """
     path = Path(path)
     for config, opens in (
@@ -41,7 +46,7 @@ def open_encoder(path: str | Path) -> Pretrained:
     if len(files) == 1:
         weights = open_file(files[0])
         return torchvision.read(weights) or openai.read(weights)
-    found = "has neither a" if path.is_dir() else "is no file, nor a folder with a"
+    found = "has neither a" if path.is_dir() else "is not a file, nor a folder with a"
     raise UserError(
         f"{path}: {found} {huggingface.CONFIG} of transformers, an {openai.CONFIG} or one file of "
         "weights. Nothing is downloaded here: fetch the encoder first and give its path."

@@ -1,10 +1,12 @@
-"""The model card of an exported encoder: what it is, how to load it, how it was trained and judged.
+"""The model card of an exported encoder: how to load it, and how it was trained and evaluated.
 
-It is made to be published, so it names no folders of the machine it was made on.
+The card is meant to be published, so it contains no folder names of the machine it was written on.
 """
 
+import dataclasses
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,11 @@ from ml_collections import ConfigDict
 
 from cap_pretrain.convert.weights import read_json
 
-# Parts of a config that say where and how a run went, not what was learned.
+# Parts of a config that concern the machine and the logging, not the training itself.
 _NOT_SHOWN = ("checkpoint", "log", "eval", "evals", "mesh", "deterministic", "encoder")
 _NOT_SHOWN_OF_DATA = ("dir", "workers", "eval_split")
 
-# An absolute path, one from a home or parent folder, or the part of a URL behind the scheme.
+# An absolute path, one relative to a home or parent folder, or a URL after its scheme.
 _FOLDERS = re.compile(r"(?:(?<=^)|(?<=[\s:+,;=('\"]))(?:~\w*|\.{1,2})?/(?:[^\s:+,;)'\"/]*/)*")
 
 _POOLED = {
@@ -25,37 +27,42 @@ _POOLED = {
 }
 
 
-def write_card(
-    path: Path,
-    config: ConfigDict,
-    *,
-    step: int,
-    parameters: int,
-    averaged: bool,
-    evaluations: dict[str, dict[str, Any]],
-    dual: str,
-    left_out: str,
-) -> None:
-    """Writes a README.md in the form of the Hugging Face hub.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Exported:
+    """An export, as far as the card describes it.
+
+    Attributes:
+        step: training step of the checkpoint.
+        parameters: number of parameters of the encoder.
+        averaged: whether they are the moving average of the trained parameters.
+        evaluations: results by evaluation, from `read_evaluations`.
+        dual: the folder of the SiglipModel inside the export; "" if there is none.
+        left_out: what could not be exported, and why; "" if nothing.
+    """
+
+    step: int
+    parameters: int
+    averaged: bool
+    evaluations: Mapping[str, Mapping[str, Any]]
+    dual: str
+    left_out: str
+
+
+def write_card(path: Path, config: ConfigDict, exported: Exported) -> None:
+    """Write a README.md in the form of the Hugging Face hub.
 
     Args:
-      path: where to.
-      config: of the run.
-      step: of the checkpoint.
-      parameters: how many the encoder has.
-      averaged: whether they are the moving average of those trained.
-      evaluations: from `read_evaluations`.
-      dual: the folder of the SiglipModel beside the vision model; "" if there is none.
-      left_out: what could not be exported, and why; "" if nothing.
+        path: the file to write.
+        config: config of the run.
+        exported: what was exported.
     """
     name, side = config.model.name, config.data.image_size
-    learned = json.dumps(_shown(config), indent=2)
     paragraphs = [
         "---\nlibrary_name: transformers\npipeline_tag: image-feature-extraction\n---",
         f"# ViT-{name}, pretrained by cap_pretrain",
-        f"A vision encoder ({parameters:,} parameters, images of {side} x {side}) from step "
-        f"{step:,} of a run with the learner `{config.learner.name}`"
-        + (", the moving average of its parameters." if averaged else "."),
+        f"A vision encoder ({exported.parameters:,} parameters, images of {side} x {side}) from "
+        f"step {exported.step:,} of a run with the learner `{config.learner.name}`"
+        + (", the moving average of its parameters." if exported.averaged else "."),
         "```python\nfrom transformers import AutoImageProcessor, SiglipVisionModel\n\n"
         "processor = AutoImageProcessor.from_pretrained(FOLDER)\n"
         "model = SiglipVisionModel.from_pretrained(FOLDER)\n"
@@ -63,41 +70,47 @@ def write_card(
         f"Tokens of the patches: `outputs.last_hidden_state`. The pooled vector that the run's own "
         f"evaluations used: {_POOLED[config.model.pool]}. In cap_pretrain it is "
         "`--config.encoder=FOLDER`. The processor interpolates where the run averaged areas, so "
-        "pixels differ a little.",
+        "pixels differ slightly.",
     ]
-    if dual:
-        probabilities = (
-            "`logits_per_image.softmax(-1)` over the texts"
-            if config.learner.contrast == "softmax"
-            else "`logits_per_image.sigmoid()`"
-        )
-        paragraphs += [
-            "## Images and texts",
-            f"```python\nfrom transformers import AutoProcessor, SiglipModel\n\n"
-            f'processor = AutoProcessor.from_pretrained(FOLDER, subfolder="{dual}")\n'
-            f'model = SiglipModel.from_pretrained(FOLDER, subfolder="{dual}")\n'
-            'inputs = processor(images=image, text=texts, padding="max_length", truncation=True, '
-            'return_tensors="pt")\noutputs = model(**inputs)\n```',
-            f"Probabilities: {probabilities}. The padding is part of what the text tower reads, so "
-            "it has to be there. `tokenizer.json` gives the ids of the training; the class "
-            "`SiglipTokenizer` would not, since it removes punctuation.",
-        ]
-    if left_out:
-        paragraphs += [f"Not in here: {left_out}."]
-    if evaluations:
-        paragraphs += [f"## Figures at step {step:,}", _table(evaluations)]
-    paragraphs += ["## Training", f"```json\n{learned}\n```"]
+    if exported.dual:
+        paragraphs += _dual_encoder(exported.dual, config.learner.contrast)
+    if exported.left_out:
+        paragraphs += [f"Not included: {exported.left_out}."]
+    if exported.evaluations:
+        paragraphs += [f"## Metrics at step {exported.step:,}", _table(exported.evaluations)]
+    training = json.dumps(_shown(config), indent=2)
+    paragraphs += ["## Training", f"```json\n{training}\n```"]
     path.write_text("\n\n".join(paragraphs) + "\n", encoding="utf-8")
 
 
+def _dual_encoder(folder: str, contrast: str) -> list[str]:
+    """Return the paragraphs about the SiglipModel in `folder`."""
+    probabilities = (
+        "`logits_per_image.softmax(-1)` over the texts"
+        if contrast == "softmax"
+        else "`logits_per_image.sigmoid()`"
+    )
+    return [
+        "## Images and texts",
+        f"```python\nfrom transformers import AutoProcessor, SiglipModel\n\n"
+        f'processor = AutoProcessor.from_pretrained(FOLDER, subfolder="{folder}")\n'
+        f'model = SiglipModel.from_pretrained(FOLDER, subfolder="{folder}")\n'
+        'inputs = processor(images=image, text=texts, padding="max_length", truncation=True, '
+        'return_tensors="pt")\noutputs = model(**inputs)\n```',
+        f"Probabilities: {probabilities}. The padding is required, since the text tower treats it "
+        "like any other token. `tokenizer.json` gives the token ids of the training; the class "
+        "`SiglipTokenizer` would not, since it removes punctuation.",
+    ]
+
+
 def read_evaluations(workdir: Path, step: int) -> dict[str, dict[str, Any]]:
-    """The results in `evals/NAME/STEP.json` by the name of the evaluation."""
+    """Return the results of `evals/NAME/STEP.json` by the name of the evaluation."""
     found = sorted((workdir / "evals").glob(f"*/{step}.json"))
     return {path.parent.name: read_json(path) for path in found}
 
 
 def without_folders(value: Any) -> Any:
-    """Text, or the texts in anything that is JSON, with paths cut down to the last part."""
+    """Return JSON-like data with paths in its texts reduced to their last part."""
     if isinstance(value, dict):
         return {k: without_folders(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -106,14 +119,15 @@ def without_folders(value: Any) -> Any:
 
 
 def _shown(config: ConfigDict) -> dict[str, Any]:
+    """Return the part of a config that the card shows."""
     shown = {k: v for k, v in config.to_dict().items() if k not in _NOT_SHOWN}
     shown["data"] = {k: v for k, v in shown["data"].items() if k not in _NOT_SHOWN_OF_DATA}
     return without_folders(shown)
 
 
-def _table(evaluations: dict[str, dict[str, Any]]) -> str:
-    """One row an evaluation: fractional numbers are its figures, whole ones are counts."""
-    rows = ["| evaluation | data | figures | counts | protocol |", "|---|---|---|---|---|"]
+def _table(evaluations: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return a table with a row per evaluation: floats are its metrics, integers its counts."""
+    rows = ["| evaluation | data | metrics | counts | protocol |", "|---|---|---|---|---|"]
     for name, result in evaluations.items():
         options = result.get("options", {})
         data = (result.get(k) or options.get(o) for k, o in (("dataset", "data"), ("split",) * 2))

@@ -1,4 +1,4 @@
-"""An encoder that was made elsewhere, and how a ViT becomes ours."""
+"""Encoders imported from elsewhere, and the conversion of ViTs."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -14,24 +14,26 @@ from cap_pretrain.models.layers import Compute
 from cap_pretrain.models.sizes import SIZES, Size
 from cap_pretrain.models.vit import Options, ViT
 
-# Of pixels in [0, 1], what makes them values in [-1, 1], as our models take them.
+# Mean and standard deviation that map pixels in [0, 1] to [-1, 1], the input of our models.
 OURS = ((0.5,) * 3, (0.5,) * 3)
 
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """An encoder that was made elsewhere.
+    """An encoder imported from elsewhere.
 
     Attributes:
-      model: fields of `config.model` with which `build_encoder` makes it; others have defaults.
-      image_size: side in pixels of the images it was made for, a multiple of its patch size; None
-        if it takes any.
-      mean, std: of red, green and blue in [0, 1]: what its own preprocessing subtracts and divides
-        by. Ours does so itself, and takes values in [-1, 1]: a ViT by its patch embedding in
-        `params`.
-      params: nested dict of float32 arrays.
-      source: what it was, for people.
-      stats: other variables, as `params`.
+        model: the fields of `config.model` from which `build_encoder` builds it, other than
+            defaults.
+        image_size: side of its training images in pixels, a multiple of the patch size; None if it
+            takes any size.
+        mean: per-channel (RGB) mean that its own preprocessing subtracts from pixels in [0, 1].
+        std: per-channel standard deviation that its own preprocessing divides by. Our version of
+            the encoder takes pixels in [-1, 1] and includes this normalization: a ViT in the patch
+            embedding of `params`.
+        params: nested dict of float32 arrays.
+        source: what it is, for messages.
+        stats: other variables, nested like `params`.
     """
 
     model: dict[str, Any]
@@ -45,7 +47,7 @@ class Pretrained:
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """The shape of a ViT: see `ViT`."""
+    """The architecture of a ViT; the attributes are arguments of `ViT`."""
 
     size: Size
     patch: int
@@ -53,7 +55,7 @@ class Form:
     options: Options
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each parameter by path."""
+        """Return the shape of each parameter by path."""
 
         def build() -> ViT:
             fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -67,7 +69,7 @@ class Form:
         return f"{size.width} wide, {size.depth} deep, patches of {self.patch}"
 
     def fields(self) -> dict[str, Any]:
-        """The fields of `config.model` that say all this but the image size."""
+        """Return the fields of `config.model` that describe it, except for the image size."""
         name = next((name for name, size in SIZES.items() if size == self.size), None)
         numbers = dataclasses.asdict(self.size)
         if name:
@@ -89,10 +91,19 @@ def assemble(
     std: Iterable[float],
     source: str,
 ) -> Pretrained:
-    """Reads the parameters of a ViT of this form; arguments as for `to_ours` and `Pretrained`.
+    """Read the parameters of a ViT.
+
+    Args:
+        form: its architecture.
+        weights: the torch tensors.
+        table: see `to_ours`.
+        ignored: see `to_ours`.
+        mean: see `Pretrained`.
+        std: see `Pretrained`.
+        source: what it is, for messages.
 
     Raises:
-      UserError: as `to_ours`.
+        UserError: the weights do not fit; see `to_ours`.
     """
     flat = to_ours(weights, table, form.shapes(), ignored)
     mean, std = tuple(mean), tuple(std)
@@ -116,15 +127,20 @@ def assemble(
 def fold_normalization(
     kernel: np.ndarray, bias: np.ndarray, mean: Iterable[float], std: Iterable[float]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Makes a patch embedding of (p - mean) / std, p in [0, 1], one of 2 p - 1.
+    """Fold normalization into a patch embedding, so that it takes pixels in [-1, 1].
 
-    Both are affine, so this is exact but for the rounding of the new numbers to float32, 2^-24 of
-    each. In exchange no encoder needs a normalisation of its own, wherever it goes.
+    The embedding of (p - mean) / std, for pixels p in [0, 1], becomes one of 2 p - 1. Both are
+    affine, so the result is exact except for rounding the new parameters to float32 (a relative
+    error of 2^-24). In return no encoder needs a normalization of its own, wherever it is used.
 
     Args:
-      kernel: [patch * patch * 3, D], channels last.
-      bias: [D].
-      mean, std: of the three channels.
+        kernel: [patch * patch * 3, D], channels last.
+        bias: [D].
+        mean: per channel, 3 numbers.
+        std: per channel, 3 numbers.
+
+    Returns:
+        The new kernel and bias, float32.
     """
     mean, std = (np.array(list(numbers), np.float64) for numbers in (mean, std))
     by_channel = kernel.astype(np.float64).reshape(-1, 3, kernel.shape[-1])
@@ -134,7 +150,7 @@ def fold_normalization(
 
 
 def nested(flat: dict[str, Any]) -> dict[str, Any]:
-    """{"a/b": x} -> {"a": {"b": x}}."""
+    """Return a nested dict of values by path: {"a/b": x} -> {"a": {"b": x}}."""
     tree: dict[str, Any] = {}
     for path, value in flat.items():
         *parents, leaf = path.split("/")

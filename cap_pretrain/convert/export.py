@@ -1,11 +1,11 @@
-"""Our models as folders that `transformers` loads: SiglipVisionModel and SiglipModel.
+"""Export of our models as folders that `transformers` loads: SiglipVisionModel and SiglipModel.
 
-The vision encoder is SigLIP's as it is. A dual encoder is, too, if its images are pooled by the
-mean of the tokens: SiglipModel knows no linear projection of the image vector, but its pooling
-head, attention of one query to the tokens, can be made to compute just that. With query and key
-zero the attention is the mean, the value is the identity, the output projection is ours, and the
-MLP that follows adds zero. After a `map` head, whose last step is such an MLP with a residual
-connection, there is no place for the projection: those leave as a vision encoder alone.
+Our vision encoder is the same as SigLIP's. So is a dual encoder with `pool=gap` (the mean of the
+tokens): SiglipModel lacks a linear projection of the image vector, but its pooling head, attention
+of one query to the tokens, can express it. With query and key zero the attention is the mean; the
+value is the identity; the output projection is ours; and the MLP after it adds zero. A `map` head
+ends in such an MLP with a residual connection, so there is no place for the projection after it:
+with `pool=map` only the vision encoder is exported.
 """
 
 import json
@@ -28,46 +28,46 @@ from cap_pretrain.models.sizes import CONVNETS, parse_name
 Params = Mapping[str, np.ndarray]  # by path
 
 _HIDDEN_ACTS = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
-_BILINEAR = 2  # of PIL, as the image processors of transformers have it in their files
+_BILINEAR = 2  # of PIL, as in the files of image processors
 
 
 def form(config: ConfigDict) -> Form:
-    """The form of a config's encoder.
+    """Return the architecture of a config's encoder.
 
     Raises:
-      UserError: it is no SigLIP.
+        UserError: it cannot be expressed as a SiglipVisionModel.
     """
     if config.model.name in CONVNETS:
         raise UserError(
-            f"model.name: {config.model.name} is no SiglipVisionModel, and cannot be exported; its "
-            "workdir can be used as it is, as --config.encoder."
+            f"model.name: {config.model.name} is not a SiglipVisionModel, and cannot be "
+            "exported; pass its workdir as --config.encoder instead."
         )
     if config.model.colours != "rgb":
         raise UserError(
-            f"model.colours: the encoder sees {config.model.colours} alone, which image processors "
-            "of transformers do not make, so it cannot be exported; its workdir can be used as it "
-            "is, as --config.encoder."
+            f"model.colours: the encoder takes {config.model.colours} only, which image processors "
+            "of transformers cannot compute, so it cannot be exported; pass its workdir as "
+            "--config.encoder instead."
         )
     options = encoder_options(config)
     if options.class_token or options.pre_norm or options.final_norm != "tokens":
         raise UserError(
-            "model: an encoder with a class token, a norm before its blocks or without one after "
-            "them (as that of a CLIP) is no SiglipVisionModel, and cannot be exported."
+            "model: an encoder with a class token, with a norm before its blocks or without one "
+            "after them (as in CLIP) is not a SiglipVisionModel, and cannot be exported."
         )
     _, patch = parse_name(config.model.name)
     return Form(encoder_size(config), patch, config.data.image_size, options)
 
 
 def write_vision_model(folder: Path, config: ConfigDict, encoder: Params) -> None:
-    """Writes the files of a SiglipVisionModel: weights, config.json, preprocessor_config.json.
+    """Write the files of a SiglipVisionModel: weights, config.json, preprocessor_config.json.
 
     Args:
-      folder: where to.
-      config: of the run.
-      encoder: parameters of the encoder by path.
+        folder: output folder.
+        config: config of the run.
+        encoder: parameters of the encoder by path.
 
     Raises:
-      UserError: the encoder is no SigLIP, or is not the one that the config describes.
+        UserError: the encoder cannot be expressed, or is not the one that the config describes.
     """
     shapes = form(config).shapes()
     if {path: array.shape for path, array in encoder.items()} != shapes:
@@ -80,11 +80,11 @@ def write_vision_model(folder: Path, config: ConfigDict, encoder: Params) -> Non
 
 
 def why_not_whole(config: ConfigDict) -> str:
-    """Why a config's learner is not expressed by a SiglipModel; "" if it is."""
+    """Return why a config's learner cannot be expressed as a SiglipModel; "" if it can."""
     if config.learner.name != "dual_encoder":
         return (
-            f"of the learner {config.learner.name}, transformers has a counterpart for the encoder "
-            "alone; the rest stays in the checkpoint"
+            f"the parts of the learner {config.learner.name} other than the encoder, which have no "
+            "counterpart in transformers; they stay in the checkpoint"
         )
     if config.model.pool != "gap":
         return (
@@ -98,15 +98,15 @@ def why_not_whole(config: ConfigDict) -> str:
 def write_dual_encoder(
     folder: Path, config: ConfigDict, params: Params, tokenizer_model: bytes
 ) -> None:
-    """Writes the files of a SiglipModel: as for the vision model, and those of the tokenizer.
+    """Write the files of a SiglipModel: those of the vision model and of the tokenizer.
 
-    CLIP's softmax loss is one of logits, too: its bias is zero.
+    A run with CLIP's softmax loss has no bias of the logits; zero is written for it.
 
     Args:
-      folder: where to.
-      config: of the run, of which `why_not_whole` says nothing.
-      params: parameters of the `DualEncoder` by path.
-      tokenizer_model: the run's sentencepiece model.
+        folder: output folder.
+        config: config of the run; `why_not_whole` must return "" for it.
+        params: parameters of the `DualEncoder` by path.
+        tokenizer_model: the run's sentencepiece model.
     """
 
     def inside(module: str) -> dict[str, np.ndarray]:
@@ -145,7 +145,7 @@ def write_dual_encoder(
 
 
 def vision_config(config: ConfigDict) -> dict[str, Any]:
-    """The config of a SiglipVisionModel; raises UserError as `form`."""
+    """Return the config of a SiglipVisionModel; raises UserError like `form`."""
     made = form(config)
     return {
         "model_type": "siglip_vision_model",
@@ -160,12 +160,13 @@ def vision_config(config: ConfigDict) -> dict[str, Any]:
 
 
 def preprocessor_config(config: ConfigDict) -> dict[str, Any]:
-    """What is done to an image before it comes to the encoder, as our evaluation does it.
+    """Return the preprocessing of images, like that of our evaluation.
 
-    transformers interpolates where we average areas, so pixels differ a little.
+    transformers interpolates where this package averages areas, so pixels differ slightly.
     """
     side, (mean, std) = config.data.image_size, OURS
     square = {"height": side, "width": side}
+    geometry: dict[str, Any]
     if config.data.crop == "none":
         geometry = {"image_processor_type": "SiglipImageProcessor", "size": square}
     else:  # the central square
@@ -189,12 +190,12 @@ def preprocessor_config(config: ConfigDict) -> dict[str, Any]:
 
 
 def mean_head(width: int, mlp: int, projection: Params) -> dict[str, np.ndarray]:
-    """Parameters of a pooling head that computes `projection` of the mean of its tokens.
+    """Return parameters of a pooling head that computes `projection` of the mean of its tokens.
 
     Args:
-      width: of the tokens.
-      mlp: hidden units of the head's MLP.
-      projection: kernel [width, width] and bias.
+        width: dimension of the tokens.
+        mlp: hidden units of the head's MLP.
+        projection: kernel [width, width] and bias [width].
     """
 
     def zeros(*shape: int) -> np.ndarray:
@@ -227,7 +228,7 @@ def _sizes(config: ConfigDict) -> dict[str, int]:
 
 
 def _vision_tensors(encoder: Params) -> dict[str, np.ndarray]:
-    # transformers before version 5 needs the prefix even where the vision model stands alone.
+    # transformers before version 5 needs the prefix even for a vision model alone.
     prefix = siglip.FAMILY.prefix
     return {prefix + name: tensor for name, tensor in to_torch(encoder, siglip.NAMES).items()}
 
@@ -242,7 +243,7 @@ def _write(
     from safetensors.numpy import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    # transformers refuses weights that do not say this.
+    # transformers rejects weights without this metadata.
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     preprocessing = preprocessor_config(config) | preprocessing
     for name, content in (

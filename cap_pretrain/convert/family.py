@@ -1,11 +1,25 @@
-"""What has to be known of a family of models that `transformers` writes."""
+"""Description of a family of vision models that `transformers` writes."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from cap_pretrain.convert.tables import Table
+from cap_pretrain.convert.tables import Entry, Table
 from cap_pretrain.models.vit import Options
+
+_LAYER = "encoder.layers.{}."
+
+BLOCKS: dict[str, Entry] = {
+    "blocks/norm1": _LAYER + "layer_norm1",
+    "blocks/attention/query": _LAYER + "self_attn.q_proj",
+    "blocks/attention/key": _LAYER + "self_attn.k_proj",
+    "blocks/attention/value": _LAYER + "self_attn.v_proj",
+    "blocks/attention/out": _LAYER + "self_attn.out_proj",
+    "blocks/norm2": _LAYER + "layer_norm2",
+    "blocks/mlp/up": _LAYER + "mlp.fc1",
+    "blocks/mlp/down": _LAYER + "mlp.fc2",
+}
+"""Names of the transformer blocks, the same for the vision and text models of CLIP and SigLIP."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,13 +27,14 @@ class Family:
     """How `transformers` describes and names the vision models of one kind.
 
     Attributes:
-      name: for people.
-      prefix: of the names of the vision part's weights, where it is one of several.
-      describe: from the config of the vision part to its options (activation and epsilon aside)
-        and the names of its weights.
-      ignored: what names of weights of other parts begin with.
-      defaults: fields of the config that need not be in the file; see `huggingface.DEFAULTS`.
-      mean, std: of its preprocessing, where no file says.
+        name: for messages.
+        prefix: prefix of the vision model's weights, where it is part of a larger model.
+        describe: maps the config of the vision model to its options (except activation and
+            epsilon) and the table of its weights.
+        ignored: prefixes of the names of weights that belong to other parts.
+        defaults: fields that the config may omit, in addition to `huggingface.DEFAULTS`.
+        mean: per-channel mean of the preprocessing, unless a file gives it.
+        std: per-channel standard deviation of the preprocessing, unless a file gives it.
     """
 
     name: str

@@ -1,10 +1,10 @@
-"""A sentencepiece model as the `tokenizer.json` of the Hugging Face tokenizers.
+"""Export of a sentencepiece model as `tokenizer.json` of Hugging Face tokenizers.
 
-`transformers` has a SiglipTokenizer, which reads a sentencepiece model as it is. But it removes
-punctuation first, as SigLIP's own training did and ours does not, so its ids are others. These
-files give the ids of `SentencePieceTokenizer`, in nearly all texts: a text that contains the name
-of a special piece, as "</s>", is not read letter by letter, and capital sigmas at the end of Greek
-words are lower-cased otherwise.
+The SiglipTokenizer of `transformers` could read a sentencepiece model directly. But it removes
+punctuation first, as SigLIP's training did and ours does not, so its ids differ. These files give
+the ids of `SentencePieceTokenizer`, with two exceptions: the name of a special piece in a text,
+such as "</s>", becomes that piece; and capital sigmas at the end of Greek words are lower-cased
+differently.
 """
 
 import base64
@@ -15,15 +15,15 @@ from cap_pretrain.errors import UserError
 
 
 def files(model: bytes, *, length: int, lower: bool) -> dict[str, bytes]:
-    """Returns the content of a tokenizer's files by name: two in JSON, and the model itself.
+    """Return the content of a tokenizer's files by name: two JSON files and the model itself.
 
     Args:
-      model: a sentencepiece model (the bytes of its file) of type BPE or unigram.
-      length: ids in a text.
-      lower: whether texts are lower-cased first.
+        model: a sentencepiece model (the bytes of its file) of type BPE or unigram.
+        length: maximum number of ids per text.
+        lower: whether texts are lower-cased first.
 
     Raises:
-      UserError: the model is of another type, or splits text in a way that cannot be expressed.
+        UserError: the model is of another type, or splits text in a way that `tokenizers` lacks.
     """
     proto = _parse(model)
     content = {
@@ -35,19 +35,21 @@ def files(model: bytes, *, length: int, lower: bool) -> dict[str, bytes]:
 
 
 def special_ids(model: bytes) -> dict[str, int | None]:
-    """The ids of special pieces as a config.json of transformers has them."""
+    """Return the ids of special pieces under their names in a config.json of transformers."""
     trained = _parse(model).trainer_spec
     return {"pad_token_id": trained.pad_id, "eos_token_id": trained.eos_id, "bos_token_id": None}
 
 
 def _parse(model: bytes) -> Any:
+    """Return the ModelProto of a sentencepiece model."""
     from sentencepiece import sentencepiece_model_pb2
 
-    return sentencepiece_model_pb2.ModelProto.FromString(model)
+    # Protobuf adds the messages of a module at run time.
+    return sentencepiece_model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]
 
 
 def _tokenizer(proto: Any, lower: bool) -> dict[str, Any]:
-    """What is in `tokenizer.json`."""
+    """Return the content of `tokenizer.json`."""
     trained, normalizer = proto.trainer_spec, proto.normalizer_spec
     if (
         trained.model_type not in (trained.BPE, trained.UNIGRAM)
@@ -91,10 +93,10 @@ def _tokenizer(proto: Any, lower: bool) -> dict[str, Any]:
 
 
 def _config(trained: Any, length: int) -> dict[str, Any]:
-    """What is in `tokenizer_config.json`.
+    """Return the content of `tokenizer_config.json`.
 
-    The tokenizer is to return no attention mask, since SigLIP's text tower, and ours, read padding
-    as any other token.
+    The tokenizer returns no attention mask, since the text towers of SigLIP and of this package
+    treat padding like any other token.
     """
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -109,7 +111,7 @@ def _config(trained: Any, length: int) -> dict[str, Any]:
 
 
 def _normalizers(spec: Any, lower: bool) -> list[dict[str, Any]]:
-    """What is done to a text before it is split, in the order of sentencepiece."""
+    """Return the normalization of texts, in the order of sentencepiece."""
     steps: list[dict[str, Any]] = [{"type": "Lowercase"}] if lower else []
     if spec.precompiled_charsmap:
         charsmap = base64.b64encode(spec.precompiled_charsmap).decode()
@@ -131,7 +133,7 @@ def _unigram(proto: Any) -> dict[str, Any]:
 
 def _bpe(proto: Any) -> dict[str, Any]:
     ids = {piece.piece: n for n, piece in enumerate(proto.pieces)}
-    # Sentencepiece puts together whatever makes the piece with the best score.
+    # Sentencepiece merges whichever pair makes the piece with the best score.
     merges = [
         (piece[:cut], piece[cut:])
         for piece in sorted(ids, key=lambda piece: -proto.pieces[ids[piece]].score)

@@ -1,4 +1,4 @@
-"""Folders that `transformers` writes: a config.json and weights."""
+"""Import of folders that `transformers` writes: a config.json and weights."""
 
 import dataclasses
 from pathlib import Path
@@ -15,7 +15,7 @@ from cap_pretrain.models.sizes import Size
 CONFIG = "config.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 
-# By the model_type of a config.json.
+# By `model_type` in config.json.
 FAMILIES: dict[str, Family] = {
     "clip": clip.FAMILY,
     "clip_vision_model": clip.FAMILY,
@@ -24,7 +24,7 @@ FAMILIES: dict[str, Family] = {
     "vit": vit.FAMILY,
 }
 
-# Of all these families: what a config.json need not say, from their classes in transformers.
+# Defaults of fields that config.json may omit, common to all families, from transformers.
 DEFAULTS = {
     "hidden_size": 768,
     "num_hidden_layers": 12,
@@ -34,7 +34,7 @@ DEFAULTS = {
     "num_channels": 3,
 }
 
-# Their names of activations, and ours.
+# Names of activations in transformers, and ours.
 ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -44,19 +44,19 @@ ACTIVATIONS = {
 
 
 def open_folder(folder: Path) -> Pretrained:
-    """Reads the vision encoder of such a folder; see `convert.open_encoder`."""
+    """Read the vision encoder of such a folder; see `convert.open_encoder`."""
     where = folder / CONFIG
     config = read_json(where)
     kind = config.get("model_type")
     if kind not in FAMILIES:
         raise UserError(
-            f"{where}: model_type is {kind!r}, of which no encoder can be made."
+            f"{where}: model_type is {kind!r}, which is not supported."
             f"{did_you_mean(str(kind), FAMILIES)}"
         )
     family = FAMILIES[kind]
     vision = DEFAULTS | dict(family.defaults)
     if kind in ("clip", "siglip"):
-        # Old CLIP configs have a second section, which counts.
+        # Old CLIP configs have a second section, which takes precedence.
         for section in ("vision_config", "vision_config_dict"):
             vision |= config.get(section) or {}
     else:
@@ -76,7 +76,7 @@ def open_folder(folder: Path) -> Pretrained:
             heads=vision["num_attention_heads"],
         ),
         patch=patch,
-        # What is left beside the last whole patch is not looked at, as 6 of 384 pixels by 14.
+        # Pixels beyond the last whole patch are ignored, such as 6 of 384 with patches of 14.
         image_size=_side(where, vision, "image_size") // patch * patch,
         options=dataclasses.replace(
             options, activation=ACTIVATIONS[act], norm_eps=vision["layer_norm_eps"]
@@ -96,13 +96,13 @@ def open_folder(folder: Path) -> Pretrained:
 
 
 def normalization(folder: Path, family: Family) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """What a folder's preprocessing subtracts from pixels in [0, 1] and divides them by."""
+    """Return the per-channel mean and standard deviation of a folder's preprocessing, in [0, 1]."""
     settings: dict[str, Any] = {}
     if (folder / "preprocessor_config.json").is_file():
         settings = read_json(folder / "preprocessor_config.json")
     elif (folder / "processor_config.json").is_file():
         settings = read_json(folder / "processor_config.json").get("image_processor") or {}
-    # It takes pixels times the factor.
+    # The normalization is of pixels in 0 to 255 times the factor.
     unit = (
         255 * settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale", True) else 255
     )
@@ -113,6 +113,7 @@ def normalization(folder: Path, family: Family) -> tuple[tuple[float, ...], tupl
 
 
 def _side(where: Path, config: dict[str, Any], field: str) -> int:
+    """Return the side of a square, given as a number or as two equal ones."""
     value = config[field]
     sides = set(value if isinstance(value, list) else [value])
     if len(sides) > 1:

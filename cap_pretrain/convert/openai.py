@@ -1,7 +1,7 @@
-"""Checkpoints in the layout of OpenAI's CLIP, which OpenCLIP writes, too.
+"""Import of checkpoints in the layout of OpenAI's CLIP, which OpenCLIP writes, too.
 
-A file of weights says everything but the activation: without a config beside it, that is taken to
-be OpenAI's.
+The weights determine the whole architecture except for the activation. Without a config, it is
+assumed to be OpenAI's.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cap_pretrain.convert import clip
 from cap_pretrain.convert.encoder import Form, Pretrained, assemble
-from cap_pretrain.convert.tables import Fused
+from cap_pretrain.convert.tables import Entry, Fused
 from cap_pretrain.convert.weights import Weights, read_json
 from cap_pretrain.convert.weights import open_folder as open_weights_of
 from cap_pretrain.errors import UserError
@@ -20,7 +20,8 @@ from cap_pretrain.models.sizes import Size
 CONFIG = "open_clip_config.json"
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
-# Of every CLIP of OpenAI's: `vision_heads = vision_width // 64` and torch's own epsilon (model.py).
+# The same in every CLIP of OpenAI: `vision_heads = vision_width // 64` and the default epsilon of
+# torch (model.py).
 HEAD_WIDTH = 64
 NORM_EPS = 1e-5
 
@@ -28,7 +29,7 @@ _POSITIONS = "visual.positional_embedding"
 _LAYER = "visual.transformer.resblocks.{}."
 _NUMBER = _LAYER.replace(".", r"\.").format(r"(\d+)")
 
-NAMES = {
+NAMES: dict[str, Entry] = {
     "patch_embedding": "visual.conv1",
     "patch_embedding/bias": None,
     "positions": lambda take: take(_POSITIONS)[1:],
@@ -45,25 +46,26 @@ NAMES = {
     "norm": "visual.ln_post",
 }
 
-# The projection, the text side, and what OpenAI's archives hold besides weights.
+# The projection, the text tower, and what OpenAI's archives hold besides weights.
 IGNORED = (
     *("visual.proj", "transformer.", "token_embedding.", "positional_embedding", "ln_final."),
     *("text_projection", "text.", "attn_mask", "logit_scale", "logit_bias"),
     *("input_resolution", "context_length", "vocab_size"),
 )
 
-# Of OpenCLIP's vision_cfg: what the weights' shapes say already, and the one thing they do not.
+# Fields of OpenCLIP's vision_cfg: those that follow from the shapes of the weights, and the one
+# that does not.
 _IN_SHAPES = ("image_size", "layers", "width", "patch_size", "mlp_ratio")
 _HEAD_WIDTH = "head_width"
 
 
 def read(weights: Weights) -> Pretrained:
-    """Reads the vision encoder of weights without a config; see `convert.open_encoder`."""
+    """Read the vision encoder of weights without a config; see `convert.open_encoder`."""
     return _read(weights, "quick_gelu", HEAD_WIDTH, clip.MEAN, clip.STD, "OpenAI's CLIP")
 
 
 def open_folder(folder: Path) -> Pretrained:
-    """Reads the vision encoder of a folder of OpenCLIP's; see `convert.open_encoder`."""
+    """Read the vision encoder of a folder of OpenCLIP; see `convert.open_encoder`."""
     config = read_json(folder / CONFIG)
     model, preprocessing = config.get("model_cfg") or {}, config.get("preprocess_cfg") or {}
     vision = model.get("vision_cfg") or {}
@@ -91,16 +93,17 @@ def _read(
     std: Sequence[float],
     source: str,
 ) -> Pretrained:
+    """Derive the architecture from the shapes of the weights, and read them."""
     layers = {m[1] for name in weights.names if (m := re.match(_NUMBER, name))}
     if not layers or "visual.conv1.weight" not in weights.names:
         found = ", ".join(weights.names[:3]) or "nothing"
         raise UserError(
-            f"{weights.where}: holds no ViT in the layout of OpenAI's CLIP, with names as "
+            f"{weights.where}: has no ViT in the layout of OpenAI's CLIP, with names as "
             "visual.transformer.resblocks.0.ln_1.weight, and no ResNet or AlexNet under "
-            f"torchvision's; it holds {found}."
+            f"torchvision's names; it holds {found}."
         )
     width, _, _, patch = weights.take("visual.conv1.weight").shape
-    mlp = len(weights.take(NAMES["blocks/mlp/up"].format(0) + ".bias"))
+    mlp = len(weights.take(_LAYER.format(0) + "mlp.c_fc.bias"))
     grid = round((len(weights.take(_POSITIONS)) - 1) ** 0.5)
     form = Form(
         Size(width=width, depth=len(layers), mlp=mlp, heads=width // head_width),

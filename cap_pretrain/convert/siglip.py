@@ -1,31 +1,16 @@
-"""SigLIP as `transformers` has it: SiglipModel and SiglipVisionModel.
+"""SigLIP of `transformers`: SiglipModel and SiglipVisionModel (Zhai et al. 2023, arXiv 2303.15343).
 
-Zhai et al. 2023 (2303.15343). Its vision model is ours with either pooling: `pool=map` with its
-attention pooling head, `pool=gap` without, where whoever uses it averages the tokens. So ours leave
-as SigLIP, too.
+Its vision model is the same as our ViT: with `pool=map` it has its attention pooling head; with
+`pool=gap` it has no head, and the user averages the tokens. So our ViTs are exported as SigLIP.
 """
 
 from typing import Any
 
-from cap_pretrain.convert.family import Family
-from cap_pretrain.convert.tables import Fused, Table
+from cap_pretrain.convert.family import BLOCKS, Family
+from cap_pretrain.convert.tables import Entry, Fused, Table
 from cap_pretrain.models.vit import Options
 
-_LAYER = "encoder.layers.{}."
-
-# Of the vision model and of the text model.
-BLOCKS = {
-    "blocks/norm1": _LAYER + "layer_norm1",
-    "blocks/attention/query": _LAYER + "self_attn.q_proj",
-    "blocks/attention/key": _LAYER + "self_attn.k_proj",
-    "blocks/attention/value": _LAYER + "self_attn.v_proj",
-    "blocks/attention/out": _LAYER + "self_attn.out_proj",
-    "blocks/norm2": _LAYER + "layer_norm2",
-    "blocks/mlp/up": _LAYER + "mlp.fc1",
-    "blocks/mlp/down": _LAYER + "mlp.fc2",
-}
-
-NAMES = BLOCKS | {
+NAMES: dict[str, Entry] = BLOCKS | {
     "patch_embedding": "embeddings.patch_embedding",
     "positions": "embeddings.position_embedding.weight",
     "norm": "post_layernorm",
@@ -39,8 +24,8 @@ NAMES = BLOCKS | {
     "head/mlp/down": "head.mlp.fc2",
 }
 
-# Of our text tower; "projection" is the linear layer behind it.
-TEXT_NAMES = BLOCKS | {
+# Of our text tower; "projection" is the linear layer after it.
+TEXT_NAMES: dict[str, Entry] = BLOCKS | {
     "embedding/embedding": "embeddings.token_embedding.weight",
     "positions": "embeddings.position_embedding.weight",
     "norm": "final_layer_norm",
@@ -49,7 +34,7 @@ TEXT_NAMES = BLOCKS | {
 
 
 def describe(config: dict[str, Any]) -> tuple[Options, Table]:
-    """The options of such a ViT and the names of its weights."""
+    """Return the options of a vision model and the names of its weights."""
     return Options(pool="map" if config.get("vision_use_head", True) else "gap"), NAMES
 
 

@@ -1,9 +1,9 @@
-"""Tables of names, and how a tensor of torch's becomes a parameter of ours and back.
+"""Conversion between the tensors of torch models and our parameters, by tables of names.
 
-torch has a linear layer's weight as [out, in] and a convolution's as [out, in, height, width], and
-names every layer by its number; ours are [in, out] and [height, width, in, out], a patch embedding
-is a product with [height * width * in, out], and layers of transformers are stacked along a leading
-axis.
+In torch, a linear layer's weight is [out, in] and a convolution's is [out, in, height, width], and
+every layer has its number in its name. Here they are [in, out] and [height, width, in, out]; a
+patch embedding is a matrix [height * width * in, out]; and the layers of a transformer are stacked
+along a leading axis.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cap_pretrain.convert.weights import Missing, Weights
+from cap_pretrain.convert.weights import MissingTensorError, Weights
 from cap_pretrain.errors import UserError
 
 _LEAVES = {
@@ -19,72 +19,88 @@ _LEAVES = {
     **{"mean": "running_mean", "var": "running_var"},
 }
 _PARTS = 3
-_TOLD = 6  # names in a message
+_LISTED = 6  # names in a message
 
 
 class Fused(NamedTuple):
-    """A third, 0, 1 or 2, of a projection to query, key and value: `NAME_weight`, `NAME_bias`."""
+    """A third of a fused projection to query, key and value.
+
+    Attributes:
+        name: its tensors are NAME_weight and NAME_bias.
+        third: 0 for the query, 1 for the key, 2 for the value.
+    """
 
     name: str
     third: int
 
 
-# What stands in a table for a module of ours, or for a single parameter: the name of theirs, with
-# {} for the layer's number; how to make it of others, given a function that takes a tensor by its
-# name; or None where they have none and it is zero.
 Entry = str | Fused | Callable[[Callable[[str], np.ndarray]], np.ndarray] | None
+"""What a table gives for a module of ours, or for a single parameter.
+
+It is one of: the torch name, with {} for the number of the layer; a `Fused`; a function that
+computes the parameter, given a function that returns a tensor by name; or None if the torch model
+has none and the parameter is zero.
+"""
+
 Table = Mapping[str, Entry]
+"""Path of a module or parameter of ours -> where it is in the torch model."""
 
 
 def to_ours(
     weights: Weights, table: Table, shapes: Mapping[str, tuple[int, ...]], ignored: Iterable[str]
 ) -> dict[str, np.ndarray]:
-    """Returns our parameters, and statistics if they are asked for, by path, float32.
+    """Convert torch tensors to our parameters (and statistics, if `shapes` has them).
 
     Args:
-      weights: theirs.
-      table: for each module of ours, what is theirs.
-      shapes: the shape of each of ours by path.
-      ignored: what names of theirs begin with that belong to other parts of their model.
+        weights: the torch tensors.
+        table: where each module of ours is in the torch model.
+        shapes: the shape of each parameter of ours by path.
+        ignored: prefixes of torch names that belong to other parts of the model.
+
+    Returns:
+        float32 arrays by path.
 
     Raises:
-      UserError: weights are missing, left over, or of another shape.
+        UserError: a tensor is missing, unknown, or has another shape.
     """
     params: dict[str, np.ndarray] = {}
-    missing: dict[str, None] = {}  # a set in order
+    missing: dict[str, None] = {}  # an ordered set
     for path, shape in shapes.items():
         entry = _entry(table, path)
         stacked = path.startswith("blocks/")
-        layers = range(shape[0]) if stacked else (0,)
-        one = shape[1:] if stacked else shape
+        layers = range(shape[0]) if stacked else range(1)
+        layer_shape = shape[1:] if stacked else shape
         arrays = []
         for layer in layers:
             try:
-                arrays.append(_read(weights, entry, layer, path, one))
-            except Missing as e:
+                arrays.append(_read(weights, entry, layer, path, layer_shape))
+            except MissingTensorError as e:
                 missing[e.args[0]] = None
         if len(arrays) == len(layers):
             params[path] = np.stack(arrays) if stacked else arrays[0]
     left = [name for name in weights.names if name not in weights.taken]
     unknown = [name for name in left if not name.startswith(tuple(ignored))]
     if missing or unknown:
-        said = [
+        problems = [
             f"{what} {_few(names)}"
-            for what, names in (("lacks", missing), ("holds the unknown", unknown))
+            for what, names in (("lacks", missing), ("has the unknown", unknown))
             if names
         ]
         raise UserError(
-            f"{weights.where}: does not hold the weights of such a model: it {', and '.join(said)}."
+            f"{weights.where}: its weights do not fit the model: it {', and '.join(problems)}."
         )
     return params
 
 
 def to_torch(params: Mapping[str, np.ndarray], table: Table) -> dict[str, np.ndarray]:
-    """Returns the tensors of a state dict by name: the inverse of `to_ours`.
+    """Convert our parameters to the tensors of a state dict: the inverse of `to_ours`.
 
     Args:
-      params: ours, by path.
-      table: for each module of ours, the name of theirs; no functions.
+        params: our parameters by path.
+        table: the torch name of each module; entries must be names or `Fused`.
+
+    Returns:
+        Contiguous arrays by torch name.
     """
     tensors: dict[str, np.ndarray] = {}
     thirds: dict[str, list[Any]] = {}
@@ -96,14 +112,16 @@ def to_torch(params: Mapping[str, np.ndarray], table: Table) -> dict[str, np.nda
             if isinstance(entry, Fused):
                 parts = thirds.setdefault(entry.name.format(layer), [None] * _PARTS)
                 parts[entry.third] = one
-            else:
+            elif isinstance(entry, str):
                 tensors[entry.format(layer)] = one
+            else:
+                raise TypeError(f"{path}: its table entry has no inverse: {entry}")
     tensors |= {name: np.concatenate(parts) for name, parts in thirds.items()}
     return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
 
 
 def _entry(table: Table, path: str) -> Entry:
-    """What a table says of one parameter: names are complete, with `weight` or `bias`."""
+    """Return the entry of a parameter, with torch names completed by `weight` or `bias`."""
     if path in table:
         return table[path]
     module, _, leaf = path.rpartition("/")
@@ -116,9 +134,10 @@ def _entry(table: Table, path: str) -> Entry:
 def _read(
     weights: Weights, entry: Entry, layer: int, path: str, shape: tuple[int, ...]
 ) -> np.ndarray:
+    """Return one parameter (of one layer, if they are stacked)."""
     if entry is None:
         return np.zeros(shape, np.float32)
-    if callable(entry):
+    if not isinstance(entry, (str, Fused)):
         name, array = path, entry(weights.take)
     else:
         name = (entry.name if isinstance(entry, Fused) else entry).format(layer)
@@ -136,6 +155,7 @@ def _read(
 
 
 def _from_theirs(path: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Transpose a torch tensor to our layout."""
     if array.ndim == 4:
         array = array.transpose(2, 3, 1, 0)
         return array if len(shape) == 4 else array.reshape(-1, array.shape[-1])
@@ -146,6 +166,7 @@ def _from_theirs(path: str, array: np.ndarray, shape: tuple[int, ...]) -> np.nda
 
 
 def _to_theirs(path: str, array: np.ndarray) -> np.ndarray:
+    """Transpose a parameter of ours to the layout of torch."""
     if path == "patch_embedding/kernel":
         side = round((len(array) / 3) ** 0.5)
         return array.reshape(side, side, 3, -1).transpose(3, 2, 0, 1)
@@ -155,6 +176,7 @@ def _to_theirs(path: str, array: np.ndarray) -> np.ndarray:
 
 
 def _few(names: Iterable[str]) -> str:
+    """Return the first names, and the number of the others."""
     names = list(names)
-    more = f" and {len(names) - _TOLD} more" if len(names) > _TOLD else ""
-    return ", ".join(names[:_TOLD]) + more
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more

@@ -1,16 +1,17 @@
-"""ResNets and AlexNet as torchvision has them, and ResNets as VISSL trains them.
+"""Import of ResNets and AlexNet under torchvision's names, and of VISSL's ResNets.
 
-A state dict says which of them it is. What it has behind the last feature map, such as a
-classifier, is left behind.
+The architecture follows from the state dict. Weights after the last feature map, such as a
+classifier, are not imported.
 """
 
+import collections
 from collections.abc import Callable
 
 from flax import nnx
 
 from cap_pretrain import rules
 from cap_pretrain.convert.encoder import Pretrained, nested
-from cap_pretrain.convert.tables import Table, to_ours
+from cap_pretrain.convert.tables import Entry, Table, to_ours
 from cap_pretrain.convert.weights import Weights
 from cap_pretrain.errors import UserError
 from cap_pretrain.models import convnet
@@ -20,20 +21,23 @@ from cap_pretrain.models.layers import Compute
 from cap_pretrain.models.resnet import ResNet
 from cap_pretrain.models.sizes import ALEXNET, RESNETS, Stages
 
-# What VISSL's names begin with: of the whole model, of its trunk.
+# Prefixes of VISSL's names: in the whole model, and in its trunk.
 TRUNKS = ("trunk._feature_blocks.", "_feature_blocks.")
 HEADS = ("fc.", "classifier.", "heads.")
-_COUNTER = ".num_batches_tracked"  # of torch's BatchNorm, which reads it only without momentum
+_COUNTER = ".num_batches_tracked"  # of torch's BatchNorm, which uses it only without momentum
 
-# Of torchvision's `features`, which of them are convolutions.
-ALEXNET_NAMES = {f"conv{n}": f"features.{place}" for n, place in enumerate((0, 3, 6, 8, 10), 1)}
+# The convolutions in the sequence `features` of torchvision's AlexNet.
+ALEXNET_NAMES: dict[str, Entry] = {
+    f"conv{n}": f"features.{place}" for n, place in enumerate((0, 3, 6, 8, 10), 1)
+}
 
 
 def read(weights: Weights) -> Pretrained | None:
-    """Returns the encoder of a state dict, or None if it is of none of these networks.
+    """Return the encoder in a state dict, or None if it is of another architecture.
 
     Raises:
-      UserError: it is, but of another shape, or weights are missing or unknown.
+        UserError: it is a ResNet or AlexNet, but of an unknown size, or weights are missing or
+            unknown.
     """
     for prefix in TRUNKS:
         weights = weights.without(prefix)
@@ -42,14 +46,17 @@ def read(weights: Weights) -> Pretrained | None:
         return _resnet(weights)
     found = {name.rpartition(".")[0] for name in names if name.startswith("features.")}
     if found == set(ALEXNET_NAMES.values()):
-        build = lambda: AlexNet(compute=Compute(), rngs=nnx.Rngs(0))
-        return _assemble(weights, build, ALEXNET_NAMES, {"name": ALEXNET})
+        return _assemble(weights, _alexnet, ALEXNET_NAMES, {"name": ALEXNET})
     return None
 
 
+def _alexnet() -> AlexNet:
+    return AlexNet(compute=Compute(), rngs=nnx.Rngs(0))
+
+
 def resnet_names(stages: Stages) -> Table:
-    """Our modules and theirs."""
-    names = {"stem/conv": "conv1", "stem/norm": "bn1"}
+    """Return the table of a ResNet."""
+    names: dict[str, Entry] = {"stem/conv": "conv1", "stem/norm": "bn1"}
     for stage, depth in enumerate(stages.depths, 1):
         for block in range(depth):
             ours, theirs = f"stage_{stage}/block_{block + 1}", f"layer{stage}.{block}"
@@ -62,14 +69,16 @@ def resnet_names(stages: Stages) -> Table:
 
 
 def _resnet(weights: Weights) -> Pretrained:
+    """Return the encoder in a state dict of a ResNet."""
     blocks = {tuple(name.split(".")[:2]) for name in weights.names if name.startswith("layer")}
-    depths = tuple(sum(stage == f"layer{n}" for stage, _ in blocks) for n in (1, 2, 3, 4))
+    counts = collections.Counter(stage for stage, _ in blocks)
+    depths = counts["layer1"], counts["layer2"], counts["layer3"], counts["layer4"]
     stages = Stages(depths, bottleneck="layer1.0.conv3.weight" in weights.names)
     name = next((name for name, known in RESNETS.items() if known == stages), None)
     if name is None:
         raise UserError(
-            f"{weights.where}: holds a ResNet with {', '.join(map(str, depths))} blocks"
-            f"{' of three convolutions' if stages.bottleneck else ''}, which is none of "
+            f"{weights.where}: has a ResNet with {', '.join(map(str, depths))} blocks"
+            f"{' of three convolutions' if stages.bottleneck else ''}, which is not one of "
             f"{', '.join(RESNETS)}."
         )
     stem = "small" if weights.take("conv1.weight").shape[-1] == 3 else "imagenet"
@@ -83,6 +92,7 @@ def _resnet(weights: Weights) -> Pretrained:
 def _assemble(
     weights: Weights, build: Callable[[], ImageEncoder], names: Table, model: dict[str, str]
 ) -> Pretrained:
+    """Read parameters and batch statistics of the network that `build` returns."""
     params, stats = (
         {k: v.shape for k, v in rules.flatten(nnx.to_pure_dict(variables)).items()}
         for variables in nnx.state(nnx.eval_shape(build), nnx.Param, nnx.BatchStat)

@@ -1,19 +1,19 @@
-"""The ViT of the original paper as `transformers` has it: ViTModel and ViTForImageClassification.
+"""The original ViT of `transformers`: ViTModel and ViTForImageClassification.
 
-Dosovitskiy et al. 2020 (2010.11929). The pooled vector is the normalised class token, which the
-classifier reads; classifier and pooler are left behind.
+Dosovitskiy et al. 2020 (arXiv 2010.11929). The pooled vector is the normalized class token, which
+is the classifier's input; classifier and pooler are not imported.
 """
 
 from typing import Any
 
 from cap_pretrain.convert.family import Family
-from cap_pretrain.convert.tables import Table
+from cap_pretrain.convert.tables import Entry, Table
 from cap_pretrain.models.vit import Options
 
 _POSITIONS = "embeddings.position_embeddings"
 _LAYER = "encoder.layer.{}."
 
-NAMES = {
+NAMES: dict[str, Entry] = {
     "patch_embedding": "embeddings.patch_embeddings.projection",
     "positions": lambda take: take(_POSITIONS)[0, 1:],
     "class_token": lambda take: take("embeddings.cls_token")[0] + take(_POSITIONS)[0, :1],
@@ -30,8 +30,10 @@ NAMES = {
 
 
 def describe(config: dict[str, Any]) -> tuple[Options, Table]:
-    """The options of such a ViT and the names of its weights."""
-    no_bias = {f"blocks/attention/{part}/bias": None for part in ("query", "key", "value")}
+    """Return the options of such a ViT and the names of its weights."""
+    no_bias: dict[str, Entry] = {
+        f"blocks/attention/{part}/bias": None for part in ("query", "key", "value")
+    }
     names = NAMES if config.get("qkv_bias", True) else NAMES | no_bias
     return Options(pool="class", class_token=True), names
 

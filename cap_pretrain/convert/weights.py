@@ -1,8 +1,9 @@
-"""Reading tensors by name from safetensors, one file or shards, and from torch's own files.
+"""Reads tensors by name from safetensors (one file or shards) and from files of torch.
 
 The latter are read with `weights_only`: no pickle is executed.
 """
 
+import functools
 import json
 import zipfile
 from collections.abc import Callable, Mapping
@@ -14,59 +15,68 @@ import numpy as np
 
 from cap_pretrain.errors import UserError
 
-# Names that torch's files go by, and all that weights come in.
+# Suffixes of torch's files, and of all files of weights.
 _TORCH = (".pt", ".pth", ".bin")
 SUFFIXES = (".safetensors", *_TORCH)
-# Where a state dict is in what training saves: as OpenCLIP and many others do, and VISSL.
+# Paths of the state dict in a training checkpoint: of OpenCLIP and many others, and of VISSL.
 _INSIDE = (("state_dict",), ("classy_state_dict", "base_model", "model", "trunk"))
-# Before it, a crafted file could execute code in spite of weights_only (CVE-2025-32434).
+# In older versions a crafted file could execute code in spite of weights_only (CVE-2025-32434).
 _SAFE_TORCH = (2, 6)
 
 
-class Missing(KeyError):
-    """There is no tensor of that name."""
+class MissingTensorError(KeyError):
+    """There is no tensor of this name."""
 
 
 class Weights:
     """Tensors by name, each read when it is taken.
 
+    Args:
+        read: by name, a function that reads the tensor.
+        where: the file or folder, for messages.
+
     Attributes:
-      where: the file or folder, for messages.
-      names: of all there are.
-      taken: names of those that were.
+        where: the file or folder.
+        names: names of all tensors.
+        taken: names of those that were taken.
     """
 
     def __init__(self, read: Mapping[str, Callable[[], Any]], where: Path):
         self._read, self.where = read, where
-        self.names, self.taken = tuple(read), set()
+        self.names = tuple(read)
+        self.taken: set[str] = set()
 
     def without(self, prefix: str) -> "Weights":
-        """The same, with `prefix` cut off from the names that have it."""
+        """Return the same tensors, with `prefix` removed from the names that have it."""
         cut = {name.removeprefix(prefix): read for name, read in self._read.items()}
         return Weights(cut, self.where)
 
     def take(self, name: str) -> np.ndarray:
-        """The tensor as float32, whatever it is stored in; raises Missing."""
+        """Return a tensor as float32, whatever its stored dtype; raises MissingTensorError."""
         if name not in self._read:
-            raise Missing(name)
+            raise MissingTensorError(name)
         self.taken.add(name)
         return np.asarray(self._read[name](), np.float32)
 
 
 def open_file(path: Path) -> Weights:
-    """Opens a .safetensors file, or one of torch's with nothing but tensors.
+    """Open a .safetensors file, or a file of torch that holds only tensors.
 
     Raises:
-      UserError: it is missing, broken, or would have to execute code to be read.
+        UserError: the file is missing or corrupt, or reading it would execute code.
     """
     return Weights(_tensors(path), path)
 
 
 def open_folder(folder: Path, *files: str) -> Weights:
-    """Opens the first of `files` there is; one that ends in .index.json names its shards.
+    """Open the first of `files` that exists in a folder.
+
+    Args:
+        folder: the folder.
+        *files: names of files; one that ends in .index.json lists the shards.
 
     Raises:
-      UserError: there is none of them, or as `open_file`.
+        UserError: none of the files exists; or see `open_file`.
     """
     for name in files:
         path = folder / name
@@ -83,13 +93,13 @@ def open_folder(folder: Path, *files: str) -> Weights:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; raises UserError if there is none to be read."""
+    """Return the object in a JSON file; raises UserError if it is not valid JSON or no object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise UserError(f"{path}: cannot be read as JSON ({e}).") from e
     if not isinstance(content, dict):
-        raise UserError(f"{path}: holds no JSON object.")
+        raise UserError(f"{path}: is not a JSON object.")
     return content
 
 
@@ -98,16 +108,19 @@ def _tensors(path: Path) -> dict[str, Callable[[], Any]]:
 
 
 def _safetensors_file(path: Path) -> dict[str, Callable[[], Any]]:
+    """Return readers of the tensors in a .safetensors file."""
     import safetensors
 
     try:
         file = safetensors.safe_open(path, framework="numpy")
     except (OSError, safetensors.SafetensorError) as e:
         raise UserError(f"{path}: cannot be read as safetensors ({e}).") from e
-    return {name: lambda name=name: file.get_tensor(name) for name in file}
+    names = file.keys()  # it is not a dict: iterating over the file itself fails
+    return {name: functools.partial(file.get_tensor, name) for name in names}
 
 
 def _torch_file(path: Path) -> dict[str, Callable[[], Any]]:
+    """Return readers of the tensors in a file of torch."""
     try:
         import torch
     except ImportError as e:
@@ -122,17 +135,18 @@ def _torch_file(path: Path) -> dict[str, Callable[[], Any]]:
     try:
         if zipfile.is_zipfile(path) and _is_program(path):
             raise UserError(
-                f"{path}: is a TorchScript archive, a program that would have to be run. If you "
-                'trust it, take its weights out once, and give that file:\n    python -c "import '
-                "torch; torch.save(torch.jit.load('FILE.pt', 'cpu').state_dict(), 'WEIGHTS.pt')\""
+                f"{path}: is a TorchScript archive, a program that would have to be executed. If "
+                "you trust it, extract its weights once, and give that file:\n    python -c "
+                "\"import torch; torch.save(torch.jit.load('FILE.pt', 'cpu').state_dict(), "
+                "'WEIGHTS.pt')\""
             )
         content = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
-    except Exception as e:  # a broken or hostile file fails in any way
+    except Exception as e:  # a corrupt or hostile file may raise anything
         raise UserError(
-            f"{path}: holds more than tensors, or is broken, and was not read: executing what it "
-            "holds could do anything. Give a state dict, or a .safetensors file."
+            f"{path}: holds more than tensors, or is corrupt, and was not read, since its pickle "
+            "could execute any code. Give a state dict, or a .safetensors file."
         ) from e
     for keys in _INSIDE:
         inside = content
@@ -141,15 +155,19 @@ def _torch_file(path: Path) -> dict[str, Callable[[], Any]]:
         content = inside if isinstance(inside, dict) else content
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__} instead of a state dict.")
-    # "module.": as DistributedDataParallel names them.
+    # DistributedDataParallel adds the prefix "module.".
     return {
-        name.removeprefix("module."): lambda tensor=tensor: tensor.float().numpy()
+        name.removeprefix("module."): functools.partial(_to_numpy, tensor)
         for name, tensor in content.items()
         if isinstance(tensor, torch.Tensor)
     }
 
 
+def _to_numpy(tensor: Any) -> np.ndarray:
+    return tensor.float().numpy()
+
+
 def _is_program(path: Path) -> bool:
-    """Whether a zip file of torch's holds TorchScript."""
+    """Return whether a zip file of torch holds TorchScript."""
     with zipfile.ZipFile(path) as file:
         return any(name.endswith("/constants.pkl") for name in file.namelist())

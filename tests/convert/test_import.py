@@ -257,7 +257,7 @@ def test_a_hostile_pickle_is_refused_and_not_executed(kind, tmp_path):
         torch.save(content, path)
     else:
         path.write_bytes(pickle.dumps(content, protocol=2))
-    with pytest.raises(UserError, match="holds more than tensors, or is broken, and was not read"):
+    with pytest.raises(UserError, match="holds more than tensors, or is corrupt, and was not read"):
         open_encoder(path)
     assert not trap.exists()
 
@@ -297,9 +297,9 @@ def of_another_model(tensors):
     ("change", "said"),
     [
         (without_a_bias, "lacks encoder.layers.1.mlp.fc1.bias, head.attention.in_proj_weight.$"),
-        (with_an_adapter, "holds the unknown encoder.layers.0.adapter.weight.$"),
+        (with_an_adapter, "has the unknown encoder.layers.0.adapter.weight.$"),
         (with_a_wide_layer, r"layers.2.mlp.fc1.weight has the shape \[81, 64\], which does not"),
-        (of_another_model, "lacks .* and 58 more, and holds the unknown roberta.weight"),
+        (of_another_model, "lacks .* and 58 more, and has the unknown roberta.weight"),
     ],
 )
 def test_missing_and_unknown_weights_are_named(change, said, tmp_path):
@@ -313,7 +313,10 @@ def test_missing_and_unknown_weights_are_named(change, said, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"model_type": "siglp"}, "model_type is 'siglp', of which .*Did you mean 'siglip'"),
+        (
+            {"model_type": "siglp"},
+            "model_type is 'siglp', which is not supported.*Did you mean 'siglip'",
+        ),
         ({"hidden_act": "silu"}, "hidden_act 'silu' is unknown"),
         ({"num_channels": 1}, "num_channels is 1, it must be 3"),
         ({"image_size": [24, 32]}, r"image_size is \[24, 32\]; only squares"),
@@ -328,7 +331,7 @@ def test_what_is_no_vit_of_ours_is_told_by_field(fields, said, tmp_path):
 
 
 def test_what_is_not_there_or_broken_is_told(tmp_path):
-    with pytest.raises(UserError, match="is no file, nor a folder with a config.json"):
+    with pytest.raises(UserError, match="is not a file, nor a folder with a config.json"):
         open_encoder("openai/clip-vit-base-patch32")
     with pytest.raises(UserError, match="has neither a config.json"):
         open_encoder(tmp_path)

@@ -207,7 +207,7 @@ def test_a_classifier_reads_a_layer_as_wide_as_it_is():
 
 
 def test_what_is_no_vit_is_not_exported():
-    with pytest.raises(UserError, match="model.name: resnet18 is no SiglipVisionModel"):
+    with pytest.raises(UserError, match="model.name: resnet18 is not a SiglipVisionModel"):
         export.form(toy.config(model__name="resnet18"))
 
 

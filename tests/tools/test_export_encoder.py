@@ -198,7 +198,7 @@ def test_the_folder_is_there_in_whole_or_not_at_all(run, tmp_path, capsys, monke
     "fields", [{"class_token": True}, {"pre_norm": True}, {"final_norm": "pooled"}]
 )
 def test_an_encoder_that_is_no_siglip_is_refused(fields):
-    with pytest.raises(UserError, match="is no SiglipVisionModel, and cannot be exported"):
+    with pytest.raises(UserError, match="is not a SiglipVisionModel, and cannot be exported"):
         form(tiny.config(**fields))
 
 
