@@ -60,7 +60,7 @@ def ours(data: Labelled, c: float) -> Fit:
     start = np.zeros((data.features.shape[1] + 1, classes), np.float32)
     weights = np.ones(len(data.labels), np.float32)
     posed = logistic.pose(*jax.device_put(data))
-    found = logistic.minimise(posed, *jax.device_put((weights, np.float32(c), start)))
+    found = logistic.minimize(posed, *jax.device_put((weights, np.float32(c), start)))
     theta, mean, iterations = jax.device_get((found.theta, posed.mean, found.iterations))
     return Fit(theta[:-1], theta[-1] - mean @ theta[:-1], int(iterations))
 

@@ -41,7 +41,7 @@ from cap_pretrain.data.text.tokenizers import NoText, Tokenizer
 from cap_pretrain.distributed import sharding
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.base import Context
-from cap_pretrain.evals.portions import EveryImage
+from cap_pretrain.evals.inference.portions import EveryImage
 from cap_pretrain.learners.protocols import Featurizes
 from cap_pretrain.models.layers import normalize_images
 from cap_pretrain.training.step import init_state

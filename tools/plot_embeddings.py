@@ -36,7 +36,7 @@ from cap_pretrain.cli.captioning import evaluation_crop
 from cap_pretrain.data import pipeline, prefetch
 from cap_pretrain.data.sources.base import Source
 from cap_pretrain.errors import UserError
-from cap_pretrain.evals import word_maps
+from cap_pretrain.evals.inference import word_maps
 from cap_pretrain.learners.protocols import EmbedsText
 from cap_pretrain.models import readout
 from cap_pretrain.models.layers import normalize_images

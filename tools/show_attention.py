@@ -29,7 +29,7 @@ from cap_pretrain.checkpoints.load import Learner, load_learner
 from cap_pretrain.cli import figures
 from cap_pretrain.cli.captioning import Named, captioner, of_dataset, of_files
 from cap_pretrain.errors import UserError
-from cap_pretrain.evals import word_maps
+from cap_pretrain.evals.inference import word_maps
 from cap_pretrain.learners.protocols import learner_type
 from cap_pretrain.models.decoding import Decoding
 

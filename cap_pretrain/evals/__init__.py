@@ -1,13 +1,22 @@
 """Evaluators: what is measured of a learner, during training or after it.
 
-An evaluator is a class with
+To add an evaluator:
 
-  Options                     a frozen dataclass: its documented settings and defaults
-  __init__(context, options)  builds what it needs once (see `Context`)
-  __call__(variables)         measures the learner with these variables -> Result
+1. Write its file here: a class with the members of `base.Evaluator`, which are nested `Options` (a
+   frozen dataclass with the documented settings and their defaults), `__init__(context, options)`
+   for what is needed once, and `__call__(variables)`, which returns a `base.Result`.
+2. Register it in `REGISTRY` under the name that `config.evals` uses.
 
-A `Result` goes to metrics.jsonl, the console, TensorBoard and `evals/NAME/STEP.json`. To add an
-evaluator, write its file and register it here; the loop need not know.
+The training loop needs no change: a result is logged to metrics.jsonl, the console and TensorBoard,
+and written to `evals/NAME/STEP.json`.
+
+The evaluators are the classes in `REGISTRY`, one a file, here and in `probes/`. What they share:
+
+    base.py     the interface (Evaluator, Context, Result) and common options
+    suite.py    runs the evaluators of a run and writes their results
+    inference/  runs a learner over a dataset: captions, scores of texts, outputs, attention
+    metrics/    computes metrics from scores, captions or answers
+    probes/     beside the three probes: their features, splits and solver
 """
 
 import dataclasses
@@ -18,6 +27,7 @@ from ml_collections import ConfigDict
 
 from cap_pretrain.errors import UserError, did_you_mean
 
+# Name in `config.evals` -> module:class.
 REGISTRY = {
     "loss": "cap_pretrain.evals.loss:Loss",
     "captions": "cap_pretrain.evals.captions:Captions",
@@ -36,8 +46,12 @@ REGISTRY = {
 }
 
 
-def evaluator_class(name: str) -> type:
-    """Returns the class registered as `name`; raises UserError for an unknown name."""
+def evaluator_class(name: str) -> Any:
+    """Return the class registered as `name`, a `base.Evaluator`.
+
+    Raises:
+        UserError: no evaluator has this name.
+    """
     if name not in REGISTRY:
         raise UserError(f"evals: no evaluator {name!r}.{did_you_mean(name, REGISTRY)}")
     module, _, cls = REGISTRY[name].partition(":")
@@ -45,9 +59,12 @@ def evaluator_class(name: str) -> type:
 
 
 def defaults(name: str, **overrides: Any) -> ConfigDict:
-    """Returns an entry of `config.evals`: the evaluator's name and its options.
+    """Return an entry of `config.evals`: the evaluator's name and its options.
 
-    Besides the evaluator's own options, `when` is "always" or "end" (of the run only).
+    Args:
+        name: a key of `REGISTRY`.
+        overrides: options that differ from their defaults; besides the evaluator's own, `when`,
+            which is "always" or "end" (of the run only).
     """
     when = overrides.pop("when", "always")
     options = evaluator_class(name).Options(**overrides)
@@ -55,7 +72,11 @@ def defaults(name: str, **overrides: Any) -> ConfigDict:
 
 
 def options(name: str, section: ConfigDict) -> Any:
-    """Returns the `Options` that the entry `name` of `config.evals` describes."""
+    """Return the `Options` that the entry `name` of `config.evals` describes.
+
+    Raises:
+        UserError: `when`, the evaluator or an option has an invalid value.
+    """
     fields = section.to_dict()
     if fields.pop("when") not in ("always", "end"):
         raise UserError(f"evals.{name}.when: {section.when!r} is neither 'always' nor 'end'.")

@@ -1,51 +1,56 @@
-"""How often a classifier is right."""
+"""Accuracy of a classifier."""
 
 import dataclasses
 from typing import Any
 
 from cap_pretrain.errors import UserError
-from cap_pretrain.evals.base import Context, Result
+from cap_pretrain.evals.base import Context, DataOptions, Result
+from cap_pretrain.evals.inference.portions import EveryImage
 from cap_pretrain.evals.metrics import ranking
-from cap_pretrain.evals.portions import EveryImage
-from cap_pretrain.evals.probes.probing import standing
-from cap_pretrain.evals.zero_shot import accuracies
+from cap_pretrain.evals.metrics.classification import accuracies, count_better_and_tied
 from cap_pretrain.learners.protocols import Classifies, learner_type
 
 
 class Accuracy:
-    """Top-1, top-5 and the mean over classes of top-1, of a learner that has `classify`."""
+    """Top-1, top-5 and the mean over classes of top-1, for learners that have `classify`."""
 
     @dataclasses.dataclass(frozen=True)
-    class Options:
-        """Settings.
+    class Options(DataOptions):
+        """Settings; the dataset needs labels.
 
         Attributes:
-          data: dataset with labels; "" is the run's own.
-          split: "" is `data.eval_split`.
-          batch_size: images a batch; changes no figure.
+            batch_size: images a batch; does not affect the metrics.
         """
 
-        data: str = ""
-        split: str = ""
         batch_size: int = 256
 
     def __init__(self, context: Context, options: Options):
+        """Build the evaluator.
+
+        Raises:
+            UserError: the learner is not a classifier.
+        """
         kind = learner_type(context.graphdef)
         if not issubclass(kind, Classifies):
             raise UserError(
-                f"evals: accuracy is of classifiers, and a {kind.__name__} is none; its encoder is "
-                "judged by linear_probe, knn or few_shot."
+                f"evals: accuracy needs a classifier, and a {kind.__name__} is none; evaluate its "
+                "encoder by linear_probe, knn or few_shot."
             )
         self._context, self._options = context, options
         self._source = context.source(options.split, options.data)
 
-        def stand(learner, images, labels):
-            return *standing(learner.classify(images), labels), labels
+        def count(learner, images, labels):
+            return *count_better_and_tied(learner.classify(images), labels), labels
 
-        self._stand = EveryImage(context, stand, options.batch_size)
+        self._count = EveryImage(context, count, options.batch_size)
 
     def __call__(self, variables: Any) -> Result:
-        better, tied, labels = self._stand(variables, self._source)
+        """Classify every image of the split.
+
+        Raises:
+            UserError: no image can be decoded, or a label is not a class of the learner.
+        """
+        better, tied, labels = self._count(variables, self._source)
         classes = self._context.config.learner.classes
         if labels.min() < 0 or labels.max() >= classes:
             raise UserError(

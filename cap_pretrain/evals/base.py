@@ -1,9 +1,9 @@
-"""What evaluators are given and what they return."""
+"""The interface of evaluators: what they are given, what they return, and common options."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import jax
 import numpy as np
@@ -19,13 +19,13 @@ from cap_pretrain.distributed import sharding
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What an evaluator found.
+    """The result of an evaluation.
 
     Attributes:
-      metrics: scalars.
-      details: anything else that is JSON.
-      lines: what people read on the console.
-      pictures: uint8 images [H, W, 3] of one size with their captions, for TensorBoard.
+        metrics: scalars by name.
+        details: anything else that can be written as JSON.
+        lines: text for the console.
+        pictures: uint8 images [H, W, 3] of one size with their captions, for TensorBoard.
     """
 
     metrics: dict[str, float]
@@ -34,8 +34,8 @@ class Result:
     pictures: tuple[tuple[np.ndarray, str], ...] = ()
 
 
-class Interrupted(Exception):
-    """An evaluation was given up, since the run is to stop."""
+class Interrupted(Exception):  # noqa: N818 (control flow: the run is stopping, nothing failed)
+    """The evaluation was abandoned because the run is stopping."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,12 +43,12 @@ class Context:
     """What evaluators work with.
 
     Attributes:
-      config: the run's configuration.
-      graphdef: the learner's structure; `nnx.merge(graphdef, *variables)` is the learner.
-      tokenizer: encodes and decodes text.
-      mesh: where to compute.
-      stop: whether to end early, asked before each batch.
-      workdir: the run's folder, where evaluators may keep what took long to compute; None: nowhere.
+        config: the run's configuration.
+        graphdef: the learner's structure; `nnx.merge(graphdef, *variables)` is the learner.
+        tokenizer: encodes and decodes text.
+        mesh: the devices to compute on.
+        stop: returns whether to abandon the evaluation; called before each batch.
+        workdir: the run's folder, where evaluators may cache expensive results; None: no cache.
     """
 
     config: ConfigDict
@@ -59,9 +59,9 @@ class Context:
     workdir: Path | None = None
 
     def jit(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """Compiles `fn(learner, *arrays)` into a function of `(variables, *arrays)`.
+        """Compile `fn(learner, *arrays)` into a function of `(variables, *arrays)`.
 
-        Its results are on every host in whole.
+        Its results are replicated: every host has them in whole.
         """
 
         def call(variables, *args):
@@ -70,27 +70,31 @@ class Context:
         return jax.jit(call, out_shardings=sharding.replicated(self.mesh))
 
     def source(self, split: str = "", data: str = "") -> Source:
-        """Opens a split of a dataset; by default the run's own evaluation split."""
+        """Open a split of a dataset; by default the run's own evaluation split."""
         return inputs.open_data(self.config, split or self.config.data.eval_split, data)
 
     def named(self, split: str = "", data: str = "") -> dict[str, str]:
-        """What a result says of `source` with the same arguments."""
+        """Return the `dataset` and `split` of `source(split, data)`, for `Result.details`."""
         section = self.config.data
         return {
             "dataset": data or parse_mixture(section.name)[0][0],
             "split": split or section.eval_split,
         }
 
-    def batches(self, source: Source, batch_size: int, limit: int | None = None):
-        """Iterates over `(batch on the devices, the same batch on this host)`, each example once.
+    def batches(
+        self, source: Source, batch_size: int, limit: int | None = None
+    ) -> Iterator[tuple[dict[str, jax.Array], dict[str, np.ndarray]]]:
+        """Iterate over `(batch on the devices, the same batch on this host)`, each example once.
 
-        The batch size is rounded up to what the mesh divides.
+        Args:
+            source: the examples.
+            batch_size: examples a batch; rounded up to a multiple of the data-parallel devices.
+            limit: only the first so many examples.
 
         Raises:
-          Interrupted: `stop` says so.
+            Interrupted: the run is stopping.
         """
-        ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        batch_size = -(-batch_size // ways) * ways
+        batch_size = round_up(batch_size, data_parallel(self.mesh))
         dataset = pipeline.eval_batches(
             source,
             self.tokenizer,
@@ -98,7 +102,7 @@ class Context:
             batch_size=batch_size,
             crop="none" if self.config.data.crop == "none" else "center",
             limit=limit,
-            rows=sharding.batch_rows(self.mesh, batch_size),
+            rows=sharding.batch_rows(self.mesh, batch_size).tolist(),
         )
         batches = prefetch.iterate(dataset)
         try:
@@ -111,3 +115,67 @@ class Context:
                 yield sharding.put_batch(arrays, self.mesh), batch
         finally:
             batches.close()
+
+
+class Evaluator(Protocol):
+    """What a class in `evals.REGISTRY` has.
+
+    Attributes:
+        Options: a frozen dataclass, the settings in `config.evals` and their defaults.
+    """
+
+    Options: ClassVar[type]
+
+    def __init__(self, context: Context, options: Any):
+        """Build what is needed once; raise UserError if the learner or dataset does not fit."""
+
+    def __call__(self, variables: Any) -> Result:
+        """Evaluate the learner with these variables."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataOptions:
+    """Options of evaluators that read a dataset.
+
+    Attributes:
+        data: the dataset; "" is the run's own.
+        split: "" is `data.eval_split`.
+    """
+
+    data: str = ""
+    split: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchOptions(DataOptions):
+    """Options of evaluators that read examples in batches.
+
+    Attributes:
+        batch_size: examples a batch.
+        limit: only the first so many examples; 0 is all.
+    """
+
+    batch_size: int = 128
+    limit: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoringOptions(BatchOptions):
+    """Options of evaluators that score texts for images (see `inference.scoring`).
+
+    Attributes:
+        pairs: (image, text) pairs that a captioner scores at once.
+    """
+
+    batch_size: int = 64
+    pairs: int = 512
+
+
+def data_parallel(mesh: Mesh) -> int:
+    """Return over how many devices a mesh splits a batch."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def round_up(number: int, multiple: int) -> int:
+    """Return the least multiple of `multiple` that is at least `number`."""
+    return -(-number // multiple) * multiple

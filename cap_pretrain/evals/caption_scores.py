@@ -1,4 +1,4 @@
-"""Captions of a split, scored by its references as the COCO evaluation does."""
+"""Captions of a split, scored against references by the COCO evaluation."""
 
 import collections
 import dataclasses
@@ -11,8 +11,8 @@ import numpy as np
 from cap_pretrain.data.sources.base import parse_mixture
 from cap_pretrain.distributed import cluster
 from cap_pretrain.errors import UserError
-from cap_pretrain.evals.base import Context, Interrupted, Result
-from cap_pretrain.evals.captions import Captioning
+from cap_pretrain.evals.base import BatchOptions, Context, Interrupted, Result
+from cap_pretrain.evals.inference.captioning import Captioning
 from cap_pretrain.evals.metrics import caption_metrics
 from cap_pretrain.models.decoding import Decoding
 
@@ -20,39 +20,32 @@ from cap_pretrain.models.decoding import Decoding
 class CaptionScores:
     """BLEU, METEOR, ROUGE-L, CIDEr-D and SPICE of a captioner's captions.
 
-    The captions are kept with their references; tools/score_captions.py scores them again, as where
-    there was no Java.
+    The result contains the captions and references, so that tools/score_captions.py can score them
+    again, for instance on a machine that has Java.
     """
 
     @dataclasses.dataclass(frozen=True)
-    class Options(Decoding):
-        """Settings: how captions are decoded (see `Decoding`), and
+    class Options(BatchOptions, Decoding):
+        """Settings, in addition to how captions are decoded.
+
+        CIDEr values with different `limit` are not comparable.
 
         Attributes:
-          data: dataset; "" is the run's own.
-          split: "" is `data.eval_split`.
-          batch_size: images a batch.
-          limit: at most so many images; 0 is all. CIDEr of fewer images is another figure.
-          tokenizer: what cuts text into words, one of `caption_metrics.TOKENIZERS`.
-          spice: when SPICE is tried, one of `caption_metrics.SPICE`. It takes minutes.
-          protocol: one of `caption_metrics.PROTOCOLS`; in all but "coco" the two before do not
-            matter.
+            tokenizer: splits text into words, one of `caption_metrics.TOKENIZERS`.
+            spice: whether to compute SPICE, one of `caption_metrics.SPICE`. It takes minutes.
+            protocol: one of `caption_metrics.PROTOCOLS`; only "coco" uses `tokenizer` and `spice`.
         """
 
-        data: str = ""
-        split: str = ""
-        batch_size: int = 128
-        limit: int = 0
         tokenizer: str = "auto"
         spice: str = "no"
         protocol: str = "coco"
 
     def __init__(self, context: Context, options: Options):
-        """Builds the evaluator.
+        """Build the evaluator.
 
         Raises:
-          UserError: the learner writes no captions, the dataset has none, or nothing can be scored
-            with these options.
+            UserError: the learner cannot write captions, the dataset has none, an option is
+                invalid, or pycocoevalcap is not installed.
         """
         config = context.config
         self._context, self._options = context, options
@@ -61,7 +54,7 @@ class CaptionScores:
         self._source = context.source(options.split, options.data)
         if not self._source[0]["captions"]:
             raise UserError(
-                f"evals: caption_scores compares with captions, and {self._dataset} has none; "
+                f"evals: caption_scores needs reference captions, and {self._dataset} has none; "
                 "name another dataset or set data.fields."
             )
         caption_metrics.check_options(options.tokenizer, options.spice, options.protocol)
@@ -73,15 +66,21 @@ class CaptionScores:
             how=options,
         )
 
-    def __call__(self, variables) -> Result:
-        captions = dict(self._captioning(variables))
-        # Only the first host needs Java, and all have the same figures.
-        found = cluster.decided(None, lambda said: self._scored(captions))
-        return Result(found["figures"], found["details"], (found["line"],))
+    def __call__(self, variables: Any) -> Result:
+        """Caption every image and score the captions.
 
-    def _scored(self, captions: Mapping[int, str]) -> dict[str, Any]:
-        """Returns the parts of the result as JSON."""
-        kept = [self._kept(index, caption) for index, caption in captions.items()]
+        Raises:
+            UserError: an image has no references, or PTBTokenizer was asked for and cannot run.
+            Interrupted: the run is stopping.
+        """
+        captions = dict(self._captioning(variables))
+        # Host 0 scores for all: only it needs Java, and all hosts get the same metrics.
+        found = cluster.decided(None, lambda _: self._score(captions))
+        return Result(found["metrics"], found["details"], (found["line"],))
+
+    def _score(self, captions: Mapping[int, str]) -> dict[str, Any]:
+        """Return the parts of the result as JSON."""
+        kept = [self._entry(index, caption) for index, caption in captions.items()]
         scores = caption_metrics.score(
             dict(enumerate(entry["references"] for entry in kept)),
             dict(enumerate(entry["caption"] for entry in kept)),
@@ -92,14 +91,15 @@ class CaptionScores:
         )
         counts = collections.Counter(captions.values())
         ((commonest, times),) = counts.most_common(1)
-        figures = scores.metrics | {
-            # Captioners are known to collapse to a few sentences without anybody noticing.
+        metrics = scores.metrics | {
+            # These reveal a captioner that has collapsed to a few sentences.
             "distinct_share": len(counts) / len(captions),
             "commonest_share": times / len(captions),
             "mean_words": float(np.mean([len(caption.split()) for caption in captions.values()])),
         }
         options = self._options
-        evaluation = "COCO" if options.protocol == "coco" else options.protocol
+        protocol = caption_metrics.current_name(options.protocol)
+        evaluation = "COCO" if protocol == "coco" else protocol
         version = importlib.metadata.version("pycocoevalcap")
         details = {
             "protocol": f"{options.described}; {evaluation} evaluation by pycocoevalcap {version}",
@@ -113,19 +113,20 @@ class CaptionScores:
             f"{scores.images} images of {self._dataset} {self._split}, words by {scores.tokenizer}"
         )
         line += "".join(f"; {name} skipped: {why}" for name, why in scores.skipped.items())
-        return {"figures": figures, "details": details, "line": line}
+        return {"metrics": metrics, "details": details, "line": line}
 
-    def _kept(self, index: int, caption: str) -> dict[str, Any]:
+    def _entry(self, index: int, caption: str) -> dict[str, Any]:
+        """Return the id, caption and references of an image."""
         example = self._source[index]
         if not example["captions"]:
             raise UserError(
-                f"evals: image {example['id']!r} of {self._dataset} has no captions to compare "
-                "with; caption_scores needs some for each."
+                f"evals: caption_scores: image {example['id']!r} of {self._dataset} has no "
+                "reference captions; every image needs one or more."
             )
         entry = {"image_id": example["id"], "caption": caption}
         return entry | {"references": list(example["captions"])}
 
     def _check(self) -> None:
-        # A signal that ends the run may have ended Java with it.
+        """Raise Interrupted if the run is stopping; the signal may have ended Java, too."""
         if self._context.stop():
             raise Interrupted

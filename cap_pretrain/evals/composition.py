@@ -1,103 +1,101 @@
-"""Composition: whether the true caption scores above false ones that hardly differ from it."""
+"""Composition: whether a true caption scores above hard negatives, which differ little from it."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
 from cap_pretrain.data.hard_negatives import OrderQuestions, Question, QuestionSet, SceneQuestions
+from cap_pretrain.data.scenes.source import Scenes
 from cap_pretrain.data.sugarcrepe import SugarCrepe
 from cap_pretrain.errors import UserError, did_you_mean
-from cap_pretrain.evals.base import Context, Result
+from cap_pretrain.evals.base import Context, Result, ScoringOptions
+from cap_pretrain.evals.inference.scoring import Scoring
 from cap_pretrain.evals.metrics import ranking
-from cap_pretrain.evals.scoring import Scoring
 
 SETS = ("scenes", "order", "sugarcrepe")
 
 
 class Composition:
-    """Accuracy on questions with one true caption; a tie counts as guessing among the tied.
+    """Accuracy on questions with one true caption; a tie counts as a random choice among the tied.
 
-    Figures, each as `NAME_KIND` for each kind of false caption (the true one against it alone, so
-    that chance is 1/2) and as `NAME`, the mean over kinds:
+    Each metric is reported as `NAME_KIND` for each kind of false caption (the true caption against
+    that one alone, so that chance is 1/2) and as `NAME`, the mean over kinds:
 
-      accuracy    the true caption has the higher score
-      over_prior  (captioners) it has, after the score for a blank image is taken off: what the
-                  image adds
-      blind       (captioners) it has for a blank image. The same decoder, which never saw the
-                  image: what a language prior alone solves. Dual encoders have no such score, and
-                  no opinion on a text without an image: 1/2.
+        accuracy    the true caption has the higher score
+        over_prior  (captioners) the true caption has the higher score minus prior, the score for a
+                    blank image: what the image adds
+        blind       (captioners) the true caption has the higher prior: what the language model
+                    solves without seeing the image. Dual encoders cannot score a text without an
+                    image, which is chance, 1/2.
 
-    Where questions have several false captions, `NAME_all` is the true one's against all of them
-    at once, as ARO's Precision@1; `chance_all` is that of guessing.
+    Where questions have several false captions, `NAME_all` compares the true one with all of them
+    at once, as ARO's Precision@1 does; `chance_all` is its value for guessing.
     """
 
     @dataclasses.dataclass(frozen=True)
-    class Options:
-        """Settings.
+    class Options(ScoringOptions):
+        """Settings. `data` is used by "order" only, `split` by "scenes" and "order".
 
         Attributes:
-          questions: "scenes" (one thing changed, by kind), "order" (words in other orders, of any
-            captioned dataset), or "sugarcrepe".
-          data: dataset of "order"; "" is the run's own.
-          split: of "scenes" or "order"; "" is `data.eval_split`.
-          annotations: of "sugarcrepe": the folder with its json files.
-          images: of "sugarcrepe": folder or zip with the images of COCO's val2017.
-          batch_size: images a batch.
-          pairs: (image, caption) pairs that a captioner scores at once.
-          limit: at most so many images, the first ones; 0 is all.
+            questions: "scenes" (one property of a scene changed), "order" (shuffled words, for any
+                captioned dataset), or "sugarcrepe".
+            annotations: for "sugarcrepe": the folder with its json files.
+            images: for "sugarcrepe": folder or zip with the images of COCO's val2017.
         """
 
         questions: str = "scenes"
-        data: str = ""
-        split: str = ""
         annotations: str = ""
         images: str = ""
-        batch_size: int = 64
-        pairs: int = 512
-        limit: int = 0
 
         def __post_init__(self):
             if self.questions not in SETS:
                 raise UserError(
-                    f"evals: composition.questions: there is no {self.questions!r}."
+                    f"evals: composition.questions: no set {self.questions!r}."
                     f"{did_you_mean(self.questions, SETS)}"
                 )
 
     def __init__(self, context: Context, options: Options):
+        """Build the evaluator.
+
+        Raises:
+            UserError: the learner does not score texts, or the set cannot be read or is empty.
+        """
         self._context, self._options = context, options
         self._scoring = Scoring(context, batch_size=options.batch_size, pairs=options.pairs)
         self._set = question_set(context, options)
         count = min(len(self._set.source), options.limit or len(self._set.source))
         self._questions = [self._set.questions(index) for index in range(count)]
-        number: dict[str, int] = {}  # of each different text
+        number: dict[str, int] = {}  # distinct text -> its index
         self._texts = [
-            [number.setdefault(text, len(number)) for text in candidates(asked)]
-            for asked in self._questions
+            [number.setdefault(text, len(number)) for text in candidates(questions)]
+            for questions in self._questions
         ]
         if not number:
-            raise UserError(f"evals: composition: {self._set.source} gives no question to ask.")
+            raise UserError(f"evals: composition: {self._set.source} yields no questions.")
         self._tokens = self._scoring.encode(list(number))
 
-    def __call__(self, variables) -> Result:
+    def __call__(self, variables: Any) -> Result:
+        """Score the candidates of every question."""
         scoring = self._scoring
         features = scoring.text_features(variables, self._tokens)
         prior = scoring.prior(variables, self._tokens) if scoring.has_prior else None
         tally, images = Tally(scoring.tolerance), 0
         for where, pictures in scoring.batches(variables, self._set.source, self._options.limit):
             texts = [self._texts[index] for index in where["index"]]
-            own = np.zeros((len(texts), max(1, *map(len, texts))), int)
-            for row, listed in zip(own, texts, strict=True):
-                row[: len(listed)] = listed
-            scores = scoring.compare(variables, pictures, features[own])
-            for row in np.flatnonzero(where["mask"]):
-                listed = texts[row]
-                rules = {"accuracy": scores[row, : len(listed)]}
+            padded = np.zeros((len(texts), max(1, *map(len, texts))), int)
+            for row, own in zip(padded, texts, strict=True):
+                row[: len(own)] = own
+            scores = scoring.compare(variables, pictures, features[padded])
+            for k in np.flatnonzero(where["mask"]):
+                own = texts[k]
+                rules = {"accuracy": scores[k, : len(own)]}
                 if prior is not None:
-                    rules["over_prior"] = rules["accuracy"] - prior[listed]
-                    rules["blind"] = prior[listed]
-                tally.add(self._questions[where["index"][row]], rules)
-                images += bool(listed)
-        return Result(tally.figures(), self._details(images, tally))
+                    rules["over_prior"] = rules["accuracy"] - prior[own]
+                    rules["blind"] = prior[own]
+                tally.add(self._questions[where["index"][k]], rules)
+                images += bool(own)
+        return Result(tally.metrics(), self._details(images, tally))
 
     def _details(self, images: int, tally: "Tally") -> dict:
         options = self._options
@@ -116,17 +114,31 @@ class Composition:
 
 
 class Tally:
-    """Adds up which captions were told apart, by rule and by kind."""
+    """Accumulates results by rule (a metric's name) and by kind of false caption.
+
+    Args:
+        tolerance: scores that differ by no more are equal.
+
+    Attributes:
+        questions: how many were added.
+    """
 
     def __init__(self, tolerance: float):
         self.questions = 0
         self._tolerance = tolerance
-        self._by_kind: dict[str, dict[str, list[float]]] = {}  # rule -> kind -> one a question
-        self._of_all: dict[str, list[float]] = {}  # rule -> one a question
+        # Probabilities of choosing the true caption: rule -> kind -> one a question,
+        self._by_kind: dict[str, dict[str, list[float]]] = {}
+        # and against all false captions at once: rule -> one a question.
+        self._of_all: dict[str, list[float]] = {}
         self._chance_of_all: list[float] = []
 
     def add(self, questions: list[Question], rules: dict[str, np.ndarray]) -> None:
-        """Counts the questions about an image; `rules` are scores in the order of `candidates`."""
+        """Add the questions about an image.
+
+        Args:
+            questions: the questions.
+            rules: rule -> scores of `candidates(questions)`, in their order.
+        """
         place = {text: k for k, text in enumerate(candidates(questions))}
         for question in questions:
             true, false = place[question.true], [place[text] for text in question.false.values()]
@@ -134,44 +146,47 @@ class Tally:
             self._chance_of_all.append(1 / (1 + len(false)))
             for rule, scores in rules.items():
                 better, tied = ranking.compare(scores[false], scores[true], self._tolerance)
-                shares = ranking.share_in_top(1, better, tied)
+                correct = ranking.probability_in_top(1, better, tied)
                 by_kind = self._by_kind.setdefault(rule, {})
-                for kind, share in zip(question.false, shares, strict=True):
-                    by_kind.setdefault(kind, []).append(share)
-                of_all = ranking.share_in_top(1, better.sum(), tied.sum())
-                self._of_all.setdefault(rule, []).append(of_all)
+                for kind, value in zip(question.false, correct, strict=True):
+                    by_kind.setdefault(kind, []).append(value)
+                of_all = ranking.probability_in_top(1, better.sum(), tied.sum())
+                self._of_all.setdefault(rule, []).append(float(of_all))
 
     def counts(self) -> dict[str, int]:
-        """kind -> number of questions that have it."""
-        return {kind: len(shares) for kind, shares in sorted(self._by_kind["accuracy"].items())}
+        """Return the number of questions with each kind of false caption."""
+        return {kind: len(values) for kind, values in sorted(self._by_kind["accuracy"].items())}
 
-    def figures(self) -> dict[str, float]:
-        """As `Composition` says."""
-        figures = {}
+    def metrics(self) -> dict[str, float]:
+        """Return the metrics that `Composition` names."""
+        metrics = {}
         several = min(self._chance_of_all) < 0.5
         for rule, by_kind in self._by_kind.items():
-            means = {kind: float(np.mean(shares)) for kind, shares in sorted(by_kind.items())}
-            figures[rule] = float(np.mean(list(means.values())))
-            figures |= {f"{rule}_{kind}": mean for kind, mean in means.items()}
+            means = {kind: float(np.mean(values)) for kind, values in sorted(by_kind.items())}
+            metrics[rule] = float(np.mean(list(means.values())))
+            metrics |= {f"{rule}_{kind}": mean for kind, mean in means.items()}
             if several:
-                figures[f"{rule}_all"] = float(np.mean(self._of_all[rule]))
+                metrics[f"{rule}_all"] = float(np.mean(self._of_all[rule]))
         if several:
-            figures["chance_all"] = float(np.mean(self._chance_of_all))
-        return figures
+            metrics["chance_all"] = float(np.mean(self._chance_of_all))
+        return metrics
 
 
 def candidates(questions: list[Question]) -> list[str]:
-    """The different captions of the questions about an image, true and false."""
-    texts = {}
+    """Return the distinct captions, true and false, of the questions about an image."""
+    texts: dict[str, None] = {}
     for question in questions:
         texts |= dict.fromkeys((question.true, *question.false.values()))
     return list(texts)
 
 
 def question_set(context: Context, options: Composition.Options) -> QuestionSet:
-    """Opens the questions that the options name."""
+    """Open the set of questions that the options name."""
     if options.questions == "sugarcrepe":
         return SugarCrepe(options.annotations, options.images)
     if options.questions == "order":
         return OrderQuestions(context.source(options.split, options.data))
-    return SceneQuestions(context.source(options.split, "scenes"))
+    scenes = context.source(options.split, "scenes")
+    if not isinstance(scenes, Scenes):
+        raise UserError('evals: composition: questions "scenes" are of the dataset `scenes` only.')
+    return SceneQuestions(scenes)

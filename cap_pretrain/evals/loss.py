@@ -1,43 +1,36 @@
-"""The learner's own loss and metrics on held-out data, next to a unigram model of the captions."""
+"""The learner's own loss and metrics on held-out data, and a unigram baseline for captions."""
 
 import dataclasses
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from cap_pretrain import inputs
-from cap_pretrain.evals.base import Context, Result
+from cap_pretrain.evals.base import BatchOptions, Context, Result
 from cap_pretrain.learners.protocols import Contrasts, learner_type
 
-# Training captions that are counted for the unigram model.
+# Training captions that the unigram model is estimated from.
 UNIGRAM_CAPTIONS = 50_000
 
 
 class Loss:
     """Validation loss, exact over the split: each example counts once, whatever the batch size.
 
-    Contrastive losses depend on the batch they see; theirs is the mean over batches, by examples.
+    A contrastive loss depends on the batch: it is averaged over batches, weighted by examples.
     """
 
     @dataclasses.dataclass(frozen=True)
-    class Options:
+    class Options(BatchOptions):
         """Settings.
 
         Attributes:
-          data: dataset; "" is the run's own.
-          split: "" is `data.eval_split`.
-          batch_size: examples a batch.
-          limit: at most so many examples; 0 is all.
-          unigram: also give the loss of the best guess that ignores image and context: token
-            frequencies of the training captions. What a captioner must beat.
+            unigram: also report the loss of a unigram model, which ignores image and context: the
+                token frequencies of the training captions. A captioner must beat it.
         """
 
-        data: str = ""
-        split: str = ""
-        batch_size: int = 128
-        limit: int = 0
         unigram: bool = False
 
     def __init__(self, context: Context, options: Options):
@@ -51,22 +44,23 @@ class Loss:
         self._loss = context.jit(_loss_and_metrics)
         self._unigram: dict[str, float] | None = None
 
-    def __call__(self, variables) -> Result:
+    def __call__(self, variables: Any) -> Result:
+        """Average the learner's loss and metrics over the split."""
         totals: dict[str, float] = {}
         weight_sum, examples = 0.0, 0
         for batch, _ in self._batches():
-            figures = {k: float(v) for k, v in jax.device_get(self._loss(variables, batch)).items()}
-            examples += int(figures.pop("examples"))
-            weight = figures.pop("loss_weight")
+            values = {k: float(v) for k, v in jax.device_get(self._loss(variables, batch)).items()}
+            examples += int(values.pop("examples"))
+            weight = values.pop("loss_weight")
             weight_sum += weight
-            for name, value in figures.items():
+            for name, value in values.items():
                 totals[name] = totals.get(name, 0.0) + weight * value
-        figures = {name: total / max(weight_sum, 1e-9) for name, total in totals.items()}
+        metrics = {name: total / max(weight_sum, 1e-9) for name, total in totals.items()}
         if self._options.unigram:
             if self._unigram is None:
                 self._unigram = {"unigram_loss": self._unigram_loss()}
-            figures |= self._unigram
-        return Result(figures, self._details | {"examples": examples})
+            metrics |= self._unigram
+        return Result(metrics, self._details | {"examples": examples})
 
     @property
     def _limit(self) -> int | None:
@@ -76,7 +70,7 @@ class Loss:
         return self._context.batches(self._source, self._options.batch_size, self._limit)
 
     def _unigram_loss(self) -> float:
-        """Mean over captions of the mean over tokens, as the captioner's loss; add-one smoothed."""
+        """Return the mean over captions of the mean over tokens, with add-one smoothing."""
         config, tokenizer = self._context.config, self._context.tokenizer
         train = inputs.open_data(config, config.data.split)
         counts = np.ones(tokenizer.vocab_size)
@@ -94,7 +88,7 @@ class Loss:
 
 
 def _loss_and_metrics(learner, batch):
-    # Evaluation draws nothing, but the signature wants a key.
+    # Evaluation is deterministic, but the signature asks for a key.
     loss, metrics = learner.loss(batch, jax.random.key(0), train=False)
     examples = jnp.sum(batch["mask"])
     return {"loss": loss, "loss_weight": examples, **metrics, "examples": examples}

@@ -1,64 +1,57 @@
-"""How well a captioner predicts the captions of a split: perplexity, bits per token and byte."""
+"""Perplexity of a captioner on the captions of a split, and bits per token, byte, character."""
 
 import dataclasses
+import itertools
 import math
+from typing import Any
 
 import numpy as np
 
 from cap_pretrain.errors import UserError
-from cap_pretrain.evals.base import Context, Result
-from cap_pretrain.evals.scoring import Scoring
+from cap_pretrain.evals.base import Context, Result, ScoringOptions
+from cap_pretrain.evals.inference.scoring import Scoring
 
 
 class Perplexity:
-    """Perplexity of all captions of every image, each of which counts by its length.
+    """Perplexity of all captions of every image; every token counts the same.
 
-    A token is a piece of the tokenizer, EOS included, so perplexity and bits per token compare
-    captioners with one tokenizer only. Bits per byte and per character compare any two: the bits of
-    whole captions, EOS included, over the length of the text that the tokens stand for (lower-cased
-    if the tokenizer does that; its end has no length). A question that is answered by captions is
-    given: it is read and does not count.
+    Tokens are the tokenizer's, EOS included, so perplexity and bits per token compare only
+    captioners with the same tokenizer. Bits per byte and per character compare any two: they are
+    the bits of whole captions, EOS included, over the length of the text that the tokens decode to
+    (lower-cased if the tokenizer does that; EOS has no length). Where captions answer a question,
+    the question is given as a prompt and not counted.
     """
 
     @dataclasses.dataclass(frozen=True)
-    class Options:
-        """Settings.
-
-        Attributes:
-          data: dataset; "" is the run's own.
-          split: "" is `data.eval_split`.
-          batch_size: images a batch.
-          pairs: captions that are scored at once.
-          limit: at most so many images, the first ones; 0 is all.
-        """
-
-        data: str = ""
-        split: str = ""
-        batch_size: int = 64
-        pairs: int = 512
-        limit: int = 0
+    class Options(ScoringOptions):
+        """Settings."""
 
     def __init__(self, context: Context, options: Options):
-        """Builds the evaluator.
+        """Build the evaluator.
 
         Raises:
-          UserError: the learner is no captioner, or the dataset has no captions.
+            UserError: the learner is not a captioner, or the dataset has no captions.
         """
         self._context, self._options = context, options
         self._scoring = Scoring(context, batch_size=options.batch_size, pairs=options.pairs)
         if not self._scoring.has_prior:
             raise UserError(
-                "evals: perplexity is a figure of captioners, and this learner compares vectors; "
-                "leave it out."
+                "evals: perplexity needs a captioner, and this learner is a dual encoder; remove "
+                "the evaluator."
             )
         self._source = context.source(options.split, options.data)
         if not self._source[0]["captions"]:
             raise UserError(
-                f"evals: perplexity is that of captions, and {self._source} has none; name another "
+                f"evals: perplexity needs captions, and {self._source} has none; name another "
                 "dataset or set data.fields."
             )
 
-    def __call__(self, variables) -> Result:
+    def __call__(self, variables: Any) -> Result:
+        """Score every caption.
+
+        Raises:
+            UserError: no image can be decoded, or none has a caption.
+        """
         nats, tokens, texts, images, full = [], [], [], 0, 0
         for where, encoded in self._scoring.batches(variables, self._source, self._options.limit):
             rows = np.flatnonzero(where["mask"])
@@ -68,15 +61,16 @@ class Perplexity:
                 continue
             questions = [e.get("question", "") for e in examples for _ in e["captions"]]
             images += sum(map(bool, captions))
-            # All captions of an image side by side, and padding, which has no tokens, after them.
-            there = np.zeros((len(where["mask"]), max(map(len, captions))), bool)
+            # The captions of an image side by side, followed by padding without tokens.
+            present = np.zeros((len(where["mask"]), max(map(len, captions))), bool)
             for row, own in zip(rows, captions, strict=True):
-                there[row, : len(own)] = True
-            flat, given = self._scoring.encode_answers(questions, sum(captions, []))
-            text = np.zeros((*there.shape, flat.shape[1]), np.int32)
-            prompts = np.zeros(there.shape, np.int32)
-            text[there], prompts[there] = flat, given
-            nats.append(-self._scoring.compare(variables, encoded, text, prompts)[there])
+                present[row, : len(own)] = True
+            answers = list(itertools.chain.from_iterable(captions))
+            flat, given = self._scoring.encode_answers(questions, answers)
+            text = np.zeros((*present.shape, flat.shape[1]), np.int32)
+            prompts = np.zeros(present.shape, np.int32)
+            text[present], prompts[present] = flat, given
+            nats.append(-self._scoring.compare(variables, encoded, text, prompts)[present])
             lengths = np.sum(flat != 0, axis=1)
             tokens.append(lengths - given)
             full += int(np.sum(lengths == self._context.config.text.length))
@@ -89,11 +83,12 @@ class Perplexity:
     def _result(
         self, nats: np.ndarray, tokens: np.ndarray, texts: list[str], images: int, full: int
     ) -> Result:
-        total, count = math.fsum(nats), int(np.sum(tokens))  # in float64, in whatever batches
+        # The exact sum does not depend on the batches.
+        total, count = math.fsum(nats), int(np.sum(tokens))
         bits = total / math.log(2)
         characters = sum(map(len, texts))
         size = sum(len(text.encode()) for text in texts)
-        figures = {
+        metrics = {
             "perplexity": math.exp(total / count),
             "bits_per_token": bits / count,
             "bits_per_byte": bits / max(size, 1),
@@ -108,7 +103,7 @@ class Perplexity:
             "tokens": count,
             "bytes": size,
             "characters": characters,
-            # Which may have been cut to fit.
+            # These may have been truncated.
             "captions_of_full_length": full,
         }
-        return Result(figures, details)
+        return Result(metrics, details)

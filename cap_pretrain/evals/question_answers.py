@@ -1,14 +1,15 @@
-"""Answers to questions about images, judged by what people answered."""
+"""Accuracy of answers to questions about images, compared with the answers of people."""
 
 import collections
 import dataclasses
+import itertools
 from typing import Any
 
 import numpy as np
 
 from cap_pretrain.errors import UserError
-from cap_pretrain.evals.base import Context, Result
-from cap_pretrain.evals.captions import Captioning
+from cap_pretrain.evals.base import BatchOptions, Context, Result
+from cap_pretrain.evals.inference.captioning import Captioning
 from cap_pretrain.evals.metrics.answer_accuracy import accuracy
 from cap_pretrain.models.decoding import Decoding
 
@@ -16,42 +17,35 @@ RULE = "VQA accuracy (visualqa.org/evaluation), exact match where one answer is 
 
 
 class QuestionAnswers:
-    """Accuracy of a captioner that was taught to answer questions, over all and by kind.
+    """Accuracy of a captioner that was trained to answer questions, over all and by kind.
 
-    The kinds are the labels of the dataset: yes/no, number and other of VQAv2, the structural types
-    of GQA. All answers are kept in the form that the VQA challenge takes; where a split has no
-    answers to compare with, that is what it is for.
+    The kinds are the dataset's labels: yes/no, number and other in VQAv2, the structural types in
+    GQA. The result contains all answers in the format of the VQA challenge, which evaluates splits
+    whose reference answers are not public.
     """
 
     @dataclasses.dataclass(frozen=True)
-    class Options(Decoding):
-        """Settings: how answers are decoded (see `Decoding`), and
+    class Options(BatchOptions, Decoding):
+        """Settings, in addition to how answers are decoded; an example is a question.
 
         Attributes:
-          data: dataset; "" is the run's own.
-          split: "" is `data.eval_split`.
-          batch_size: questions a batch.
-          limit: at most so many questions, the first ones; 0 is all.
-          samples: questions that are kept with all they were answered; the console shows some.
+            samples: number of questions recorded with the answer and all references; the console
+                shows some of them.
         """
 
-        data: str = ""
-        split: str = ""
-        batch_size: int = 128
-        limit: int = 0
         samples: int = 32
 
     def __init__(self, context: Context, options: Options):
-        """Builds the evaluator.
+        """Build the evaluator.
 
         Raises:
-          UserError: the learner writes no text, or the dataset asks no questions.
+            UserError: the learner cannot write text, or the dataset has no questions.
         """
         self._context, self._options = context, options
         self._source = context.source(options.split, options.data)
         if not self._source[0].get("question"):
             raise UserError(
-                f"evals: question_answers answers questions, and {self._source} has none; name "
+                f"evals: question_answers needs questions, and {self._source} has none; name "
                 "another dataset or set data.fields.question."
             )
         self._captioning = Captioning(
@@ -62,13 +56,20 @@ class QuestionAnswers:
             how=options,
         )
 
-    def __call__(self, variables) -> Result:
-        judged: dict[str, list[float]] = {}  # by kind; that of "" is none
-        answers, samples = [], []
+    def __call__(self, variables: Any) -> Result:
+        """Answer every question.
+
+        Raises:
+            UserError: no image can be decoded.
+        """
+        judged: dict[str, list[float]] = {}  # accuracies by kind; "" is the kind of unlabeled ones
+        answers: list[dict[str, Any]] = []
+        samples: list[dict[str, Any]] = []
         for index, answer in self._captioning(variables):
             example = self._source[index]
-            answers.append({"question_id": _number_if_one(example["id"]), "answer": answer})
-            sample = {"id": example["id"], "question": example["question"], "answer": answer}
+            answers.append({"question_id": _question_id(example["id"]), "answer": answer})
+            sample: dict[str, Any] = {"id": example["id"], "question": example["question"]}
+            sample["answer"] = answer
             if references := list(example["captions"]):
                 label = example["label"]
                 kind = self._source.class_names[label] if label >= 0 else ""
@@ -80,8 +81,8 @@ class QuestionAnswers:
             raise UserError(f"evals: {self._source} has no image that can be decoded.")
         counts = collections.Counter(entry["answer"] for entry in answers)
         ((commonest, times),) = counts.most_common(1)
-        figures = _means(judged) | {
-            # Learners are known to collapse to the commonest answer without anybody noticing.
+        metrics = _means(judged) | {
+            # These reveal a learner that has collapsed to the most common answer.
             "distinct_share": len(counts) / len(answers),
             "commonest_share": times / len(answers),
         }
@@ -97,20 +98,20 @@ class QuestionAnswers:
             "answers": answers,
         }
         lines = (f"{s['id']}: {s['question']} {s['answer']}" for s in samples[:5])
-        return Result(figures, details, tuple(lines))
+        return Result(metrics, details, tuple(lines))
 
 
 def _means(judged: dict[str, list[float]]) -> dict[str, float]:
-    """The accuracy of all, and by kind, such as accuracy_yes_no."""
+    """Return the mean accuracy over all questions and by kind, such as accuracy_yes_no."""
     if not judged:
         return {}
-    figures = {"accuracy": float(np.mean(sum(judged.values(), [])))}
+    metrics = {"accuracy": float(np.mean([*itertools.chain.from_iterable(judged.values())]))}
     for kind in sorted(filter(None, judged)):
         name = "".join(c if c.isalnum() else "_" for c in kind)
-        figures[f"accuracy_{name}"] = float(np.mean(judged[kind]))
-    return figures
+        metrics[f"accuracy_{name}"] = float(np.mean(judged[kind]))
+    return metrics
 
 
-def _number_if_one(text: str) -> Any:
-    """An id as the VQA challenge has it, a number, where it is one."""
+def _question_id(text: str) -> int | str:
+    """Return an id as a number where it is one, as the VQA challenge expects."""
     return int(text) if text.isdecimal() else text

@@ -1,4 +1,4 @@
-"""Retrieval: the captions of an image among all captions, and the image of a caption among all."""
+"""Retrieval: an image's captions among all captions, and a caption's image among all images."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -7,46 +7,42 @@ from typing import Any
 import numpy as np
 
 from cap_pretrain.errors import UserError
-from cap_pretrain.evals.base import Context, Result
+from cap_pretrain.evals.base import Context, Result, ScoringOptions
+from cap_pretrain.evals.inference.scoring import Scoring
 from cap_pretrain.evals.metrics import ranking
-from cap_pretrain.evals.scoring import Scoring
 
 TOP = (1, 5, 10)
 
 
 class Retrieval:
-    """R@1, R@5, R@10 and mean rank in both directions; ties count as guessing among the tied.
+    """R@1, R@5, R@10 and mean rank in both directions; ties count as random choices among the tied.
 
-    Image to text: whether any of the image's captions is among the first; text to image: whether
-    the caption's own image is. Captioners score by log-likelihood, and from image to text also
-    (`_over_prior`) by how much the image adds to it: log p(caption | image) - log p(caption | blank
-    image), without which short and common captions come first for every image.
+    From image to text, a hit is any of the image's captions; from text to image, the caption's own
+    image. Captioners score by log-likelihood and, from image to text, also (`_over_prior`) by what
+    the image adds to it: log p(caption | image) - log p(caption | blank image). Without that, short
+    and common captions come first for every image.
 
-    The scores are computed block by block and counted at once: the matrix is never kept.
+    Scores are computed and counted block by block; the full matrix is never stored.
     """
 
     @dataclasses.dataclass(frozen=True)
-    class Options:
-        """Settings.
+    class Options(ScoringOptions):
+        """Settings; the dataset needs captions.
 
         Attributes:
-          data: dataset with captions; "" is the run's own.
-          split: "" is `data.eval_split`.
-          limit: the first so many images, with all of their captions, are the candidates; 0 is all,
-            as the usual protocols on COCO (5,000) and Flickr30k (1,000) want. Captioners run their
-            decoder for every image with every caption, so ten times as many take a hundred times
-            as long.
-          batch_size: images a batch.
-          pairs: (image, caption) pairs that a captioner scores at once.
+            limit: the candidates are the first so many images with all of their captions; 0 is all,
+                as in the usual protocols on COCO (5,000) and Flickr30k (1,000). Captioners run
+                their decoder for every pair, so the time grows with the square of this.
         """
 
-        data: str = ""
-        split: str = ""
         limit: int = 1000
-        batch_size: int = 64
-        pairs: int = 512
 
     def __init__(self, context: Context, options: Options):
+        """Build the evaluator.
+
+        Raises:
+            UserError: the learner does not score texts, or the dataset has no captions.
+        """
         self._context, self._options = context, options
         self._scoring = Scoring(context, batch_size=options.batch_size, pairs=options.pairs)
         self._source = source = context.source(options.split, options.data)
@@ -59,38 +55,38 @@ class Retrieval:
                 "data.fields.captions."
             )
         self._tokens = self._scoring.encode(texts)
-        # The image of each caption, and the captions of each image, -1 where it has no more.
+        # The image of each caption, and the captions of each image, padded with -1.
         self._owner = np.repeat(np.arange(count), [len(own) for own in captions])
         self._own = np.full((count, max(map(len, captions))), -1)
         first = np.searchsorted(self._owner, self._owner)
         self._own[self._owner, np.arange(len(texts)) - first] = np.arange(len(texts))
 
-    def __call__(self, variables) -> Result:
+    def __call__(self, variables: Any) -> Result:
+        """Rank all candidates in both directions."""
         scoring = self._scoring
         texts = scoring.text_features(variables, self._tokens)
         prior = scoring.prior(variables, self._tokens) if scoring.has_prior else None
 
-        def blocks() -> Iterable[tuple[dict[str, np.ndarray], Any]]:
-            return scoring.batches(variables, self._source, self._options.limit)
+        # The images are read twice; a dual encoder's features, a small vector each, are kept.
+        cache = None if scoring.has_prior else list(self._batches(variables))
 
-        if not scoring.has_prior:  # one small vector an image, to be kept
-            kept = list(blocks())
-            blocks = lambda: kept
-
-        own_scores, there = np.zeros(len(texts), np.float32), np.zeros(len(texts), bool)
-        for where, images in blocks():
+        own_scores, present = np.zeros(len(texts), np.float32), np.zeros(len(texts), bool)
+        for where, images in cache or self._batches(variables):
             own = self._own[where["index"]]
             scores = scoring.compare(variables, images, texts[own])
             real = where["mask"][:, None] & (own >= 0)
-            own_scores[own[real]], there[own[real]] = scores[real], True
+            own_scores[own[real]], present[own[real]] = scores[real], True
 
-        # Captions whose image does not decode are no candidates.
-        counts = Counts(self._owner[there], own_scores[there], scoring.tolerance)
-        offsets = {"": 0.0} if prior is None else {"": 0.0, "_over_prior": prior[there]}
-        for where, images in blocks():
-            scores = scoring.compare(variables, images, texts[there])
+        # Captions whose image cannot be decoded are not candidates.
+        counts = Counts(self._owner[present], own_scores[present], scoring.tolerance)
+        offsets = {"": 0.0} if prior is None else {"": 0.0, "_over_prior": prior[present]}
+        for where, images in cache or self._batches(variables):
+            scores = scoring.compare(variables, images, texts[present])
             counts.add(where["index"][where["mask"]], scores[where["mask"]], offsets)
-        return Result(counts.figures(), self._details(counts))
+        return Result(counts.metrics(), self._details(counts))
+
+    def _batches(self, variables) -> Iterable[tuple[dict[str, np.ndarray], Any]]:
+        return self._scoring.batches(variables, self._source, self._options.limit)
 
     def _details(self, counts: "Counts") -> dict:
         return self._scoring.details(self._options.data, self._options.split) | {
@@ -101,12 +97,16 @@ class Retrieval:
 
 
 class Counts:
-    """Counts who scores above the right candidates, as rows of the score matrix come in.
+    """Counts which candidates score above the right ones, from rows of the score matrix.
 
     Args:
-      owner: int [M], the image of each text.
-      own_scores: float32 [M], the score of each text for its image.
-      tolerance: scores that differ by no more are equal.
+        owner: int [M], the image of each text.
+        own_scores: float32 [M], the score of each text for its image.
+        tolerance: scores that differ by no more are equal.
+
+    Attributes:
+        images: number of images with captions so far.
+        captions: number of texts, M.
     """
 
     def __init__(self, owner: np.ndarray, own_scores: np.ndarray, tolerance: float):
@@ -116,12 +116,13 @@ class Counts:
         self.images, self.captions = 0, len(owner)
 
     def add(self, index: np.ndarray, scores: np.ndarray, offsets: dict[str, Any]) -> None:
-        """Counts rows of the matrix.
+        """Count rows of the score matrix.
 
         Args:
-          index: int [b], which images they are of.
-          scores: float32 [b, M].
-          offsets: suffix of a figure -> what is taken off, [M] or a number, before rows are ranked.
+            index: int [b], the images of the rows.
+            scores: float32 [b, M].
+            offsets: suffix of a metric -> what to subtract from a row before ranking it, [M] or a
+                number.
         """
         wrong = index[:, None] != self._owner
         captioned = ~wrong.all(1)
@@ -129,22 +130,23 @@ class Counts:
         outcome = ranking.compare(scores, self._own_scores, self._tolerance)
         self._by_text += [np.sum(where & wrong, axis=0) for where in outcome]
         for suffix, offset in offsets.items():
-            left = scores - offset
-            best = np.max(np.where(wrong, -np.inf, left), axis=1, keepdims=True)
-            better, tied = ranking.compare(left, best, self._tolerance)
-            counted = [better & wrong, tied & wrong, tied & ~wrong]
-            counted = np.stack([np.sum(where, axis=1) for where in counted])
-            self._by_image.setdefault(suffix, []).append(counted[:, captioned])
+            adjusted = scores - offset
+            best = np.max(np.where(wrong, -np.inf, adjusted), axis=1, keepdims=True)
+            better, tied = ranking.compare(adjusted, best, self._tolerance)
+            outcomes = [better & wrong, tied & wrong, tied & ~wrong]
+            counts = np.stack([np.sum(where, axis=1) for where in outcomes])
+            self._by_image.setdefault(suffix, []).append(counts[:, captioned])
 
-    def figures(self) -> dict[str, float]:
-        """As `Retrieval` says, images without captions left out."""
-        figures = {}
+    def metrics(self) -> dict[str, float]:
+        """Return the metrics that `Retrieval` names; images without captions are left out."""
+        metrics: dict[str, float] = {}
         for suffix, parts in self._by_image.items():
-            figures |= _figures("image_to_text", suffix, *np.concatenate(parts, axis=1))
-        return figures | _figures("text_to_image", "", *self._by_text)
+            metrics |= _metrics("image_to_text", suffix, *np.concatenate(parts, axis=1))
+        return metrics | _metrics("text_to_image", "", *self._by_text)
 
 
-def _figures(direction: str, suffix: str, *standing: np.ndarray) -> dict[str, float]:
-    figures = {f"r{k}": ranking.share_in_top(k, *standing).mean() for k in TOP}
-    figures["mean_rank"] = ranking.expected_rank(*standing).mean()
-    return {f"{direction}_{name}{suffix}": float(x) for name, x in figures.items()}
+def _metrics(direction: str, suffix: str, *counts: np.ndarray) -> dict[str, float]:
+    """Return the metrics of one direction from the counts that `ranking` takes."""
+    metrics = {f"r{k}": ranking.probability_in_top(k, *counts).mean() for k in TOP}
+    metrics["mean_rank"] = ranking.expected_rank(*counts).mean()
+    return {f"{direction}_{name}{suffix}": float(x) for name, x in metrics.items()}

@@ -1,26 +1,27 @@
-"""Whether captions of unseen `scenes` images name every object's colour and shape."""
+"""Accuracy of captions of unseen `scenes` images: every object's color and shape is named."""
 
 import dataclasses
+from typing import Any
 
 from cap_pretrain.data.scenes.source import Scenes
 from cap_pretrain.data.scenes.text import mentions, names_every_object
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.base import Context, Result
-from cap_pretrain.evals.captions import Captioning
+from cap_pretrain.evals.inference.captioning import Captioning
 from cap_pretrain.models.decoding import Decoding
 
 
 class SceneCaptions:
-    """Share of captions that name each object, right in colour and shape, and no other."""
+    """Fraction of captions that name each object by its color and shape, and no other object."""
 
     @dataclasses.dataclass(frozen=True)
     class Options(Decoding):
-        """Settings: how captions are decoded (see `Decoding`), and
+        """Settings, in addition to how captions are decoded.
 
         Attributes:
-          split: of `scenes`: val, test, or novel (colour-shape pairs that training never shows).
-          count: images that are captioned.
-          batch_size: images a batch.
+            split: of `scenes`: val, test, or novel (color-shape pairs that training never shows).
+            count: number of images to caption.
+            batch_size: images a batch.
         """
 
         split: str = "val"
@@ -28,11 +29,17 @@ class SceneCaptions:
         batch_size: int = 100
 
     def __init__(self, context: Context, options: Options):
-        self._source = context.source(options.split, "scenes")
-        if not isinstance(self._source, Scenes):
+        """Build the evaluator.
+
+        Raises:
+            UserError: the learner cannot write captions, or the dataset is not `scenes`.
+        """
+        source = context.source(options.split, "scenes")
+        if not isinstance(source, Scenes):
             raise UserError("evals: scene_captions works on the dataset `scenes` only.")
+        self._source = source
         self._captioning = Captioning(
-            context, self._source, batch_size=options.batch_size, limit=options.count, how=options
+            context, source, batch_size=options.batch_size, limit=options.count, how=options
         )
         self._details = {
             "protocol": f"{options.described}; every object's colour and shape, and no other",
@@ -40,8 +47,10 @@ class SceneCaptions:
             "split": options.split,
         }
 
-    def __call__(self, variables) -> Result:
-        right, by_count, mistakes = 0, {}, []
+    def __call__(self, variables: Any) -> Result:
+        """Caption the images and compare the captions with the scenes."""
+        right, mistakes = 0, []
+        by_count: dict[int, list[bool]] = {}  # number of objects -> correct captions
         captions = list(self._captioning(variables))
         for index, caption in captions:
             scene = self._source.scene(index)
@@ -58,12 +67,12 @@ class SceneCaptions:
                     }
                 )
         accuracy = right / len(captions)
-        figures = {"accuracy": accuracy}
+        metrics = {"accuracy": accuracy}
         for count, results in sorted(by_count.items()):
-            figures[f"accuracy_{count}_objects"] = sum(results) / len(results)
+            metrics[f"accuracy_{count}_objects"] = sum(results) / len(results)
         line = (
             f"{right} of {len(captions)} captions of unseen images name every object's colour and "
             f"shape ({accuracy:.1%})"
         )
         details = self._details | {"images": len(captions), "mistakes": mistakes}
-        return Result(figures, details, (line,))
+        return Result(metrics, details, (line,))

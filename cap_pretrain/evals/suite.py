@@ -1,7 +1,7 @@
 """The evaluators of a run, and the files of their results."""
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,14 @@ from cap_pretrain.evals.base import Context, Result
 
 
 class Suite:
-    """The evaluators of a run, each built when it is first needed.
+    """The evaluators of a run, each built on first use.
 
     Args:
-      context: what they work with.
-      workdir: where the results go, as `evals/NAME/STEP.json`.
-      write: whether this host writes them.
-      weights: what is judged without having been trained here, as "step 300 of runs/cappa".
+        context: what evaluators work with.
+        workdir: the run's folder; results are written to `evals/NAME/STEP.json` in it.
+        write: whether this host writes results.
+        weights: where the weights come from if they were not trained in this run, as "step 300 of
+            runs/cappa"; recorded in the results.
     """
 
     def __init__(self, context: Context, workdir: Path, *, write: bool = True, weights: str = ""):
@@ -29,18 +30,18 @@ class Suite:
     def run(
         self, step: int, variables: Any, *, when: str, done: Collection[str] = ()
     ) -> Iterator[tuple[str, Result]]:
-        """Runs those whose turn it is; yields each one's name and result at once.
+        """Run the evaluators that are due; yield each name and result as soon as it is there.
 
         Args:
-          step: at which the results are kept.
-          variables: of the learner.
-          when: whose turn it is: "always" or, after those, "end" (of the run).
-          done: names of those that are passed over, if their result was made with the present
-            options, of the same weights.
+            step: the training step that the results are written under.
+            variables: the learner's variables.
+            when: which evaluators: those with `when` "always" or, afterwards, "end" (of the run).
+            done: names of evaluators that have run at this step. They are skipped if their file
+                has a result for the current options and weights.
         """
         for name, section in self._context.config.evals.items():
             path = self._workdir / "evals" / name / f"{step}.json"
-            if section.when != when or (name in done and self._made(section, path)):
+            if section.when != when or (name in done and self._is_current(section, path)):
                 continue
             if name not in self._built:
                 cls = evals.evaluator_class(section.evaluator)
@@ -50,8 +51,8 @@ class Suite:
                 write_result(path, section, step, result, **self._weights)
             yield name, result
 
-    def _made(self, section: ConfigDict, path: Path) -> bool:
-        """Whether the result at `path` is that of these options and weights."""
+    def _is_current(self, section: ConfigDict, path: Path) -> bool:
+        """Return whether the result at `path` is for these options and weights."""
         if not path.exists():
             return False
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -59,8 +60,19 @@ class Suite:
         return found["options"] == options and found.get("weights") == self._weights.get("weights")
 
 
-def write_result(path: Path, section: Mapping, step: int, result: Result, **about: str) -> None:
-    """Writes a result as JSON, completely or not at all; raises OSError as `files.write_text`."""
+def write_result(path: Path, section: ConfigDict, step: int, result: Result, **about: str) -> None:
+    """Write a result as JSON, atomically.
+
+    Args:
+        path: the file.
+        section: the evaluator's entry in `config.evals`.
+        step: the training step.
+        result: what the evaluator returned; its metrics and details become keys of the file.
+        about: further keys, as `weights`.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     content = {"step": step, "options": section.to_dict(), **about}
     content |= {**result.metrics, **result.details}
     files.write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")

@@ -1,21 +1,24 @@
-"""Zero-shot classification: which class name, put into a caption, fits the image best."""
+"""Zero-shot classification: the class whose name, put into captions, fits an image best."""
 
 import dataclasses
 import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from cap_pretrain.data.scenes.source import Scenes
 from cap_pretrain.data.sources import subset
+from cap_pretrain.data.sources.base import Source
 from cap_pretrain.errors import UserError
-from cap_pretrain.evals.base import Context, Result
+from cap_pretrain.evals.base import Context, Result, ScoringOptions
+from cap_pretrain.evals.inference.scoring import Scoring
 from cap_pretrain.evals.metrics import ranking
-from cap_pretrain.evals.scoring import Scoring
+from cap_pretrain.evals.metrics.classification import accuracies
 
-# In the spirit of those of CLIP (Radford et al. 2021, section 3.1.4), few and plain.
+# A few plain templates after those of CLIP (Radford et al. 2021, section 3.1.4).
 TEMPLATES = (
     "a photo of a {}.",
     "a picture of a {}.",
@@ -28,43 +31,40 @@ TEMPLATES = (
 
 
 class ZeroShot:
-    """Accuracy of the class whose captions score highest; ties count as guessing among them.
+    """Accuracy of the class whose captions score highest; ties count as random choices.
 
-    A class has one caption for each template. Dual encoders compare the image with the mean of
-    their unit vectors, made a unit vector again (CLIP's prompt ensemble). Captioners have three
-    rules, each a mean over the templates:
+    A class has one caption for each template. Dual encoders compare the image with the normalized
+    mean of the captions' unit vectors (CLIP's prompt ensemble). Captioners have three rules, each a
+    mean over the templates:
 
-      (no suffix)   log p(caption | image)
-      _over_prior   log p(caption | image) - log p(caption | blank image): what the image adds
-      _per_token    log p(caption | image) / number of tokens
+        (no suffix)   log p(caption | image)
+        _over_prior   log p(caption | image) - log p(caption | blank image): what the image adds
+        _per_token    log p(caption | image) / number of tokens
     """
 
     @dataclasses.dataclass(frozen=True)
-    class Options:
-        """Settings.
+    class Options(ScoringOptions):
+        """Settings; the dataset needs labels.
+
+        `limit` draws images at random, with a fixed seed, since many datasets are sorted by class.
 
         Attributes:
-          data: dataset with labels; "" is the run's own.
-          split: "" is `data.eval_split`.
-          classes: file with the name of each class, in the order of the labels: a JSON list, or one
-            a line. "" takes the dataset's own names; for `scenes`, captions such as "a red shape".
-          templates: file with the templates, JSON or lines, each with {} where the name goes. ""
-            takes seven built-in ones; for `scenes`, openings of its captions.
-          batch_size: images a batch.
-          pairs: (image, caption) pairs that a captioner scores at once.
-          limit: at most so many images, drawn at random but always the same, since many a dataset
-            lies class by class; 0 is all.
+            classes: file with the name of each class, in the order of the labels: a JSON list, or
+                one name a line. "" uses the dataset's class names; for `scenes`, captions such as
+                "a red shape".
+            templates: file with the templates, a JSON list or one a line, each with {} in place of
+                the name. "" uses seven built-in ones; for `scenes`, beginnings of its captions.
         """
 
-        data: str = ""
-        split: str = ""
         classes: str = ""
         templates: str = ""
-        batch_size: int = 64
-        pairs: int = 512
-        limit: int = 0
 
     def __init__(self, context: Context, options: Options):
+        """Build the evaluator.
+
+        Raises:
+            UserError: the learner does not score texts; or see `prompts`.
+        """
         self._context, self._options = context, options
         self._scoring = Scoring(context, batch_size=options.batch_size, pairs=options.pairs)
         source = context.source(options.split, options.data)
@@ -75,10 +75,16 @@ class ZeroShot:
         ]
         self._tokens = self._scoring.encode(texts)
 
-    def __call__(self, variables) -> Result:
+    def __call__(self, variables: Any) -> Result:
+        """Classify the images.
+
+        Raises:
+            UserError: no image can be decoded or has a label, or a label has no class name.
+        """
         rule = self._captioner_rules if self._scoring.has_prior else self._dual_encoder_rule
         texts, scores_of = rule(variables)
-        labels, standings = [], {}
+        labels = []
+        counts: dict[str, list[np.ndarray]] = {}  # suffix -> better and tied, [2, n] a batch
         for where, images in self._scoring.batches(variables, self._source, limit=0):
             real = where["mask"] & (where["label"] >= 0)
             label = where["label"][real]
@@ -90,29 +96,31 @@ class ZeroShot:
             labels.append(label)
             scores = self._scoring.compare(variables, images, texts)[real]
             for suffix, by_class in scores_of(scores).items():
-                standings.setdefault(suffix, []).append(self._stand(by_class, label))
+                counts.setdefault(suffix, []).append(self._count(by_class, label))
         label = np.concatenate(labels)
         if not len(label):
-            raise UserError(f"evals: zero_shot found no labelled image in {self._source}.")
-        figures = {}
-        for suffix, parts in standings.items():
+            raise UserError(f"evals: zero_shot found no labeled image in {self._source}.")
+        metrics = {}
+        for suffix, parts in counts.items():
             better, tied = np.concatenate(parts, axis=1)
-            figures |= {
-                f"{name}{suffix}": value for name, value in accuracies(better, tied, label).items()
-            }
-        return Result(figures, self._details(label))
+            for name, value in accuracies(better, tied, label).items():
+                metrics[f"{name}{suffix}"] = value
+        return Result(metrics, self._details(label))
 
-    def _stand(self, scores: np.ndarray, label: np.ndarray) -> np.ndarray:
-        """scores [n, K], label [n] -> how many classes beat and tie with the right one, [2, n]."""
+    def _count(self, scores: np.ndarray, label: np.ndarray) -> np.ndarray:
+        """Count the classes that beat and tie with the true one: [n, K], [n] -> int [2, n]."""
         right = np.take_along_axis(scores, label[:, None], axis=1)
         higher, equal = ranking.compare(scores, right, self._scoring.tolerance)
         return np.stack([higher.sum(1), equal.sum(1) - 1])
 
     def _dual_encoder_rule(self, variables):
+        """Return a text feature for each class, and a function from scores to scores by rule."""
         vectors = self._scoring.text_features(variables, self._tokens)
-        return ensemble(vectors.reshape(len(self.classes), len(self.templates), -1)), _as_they_are
+        features = ensemble(vectors.reshape(len(self.classes), len(self.templates), -1))
+        return features, lambda scores: {"": scores}
 
     def _captioner_rules(self, variables):
+        """Return the texts of all classes, and a function from scores to scores by rule."""
         prior = self._scoring.prior(variables, self._tokens)
         lengths = np.sum(self._tokens != 0, axis=1)
 
@@ -133,39 +141,20 @@ class ZeroShot:
         }
 
 
-def _as_they_are(scores: np.ndarray) -> dict[str, np.ndarray]:
-    return {"": scores}
-
-
 def ensemble(vectors: np.ndarray) -> np.ndarray:
-    """Unit vectors [K, templates, D] -> one unit vector for each class, [K, D] float32."""
+    """Return the normalized means [K, D] float32 of unit vectors [K, templates, D]."""
     mean = vectors.astype(np.float64).mean(1)
     return (mean / np.linalg.norm(mean, axis=1, keepdims=True)).astype(np.float32)
 
 
-def accuracies(better: np.ndarray, tied: np.ndarray, label: np.ndarray) -> dict[str, float]:
-    """Top-1, top-5 and the mean over classes of top-1.
-
-    Args:
-      better: int [n], how many wrong classes score higher than the right one.
-      tied: int [n], how many wrong classes score the same.
-      label: int [n], the right class; classes without images do not count.
-    """
-    top1 = ranking.share_in_top(1, better, tied)
-    per_class = [top1[label == k].mean() for k in np.unique(label)]
-    return {
-        "top1": float(top1.mean()),
-        "top5": float(ranking.share_in_top(5, better, tied).mean()),
-        "mean_per_class": float(np.mean(per_class)),
-    }
-
-
-def prompts(source, classes: str, templates: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Returns the names of the classes and the templates they go into; see `ZeroShot.Options`.
+def prompts(
+    source: Source, classes: str, templates: str
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the class names and the templates; the arguments are as in `ZeroShot.Options`.
 
     Raises:
-      UserError: a dataset without class names or with numbers in their place, a file that cannot be
-        read, another number of names than classes, a template without {}.
+        UserError: the dataset has no class names, or WordNet ids instead; a file cannot be read;
+            the number of names is not that of the classes; a template has no {}.
     """
     own = tuple(source.class_names)
     if classes:
@@ -182,8 +171,8 @@ def prompts(source, classes: str, templates: str) -> tuple[tuple[str, ...], tupl
         )
     elif all(re.fullmatch(r"n\d{8}", name) for name in own):
         raise UserError(
-            f"evals: zero_shot: the classes of {source} are named as {own[0]}, by their numbers in "
-            "WordNet; give their names in words in a file (zero_shot.classes)."
+            f"evals: zero_shot: the classes of {source} are WordNet ids such as {own[0]}; give "
+            "their names in words in a file (zero_shot.classes)."
         )
     else:
         names = source.class_captions if isinstance(source, Scenes) else own
@@ -195,17 +184,22 @@ def prompts(source, classes: str, templates: str) -> tuple[tuple[str, ...], tupl
                     f"evals: zero_shot.templates: {templates} has the template {template!r}; put "
                     "{} where the name of the class goes."
                 )
+    elif isinstance(source, Scenes) and not classes:
+        chosen = source.class_templates
     else:
-        captions = isinstance(source, Scenes) and not classes
-        chosen = source.class_templates if captions else TEMPLATES
+        chosen = TEMPLATES
     return tuple(names), tuple(chosen)
 
 
 def read_list(field: str, path: str) -> Sequence[str]:
-    """Reads a JSON list of strings, or one string a line (empty ones left out).
+    """Read a JSON list of strings, or one string a line; empty strings are left out.
+
+    Args:
+        field: the option that names the file, for messages.
+        path: the file; JSON if its name ends in .json.
 
     Raises:
-      UserError: the file cannot be read, is no such list, or holds nothing.
+        UserError: the file cannot be read, is not such a list, or is empty.
     """
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8")

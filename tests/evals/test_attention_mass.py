@@ -136,7 +136,7 @@ def test_where_objects_are_named():
 
 def test_what_cannot_be_measured_is_told(tokenizer_path):
     context, _ = stubs.small("dual_encoder", tokenizer_path)
-    with pytest.raises(UserError, match="of the kind DualEncoder pays none"):
+    with pytest.raises(UserError, match="a DualEncoder has no attention from words"):
         AttentionMass(context, AttentionMass.Options())
     context, _ = stubs.context(Uniform, stubs.Pictures(captions=[["a red circle"]]))
     with pytest.raises(UserError, match="on the dataset `scenes` only"):

@@ -38,8 +38,8 @@ PUBLISHED = {
 }
 
 
-def test_the_protocol_of_seed_002_is_a_corpus_bleu_of_its_own_words_and_weights():
-    """Against BLEU written out, on what the code of seed 002 would compare."""
+def test_the_brownlee_protocol_is_a_corpus_bleu_of_its_own_words_and_weights():
+    """Compares with BLEU written out, on the words that the code of the source would compare."""
     captions = {"x": "A dog, running on the beach", "y": "man in hat"}
     references = {
         "x": ["a brown dog runs on a beach.", "A dog running on the wet sand"],
@@ -66,12 +66,13 @@ def test_the_protocol_of_seed_002_is_a_corpus_bleu_of_its_own_words_and_weights(
             total += sum(grams(guess, n).values())
         precisions.append(right / total)
     brevity = math.exp(1 - (7 + 6) / (7 + 5))  # the closest references have 7 and 6 words
-    found = score(references, captions, protocol="seed002")
+    found = score(references, captions, protocol="brownlee")
     for n, weight in enumerate((1, 1 / 2, 0.3, 1 / 4), start=1):
         expected = brevity * math.prod(p**weight for p in precisions[:n])
         assert found.metrics[f"Bleu_{n}"] == pytest.approx(expected, rel=1e-6)
     assert found.metrics.keys() == set(METRICS[:4])
-    assert found.tokenizer.startswith("seed002")
+    assert found.tokenizer.startswith("brownlee")
+    assert score(references, captions, protocol="seed002") == found  # the former name
     assert found.metrics["Bleu_1"] > score(references, captions, spice="no").metrics["Bleu_1"]
 
 
@@ -298,9 +299,9 @@ def test_spice_fetches_its_models_only_if_asked(fake_java, package, monkeypatch,
     monkeypatch.setattr(source, "get_stanford_models", get_stanford_models)
     fake_java(SPICE_PROGRAM)
     skipped = score(REFERENCES, CAPTIONS, tokenizer="python").skipped["SPICE"]
-    assert "models are not installed, and nothing was fetched" in skipped and not asked
+    assert "models are not installed; spice=download" in skipped and not asked
     skipped = score(REFERENCES, CAPTIONS, tokenizer="python", spice="download").skipped["SPICE"]
-    assert skipped == "its models could not be fetched (no route)"
+    assert skipped == "its models could not be downloaded (no route)"
     assert "SPICE" in score(REFERENCES, CAPTIONS, tokenizer="python", spice="download").metrics
     assert capfd.readouterr() == ("", "Downloading\n" * 2)
 
@@ -310,7 +311,7 @@ def test_mistakes(no_java, monkeypatch):
         score(REFERENCES, CAPTIONS, tokenizer="pbt")
     with pytest.raises(UserError, match="spice: there is no 'yes'. Choose from: download, inst"):
         score(REFERENCES, CAPTIONS, spice="yes")
-    with pytest.raises(UserError, match="not one word in the references"):
+    with pytest.raises(UserError, match="the references contain no words"):
         score({1: ["!"]}, {1: "a dog"})
     for references in ({}, {"a": ["x"], "b": []}):
         with pytest.raises(ValueError, match="at least one reference"):

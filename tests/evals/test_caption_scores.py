@@ -96,9 +96,9 @@ def test_captioners_that_say_the_same_always_are_seen_through(evaluator):
 
 
 def test_mistakes(evaluator):
-    with pytest.raises(UserError, match="compares with captions, and mine has none"):
+    with pytest.raises(UserError, match="needs reference captions, and mine has none"):
         evaluator(context=Context({"a": []}))
-    with pytest.raises(UserError, match="image 'b' of mine has no captions to compare with"):
+    with pytest.raises(UserError, match="image 'b' of mine has no reference captions"):
         evaluator(context=Context({"a": ["x"], "b": []}))(None)
     with pytest.raises(UserError, match="spice: there is no 'si'"):
         evaluator(spice="si")
@@ -159,5 +159,5 @@ def test_contrastive_learners_write_no_captions():
     graphdef, *_ = tiny.abstract(tiny.config("dual_encoder"))
     context = Context()
     context.graphdef = graphdef
-    with pytest.raises(UserError, match="reads captions, and a learner of the kind DualEncoder"):
+    with pytest.raises(UserError, match="needs captions, which a DualEncoder does not write"):
         CaptionScores(context, CaptionScores.Options())

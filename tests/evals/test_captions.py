@@ -6,7 +6,8 @@ import pytest
 from flax import nnx
 
 from cap_pretrain.errors import UserError
-from cap_pretrain.evals.captions import Captioning, Captions
+from cap_pretrain.evals.captions import Captions
+from cap_pretrain.evals.inference.captioning import Captioning
 from cap_pretrain.models.decoding import beam_search
 from tests.evals import stubs
 
@@ -80,5 +81,5 @@ def test_what_is_drawn_depends_on_the_image_and_not_on_the_batch(captioner):
 
 def test_learners_that_write_no_captions_are_refused(tokenizer_path):
     context, _ = stubs.small("dual_encoder", tokenizer_path)
-    with pytest.raises(UserError, match="DualEncoder writes none"):
+    with pytest.raises(UserError, match="which a DualEncoder does not write"):
         Captions(context, Captions.Options())

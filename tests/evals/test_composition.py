@@ -141,11 +141,11 @@ def test_sugarcrepe_files_are_evaluated(small, tmp_path):
 
 
 def test_mistakes_are_the_users(small):
-    with pytest.raises(UserError, match="no 'scene'. Did you mean 'scenes'?"):
+    with pytest.raises(UserError, match="no set 'scene'. Did you mean 'scenes'?"):
         Composition.Options(questions="scene")
     captions = [["dog"], []]
     context, _ = stubs.context(stubs.Oracle, stubs.Pictures(captions))
-    with pytest.raises(UserError, match="pictures gives no question to ask"):
+    with pytest.raises(UserError, match="pictures yields no questions"):
         Composition(context, Composition.Options(questions="order"))
 
 
@@ -155,5 +155,5 @@ def test_learners_that_score_no_text_are_refused():
 
     context, _ = stubs.context(Rotation, stubs.Pictures([["1"]]))
     for cls in (Composition, Retrieval, ZeroShot):
-        with pytest.raises(UserError, match="a learner of the kind Rotation does not"):
+        with pytest.raises(UserError, match="which a Rotation cannot"):
             cls(context, cls.Options())

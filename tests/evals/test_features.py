@@ -75,8 +75,8 @@ def kept(tmp_path):
 
     def find(layer="pooled", source=SOURCE, variables=variables, made=made):
         maker = features(made, layer, source)
-        compute = maker._computed
-        maker._computed = lambda v: computed.append(layer) or compute(v)
+        compute = maker._compute
+        maker._compute = lambda v: computed.append(layer) or compute(v)
         return maker(variables)
 
     return made, variables, find, computed, tmp_path

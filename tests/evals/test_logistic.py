@@ -22,7 +22,7 @@ def solve(features, labels, c, weights=None, classes=None, start=None):
     if start is None:
         start = np.zeros((features.shape[1] + 1, classes or labels.max() + 1), np.float32)
     posed = logistic.pose(features, labels)
-    return posed, logistic.minimise(posed, weights, np.float32(c), start)
+    return posed, logistic.minimize(posed, weights, np.float32(c), start)
 
 
 def reference(features, labels, c, **kwargs):
@@ -92,4 +92,4 @@ def test_nothing_is_sent_to_other_devices_on_the_way():
     start = jax.device_put(np.zeros((21, 4), np.float32))
     weights, c = jax.device_put((np.ones(300, np.float32), np.float32(1)))
     with jax.transfer_guard("disallow"):
-        logistic.minimise(logistic.pose(features, labels), weights, c, start)
+        logistic.minimize(logistic.pose(features, labels), weights, c, start)

@@ -121,10 +121,10 @@ def test_bytes_are_those_of_utf8(captioner):
 
 def test_what_has_no_perplexity_is_refused(captioner, tokenizer_path, monkeypatch):
     context, _ = stubs.small("dual_encoder", tokenizer_path)
-    with pytest.raises(UserError, match="a figure of captioners"):
+    with pytest.raises(UserError, match="perplexity needs a captioner"):
         Perplexity(context, Perplexity.Options())
     context, _ = captioner
     source = Pictures(context.source(), counts=(0, 0))
     monkeypatch.setattr(type(context), "source", lambda *_: source)
-    with pytest.raises(UserError, match="dataset pictures has none"):
+    with pytest.raises(UserError, match="needs captions, and dataset pictures has none"):
         Perplexity(context, Perplexity.Options())

@@ -14,6 +14,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 
 from cap_pretrain.distributed import sharding
 from cap_pretrain.errors import UserError
+from cap_pretrain.evals.metrics import classification
 from cap_pretrain.evals.probes import few_shot, knn, probing
 from cap_pretrain.evals.probes.features import Features
 from cap_pretrain.evals.probes.few_shot import FewShot
@@ -94,7 +95,7 @@ def test_a_split_may_choose_and_is_not_learned_from(probed):
 def test_a_c_at_the_end_of_the_grid_is_told(probed):
     made, variables = probed
     result = LinearProbe(made, LinearProbe.Options(c=(1e-6, 1e-5)))(variables)
-    assert "at the end of what was tried" in result.lines[0]
+    assert "is at an end of the values tried" in result.lines[0]
     result = LinearProbe(made, LinearProbe.Options(c=(1e-5,)))(variables)  # nothing is chosen
     assert result.lines == () and result.details["chosen_on"] is None
     assert result.metrics["c"] == 1e-5 and "held_out_top1" not in result.metrics
@@ -110,7 +111,10 @@ def test_neighbours_vote_as_in_numpy():
     (train, labels), (test, _) = blobs(60), blobs(25, seed=1)
     temperature = 0.3
     got = knn.votes(train, labels, test, np.float32(temperature), k=7, classes=3)
-    unit = lambda x: x / np.linalg.norm(x, axis=1, keepdims=True)
+
+    def unit(x):
+        return x / np.linalg.norm(x, axis=1, keepdims=True)
+
     cosines = unit(test.astype(np.float64)) @ unit(train.astype(np.float64)).T
     for row, votes in zip(cosines, got, strict=True):
         nearest = np.argsort(-row)[:7]
@@ -178,7 +182,7 @@ def test_what_is_not_a_number_is_never_right():
     scores[1, 1:] = np.nan
     scores[2, 0] = np.nan
     scores[3, 0] = 1
-    figures = probing.figures(scores, np.zeros(4, np.int32))
+    figures = classification.metrics(scores, np.zeros(4, np.int32))
     assert figures == {"top1": 0.25, "top5": 0.25, "mean_per_class": 0.25}
 
 

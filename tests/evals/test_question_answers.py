@@ -166,7 +166,7 @@ def test_perplexity_is_that_of_the_answers(captioner, asked):
 
 def test_a_dataset_without_questions_is_refused(captioner, tokenizer_path):
     context, _ = captioner
-    with pytest.raises(UserError, match="question_answers answers questions, and .* has none"):
+    with pytest.raises(UserError, match="question_answers needs questions, and .* has none"):
         QuestionAnswers(context, QuestionAnswers.Options())
 
 

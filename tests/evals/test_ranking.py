@@ -15,11 +15,11 @@ def over_all_orders(figure, better, wrong, right):
 
 
 @pytest.mark.parametrize("k", [1, 2, 5])
-def test_share_in_top_is_the_mean_over_all_orders_of_the_tied(k):
+def test_probability_in_top_is_the_mean_over_all_orders_of_the_tied(k):
     cases = list(itertools.product(range(4), range(5), range(1, 4)))
     expected = [over_all_orders(lambda place: place <= k, *case) for case in cases]
     better, wrong, right = np.array(cases).T
-    found = ranking.share_in_top(k, better, wrong, right)
+    found = ranking.probability_in_top(k, better, wrong, right)
     np.testing.assert_allclose(found, expected, atol=1e-12)
     assert found.max() == 1.0 and (k > 3 or found.min() == 0.0)  # without ties, exactly
 
@@ -32,8 +32,8 @@ def test_expected_rank_is_the_mean_over_all_orders_of_the_tied():
 
 
 def test_guessing_has_the_figures_of_guessing():
-    assert ranking.share_in_top(5, 0, 999, 1) == pytest.approx(5 / 1000)
-    assert ranking.share_in_top(1, 0, 4995, 5) == pytest.approx(5 / 5000)
+    assert ranking.probability_in_top(5, 0, 999, 1) == pytest.approx(5 / 1000)
+    assert ranking.probability_in_top(1, 0, 4995, 5) == pytest.approx(5 / 5000)
     assert ranking.expected_rank(0, 999, 1) == 500.5
 
 

@@ -103,7 +103,7 @@ def test_what_is_taken_off_the_scores_only_has_a_say_in_rows():
         counts = Counts(owner, scores[owner, np.arange(8)], 1e-6)
         for k in (0, 2):
             counts.add(np.arange(k, k + 2), scores[k : k + 2], offsets)
-        return counts.figures()
+        return counts.metrics()
 
     found = figures(scores, {"": 0.0, "_over_prior": prior})
     plain, moved = figures(scores, {"": 0.0}), figures(scores - prior, {"": 0.0})

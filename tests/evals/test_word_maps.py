@@ -7,8 +7,8 @@ from cap_pretrain.data.scenes.source import Scenes
 from cap_pretrain.data.text import words
 from cap_pretrain.data.text.tokenizers import SentencePieceTokenizer
 from cap_pretrain.errors import UserError
-from cap_pretrain.evals import word_maps
-from cap_pretrain.evals.word_maps import Word, on_grid, words_of
+from cap_pretrain.evals.inference import word_maps
+from cap_pretrain.evals.inference.word_maps import Word, on_grid, words_of
 from cap_pretrain.learners.captioner import Captioner
 from cap_pretrain.learners.dual_encoder import DualEncoder
 
@@ -85,13 +85,13 @@ def test_the_class_is_no_part_of_the_image():
 
 @pytest.mark.parametrize("count", [1, 2, 3, 6, 8, 18])
 def test_tokens_that_are_no_square_grid(count):
-    with pytest.raises(UserError, match=f"that to {count} tokens is no map of an image"):
+    with pytest.raises(UserError, match=f"{count} tokens do not form a map of the image"):
         on_grid(np.ones((2, count)) / count)
 
 
 def test_learners_without_attention_are_told():
     word_maps.check_attends(Captioner, by_layer=True)
-    with pytest.raises(UserError, match="of the kind DualEncoder pays none"):
+    with pytest.raises(UserError, match="a DualEncoder has no attention from words"):
         word_maps.check_attends(DualEncoder)
 
     class OneAttention:
@@ -99,5 +99,5 @@ def test_learners_without_attention_are_told():
             """Has no layers."""
 
     word_maps.check_attends(OneAttention)
-    with pytest.raises(UserError, match="a OneAttention has one, not one in each layer"):
+    with pytest.raises(UserError, match="a OneAttention has one attention map, not one a layer"):
         word_maps.check_attends(OneAttention, by_layer=True)

@@ -159,5 +159,7 @@ def test_mistakes_are_the_users(tmp_path, templates):
     with pytest.raises(UserError, match="has no class names"):
         zero_shot.prompts(stubs.Pictures(labels=[0]), "", "")
     numbers = stubs.Pictures(labels=[0], classes=["n01440764", "n02102040"])
-    with pytest.raises(UserError, match="are named as n01440764, .*give their names in words"):
+    with pytest.raises(
+        UserError, match="are WordNet ids such as n01440764; give their names in words"
+    ):
         zero_shot.prompts(numbers, "", "")

@@ -168,7 +168,7 @@ def test_what_cannot_be_is_told(classifier):
     with pytest.raises(UserError, match="labels from 0 to 6, and the classifier knows 0 to 5"):
         Accuracy(context, Accuracy.Options(split="more"))(variables)
     captioner = Among(tiny.config(), tiny.abstract(tiny.config())[0], None, context.mesh)
-    with pytest.raises(UserError, match="a Captioner is none"):
+    with pytest.raises(UserError, match="accuracy needs a classifier, and a Captioner is none"):
         Accuracy(captioner, Accuracy.Options())
     with pytest.raises(UserError, match="learner.classes: the dataset does not name"):
         tiny.abstract(config(classes=0))

@@ -15,8 +15,9 @@ from cap_pretrain.data.sources.open import open_source
 from cap_pretrain.distributed import sharding
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.base import Context
-from cap_pretrain.evals.captions import Captioning, Captions
-from cap_pretrain.evals.scoring import Scoring
+from cap_pretrain.evals.captions import Captions
+from cap_pretrain.evals.inference.captioning import Captioning
+from cap_pretrain.evals.inference.scoring import Scoring
 from cap_pretrain.models.decoding import Decoding
 from cap_pretrain.training import plan
 from cap_pretrain.training.step import make_train_step
@@ -267,7 +268,7 @@ def test_what_needs_pixels_says_so(stored, tokenizer_path, tmp_path, capsys):
     context, variables = Context(c, graphdef, tokenizer, mesh), init().variables
     result = Captions(context, Captions.Options(count=2))(variables)
     assert len(result.details["samples"]) == 2 and not result.pictures
-    with pytest.raises(UserError, match="blank one, and the run reads stored features"):
+    with pytest.raises(UserError, match="for a blank image, and the run reads stored features"):
         Scoring(context, batch_size=2, pairs=4).prior(variables, np.zeros((1, 8), np.int32))
     with pytest.raises(UserError, match="learned from stored features .* no encoder to see"):
         captioner(Learner(c, tokenizer, graphdef, variables), Decoding(), 2, seed=0)

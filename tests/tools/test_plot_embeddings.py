@@ -13,7 +13,7 @@ from cap_pretrain import inputs
 from cap_pretrain.checkpoints.load import load_learner
 from cap_pretrain.data.text import tokenizers
 from cap_pretrain.errors import UserError
-from cap_pretrain.evals import word_maps
+from cap_pretrain.evals.inference import word_maps
 from cap_pretrain.models.layers import normalize_images
 from tests import tiny, toy
 from tests.evals import stubs

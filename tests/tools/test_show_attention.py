@@ -138,7 +138,7 @@ def test_what_cannot_be_drawn_is_told(run, photo, tokenizer_path, tmp_path, caps
     assert "not for IMAGE files" in told(photo, "--data", "scenes")
     assert "no split 'nowel'" in told("--split", "nowel")
     toy.saved_run(toy.config("dual_encoder", model__depth=1), tmp_path / "clip", tokenizer_path, 1)
-    assert "of the kind DualEncoder pays none" in told(photo, checkpoint=tmp_path / "clip")
+    assert "a DualEncoder has no attention from words" in told(photo, checkpoint=tmp_path / "clip")
 
 
 def test_stored_features_are_no_images(run, monkeypatch):

@@ -1,0 +1,1 @@
+"""Metrics, computed from scores, captions or answers; no learner is involved."""

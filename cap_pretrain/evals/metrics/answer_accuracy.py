@@ -1,10 +1,10 @@
-"""How right an answer is, by the rule of the VQA challenge: what people answered, and how many."""
+"""Accuracy of an answer by the rule of the VQA challenge, from the answers of several people."""
 
 import re
 from collections.abc import Iterable, Sequence
 
-# Of the rule: https://visualqa.org/evaluation.html; tables as in github.com/GT-Vision-Lab/VQA,
-# PythonEvaluationTools/vqaEvaluation/vqaEval.py.
+# The rule is at https://visualqa.org/evaluation.html; the tables are those of
+# github.com/GT-Vision-Lab/VQA, PythonEvaluationTools/vqaEvaluation/vqaEval.py.
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
 _PERIOD = re.compile(r"\.(?!\d)")
@@ -113,7 +113,7 @@ _CONTRACTIONS = [
 
 
 def _without_an_apostrophe(words: Iterable[str]) -> dict[str, str]:
-    """Each word by what is left of it when one of its apostrophes is forgotten."""
+    """Map each word without one of its apostrophes to the word."""
     return {
         word[:place] + word[place + 1 :]: word
         for word in words
@@ -125,15 +125,15 @@ def _without_an_apostrophe(words: Iterable[str]) -> dict[str, str]:
 _APOSTROPHES = _without_an_apostrophe(_CONTRACTIONS)
 
 LEFT_OUT_MATCHES = 3
-"""An answer is right if so many of the other people gave it (Antol et al. 2015, section 3)."""
+"""An answer that so many of the other people gave is correct (Antol et al. 2015, section 3)."""
 
 
 def normalized(answer: str) -> str:
-    """The answer as answers are compared.
+    """Return an answer in the normal form in which answers are compared.
 
-    Lower case; punctuation becomes a space, or nothing next to one and in texts with a number like
-    1,000; no periods but in decimals; numbers up to ten in digits; no articles; apostrophes where
-    they were forgotten.
+    The text is lower-cased. Punctuation becomes a space, or is removed where it is next to a space
+    or where the text has a number like 1,000. Periods are removed except in decimals. Numbers up to
+    ten become digits, articles are removed, and missing apostrophes of contractions are restored.
     """
     text = answer = answer.replace("\n", " ").replace("\t", " ").strip()
     together = _COMMA_IN_NUMBER.search(answer) is not None
@@ -145,12 +145,14 @@ def normalized(answer: str) -> str:
 
 
 def accuracy(answer: str, references: Sequence[str]) -> float:
-    """How right an answer is, of [0, 1], given what one or several people answered.
+    """Return the accuracy in [0, 1] of an answer, given the answers of one or several people.
 
-    With several, the mean over all groups that leave one of them out of min(1, matches / 3), where
-    answers are compared `normalized`. With one, whether it is the same, but for case and spaces.
+    With several references, the accuracy is min(1, matches / 3), averaged over all subsets that
+    leave out one person; answers are compared `normalized`. With one reference, it is 1 for the
+    same text up to case and spaces, else 0.
 
-    The challenge's program compares answers as they are where all people agree to the letter.
+    The challenge's program, in contrast, does not normalize where all people give the exact same
+    answer.
     """
     if len(references) == 1:
         return float(_plain(answer) == _plain(references[0]))

@@ -1,9 +1,9 @@
-"""BLEU as the public code of the recipe `merge` has it, to compare with its figures and no others.
+"""BLEU as in the public code that the recipe `merge` follows, for comparison with its results only.
 
-That is demidovd98/image_captioning_with_SSL, after J. Brownlee's tutorial. It inflates: every
-caption and reference is put between two marker words, which match; words of one letter ("a") are
-dropped; and BLEU-3 weighs its three precisions by .3 each, .9 in all, which gives more than their
-geometric mean.
+The code is demidovd98/image_captioning_with_SSL, after J. Brownlee's tutorial. Its scores are too
+high: every caption and reference is enclosed in two marker words, which match; words of one letter
+("a") are dropped; and BLEU-3 weights its three precisions by .3 each, .9 in total, which exceeds
+their geometric mean.
 """
 
 import math
@@ -19,17 +19,17 @@ _RULES = Rules(tokenization="simple", drop_letters=True)
 
 
 def cut(text: str) -> str:
-    """Lower case, without punctuation and words of one letter, between the markers."""
+    """Return text in lower case without punctuation and one-letter words, between the markers."""
     return " ".join([START, *_RULES.words(text.lower()), END])
 
 
 def bleu(
     references: Mapping[Any, Sequence[str]], captions: Mapping[Any, str]
 ) -> list[tuple[float, Sequence[float]]]:
-    """BLEU-1 to 4 of text that was `cut`: of all images, and of each.
+    """Return BLEU-1 to BLEU-4 as (over all images, for each image), of texts from `cut`.
 
-    Precisions, clipping and the penalty of the closest reference's length are those of any corpus
-    BLEU; only the weights of BLEU-3 differ.
+    Precisions, clipping and the brevity penalty, with the closest reference length, are those of
+    corpus BLEU; only the weights of BLEU-3 differ.
     """
     from pycocoevalcap.bleu.bleu_scorer import BleuScorer
 

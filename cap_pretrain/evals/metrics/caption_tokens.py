@@ -1,7 +1,7 @@
-"""Captions cut into words as the COCO caption evaluation cuts them, with Java or nearly so without.
+"""Tokenization of captions as in the COCO caption evaluation: with Java, or approximately without.
 
-The evaluation runs Stanford CoreNLP's PTBTokenizer 3.4.1, lower-cases, and leaves punctuation out.
-Scores of text cut up in other ways are other scores: results must say which tokenizer it was.
+The evaluation runs Stanford CoreNLP's PTBTokenizer 3.4.1, lower-cases the text, and removes
+punctuation. Scores with different tokenizers are not comparable, so results record the tokenizer.
 """
 
 import contextlib
@@ -11,13 +11,13 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from cap_pretrain.errors import UserError
 
-# What pycocoevalcap's PTBTokenizer leaves out. Brackets stay, as "-lrb-": they are lower-cased
-# before they are compared with this list. All published scores are made so.
+# What pycocoevalcap's PTBTokenizer removes. Brackets stay, as "-lrb-", because they are lower-cased
+# before the comparison with this list; all published scores are computed like this.
 PUNCTUATION = frozenset(
     [
         "''",
@@ -40,16 +40,20 @@ PUNCTUATION = frozenset(
     ]
 )
 
-# Seconds a Java program may take: to start, and for each image. Some twenty times what it does.
+# Time limit of a Java program: to start, and for each image. Some twenty times what it takes.
 START_SECONDS, IMAGE_SECONDS = 300.0, 0.5
 
 
-class Unavailable(Exception):
-    """Something cannot be had on this machine; the message says why."""
+class UnavailableError(Exception):
+    """A program cannot be used on this machine; the message says why."""
 
 
 def package_folder() -> Path:
-    """The folder of pycocoevalcap; raises UserError if it is not installed."""
+    """Return the folder of pycocoevalcap.
+
+    Raises:
+        UserError: it is not installed.
+    """
     try:
         import pycocoevalcap
     except ImportError as error:
@@ -60,44 +64,63 @@ def package_folder() -> Path:
 
 
 def find_java() -> str:
-    """Where Java is; raises Unavailable if there is none."""
+    """Return the path of Java.
+
+    Raises:
+        UnavailableError: there is no `java` on the PATH.
+    """
     command = shutil.which("java")
     if command is None:
-        raise Unavailable("there is no java on the PATH")
+        raise UnavailableError("there is no java on the PATH")
     return command
 
 
 @contextlib.contextmanager
 def java(*arguments: str, images: int) -> Iterator[subprocess.Popen]:
-    """Runs a Java program that reads and writes UTF-8 text; it ends with the block at the latest.
+    """Run a Java program that reads and writes UTF-8 text; it is killed at the end of the block.
+
+    Args:
+        arguments: of the command line.
+        images: number of images, for the time limit.
 
     Raises:
-      Unavailable: there is no Java, the block could not make sense of what the program printed
-        (it raised OSError, LookupError or ValueError), or the program took too long for so many
-        images.
+        UnavailableError: there is no Java, the program exceeded the time limit, or the block could
+            not parse its output, that is, raised OSError, LookupError or ValueError.
     """
     command = find_java()
     seconds = START_SECONDS + IMAGE_SECONDS * images
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "encoding": "utf-8"}
-    with tempfile.TemporaryFile() as errors:  # a pipe that nobody reads would fill up
+    with tempfile.TemporaryFile() as errors:  # an unread pipe would fill up
         try:
-            process = subprocess.Popen([command, *arguments], stderr=errors, **pipes)
+            process = subprocess.Popen(
+                [command, *arguments],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                encoding="utf-8",
+            )
         except OSError as error:
-            raise Unavailable(f"{command} cannot be started ({error.strerror})") from error
+            raise UnavailableError(f"{command} cannot be started ({error.strerror})") from error
         late = threading.Event()
-        watchdog = threading.Timer(seconds, lambda: (late.set(), process.kill()))
+
+        def time_out():
+            late.set()
+            process.kill()
+
+        watchdog = threading.Timer(seconds, time_out)
         watchdog.start()
         try:
             yield process
         except (OSError, LookupError, ValueError) as error:
             if late.is_set():
-                raise Unavailable(f"java did not finish within {seconds:.0f} seconds") from error
+                raise UnavailableError(
+                    f"java did not finish within {seconds:.0f} seconds"
+                ) from error
             process.kill()
             process.wait()
             errors.seek(0)
-            said = errors.read().decode(errors="replace").split("\n")[:2]
-            reason = " ".join(" ".join(said).split())[:200] or str(error)
-            raise Unavailable(f"java failed: {reason}") from error
+            printed = errors.read().decode(errors="replace").split("\n")[:2]
+            reason = " ".join(" ".join(printed).split())[:200] or str(error)
+            raise UnavailableError(f"java failed: {reason}") from error
         finally:
             watchdog.cancel()
             process.kill()
@@ -106,19 +129,20 @@ def java(*arguments: str, images: int) -> Iterator[subprocess.Popen]:
 
 
 def ptb(captions: Sequence[str]) -> list[str]:
-    """Cuts up captions with the PTBTokenizer itself; words are joined by single spaces.
+    """Tokenize captions with the PTBTokenizer; words are joined by single spaces.
 
     Raises:
-      Unavailable: Java does not run here.
-      UserError: pycocoevalcap, which brings the PTBTokenizer, is not installed.
+        UnavailableError: Java does not run here.
+        UserError: pycocoevalcap, which contains the PTBTokenizer, is not installed.
     """
     jar = package_folder() / "tokenizer" / "stanford-corenlp-3.4.1.jar"
     tokenizer = ("-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer")
-    # pycocoevalcap writes a file next to the jar, which may be read-only, in Java's own encoding.
+    # Run here, since pycocoevalcap writes a file next to the jar, which may be read-only, in Java's
+    # default encoding.
     with java(
         *tokenizer, "-preserveLines", "-lowerCase", "-encoding", "utf-8", images=len(captions)
     ) as process:
-        # A caption is a line: no other kind of line break may be left in it.
+        # A caption is a line, so it must not contain line breaks of any kind.
         printed, _ = process.communicate("".join(" ".join(c.split()) + "\n" for c in captions))
         lines = printed.split("\n")[:-1]
         if process.returncode or len(lines) != len(captions):
@@ -180,7 +204,7 @@ _NORMALIZED = str.maketrans(
 _RENAMED = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 _RENAMED |= {'"': "''"}
 
-# Where one word is two: can|not, does|n't, dog|'s.
+# Boundaries within words that become two tokens: can|not, does|n't, dog|'s.
 _SEAMS = re.compile(
     "|".join(
         rf"(?<=(?<!\w){first})(?={second}\b)"
@@ -209,19 +233,19 @@ _TOKENS = re.compile(
 
 
 def python(captions: Sequence[str]) -> list[str]:
-    """Cuts up captions nearly as `ptb` does, without Java.
+    """Tokenize captions approximately as `ptb` does, without Java.
 
-    Its rules are those of the PTBTokenizer that captions call upon. The two agree on 99.96% of
-    29,920 captions of COCO and Flickr30k that the rules had not been made on.
+    The rules are those of the PTBTokenizer that matter for captions. The two agree on 99.96% of
+    29,920 captions of COCO and Flickr30k that were not used in writing the rules.
     """
-    return [_cut(caption) for caption in captions]
+    return [_tokenize(caption) for caption in captions]
 
 
-def _cut(caption: str) -> str:
+def _tokenize(caption: str) -> str:
     text = _SEAMS.sub(" ", html.unescape(caption).translate(_NORMALIZED))
     words = map(str.lower, _TOKENS.findall(text))
     return _without_punctuation(_RENAMED.get(word, word) for word in words)
 
 
-def _without_punctuation(words: Iterator[str] | Sequence[str]) -> str:
+def _without_punctuation(words: Iterable[str]) -> str:
     return " ".join(word for word in words if word not in PUNCTUATION)

@@ -1,42 +1,52 @@
-"""Where the right candidate stands among others, with ties counted as what they are.
+"""The rank of the right candidate among others, in expectation over the order of tied ones.
 
-Candidates of equal score have no order, so a figure is its expectation over all orders that they
-could come in: a learner that tells nothing apart has exactly the figures of guessing. Scores count
-as equal within a tolerance, since the same text rounds otherwise in a batch of another shape.
+Candidates of equal score have no order, so a metric is its expectation over all orders in which
+they could come: a learner that tells nothing apart gets exactly the metrics of guessing. Scores
+count as equal within a tolerance, since the score of the same text rounds differently in a batch of
+another shape.
 """
 
 from typing import Any
 
 import numpy as np
 
+# Recorded in results as part of their protocol.
 TIES = "scores that tie count as what they are worth in a random order"
 
 
 def compare(
     scores: np.ndarray, reference: np.ndarray, tolerance: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Where `scores` are higher than `reference`, and where they are equal to it.
+    """Compare scores with a reference; the shapes broadcast.
 
-    Takes arrays whose shapes broadcast, returns two of bool. What is not a number counts as higher,
-    so that a learner that has diverged is never right.
+    Args:
+        scores: float [...].
+        reference: float [...].
+        tolerance: scores that differ by no more are equal.
+
+    Returns:
+        Two bool [...]: where `scores` are higher, and where they are equal. A NaN counts as higher,
+        so that a diverged learner is never correct.
     """
     difference = scores - reference
     equal = np.abs(difference) <= tolerance
     return ~equal & ~(difference < 0), equal
 
 
-def share_in_top(k: int, better: Any, wrong: Any, right: Any = 1) -> np.ndarray:
-    """The chance that a right candidate is among the first `k`; all arguments broadcast.
+def probability_in_top(k: int, better: Any, wrong: Any, right: Any = 1) -> np.ndarray:
+    """Return the probability that a right candidate is among the first `k`.
+
+    All arguments broadcast.
 
     Args:
-      k: how many candidates count.
-      better: number of wrong candidates that score higher than the best right one.
-      wrong: number of wrong candidates that tie with it.
-      right: number of right candidates that tie with it, itself included.
+        k: how many candidates count.
+        better: number of wrong candidates that score higher than the best right one.
+        wrong: number of wrong candidates that tie with it.
+        right: number of right candidates that tie with it, itself included.
 
     Returns:
-      float64 in [0, 1]: one minus the chance that every place which the better ones leave goes to a
-      wrong one, in a draw without replacement.
+        float64 in [0, 1]: one minus the probability that wrong candidates fill all of the places
+        below the better ones, drawn without replacement.
     """
     better, wrong, right = np.broadcast_arrays(better, wrong, right)
     missed = np.ones(better.shape)
@@ -48,5 +58,5 @@ def share_in_top(k: int, better: Any, wrong: Any, right: Any = 1) -> np.ndarray:
 
 
 def expected_rank(better: Any, wrong: Any, right: Any = 1) -> np.ndarray:
-    """The expected place, from 1 on, of the first right candidate; arguments as `share_in_top`."""
+    """Return the expected rank, from 1, of the first right one; see `probability_in_top`."""
     return better + (np.add(wrong, right) + 1) / np.add(right, 1)

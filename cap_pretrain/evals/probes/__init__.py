@@ -1,0 +1,1 @@
+"""Probes: classifiers fitted to the features of a frozen encoder, and what they share."""

@@ -11,34 +11,36 @@ import numpy as np
 from cap_pretrain.data.sources import subset
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.base import Context, Result
+from cap_pretrain.evals.metrics import classification
 from cap_pretrain.evals.probes import probing
 from cap_pretrain.evals.probes.features import Labelled, on_one_device
 
 CHOOSING = 2000
-"""About so many held-out images, at most, choose the strength of the regularisation."""
+"""At most about so many held-out images choose the strength of the regularization."""
 
 _dot = functools.partial(jnp.matmul, precision="highest")
 
 
 class FewShot:
-    """Ridge regression to targets of 1 and -1, as the few-shot evaluation of big_vision.
+    """Ridge regression to targets of 1 and -1, as in the few-shot evaluation of big_vision.
 
-    Features are standardised by the mean and deviation of the shots. The bias is not penalised
-    (there it is, by a ten-thousandth). The strength is chosen for each number of shots, the same
-    for all seeds, by mean top-1 on held-out training images. These are more labels than the shots,
-    so no figure of a method that had the shots alone; but not the test split, on which it has often
-    been chosen. With one value of `l2` nothing is chosen: big_vision has taken 1024.
+    Features are standardized by the mean and deviation of the shots. The bias is not penalized
+    (big_vision penalizes it by a ten-thousandth). The strength is chosen for each number of shots,
+    the same for all draws, by the mean top-1 on held-out training images. So the method sees more
+    labels than the shots, but not the test split, on which the strength has often been chosen. With
+    a single value of `l2` nothing is chosen; big_vision has used 1024.
     """
 
     @dataclasses.dataclass(frozen=True)
     class Options(probing.Options):
-        """Settings, besides those of every probe.
+        """Settings, in addition to those of every probe.
 
         Attributes:
-          shots: training images of each class; a class that has fewer gives all it has.
-          draws: how often the shots are drawn anew; figures are the mean and standard deviation.
-          validation_split: what `l2` is chosen by; "" holds out a tenth of every training class.
-          l2: values to choose from.
+            shots: training images of each class; a class that has fewer contributes all it has.
+            draws: how often the shots are drawn; metrics are the mean and standard deviation.
+            validation_split: the split to choose `l2` on; "" holds out a tenth of every training
+                class.
+            l2: strengths of the regularization to choose from.
         """
 
         shots: tuple[int, ...] = (1, 5, 10)
@@ -62,63 +64,66 @@ class FewShot:
         )
 
     def __call__(self, variables: Any) -> Result:
+        """Fit the draws of each number of shots and test them."""
         data = self._splits(variables)
         with on_one_device():
-            found = {shots: self._found(data, shots) for shots in self._options.shots}
-        figures = {}
-        for shots, result in found.items():
-            figures[f"top1_{shots}shot"] = float(np.mean(result["top1"]))
-            figures[f"top1_{shots}shot_std"] = float(np.std(result["top1"]))
+            by_shots = {shots: self._evaluate(data, shots) for shots in self._options.shots}
+        metrics = {}
+        for shots, result in by_shots.items():
+            metrics[f"top1_{shots}shot"] = float(np.mean(result["top1"]))
+            metrics[f"top1_{shots}shot_std"] = float(np.std(result["top1"]))
         protocol = (
             "ridge regression to 1 and -1 on features standardised by the shots, mean and standard "
             f"deviation of top-1 over {self._options.draws} draws"
         )
-        details = self._splits.details(data, protocol) | {"by_shots": found}
-        return Result(figures, details)
+        details = self._splits.details(data, protocol) | {"by_shots": by_shots}
+        return Result(metrics, details)
 
-    def _found(self, data: probing.Data, shots: int) -> dict[str, Any]:
-        """What comes out for so many shots: the strength, and top-1 of every draw."""
+    def _evaluate(self, data: probing.Data, shots: int) -> dict[str, Any]:
+        """Return the chosen strength and the top-1 of every draw, with so many shots."""
         pool = np.flatnonzero(data.final & ~data.choose)
         fits = []
         for draw in range(self._options.draws):
-            seed = self._options.seed * self._options.draws + draw  # no two runs share one
+            seed = self._options.seed * self._options.draws + draw  # distinct for all runs
             rows = pool[subset.per_class(data.train.labels[pool], lambda n: min(n, shots), seed)]
             few = jax.device_put(_rows(data.train, rows))
             fits.append(ridge(*few, classes=data.classes))
-        l2, by_l2, judges = self._options.l2[0], [], []
+        l2, by_l2, held_out = self._options.l2[0], [], np.zeros(0, int)
         if len(self._options.l2) > 1:
-            judges = self._judges(data)
-            judging = jax.device_put(_rows(data.train, judges))
+            held_out = self._held_out(data)
+            validation = jax.device_put(_rows(data.train, held_out))
             by_l2 = [
-                (l2, float(np.mean(_top1(fits, judging, l2)))) for l2 in sorted(self._options.l2)
+                (l2, float(np.mean(_top1(fits, validation, l2)))) for l2 in sorted(self._options.l2)
             ]
             l2 = max(by_l2, key=lambda pair: (pair[1], pair[0]))[0]  # of equals, the strongest
         return {
             "l2": l2,
             "held_out_top1_by_l2": by_l2,
-            "held_out_images": len(judges),
+            "held_out_images": len(held_out),
             "shots_in_all": len(rows),
             "top1": _top1(fits, jax.device_put(data.test), l2),
         }
 
-    def _judges(self, data: probing.Data) -> np.ndarray:
-        """The rows that choose."""
+    def _held_out(self, data: probing.Data) -> np.ndarray:
+        """Return the training rows that choose the strength, about CHOOSING at most."""
         rows = np.flatnonzero(data.choose)
-        share = min(1.0, CHOOSING / len(rows))
+        fraction = min(1.0, CHOOSING / len(rows))
         labels = data.train.labels[rows]
         return rows[
-            subset.per_class(labels, lambda n: max(1, round(share * n)), self._options.seed)
+            subset.per_class(labels, lambda n: max(1, round(fraction * n)), self._options.seed)
         ]
 
 
 class Ridge(NamedTuple):
-    """What is common to the solutions of all strengths; D features, K classes.
+    """The part of the solution that all strengths share; D features, K classes.
 
     Attributes:
-      mean, deviation: float32 [D], which standardise features.
-      values: float32 [R], eigenvalues of X X^T or X^T X, whichever is smaller.
-      left, right: float32 [D, R] and [R, K].
-      bias: float32 [K].
+        mean: float32 [D], of the features.
+        deviation: float32 [D], likewise; features are standardized by these.
+        values: float32 [R], eigenvalues of X X^T or X^T X, whichever is smaller.
+        left: float32 [D, R]; the kernel for strength l2 is left / (values + l2) @ right.
+        right: float32 [R, K].
+        bias: float32 [K].
     """
 
     mean: jax.Array
@@ -131,7 +136,7 @@ class Ridge(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames="classes")
 def ridge(features: jax.Array, labels: jax.Array, *, classes: int) -> Ridge:
-    """features [N, D], labels [N] -> what `predict` wants."""
+    """Prepare the solutions for features float32 [N, D] and labels int [N]."""
     mean, deviation = jnp.mean(features, axis=0), jnp.std(features, axis=0) + 1e-5  # big_vision's
     x = (features - mean) / deviation
     y = 2 * jax.nn.one_hot(labels, classes) - 1
@@ -148,15 +153,17 @@ def ridge(features: jax.Array, labels: jax.Array, *, classes: int) -> Ridge:
 
 @jax.jit
 def predict(ridge: Ridge, features: jax.Array, l2: jax.Array) -> jax.Array:
-    """What a solution with strength `l2` gives features [M, D], [M, K]."""
+    """Return the outputs [M, K] of the solution of strength `l2` for features [M, D]."""
     kernel = _dot(ridge.left / (ridge.values + l2), ridge.right)
     return _dot((features - ridge.mean) / ridge.deviation, kernel) + ridge.bias
 
 
 def _top1(fits: list[Ridge], data: Labelled, l2: float) -> list[float]:
+    """Return the top-1 of each fit."""
     strength = jax.device_put(np.float32(l2))
     return [
-        probing.figures(predict(fit, data.features, strength), data.labels)["top1"] for fit in fits
+        classification.metrics(predict(fit, data.features, strength), data.labels)["top1"]
+        for fit in fits
     ]
 
 

@@ -1,4 +1,4 @@
-"""The k nearest neighbours: how well features tell classes apart without any training."""
+"""Classification by the k nearest neighbors: how well features separate classes, untrained."""
 
 import dataclasses
 import functools
@@ -10,27 +10,28 @@ import numpy as np
 
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.base import Context, Result
+from cap_pretrain.evals.metrics import classification
 from cap_pretrain.evals.probes import probing
 from cap_pretrain.evals.probes.features import on_one_device
 
 CHUNK = 2**26
-"""Similarities that are computed at once: 256 MB of them."""
+"""Similarities computed at once: 256 MB of them."""
 
 
 class KNearestNeighbours:
-    """Each training image among the k nearest votes for its class with exp(cosine / temperature).
+    """Each of the k nearest training images votes for its class by exp(cosine / temperature).
 
-    As Wu et al. 2018 (1805.01978, section 3.4) and DINO (2104.14294), whose k and temperature these
-    are.
+    As in Wu et al. 2018 (1805.01978, section 3.4) and DINO (2104.14294), which the default k and
+    temperature are from.
     """
 
     @dataclasses.dataclass(frozen=True)
     class Options(probing.Options):
-        """Settings, besides those of every probe.
+        """Settings, in addition to those of every probe.
 
         Attributes:
-          k: number of neighbours.
-          temperature: of the weights; a small one lets the nearest decide.
+            k: number of neighbors.
+            temperature: of the votes; the smaller, the more the nearest neighbors decide.
         """
 
         k: int = 20
@@ -46,6 +47,7 @@ class KNearestNeighbours:
         self._splits = probing.Splits(context, options)
 
     def __call__(self, variables: Any) -> Result:
+        """Classify the test split."""
         options, data = self._options, self._splits(variables)
         k = min(options.k, len(data.train.labels))
         with on_one_device():
@@ -53,9 +55,9 @@ class KNearestNeighbours:
                 (data.train, data.test, np.float32(options.temperature))
             )
             scores = votes(*train, test.features, temperature, k=k, classes=data.classes)
-            figures = probing.figures(scores, test.labels)
+            metrics = classification.metrics(scores, test.labels)
         protocol = f"{k} nearest neighbours by cosine, weights exp(cosine / {options.temperature})"
-        return Result(figures, self._splits.details(data, protocol))
+        return Result(metrics, self._splits.details(data, protocol))
 
 
 @functools.partial(jax.jit, static_argnames=("k", "classes"))
@@ -68,13 +70,22 @@ def votes(
     k: int,
     classes: int,
 ) -> jax.Array:
-    """train [N, D], its labels [N], test [M, D] -> what each class gets of the votes, [M, K]."""
+    """Return the fraction of the votes for each class, float32 [M, K].
+
+    Args:
+        train: float32 [N, D], training features.
+        labels: int [N], their classes.
+        test: float32 [M, D], features to classify.
+        temperature: a scalar.
+        k: number of neighbors.
+        classes: number of classes, K.
+    """
     train = _unit(train)
 
     def of_one(features):
         cosines = jnp.matmul(train, _unit(features), precision="highest")
         nearest, where = jax.lax.top_k(cosines, k)
-        # The nearest has weight one, so that no temperature makes all of them 0 or infinite.
+        # Relative to the nearest, so that no temperature makes all weights 0 or infinite.
         weights = jnp.exp((nearest - nearest[0]) / temperature)
         weights = weights / jnp.sum(weights)
         return jnp.sum(weights[:, None] * jax.nn.one_hot(labels[where], classes), axis=0)
@@ -83,4 +94,5 @@ def votes(
 
 
 def _unit(x: jax.Array) -> jax.Array:
+    """Normalize the rows."""
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)

@@ -1,4 +1,4 @@
-"""The linear probe: how well a linear classifier does on features of the frozen encoder."""
+"""The linear probe: accuracy of a linear classifier on features of the frozen encoder."""
 
 import dataclasses
 from typing import Any
@@ -8,6 +8,7 @@ import numpy as np
 
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.base import Context, Result
+from cap_pretrain.evals.metrics import classification
 from cap_pretrain.evals.probes import logistic, probing
 from cap_pretrain.evals.probes.features import on_one_device
 
@@ -18,24 +19,25 @@ PROTOCOL = (
 
 
 class LinearProbe:
-    """Multinomial logistic regression on cached features, with C chosen on what is held out.
+    """Multinomial logistic regression on cached features, with C chosen on held-out images.
 
-    Solutions for all C are found one after the other, from strong regularisation to weak, each from
-    the one before. The C with the highest top-1 on the held-out part (of equals, the smallest) is
-    then fitted to all of the training split. The test split is used once, for the figures.
+    All C are fitted sequentially, from strong regularization to weak, each starting from the
+    previous solution. The C with the highest top-1 on the held-out part (of equals, the smallest)
+    is then fitted to the whole training split. The test split is used once, for the metrics.
 
-    One device holds the training features and about six times their logits: 35 GB for ImageNet with
-    768 features. Where that is too much, `train_limit` takes part of them.
+    One device holds the training features and about six copies of their logits: 35 GB for ImageNet
+    with 768 features. Where that is too much, set `train_limit`.
     """
 
     @dataclasses.dataclass(frozen=True)
     class Options(probing.Options):
-        """Settings, besides those of every probe.
+        """Settings, in addition to those of every probe.
 
         Attributes:
-          validation_split: what C is chosen by; "" holds out a tenth of every training class.
-          c: values to choose from, inverse strengths of the regularisation as in scikit-learn's
-            `LogisticRegression`. With one, nothing is chosen and nothing held out.
+            validation_split: the split to choose C on; "" holds out a tenth of every training
+                class.
+            c: values to choose from, inverse strengths of the regularization as in scikit-learn's
+                `LogisticRegression`. With a single value, nothing is chosen or held out.
         """
 
         validation_split: str = ""
@@ -53,17 +55,19 @@ class LinearProbe:
         )
 
     def __call__(self, variables: Any) -> Result:
+        """Choose C, fit the classifier and test it."""
         data = self._splits(variables)
         with on_one_device():
-            return self._fitted(data)
+            return self._fit(data)
 
-    def _fitted(self, data: probing.Data) -> Result:
+    def _fit(self, data: probing.Data) -> Result:
         problem = logistic.pose(*jax.device_put(data.train))
         shape = (data.train.features.shape[1] + 1, data.classes)
         theta = jax.device_put(np.zeros(shape, np.float32))
-        c, path, held_out = self._grid[0], [], {}
+        c, held_out = self._grid[0], {}
+        path: list[tuple[float, float]] = []
         if len(self._grid) > 1:
-            c, theta, path = self._chosen(problem, data, theta)
+            c, theta, path = self._choose(problem, data, theta)
             held_out = {"held_out_top1": max(top1 for _, top1 in path)}
         solution = _solve(problem, data.final, c, theta)
         test = jax.device_put(data.test)
@@ -75,24 +79,24 @@ class LinearProbe:
             "converged": iterations < logistic.MAX_ITERATIONS,
             "held_out_top1_by_c": path,
         }
-        train = probing.figures(solution.logits, problem.labels, data.final)
-        figures = probing.figures(scores, test.labels) | {"c": c}
+        train = classification.metrics(solution.logits, problem.labels, data.final)
+        metrics = classification.metrics(scores, test.labels) | {"c": c}
         lines = []
         if path and c in (self._grid[0], self._grid[-1]):
-            lines.append(f"the best C, {c:g}, is at the end of what was tried; extend `c`")
+            lines.append(f"the best C, {c:g}, is at an end of the values tried; extend `c`")
         if not details["converged"]:
             lines.append(f"C = {c:g} did not converge in {iterations} iterations")
-        return Result(figures | held_out | {"train_top1": train["top1"]}, details, tuple(lines))
+        return Result(metrics | held_out | {"train_top1": train["top1"]}, details, tuple(lines))
 
-    def _chosen(
+    def _choose(
         self, problem: logistic.Problem, data: probing.Data, theta: jax.Array
     ) -> tuple[float, jax.Array, list[tuple[float, float]]]:
-        """Returns the best C, its solution, and the held-out top-1 of each: (C, top-1)."""
+        """Return the best C, its solution, and the held-out top-1 of each: (C, top-1)."""
         tried = []
         for c in self._grid:
             solution = _solve(problem, data.final & ~data.choose, c, theta)
             theta = solution.theta
-            top1 = probing.figures(solution.logits, problem.labels, data.choose)["top1"]
+            top1 = classification.metrics(solution.logits, problem.labels, data.choose)["top1"]
             tried.append((top1, c, theta))
         _, best, theta = max(tried, key=lambda t: t[0])  # of equals the first, the smallest C
         return best, theta, [(c, top1) for top1, c, _ in tried]
@@ -101,5 +105,6 @@ class LinearProbe:
 def _solve(
     problem: logistic.Problem, rows: np.ndarray, c: float, start: jax.Array
 ) -> logistic.Solution:
-    weights, c = jax.device_put((rows.astype(np.float32), np.float32(c)))
-    return logistic.minimise(problem, weights, c, start)
+    """Fit the rows that `rows`, bool [N], selects."""
+    weights, strength = jax.device_put((rows.astype(np.float32), np.float32(c)))
+    return logistic.minimize(problem, weights, strength, start)

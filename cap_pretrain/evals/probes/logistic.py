@@ -1,21 +1,21 @@
-"""Multinomial logistic regression of the whole batch, by preconditioned L-BFGS.
+"""Full-batch multinomial logistic regression by preconditioned L-BFGS.
 
 The objective is that of scikit-learn's `LogisticRegression`, with C the inverse strength:
 
-    C * sum_i weight_i * cross_entropy_i  +  1/2 * ||kernel||^2        (the bias is not penalised)
+    C * sum_i weight_i * cross_entropy_i  +  1/2 * ||kernel||^2        (the bias is not penalized)
 
-Its minimum is one point, and what follows only decides how soon it is reached, in float32:
+Its minimum is unique. The following only makes the solver reach it fast, in float32:
 
-- Features are centred, which the bias makes up for.
-- L-BFGS starts from the curvature of the problem. When all probabilities are equal, the Hessian is
-  that of least squares; otherwise the same times how undecided they are, roughly. So the
-  eigenvectors of the features' covariance, found once, precondition every solution: features of any
-  scale take the same tens of iterations, where plain L-BFGS takes thousands.
-- The objective is convex, and along a line only logits change. So Newton's method finds the minimum
-  along a line from logits alone, and an iteration passes over the features twice. It looks for a
-  zero of the slope: to compare values of the objective would end the search early, in float32.
-- What is wrong about a probability is added up from those of the other classes, not subtracted from
-  one, so that rows which are nearly certain still count for what they are.
+- Features are centered; the bias compensates.
+- L-BFGS is preconditioned by the curvature of the problem. If all probabilities are equal, the
+  Hessian is that of least squares; otherwise it is roughly that times the mean p (1 - p). So the
+  eigenvectors of the features' covariance, computed once, precondition every solution: features of
+  any scale take the same tens of iterations, where plain L-BFGS takes thousands.
+- The objective is convex, and along a line only the logits change. So Newton's method minimizes
+  along a line from logits alone, and an iteration passes over the features twice. It finds a zero
+  of the slope: in float32, comparing values of the objective would end the search early.
+- The residual of the true class is the sum of the other classes' probabilities, not one minus its
+  own, so that it keeps its precision for rows that are nearly certain.
 """
 
 import functools
@@ -27,26 +27,26 @@ import jax.numpy as jnp
 import numpy as np
 
 TOLERANCE = 1e-9
-"""A solution ends when a step promises to lower the objective by less than this share of it."""
+"""The solver stops when the expected decrease of the objective is below this fraction of it."""
 
 MAX_ITERATIONS = 1000
-"""And after so many in any case, some ten times what has been seen to be needed."""
+"""The solver stops after so many in any case: some ten times what has been needed."""
 
 HISTORY = 10
-"""Steps that L-BFGS remembers, as in SciPy."""
+"""Number of steps in the history of L-BFGS, as in SciPy."""
 
 _dot = functools.partial(jnp.matmul, precision="highest")
 
 
 class Problem(NamedTuple):
-    """Labelled features, and what is found of them once for every solution.
+    """Labeled features with what is computed once for all solutions.
 
     Attributes:
-      x: float32 [N, D], centred.
-      labels: int32 [N].
-      mean: float32 [D], what was subtracted.
-      axes: float32 [D, D], eigenvectors of the covariance, in columns.
-      variances: float32 [D], its eigenvalues.
+        x: float32 [N, D], the features minus `mean`.
+        labels: int32 [N].
+        mean: float32 [D], of the features.
+        axes: float32 [D, D], eigenvectors of the covariance, in columns.
+        variances: float32 [D], its eigenvalues.
     """
 
     x: jax.Array
@@ -57,13 +57,13 @@ class Problem(NamedTuple):
 
 
 class Solution(NamedTuple):
-    """A minimum.
+    """A minimum of the objective.
 
     Attributes:
-      theta: float32 [D + 1, K], kernel and, last, bias, for centred features.
-      logits: float32 [N, K] of every row of the problem, whatever its weight.
-      losses: float32 [N], cross-entropy of each row times its weight.
-      iterations: int32; MAX_ITERATIONS if it did not converge.
+        theta: float32 [D + 1, K], the kernel and, in the last row, the bias, for centered features.
+        logits: float32 [N, K], of every row of the problem, whatever its weight.
+        losses: float32 [N], the cross-entropy of each row times its weight.
+        iterations: int32; MAX_ITERATIONS if it did not converge.
     """
 
     theta: jax.Array
@@ -73,7 +73,7 @@ class Solution(NamedTuple):
 
 
 class _History(NamedTuple):
-    """The last steps and changes of the gradient, the newest first; zeros where there is none."""
+    """The last steps and changes of the gradient, the newest first; unused entries are zero."""
 
     steps: jax.Array
     changes: jax.Array
@@ -82,7 +82,7 @@ class _History(NamedTuple):
 
 @jax.jit
 def pose(features: jax.Array, labels: jax.Array) -> Problem:
-    """Prepares a problem from features float32 [N, D] and labels int32 [N]."""
+    """Prepare a problem from features float32 [N, D] and labels int32 [N]."""
     mean = jnp.mean(features, axis=0)
     x = features - mean
     variances, axes = jnp.linalg.eigh(_dot(x.T, x) / len(x))
@@ -90,14 +90,14 @@ def pose(features: jax.Array, labels: jax.Array) -> Problem:
 
 
 @jax.jit
-def minimise(problem: Problem, weights: jax.Array, c: jax.Array, start: jax.Array) -> Solution:
-    """Returns the minimum of the objective.
+def minimize(problem: Problem, weights: jax.Array, c: jax.Array, start: jax.Array) -> Solution:
+    """Return the minimum of the objective.
 
     Args:
-      problem: from `pose`.
-      weights: float32 [N] of the rows; 0 leaves a row out.
-      c: the scalar C.
-      start: float32 [D + 1, K], where to begin: zeros, or `theta` of another solution.
+        problem: from `pose`.
+        weights: float32 [N], of the rows; 0 leaves a row out.
+        c: the scalar C.
+        start: float32 [D + 1, K], the initial theta: zeros, or that of another solution.
     """
     x, classes = problem.x, start.shape[1]
     own = jax.nn.one_hot(problem.labels, classes, dtype=bool)
@@ -118,8 +118,8 @@ def minimise(problem: Problem, weights: jax.Array, c: jax.Array, start: jax.Arra
         g = jnp.concatenate(
             [_dot(x.T, residual) + theta[:-1], jnp.sum(residual, axis=0, keepdims=True)]
         )
-        # To add the same to all classes changes nothing, so the mean is 0 but for rounding; and
-        # nothing would hold back what adds up of it in the bias.
+        # Adding a constant to all classes changes nothing, so the mean is 0 except for rounding;
+        # in the bias, which is not penalized, rounding errors would accumulate.
         return g - jnp.mean(g, axis=1, keepdims=True)
 
     def preconditioner(z):
@@ -134,14 +134,14 @@ def minimise(problem: Problem, weights: jax.Array, c: jax.Array, start: jax.Arra
 
         return apply
 
-    def aim(theta, z, g, history, iterations):
+    def state_at(theta, z, g, history, iterations):
         direction = -_inverse_hessian(preconditioner(z), history, g)
         return theta, z, g, history, iterations, direction, jnp.sum(direction * g)
 
-    def goes_on(state):
+    def unconverged(state):
         theta, z, _, _, iterations, _, slope = state
-        promised = -slope / 2
-        return (promised > TOLERANCE * objective(theta, z)) & (iterations < MAX_ITERATIONS)
+        decrease = -slope / 2
+        return (decrease > TOLERANCE * objective(theta, z)) & (iterations < MAX_ITERATIONS)
 
     def iterate(state):
         theta, z, g, history, iterations, direction, slope = state
@@ -150,50 +150,51 @@ def minimise(problem: Problem, weights: jax.Array, c: jax.Array, start: jax.Arra
         t = _line_search(z, along, own, c * weights, penalty, slope)
         theta, z = theta + t * direction, z + t * along
         change = -g + (g := gradient(theta, z))
-        return aim(theta, z, g, _remember(history, t * direction, change), iterations + 1)
+        return state_at(theta, z, g, _append(history, t * direction, change), iterations + 1)
 
     z = logits(start)
-    nothing = jnp.zeros((HISTORY, *start.shape))
-    history = _History(nothing, nothing, jnp.zeros(HISTORY))
-    state = aim(start, z, gradient(start, z), history, jnp.int32(0))
-    theta, _, _, _, iterations, _, _ = jax.lax.while_loop(goes_on, iterate, state)
-    z = logits(theta)  # without the rounding that the steps have added up
+    empty = jnp.zeros((HISTORY, *start.shape))
+    history = _History(empty, empty, jnp.zeros(HISTORY))
+    state = state_at(start, z, gradient(start, z), history, jnp.int32(0))
+    theta, _, _, _, iterations, _, _ = jax.lax.while_loop(unconverged, iterate, state)
+    z = logits(theta)  # without the rounding errors that the steps have accumulated
     return Solution(theta, z, losses(z), iterations)
 
 
 @jax.jit
 def logits(problem: Problem, theta: jax.Array, features: jax.Array) -> jax.Array:
-    """The logits [M, K] that a solution gives other features [M, D]."""
+    """Return the logits [M, K] of a solution for other features [M, D]."""
     return _dot(features - problem.mean, theta[:-1]) + theta[-1]
 
 
 def objective(solution: Solution, c: float) -> float:
-    """The objective at a solution, added up in float64."""
+    """Return the objective at a solution, summed in float64."""
     losses, theta = jax.device_get((solution.losses, solution.theta))
     penalty = np.sum(np.square(theta[:-1], dtype=np.float64)) / 2
     return float(c * np.sum(losses, dtype=np.float64) + penalty)
 
 
 def _inverse_hessian(precondition: Callable, history: _History, g: jax.Array) -> jax.Array:
-    """The inverse Hessian as the history has it, times `g`: the two loops of Nocedal (1980)."""
+    """Multiply the approximate inverse Hessian by `g`: the two-loop recursion of Nocedal (1980)."""
 
-    def back(q, remembered):
-        step, change, inverse = remembered
-        share = inverse * jnp.sum(step * q)
-        return q - share * change, share
+    def back(q, entry):
+        step, change, inverse = entry
+        alpha = inverse * jnp.sum(step * q)
+        return q - alpha * change, alpha
 
-    def forth(r, remembered):
-        step, change, inverse, share = remembered
-        return r + (share - inverse * jnp.sum(change * r)) * step, None
+    def forth(r, entry):
+        step, change, inverse, alpha = entry
+        return r + (alpha - inverse * jnp.sum(change * r)) * step, None
 
     newest = history.changes[0]
     size = history.inverse_curvatures[0] * jnp.sum(newest * precondition(newest))
-    q, shares = jax.lax.scan(back, g, history)
+    q, alphas = jax.lax.scan(back, g, history)
     r = precondition(q) / jnp.where(size > 0, size, 1.0)
-    return jax.lax.scan(forth, r, (*history, shares), reverse=True)[0]
+    return jax.lax.scan(forth, r, (*history, alphas), reverse=True)[0]
 
 
-def _remember(history: _History, step: jax.Array, change: jax.Array) -> _History:
+def _append(history: _History, step: jax.Array, change: jax.Array) -> _History:
+    """Put an entry in front of the history; the oldest drops out."""
     curvature = jnp.sum(step * change)
     inverse = jnp.where(curvature > 0, 1 / curvature, 0.0)
     return jax.tree.map(
@@ -204,7 +205,7 @@ def _remember(history: _History, step: jax.Array, change: jax.Array) -> _History
 
 
 def _pick(own: jax.Array, values: jax.Array) -> jax.Array:
-    """[N, K] -> [N, 1], the value of each row's own class."""
+    """Return the value of each row's true class, [N, 1], of values [N, K]."""
     return jnp.sum(jnp.where(own, values, 0.0), axis=1, keepdims=True)
 
 
@@ -216,14 +217,15 @@ def _line_search(
     penalty: tuple[jax.Array, jax.Array],
     slope: jax.Array,
 ) -> jax.Array:
-    """How far to go from logits z [N, K] in the direction `along`, to where it is nearly level.
+    """Return the step size t at which the slope has fallen to a tenth, by safeguarded Newton steps.
 
     Args:
-      z, along: float32 [N, K].
-      own: bool [N, K], the class of each row.
-      weights: float32 [N].
-      penalty: what it adds to the slope at t: penalty[0] + t * penalty[1].
-      slope: at t = 0; a tenth of it is nearly level.
+        z: float32 [N, K], the logits at t = 0.
+        along: float32 [N, K], their change per unit of t.
+        own: bool [N, K], the one-hot classes of the rows.
+        weights: float32 [N], of the rows, times C.
+        penalty: the penalty's slope at t is penalty[0] + t * penalty[1].
+        slope: of the objective at t = 0.
     """
     along = along - _pick(own, along)
 
@@ -234,7 +236,7 @@ def _line_search(
         first = jnp.sum(weights * mean[:, 0]) + penalty[0] + t * penalty[1]
         return first, jnp.sum(weights * variance) + penalty[1]
 
-    def goes_on(state):
+    def too_steep(state):
         _, _, _, (first, _), tries = state
         return (jnp.abs(first) > 0.1 * jnp.abs(slope)) & (tries < 20)
 
@@ -248,4 +250,4 @@ def _line_search(
 
     t = jnp.float32(1)
     state = (t, jnp.float32(0), jnp.float32(jnp.inf), slopes(t), jnp.int32(0))
-    return jax.lax.while_loop(goes_on, iterate, state)[0]
+    return jax.lax.while_loop(too_steep, iterate, state)[0]

@@ -1,40 +1,34 @@
-"""What probes have in common: features of two splits, and what their settings are chosen by."""
+"""What probes share: their options, the features of their splits, and the held-out images."""
 
 import dataclasses
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from cap_pretrain.data.sources import subset
 from cap_pretrain.errors import UserError
-from cap_pretrain.evals.base import Context
+from cap_pretrain.evals.base import Context, DataOptions
 from cap_pretrain.evals.probes.features import Features, Labelled
-from cap_pretrain.evals.zero_shot import accuracies
 
 HELD_OUT = 0.1
-"""Share of the training split that settings are chosen by if there is no split for that."""
+"""Fraction of the training split to choose settings on if there is no validation split."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
-    """Settings of every probe.
+class Options(DataOptions):
+    """Settings of every probe; the dataset needs labels, and `split` is the test split.
 
     Attributes:
-      data: dataset with labels; "" is the run's own.
-      train_split: what is learned from; "" is `data.split`.
-      split: what is reported; "" is `data.eval_split`.
-      layer: of the encoder: pooled, tokens (their mean), or one by its name, as block_6; or pixels,
-        for what can be told without an encoder.
-      train_limit, limit: at most so many images of either split, drawn at random; 0 is all.
-      seed: of everything drawn.
-      batch_size: images a batch as they are encoded; changes no figure.
+        train_split: the split to train on; "" is `data.split`.
+        layer: of the encoder: pooled, tokens (their mean), or the name of a layer, as block_6; or
+            pixels, a baseline without an encoder.
+        train_limit: at most so many training images, drawn at random; 0 is all.
+        limit: at most so many test images, drawn at random; 0 is all.
+        seed: of all random draws.
+        batch_size: images encoded at once; does not affect the metrics.
     """
 
-    data: str = ""
     train_split: str = ""
-    split: str = ""
     layer: str = "pooled"
     train_limit: int = 0
     limit: int = 0
@@ -43,15 +37,15 @@ class Options:
 
 
 class Data(NamedTuple):
-    """What a probe works with.
+    """The features that a probe is fitted to and tested on.
 
     Attributes:
-      train: to learn from, and to choose settings by.
-      choose: bool [N], the rows of `train` that settings are chosen by; fitted are then the others
-        of `final`.
-      final: bool [N], the rows that are fitted in the end.
-      test: to report.
-      classes: number of classes.
+        train: N images to train on and to choose settings on.
+        choose: bool [N], the rows of `train` to choose settings on; the probe is then fitted to the
+            other rows of `final`.
+        final: bool [N], the rows of `train` that the final probe is fitted to.
+        test: the images of the test split.
+        classes: number of classes.
     """
 
     train: Labelled
@@ -62,16 +56,16 @@ class Data(NamedTuple):
 
 
 class Splits:
-    """The features that a probe works with.
+    """Computes the features of a probe's splits.
 
     Args:
-      context: what evaluators work with.
-      options: the probe's.
-      validation: the split that settings are chosen by; "" holds out HELD_OUT of every class of the
-        training split; None: nothing is chosen.
+        context: what evaluators work with.
+        options: the probe's.
+        validation: the split to choose settings on; "" holds out HELD_OUT of every class of the
+            training split; None: nothing is chosen.
 
     Raises:
-      UserError: a dataset or split that is missing, or has no labels.
+        UserError: a dataset or split is missing or has no labels.
     """
 
     def __init__(self, context: Context, options: Options, validation: str | None = None):
@@ -83,7 +77,8 @@ class Splits:
         }
         if validation:
             self._names["validation"] = validation
-        self._features, self._class_names = {}, []
+        self._features: dict[str, Features] = {}
+        self._class_names: list[str] = []
         for part, split in self._names.items():
             source = context.source(split, options.data)
             self._class_names = source.class_names or self._class_names
@@ -94,10 +89,10 @@ class Splits:
             )
 
     def __call__(self, variables: Any) -> Data:
-        """Returns the features that these weights give.
+        """Return the features for these weights.
 
         Raises:
-          UserError: there is one class only; besides as `Features`.
+            UserError: there is only one class; or see `Features`.
         """
         found = {part: features(variables) for part, features in self._features.items()}
         train, test = found["train"], found["test"]
@@ -117,7 +112,7 @@ class Splits:
         return Data(train, choose, final, test, classes)
 
     def details(self, data: Data, protocol: str) -> dict[str, Any]:
-        """What a result says of how it came about."""
+        """Return what `Result.details` says of the data and the protocol."""
         return {
             "protocol": protocol,
             **self._named,
@@ -134,36 +129,15 @@ class Splits:
 
 
 def held_out(labels: np.ndarray, seed: int) -> np.ndarray:
-    """Returns the indices of HELD_OUT of every class, to choose settings by.
+    """Return the indices of HELD_OUT of every class, to choose settings on.
 
     Raises:
-      UserError: that is none.
+        UserError: there are too few images.
     """
     rows = subset.per_class(labels, lambda count: int(HELD_OUT * count + 0.5), seed)
     if not len(rows):
         raise UserError(
             f"evals: {len(labels)} training images are too few to hold out {HELD_OUT:.0%} of every "
-            "class and choose settings by them; name a split for that (validation_split)."
+            "class; set validation_split to a split to choose settings on."
         )
     return rows
-
-
-@jax.jit
-def standing(scores: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """How many classes score higher than the right one, and how many others the same.
-
-    What is not a number counts as higher, so that a classifier that has diverged is never right.
-
-    scores [N, K], labels [N] -> int32 [N] each.
-    """
-    own = jnp.take_along_axis(scores, labels[:, None], axis=1)
-    tied = jnp.sum(scores == own, axis=1) - 1
-    return jnp.sum(~(scores <= own), axis=1), jnp.maximum(tied, 0)
-
-
-def figures(
-    scores: jax.Array, labels: jax.Array, rows: np.ndarray | slice = slice(None)
-) -> dict[str, float]:
-    """Top-1, top-5 and the mean over classes of top-1, of some rows of scores [N, K]."""
-    better, tied, labels = jax.device_get((*standing(scores, labels), labels))
-    return accuracies(better[rows], tied[rows], labels[rows])

@@ -1,12 +1,12 @@
-"""Scores of texts for images in batches, from any learner that gives them.
+"""Scores of texts for images, in batches.
 
-What zero-shot classification, retrieval and composition have in common. A learner takes part if it
-has `image_features`, `text_features` and `compare`:
+Zero-shot classification, retrieval, composition and perplexity share this. A learner takes part if
+it has `image_features`, `text_features` and `compare`:
 
-  captioners     give the log-likelihood of the text as a caption, in nats. It has a *prior*: what
-                 the same decoder gives the text for a blank image, which is grey all over.
-  dual encoders  (which have `embed_text`) give the cosine. Without an image there is nothing to
-                 compare a text with: they have no prior.
+    captioners     score by the log-likelihood of the text as a caption, in nats. It has a *prior*:
+                   the log-likelihood of the text for a blank image, which is gray all over.
+    dual encoders  (which have `embed_text`) score by cosine similarity. Without an image there is
+                   nothing to compare a text with, so they have no prior.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,58 +20,57 @@ from cap_pretrain.data.sources.base import Source
 from cap_pretrain.data.text.tokenizers import encode_answer
 from cap_pretrain.distributed import sharding
 from cap_pretrain.errors import UserError
-from cap_pretrain.evals.base import Context, Interrupted
+from cap_pretrain.evals.base import Context, Interrupted, data_parallel, round_up
 from cap_pretrain.learners.protocols import EmbedsText, ScoresTexts, learner_type
 from cap_pretrain.models.sizes import STORED
 
-# The grey of the blank image, of 0 to 255: as near to 0 as what the encoder reads can come.
+# The gray of the blank image, in 0..255: the value that normalization brings closest to 0.
 BLANK = 128
 
-# Scores this near to each other are equal: in a batch of another shape, the same text for the same
-# image rounds otherwise (in float32 by some 1e-5 nats, or 1e-7 of a cosine).
+# Scores closer than this are equal: the same pair rounds differently in a batch of another shape
+# (in float32 by some 1e-5 nats, or 1e-7 of a cosine).
 CAPTIONER_TOLERANCE, DUAL_ENCODER_TOLERANCE = 1e-4, 1e-6
 
-# Cosines computed at once: 16 MB of them. Log-likelihoods need far more memory a piece.
+# Cosines computed at once: 16 MB of them. A log-likelihood needs far more memory.
 COSINES = 2**22
 
-# Lengths of texts are rounded up to this, so that few different ones are compiled.
+# Text lengths are rounded up to a multiple of this, so that few different shapes are compiled.
 LENGTHS = 8
 
 
 class Scoring:
-    """A learner's scores of (image, text) pairs, the same on every host.
+    """Scores (image, text) pairs by a learner; the scores are on every host.
 
     Args:
-      context: what evaluators work with.
-      batch_size: images a batch.
-      pairs: (image, text) pairs that a captioner scores at once.
+        context: what evaluators work with.
+        batch_size: images a batch.
+        pairs: (image, text) pairs that a captioner scores at once.
 
     Attributes:
-      has_prior: whether the learner is a captioner.
-      tolerance: scores that differ by no more are equal.
+        has_prior: whether the learner is a captioner.
+        tolerance: scores that differ by no more are equal.
 
     Raises:
-      UserError: the learner does not score texts for images.
+        UserError: the learner does not score texts for images.
     """
 
     def __init__(self, context: Context, *, batch_size: int, pairs: int):
         learner = learner_type(context.graphdef)
         if not issubclass(learner, ScoresTexts):
             raise UserError(
-                "evals: this evaluator scores texts for images, which a learner of the kind "
-                f"{learner.__name__} does not; take a captioner or a dual encoder, or leave it out."
+                "evals: this evaluator scores texts for images, which a "
+                f"{learner.__name__} cannot; use a captioner or dual encoder, or remove it."
             )
         self.has_prior = not issubclass(learner, EmbedsText)
         self.tolerance = CAPTIONER_TOLERANCE if self.has_prior else DUAL_ENCODER_TOLERANCE
         self._context = context
-        ways = context.mesh.shape["data"] * context.mesh.shape["fsdp"]
-        self._images = -(-batch_size // ways) * ways
+        self._images = round_up(batch_size, data_parallel(context.mesh))
         self._texts = max(1, (pairs if self.has_prior else COSINES) // self._images)
 
         def image_features(variables, images):
             return nnx.merge(context.graphdef, *variables).image_features(images)
 
-        # They are large and stay where they were made; whatever else there is goes to every host.
+        # Image features are large and stay sharded; all other results go to every host.
         self._image_features = jax.jit(
             image_features, out_shardings=sharding.batch_sharding(context.mesh)
         )
@@ -80,46 +79,57 @@ class Scoring:
         self._whole = context.jit(lambda _, arrays: arrays)
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """Returns the texts as int32 [n, T], for captioners no longer than the longest of them."""
-        return self._cut(np.stack([self._context.tokenizer.encode(text) for text in texts]))
+        """Return the tokens of texts, int32 [n, T]; for captioners T fits the longest of them."""
+        return self._trim(np.stack([self._context.tokenizer.encode(text) for text in texts]))
 
     def encode_answers(
         self, questions: Sequence[str], answers: Sequence[str]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """As `encode`, with the question before each answer, and int32 [n], how long that is."""
+        """Return the tokens of each question and answer, and the lengths of the questions.
+
+        Returns:
+            int32 [n, T] as `encode`, and int32 [n]: how many leading tokens are the question's.
+        """
         pairs = zip(questions, answers, strict=True)
         rows, given = zip(*(encode_answer(self._context.tokenizer, *p) for p in pairs), strict=True)
-        return self._cut(np.stack(rows)), np.array(given, np.int32)
+        return self._trim(np.stack(rows)), np.array(given, np.int32)
 
-    def _cut(self, tokens: np.ndarray) -> np.ndarray:
+    def _trim(self, tokens: np.ndarray) -> np.ndarray:
+        """Drop columns that are padding in all rows, for captioners."""
         if not self.has_prior:
-            return tokens  # whose encoder reads padding, too
+            return tokens  # the text encoder reads padding, too
         longest = int(np.max(np.sum(tokens != 0, axis=1)))
-        return tokens[:, : -(-longest // LENGTHS) * LENGTHS]
+        return tokens[:, : round_up(longest, LENGTHS)]
 
     def batches(
         self, variables: Any, source: Source, limit: int
     ) -> Iterator[tuple[dict[str, np.ndarray], jax.Array]]:
-        """Yields batches of images, each as where it comes from and features for `compare`.
+        """Yield batches of images as (what they are, their features for `compare`).
 
-        The former is whole on every host: `index` and `label` int [B], and `mask` bool [B], False
-        for padding and for images that do not decode. With a limit (not 0), stops after so many.
+        The first is replicated: a dict of `index` and `label` int [B], and `mask` bool [B], which
+        is False for padding and for images that cannot be decoded.
+
+        Args:
+            variables: the learner's.
+            source: the images.
+            limit: only the first so many images; 0 is all.
 
         Raises:
-          UserError: at the end, if no image decoded.
+            UserError: at the end, if no image could be decoded.
+            Interrupted: the run is stopping.
         """
-        none = True
+        none_decoded = True
         for batch, _ in self._context.batches(source, self._images, limit or None):
             features = self._image_features(variables, batch["image"])
             where = {name: batch[name] for name in ("index", "label", "mask")}
             where = jax.device_get(self._whole(variables, where))
-            none &= not where["mask"].any()
+            none_decoded &= not where["mask"].any()
             yield where, features
-        if none:
+        if none_decoded:
             raise UserError(f"evals: {source} has no image that can be decoded.")
 
     def text_features(self, variables: Any, tokens: np.ndarray) -> np.ndarray:
-        """tokens int32 [n, T] -> what `compare` wants of them, [n, ...]."""
+        """Return the features [n, ...] for `compare` of texts int32 [n, T]."""
         if self.has_prior:
             return tokens
         parts = []
@@ -135,20 +145,21 @@ class Scoring:
         texts: np.ndarray,
         prompts: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Returns the scores float32 [B, C].
+        """Return the scores of each image with each text, float32 [B, C].
 
         Args:
-          variables: of the learner.
-          images: features [B, ...] of a batch.
-          texts: features [C, ...], the same texts for each image, or [B, C, ...], its own.
-          prompts: int32 [C] or [B, C], for captioners: the leading tokens that are given.
+            variables: the learner's.
+            images: features [B, ...] of a batch.
+            texts: features, [C, ...] if all images have the same texts, else [B, C, ...].
+            prompts: int32 [C] or [B, C], for captioners: how many leading tokens are given and not
+                scored.
 
         Raises:
-          Interrupted: the run is to stop.
+            Interrupted: the run is stopping.
         """
         axis = texts.ndim - 2
         count = texts.shape[axis]
-        # Powers of two, so that few different numbers of texts are compiled.
+        # A power of two, so that few different shapes are compiled.
         size = min(self._texts, 2 ** (count - 1).bit_length())
         scores = []
         for start in range(0, count, size):
@@ -161,15 +172,15 @@ class Scoring:
         return np.concatenate(jax.device_get(scores), axis=1)[:, :count]
 
     def prior(self, variables: Any, tokens: np.ndarray) -> np.ndarray:
-        """The scores [n] of texts int32 [n, T] for the blank image.
+        """Return the scores float32 [n] of texts int32 [n, T] for the blank image.
 
         Raises:
-          UserError: the run reads stored features.
+            UserError: the run reads stored features.
         """
         if self._context.config.model.name == STORED:
             raise UserError(
-                "evals: what a text scores without an image is that for a blank one, and the run "
-                "reads stored features; leave out what compares with it."
+                "evals: this evaluator needs scores for a blank image, and the run reads stored "
+                "features, not images; remove the evaluator."
             )
         side = self._context.config.data.image_size
         rows = sharding.batch_rows(self._context.mesh, self._images)
@@ -181,22 +192,27 @@ class Scoring:
         return self.compare(variables, features, own).reshape(-1)[: len(tokens)]
 
     def details(self, data: str, split: str) -> dict[str, str]:
-        """What a result says of its data (options; "" is the run's own) and of the scores."""
+        """Return what `Result.details` says of the dataset and of the scores.
+
+        Args:
+            data: the option; "" is the run's own.
+            split: the option; "" is the run's own.
+        """
         return self._context.named(split, data) | {
             "score": "log-likelihood, nats" if self.has_prior else "cosine",
             "blank_image": f"grey, {BLANK} of 255" if self.has_prior else "none",
         }
 
     def _put(self, array: np.ndarray) -> jax.Array:
-        """Sends what is the same on every host to every device."""
+        """Send an array that is the same on every host to every device."""
         everywhere = sharding.replicated(self._context.mesh)
-        # With several hosts, JAX does not see that this transfer is meant.
+        # With several hosts, JAX takes this transfer for an implicit one.
         with jax.transfer_guard_host_to_device("allow"):
             return jax.make_array_from_process_local_data(everywhere, array)
 
 
 def _padded(array: np.ndarray, size: int, axis: int = 0) -> np.ndarray:
-    """The array with `size` entries along an axis, zeros at its end."""
+    """Return the array with zeros appended along an axis, up to `size` entries."""
     width = [(0, 0)] * array.ndim
     width[axis] = (0, size - array.shape[axis])
     return np.pad(array, width)

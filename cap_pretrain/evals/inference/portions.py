@@ -1,9 +1,9 @@
-"""What a learner says of every image of a source, the same bits on any mesh in any batch size.
+"""A learner's outputs for every image of a source, bit-identical on any mesh and batch size.
 
-A matrix product adds up in an order that depends on its shape. So the last bits of what a learner
-says of an image depend on how many others a device was given with it, and on how parameters are
-split; and with them, now and then, a figure. Here every device has the parameters in whole and
-computes the same program on PORTION images at a time.
+The order in which a matrix product is summed depends on its shape. So the last bits of an output
+depend on how many images a device computes at once and on how parameters are sharded, and now and
+then a metric changes with them. Here every device holds all parameters and runs the same program on
+PORTION images at a time.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,10 +18,10 @@ from jax.sharding import PartitionSpec as P
 from cap_pretrain.data.sources.base import Source
 from cap_pretrain.distributed import sharding
 from cap_pretrain.errors import UserError
-from cap_pretrain.evals.base import Context
+from cap_pretrain.evals.base import Context, data_parallel, round_up
 
 PORTION = 32
-"""Images a device at a time: a B/16 has matrices of 6272 rows then, enough to be busy."""
+"""Images a device computes at a time; with 196 patches of a B/16 each, matrices of 6272 rows."""
 
 Arrays = tuple[np.ndarray, ...]
 
@@ -30,10 +30,10 @@ class EveryImage:
     """Computes `fn(learner, images, labels)` for all images of a source.
 
     Args:
-      context: what evaluators work with.
-      fn: images uint8 [b, H, W, 3] and labels int32 [b] -> a tuple of arrays [b, …]; treats each
-        image for itself.
-      batch_size: images a batch, in all; a matter of memory and speed alone.
+        context: what evaluators work with.
+        fn: maps images uint8 [b, H, W, 3] and labels int32 [b] to a tuple of arrays [b, …], each
+            image independently of the others.
+        batch_size: images in a global batch; affects only memory and speed.
     """
 
     def __init__(
@@ -43,8 +43,7 @@ class EveryImage:
         batch_size: int,
     ):
         self._context = context
-        once = _ways(context.mesh) * PORTION
-        self._batch_size = -(-batch_size // once) * once
+        self._batch_size = round_up(batch_size, data_parallel(context.mesh) * PORTION)
 
         def compute(learner, images, labels):
             graphdef, state = nnx.split(learner)
@@ -56,47 +55,48 @@ class EveryImage:
         self._whole = context.jit(lambda _, arrays: arrays)
 
     def __call__(self, variables: Any, source: Source) -> Arrays:
-        """Returns the arrays [N, …] on every host, in the order of the source.
+        """Return the arrays [N, …] on every host, in the order of the source.
 
-        Images that do not decode are left out.
+        Images that cannot be decoded are left out.
 
         Raises:
-          UserError: none is left.
-          evals.Interrupted: the run is to stop.
+            UserError: no image can be decoded.
+            Interrupted: the run is stopping.
         """
         parts = [arrays for _, arrays in self.batches(variables, source)]
-        arrays = tuple(map(np.concatenate, zip(*parts, strict=True)))
+        arrays = tuple(np.concatenate(part) for part in zip(*parts, strict=True))
         if not len(arrays[0]):
             raise UserError(f"evals: {source} has no image that can be decoded.")
         return arrays
 
     def batches(self, variables: Any, source: Source) -> Iterator[tuple[np.ndarray, Arrays]]:
-        """Yields the same bit by bit: indices [n] in the source, and the arrays [n, …] of these."""
-        ahead = None
+        """Yield the same in batches: indices [n] in the source, and the arrays [n, …] of these."""
+        previous = None
         for batch, _ in self._context.batches(source, self._batch_size):
             computing = (
                 self._compute(variables, batch["image"], batch["label"]),
                 self._whole(variables, (batch["index"], batch["mask"])),
             )
-            if ahead:  # is fetched while the next one is computed
-                yield _fetched(*ahead)
-            ahead = computing
-        yield _fetched(*ahead)
+            if previous:  # fetched while the next one is computed
+                yield _fetch(*previous)
+            previous = computing
+        if previous:
+            yield _fetch(*previous)
 
 
 def in_portions(fn: Callable[[Any], Any], batch: Any, mesh: Mesh) -> Any:
-    """Returns `fn(batch)`, computed portion by portion; to be used under `jax.jit`.
+    """Return `fn(batch)`, computed portion by portion; for use under `jax.jit`.
 
     Args:
-      fn: arrays [b, …] in, arrays [b, …] out; treats each example for itself.
-      batch: arrays [B, …] that lie as `partition.put_batch` puts them, B a multiple of PORTION on
-        each device.
-      mesh: where they lie.
+        fn: maps arrays [b, …] to arrays [b, …], each example independently of the others.
+        batch: arrays [B, …] sharded as by `sharding.put_batch`, with a multiple of PORTION examples
+            on each device.
+        mesh: the devices of the batch.
     """
-    ways = _ways(mesh)
+    ways = data_parallel(mesh)
     spread = NamedSharding(mesh, P(None, sharding.BATCH_AXES))
 
-    def split(x):  # each device keeps what it has, so nothing is sent
+    def split(x):  # each device keeps its examples, so nothing is communicated
         x = x.reshape(ways, -1, PORTION, *x.shape[1:]).swapaxes(0, 1)
         x = x.reshape(-1, ways * PORTION, *x.shape[3:])
         return jax.lax.with_sharding_constraint(x, spread)
@@ -108,12 +108,9 @@ def in_portions(fn: Callable[[Any], Any], batch: Any, mesh: Mesh) -> Any:
     return jax.tree.map(join, jax.lax.map(fn, jax.tree.map(split, batch)))
 
 
-def _ways(mesh: Mesh) -> int:
-    return mesh.shape["data"] * mesh.shape["fsdp"]
-
-
-def _fetched(
+def _fetch(
     arrays: tuple[jax.Array, ...], where: tuple[jax.Array, jax.Array]
 ) -> tuple[np.ndarray, Arrays]:
-    arrays, (index, mask) = jax.device_get((arrays, where))
-    return index[mask], tuple(array[mask] for array in arrays)
+    """Bring a batch to the host; return its indices and arrays without the masked examples."""
+    on_host, (index, mask) = jax.device_get((arrays, where))
+    return index[mask], tuple(array[mask] for array in on_host)

@@ -1,4 +1,4 @@
-"""From attention, for tokens of a text over tokens of an encoder, to maps for words over images."""
+"""Attention maps of words over images, from attention of text tokens over encoder tokens."""
 
 import inspect
 import math
@@ -16,7 +16,13 @@ _WORD = re.compile(r"\w+(?:['’-]\w+)*")
 
 
 class Word(NamedTuple):
-    """A word of a text, where it begins, and which tokens of the text it is made of."""
+    """A word of a text.
+
+    Attributes:
+        text: the word.
+        start: index of its first character in the text.
+        tokens: indices of the tokens that overlap it.
+    """
 
     text: str
     start: int
@@ -24,15 +30,16 @@ class Word(NamedTuple):
 
 
 def words_of(tokenizer: Tokenizer, ids: Iterable[int]) -> tuple[str, list[Word]]:
-    """Returns the text of int `ids` [T] up to EOS or padding, and its words in order.
+    """Return the text of int `ids` [T] up to EOS or padding, and its words in order.
 
-    Punctuation is in no word, except an apostrophe or hyphen in its midst.
+    Words contain no punctuation, except apostrophes and hyphens between letters.
     """
     ids = [int(i) for i in ids]
     ends = [k for k, i in enumerate(ids) if i in (tokenizer.eos_id, tokenizer.pad_id)]
     count = ends[0] if ends else len(ids)
     text = tokenizer.decode(ids[:count])
-    starts = []  # of each token, and of what comes after them; a space belongs to what it precedes
+    # Where each token starts, and where the last one ends; a space belongs to what follows it.
+    starts = []
     for k in range(count + 1):
         before = len(tokenizer.decode(ids[:k]))
         rest = text[before:]
@@ -46,20 +53,24 @@ def words_of(tokenizer: Tokenizer, ids: Iterable[int]) -> tuple[str, list[Word]]
 
 
 def on_grid(attention: np.ndarray) -> np.ndarray:
-    """Attention [..., N] -> maps [..., H, W] that each sum to 1.
+    """Arrange attention over encoder tokens as maps over the image.
 
-    The tokens are those of a square grid, row by row; a token before them, that of the class, is
-    no part of the image and is left out.
+    Args:
+        attention: float [..., N]. The tokens form a square grid, row by row, which a class token
+            may precede; the class token is not part of the image and is left out.
+
+    Returns:
+        float32 [..., H, W]; each map sums to 1.
 
     Raises:
-      UserError: the tokens are no square grid, or there is but one.
+        UserError: the tokens do not form a square grid, or there is only one.
     """
     count = attention.shape[-1]
     side = math.isqrt(count)
     if side < 2 or count - side**2 > 1:
         raise UserError(
-            f"attention: that to {count} tokens is no map of an image; it takes a square grid of "
-            "them, with or without one for the class before it."
+            f"attention: {count} tokens do not form a map of the image; expected a square grid, "
+            "with or without a class token before it."
         )
     attention = attention[..., count - side**2 :]
     maps = attention.reshape(*attention.shape[:-1], side, side).astype(np.float32)
@@ -67,7 +78,15 @@ def on_grid(attention: np.ndarray) -> np.ndarray:
 
 
 def word_maps(attention: np.ndarray, words: Sequence[Word]) -> np.ndarray:
-    """Attention [T, N] -> a map for each word, [len(words), H, W]: the mean of its tokens'."""
+    """Return a map for each word, the mean over its tokens.
+
+    Args:
+        attention: float [T, N], of each text token over the encoder's tokens.
+        words: from `words_of`.
+
+    Returns:
+        float32 [len(words), H, W].
+    """
     maps = on_grid(attention)
     return np.array([maps[list(word.tokens)].mean(0) for word in words]).reshape(
         -1, *maps.shape[1:]
@@ -75,13 +94,22 @@ def word_maps(attention: np.ndarray, words: Sequence[Word]) -> np.ndarray:
 
 
 def check_attends(learner: type, *, by_layer: bool = False) -> None:
-    """Raises UserError if learners of this class have no attention, or none by layers."""
+    """Check that learners of a class have attention over the image.
+
+    Args:
+        learner: the class.
+        by_layer: whether attention of a single layer is needed.
+
+    Raises:
+        UserError: there is none.
+    """
     if not issubclass(learner, Attends):
         raise UserError(
-            f"attention: a learner of the kind {learner.__name__} pays none to parts of the image "
-            "for words of a text; take a captioner."
+            f"attention: a {learner.__name__} has no attention from words to parts of the image; "
+            "use a captioner."
         )
     if by_layer and "layer" not in inspect.signature(learner.attend).parameters:
         raise UserError(
-            f"attention: a {learner.__name__} has one, not one in each layer; leave the layer out."
+            f"attention: a {learner.__name__} has one attention map, not one a layer; leave the "
+            "layer out."
         )
