@@ -1,1 +1,1 @@
-"""Sweeps: many runs that differ in a few fields, run, looked up and compared together."""
+"""Sweeps: running, monitoring and comparing many runs that differ in a few config fields."""

@@ -1,4 +1,4 @@
-"""Power laws, as of a loss in the number of parameters: y = a x^-b + c."""
+"""Fitting power laws y = a x^-b + c, such as of a loss in the number of parameters."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ import numpy as np
 
 from cap_pretrain.errors import UserError
 
-# Of the bands: how often, of laws fitted to data with noise, they hold what is true.
+# How often the bands of laws fitted to noisy data contain the true value.
 CONFIDENCE = 0.95
 
 
@@ -16,11 +16,13 @@ class PowerLaw:
     """y = a x^-b + c, fitted by least squares of log y.
 
     Attributes:
-      a, b, c: as above; c, what is irreducible, is 0 if it was not fitted.
-      covariance: of the fitted ones of (log a, b, c); [2, 2] or [3, 3].
-      spread: how many standard errors the band is wide to each side (Student's t); infinite if
-        there are no more points than parameters.
-      points: how many it was fitted to.
+        a: the coefficient.
+        b: the exponent.
+        c: the irreducible part; 0 if it was not fitted.
+        covariance: of those of (log a, b, c) that were fitted; float64 [2, 2] or [3, 3].
+        spread: half-width of the band in standard errors (Student's t); infinite if there are no
+            more points than parameters.
+        points: number of points it was fitted to.
     """
 
     a: float
@@ -31,17 +33,17 @@ class PowerLaw:
     points: int
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
-        """The fitted y at x."""
+        """Return the fitted y at x, of any shape."""
         return self.a * np.asarray(x, np.float64) ** -self.b + self.c
 
     @property
     def b_band(self) -> tuple[float, float]:
-        """The confidence band of b."""
+        """The confidence interval of b: lower and upper bound."""
         half = self.spread * np.sqrt(self.covariance[1, 1]) if np.isfinite(self.spread) else np.inf
         return self.b - half, self.b + half
 
     def band(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The confidence band of the curve at x: lower and upper y."""
+        """Return the confidence band of the curve at x [n]: lower and upper y, [n] each."""
         y = self(x)
         if not np.isfinite(self.spread):
             return np.full_like(y, 0.0), np.full_like(y, np.inf)
@@ -57,7 +59,7 @@ class PowerLaw:
 
 
 def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Of points (x, y), those that have less y than all others of as little x, or less."""
+    """Return the Pareto frontier of points (x, y): those with less y than all up to their x."""
     best: list[tuple[float, float]] = []
     for point in sorted(points):
         if not best or point[1] < best[-1][1]:
@@ -66,17 +68,18 @@ def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
 
 
 def fit(x: np.ndarray, y: np.ndarray, *, offset: bool = False) -> PowerLaw:
-    """Fits a power law.
+    """Fit a power law.
 
-    The band comes from the covariance of the least squares (linearised, if there is an offset), the
-    scatter of log y around the law being the noise.
+    The band comes from the covariance of the least-squares fit (linearized if there is an offset),
+    with the noise estimated from the residuals of log y.
 
     Args:
-      x, y: positive, [n].
-      offset: whether c is fitted, too, between 0 and the least y.
+        x: positive, [n].
+        y: positive, [n].
+        offset: whether to fit c, too, between 0 and the least y.
 
     Raises:
-      UserError: too few points, or some are not positive.
+        UserError: there are too few points, or some are not positive.
     """
     from scipy import optimize, special
 
@@ -88,16 +91,16 @@ def fit(x: np.ndarray, y: np.ndarray, *, offset: bool = False) -> PowerLaw:
             f"{len(np.unique(x))}; run more trials."
         )
     if not (np.all(x > 0) and np.all(y > 0) and np.isfinite([x, y]).all()):
-        raise UserError("a power law is of positive numbers; these are not.")
+        raise UserError("a power law can only be fitted to positive, finite numbers.")
 
     def line(c: float) -> tuple[np.ndarray, float]:
-        """(log a, b) for a given c, and the squared error of log y."""
+        """Return (log a, b) for a given c, and the squared error of log y."""
         design = np.stack([np.ones_like(x), -np.log(x)], axis=1)
         log_a, b = np.linalg.lstsq(design, np.log(y - c), rcond=None)[0]
         return np.array([log_a, b]), np.sum(_residual((log_a, b, c), x, y) ** 2)
 
     if offset:
-        # Where to begin: nearer and nearer to the least y, as the best c may be anywhere.
+        # Try values of c ever closer to the least y, since the best may be anywhere.
         tried = y.min() * np.concatenate([[0.0], 1 - np.logspace(-0.01, -6, 200)])
         start = min(tried, key=lambda c: line(c)[1])
         found = optimize.least_squares(
@@ -122,11 +125,12 @@ def fit(x: np.ndarray, y: np.ndarray, *, offset: bool = False) -> PowerLaw:
 
 
 def _residual(parameters: tuple[float, float, float], x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Return the errors [n] of log y."""
     log_a, b, c = parameters
     return np.log(np.exp(log_a) * x**-b + c) - np.log(y)
 
 
 def _slope(x: np.ndarray, a: float, b: float, c: float) -> np.ndarray:
-    """Derivatives [n, 3] of the fitted log y by log a, b and c."""
+    """Return the derivatives [n, 3] of the fitted log y by log a, b and c."""
     power = a * x**-b
     return np.stack([power, -power * np.log(x), np.ones_like(x)], axis=1) / (power + c)[:, None]

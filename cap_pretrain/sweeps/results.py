@@ -1,8 +1,8 @@
-"""What came of the trials of a sweep: how far each is, their figures, and tables of them."""
+"""Results of the trials of a sweep: their progress, their metrics, and tables of these."""
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,23 +21,27 @@ from cap_pretrain.training.step import split_learner
 
 Row = dict[str, Any]
 
-# Which of the values of a figure counts, written after it: "val/loss:min".
-TAKEN = {"last": lambda values: values[-1], "min": min, "max": max}
-# Runs that differ in this alone are averaged.
+# How the values of a metric are reduced to one, by the suffix of its name: "val/loss:min".
+REDUCTIONS: dict[str, Callable[[Sequence[float]], float]] = {
+    "last": lambda values: values[-1],
+    "min": min,
+    "max": max,
+}
+# Runs that differ only in this field are averaged.
 SEED = "seed"
 COSTS_FILE = "costs.json"
 
 
 class Status(NamedTuple):
-    """How far a trial is.
+    """The progress of a trial.
 
     Attributes:
-      state: waiting, running, finished, failed, stopped, or killed (it was running, but is not);
-        of one that was started by hand begun, or finished.
-      step: the last that was logged; 0 before the first.
-      total: steps of the whole run; 0 if that is not known.
-      left_s: seconds that it will take from that step on; None if that is not known.
-      reason: why it failed or stopped.
+        state: waiting, running, finished, failed, stopped, or killed (recorded as running, but the
+            sweep is not); begun or finished for a trial that was started by hand.
+        step: the last logged step; 0 before the first.
+        total: steps of the whole run; 0 if unknown.
+        left_s: seconds left from that step on; None if unknown.
+        reason: why the trial failed or stopped.
     """
 
     state: str
@@ -48,74 +52,88 @@ class Status(NamedTuple):
 
 
 def status(trial: Trial, out: Path, running: bool) -> Status:
-    """How far a trial is. `running` says whether somebody runs the sweep."""
+    """Return the progress of a trial.
+
+    Args:
+        trial: the trial.
+        out: the folder of the sweep.
+        running: whether the sweep is running (see `runner.is_locked`).
+    """
     folder = out / trial.name
-    told, lines = record(folder), read_metrics(folder)
+    recorded, lines = record(folder), read_metrics(folder)
     step, total = max((int(line["step"]) for line in lines), default=0), _total_steps(folder)
     by_hand = "finished" if total and step == total else "begun" if lines else "waiting"
-    state = told.get("state", by_hand)
+    state = recorded.get("state", by_hand)
     if state == "running" and not running:
         state = "killed"
     etas = [line["time/eta_s"] for line in lines if line.get("time/eta_s") is not None]
     left = etas[-1] if etas and state != "finished" else None
-    return Status(state, step, total, left, told.get("reason", ""))
+    return Status(state, step, total, left, recorded.get("reason", ""))
 
 
 def _total_steps(folder: Path) -> int:
+    """Return the number of steps of a run, or 0 if it is unknown."""
     try:
         config = load.read_config(folder)
         in_epochs = not (config.total_steps or config.total_examples)
-        if in_epochs and config.data.buckets:  # which takes reading all captions
+        if in_epochs and config.data.buckets:  # counting would read all captions
             return 0
         epoch = inputs.examples_an_epoch(config, inputs.open_sources(config)) if in_epochs else 0
         return schedule.duration(config, "total", batch_size=config.batch_size, epoch=epoch)
-    except UserError:  # it has not got as far as to leave its config, or its data is not here
+    except UserError:  # the run has not written its config yet, or the data is not on this machine
         return 0
 
 
-def rows(trials: Sequence[Trial], out: Path, figures: Sequence[str]) -> list[Row]:
-    """A row for each trial: its name, the fields in which trials differ, the figures.
+def rows(trials: Sequence[Trial], out: Path, metrics: Sequence[str]) -> list[Row]:
+    """Return a row for each trial: its name, the fields in which trials differ, the metrics.
 
     Args:
-      trials: which.
-      out: the folder of the sweep.
-      figures: of metrics.jsonl, as "val/loss", with ":min", ":max" or ":last", which is the
-        default; "1-probe/top1" is what an accuracy lacks.
+        trials: the trials.
+        out: the folder of the sweep.
+        metrics: names in metrics.jsonl, as "val/loss", optionally with ":min", ":max" or ":last",
+            which is the default; "1-probe/top1" is the error of an accuracy.
 
     Raises:
-      UserError: no trial has a figure.
+        UserError: no trial has one of the metrics.
     """
     varying = _varying([trial.fields for trial in trials])
     lines = [read_metrics(out / trial.name) for trial in trials]
-    there = {name for own in lines for line in own for name in line}
+    names = {name for own in lines for line in own for name in line}
     found = []
     for trial, own in zip(trials, lines, strict=True):
         row = {"trial": trial.name} | {field: trial.fields.get(field) for field in varying}
-        found.append(row | {figure: _figure(own, figure, there) for figure in figures})
+        found.append(row | {metric: _value(own, metric, names) for metric in metrics})
     return found
 
 
 def _varying(all_fields: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the fields whose values differ between trials."""
     names = dict.fromkeys(name for fields in all_fields for name in fields)
     return [n for n in names if any(f.get(n) != all_fields[0].get(n) for f in all_fields)]
 
 
-def _figure(lines: Sequence[Mapping[str, Any]], figure: str, there: set[str]) -> float | None:
-    name, _, taken = figure.partition(":")
-    if taken and taken not in TAKEN:
-        raise UserError(f"{figure}: {taken!r} is none of {', '.join(TAKEN)}.")
+def _value(lines: Sequence[Mapping[str, Any]], metric: str, names: set[str]) -> float | None:
+    """Return the value of a metric, as `rows` takes it, in a run; None if the run has none."""
+    name, _, reduction = metric.partition(":")
+    if reduction and reduction not in REDUCTIONS:
+        raise UserError(f"{metric}: {reduction!r} is none of {', '.join(REDUCTIONS)}.")
     is_error, name = name.startswith("1-"), name.removeprefix("1-")
-    if name not in there:
-        raise UserError(f"none of the trials has the figure {name!r}.{did_you_mean(name, there)}")
+    if name not in names:
+        raise UserError(f"no trial has the metric {name!r}.{did_you_mean(name, names)}")
     values = [line[name] for line in lines if line.get(name) is not None]
     values = [1 - value for value in values] if is_error else values
-    return TAKEN[taken or "last"](values) if values else None
+    return REDUCTIONS[reduction or "last"](values) if values else None
 
 
 def ordered(table: Sequence[Row], column: str) -> list[Row]:
-    """Rows by the value of a column, ascending, or with "-" before its name descending.
+    """Return rows sorted by a column; rows without a value come last.
 
-    Rows without a value come last. Raises UserError if there is no such column.
+    Args:
+        table: from `rows`.
+        column: its name; with "-" before it, the order is descending.
+
+    Raises:
+        UserError: there is no such column.
     """
     name = column.removeprefix("-")
     _check_column(table, name, "--sort")
@@ -124,26 +142,32 @@ def ordered(table: Sequence[Row], column: str) -> list[Row]:
     return sorted(with_value, key=lambda row: row[name], reverse=name != column) + without
 
 
-def pivot(table: Sequence[Row], down: str, across: str, figure: str) -> list[Row]:
-    """One figure with the values of a field down and those of another across.
+def pivot(table: Sequence[Row], down: str, across: str, metric: str) -> list[Row]:
+    """Return a pivot table of one metric; trials that differ only in their seed are averaged.
 
-    Other fields in which trials differ are columns before, a row for each combination, unless these
-    two settle them. Trials that differ in their seed alone are averaged.
+    Other fields in which trials differ become columns before these, with a row for each combination
+    of values, unless the two fields determine them.
+
+    Args:
+        table: from `rows`.
+        down: the field whose values are rows.
+        across: the field whose values are columns.
+        metric: the column whose values fill the cells.
 
     Raises:
-      UserError: there is no such column.
+        UserError: there is no such column.
     """
     for field in (down, across):
         _check_column(table, field, "--pivot")
-    others = [name for name in table[0] if name not in ("trial", figure, down, across, SEED)]
+    others = [name for name in table[0] if name not in ("trial", metric, down, across, SEED)]
     places = {(row[down], row[across]) for row in table}
     fields = [n for n in others if len({(r[down], r[across], r[n]) for r in table}) > len(places)]
     fields.append(down)
     values = _sorted({row[across] for row in table})
     cells: dict[tuple, list[float]] = {}
     for row in table:
-        if row[figure] is not None:
-            cells.setdefault((*(row[f] for f in fields), row[across]), []).append(row[figure])
+        if row[metric] is not None:
+            cells.setdefault((*(row[f] for f in fields), row[across]), []).append(row[metric])
     keys = _sorted({tuple(row[f] for f in fields) for row in table})
     return [
         dict(zip(fields, key, strict=True))
@@ -153,7 +177,7 @@ def pivot(table: Sequence[Row], down: str, across: str, figure: str) -> list[Row
 
 
 def _sorted(values: set) -> list:
-    """Ascending; what cannot be compared, as None with numbers, by how it is written."""
+    """Sort values, by their repr if they cannot be compared, such as None with numbers."""
     try:
         return sorted(values)
     except TypeError:
@@ -170,25 +194,26 @@ def _check_column(table: Sequence[Row], name: str, flag: str) -> None:
 
 
 def costs(folder: Path) -> dict[str, float]:
-    """What a run took, by what may be on the x axis of a plot.
+    """Return what a run has cost, for the x axis of a plot; counts are cached in its folder.
 
     Returns:
-      `parameters` and `parameters/PART`; `examples` that were seen so far, repeated ones counted
-      again; `flops` of training on them, counted as the plan does.
+        `parameters` and `parameters/PART`; `examples` seen so far, repeated ones counted again;
+        `flops` of training on them, counted as in `training.plan`.
 
     Raises:
-      UserError: the run has not begun.
+        UserError: the run has not started.
     """
     path = folder / COSTS_FILE
     if not path.exists():
-        files.write_text(path, json.dumps(_counted(folder), indent=2) + "\n")
+        files.write_text(path, json.dumps(_count(folder), indent=2) + "\n")
     counted = files.read_json(path)
     steps = max((line["step"] for line in read_metrics(folder)), default=0)
     examples = steps * counted.pop("batch_size")
     return counted | {"examples": examples, "flops": examples * counted.pop("flops_per_example")}
 
 
-def _counted(folder: Path) -> dict[str, float]:
+def _count(folder: Path) -> dict[str, float]:
+    """Count parameters and FLOPs from the config of a run."""
     config = load.read_config(folder)
     path = inputs.tokenizer_path(folder)
     tokenizer = inputs.open_tokenizer(config, path) if path.exists() else tokenizers.NoText()

@@ -1,4 +1,4 @@
-"""Runs trials as processes of the training program, several at a time, until all are done."""
+"""Running trials as processes of the training program, several at a time, until all are done."""
 
 import contextlib
 import fcntl
@@ -20,23 +20,23 @@ from cap_pretrain.training.watch import StopRequest
 ROOT = Path(__file__).resolve().parent.parent.parent
 PROGRAM = (sys.executable, "-m", "cap_pretrain.main")
 LOCK_FILE = "sweep.lock"
-# Seconds between two looks at what the trials do.
+# Seconds between checks of the processes.
 POLL = 0.1
-# The exit status of a mistake of the user's, which trying again does not mend.
-MISTAKE = 2
+# The exit status of a user error, which a retry does not fix.
+USER_ERROR = 2
 
 Say = Callable[[str], None]
 
 
 @contextlib.contextmanager
 def lock(out: Path) -> Iterator[IO[str]]:
-    """Keeps other runners out of the folder of a sweep.
+    """Lock the folder of a sweep against other runners; yield the lock file.
 
-    Processes that inherit the file hold the lock, too: of a runner that was killed, the trials that
-    live on keep out the next one.
+    Processes that inherit the file hold the lock, too: if a runner is killed, its surviving trials
+    keep other runners out.
 
     Raises:
-      UserError: another one runs there.
+        UserError: another runner, or a trial that it left, holds the lock.
     """
     files.make_workdir(out)
     with (out / LOCK_FILE).open("a") as file:
@@ -45,13 +45,13 @@ def lock(out: Path) -> Iterator[IO[str]]:
         except BlockingIOError as error:
             raise UserError(
                 f"--out: the sweep in {str(out)!r} is running already, or trials of it are; wait "
-                "for it, or end it."
+                "for them, or stop them."
             ) from error
         yield file
 
 
 def is_locked(out: Path) -> bool:
-    """Whether somebody runs the sweep in a folder."""
+    """Return whether the sweep in a folder is running."""
     try:
         with (out / LOCK_FILE).open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -63,18 +63,25 @@ def is_locked(out: Path) -> bool:
 
 
 class _Process:
-    """A start of a trial."""
+    """A process that runs a trial; construction starts it.
+
+    Args:
+        trial: the trial.
+        out: the folder of the sweep.
+        program: the training program, without its arguments.
+        lock_file: from `lock`; the process holds the lock, too.
+    """
 
     def __init__(self, trial: Trial, out: Path, program: Sequence[str], lock_file: IO[str]):
         self.trial, self._folder = trial, out / trial.name
         before = record(self._folder)
         self._seconds, self._starts = before.get("seconds", 0.0), before.get("starts", 0) + 1
-        self._began = time.monotonic()
+        self._started = time.monotonic()
         path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         with (self._folder / LOG_FILE).open("ab") as log:
-            self._log_begins = log.tell()
-            # In a session of its own, so that Ctrl-C comes to the runner alone, which asks each
-            # trial once to stop: a second signal would end it before it has saved.
+            self._log_start = log.tell()
+            # In a new session, so that Ctrl-C reaches only the runner, which signals each trial
+            # once: a second signal would kill a trial before it has saved.
             self._process = subprocess.Popen(
                 [*program, *trial.arguments(self._folder)],
                 stdin=subprocess.DEVNULL,
@@ -87,35 +94,40 @@ class _Process:
         self._write("running")
 
     def code(self) -> int | None:
-        """The exit status, None while it runs; of what a signal killed 128 + its number."""
+        """Return the exit status: None while it runs, 128 + the number if a signal killed it."""
         code = self._process.poll()
-        return 128 - code if code is not None and code < 0 else code
+        return code if code is None else _shell_status(code)
 
     def stop(self) -> None:
-        """Asks it to save and end."""
+        """Ask the trial to save and exit."""
         self._process.terminate()
 
     def wait(self) -> int:
-        """Waits for its end; returns `code`."""
-        self._process.wait()
-        return self.code()
+        """Wait until the trial exits; return its exit status, as `code`."""
+        return _shell_status(self._process.wait())
 
     def finish(self, state: str) -> str:
-        """Writes down how it ended; returns the reason if it did not finish."""
+        """Record the final state; return the reason if the trial did not finish, else ""."""
         reason = "" if state == "finished" else self._last_line()
         self._write(state, reason)
         return reason
 
     def _write(self, state: str, reason: str = "") -> None:
-        told = dict(state=state, starts=self._starts, code=self.code(), reason=reason)
-        told["seconds"] = round(self._seconds + time.monotonic() - self._began, 1)
-        files.write_text(self._folder / RECORD_FILE, json.dumps(told, indent=2) + "\n")
+        status = dict(state=state, starts=self._starts, code=self.code(), reason=reason)
+        status["seconds"] = round(self._seconds + time.monotonic() - self._started, 1)
+        files.write_text(self._folder / RECORD_FILE, json.dumps(status, indent=2) + "\n")
 
     def _last_line(self) -> str:
+        """Return the last line that this process has printed."""
         with (self._folder / LOG_FILE).open("rb") as log:
-            log.seek(self._log_begins)
+            log.seek(self._log_start)
             lines = log.read().decode(errors="replace").split("\n")
-        return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+        return next((line.strip() for line in reversed(lines) if line.strip()), "no output")
+
+
+def _shell_status(code: int) -> int:
+    """Return an exit status as shells do: 128 + the number of a signal that killed the process."""
+    return 128 - code if code < 0 else code
 
 
 def run(
@@ -128,22 +140,22 @@ def run(
     program: Sequence[str],
     say: Say,
 ) -> int:
-    """Runs all trials that are not finished, in the order they have, and tells how each ends.
+    """Run all trials that are not finished, in their order, and report how each ends.
 
-    A trial that crashes is tried again, after the others, where the run itself goes on from its
-    last checkpoint. SIGTERM or SIGINT ends all of them, each after saving.
+    A trial that crashes is retried after the others; it resumes from its last checkpoint. SIGTERM
+    or SIGINT stops all trials, each after saving.
 
     Args:
-      trials: which; the folder of each is there.
-      out: the folder of the sweep.
-      lock_file: what `lock` gave.
-      slots: how many run at a time.
-      retries: how often a trial is started again that crashed.
-      program: the training program, without its arguments.
-      say: is told what happens.
+        trials: the trials; their folders exist.
+        out: the folder of the sweep.
+        lock_file: from `lock`.
+        slots: how many trials run at a time.
+        retries: how often a trial that crashed is started again.
+        program: the training program, without its arguments.
+        say: called with each message.
 
     Returns:
-      The exit status: 0 all are finished, 1 some failed for good, 143 or 130 a signal stopped it.
+        The exit status: 0 if all are finished, 1 if some failed, 143 or 130 if a signal stopped it.
     """
     waiting = deque(t for t in trials if record(out / t.name).get("state") != "finished")
     if done := len(trials) - len(waiting):
@@ -166,21 +178,21 @@ def run(
                         continue
                     reason = process.finish("failed")
                     crashes[name] = crashes.get(name, 0) + 1
-                    if code == MISTAKE or crashes[name] > retries:
+                    if code == USER_ERROR or crashes[name] > retries:
                         failed.append(name)
                         say(f"{name}: failed, exit status {code}: {reason}")
                     else:
                         waiting.append(process.trial)
-                        say(f"{name}: exit status {code}, will be tried again: {reason}")
+                        say(f"{name}: exit status {code}, will be retried: {reason}")
                 time.sleep(POLL)
         finally:
             for process in running:
                 process.stop()
             for process in running:
-                # One that was done at this very moment is.
+                # It may have finished just before the signal.
                 process.finish("finished" if process.wait() == 0 else "stopped")
-    if stop.is_set():
-        say(f"{stop.signal.name}: stopped; run again to go on.")
+    if stop.signal is not None:
+        say(f"{stop.signal.name}: stopped; run again to resume.")
         return 128 + stop.signal
     if failed:
         say(f"{len(failed)} of {len(trials)} trials failed: {', '.join(failed)}")

@@ -1,4 +1,4 @@
-"""What a sweep consists of: trials, each a run of the training program in a folder of its own.
+"""The trials of a sweep, each a run of the training program in its own folder.
 
 A sweep file, `configs/sweeps/NAME.py`, has a function `sweep(arg=None)` that yields a `Trial` for
 each run; `arg` is what follows the colon of `NAME.py:key=value,…`, as for configs.
@@ -13,7 +13,6 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -24,9 +23,11 @@ from cap_pretrain.checkpoints.checkpoint import saved_steps
 from cap_pretrain.errors import UserError, did_you_mean
 from cap_pretrain.training.changes import check_unchanged
 
-# In the folder of a sweep: its trials. In that of a trial: the config that was asked for, before
-# the run took over what its data and its encoder settle; how far it is; what it printed.
-SWEEP_FILE, ASKED_FILE, RECORD_FILE, LOG_FILE = "sweep.json", "asked.json", "trial.json", "log.txt"
+# In the folder of a sweep: the list of its trials.
+SWEEP_FILE = "sweep.json"
+# In the folder of a trial: the requested config, before the run fills in what its data and encoder
+# determine; its status; its output.
+REQUESTED_FILE, RECORD_FILE, LOG_FILE = "asked.json", "trial.json", "log.txt"
 
 NAME = re.compile(r"[\w.=+-]+")
 
@@ -36,9 +37,9 @@ class Trial:
     """One run of a sweep.
 
     Attributes:
-      name: of its folder.
-      config: a config file with its arguments, FILE[:key=value,…].
-      overrides: fields of that config, as "optim.lr", and their values.
+        name: the name of its folder.
+        config: a config file with its arguments, FILE[:key=value,…].
+        overrides: values of fields of that config, by name, as "optim.lr".
     """
 
     name: str
@@ -47,15 +48,15 @@ class Trial:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """What tells this trial from others: arguments of the config, and overrides."""
+        """What distinguishes this trial from others: config arguments and overrides, by name."""
         arguments = (part.partition("=") for part in self.config.partition(":")[2].split(","))
         return {key: value for key, _, value in arguments if key} | dict(self.overrides)
 
     def resolved(self) -> ConfigDict:
-        """The config of the trial.
+        """Return the config of the trial.
 
         Raises:
-          UserError: there is no such config, or an override does not fit it.
+            UserError: the config file is missing, or an override does not fit it.
         """
         file, _, arg = self.config.partition(":")
         get_config = _function(Path(file), "get_config")
@@ -64,27 +65,27 @@ class Trial:
             try:
                 config.update_from_flattened_dict({field: value})
             except (KeyError, AttributeError) as error:
-                said = str(error.args[0]).partition(" Other fields")[0].rstrip(".")
-                raise UserError(f"trial {self.name}: no field {field!r} ({said}).") from error
+                reason = str(error.args[0]).partition(" Other fields")[0].rstrip(".")
+                raise UserError(f"trial {self.name}: no field {field!r} ({reason}).") from error
             except (TypeError, ValueError) as error:
                 raise UserError(f"trial {self.name}: {field}={value!r}: {error}") from error
         return config
 
     def arguments(self, folder: Path) -> list[str]:
-        """The command line of the training program, for the trial in `folder`."""
+        """Return the arguments of the training program to run the trial in `folder`."""
         set_fields = [f"--config.{field}={value}" for field, value in self.overrides.items()]
         return [f"--config={self.config}", *set_fields, f"--workdir={folder}"]
 
 
 def load(sweep: str, extra: Mapping[str, Any]) -> list[Trial]:
-    """Returns the trials of a sweep file, each with further overrides.
+    """Return the trials of a sweep file, each with further overrides.
 
     Args:
-      sweep: FILE[:key=value,…].
-      extra: fields that are set in all trials, whatever the sweep says of them.
+        sweep: FILE[:key=value,…].
+        extra: fields to set in all trials; they take precedence over the sweep's.
 
     Raises:
-      UserError: there is no such file, it yields nothing, or trials of the same name.
+        UserError: the file is missing, or has no trials, invalid names, or a name twice.
     """
     file, _, arg = sweep.partition(":")
     function = _function(Path(file), "sweep")
@@ -97,19 +98,25 @@ def load(sweep: str, extra: Mapping[str, Any]) -> list[Trial]:
         raise UserError(f"{sweep}: has no trials.")
     for name in names:
         if not NAME.fullmatch(name):
-            raise UserError(f"{sweep}: {name!r} is no name of a folder; write it without that.")
+            raise UserError(
+                f"{sweep}: {name!r} is not a valid trial name; use letters, digits and _ . = + -"
+            )
         if names.count(name) > 1:
             raise UserError(f"{sweep}: {names.count(name)} trials are called {name!r}.")
     return trials
 
 
 def parse_overrides(arguments: Iterable[str]) -> dict[str, Any]:
-    """["--config.optim.lr=0.01"] -> {"optim.lr": 0.01}. Raises UserError for other arguments."""
-    overrides = {}
+    """Parse ["--config.optim.lr=0.01"] as {"optim.lr": 0.01}.
+
+    Raises:
+        UserError: an argument has another form.
+    """
+    overrides: dict[str, Any] = {}
     for argument in arguments:
         field, equals, text = argument.removeprefix("--config.").partition("=")
         if not (equals and argument.startswith("--config.")):
-            raise UserError(f"{argument!r}: after -- there may be --config.some.field=value only.")
+            raise UserError(f"{argument!r}: expected --config.some.field=value after --.")
         try:
             overrides[field] = ast.literal_eval(text)
         except (ValueError, SyntaxError):
@@ -118,30 +125,34 @@ def parse_overrides(arguments: Iterable[str]) -> dict[str, Any]:
 
 
 def matching(trials: Sequence[Trial], pattern: str) -> list[Trial]:
-    """The trials whose names match a pattern as of shells. Raises UserError if none does."""
+    """Return the trials whose names match a shell pattern.
+
+    Raises:
+        UserError: none matches.
+    """
     found = [trial for trial in trials if fnmatchcase(trial.name, pattern)]
     if not found:
         near = did_you_mean(pattern, (trial.name for trial in trials))
-        raise UserError(f"--only: no trial is called {pattern!r}.{near}")
+        raise UserError(f"--only: no trial matches {pattern!r}.{near}")
     return found
 
 
 def prepare(trials: Sequence[Trial], out: Path) -> None:
-    """Writes down in `out` which trials there are, after making sure that none has changed.
+    """Write the list of trials and their configs to `out`, after checking that none has changed.
 
-    Trials of another sweep that have a folder here stay on the list. A trial may change as long as
-    nothing is saved of it.
+    Trials of earlier sweeps that have a folder in `out` stay on the list. A trial may change as
+    long as it has no checkpoint.
 
     Raises:
-      UserError: a trial has no valid config, or another one than it began with.
+        UserError: the config of a trial is invalid, or differs from the one it was started with.
     """
     resolved = {trial.name: trial.resolved() for trial in trials}
     for name, config in resolved.items():
         folder = out / name
         if record(folder).get("state") == "finished" or saved_steps(folder):
-            asked = folder / ASKED_FILE
-            if asked.exists():
-                check_unchanged(config, asked)
+            requested = folder / REQUESTED_FILE
+            if requested.exists():
+                check_unchanged(config, requested)
     files.make_workdir(out)
     earlier = read(out) if (out / SWEEP_FILE).exists() else []
     listed = {trial.name: trial for trial in earlier if (out / trial.name).is_dir()}
@@ -149,38 +160,44 @@ def prepare(trials: Sequence[Trial], out: Path) -> None:
     listing = [dataclasses.asdict(trial) for trial in listed.values()]
     files.write_text(out / SWEEP_FILE, json.dumps(listing, indent=2) + "\n")
     for name, config in resolved.items():
-        files.write_text(out / name / ASKED_FILE, configs.to_json(config))
+        files.write_text(out / name / REQUESTED_FILE, configs.to_json(config))
 
 
 def read(out: Path) -> list[Trial]:
-    """Returns the trials of the sweep in a folder. Raises UserError if it is none."""
+    """Return the trials of the sweep in a folder.
+
+    Raises:
+        UserError: the folder has no list of trials, or it is not valid.
+    """
     path = out / SWEEP_FILE
     if not path.exists():
-        raise UserError(f"{out}: is no folder of a sweep (it has no {SWEEP_FILE}).")
+        raise UserError(f"{out}: not the folder of a sweep (it has no {SWEEP_FILE}).")
     try:
         return [Trial(**trial) for trial in files.read_json(path)]
     except TypeError as error:
-        raise UserError(f"{path}: is no list of trials ({error}).") from error
+        raise UserError(f"{path}: not a list of trials ({error}).") from error
 
 
 def record(folder: Path) -> dict[str, Any]:
-    """What the runner has written down of a trial; empty if it was never started.
+    """Return what the runner has recorded about a trial; empty if it was never started.
 
-    Its fields: `state` (running, finished, failed or stopped), `starts`, `code` (exit status),
-    `reason` (why it failed) and `seconds` (of all starts together).
+    Fields: `state` (running, finished, failed or stopped), `starts` (their number), `code` (exit
+    status), `reason` (why it failed) and `seconds` (of all starts together).
     """
     path = folder / RECORD_FILE
     return files.read_json(path) if path.exists() else {}
 
 
 def _function(file: Path, name: str) -> Any:
-    """A function of a Python file. Raises UserError if there is none."""
+    """Import a function from a Python file; raise UserError if there is none."""
     if not file.is_file():
         near = did_you_mean(str(file), map(str, file.parent.glob("*.py")))
         raise UserError(f"there is no file {str(file)!r}.{near}")
     spec = importlib.util.spec_from_file_location(f"_{file.stem}", file)
-    module: ModuleType = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for it
+    if spec is None or spec.loader is None:
+        raise UserError(f"{file}: not a Python file; its name must end in .py.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up here
     spec.loader.exec_module(module)
     if not hasattr(module, name):
         raise UserError(f"{file}: has no function {name}().")

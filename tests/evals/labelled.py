@@ -1,4 +1,4 @@
-"""Labelled images whose classes can be told apart, and a context to probe them in."""
+"""Labeled images of separable classes, and a context to probe them in."""
 
 import dataclasses
 from typing import Any
@@ -12,9 +12,9 @@ from tests.evals.stubs import Numbers
 
 
 class Coloured:
-    """Images of noise, in which class k of K is somewhat brighter in its own corner and colour.
+    """Images of noise in which class k of K is somewhat brighter in one corner and color channel.
 
-    `broken` ones do not decode. They lie class by class, as in many a stored dataset.
+    Images in `broken` cannot be decoded. The images are sorted by class, as in many datasets.
     """
 
     def __init__(self, count: int, classes: int, *, seed: int = 0, clear: int = 40, broken=()):
@@ -44,7 +44,7 @@ class Coloured:
 
 @dataclasses.dataclass(frozen=True)
 class Among(Context):
-    """A context with these datasets, by the name of the split."""
+    """A context with one dataset for each name of a split."""
 
     sources: Any = None
 
@@ -53,7 +53,7 @@ class Among(Context):
 
 
 def context(train: Any, test: Any, *, workdir: Any = None, mesh: Any = None, **more: Any):
-    """A context for a tiny captioner with random weights, and these variables."""
+    """Return a context for a tiny captioner with random weights, and its variables."""
     c = tiny.config()
     graphdef, *variables = tiny.split(c)
     mesh = mesh or sharding.make_mesh(c)

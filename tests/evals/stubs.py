@@ -1,7 +1,7 @@
-"""Learners without weights, and datasets on which it is known what they must score.
+"""Learners without weights, and datasets on which their exact scores are known.
 
-Image k of `Pictures` is filled with the grey level k, and captions are lists of numbers, such as
-"7 2": 7 is the image that the caption is true of.
+Image k of `Pictures` is filled with the gray level k. Captions are lists of numbers, such as "7 2",
+a true caption of image 7.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from tests import tiny, toy
 
 
 class Numbers:
-    """A tokenizer of numbers from 0 on; the token of number n is n + 2, 1 ends a text."""
+    """A tokenizer of numbers: the token of number n is n + 2, and 1 ends a text."""
 
     pad_id, eos_id, max_len = 0, 1, 8
 
@@ -30,10 +30,10 @@ class Numbers:
 
 
 class Oracle(nnx.Module):
-    """Gives 1 to texts that begin with the image's number and 0 to all others."""
+    """Scores 1 for texts that begin with the image's number and 0 for all others."""
 
     def embed_text(self):
-        """Makes it a dual encoder to the evaluators: no prior."""
+        """Marks it as a dual encoder for evaluators, without a prior."""
 
     def image_features(self, images):
         return jax.nn.one_hot(images[:, 0, 0, 0], 32)
@@ -46,21 +46,21 @@ class Oracle(nnx.Module):
 
 
 class Constant(Oracle):
-    """Gives the same to all."""
+    """Scores all pairs the same."""
 
     def compare(self, images, texts):
         return 0 * super().compare(images, texts)
 
 
 class Diverged(Oracle):
-    """Gives what is not a number."""
+    """Scores NaN."""
 
     def compare(self, images, texts):
         return jnp.nan * super().compare(images, texts)
 
 
 class Hashed(Oracle):
-    """Gives quarters that depend on the image and the whole text: many ties, no truth."""
+    """Scores quarters that depend on the image and the whole text: many ties, no right answer."""
 
     def image_features(self, images):
         return images[:, 0, 0, :1].astype(jnp.int32)
@@ -74,7 +74,7 @@ class Hashed(Oracle):
 
 
 class Pictures:
-    """Grey images with the captions and labels given; `broken` ones do not decode."""
+    """Gray images with given captions and labels; the images in `broken` cannot be decoded."""
 
     def __init__(self, captions=None, labels=None, classes=(), broken=()):
         self.class_names = list(classes)
@@ -98,7 +98,7 @@ class Pictures:
 
 @dataclasses.dataclass(frozen=True)
 class On(Context):
-    """A context whose only dataset is `pictures`."""
+    """A context with one dataset, `pictures`."""
 
     pictures: Any = None
 
@@ -107,7 +107,7 @@ class On(Context):
 
 
 def context(learner: type[nnx.Module], pictures: Any) -> tuple[Context, tuple[Any, Any]]:
-    """A context for a learner of this file, and its (no) variables."""
+    """Return a context for a learner of this file, and its variables, of which there are none."""
     c = tiny.config()
     graphdef, *variables = step.split_learner(learner())
     mesh = sharding.make_mesh(c)
@@ -115,7 +115,10 @@ def context(learner: type[nnx.Module], pictures: Any) -> tuple[Context, tuple[An
 
 
 def small(kind: str, tokenizer_path: Any, **fields: Any) -> tuple[Context, tuple[Any, Any]]:
-    """A context for a learner of one layer whose scores all differ, on 13 images of `scenes`."""
+    """Return a context and variables of a one-layer learner, for 13 images of `scenes`.
+
+    All of its scores differ.
+    """
     c = toy.config(kind, **dict(model__depth=1, data__scenes__length_val=13) | fields)
     tokenizer = inputs.open_tokenizer(c, tokenizer_path)
     graphdef, *variables = tiny.split(c, vocab=tokenizer.vocab_size)

@@ -1,4 +1,4 @@
-"""The accuracy of the VQA challenge, by cases of its rule."""
+"""VQA accuracy, by cases of the challenge's rule."""
 
 import pytest
 
@@ -19,8 +19,8 @@ from cap_pretrain.evals.metrics.answer_accuracy import accuracy, normalized
         (".5", ".5"),
         ("t-shirt", "t shirt"),
         ("black/white", "black white"),
-        ("salt , pepper", "salt pepper"),  # next to a space it leaves none
-        ("salt- pepper-mill", "salt peppermill"),  # and so does every other one of its kind
+        ("salt , pepper", "salt pepper"),  # next to a space, it is removed
+        ("salt- pepper-mill", "salt peppermill"),  # and so is every other mark of the same kind
         ("1,000", "1000"),
         ("1,000 t-shirts", "1000 tshirts"),
         ("what?!", "what"),
@@ -46,7 +46,7 @@ def test_answers_are_compared_in_one_form(answer, expected):
     [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (9, 1.0), (10, 1.0)],
 )
 def test_ten_people_are_averaged_with_each_left_out(matches, expected):
-    # Published: one match of ten is 0.3, two 0.6, three 0.9, from four on it is right.
+    # Published: one match of ten is 0.3, two 0.6, three 0.9, four or more 1.
     references = ["A dog."] * matches + ["cat"] * (10 - matches)
     assert accuracy("dog", references) == pytest.approx(expected)
 

@@ -1,4 +1,4 @@
-"""Attention inside boxes, of learners whose attention is known."""
+"""Attention inside boxes, for learners with known attention."""
 
 import json
 
@@ -29,16 +29,16 @@ GREY = (128, 128, 128)
 
 
 class Uniform(nnx.Module):
-    """Looks everywhere alike: the tokens of 5 x 5 patches."""
+    """Attends uniformly to the tokens of 5 x 5 patches."""
 
     def attend(self, images, text):
         return jnp.full((*text.shape, 25), 1 / 25)
 
 
 class Spotter(nnx.Module):
-    """At a word for a colour, looks at the pixels that are more like it than like any other."""
+    """Attends, at a word for a color, to the pixels that are closer to it than to other colors."""
 
-    ids: list[int] = []  # of the words, in the order of COLOURS
+    ids: list[int] = []  # token ids of the color words, in the order of COLOURS
 
     def attend(self, images, text):
         colours = jnp.array([*(_RGB[colour] for colour in COLOURS), GREY], jnp.float32)
@@ -53,7 +53,7 @@ class Spotter(nnx.Module):
 
 @pytest.fixture
 def measure(tmp_path):
-    """Returns the evaluator's result for a learner, on scenes without synonyms or ornament."""
+    """Return a function from a learner to its result on scenes without synonyms and patterns."""
 
     def measure(learner, batch_size=5, **fields):
         plain = dict(synonyms=False, patterns=False, backgrounds=False, noise=0.0)
@@ -74,8 +74,8 @@ def measure(tmp_path):
 def test_looking_everywhere_is_chance(measure):
     result = measure(Uniform)
     for kind in ("", "_colour", "_shape"):
-        for figure in ("ratio", "own", "others"):
-            assert result.metrics[figure + kind] == pytest.approx(1, abs=1e-5)
+        for metric in ("ratio", "own", "others"):
+            assert result.metrics[metric + kind] == pytest.approx(1, abs=1e-5)
         assert result.metrics["share" + kind] == pytest.approx(result.metrics["area" + kind])
     assert 10 < result.details["images"] <= 23
     assert min(result.details["words"].values()) > 15
@@ -83,18 +83,18 @@ def test_looking_everywhere_is_chance(measure):
 
 def test_looking_at_what_is_named_is_far_above_it(measure):
     result = measure(Spotter)
-    figures = result.metrics
-    assert figures["share_colour"] > 0.85 and figures["ratio_colour"] > 3
-    assert figures["own_colour"] > 3
-    assert figures["others_colour"] < 0.7  # now and then it has the same colour
-    assert figures["ratio_shape"] == pytest.approx(1, abs=1e-5)
-    assert figures["others_shape"] == pytest.approx(1, abs=1e-5)
-    assert f"{figures['share']:.1%} of the attention" in result.lines[0]
+    metrics = result.metrics
+    assert metrics["share_colour"] > 0.85 and metrics["ratio_colour"] > 3
+    assert metrics["own_colour"] > 3
+    assert metrics["others_colour"] < 0.7  # sometimes another object has the same color
+    assert metrics["ratio_shape"] == pytest.approx(1, abs=1e-5)
+    assert metrics["others_shape"] == pytest.approx(1, abs=1e-5)
+    assert f"{metrics['share']:.1%} of the attention" in result.lines[0]
 
 
 def test_a_lone_object_has_no_others(measure):
-    figures = measure(Spotter, max_objects=1).metrics
-    assert not {"own", "others"} & figures.keys() and figures["share_colour"] > 0.95
+    metrics = measure(Spotter, max_objects=1).metrics
+    assert not {"own", "others"} & metrics.keys() and metrics["share_colour"] > 0.95
 
 
 def test_batches_do_not_matter(measure):
@@ -148,8 +148,8 @@ def test_recurrent_attention_is_measured_alike(tokenizer_path):
     context, variables = stubs.small(
         "recurrent", tokenizer_path, learner__decoder="attention", **sizes
     )
-    figures = AttentionMass(context, AttentionMass.Options())(variables).metrics
-    assert 0.2 < figures["ratio"] < 5
+    metrics = AttentionMass(context, AttentionMass.Options())(variables).metrics
+    assert 0.2 < metrics["ratio"] < 5
     context, variables = stubs.small("recurrent", tokenizer_path, learner__decoder="lstm", **sizes)
     with pytest.raises(UserError, match="a decoder 'lstm' has no attention"):
         AttentionMass(context, AttentionMass.Options())(variables)
@@ -177,13 +177,13 @@ def test_what_a_captioner_has_learned_is_above_chance(tmp_path):
     c.evals = ConfigDict({"attention": evals.defaults("attention_mass", when="end")})
     train.run(c, tmp_path)
     found = json.loads((tmp_path / "evals" / "attention" / "200.json").read_text())
-    # Shapes come later, and which object is named first is anybody's guess.
+    # Shapes are learned later, and which object is named first is random.
     assert found["ratio_colour"] > 1.3
     assert found["own_colour"] > 1.1 * found["others_colour"]
 
 
 def of_captioner(tokenizer_path, shape):
-    """The result for a captioner on a mesh of this shape."""
+    """Return the result for a captioner on a mesh of this shape."""
     fields = {f"mesh__{axis}": n for axis, n in zip(("data", "fsdp", "tensor"), shape, strict=True)}
     context, (params, stats) = stubs.small("captioner", tokenizer_path, **fields)
     params["decoder"]["blocks"]["cross_attention"]["query"]["kernel"] *= 4
@@ -198,8 +198,8 @@ def of_captioner(tokenizer_path, shape):
 @pytest.mark.slow
 def test_one_device_and_eight_measure_the_same(tokenizer_path):
     path = str(tokenizer_path)
-    figures, details = of_captioner(path, (1, 1, 1))
-    ((figures_8, details_8),) = on_eight_devices(of_captioner, [[path, (2, 2, 2)]])
+    metrics, details = of_captioner(path, (1, 1, 1))
+    ((metrics_8, details_8),) = on_eight_devices(of_captioner, [[path, (2, 2, 2)]])
     assert details == details_8
-    assert abs(figures["ratio"] - 1) > 1e-3
-    assert figures == pytest.approx(figures_8, rel=1e-5)
+    assert abs(metrics["ratio"] - 1) > 1e-3
+    assert metrics == pytest.approx(metrics_8, rel=1e-5)

@@ -1,4 +1,4 @@
-"""Captions of a split and their scores: the same on every host, and kept to be scored again."""
+"""Captions of a split and their scores: the same on every host, and recorded with references."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def no_java(monkeypatch):
 
 
 class Context:
-    """Images "a" and "b" of a dataset of three; the last does not decode."""
+    """Images "a" and "b" of a dataset of three; the last cannot be decoded."""
 
     def __init__(self, references=REFERENCES):
         self.examples = [{"id": i, "captions": list(texts)} for i, texts in references.items()]
@@ -48,7 +48,7 @@ class Context:
 
 @pytest.fixture
 def evaluator(monkeypatch):
-    """Returns the evaluator of captions that are handed to it."""
+    """Return a function that makes an evaluator of given captions."""
 
     def make(captions=CAPTIONS, context=None, **options):
         class Captioning:
@@ -115,7 +115,7 @@ def test_a_run_that_is_to_stop_does_not_wait_for_the_scores(evaluator):
 
 
 def of_a_captioner(tokenizer_path, batch_size, **how):
-    """The result for a learner on all devices there are."""
+    """Return the result for a learner on all devices."""
     c = toy.config(model__depth=1, data__scenes__length_val=13, text__length=8)
     c.mesh.data, c.mesh.fsdp = -1, min(2, len(jax.devices()))
     context, variables = context_of(c, tokenizer_path)

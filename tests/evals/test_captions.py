@@ -1,4 +1,4 @@
-"""Sample captions: in order, of the images asked for, as the decoder alone would write them."""
+"""Sample captions: in order, of the requested images, equal to those of the decoder alone."""
 
 import jax
 import numpy as np
@@ -35,9 +35,9 @@ def test_captions_are_greedy_in_order_and_kept_with_their_references(captioner):
     protocol = {"protocol": "greedy decoding", "dataset": "scenes", "split": "val", "images": 5}
     assert result.details == protocol
 
-    # Without cache and batches: the whole caption is predicted anew for each token.
+    # Without cache and batches: the whole caption is predicted again for each token.
     learner = nnx.merge(context.graphdef, *variables)
-    predict = jax.jit(lambda encoded, text: learner.predict(encoded, text))
+    predict = jax.jit(learner.predict)
     images = np.stack([source[i]["image"] for i in range(5)])
     encoded = learner.encode(images).tokens
     text = np.zeros((5, 8), np.int32)

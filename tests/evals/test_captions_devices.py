@@ -1,4 +1,4 @@
-"""Captions and their perplexity are the same on one device and on eight, however these share."""
+"""Captions and their perplexity are the same on one device and on meshes of eight."""
 
 import jax
 import numpy as np
@@ -22,11 +22,11 @@ METHODS = {
 
 
 def measured(tokenizer_path, shape, methods, count=7):
-    """The captions by each method and the perplexity, on a mesh of this shape."""
+    """Return the captions by each method and the perplexity, on a mesh of this shape."""
     fields = {f"mesh__{axis}": n for axis, n in zip(("data", "fsdp", "tensor"), shape, strict=True)}
     fields |= {"data__scenes__length_val": count, "text__length": 10}
     context, (params, stats) = stubs.small("captioner", tokenizer_path, **fields)
-    # So that captions follow the image and do not repeat one word.
+    # Scaled so that captions depend on the image and do not repeat one word.
     for part in ("query", "value"):
         params["decoder"]["blocks"]["cross_attention"][part]["kernel"] *= 4
     params["decoder"]["logits"]["bias"] *= 0
@@ -49,18 +49,18 @@ def measured(tokenizer_path, shape, methods, count=7):
 @pytest.mark.parametrize("methods", [["beam"], pytest.param([*METHODS], marks=pytest.mark.slow)])
 def test_one_device_and_eight_write_the_same(tokenizer_path, methods):
     path = str(tokenizer_path)
-    captions, figures, details = measured(path, (1, 1, 1), methods)
-    ((captions_8, figures_8, details_8),) = on_eight_devices(measured, [[path, (2, 2, 2), methods]])
+    captions, metrics, details = measured(path, (1, 1, 1), methods)
+    ((captions_8, metrics_8, details_8),) = on_eight_devices(measured, [[path, (2, 2, 2), methods]])
     assert captions == captions_8
     assert len({caption for by_method in captions for caption in by_method}) > 2
     assert details == details_8
-    assert figures.keys() == figures_8.keys()
-    for name, value in figures.items():
-        np.testing.assert_allclose(figures_8[name], value, rtol=1e-6, err_msg=name)
+    assert metrics.keys() == metrics_8.keys()
+    for name, value in metrics.items():
+        np.testing.assert_allclose(metrics_8[name], value, rtol=1e-6, err_msg=name)
 
 
 def communication(method, prompted, fsdp=1):
-    """The kinds of collective operations in decoding on all devices: in its loop, and before it."""
+    """Return the collective operations of decoding on all devices: in its loop, and before it."""
     c = tiny.config()
     c.mesh.fsdp = fsdp
     mesh = sharding.make_mesh(c)

@@ -1,4 +1,4 @@
-"""Composition: oracles and guessers, the blind decoder, and the same figures on any devices."""
+"""Composition: oracles, guessers, and learners compared with scoring each pair on its own."""
 
 import json
 
@@ -16,7 +16,7 @@ from tests.evals import stubs
 
 
 class Asked:
-    """Image k: one question of two kinds; every third image has a second one; image 4 has none."""
+    """Questions: image k has one of two kinds, every third image a second one, and image 4 none."""
 
     protocol = "numbers"
 
@@ -41,18 +41,18 @@ def measured(monkeypatch):
 
 def test_an_oracle_is_always_right_and_a_constant_guesses(measured):
     result = measured(stubs.Oracle, batch_size=1)
-    assert result.details["images"] == 7  # one is not asked about
+    assert result.details["images"] == 7  # one has no question
     assert result.metrics.pop("chance_all") == pytest.approx((7 / 3 + 3 / 2) / 10)
     assert result.metrics == dict.fromkeys(
         ("accuracy", "accuracy_next", "accuracy_last", "accuracy_all"), 1.0
     )
     assert result.details["questions"] == 10
     assert result.details["questions_by_kind"] == {"last": 7, "next": 10}
-    figures = measured(stubs.Constant, batch_size=8).metrics
-    assert figures["accuracy"] == figures["accuracy_next"] == figures["accuracy_last"] == 0.5
-    assert figures["accuracy_all"] == pytest.approx(figures["chance_all"])
-    figures = measured(stubs.Diverged).metrics
-    assert figures["accuracy"] == figures["accuracy_all"] == 0
+    metrics = measured(stubs.Constant, batch_size=8).metrics
+    assert metrics["accuracy"] == metrics["accuracy_next"] == metrics["accuracy_last"] == 0.5
+    assert metrics["accuracy_all"] == pytest.approx(metrics["chance_all"])
+    metrics = measured(stubs.Diverged).metrics
+    assert metrics["accuracy"] == metrics["accuracy_all"] == 0
 
 
 def test_broken_images_are_not_asked_about(measured):
@@ -62,7 +62,7 @@ def test_broken_images_are_not_asked_about(measured):
 
 @pytest.fixture(scope="module")
 def small(tokenizer_path):
-    """kind -> (context, variables) of learners of noise."""
+    """Contexts and variables of learners with random weights, by kind."""
     return {kind: stubs.small(kind, tokenizer_path) for kind in ("captioner", "dual_encoder")}
 
 
@@ -73,7 +73,7 @@ def small(tokenizer_path):
 def test_accuracy_is_that_of_scoring_one_by_one(small, kind, questions, cls):
     context, variables = small[kind]
     options = Composition.Options(questions=questions, batch_size=5, pairs=40)
-    figures = Composition(context, options)(variables).metrics
+    metrics = Composition(context, options)(variables).metrics
     score = tiny.jitted((context.graphdef, *variables), lambda x, i, t: x.score(i, t))
     asked = cls(context.source())
     blank = np.full((16, 16, 3), 128, np.uint8)
@@ -88,14 +88,14 @@ def test_accuracy_is_that_of_scoring_one_by_one(small, kind, questions, cls):
             rules = {"accuracy": scores, "over_prior": scores - blind, "blind": blind}
             for rule, found in rules.items():
                 ahead = found[0] - found[1 : len(texts)]
-                tied = np.abs(ahead) < 1e-5  # the ends of long captions are cut off
+                tied = np.abs(ahead) < 1e-5  # long captions are truncated
                 one_by_one = np.where(tied, 0.5, ahead > 0)
                 of_all = np.all(tied | (ahead > 0)) / (1 + tied.sum())
                 outcome.setdefault(f"{rule}_all", []).append(of_all)
                 for name, value in zip(question.false, one_by_one, strict=True):
                     outcome.setdefault(f"{rule}_{name}", []).append(value)
     expected = {name: np.mean(values) for name, values in outcome.items()}
-    if kind == "dual_encoder":  # blind, it has no opinion
+    if kind == "dual_encoder":  # it has no score without an image
         expected = {name: x for name, x in expected.items() if name.startswith("accuracy")}
     rules = {name.removesuffix("_all") for name in expected if name.endswith("_all")}
     for rule in rules:
@@ -105,8 +105,8 @@ def test_accuracy_is_that_of_scoring_one_by_one(small, kind, questions, cls):
             if name.startswith(f"{rule}_") and name != f"{rule}_all"
         ]
         expected[rule] = np.mean(kinds)
-    chance = figures.pop("chance_all")
-    assert 0.2 <= chance < 0.4 and figures == pytest.approx(expected)
+    chance = metrics.pop("chance_all")
+    assert 0.2 <= chance < 0.4 and metrics == pytest.approx(expected)
 
 
 def test_sugarcrepe_files_are_evaluated(small, tmp_path):
@@ -132,12 +132,12 @@ def test_sugarcrepe_files_are_evaluated(small, tmp_path):
     )
     result = Composition(context, options)(variables)
     assert result.details["questions_by_kind"] == {"add_att": 2, "swap_obj": 3}
-    figures = result.metrics
-    assert figures["accuracy"] == pytest.approx(
-        (figures["accuracy_add_att"] + figures["accuracy_swap_obj"]) / 2
+    metrics = result.metrics
+    assert metrics["accuracy"] == pytest.approx(
+        (metrics["accuracy_add_att"] + metrics["accuracy_swap_obj"]) / 2
     )
-    assert figures["accuracy_add_att"] in (0.25, 0.75)  # one tie, with itself
-    assert "accuracy_all" not in figures and "blind_swap_obj" in figures
+    assert metrics["accuracy_add_att"] in (0.25, 0.75)  # one tie, with itself
+    assert "accuracy_all" not in metrics and "blind_swap_obj" in metrics
 
 
 def test_mistakes_are_the_users(small):

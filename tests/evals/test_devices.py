@@ -1,7 +1,7 @@
-"""Evaluators of language give the same figures on one device and on eight, in batches of any size.
+"""Evaluators that score texts give the same metrics on one device and on eight, in any batches.
 
-Retrieval asks for all there is: texts for all images and for each its own, with and without prior.
-The others add up the same scores on the host; they are compared too where there is time for it.
+Retrieval uses all of `Scoring`: texts shared by all images, texts of each image, with and without
+prior. The others sum the same scores on the host; they are compared only in the slow test.
 """
 
 import json
@@ -25,13 +25,13 @@ OTHERS = (
 )
 
 
-def figures(tokenizer_path, every, batch_size, pairs):
-    """The figures for both kinds of learners on all devices there are."""
+def metrics(tokenizer_path, every, batch_size, pairs):
+    """Return the metrics of both kinds of learners on all devices."""
     found = []
     for kind in ("captioner", "dual_encoder"):
         mesh = {"mesh__data": -1, "mesh__fsdp": min(2, len(jax.devices()))}
         context, variables = stubs.small(kind, tokenizer_path, **mesh)
-        # As in training, where nothing is sent to the devices unasked.
+        # As in training, which disallows implicit transfers.
         with jax.set_mesh(context.mesh), jax.transfer_guard_host_to_device("disallow"):
             for cls, more in ((Retrieval, {}), *(OTHERS if every else ())):
                 options = cls.Options(batch_size=batch_size, pairs=pairs, **more)
@@ -43,11 +43,11 @@ def figures(tokenizer_path, every, batch_size, pairs):
 
 
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_one_device_and_eight_give_the_same_figures(tokenizer_path, every):
+def test_one_device_and_eight_give_the_same_metrics(tokenizer_path, every):
     program = (
         "import json, sys\n"
-        "from tests.evals.test_devices import figures\n"
-        "print(json.dumps(figures(*json.loads(sys.argv[1]))))\n"
+        "from tests.evals.test_devices import metrics\n"
+        "print(json.dumps(metrics(*json.loads(sys.argv[1]))))\n"
     )
     arguments = json.dumps([str(tokenizer_path), every, 5, 64])
     flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
@@ -59,7 +59,7 @@ def test_one_device_and_eight_give_the_same_figures(tokenizer_path, every):
         cwd=toy.CONFIGS.parent,
         env=os.environ | {"XLA_FLAGS": flags},
     )
-    one = figures(str(tokenizer_path), every, 3, 8)
+    one = metrics(str(tokenizer_path), every, 3, 8)
     out, err = eight.communicate(timeout=300)
     assert eight.returncode == 0, err
     assert json.loads(out.splitlines()[-1]) == one

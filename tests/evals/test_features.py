@@ -1,4 +1,4 @@
-"""Features are exact, kept, and computed again when anything that they depend on has changed."""
+"""Features are exact, cached, and recomputed when anything that they depend on has changed."""
 
 import jax
 import numpy as np
@@ -21,7 +21,7 @@ def features(made, layer="pooled", source=SOURCE, batch_size=8):
 
 @pytest.fixture(scope="module")
 def encoded():
-    """The context, its variables, and what the encoder says of all images at once."""
+    """A context, its variables, and the encoder's output for all images at once."""
     made, variables = context(SOURCE, SOURCE)
     images = np.stack([SOURCE[i]["image"] for i in WHOLE])
 
@@ -63,13 +63,15 @@ def test_the_batch_size_does_not_change_a_bit(encoded):
 def test_pixels_are_the_image_itself():
     c, variables = context(SOURCE, SOURCE)
     found = features(c, "pixels")(variables)
-    expected = np.stack([SOURCE[i]["image"] for i in WHOLE]) / 255  # 16 x 16 as they are
+    expected = (
+        np.stack([SOURCE[i]["image"] for i in WHOLE]) / 255
+    )  # they have 16 x 16 pixels already
     np.testing.assert_allclose(found.features, expected.reshape(43, -1), atol=1e-6)
 
 
 @pytest.fixture
 def kept(tmp_path):
-    """A context with a folder, its variables, and a count of how often features are computed."""
+    """A context with a folder, its variables, and a list of the computations of features."""
     made, variables = context(SOURCE, SOURCE, workdir=tmp_path)
     computed = []
 
@@ -92,7 +94,7 @@ def test_they_are_computed_once_for_all_who_ask(kept):
 
 
 def test_any_change_of_what_they_depend_on_computes_them_anew(kept):
-    made, (params, stats), find, computed, _ = kept
+    _, (params, stats), find, computed, _ = kept
     find()
     changes = 1
 
@@ -115,9 +117,9 @@ def test_any_change_of_what_they_depend_on_computes_them_anew(kept):
     nudged["encoder"]["patch_embedding"]["kernel"] = kernel.at[0, 0].add(1e-3)
     after = is_new(variables=(nudged, stats))
     assert (before.features != after.features).any()
-    # What belongs to the rest of the learner is no matter, and pixels know no encoder at all.
+    # The rest of the learner does not matter, and pixels do not depend on the encoder.
     decoder = params | {"decoder": jax.tree.map(lambda p: p + 1, params["decoder"])}
-    is_new(variables=(decoder, stats))  # the weights before the last
+    is_new(variables=(decoder, stats))  # replaces the features of the nudged weights
     find(variables=(params, stats))
     assert len(computed) == changes
     is_new(layer="pixels")
@@ -126,7 +128,7 @@ def test_any_change_of_what_they_depend_on_computes_them_anew(kept):
 
 
 def test_another_architecture_with_the_same_weights_is_another_encoder(kept):
-    made, variables, find, computed, _ = kept
+    made, _, find, computed, _ = kept
     find()
     c = tiny.config(activation="gelu")
     graphdef = tiny.abstract(c)[0]

@@ -1,4 +1,4 @@
-"""The logistic regression against scikit-learn's, and where that has difficulties."""
+"""Logistic regression against scikit-learn's, and on problems that are hard for the latter."""
 
 import jax
 import numpy as np
@@ -9,7 +9,7 @@ from cap_pretrain.evals.probes import logistic
 
 
 def problem(n=300, d=20, classes=4, apart=0.6, seed=0):
-    """Features of very different scales, far from 0, with labels."""
+    """Return features of very different scales, far from 0, and labels."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, classes, n).astype(np.int32)
     features = apart * rng.standard_normal((classes, d))[labels] + rng.standard_normal((n, d))
@@ -26,7 +26,7 @@ def solve(features, labels, c, weights=None, classes=None, start=None):
 
 
 def reference(features, labels, c, **kwargs):
-    """scikit-learn's solution in float64 and the objective there."""
+    """Return scikit-learn's solution in float64 and the objective at it."""
     model = LogisticRegression(C=c, solver="newton-cholesky", tol=1e-9)
     model.fit(features.astype(np.float64), labels, **kwargs)
     loss = -model.predict_log_proba(features.astype(np.float64))[np.arange(len(labels)), labels]
@@ -61,12 +61,12 @@ def test_separable_classes_and_hardly_any_regularisation():
     _, found = solve(features, labels, 1e4)
     assert found.iterations < 200
     _, least = reference(features, labels, 1e4)
-    # Losses are some 1e-6: in float32, what is wrong about a probability is nearly nothing.
+    # Losses are some 1e-6: in float32, 1 - p has hardly any precision.
     assert logistic.objective(found, 1e4) == pytest.approx(least, rel=1e-3)
     assert (np.argmax(found.logits, axis=1) == labels).all()
 
 
-def test_it_goes_on_from_another_solution():
+def test_it_can_start_from_another_solution():
     features, labels = problem()
     _, cold = solve(features, labels, 1.0)
     _, warm = solve(features, labels, 1.0, start=cold.theta)
@@ -82,7 +82,7 @@ def test_constant_features_and_absent_classes_do_no_harm():
     assert np.isfinite(found.theta).all()
     np.testing.assert_allclose(found.theta[20:22], 0, atol=1e-5)
     assert not np.isin(np.argmax(found.logits, axis=1), (4, 5)).any()
-    # Two more classes cost little, since their bias may fall without end; none can gain by them.
+    # Two absent classes cost little, as their biases can decrease without bound.
     assert least <= logistic.objective(found, 1.0) + 1e-3
     assert logistic.objective(found, 1.0) == pytest.approx(least, rel=1e-3)
 

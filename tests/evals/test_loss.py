@@ -1,4 +1,4 @@
-"""The validation loss is a property of the split, not of how it is batched."""
+"""The validation loss depends on the split, not on its batches."""
 
 import math
 from collections import Counter
@@ -19,7 +19,7 @@ def context_of(c, tokenizer_path):
     tokenizer = inputs.open_tokenizer(c, tokenizer_path)
     learner = learners.build(c, tokenizer.vocab_size, jax.random.key(0))
     graphdef, params, stats = step.split_learner(learner)
-    # Noise, or else a fresh logits layer makes every token equally likely.
+    # Random, since a new logits layer makes every token equally likely.
     params = jax.tree.map(lambda p: p + 0.3 * jax.random.normal(jax.random.key(1), p.shape), params)
     return Context(c, graphdef, tokenizer, sharding.make_mesh(c)), (params, stats)
 
@@ -73,7 +73,7 @@ def test_the_unigram_model_counts_the_training_captions(captioner):
 
     train, val = context.source("train"), context.source("val")
     counts = Counter(t for i in range(len(train)) for c in train[i]["captions"] for t in tokens(c))
-    total = sum(counts.values()) + tokenizer.vocab_size  # one is added to each
+    total = sum(counts.values()) + tokenizer.vocab_size  # add-one smoothing
     nll = [
         np.mean([-math.log((counts[t] + 1) / total) for t in tokens(val[i]["captions"][0])])
         for i in range(13)

@@ -1,4 +1,4 @@
-"""Perplexity counts every token of every caption once, whatever the batches."""
+"""Perplexity counts every token of every caption once, whatever the batch size."""
 
 import math
 
@@ -13,7 +13,7 @@ from tests.evals import stubs
 
 
 class Pictures:
-    """Images with no, one or several captions; one does not decode."""
+    """Images with no, one or several captions; one cannot be decoded."""
 
     class_names = []
 
@@ -52,7 +52,7 @@ def measured(captioner, monkeypatch):
 
 
 def by_hand(captioner, examples):
-    """Nats, tokens and text of each caption, one at a time."""
+    """Return nats, tokens and text of each caption, computed one at a time."""
     context, variables = captioner
     learner = nnx.merge(context.graphdef, *variables)
     predict = jax.jit(
@@ -75,14 +75,14 @@ def test_every_caption_counts_by_its_tokens(captioner, measured):
     captions = by_hand(captioner, [pictures[i] for i in (0, 1, 2, 4, 6)])
     nats, tokens, texts = zip(*captions, strict=True)
     bits, characters = sum(nats) / math.log(2), len("".join(texts))
-    figures = {
+    metrics = {
         "perplexity": math.exp(sum(nats) / sum(tokens)),
         "bits_per_token": bits / sum(tokens),
         "bits_per_byte": bits / characters,
         "bits_per_character": bits / characters,
     }
-    assert result.metrics.keys() == figures.keys()
-    for name, value in figures.items():
+    assert result.metrics.keys() == metrics.keys()
+    for name, value in metrics.items():
         np.testing.assert_allclose(result.metrics[name], value, rtol=1e-5)
     counts = {"images": 5, "captions": 16, "tokens": sum(tokens), "characters": characters}
     counts |= {"dataset": "scenes", "split": "val"}

@@ -1,4 +1,4 @@
-"""The probes: right where NumPy and scikit-learn are, and the same on any mesh."""
+"""Probes against NumPy and scikit-learn, and on different meshes."""
 
 import dataclasses
 import json
@@ -36,12 +36,12 @@ def blobs(n, classes=3, d=8, seed=0):
 
 @pytest.fixture(scope="module")
 def probed(tmp_path_factory):
-    """A context whose features are computed once for the whole module, and its variables."""
+    """A context with cached features for the whole module, and its variables."""
     return context(TRAIN, TEST, workdir=tmp_path_factory.mktemp("run"))
 
 
 def regression(c, features, labels):
-    """scikit-learn's."""
+    """Return the logistic regression of scikit-learn."""
     model = LogisticRegression(C=c, solver="newton-cholesky", tol=1e-9)
     return model.fit(features.astype(np.float64), labels)
 
@@ -182,8 +182,8 @@ def test_what_is_not_a_number_is_never_right():
     scores[1, 1:] = np.nan
     scores[2, 0] = np.nan
     scores[3, 0] = 1
-    figures = classification.metrics(scores, np.zeros(4, np.int32))
-    assert figures == {"top1": 0.25, "top5": 0.25, "mean_per_class": 0.25}
+    metrics = classification.metrics(scores, np.zeros(4, np.int32))
+    assert metrics == {"top1": 0.25, "top5": 0.25, "mean_per_class": 0.25}
 
 
 def test_too_few_images_to_hold_out_any():
@@ -195,8 +195,8 @@ def test_too_few_images_to_hold_out_any():
         KNearestNeighbours(made, KNearestNeighbours.Options(layer="pixels"))(variables)
 
 
-def all_figures(shape: tuple[int, int, int], batch_size: int) -> dict[str, list[dict]]:
-    """The figures of every probe on a mesh, with parameters laid out as training has them."""
+def all_metrics(shape: tuple[int, int, int], batch_size: int) -> dict[str, list[dict]]:
+    """Return the metrics of every probe on a mesh, with parameters sharded as in training."""
     c = tiny.config()
     c.mesh.data, c.mesh.fsdp, c.mesh.tensor = shape
     mesh = sharding.make_mesh(c, jax.devices()[: math.prod(shape)])
@@ -216,11 +216,11 @@ def all_figures(shape: tuple[int, int, int], batch_size: int) -> dict[str, list[
 
 
 @pytest.mark.parametrize("mesh", [(2, 2, 2), pytest.param((8, 1, 1), marks=pytest.mark.slow)])
-def test_figures_are_identical_on_eight_devices_and_with_any_batch_size(mesh):
+def test_metrics_are_identical_on_eight_devices_and_with_any_batch_size(mesh):
     program = (
         "import json, sys\n"
-        "from tests.evals.test_probes import all_figures\n"
-        "print(json.dumps([all_figures(*call) for call in json.loads(sys.argv[1])]))\n"
+        "from tests.evals.test_probes import all_metrics\n"
+        "print(json.dumps([all_metrics(*call) for call in json.loads(sys.argv[1])]))\n"
     )
     flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Answers to questions: those of the decoder after the prompt, judged by those of people."""
+"""Answers to questions: the decoder's output after the prompt, compared with references."""
 
 import json
 
@@ -21,9 +21,9 @@ QUESTIONS = ("which is the blue shape", "is there a red circle", "what is on the
 
 
 class Asked:
-    """Questions about images of `scenes`; the image of one of them does not decode.
+    """Questions about images of `scenes`; one of the images cannot be decoded.
 
-    Those in `answers`, by index, have been answered.
+    `answers` has the reference answers of some, by index.
     """
 
     class_names = KINDS
@@ -48,7 +48,7 @@ class Asked:
 
 
 def teach(params):
-    """What they say follows image and question, and is not always the same."""
+    """Scale parameters so that answers depend on image and question."""
     for part in ("query", "value"):
         params["decoder"]["blocks"]["cross_attention"][part]["kernel"] *= 4
     params["decoder"]["logits"]["bias"] *= 0
@@ -64,7 +64,7 @@ def captioner(tokenizer_path):
 
 @pytest.fixture
 def asked(captioner, monkeypatch):
-    """The dataset, and a function from an evaluator and its options to the result."""
+    """The dataset, and a function from an evaluator and its options to its result."""
     context, variables = captioner
     asked = Asked(context.source())
     monkeypatch.setattr(type(context), "source", lambda *_: asked)
@@ -73,7 +73,7 @@ def asked(captioner, monkeypatch):
 
 @pytest.fixture(scope="module")
 def said(captioner):
-    """The answer to each question, each token from the forward of the text before it."""
+    """The answer to each question, each token from a forward pass over the text before it."""
     context, variables = captioner
     learner = nnx.merge(context.graphdef, *variables)
     predict = jax.jit(lambda image, text: learner.predict(learner.encode(image).tokens, text))
@@ -171,7 +171,7 @@ def test_a_dataset_without_questions_is_refused(captioner, tokenizer_path):
 
 
 def measured(tokenizer_path, shape, methods, batch_size):
-    """The figures by each method on a mesh of this shape."""
+    """Return the metrics by each method on a mesh of this shape."""
     fields = {f"mesh__{axis}": n for axis, n in zip(("data", "fsdp", "tensor"), shape, strict=True)}
     fields |= {"data__scenes__length_val": 11, "text__length": 14}
     context, (params, stats) = stubs.small("captioner", tokenizer_path, **fields)

@@ -1,4 +1,4 @@
-"""Ties are worth what they are worth in a random order."""
+"""Ties count as their expectation over random orders."""
 
 import itertools
 
@@ -8,10 +8,10 @@ import pytest
 from cap_pretrain.evals.metrics import ranking
 
 
-def over_all_orders(figure, better, wrong, right):
-    """Mean of `figure(places of right candidates)` over every order of the tied ones."""
+def over_all_orders(metric, better, wrong, right):
+    """Return the mean of `metric(places of right candidates)` over all orders of the tied ones."""
     orders = set(itertools.permutations("w" * wrong + "r" * right))
-    return np.mean([figure(better + o.index("r") + 1) for o in orders])
+    return np.mean([metric(better + o.index("r") + 1) for o in orders])
 
 
 @pytest.mark.parametrize("k", [1, 2, 5])
@@ -31,7 +31,7 @@ def test_expected_rank_is_the_mean_over_all_orders_of_the_tied():
     np.testing.assert_allclose(ranking.expected_rank(better, wrong, right), expected)
 
 
-def test_guessing_has_the_figures_of_guessing():
+def test_guessing_has_the_metrics_of_guessing():
     assert ranking.probability_in_top(5, 0, 999, 1) == pytest.approx(5 / 1000)
     assert ranking.probability_in_top(1, 0, 4995, 5) == pytest.approx(5 / 5000)
     assert ranking.expected_rank(0, 999, 1) == 500.5

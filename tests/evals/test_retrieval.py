@@ -1,4 +1,4 @@
-"""Retrieval: ranks against brute force, with ties, several captions, broken images and blocks."""
+"""Retrieval against brute force, with ties, several captions, broken images and blocks."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def measured(learner, captions=CAPTIONS, broken=(), **options):
 
 
 def chances(scores, right, k):
-    """Mean over 200 random orders of ties, of whether any right one is among the first k."""
+    """Return how often a right one is among the first k, over 200 random orders of ties."""
     rng = np.random.default_rng(0)
     hits = 0
     for _ in range(200):
@@ -29,37 +29,37 @@ def chances(scores, right, k):
 
 
 def brute_force(scores, owner):
-    """R@k of a whole matrix [N, M], ties by random orders; images without captions left out."""
-    figures = {}
+    """Return R@k from the whole matrix [N, M]; images without captions are left out."""
+    metrics = {}
     for k in (1, 5, 10):
         rows = [chances(row, owner == i, k) for i, row in enumerate(scores) if (owner == i).any()]
         columns = [
             chances(column, np.arange(len(scores)) == i, k)
             for column, i in zip(scores.T, owner, strict=True)
         ]
-        figures |= {f"image_to_text_r{k}": np.mean(rows), f"text_to_image_r{k}": np.mean(columns)}
-    return figures
+        metrics |= {f"image_to_text_r{k}": np.mean(rows), f"text_to_image_r{k}": np.mean(columns)}
+    return metrics
 
 
 def test_an_oracle_finds_everything_and_a_constant_guesses():
-    figures = measured(stubs.Oracle, batch_size=3).metrics
-    assert figures.pop("text_to_image_mean_rank") == figures.pop("image_to_text_mean_rank") == 1.0
-    assert len(figures) == 6 and set(figures.values()) == {1.0}
+    metrics = measured(stubs.Oracle, batch_size=3).metrics
+    assert metrics.pop("text_to_image_mean_rank") == metrics.pop("image_to_text_mean_rank") == 1.0
+    assert len(metrics) == 6 and set(metrics.values()) == {1.0}
 
-    figures = measured(stubs.Constant, batch_size=3).metrics
+    metrics = measured(stubs.Constant, batch_size=3).metrics
     own = [len(captions) for captions in CAPTIONS if captions]
     texts = sum(own)
-    assert figures["text_to_image_r5"] == pytest.approx(5 / 17)
-    assert figures["text_to_image_mean_rank"] == pytest.approx(9)
-    assert figures["image_to_text_r1"] == pytest.approx(np.mean(own) / texts)
+    assert metrics["text_to_image_r5"] == pytest.approx(5 / 17)
+    assert metrics["text_to_image_mean_rank"] == pytest.approx(9)
+    assert metrics["image_to_text_r1"] == pytest.approx(np.mean(own) / texts)
     expected = np.mean([(texts + 1) / (n + 1) for n in own])  # of the first of n among `texts`
-    assert figures["image_to_text_mean_rank"] == pytest.approx(expected)
+    assert metrics["image_to_text_mean_rank"] == pytest.approx(expected)
 
-    figures = measured(stubs.Diverged).metrics
-    assert {v for k, v in figures.items() if "rank" not in k} == {0.0}
+    metrics = measured(stubs.Diverged).metrics
+    assert {v for k, v in metrics.items() if "rank" not in k} == {0.0}
 
 
-def test_figures_are_those_of_brute_force_with_ties_and_several_captions():
+def test_metrics_are_those_of_brute_force_with_ties_and_several_captions():
     learner = stubs.Hashed()
     encode = stubs.Numbers().encode
     owner = np.repeat(np.arange(len(CAPTIONS)), [len(own) for own in CAPTIONS])
@@ -99,14 +99,14 @@ def test_what_is_taken_off_the_scores_only_has_a_say_in_rows():
     owner, scores = np.repeat(np.arange(4), 2), rng.random((4, 8)).astype(np.float32)
     prior = rng.random(8).astype(np.float32)
 
-    def figures(scores, offsets):
+    def metrics(scores, offsets):
         counts = Counts(owner, scores[owner, np.arange(8)], 1e-6)
         for k in (0, 2):
             counts.add(np.arange(k, k + 2), scores[k : k + 2], offsets)
         return counts.metrics()
 
-    found = figures(scores, {"": 0.0, "_over_prior": prior})
-    plain, moved = figures(scores, {"": 0.0}), figures(scores - prior, {"": 0.0})
+    found = metrics(scores, {"": 0.0, "_over_prior": prior})
+    plain, moved = metrics(scores, {"": 0.0}), metrics(scores - prior, {"": 0.0})
     assert len(found) == 12
     for name, value in plain.items():
         assert found[name] == value
@@ -134,11 +134,11 @@ def test_scores_are_the_learners_whatever_the_blocks(kind, tokenizer_path):
     every = np.broadcast_to(tokens, (8, *tokens.shape))
     scores = np.asarray(score(np.concatenate([images, blank]), every))
     owner = np.repeat(np.arange(7), 5)
-    figures = results[0].metrics
+    metrics = results[0].metrics
     for name, value in brute_force(scores[:7], owner).items():
-        assert figures[name] == pytest.approx(value, abs=0.02), name
+        assert metrics[name] == pytest.approx(value, abs=0.02), name
     if kind == "captioner":
         for name, value in brute_force(scores[:7] - scores[7], owner).items():
             if name.startswith("image_to_text"):
-                assert figures[f"{name}_over_prior"] == pytest.approx(value, abs=0.02), name
-    assert len(figures) == (12 if kind == "captioner" else 8)
+                assert metrics[f"{name}_over_prior"] == pytest.approx(value, abs=0.02), name
+    assert len(metrics) == (12 if kind == "captioner" else 8)

@@ -1,4 +1,4 @@
-"""Captions of scenes are judged by what they name."""
+"""Captions of scenes are correct if they name every object."""
 
 import pytest
 
@@ -21,7 +21,7 @@ class Context:
 
 @pytest.fixture
 def judged(monkeypatch):
-    """Returns the evaluator's result for captions that are handed to it."""
+    """Return a function from captions to the evaluator's result."""
 
     def judge(captions):
         class Captioning:

@@ -1,4 +1,4 @@
-"""When evaluators run, and where their results go."""
+"""When evaluators run, and where their results are written."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Which tokens a word is made of, and maps over the image."""
+"""The tokens of words, and their attention maps over the image."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ CAPTIONS = [caption for i in range(20) for caption in Scenes("val", 16)[i]["capt
 
 
 class Pieces:
-    """Token k + 2 is piece k; texts are pieces side by side, without space at their ends."""
+    """Token k + 2 is piece k; a text is its pieces joined, stripped of spaces at the ends."""
 
     pad_id, eos_id = 0, 1
 
@@ -96,7 +96,7 @@ def test_learners_without_attention_are_told():
 
     class OneAttention:
         def attend(self, images, text):
-            """Has no layers."""
+            """Has no argument `layer`."""
 
     word_maps.check_attends(OneAttention)
     with pytest.raises(UserError, match="a OneAttention has one attention map, not one a layer"):

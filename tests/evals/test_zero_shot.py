@@ -1,4 +1,4 @@
-"""Zero-shot classification: ensembles against NumPy, rules of captioners, ties, files."""
+"""Zero-shot classification: ensembles and captioners' rules against NumPy, ties, files."""
 
 import json
 
@@ -66,7 +66,7 @@ def test_a_limit_takes_images_of_all_classes(templates):
 
 
 def accuracy(scores, label):
-    """Top-1 and top-5 of scores [n, K] without ties."""
+    """Return top-1 and top-5 of scores [n, K] without ties."""
     order = np.argsort(-scores, axis=1)
     return [(order[:, :k] == label[:, None]).any(1).mean() for k in (1, 5)]
 
@@ -76,7 +76,7 @@ def small(request, tokenizer_path):
     return request.param, *stubs.small(request.param, tokenizer_path)
 
 
-def test_figures_are_those_of_numpy_whatever_the_batch_size(small):
+def test_metrics_are_those_of_numpy_whatever_the_batch_size(small):
     kind, context, variables = small
     split = (context.graphdef, *variables)
     source = context.source()
@@ -108,10 +108,10 @@ def test_figures_are_those_of_numpy_whatever_the_batch_size(small):
         for size, pairs in ((4, 16), (13, 1000))
     ]
     assert results[0].metrics == results[1].metrics
-    figures = results[0].metrics
-    assert len(figures) == 3 * len(scores)
+    metrics = results[0].metrics
+    assert len(metrics) == 3 * len(scores)
     for suffix, expected in scores.items():
-        top = [figures[f"top{k}{suffix}"] for k in (1, 5)]
+        top = [metrics[f"top{k}{suffix}"] for k in (1, 5)]
         np.testing.assert_allclose(top, accuracy(expected, label))
     assert results[0].details["classes"][0] == "a circle"
 

@@ -1,4 +1,4 @@
-"""Sweeps: what trials are, power laws found again, tables and pivots by hand, what a run took."""
+"""Sweeps: trials, recovery of power laws, tables and pivots by hand, costs of a run."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ QUICKSTART = str(toy.CONFIGS / "quickstart.py")
 
 @pytest.fixture
 def root(monkeypatch):
-    """Trials name config files as people do, from the root of the repository."""
+    """Run in the root of the repository, which trials' config files are relative to."""
     monkeypatch.chdir(toy.CONFIGS.parent)
 
 
@@ -46,7 +46,7 @@ def test_a_recurrent_trial_is_the_recipe_but_for_what_is_swept(root):
     trial = trials.load(f"{SWEEPS}/recurrent.py:batches=64,rates=0.005,layers=3", {"seed": 7})[0]
     config = toy.load("recurrent", "recipe=cnn_lstm")
     config.batch_size, config.optim.lr, config.learner.layers, config.seed = 64, 0.005, 3, 7
-    config.total_epochs = 5.0  # one of the source's
+    config.total_epochs = 5.0  # the number that the recipe's source uses
     assert trial.resolved() == config
     assert trial.fields["recipe"] == "cnn_lstm" and trial.fields["optim.lr"] == 0.005
     assert "--config.optim.lr=0.005" in trial.arguments("x")
@@ -71,7 +71,7 @@ def test_sweep_files_that_are_wrong_are_told(tmp_path):
     for body, told in {
         "()": "has no trials",
         "[Trial('a', 'x'), Trial('a', 'y')]": "2 trials are called 'a'",
-        "[Trial('a/b', 'x')]": "no name of a folder",
+        "[Trial('a/b', 'x')]": "is not a valid trial name",
     }.items():
         file.write_text(head + body)
         with pytest.raises(UserError, match=told):
@@ -86,7 +86,7 @@ def test_extra_overrides_are_values():
     assert trials.parse_overrides(
         ["--config.optim.lr=1e-3", "--config.data.flip=True", "--config.data.name=data/coco=2"]
     ) == {"optim.lr": 1e-3, "data.flip": True, "data.name": "data/coco=2"}
-    with pytest.raises(UserError, match="after -- there may be"):
+    with pytest.raises(UserError, match="expected --config.some.field=value after --"):
         trials.parse_overrides(["--workdir=x"])
 
 
@@ -139,7 +139,7 @@ def test_what_has_no_law_is_told():
 
 @pytest.fixture
 def swept(tmp_path):
-    """Four trials and a second seed of the first; the loss of the last was better before."""
+    """Four trials and a second seed of the first; the last had a lower loss earlier."""
     found = []
     for lr, layers, seed, losses in [
         (0.1, 1, 0, [3.0, 2.0]),
@@ -182,14 +182,14 @@ def test_pivots(swept):
         {"optim.lr": 0.01, "learner.layers=1": 3.0, "learner.layers=2": 4.0},
         {"optim.lr": 0.1, "learner.layers=1": 1.5, "learner.layers=2": 0.5},  # the mean of seeds
     ]
-    # Another field that differs is a column of its own; what was not run is empty.
+    # Another field that differs is a column; combinations that were not run are empty.
     assert results.pivot(rows, "learner.layers", "seed", "val/loss") == [
         {"optim.lr": 0.01, "learner.layers": 1, "seed=0": 3.0, "seed=1": None},
         {"optim.lr": 0.01, "learner.layers": 2, "seed=0": 4.0, "seed=1": None},
         {"optim.lr": 0.1, "learner.layers": 1, "seed=0": 2.0, "seed=1": 1.0},
         {"optim.lr": 0.1, "learner.layers": 2, "seed=0": 0.5, "seed=1": None},
     ]
-    # What they settle is none.
+    # A field that they determine is not a column.
     wide = [row | {"width": 10 * row["learner.layers"]} for row in rows]
     assert results.pivot(wide, "width", "optim.lr", "val/loss") == [
         {"width": 10, "optim.lr=0.01": 3.0, "optim.lr=0.1": 1.5},
@@ -242,7 +242,7 @@ def test_what_a_run_took(tmp_path, tokenizer_path, monkeypatch):
     assert costs["parameters"] == counted["total"]
     assert costs["parameters/encoder"] == counted["encoder"]
     assert (costs["examples"], costs["flops"]) == (24, 24 * 100.5)
-    monkeypatch.delattr(plan, "flops_per_example")  # it is counted once
+    monkeypatch.delattr(plan, "flops_per_example")  # counts are cached
     assert results.costs(tmp_path) == costs
     with pytest.raises(UserError, match="no folder of a run"):
         results.costs(tmp_path / "nothing")

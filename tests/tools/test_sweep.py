@@ -106,7 +106,7 @@ def test_what_crashes_is_tried_again_and_the_others_go_on(run, out, capsys):
     assert run(names) == 1
     assert [starts(out / name) for name in names] == [3, 3, 1, 1]
     said = capsys.readouterr().out
-    assert "crash: exit status 1, will be tried again: crash 2" in said
+    assert "crash: exit status 1, will be retried: crash 2" in said
     assert "mistake: failed, exit status 2: cap_pretrain: your fault" in said
     assert "2 of 4 trials failed: mistake, hopeless" in said
 
@@ -221,7 +221,7 @@ def test_tables_and_plots(run, out, tmp_path, capsys):
     assert "optim.lr" in picture.read_text()
     for wrong, told in {
         "--out=plot.gif": "ends in neither .png nor .svg",
-        "--y=val/los": "has the figure 'val/los'. Did you mean 'val/loss'",
+        "--y=val/los": "has the metric 'val/los'. Did you mean 'val/loss'",
         "--by=objectiv": "--by: a has no field 'objectiv'",
     }.items():
         assert sweep.main([*asked, f"--out={picture}", wrong]) == 2
@@ -231,7 +231,7 @@ def test_tables_and_plots(run, out, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["status", "DIR"], "is no folder of a sweep"),
+        (["status", "DIR"], "not the folder of a sweep"),
         (["run", "no_such_sweep.py", "--out=DIR"], "there is no file 'no_such_sweep.py'"),
     ],
 )
