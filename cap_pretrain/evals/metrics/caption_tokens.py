@@ -19,25 +19,8 @@ from cap_pretrain.errors import UserError
 # What pycocoevalcap's PTBTokenizer removes. Brackets stay, as "-lrb-", because they are lower-cased
 # before the comparison with this list; all published scores are computed like this.
 PUNCTUATION = frozenset(
-    [
-        "''",
-        "'",
-        "``",
-        "`",
-        "-LRB-",
-        "-RRB-",
-        "-LCB-",
-        "-RCB-",
-        ".",
-        "?",
-        "!",
-        ",",
-        ":",
-        "-",
-        "--",
-        "...",
-        ";",
-    ]
+    ["''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-"]
+    + [".", "?", "!", ",", ":", "-", "--", "...", ";"]
 )
 
 # Time limit of a Java program: to start, and for each image. Some twenty times what it takes.
@@ -151,51 +134,11 @@ def ptb(captions: Sequence[str]) -> list[str]:
 
 
 _ABBREVIATIONS = [
-    "mr",
-    "mrs",
-    "ms",
-    "dr",
-    "prof",
-    "gen",
-    "sgt",
-    "lt",
-    "col",
-    "capt",
-    "jr",
-    "sr",
-    "bros",
-    "st",
-    "ave",
-    "blvd",
-    "rd",
-    "mt",
-    "ft",
-    "vs",
-    "etc",
-    "co",
-    "inc",
-    "corp",
-    "ltd",
-    "jan",
-    "feb",
-    "mar",
-    "apr",
-    "jun",
-    "jul",
-    "aug",
-    "sep",
-    "sept",
-    "oct",
-    "nov",
-    "dec",
-    "mon",
-    "tue",
-    "tues",
-    "wed",
-    "thu",
-    "thurs",
-    "fri",
-]
+    "mr", "mrs", "ms", "dr", "prof", "gen", "sgt", "lt", "col", "capt", "jr", "sr", "bros", "st",
+    "ave", "blvd", "rd", "mt", "ft", "vs", "etc", "co", "inc", "corp", "ltd", "jan", "feb", "mar",
+    "apr", "jun", "jul", "aug", "sep", "sept", "oct", "nov", "dec", "mon", "tue", "tues", "wed",
+    "thu", "thurs", "fri"
+]  # fmt: skip
 
 _NORMALIZED = str.maketrans(
     {"’": "'", "‘": "`", "“": '"', "”": '"', "«": '"', "»": '"', "–": "--", "—": "--", "…": "..."}
