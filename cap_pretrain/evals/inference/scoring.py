@@ -58,8 +58,8 @@ class Scoring:
         learner = learner_type(context.graphdef)
         if not issubclass(learner, ScoresTexts):
             raise UserError(
-                "evals: this evaluator scores texts for images, which a "
-                f"{learner.__name__} cannot; use a captioner or dual encoder, or remove it."
+                f"evals: this evaluator scores texts for images, which a {learner.__name__} "
+                "cannot; use a captioner or a dual encoder, or remove the evaluator."
             )
         self.has_prior = not issubclass(learner, EmbedsText)
         self.tolerance = CAPTIONER_TOLERANCE if self.has_prior else DUAL_ENCODER_TOLERANCE
@@ -104,10 +104,10 @@ class Scoring:
     def batches(
         self, variables: Any, source: Source, limit: int
     ) -> Iterator[tuple[dict[str, np.ndarray], jax.Array]]:
-        """Yield batches of images as (what they are, their features for `compare`).
+        """Yield batches of images as (their identity, their features for `compare`).
 
-        The first is replicated: a dict of `index` and `label` int [B], and `mask` bool [B], which
-        is False for padding and for images that cannot be decoded.
+        The identity is a dict of `index` and `label` int [B], and `mask` bool [B], which is False
+        for padding and for images that cannot be decoded. Every host has it in whole.
 
         Args:
             variables: the learner's.
