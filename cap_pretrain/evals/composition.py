@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from cap_pretrain.data.hard_negatives import OrderQuestions, Question, QuestionSet, SceneQuestions
+from cap_pretrain.data.hard_negatives import OrderQuestions, Question, SceneQuestions
 from cap_pretrain.data.scenes.source import Scenes
 from cap_pretrain.data.sugarcrepe import SugarCrepe
 from cap_pretrain.errors import UserError, did_you_mean
@@ -180,7 +180,9 @@ def candidates(questions: list[Question]) -> list[str]:
     return list(texts)
 
 
-def question_set(context: Context, options: Composition.Options) -> QuestionSet:
+def question_set(
+    context: Context, options: Composition.Options
+) -> SugarCrepe | OrderQuestions | SceneQuestions:
     """Open the set of questions that the options name."""
     if options.questions == "sugarcrepe":
         return SugarCrepe(options.annotations, options.images)

@@ -133,8 +133,8 @@ class Features:
         """Return all that the features depend on, as text."""
         key = dict(self._identity)
         if self._layer != "pixels":
-            encoder = nnx.merge(self._context.graphdef, *variables).encoder
-            graphdef, weights = nnx.split(encoder)
+            learner: Any = nnx.merge(self._context.graphdef, *variables)
+            graphdef, weights = nnx.split(learner.encoder)
             compute = jax.jit(
                 fingerprint.fingerprints, out_shardings=sharding.replicated(self._context.mesh)
             )
@@ -153,7 +153,7 @@ def on_one_device() -> contextlib.AbstractContextManager:
     return jax.set_mesh(one)
 
 
-def _encode(learner: nnx.Module, layer: str, images: jax.Array) -> jax.Array:
+def _encode(learner: Any, layer: str, images: jax.Array) -> jax.Array:
     """Return the features [B, D] float32 of images uint8 [B, H, W, 3]."""
     if layer == "pixels":
         shape = (len(images), PIXELS, PIXELS, 3)
