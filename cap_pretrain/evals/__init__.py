@@ -1,22 +1,22 @@
-"""Evaluators: what is measured of a learner, during training or after it.
+"""Evaluators, which measure a learner during training or after it.
 
 To add an evaluator:
 
-1. Write its file here: a class with the members of `base.Evaluator`, which are nested `Options` (a
-   frozen dataclass with the documented settings and their defaults), `__init__(context, options)`
-   for what is needed once, and `__call__(variables)`, which returns a `base.Result`.
+1. Write a file here with a class that has the members of `base.Evaluator`: `Options`, a nested
+   frozen dataclass of documented settings with defaults; `__init__(context, options)`, which
+   prepares what all evaluations share; and `__call__(variables)`, which returns a `base.Result`.
 2. Register it in `REGISTRY` under the name that `config.evals` uses.
 
 The training loop needs no change: a result is logged to metrics.jsonl, the console and TensorBoard,
 and written to `evals/NAME/STEP.json`.
 
-The evaluators are the classes in `REGISTRY`, one a file, here and in `probes/`. What they share:
+The evaluators are the classes in `REGISTRY`, one per file, here and in `probes/`. The other files:
 
     base.py     the interface (Evaluator, Context, Result) and common options
     suite.py    runs the evaluators of a run and writes their results
     inference/  runs a learner over a dataset: captions, scores of texts, outputs, attention
     metrics/    computes metrics from scores, captions or answers
-    probes/     beside the three probes: their features, splits and solver
+    probes/     the three probes, and the features, splits and solver that they share
 """
 
 import dataclasses

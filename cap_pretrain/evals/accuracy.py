@@ -19,7 +19,7 @@ class Accuracy:
         """Settings; the dataset needs labels.
 
         Attributes:
-            batch_size: images a batch; does not affect the metrics.
+            batch_size: images per batch; does not affect the metrics.
         """
 
         batch_size: int = 256

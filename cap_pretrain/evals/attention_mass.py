@@ -59,7 +59,7 @@ class AttentionMass:
         Attributes:
             split: the split of `scenes`; "" is `data.eval_split`.
             count: only the first so many images.
-            batch_size: images a batch.
+            batch_size: images per batch.
         """
 
         split: str = ""

@@ -88,7 +88,7 @@ class Context:
 
         Args:
             source: the examples.
-            batch_size: examples a batch; rounded up to a multiple of the data-parallel devices.
+            batch_size: examples per batch; rounded up to a multiple of the data-parallel devices.
             limit: only the first so many examples.
 
         Raises:
@@ -127,7 +127,7 @@ class Evaluator(Protocol):
     Options: ClassVar[type]
 
     def __init__(self, context: Context, options: Any):
-        """Build what is needed once; raise UserError if the learner or dataset does not fit."""
+        """Prepare what all evaluations share; raise UserError if learner or dataset do not fit."""
 
     def __call__(self, variables: Any) -> Result:
         """Evaluate the learner with these variables."""
@@ -151,7 +151,7 @@ class BatchOptions(DataOptions):
     """Options of evaluators that read examples in batches.
 
     Attributes:
-        batch_size: examples a batch.
+        batch_size: examples per batch.
         limit: only the first so many examples; 0 is all.
     """
 

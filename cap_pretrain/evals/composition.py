@@ -126,9 +126,9 @@ class Tally:
     def __init__(self, tolerance: float):
         self.questions = 0
         self._tolerance = tolerance
-        # Probabilities of choosing the true caption: rule -> kind -> one a question,
+        # Probabilities of choosing the true caption: rule -> kind -> one per question,
         self._by_kind: dict[str, dict[str, list[float]]] = {}
-        # and against all false captions at once: rule -> one a question.
+        # and against all false captions at once: rule -> one per question.
         self._of_all: dict[str, list[float]] = {}
         self._chance_of_all: list[float] = []
 

@@ -21,7 +21,7 @@ class SceneCaptions:
         Attributes:
             split: of `scenes`: val, test, or novel (color-shape pairs that training never shows).
             count: number of images to caption.
-            batch_size: images a batch.
+            batch_size: images per batch.
         """
 
         split: str = "val"

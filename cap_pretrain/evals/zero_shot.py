@@ -50,10 +50,10 @@ class ZeroShot:
 
         Attributes:
             classes: file with the name of each class, in the order of the labels: a JSON list, or
-                one name a line. "" uses the dataset's class names; for `scenes`, captions such as
+                one name per line. "" uses the dataset's class names; for `scenes`, captions such as
                 "a red shape".
-            templates: file with the templates, a JSON list or one a line, each with {} in place of
-                the name. "" uses seven built-in ones; for `scenes`, beginnings of its captions.
+            templates: file with the templates, a JSON list or one per line, each with {} for the
+                name. "" uses seven built-in ones; for `scenes`, beginnings of its captions.
         """
 
         classes: str = ""
@@ -84,7 +84,7 @@ class ZeroShot:
         rule = self._captioner_rules if self._scoring.has_prior else self._dual_encoder_rule
         texts, scores_of = rule(variables)
         labels = []
-        counts: dict[str, list[np.ndarray]] = {}  # suffix -> better and tied, [2, n] a batch
+        counts: dict[str, list[np.ndarray]] = {}  # suffix -> better and tied, [2, n] per batch
         for where, images in self._scoring.batches(variables, self._source, limit=0):
             real = where["mask"] & (where["label"] >= 0)
             label = where["label"][real]
@@ -192,7 +192,7 @@ def prompts(
 
 
 def read_list(field: str, path: str) -> Sequence[str]:
-    """Read a JSON list of strings, or one string a line; empty strings are left out.
+    """Read a JSON list of strings, or one string per line; empty strings are left out.
 
     Args:
         field: the option that names the file, for messages.

@@ -99,5 +99,5 @@ def test_learners_without_attention_are_told():
             """Has no argument `layer`."""
 
     word_maps.check_attends(OneAttention)
-    with pytest.raises(UserError, match="a OneAttention has one attention map, not one a layer"):
+    with pytest.raises(UserError, match="a OneAttention has one attention map, not one per layer"):
         word_maps.check_attends(OneAttention, by_layer=True)

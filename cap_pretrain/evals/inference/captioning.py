@@ -21,7 +21,7 @@ class Captioning:
     Args:
         context: what evaluators work with.
         source: the examples.
-        batch_size: images a batch.
+        batch_size: images per batch.
         limit: only the first so many examples; None is all.
         how: the decoding. Samples depend on the run's seed and the example's index alone.
 

@@ -21,7 +21,7 @@ from cap_pretrain.errors import UserError
 from cap_pretrain.evals.base import Context, data_parallel, round_up
 
 PORTION = 32
-"""Images a device computes at a time, enough to keep it busy: a B/16 has matrices of 6272 rows."""
+"""Images per device at a time, enough to keep it busy: a B/16 has matrices of 6272 rows."""
 
 Arrays = tuple[np.ndarray, ...]
 

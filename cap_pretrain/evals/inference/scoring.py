@@ -43,7 +43,7 @@ class Scoring:
 
     Args:
         context: what evaluators work with.
-        batch_size: images a batch.
+        batch_size: images per batch.
         pairs: (image, text) pairs that a captioner scores at once.
 
     Attributes:

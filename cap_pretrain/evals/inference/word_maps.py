@@ -110,6 +110,6 @@ def check_attends(learner: type, *, by_layer: bool = False) -> None:
         )
     if by_layer and "layer" not in inspect.signature(learner.attend).parameters:
         raise UserError(
-            f"attention: a {learner.__name__} has one attention map, not one a layer; leave the "
+            f"attention: a {learner.__name__} has one attention map, not one per layer; leave the "
             "layer out."
         )

@@ -63,7 +63,7 @@ class Features:
         layer: "pooled"; "tokens", the mean of the encoder's tokens; one of the encoder's `layers`,
             as "block_6", the mean of its output tokens; or "pixels", without the encoder: the
             image, resized to 16 x 16 pixels.
-        batch_size: images a batch; affects only memory and speed.
+        batch_size: images per batch; affects only memory and speed.
 
     Raises:
         UserError: the first image has no label, or the layer is "pixels" and the dataset holds
