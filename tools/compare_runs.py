@@ -168,7 +168,7 @@ def _compare_checkpoints(a: Path, b: Path) -> Comparison:
 def _load(workdir: Path, step: int) -> Mapping[str, np.ndarray]:
     try:
         return checkpoint.load_arrays(workdir, step)
-    except checkpoint.Damaged as e:
+    except checkpoint.CorruptCheckpointError as e:
         raise UserError(str(e)) from e
 
 

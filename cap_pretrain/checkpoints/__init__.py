@@ -1,0 +1,1 @@
+"""Saving, validating and restoring checkpoints, and initializing runs from them."""

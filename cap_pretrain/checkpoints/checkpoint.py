@@ -1,19 +1,17 @@
 """Saving and restoring the training state with Orbax, in `WORKDIR/checkpoints/STEP/`.
 
-A checkpoint has three items: `learner` (what evaluation and export need), `optimizer`, and a
-`manifest` with the path, shape, dtype and fingerprint of every array in the other two. Orbax writes
-to a temporary folder and renames it when complete: an interrupted save harms no older one. What is
-restored is compared with the manifest, so a damaged checkpoint is noticed, whatever the damage, and
-told from the checkpoint of another model.
+A checkpoint has three items: `learner` (what evaluation and export read), `optimizer`, and
+`manifest`, which lists the path, shape, dtype and fingerprint of every array in the other two.
+Orbax writes to a temporary folder and renames it when complete, so an interrupted save leaves older
+checkpoints intact. Restored arrays are compared with the manifest. That detects any corruption, and
+distinguishes a corrupt checkpoint from one of another model.
 """
 
 import contextlib
 import dataclasses
 import functools
 import json
-import logging
 import shutil
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,48 +27,31 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from cap_pretrain import rules
 from cap_pretrain.checkpoints.manifest import (
-    Damaged,
+    CorruptCheckpointError,
     compare,
     describe,
+    format_leaf,
     make_manifest,
     read_manifest,
-    shape_of,
 )
+from cap_pretrain.checkpoints.orbax_setup import configure_orbax
 from cap_pretrain.distributed import cluster
 from cap_pretrain.errors import UserError, disk_error
 from cap_pretrain.fingerprint import fingerprints
 from cap_pretrain.training.step import TrainState
 
 ITEMS = ("learner", "optimizer")
-# What reading may fail of though the checkpoint is sound.
-_NOT_DAMAGE = ("RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
-
-
-def _worth_telling(record: logging.LogRecord) -> bool:
-    """Passes over what Orbax logs of a failure, with its traceback, many times and from threads.
-
-    And of the next statement.
-    """
-    failure = record.levelno >= logging.ERROR and record.exc_info
-    return not (failure or record.getMessage().startswith("Type handler registry"))
-
-
-for _name in ("absl", "asyncio"):
-    logging.getLogger(_name).addFilter(_worth_telling)
-# By default the replicas of an array save a slice each, and the first save would stop to compile
-# hundreds of slices. One replica saves it all.
-ocp.type_handlers.register_type_handler(
-    jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False), override=True
-)
+# Reading may fail for these reasons although the checkpoint is valid.
+_TRANSIENT_FAILURES = ("RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
 
 
 def checkpoints_folder(workdir: str | Path) -> Path:
-    """The folder of a workdir's checkpoints."""
+    """Return the absolute path of a workdir's checkpoint folder, which may not exist."""
     return Path(workdir).absolute() / "checkpoints"
 
 
 def saved_steps(workdir: str | Path) -> list[int]:
-    """The steps of which there is a checkpoint, ascending; whether it is sound is not looked at."""
+    """Return the steps that have a checkpoint, ascending, without validating them."""
     folder = checkpoints_folder(workdir)
     paths = folder.iterdir() if folder.is_dir() else ()
     return sorted(int(p.name) for p in paths if p.name.isdecimal() and p.is_dir())
@@ -79,13 +60,21 @@ def saved_steps(workdir: str | Path) -> list[int]:
 def load_arrays(
     workdir: str | Path, step: int, items: Sequence[str] = ITEMS
 ) -> dict[str, np.ndarray]:
-    """Returns every array saved at `step` by path, as "learner/params/encoder/…", on this host.
+    """Load the arrays of a checkpoint onto this host, without needing the model or its config.
 
-    Needs neither the model nor its config. Only those of `items` are read.
+    Args:
+        workdir: the run's folder.
+        step: the step of the checkpoint.
+        items: which of `ITEMS` to read.
+
+    Returns:
+        Every array by path, such as "learner/params/encoder/…".
 
     Raises:
-      Damaged: the checkpoint is not what was saved.
+        CorruptCheckpointError: an array or the manifest differs from what was saved.
+        UserError: the disk does not permit reading.
     """
+    configure_orbax()
     folder = checkpoints_folder(workdir) / str(step)
     manifest = read_manifest(folder)
     reader = ocp.PyTreeCheckpointHandler()
@@ -96,17 +85,17 @@ def load_arrays(
         args = jax.tree.map(lambda _: as_numpy, reader.metadata(path).tree)
         return reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=args))
 
-    tree = _reading(folder, lambda: {item: read(item) for item in items})
+    tree = _read_on_all_hosts(folder, lambda: {item: read(item) for item in items})
     saved = {k: leaf for k, leaf in manifest["leaves"].items() if k.split("/")[0] in items}
     compare(folder, describe(tree, jax.jit(fingerprints)(tree)), saved)
     return rules.flatten(tree)
 
 
 def saved_identity(workdir: str | Path, step: int) -> dict[str, str]:
-    """Returns what the checkpoint of `step` is bound to: `identity` of `Checkpoints` as it saved.
+    """Return the `identity` that `Checkpoints` was given when it saved `step`.
 
     Raises:
-      Damaged: the checkpoint is not what was saved.
+        CorruptCheckpointError: the manifest is missing or corrupt.
     """
     return read_manifest(checkpoints_folder(workdir) / str(step))["identity"]
 
@@ -115,14 +104,14 @@ class Checkpoints:
     """The checkpoints of one workdir.
 
     Args:
-      workdir: the run's folder.
-      config: gives what is kept.
-      identity: further strings that a checkpoint is bound to, by the file they stand for; one that
-        was made with others is refused.
-      read_only: for evaluation and export of somebody's run.
+        workdir: the run's folder.
+        config: `config.checkpoint` says which checkpoints to keep.
+        identity: file -> string identifying its content, such as a hash. These are saved with each
+            checkpoint, and a checkpoint saved with other ones is refused.
+        read_only: whether to leave the folder unchanged, as evaluation and export do.
 
     Raises:
-      UserError: the folder cannot be made.
+        UserError: the folder cannot be created.
     """
 
     def __init__(
@@ -133,6 +122,7 @@ class Checkpoints:
         identity: Mapping[str, str] | None = None,
         read_only: bool = False,
     ):
+        configure_orbax()
         self._workdir = Path(workdir)
         self._identity = dict(identity or {})
         self._best = config.checkpoint.best
@@ -140,7 +130,7 @@ class Checkpoints:
         self._minutes = config.checkpoint.every_minutes
         self._saved_at = time.monotonic()
         self._saving = self._failed = False
-        self._fingerprints = jax.jit(fingerprints)
+        self._fingerprints: Callable[[Any], Any] = jax.jit(fingerprints)
         keep_every = config.checkpoint.keep_every_steps
         self._manager = ocp.CheckpointManager(
             checkpoints_folder(workdir),
@@ -155,46 +145,49 @@ class Checkpoints:
                 read_only=read_only,
                 create=not read_only,
                 cleanup_tmp_directories=not read_only,
-                # Otherwise the process hangs where folders cannot be made.
+                # With asynchronous creation the process hangs where folders cannot be created.
                 async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
             ),
         )
 
     def latest_step(self) -> int | None:
-        """The step of the newest complete checkpoint, or None."""
+        """Return the step of the newest complete checkpoint, or None."""
         return max(saved_steps(self._workdir), default=None)
 
     def best_step(self) -> int | None:
-        """The saved step with the best `config.checkpoint.best`; None if that is not known."""
-        evaluator, _, figure = self._best.rpartition("/")
-        figures = {}
+        """Return the saved step with the best `config.checkpoint.best`, or None if unknown."""
+        evaluator, _, metric = self._best.rpartition("/")
+        values = {}
         for step in saved_steps(self._workdir) if self._best else ():
             path = self._workdir / "evals" / evaluator / f"{step}.json"
             if path.exists():
-                figures[step] = json.loads(path.read_text(encoding="utf-8")).get(figure)
-        known = {step: f if self._lowest else -f for step, f in figures.items() if f is not None}
-        return min(known, key=known.get, default=None)
+                values[step] = json.loads(path.read_text(encoding="utf-8")).get(metric)
+        known = {step: v if self._lowest else -v for step, v in values.items() if v is not None}
+        return min(known, key=known.__getitem__, default=None)
 
     def prepare(self, abstract: TrainState) -> None:
-        """Compiles what `save` runs on the devices, so that no step has to wait for it."""
-        self._fingerprints = self._fingerprints.lower(_items(abstract)).compile()
+        """Compile the fingerprints of a state ahead of time, so that no step waits for them."""
+        self._fingerprints = jax.jit(fingerprints).lower(_items(abstract)).compile()
 
     def minutes_passed(self) -> bool:
-        """Whether `config.checkpoint.every_minutes` have passed since the last save, here."""
+        """Return whether `config.checkpoint.every_minutes` have passed since this host's last save.
+
+        Always False if that field is 0.
+        """
         return bool(self._minutes) and time.monotonic() - self._saved_at > 60 * self._minutes
 
     def save(self, state: TrainState) -> None:
-        """Begins to save; training may go on at once.
+        """Start saving `state` in the background; training may continue at once.
 
         Raises:
-          UserError: this save, or the one before, found no room or no permission.
+            UserError: this save or the previous one lacked disk space or permission.
         """
         step, items = int(jax.device_get(state.step)), _items(state)
         self._saved_at = time.monotonic()
         leaves = describe(items, self._fingerprints(items))
         manifest = make_manifest(step, self._identity, leaves)
-        # Orbax copies to the host, and with several hosts waits for all, without telling the guard.
-        with self._failure_told(), jax.transfer_guard("allow"):
+        # Orbax copies to the host, and synchronizes several hosts, by implicit transfers.
+        with self._disk_errors_as_user_errors(), jax.transfer_guard("allow"):
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -205,52 +198,61 @@ class Checkpoints:
         self._saving = True
 
     def check(self) -> None:
-        """Raises UserError if the save under way has failed by now."""
+        """Raise UserError if a background save has failed by now; does not wait."""
         if self._saving and not self._manager.is_saving_in_progress():
             self.wait()
 
     def wait(self) -> None:
-        """Waits for the save under way; raises UserError if it fails."""
-        with self._failure_told(), jax.transfer_guard("allow"):
+        """Wait for the background save, if any; raise UserError if it failed."""
+        with self._disk_errors_as_user_errors(), jax.transfer_guard("allow"):
             self._manager.wait_until_finished()
         self._saving = False
 
     def restore_newest(
         self, abstract: TrainState, say: Callable[[str], None] = print
     ) -> TrainState | None:
-        """Returns the newest sound state, laid out as `abstract` says; None if there is none.
+        """Restore the newest valid checkpoint, renaming newer, corrupt ones to `STEP.damaged`.
 
-        Newer ones that are damaged are told through `say` and set aside as `STEP.damaged`.
+        Args:
+            abstract: shapes, dtypes and shardings of the state to return.
+            say: receives one line for each corrupt checkpoint.
+
+        Returns:
+            The state, or None if there are no checkpoints.
 
         Raises:
-          UserError: see `restore`; or there are checkpoints, but all are damaged.
+            UserError: see `restore`; or every checkpoint is corrupt.
         """
         steps = saved_steps(self._workdir)
         for step in reversed(steps):
             try:
                 return self.restore(abstract, step)
-            except Damaged as e:
-                say(f"{e}. It is set aside as {step}.damaged.")
+            except CorruptCheckpointError as e:
+                say(f"{e}. It is renamed to {step}.damaged.")
                 self._set_aside(step)
         if steps:
             raise UserError(
-                f"{self._manager.directory}: every checkpoint is damaged, from {steps[0]} to "
-                f"{steps[-1]}. Put a sound one back, or use another --workdir to begin again."
+                f"{self._manager.directory}: every checkpoint is corrupt, from {steps[0]} to "
+                f"{steps[-1]}. Put a valid one back, or use another --workdir to start over."
             )
         return None
 
     def restore(self, abstract: TrainState, step: int) -> TrainState:
-        """Returns the state saved at `step`, laid out as `abstract` says.
+        """Restore the state saved at `step`.
+
+        Args:
+            abstract: shapes, dtypes and shardings of the state to return.
+            step: the step of the checkpoint.
 
         Raises:
-          Damaged: the checkpoint is not what was saved.
-          UserError: it holds another model or optimizer than the config describes, was made with
-            another tokenizer, or may not be read.
+            CorruptCheckpointError: an array or the manifest differs from what was saved.
+            UserError: the checkpoint is of another model, optimizer or tokenizer, or the disk does
+                not permit reading.
         """
         folder = self._manager.directory / str(step)
         manifest = read_manifest(folder)
         target = _items(abstract)
-        self._check_fit(folder, manifest, target)
+        self._check_compatible(folder, manifest, target)
         read = functools.partial(
             self._manager.restore,
             step,
@@ -258,29 +260,30 @@ class Checkpoints:
                 **{item: ocp.args.StandardRestore(target[item]) for item in ITEMS}
             ),
         )
-        saved = dict(_reading(folder, read).items())
+        saved = dict(_read_on_all_hosts(folder, read).items())
         compare(folder, describe(saved, self._fingerprints(saved)), manifest["leaves"])
         return TrainState(**saved["learner"], opt_state=saved["optimizer"]["opt_state"])
 
     def close(self) -> None:
-        """Waits for a save under way and lets go; raises UserError if that save failed."""
-        with contextlib.suppress(*([Exception] if self._failed else [])):  # told already
+        """Wait for the background save and release Orbax; raise UserError if that save failed."""
+        # A failure that was already raised is not raised again.
+        with contextlib.suppress(*([Exception] if self._failed else [])):
             try:
                 self.wait()
             finally:
                 self._manager.close()
 
-    def _check_fit(self, folder: Path, manifest: dict[str, Any], target: Any) -> None:
-        """Raises UserError unless the checkpoint is one of this model, tokenizer and optimizer."""
-        for file, found in self._identity.items():
-            if manifest["identity"].get(file) != found:
+    def _check_compatible(self, folder: Path, manifest: dict[str, Any], target: Any) -> None:
+        """Raise UserError unless the checkpoint is of this model, optimizer and tokenizer."""
+        for file, identity in self._identity.items():
+            if manifest["identity"].get(file) != identity:
                 raise UserError(
                     f"{self._workdir / file}: is not the file that {folder} was trained with. "
                     "Put that one back, or use another --workdir."
                 )
         saved, wanted = manifest["leaves"], describe(target)
         for path in [*wanted, *(path for path in saved if path not in wanted)]:
-            there, here = (shape_of(leaves.get(path)) for leaves in (saved, wanted))
+            there, here = (format_leaf(leaves.get(path)) for leaves in (saved, wanted))
             if there != here:
                 what = "optimizer" if path.startswith("optimizer/") else "model"
                 raise UserError(
@@ -289,6 +292,7 @@ class Checkpoints:
                 )
 
     def _set_aside(self, step: int) -> None:
+        """Rename the checkpoint of `step` to `STEP.damaged`, for all hosts."""
         if jax.process_index() == 0:
             folder = self._manager.directory / str(step)
             aside = folder.with_name(f"{step}.damaged")
@@ -298,8 +302,8 @@ class Checkpoints:
         self._manager.reload()
 
     @contextlib.contextmanager
-    def _failure_told(self) -> Iterator[None]:
-        """Turns what a full or forbidden disk makes of a save into a UserError."""
+    def _disk_errors_as_user_errors(self) -> Iterator[None]:
+        """Turn failures of a save caused by a full or read-only disk into UserError."""
         try:
             yield
         except Exception as e:
@@ -308,33 +312,44 @@ class Checkpoints:
             if reason is None:
                 raise
             left = saved_steps(self._workdir)
-            on = f"it goes on from step {left[-1]}, which is intact" if left else "it begins anew"
+            resumes = f"resumes from step {left[-1]}, which is intact" if left else "starts over"
             raise UserError(
                 f"{self._manager.directory}: a checkpoint could not be saved ({reason}).\n"
-                f"Mend that and run again: {on}."
+                f"Fix that and run the same command again: the run {resumes}."
             ) from e
 
 
 class _KeepStep(policies.PreservationPolicy):
-    """Preserves the step that `choose` returns when Orbax clears away old checkpoints."""
+    """An Orbax policy that preserves the step returned by `choose` at each cleanup."""
 
     def __init__(self, choose: Callable[[], int | None]):
         self._choose = choose
 
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+    def should_preserve(
+        self,
+        checkpoints: Sequence[Any],
+        *,
+        context: Any,  # noqa: ARG002 - Orbax passes it by name
+    ) -> list[bool]:
+        """Return for each checkpoint whether to keep it."""
         kept = self._choose()
         return [checkpoint.step == kept for checkpoint in checkpoints]
 
 
 def _items(state: TrainState) -> dict[str, Any]:
-    """The items of a checkpoint besides the manifest."""
+    """Return the items of a checkpoint, other than the manifest."""
     fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
     return {"optimizer": {"opt_state": fields.pop("opt_state")}, "learner": fields}
 
 
-def _reading(folder: Path, read: Callable[[], Any]) -> Any:
-    """Returns `read()`, on every host or on none; raises Damaged if it fails of the files."""
-    result, damage = None, None
+def _read_on_all_hosts(folder: Path, read: Callable[[], Any]) -> Any:
+    """Return `read()`; if the files are corrupt on any host, raise on every host.
+
+    Raises:
+        CorruptCheckpointError: `read` failed because of the files' content.
+        UserError: the disk does not permit reading.
+    """
+    result, corruption = None, None
     try:
         with warnings.catch_warnings():
             # Orbax leaves coroutines behind when it fails.
@@ -343,19 +358,10 @@ def _reading(folder: Path, read: Callable[[], Any]) -> Any:
     except Exception as e:
         if reason := disk_error(e):
             raise UserError(f"{folder}: cannot be read ({reason}).") from e
-        if isinstance(e, MemoryError) or any(word in str(e) for word in _NOT_DAMAGE):
+        if isinstance(e, MemoryError) or any(code in str(e) for code in _TRANSIENT_FAILURES):
             raise
-        damage = e
-    told = (str(damage).strip() or repr(damage)).splitlines()[0] if damage else ""
-    if reason := cluster.decided(told, lambda said: next(filter(None, said), "")):
-        raise Damaged(f"{folder}: is damaged ({reason[:200]})") from damage
+        corruption = e
+    reason = (str(corruption).strip() or repr(corruption)).splitlines()[0] if corruption else ""
+    if reason := cluster.decided(reason, lambda reasons: next(filter(None, reasons), "")):
+        raise CorruptCheckpointError(f"{folder}: is corrupt ({reason[:200]})") from corruption
     return result
-
-
-def _but_late_callbacks(unraisable: Any, before: Callable = sys.unraisablehook) -> None:
-    """Passes over TensorStore's threads reporting to an event loop that Orbax has given up."""
-    if str(unraisable.exc_value) != "Event loop is closed":
-        before(unraisable)
-
-
-sys.unraisablehook = _but_late_callbacks

@@ -1,4 +1,4 @@
-"""What a run has learned, read back from its workdir: for captioning, evaluation and export."""
+"""Loading the trained learner of a run from its workdir, for captioning, evaluation and export."""
 
 import json
 import sys
@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 
 from cap_pretrain import config as configs
 from cap_pretrain import inputs, learners, rules
-from cap_pretrain.checkpoints.checkpoint import Damaged, load_arrays, saved_identity, saved_steps
+from cap_pretrain.checkpoints.checkpoint import load_arrays, saved_identity, saved_steps
+from cap_pretrain.checkpoints.manifest import CorruptCheckpointError
 from cap_pretrain.data.text import tokenizers
 from cap_pretrain.distributed import sharding
 from cap_pretrain.errors import UserError
@@ -24,7 +25,7 @@ Say = Callable[[str], None]
 
 
 def to_stderr(text: str) -> None:
-    """Tells people who read the results on stdout."""
+    """Print `text` to stderr, leaving stdout to results."""
     print(text, file=sys.stderr)
 
 
@@ -32,10 +33,10 @@ class Weights(NamedTuple):
     """The variables of a learner on this host, by path in the learner.
 
     Attributes:
-      step: of the checkpoint.
-      averaged: whether `params` are the moving average.
-      params: parameters, as "encoder/blocks/…".
-      stats: other variables.
+        step: the step of the checkpoint.
+        averaged: whether `params` are the moving average of the parameters.
+        params: parameters by path, such as "encoder/blocks/…".
+        stats: other variables by path, such as BatchNorm statistics.
     """
 
     step: int
@@ -45,7 +46,14 @@ class Weights(NamedTuple):
 
 
 class Learner(NamedTuple):
-    """A learner as evaluators take it: `nnx.merge(graphdef, *variables)`, and what it came with."""
+    """A restored learner in the form that evaluators take.
+
+    Attributes:
+        config: the config of its run, locked.
+        tokenizer: the tokenizer of its run.
+        graphdef: its structure; `nnx.merge(graphdef, *variables)` is the module.
+        variables: its parameters (averaged ones if saved) and its other variables, on the mesh.
+    """
 
     config: ConfigDict
     tokenizer: tokenizers.Tokenizer
@@ -56,17 +64,17 @@ class Learner(NamedTuple):
 def load_learner(
     workdir: str | Path, mesh: Mesh | None = None, step: int | None = None, say: Say = to_stderr
 ) -> Learner:
-    """Opens a run's learner, without its optimizer; nothing in the workdir is changed.
+    """Load a run's learner, without its optimizer. The workdir is not changed.
 
     Args:
-      workdir: the folder of the run.
-      mesh: where the variables are to lie; None is the first device of this process.
-      step: which checkpoint; None is the newest sound one.
-      say: is told of damaged checkpoints that are passed over.
+        workdir: the folder of the run.
+        mesh: where to place the variables; None means the first device of this process.
+        step: which checkpoint to load; None means the newest valid one.
+        say: receives a line for each corrupt checkpoint that is skipped.
 
     Raises:
-      UserError: there is no such run or no sound checkpoint, or its config.json or tokenizer is not
-        the one it was trained with.
+        UserError: there is no such run or no valid checkpoint, or its config.json or tokenizer is
+            not the one it was trained with.
     """
     workdir = Path(workdir)
     config = read_config(workdir)
@@ -91,10 +99,10 @@ def load_learner(
 
 
 def read_config(workdir: str | Path) -> ConfigDict:
-    """Returns the config of a run; what was no field yet when it ran has its default.
+    """Return the config of a run, locked; fields added since the run have their defaults.
 
     Raises:
-      UserError: there is none, or it cannot be read.
+        UserError: config.json is missing or invalid.
     """
     path = Path(workdir) / "config.json"
     try:
@@ -105,60 +113,65 @@ def read_config(workdir: str | Path) -> ConfigDict:
             config.update(stored)
     except OSError as e:
         raise UserError(
-            f"{workdir}: is no folder of a run, its config.json cannot be read ({e.strerror}); "
-            "name the --workdir of one."
+            f"{workdir}: is not the folder of a run: its config.json cannot be read "
+            f"({e.strerror}); give the --workdir of a run."
         ) from e
     except (ValueError, TypeError, KeyError, AttributeError) as e:
-        raise UserError(f"{path}: is no config of a run ({e}); put the run's own one back.") from e
+        raise UserError(f"{path}: is not the config of a run ({e}); put the original back.") from e
     return config.lock()
 
 
 def read_weights(workdir: str | Path, step: int | None = None, say: Say = to_stderr) -> Weights:
-    """Reads the learner's variables, each compared with its fingerprint; averaged ones if any.
+    """Read the learner's variables and validate their fingerprints.
 
     Args:
-      workdir: the folder of the run.
-      step: which checkpoint; None is the newest sound one.
-      say: is told of damaged checkpoints that are passed over.
+        workdir: the folder of the run.
+        step: which checkpoint to read; None means the newest valid one.
+        say: receives a line for each corrupt checkpoint that is skipped.
+
+    Returns:
+        The variables, with the moving average of the parameters if the run kept one.
 
     Raises:
-      UserError: there is no such checkpoint, or none that is sound.
+        UserError: there is no such checkpoint, or no valid one.
     """
     steps = saved_steps(workdir)
     if not steps or step not in (None, *steps):
-        there = f"there are {', '.join(map(str, steps))}" if steps else "there is none at all"
-        asked = "" if step is None else f" of step {step}"
-        raise UserError(f"{workdir}: has no checkpoint{asked}; {there}.")
+        there = f"there are {', '.join(map(str, steps))}" if steps else "there are none at all"
+        which = "" if step is None else f" of step {step}"
+        raise UserError(f"{workdir}: has no checkpoint{which}; {there}.")
     for candidate in reversed(steps) if step is None else [step]:
         try:
             arrays = load_arrays(workdir, candidate, items=("learner",))
-        except Damaged as e:
-            say(f"{e}, and passed over.")
+        except CorruptCheckpointError as e:
+            say(f"{e}; skipped.")
             continue
         averaged = any(path.startswith("learner/ema/") for path in arrays)
         kinds = ("ema" if averaged else "params", "stats")
         return Weights(candidate, averaged, *(_under(f"learner/{k}/", arrays) for k in kinds))
-    raise UserError(f"{workdir}: every checkpoint asked for is damaged; put a sound one back.")
+    raise UserError(f"{workdir}: every requested checkpoint is corrupt; put a valid one back.")
 
 
 def _under(prefix: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return the arrays below `prefix`, by the rest of their paths."""
     return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
 
 
 def _open_tokenizer(config: ConfigDict, workdir: Path, step: int) -> tokenizers.Tokenizer:
+    """Open the run's tokenizer; raise UserError unless it is the one saved with `step`."""
     if "text" not in learners.learner_class(config.learner.name).reads:
         return tokenizers.NoText()
     path = inputs.tokenizer_path(workdir)
     tokenizer = inputs.open_tokenizer(config, path)
     if inputs.tokenizer_identity(workdir) != saved_identity(workdir, step):
         raise UserError(
-            f"{path}: is not the file that the run was trained with; put that one back."
+            f"{path}: is not the file that the run was trained with; put the original back."
         )
     return tokenizer
 
 
 def _placed(tree: Any, arrays: dict[str, np.ndarray], shardings: Any, where: str) -> Any:
-    """The arrays in the form of an abstract tree, on the devices."""
+    """Return `arrays` (by path) on devices, in the structure of the abstract `tree`."""
 
     def place(key_path, leaf, sharding):
         path = rules.path_string(key_path)
@@ -166,14 +179,14 @@ def _placed(tree: Any, arrays: dict[str, np.ndarray], shardings: Any, where: str
         if array is None or array.shape != leaf.shape:
             found = "missing" if array is None else f"of shape {list(array.shape)}"
             raise UserError(
-                f"{where} is not one of the model in config.json: {path} is {found} instead of "
-                f"{list(leaf.shape)}. Put the run's own config.json back."
+                f"{where} does not fit the model in config.json: {path} is {found} instead of "
+                f"{list(leaf.shape)}. Put the original config.json back."
             )
         return jax.make_array_from_callback(leaf.shape, sharding, lambda index: array[index])
 
     if surplus := arrays.keys() - rules.flatten(tree).keys():
         raise UserError(
-            f"{where} is not one of the model in config.json, which has no {min(surplus)}. Put the "
-            "run's own config.json back."
+            f"{where} does not fit the model in config.json, which has no {min(surplus)}. Put "
+            "the original config.json back."
         )
     return jax.tree_util.tree_map_with_path(place, tree, shardings)

@@ -1,7 +1,8 @@
-"""What a checkpoint says it holds: path, shape, dtype and fingerprint of every array.
+"""Checkpoint manifests: the path, shape, dtype and fingerprint of every saved array.
 
-Compared with what is wanted it tells the checkpoint of another model, compared with what is read it
-tells damage. It is saved with the arrays, and has a checksum of its own.
+A manifest is saved with the arrays and carries its own checksum. Comparing it with the expected
+model detects a checkpoint of another model; comparing it with the arrays that were read detects
+corruption.
 """
 
 import json
@@ -15,56 +16,69 @@ import jax
 from cap_pretrain import rules
 
 Leaves = dict[str, dict[str, Any]]
+"""Array path -> {"shape": list of int, "dtype": str, "fingerprint": int if known}."""
 
 
-class Damaged(Exception):
-    """A checkpoint that is not what was saved; the message says in what."""
+class CorruptCheckpointError(Exception):
+    """A checkpoint differs from what was saved; the message says where."""
 
 
-def describe(tree: Any, prints: Mapping[str, Any] | None = None) -> Leaves:
-    """Path -> shape, dtype and, if given, fingerprint of each array of `tree`."""
-    leaves = {
+def describe(tree: Any, fingerprints: Mapping[str, Any] | None = None) -> Leaves:
+    """Return the manifest entries of the arrays in `tree`.
+
+    Args:
+        tree: a pytree of arrays or `jax.ShapeDtypeStruct`.
+        fingerprints: uint32 scalars by path, see `fingerprint.fingerprints`; omitted if None.
+    """
+    leaves: Leaves = {
         path: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
         for path, leaf in rules.flatten(tree).items()
     }
-    for path, value in jax.device_get(prints or {}).items():
+    for path, value in jax.device_get(fingerprints or {}).items():
         leaves[path]["fingerprint"] = int(value)
     return leaves
 
 
-def shape_of(leaf: Mapping[str, Any] | None) -> str:
-    """What people read of a leaf that `describe` gave, or of none."""
+def format_leaf(leaf: Mapping[str, Any] | None) -> str:
+    """Return dtype and shape of one manifest entry for messages, or "missing" for None."""
     return f"{leaf['dtype']} {leaf['shape']}" if leaf else "missing"
 
 
 def make_manifest(step: int, identity: Mapping[str, str], leaves: Leaves) -> dict[str, Any]:
-    """Returns the manifest of a checkpoint, as JSON."""
+    """Return the manifest of a checkpoint as a JSON-compatible dict, with its checksum."""
     manifest = {"step": step, "identity": dict(identity), "leaves": leaves}
     return {**manifest, "checksum": _checksum(manifest)}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Returns the manifest of the checkpoint in `folder`; raises Damaged if it is not sound."""
+    """Return the manifest of the checkpoint in `folder`, without its checksum.
+
+    Raises:
+        CorruptCheckpointError: the manifest is missing, unreadable, changed, or of another step.
+    """
     try:
         manifest = json.loads((folder / "manifest" / "metadata").read_text(encoding="utf-8"))
         checksum = manifest.pop("checksum")
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as e:
-        raise Damaged(f"{folder}: is damaged (its manifest is missing)") from e
+        raise CorruptCheckpointError(f"{folder}: is corrupt (its manifest is missing)") from e
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise Damaged(f"{folder}: is damaged (its manifest is not readable)") from e
+        raise CorruptCheckpointError(f"{folder}: is corrupt (its manifest is unreadable)") from e
     if checksum != _checksum(manifest):
-        raise Damaged(f"{folder}: is damaged (its manifest has changed)")
+        raise CorruptCheckpointError(f"{folder}: is corrupt (its manifest has changed)")
     if str(manifest["step"]) != folder.name:
-        raise Damaged(f"{folder}: is damaged (it holds step {manifest['step']})")
+        raise CorruptCheckpointError(f"{folder}: is corrupt (it holds step {manifest['step']})")
     return manifest
 
 
 def compare(folder: Path, found: Leaves, saved: Leaves) -> None:
-    """Raises Damaged unless what was found is what was saved."""
+    """Raise CorruptCheckpointError unless the entries `found` equal the entries `saved`."""
     for path in [*saved, *(path for path in found if path not in saved)]:
         if found.get(path) != saved.get(path):
-            raise Damaged(f"{folder}: is damaged ({path} is not what was saved)")
+            raise CorruptCheckpointError(
+                f"{folder}: is corrupt ({path} differs from what was saved)"
+            )
 
 
 def _checksum(manifest: Mapping[str, Any]) -> int:
+    """Return the CRC-32 of the manifest as JSON with sorted keys."""
     return zlib.crc32(json.dumps(manifest, sort_keys=True).encode())

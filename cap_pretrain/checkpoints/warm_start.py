@@ -1,11 +1,12 @@
-"""What a run begins with other than chance: `config.encoder`, a workdir or an imported encoder.
+"""Initializing a learner from trained weights: `config.encoder`.
 
-Of a workdir it is the newest sound checkpoint, or that of a step, as runs/cappa/checkpoints/300.
+The path names a workdir, one checkpoint of a workdir (runs/cappa/checkpoints/300), or an imported
+encoder. A workdir stands for its newest valid checkpoint.
 
-A learner that has an encoder gets that encoder's weights, and the fields of `config.model` and
-`data.image_size` that go with them. The learner `pretrained` is whatever is found there: the whole
-learner of a workdir, or the bare encoder; it is for evaluation, on the data of that workdir if
-`data.name` is empty.
+A learner with an encoder takes that encoder's weights, and the fields of `config.model` and
+`data.image_size` that belong to them. The learner `pretrained` takes everything found there: the
+whole learner of a workdir, or the bare encoder. It is for evaluation, and uses the data of that
+workdir if `data.name` is empty.
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ from cap_pretrain.checkpoints.load import read_config, read_weights
 from cap_pretrain.errors import UserError
 from cap_pretrain.training.step import TrainState
 
-# Fields of `config.model` that are no properties of an encoder's weights.
+# Fields of `config.model` that do not depend on the weights of the encoder.
 OWN_FIELDS = (
     *("decoder_width", "decoder_depth", "decoder_mlp", "decoder_heads"),
     *("attention", "remat", "unroll", "logit_chunks", "dropout", "stochastic_depth"),
@@ -30,13 +31,13 @@ OWN_FIELDS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Initial:
-    """Arrays that take the place of initial ones.
+class PretrainedWeights:
+    """Trained arrays that replace randomly initialized ones.
 
     Attributes:
-      params: parameters by path in the learner.
-      stats: other variables by path.
-      source: where they are from, for people.
+        params: parameters by path in the learner.
+        stats: other variables by path, such as BatchNorm statistics.
+        source: where they come from, for messages.
     """
 
     params: dict[str, np.ndarray]
@@ -44,71 +45,82 @@ class Initial:
     source: str
 
     def put(self, state: TrainState) -> TrainState:
-        """Returns `state` with the arrays in their places, laid out as what they replace.
+        """Return `state` with these arrays in place, with the shardings of those they replace.
+
+        The moving average of the parameters, if any, restarts from the new parameters.
 
         Raises:
-          UserError: the learner has no such parameter, or one of another shape.
+            UserError: the learner lacks one of the arrays, or has it in another shape.
         """
         params = _replaced(state.params, self.params, self.source)
         ema = None if state.ema is None else jax.tree.map(lambda p: p.copy(), params)
         stats = _replaced(state.stats, self.stats, self.source)
-        return state.replace(params=params, stats=stats, ema=ema)
+        return dataclasses.replace(state, params=params, stats=stats, ema=ema)
 
 
-def resolve(config: ConfigDict) -> tuple[ConfigDict, Initial | None]:
-    """Returns the config with what `config.encoder` settles, and the arrays it holds.
+def resolve(config: ConfigDict) -> tuple[ConfigDict, PretrainedWeights | None]:
+    """Load `config.encoder` and set the config fields that follow from it.
 
-    Without `encoder` that is the config as it is, and None.
+    Returns:
+        The completed config and the loaded weights; without `config.encoder`, the config unchanged
+        and None.
 
     Raises:
-      UserError: there is no encoder at that path, or no sound checkpoint.
+        UserError: there is no encoder at that path, or no valid checkpoint.
     """
     if not config.encoder:
         if config.learner.name == "pretrained":
-            raise UserError("encoder: is empty; give --config.encoder=PATH, what to evaluate.")
+            raise UserError(
+                "encoder: is empty; give --config.encoder=PATH to say what to evaluate."
+            )
         return config, None
     path = Path(config.encoder)
     config = config.copy_and_resolve_references()
     with config.unlocked():
         workdir, step = _which_run(path)
         if (workdir / "config.json").is_file() and (workdir / "checkpoints").is_dir():
-            initial = _from_workdir(config, workdir, step)
+            weights = _from_workdir(config, workdir, step)
         else:
-            initial = _from_elsewhere(config, path)
-    return config.lock(), initial
+            weights = _from_import(config, path)
+    return config.lock(), weights
 
 
 def _which_run(path: Path) -> tuple[Path, int | None]:
-    """Splits runs/a/checkpoints/300 into runs/a and 300; of runs/a it is the newest, None."""
+    """Split runs/a/checkpoints/300 into runs/a and 300; runs/a gives None, the newest step."""
     if path.parent.name == "checkpoints" and path.name.isdecimal():
         return path.parent.parent, int(path.name)
     return path, None
 
 
-def _from_workdir(config: ConfigDict, workdir: Path, step: int | None) -> Initial:
-    then = read_config(workdir)
+def _from_workdir(config: ConfigDict, workdir: Path, step: int | None) -> PretrainedWeights:
+    """Load a run's weights and copy the matching fields of its config into `config`."""
+    saved = read_config(workdir)
     whole = config.learner.name == "pretrained"
     own = {} if whole else {name: config.model[name] for name in OWN_FIELDS}
-    config.model.update({**then.model, **own})
+    config.model.update({**saved.model, **own})
     if whole and not config.data.name:
         own_data = {"workers": config.data.workers, "dir": config.data.dir}
-        config.data.update({**then.data.to_dict(), **own_data})
-    config.data.image_size = then.data.image_size
+        config.data.update({**saved.data.to_dict(), **own_data})
+    config.data.image_size = saved.data.image_size
     if whole:
-        config.learner = then.learner
-        config.text.update(then.text)
+        config.learner = saved.learner
+        config.text.update(saved.text)
         tokenizer = inputs.tokenizer_path(workdir)
         config.text.tokenizer = str(tokenizer) if tokenizer.is_file() else ""
-    step, _, *arrays = read_weights(workdir, step)
+    step, _, params, stats = read_weights(workdir, step)
     if not whole:
-        arrays = [{k: v for k, v in part.items() if k.startswith("encoder/")} for part in arrays]
-    return Initial(*arrays, f"step {step} of {workdir}")
+        params, stats = (
+            {path: array for path, array in arrays.items() if path.startswith("encoder/")}
+            for arrays in (params, stats)
+        )
+    return PretrainedWeights(params, stats, f"step {step} of {workdir}")
 
 
-def _from_elsewhere(config: ConfigDict, path: Path) -> Initial:
+def _from_import(config: ConfigDict, path: Path) -> PretrainedWeights:
+    """Load an encoder trained elsewhere and set the fields of `config` that describe it."""
     found = convert.open_encoder(path)
-    usual = {k: v for k, v in configs.default().model.items() if k not in OWN_FIELDS}
-    config.model.update(usual | found.model)
+    defaults = {k: v for k, v in configs.default().model.items() if k not in OWN_FIELDS}
+    config.model.update(defaults | found.model)
     config.data.image_size = found.image_size or config.data.image_size
     if config.learner.name == "pretrained":
         config.learner = learners.defaults("encoder")
@@ -116,17 +128,18 @@ def _from_elsewhere(config: ConfigDict, path: Path) -> Initial:
         {f"encoder/{path}": array for path, array in rules.flatten(tree).items()}
         for tree in (found.params, found.stats)
     )
-    return Initial(params, stats, found.source)
+    return PretrainedWeights(params, stats, found.source)
 
 
 def _replaced(tree: Any, arrays: dict[str, np.ndarray], source: str) -> Any:
+    """Return `tree` with the leaves at the paths of `arrays` replaced; the rest is unchanged."""
     there = rules.flatten(tree)
     for path, array in arrays.items():
         if path not in there or there[path].shape != array.shape:
             shape = list(there[path].shape) if path in there else "missing"
             raise UserError(
                 f"encoder: {source} has {path} of shape {list(array.shape)}, which is {shape} in "
-                "the learner; they do not fit."
+                "the learner; name an encoder that fits the config."
             )
 
     def replace(key_path, leaf):

@@ -1,7 +1,9 @@
-"""Checkpoints hold the whole state, go onto another layout, and say when they do not fit."""
+"""Checkpoints hold the whole state, detect corruption, and refuse another model."""
 
 import contextlib
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -10,7 +12,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cap_pretrain import files
-from cap_pretrain.checkpoints.checkpoint import Checkpoints, Damaged, load_arrays, saved_steps
+from cap_pretrain.checkpoints.checkpoint import Checkpoints, load_arrays, saved_steps
+from cap_pretrain.checkpoints.manifest import CorruptCheckpointError
 from cap_pretrain.distributed import sharding
 from cap_pretrain.errors import UserError
 from cap_pretrain.training.step import TrainState
@@ -87,7 +90,7 @@ def test_a_checkpoint_of_another_model_is_refused(other, tmp_path):
     assert len(str(error.value).splitlines()) == 2
 
 
-def test_a_save_that_was_interrupted_does_not_count(tmp_path):
+def test_an_interrupted_save_does_not_count(tmp_path):
     saved(tmp_path, make_state(2))
     half = tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp"
     (half / "learner").mkdir(parents=True)
@@ -102,7 +105,7 @@ def test_a_save_that_was_interrupted_does_not_count(tmp_path):
 
 
 def data_files(folder):
-    """The files of a checkpoint that hold arrays."""
+    """Return the files of a checkpoint that hold arrays."""
     return sorted(p for p in folder.rglob("*") if p.is_file() and "/d/" in str(p))
 
 
@@ -125,12 +128,12 @@ def empty(folder):
 
 
 def swap_optimizer(folder):
-    """The optimizer of the checkpoint before: whole in itself, but not of this step."""
+    """Replace the optimizer with that of step 2, which is valid but of another step."""
     shutil.rmtree(folder / "optimizer")
     shutil.copytree(folder.parent / "2" / "optimizer", folder / "optimizer")
 
 
-DAMAGE = {
+CORRUPTIONS = {
     "empty folder": empty,
     "a file instead": lambda f: (shutil.rmtree(f / "learner"), (f / "learner").write_text("x")),
     "no manifest": lambda f: shutil.rmtree(f / "manifest"),
@@ -154,27 +157,27 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_of_a_damaged_checkpoint_the_one_before_is_used(damage, tmp_path, capfd):
+@pytest.mark.parametrize("corruption", CORRUPTIONS)
+def test_a_corrupt_checkpoint_falls_back_to_the_one_before(corruption, tmp_path, capfd):
     older, newer = make_state(2), make_state(4, seed=1)
     saved(tmp_path, older, newer)
-    DAMAGE[damage](tmp_path / "checkpoints" / "4")
-    told = []
+    CORRUPTIONS[corruption](tmp_path / "checkpoints" / "4")
+    messages = []
     with opened(tmp_path, read_only=False) as checkpoints:
-        found = checkpoints.restore_newest(abstract(newer), told.append)
+        found = checkpoints.restore_newest(abstract(newer), messages.append)
         toy.assert_same(found, older)
-        assert len(told) == 1 and "checkpoints/4: is damaged (" in told[0]
-        assert len(told[0].splitlines()) == 1
-        checkpoints.save(newer)  # the step is done again
+        assert len(messages) == 1 and "checkpoints/4: is corrupt (" in messages[0]
+        assert len(messages[0].splitlines()) == 1
+        checkpoints.save(newer)  # the run reaches this step again
     assert saved_steps(tmp_path) == [2, 4]
     assert (tmp_path / "checkpoints" / "4.damaged").is_dir()
     with opened(tmp_path) as checkpoints:
-        toy.assert_same(checkpoints.restore_newest(abstract(newer), told.append), newer)
-    assert len(told) == 1 and "Traceback" not in "".join(capfd.readouterr())
+        toy.assert_same(checkpoints.restore_newest(abstract(newer), messages.append), newer)
+    assert len(messages) == 1 and "Traceback" not in "".join(capfd.readouterr())
 
 
 def test_any_flipped_bit_is_noticed_or_does_not_matter(tmp_path):
-    """Every file in turn, a bit somewhere: what comes back is what was saved, or nothing does."""
+    """Flip one bit of each file in turn: restoring gives the saved state or raises."""
     state = make_state(4)
     saved(tmp_path, state)
     folder = tmp_path / "checkpoints" / "4"
@@ -187,17 +190,17 @@ def test_any_flipped_bit_is_noticed_or_does_not_matter(tmp_path):
         with opened(tmp_path) as checkpoints:
             try:
                 toy.assert_same(checkpoints.restore(abstract(state), 4), state)
-            except Damaged:
+            except CorruptCheckpointError:
                 noticed += 1
         path.write_bytes(content)
     assert len(files) > 10 and noticed > 4
 
 
-def test_without_a_sound_checkpoint_nothing_is_begun_anew(tmp_path):
+def test_without_a_valid_checkpoint_nothing_starts_over(tmp_path):
     saved(tmp_path, make_state(2), make_state(4))
     for step in (2, 4):
         (tmp_path / "checkpoints" / str(step) / "manifest" / "metadata").unlink()
-    message = "every checkpoint is damaged, from 2 to 4"
+    message = "every checkpoint is corrupt, from 2 to 4"
     with (
         opened(tmp_path, read_only=False) as checkpoints,
         pytest.raises(UserError, match=message),
@@ -207,13 +210,16 @@ def test_without_a_sound_checkpoint_nothing_is_begun_anew(tmp_path):
 
 
 def test_a_checkpoint_is_bound_to_its_tokenizer(tmp_path):
-    of = lambda tokenizer: Checkpoints(tmp_path, toy.config(), identity={"t.model": tokenizer})
-    with contextlib.closing(of("abc")) as checkpoints:
+    def opened_with(tokenizer):
+        identity = {"t.model": tokenizer}
+        return contextlib.closing(Checkpoints(tmp_path, toy.config(), identity=identity))
+
+    with opened_with("abc") as checkpoints:
         checkpoints.save(make_state())
-    with contextlib.closing(of("abc")) as checkpoints:
+    with opened_with("abc") as checkpoints:
         assert checkpoints.restore_newest(abstract(make_state())).step == 3
     with (
-        contextlib.closing(of("xyz")) as checkpoints,
+        opened_with("xyz") as checkpoints,
         pytest.raises(UserError, match="t.model: is not the file that .*checkpoints/3"),
     ):
         checkpoints.restore_newest(abstract(make_state()))
@@ -230,25 +236,25 @@ def test_arrays_are_read_without_the_model(tmp_path):
     assert len(arrays) == len(jax.tree.leaves(state))
     for path in data_files(tmp_path / "checkpoints" / "4" / "optimizer"):
         flip(path)
-    with pytest.raises(Damaged):
+    with pytest.raises(CorruptCheckpointError):
         load_arrays(tmp_path, 4)
     learner = load_arrays(tmp_path, 4, items=("learner",))
     assert list(learner) == [path for path in arrays if path.startswith("learner/")]
     for path in data_files(tmp_path / "checkpoints" / "4" / "learner"):
         flip(path)
-    with pytest.raises(Damaged):
+    with pytest.raises(CorruptCheckpointError):
         load_arrays(tmp_path, 4, items=("learner",))
 
 
 @pytest.mark.parametrize(("mode", "best"), [("min", 4), ("max", 8)])
-def test_the_best_by_an_evaluators_figure_is_kept(mode, best, tmp_path):
-    figures = {2: 0.5, 4: 0.2, 6: 0.4, 8: 0.9, 10: 0.3, 12: 0.6}
+def test_the_best_by_an_evaluators_metric_is_kept(mode, best, tmp_path):
+    values = {2: 0.5, 4: 0.2, 6: 0.4, 8: 0.9, 10: 0.3, 12: 0.6}
     c = toy.config(checkpoint__best="val/loss", checkpoint__best_mode=mode, checkpoint__keep_last=1)
     with contextlib.closing(Checkpoints(tmp_path, c)) as checkpoints:
         assert checkpoints.best_step() is None
-        for step, figure in figures.items():  # evaluated once it is saved, as in the loop
+        for step, value in values.items():  # evaluated after saving, as in the training loop
             checkpoints.save(make_state(step))
-            files.write_text(tmp_path / "evals" / "val" / f"{step}.json", f'{{"loss": {figure}}}')
+            files.write_text(tmp_path / "evals" / "val" / f"{step}.json", f'{{"loss": {value}}}')
     with contextlib.closing(Checkpoints(tmp_path, c, read_only=True)) as checkpoints:
         assert checkpoints.best_step() == best
     assert saved_steps(tmp_path) == [best, 12]
@@ -268,3 +274,19 @@ def test_minutes_count_from_the_last_save(tmp_path, monkeypatch):
     with contextlib.closing(Checkpoints(tmp_path, c)) as checkpoints:
         now[0] += 1e6
         assert not checkpoints.minutes_passed()
+
+
+def test_orbax_is_configured_once_and_only_when_checkpoints_are_opened():
+    program = """
+import logging, sys
+hook = sys.unraisablehook
+from cap_pretrain.checkpoints import checkpoint, load, warm_start
+from cap_pretrain.checkpoints.orbax_setup import configure_orbax
+assert sys.unraisablehook is hook and not logging.getLogger("asyncio").filters
+configure_orbax()
+configured = sys.unraisablehook
+assert configured is not hook
+configure_orbax()
+assert sys.unraisablehook is configured and len(logging.getLogger("asyncio").filters) == 1
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=toy.CONFIGS.parent)

@@ -1,4 +1,4 @@
-"""A disk that is full: told in a line or two, nothing lost that was there, gone on from later."""
+"""A full disk gives a short error, loses nothing already written, and the run can resume."""
 
 import contextlib
 import errno
@@ -21,9 +21,9 @@ full_device = pytest.mark.skipif(not Path("/dev/full").exists(), reason="there i
 
 @contextlib.contextmanager
 def file_size_limit(size):
-    """Lets no file of this process grow beyond `size` bytes: to the writer as good as a full disk.
+    """Limit the files of this process to `size` bytes, which acts like a full disk on a writer.
 
-    Linux sends a signal as well, which Python ignores.
+    Linux also sends a signal, which Python ignores.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
@@ -37,7 +37,7 @@ def file_size_limit(size):
 def test_the_error_of_a_log_names_it():
     log = files.Appended(Path("/dev/full"))
     for _ in range(2):
-        with pytest.raises(OSError) as raised:
+        with pytest.raises(OSError, match="No space left on device") as raised:
             log.write(b"some bytes")
         assert (raised.value.errno, raised.value.filename) == (errno.ENOSPC, "/dev/full")
     log.close()
@@ -58,12 +58,18 @@ def test_a_file_that_does_not_fit_leaves_the_old_one(tmp_path):
     ("metrics", "file"),
     [({f"{i}": 1 / 3 for i in range(9)}, "metrics.jsonl"), ({"a": 1.0}, "tensorboard")],
 )
-def test_metrics_go_on_where_the_disk_ended(metrics, file, tmp_path):
+def test_metrics_resume_where_the_disk_was_full(metrics, file, tmp_path):
     writer = MetricsWriter(tmp_path)
-    with file_size_limit(1000), pytest.raises(OSError, match="File too large") as raised:
+    written = []
+
+    def write_until_full():
         for step in range(1, 100):
             writer.write(step, metrics)
-    assert file in raised.value.filename and 3 < step < 99
+            written.append(step)
+
+    with file_size_limit(1000), pytest.raises(OSError, match="File too large") as raised:
+        write_until_full()
+    assert file in raised.value.filename and 3 <= len(written) < 98
     writer.close()
 
     writer = MetricsWriter(tmp_path, keep_until=3)
@@ -102,13 +108,13 @@ SMALL = {
 
 
 class SmallDisk:
-    """Runs the program on a disk of its own, in memory, which only it and its children see."""
+    """Runs the program on a separate in-memory disk that only it and its children see."""
 
     def __init__(self, folder):
         self._folder = folder
         self._disk = folder / "disk"
         self._disk.mkdir()
-        # Where one is not root, one is in one's own namespace.
+        # Without root, mounting works inside a new user namespace.
         self._private = ["unshare", "--mount", *(["--map-root-user"] if os.geteuid() else [])]
 
     def allowed(self):
@@ -116,9 +122,10 @@ class SmallDisk:
         return subprocess.run(command, capture_output=True).returncode == 0
 
     def run_twice(self, size, **config):
-        """On a disk of `size`, and, when it ended, on the same one made larger.
+        """Run on a disk of `size`, then enlarge that disk and run again.
 
-        Returns the exit code, stdout and stderr of each, and the workdir as it is in the end.
+        Returns:
+            Exit code, stdout and stderr of each run, and the final workdir.
         """
         fields = [f"--config.{field}={value}" for field, value in (SMALL | config).items()]
         quickstart = f"--config={toy.CONFIGS / 'quickstart.py'}"
@@ -151,7 +158,7 @@ class SmallDisk:
 def small_disk(tmp_path):
     disk = SmallDisk(tmp_path)
     if not disk.allowed():
-        pytest.skip("a disk in memory cannot be mounted here")
+        pytest.skip("an in-memory disk cannot be mounted here")
     return disk
 
 
@@ -161,30 +168,30 @@ def saved(workdir):
 
 @pytest.mark.slow
 def test_a_checkpoint_that_does_not_fit(small_disk):
-    """Of 5.3 MB each, two fit."""
+    """Two checkpoints of 5.3 MB each fit on the disk."""
     first, second, workdir = small_disk.run_twice("14m", **{"checkpoint.every_steps": 3})
-    code, _, told = first
+    code, _, err = first
     assert code == 2
-    assert "No space left on device" in told and "goes on from step 6, which is intact" in told
-    assert len(told.splitlines()) <= 2
-    code, said, told = second
-    assert (code, told) == (0, "")
-    assert "Going on from step 6." in said
+    assert "No space left on device" in err and "resumes from step 6, which is intact" in err
+    assert len(err.splitlines()) <= 2
+    code, out, err = second
+    assert (code, err) == (0, "")
+    assert "Going on from step 6." in out
     assert saved(workdir) == ["12", "3", "6", "9"]
     assert [line["step"] for line in toy.losses(workdir)] == list(range(1, 13))
 
 
 @pytest.mark.slow
 def test_metrics_that_do_not_fit(small_disk):
-    """With room for the tokenizer, of 250 kB, and for what some of 200 steps have to say."""
+    """The disk holds the tokenizer (250 kB) and the metrics of only some of the 200 steps."""
     first, second, workdir = small_disk.run_twice(
         "320k", **{"total_steps": 200, "checkpoint.every_steps": 200}
     )
-    code, _, told = first
+    code, _, err = first
     assert code == 2
-    assert "No space left on device" in told and len(told.splitlines()) <= 2
-    assert "metrics.jsonl: " in told or "tfevents" in told
-    code, said, told = second
-    assert (code, told) == (0, "")
+    assert "No space left on device" in err and len(err.splitlines()) <= 2
+    assert "metrics.jsonl: " in err or "tfevents" in err
+    code, _, err = second
+    assert (code, err) == (0, "")
     assert saved(workdir) == ["200"]
     assert [line["step"] for line in toy.losses(workdir)] == list(range(1, 201))

@@ -1,4 +1,4 @@
-"""A run's learner is read back as it was saved, and a workdir that is not sound is told."""
+"""A run's learner loads as it was saved; an invalid workdir raises a clear error."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ def run(tokenizer_path, tmp_path_factory):
 
 @pytest.fixture
 def workdir(run, tmp_path):
-    """A copy to be damaged."""
+    """A copy of the run that a test may corrupt."""
     shutil.copytree(run[0], tmp_path / "run")
     return tmp_path / "run"
 
@@ -57,29 +57,29 @@ def test_without_an_average_it_is_the_parameters(tokenizer_path, tmp_path):
     )
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_left(workdir):
+def test_a_corrupt_checkpoint_is_skipped_and_left(workdir):
     shutil.rmtree(workdir / "checkpoints" / "7" / "learner" / "d")
-    told = []
-    assert read_weights(workdir, say=told.append).step == 3
-    assert len(told) == 1 and "checkpoints/7: is damaged" in told[0]
+    messages = []
+    assert read_weights(workdir, say=messages.append).step == 3
+    assert len(messages) == 1 and "checkpoints/7: is corrupt" in messages[0]
     assert (workdir / "checkpoints" / "7").is_dir()
-    with pytest.raises(UserError, match="every checkpoint asked for is damaged"):
-        read_weights(workdir, 7, say=told.append)
+    with pytest.raises(UserError, match="every requested checkpoint is corrupt"):
+        read_weights(workdir, 7, say=messages.append)
 
 
-def test_what_is_asked_for_is_read(run):
+def test_the_requested_step_is_read(run):
     assert read_weights(run[0]).step == 7
     assert read_weights(run[0], 3).step == 3
     with pytest.raises(UserError, match="has no checkpoint of step 5; there are 3, 7"):
         read_weights(run[0], 5)
 
 
-def test_damage_to_the_optimizer_does_not_matter(workdir):
+def test_a_corrupt_optimizer_does_not_matter(workdir):
     shutil.rmtree(workdir / "checkpoints" / "7" / "optimizer")
     assert read_weights(workdir).step == 7
 
 
-def test_fields_that_a_run_did_not_know_have_their_default(workdir):
+def test_fields_added_since_the_run_have_their_defaults(workdir):
     stored = json.loads((workdir / "config.json").read_text())
     del stored["learner"]["average"], stored["model"]["pool"], stored["deterministic"]
     (workdir / "config.json").write_text(json.dumps(stored))
@@ -91,15 +91,15 @@ def test_fields_that_a_run_did_not_know_have_their_default(workdir):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda w: shutil.rmtree(w), "is no folder of a run, its config.json cannot be read"),
-        (lambda w: (w / "config.json").write_text("{"), "config.json: is no config of a run"),
-        (lambda w: (w / "config.json").write_text("[]"), "config.json: is no config of a run"),
-        (lambda w: (w / "config.json").write_text("{}"), "config.json: is no config of a run"),
-        (lambda w: shutil.rmtree(w / "checkpoints"), "has no checkpoint; there is none at all"),
+        (shutil.rmtree, "is not the folder of a run: its config.json cannot be read"),
+        (lambda w: (w / "config.json").write_text("{"), "config.json: is not the config of a run"),
+        (lambda w: (w / "config.json").write_text("[]"), "config.json: is not the config of a run"),
+        (lambda w: (w / "config.json").write_text("{}"), "config.json: is not the config of a run"),
+        (lambda w: shutil.rmtree(w / "checkpoints"), "has no checkpoint; there are none at all"),
         (lambda w: shutil.rmtree(w / "tokenizer"), "cannot read the model file .*tokenizer.model"),
     ],
 )
-def test_what_is_no_run_is_told(damage, message, workdir):
+def test_an_invalid_workdir_is_reported(damage, message, workdir):
     damage(workdir)
     with pytest.raises(UserError, match=message):
         load_learner(workdir)
@@ -117,7 +117,7 @@ def test_another_tokenizer_is_refused(workdir):
     [
         ("model", "width", 32, "is of shape .* instead of"),
         ("model", "pool", "map", "encoder/head/.* is missing instead of"),
-        ("learner", "name", "dual_encoder", "is not one of the model in config.json"),
+        ("learner", "name", "dual_encoder", "does not fit the model in config.json"),
     ],
 )
 def test_the_config_of_another_model_is_refused(section, field, value, message, workdir):

@@ -1,4 +1,4 @@
-"""Beginning with an encoder that is there already: a workdir's, or one made elsewhere."""
+"""Initializing from an existing encoder: one of a workdir, or one trained elsewhere."""
 
 import json
 import os
@@ -25,7 +25,7 @@ SMALL = dict(model__depth=1, model__width=32, model__mlp=64)
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory, tokenizer_path):
-    """A CLIP of two steps, with an average of its parameters."""
+    """The workdir of a CLIP model trained for two steps, with averaged parameters."""
     c = toy.config("dual_encoder", text__tokenizer=str(tokenizer_path), optim__ema=0.5, **SMALL)
     c.evals = ConfigDict({"val": evals.defaults("loss", batch_size=10)})
     folder = tmp_path_factory.mktemp("clip")
@@ -34,7 +34,7 @@ def workdir(tmp_path_factory, tokenizer_path):
 
 
 def evaluation(path, **fields):
-    """A config that evaluates what is at `path`."""
+    """Return a config that evaluates the run or checkpoint at `path`."""
     c = toy.load("evaluate", "evals=loss")
     c.encoder = str(path)
     c.evals = ConfigDict({"val": evals.defaults("loss", batch_size=10)})
@@ -43,7 +43,7 @@ def evaluation(path, **fields):
     return c
 
 
-def test_a_run_is_judged_again_as_it_judged_itself(workdir, tmp_path, capsys):
+def test_evaluating_a_run_again_gives_its_own_results(workdir, tmp_path, capsys):
     train.run(evaluation(workdir), tmp_path)
     assert "Beginning with step 2 of" in capsys.readouterr().out
     own, again = (
@@ -65,7 +65,7 @@ def test_a_run_is_judged_again_as_it_judged_itself(workdir, tmp_path, capsys):
         train.run(evaluation(workdir, seed=1), tmp_path)
 
 
-def test_of_a_workdir_any_checkpoint_can_be_named(workdir):
+def test_any_checkpoint_of_a_workdir_can_be_named(workdir):
     config, found = warm_start.resolve(evaluation(workdir / "checkpoints" / "2"))
     assert found.source == f"step 2 of {workdir}" and config.learner.name == "dual_encoder"
     with pytest.raises(UserError, match="has no checkpoint of step 7; there are"):
@@ -74,7 +74,7 @@ def test_of_a_workdir_any_checkpoint_can_be_named(workdir):
 
 @pytest.fixture
 def bare(workdir, tmp_path):
-    """The encoder of that run as a folder of `transformers`."""
+    """The encoder of that run, exported to a `transformers` folder."""
     params = read_weights(workdir).params
     of_encoder = {k.removeprefix("encoder/"): v for k, v in params.items() if "encoder/" in k}
     (tmp_path / "bare").mkdir()
@@ -83,7 +83,7 @@ def bare(workdir, tmp_path):
 
 
 def probe(path):
-    """A config that probes the encoder at `path` on a few scenes."""
+    """Return a config that probes the encoder at `path` on a few scenes."""
     c = toy.load("evaluate", "evals=knn,data=scenes")
     c.encoder = str(path)
     c.data.scenes.update(length_train=40, length_val=20)
@@ -123,14 +123,14 @@ def test_an_interrupted_evaluation_saves_nothing(bare, tmp_path, monkeypatch):
 
 
 def test_the_plan_of_an_evaluation_has_no_training(bare, tmp_path):
-    told = train.dry_run(probe(bare), tmp_path)
+    printed = train.dry_run(probe(bare), tmp_path)
     made = json.loads((tmp_path / "plan.json").read_text())
     sizes = made["bytes_per_device"]
     assert (
         sizes["parameters"] == 4 * made["parameters"]["total"] == 4 * made["parameters"]["encoder"]
     )
     assert sizes["optimizer"] == sizes["gradients"] == sizes["ema"] == 0
-    assert made["flops_per_example"] == {} and "FLOP" not in told
+    assert made["flops_per_example"] == {} and "FLOP" not in printed
 
 
 def test_features_are_computed_once_and_kept_in_the_workdir(tokenizer_path, tmp_path, monkeypatch):
@@ -195,23 +195,25 @@ def test_an_encoder_is_fine_tuned_or_left_as_it_is(name, argument, moves, workdi
 
 
 def test_arrays_that_do_not_fit_are_named(workdir):
-    c, beginning = warm_start.resolve(toy.config(encoder=str(workdir), **SMALL))
+    c, weights = warm_start.resolve(toy.config(encoder=str(workdir), **SMALL))
     c.model.mlp = 48
     init, *_ = toy.prepared(c)
-    with pytest.raises(UserError, match=r"has encoder/blocks/mlp/.* they do not fit"):
-        beginning.put(init())
+    with pytest.raises(
+        UserError, match=r"has encoder/blocks/mlp/.* name an encoder that fits the config"
+    ):
+        weights.put(init())
 
 
 @pytest.mark.parametrize(
-    ("path", "said"),
+    ("path", "message"),
     [("", "encoder: is empty"), ("/no/such/encoder", "/no/such/encoder"), (None, "no checkpoint")],
 )
-def test_an_encoder_that_is_not_there(path, said, workdir, tmp_path):
+def test_an_encoder_that_is_not_there(path, message, workdir, tmp_path):
     if path is None:
         path = tmp_path
         (path / "checkpoints").mkdir()
         (path / "config.json").write_bytes((workdir / "config.json").read_bytes())
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         warm_start.resolve(evaluation(path))
 
 

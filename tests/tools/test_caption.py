@@ -144,7 +144,7 @@ def test_what_is_no_captioner_is_told(run, tokenizer_path, tmp_path, capsys):
         assert not captured.out and len(captured.err.splitlines()) <= 2
         return captured.err
 
-    assert "is no folder of a run" in told("--checkpoint", str(tmp_path / "none"))
+    assert "is not the folder of a run" in told("--checkpoint", str(tmp_path / "none"))
     assert "has no checkpoint of step 4; there are 3" in told(
         "--checkpoint", str(run), "--step", "4"
     )

@@ -234,7 +234,7 @@ def flipped_bytes(workdir):
         (no_workdir, "is not the workdir of a run"),
         (no_common_checkpoint, "no checkpoint in common: "),
         (torn_line, "metrics.jsonl: line 10 is damaged"),
-        (flipped_bytes, "4: is damaged"),
+        (flipped_bytes, "4: is corrupt"),
     ],
 )
 def test_what_cannot_be_compared_is_told_in_a_line_or_two(damage, told, run, other, capfd):

@@ -164,11 +164,11 @@ def test_averaged_parameters_of_the_newest_sound_checkpoint_leave(tokenizer_path
     np.testing.assert_allclose(scale("--step", "5"), newest - 0.01, atol=1e-6)
     (checkpoints / "6" / "manifest" / "metadata").write_text("{}")
     np.testing.assert_allclose(scale(), newest - 0.01, atol=1e-6)
-    assert f"{checkpoints / '6'}: is damaged" in capsys.readouterr().err
+    assert f"{checkpoints / '6'}: is corrupt" in capsys.readouterr().err
 
     for arguments, said in (
         (["--step", "7"], "has no checkpoint of step 7; there are 5, 6."),
-        (["--step", "6"], "every checkpoint asked for is damaged"),
+        (["--step", "6"], "every requested checkpoint is corrupt"),
     ):
         assert export(tmp_path / "run", tmp_path / "no", *arguments) == 2
         assert said in capsys.readouterr().err

@@ -182,7 +182,7 @@ def test_what_cannot_be_drawn_is_told(runs, tmp_path, capsys):
         return captured.err
 
     assert "ends in neither .png nor .svg" in told(out="out.pdf")
-    assert "is no folder of a run" in told(run=tmp_path)
+    assert "is not the folder of a run" in told(run=tmp_path)
     assert "4 points are too few; take 5 or more" in told("--count", "4")
     assert "words have none" in told("--what", "words", "--thumbnails")
     with pytest.raises(UserError, match="what it says is not finite"):

@@ -132,7 +132,7 @@ def test_what_cannot_be_drawn_is_told(run, photo, tokenizer_path, tmp_path, caps
         return captured.err
 
     assert "ends in neither .png nor .svg" in told(photo, out="out.jpg")
-    assert "is no folder of a run" in told(photo, checkpoint=tmp_path / "none")
+    assert "is not the folder of a run" in told(photo, checkpoint=tmp_path / "none")
     assert "no checkpoint of step 4" in told(photo, "--step", "4")
     assert "no layer 2; the decoder has 0 to 1" in told(photo, "--layer", "2")
     assert "not for IMAGE files" in told(photo, "--data", "scenes")

@@ -1,0 +1,43 @@
+"""Process-wide Orbax settings, applied when the first checkpoint directory is opened."""
+
+import functools
+import logging
+import sys
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+
+@functools.cache
+def configure_orbax() -> None:
+    """Apply the process-wide settings this package needs from Orbax; later calls do nothing.
+
+    Replicas: by default each replica of an array saves one slice of it, and the first save would
+    stall while hundreds of slicing programs compile. Here one replica saves the whole array.
+
+    Logging: Orbax logs each failure many times, with tracebacks and from several threads. The
+    failure itself is raised here, so those records are dropped, and so is the notice about the
+    array handler registered above.
+
+    Threads: TensorStore threads may report to an event loop that Orbax has already closed. Python
+    would print that as an unraisable exception.
+    """
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_is_worth_logging)
+    ocp.type_handlers.register_type_handler(
+        jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False), override=True
+    )
+    previous_hook = sys.unraisablehook
+
+    def ignore_late_callbacks(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            previous_hook(unraisable)
+
+    sys.unraisablehook = ignore_late_callbacks
+
+
+def _is_worth_logging(record: logging.LogRecord) -> bool:
+    """Return False for Orbax's failure records and its notice about the array handler."""
+    is_failure = record.levelno >= logging.ERROR and record.exc_info
+    return not (is_failure or record.getMessage().startswith("Type handler registry"))
