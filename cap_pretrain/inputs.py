@@ -1,4 +1,4 @@
-"""From a config to what a run reads: datasets, tokenizer, batches."""
+"""Opening what a run reads according to its config: datasets, tokenizer and batches."""
 
 import functools
 import hashlib
@@ -21,38 +21,45 @@ from cap_pretrain.distributed import cluster
 from cap_pretrain.errors import UserError
 from cap_pretrain.models.sizes import STORED
 
-# Examples of each dataset whose captions a new tokenizer is trained on.
+# Examples per dataset whose captions train a new sentencepiece tokenizer.
 TOKENIZER_EXAMPLES = 50_000
 
-# Who belongs to a part of a dataset is the same for every run that is compared.
+# Subsets of a dataset are drawn with this seed, so that runs with other seeds are comparable.
 SUBSET_SEED = 0
 
 Mixture = list[tuple[Source, float]]
+"""Datasets and their relative weights."""
 
 
 def open_data(config: ConfigDict, split: str, name: str = "") -> Source:
-    """Opens a dataset as `config.data` says; by default the (first of the) run's own.
+    """Open a dataset as `config.data` says.
 
-    Its own datasets have in all splits the classes that `data.class_min` keeps, and in `data.split`
-    no more of each than `data.class_max`. Others, which evaluators name, are left as they are.
+    The run's own datasets are restricted: all splits have only the classes that `data.class_min`
+    keeps, and `data.split` has at most `data.class_max` examples of each. Other datasets, which
+    evaluators name, are not restricted.
+
+    Args:
+        config: the config of the run.
+        split: the name of the split.
+        name: the name of the dataset; by default the first one of `data.name`.
 
     Raises:
-      UserError: as `sources.open_source`; it holds features and not images, or the other way round;
-        as `subset.ClassSizes.of`.
+        UserError: see `open_source` and `subset.ClassSizes.of`; or the dataset holds features and
+            the model needs images, or the other way round.
     """
     members = [member for member, _ in parse_mixture(config.data.name)]
     name = name or members[0]
-    source = _open_whole(config.data, split, name)
+    source = _open_unrestricted(config.data, split, name)
     features, stored = pipeline.is_features(source[0]["image"]), config.model.name == STORED
     if features and not stored:
         raise UserError(
-            f"data.name: {source} holds features of another encoder instead of images; set "
-            f"--config.model.name={STORED} to learn from them, and no encoder."
+            f"data.name: {source} holds features of an encoder instead of images; set "
+            f"--config.model.name={STORED} and no encoder to train on them."
         )
     if stored and not features:
         raise UserError(
-            f"model.name: {STORED} is for features, and {source} holds images; store theirs with "
-            "tools/extract_features.py, or name an encoder."
+            f"model.name: {STORED} is for features, but {source} holds images; extract features "
+            "with tools/extract_features.py, or name an encoder."
         )
     sizes = subset.ClassSizes(config.data.class_min, config.data.class_max)
     if not (sizes and name in members):
@@ -63,7 +70,8 @@ def open_data(config: ConfigDict, split: str, name: str = "") -> Source:
     return sizes.of(source, _labels(section, split, name), training, drawn=drawn)
 
 
-def _open_whole(section: ConfigDict, split: str, name: str) -> Source:
+def _open_unrestricted(section: ConfigDict, split: str, name: str) -> Source:
+    """Open a dataset with all its classes; `section` is `config.data`."""
     return open_source(
         name,
         split,
@@ -75,18 +83,18 @@ def _open_whole(section: ConfigDict, split: str, name: str) -> Source:
     )
 
 
-# Remembered, as each evaluator opens the data for itself.
+# Cached, because each evaluator opens the data separately.
 @functools.lru_cache(maxsize=8)
 def _labels(section: str, split: str, name: str) -> np.ndarray:
-    """The labels of a split as it is stored, where `section` is config.data as JSON."""
-    return subset.labels_of(_open_whole(ConfigDict(json.loads(section)), split, name))
+    """Return the stored labels of a split, int [N]; `section` is `config.data` as JSON."""
+    return subset.labels_of(_open_unrestricted(ConfigDict(json.loads(section)), split, name))
 
 
 def open_sources(config: ConfigDict) -> Mixture:
-    """Opens the members of the training mixture, with their weights.
+    """Open the datasets of the training mixture.
 
     Raises:
-      UserError: a dataset is missing, or lacks what the learner reads.
+        UserError: a dataset is missing, or has no captions or labels but the learner needs them.
     """
     reads = learners.learner_class(config.learner.name).reads
     members = []
@@ -96,22 +104,26 @@ def open_sources(config: ConfigDict) -> Mixture:
         for part, missing in (("text", not example["captions"]), ("label", example["label"] < 0)):
             if part in reads and missing:
                 raise UserError(
-                    f"data.name: {source} has no {part}, which a {config.learner.name} learns "
-                    "from; name another dataset or set data.fields."
+                    f"data.name: {source} has no {part}, which the learner "
+                    f"{config.learner.name} needs; name another dataset or set data.fields."
                 )
         members.append((subset.fraction_of(source, config.data.fraction, SUBSET_SEED), weight))
     return members
 
 
 def completed(config: ConfigDict, mixture: Mixture) -> ConfigDict:
-    """Returns the config with what the data settles.
+    """Return the config with the fields that depend on the data filled in.
 
-    That is `learner.classes`, where it is a field and 0, and what a learner that has `settled`
-    settles by it. And with stored features their number and width, and that rules on the encoder's
-    parameters say nothing, of which there are none.
+    These are `learner.classes` if it is 0, and the fields returned by the learner's `settled`
+    method if it has one. With stored features, these are also `model.tokens` and `model.width`;
+    rules on the encoder's parameters are removed, since there is no encoder.
+
+    Args:
+        config: the config of the run.
+        mixture: from `open_sources`; if it is empty, the config is returned unchanged.
 
     Raises:
-      UserError: members of the mixture hold features of different shapes.
+        UserError: datasets of the mixture hold features of different shapes.
     """
     if not mixture:
         return config
@@ -123,7 +135,10 @@ def completed(config: ConfigDict, mixture: Mixture) -> ConfigDict:
     if config.model.name == STORED:
         shapes = [source[0]["image"].shape for source, _ in mixture]
         if len(set(shapes)) > 1:
-            raise UserError(f"data.name: {config.data.name} holds features of shapes {shapes}.")
+            raise UserError(
+                f"data.name: {config.data.name} holds features of different "
+                f"shapes, {shapes}; name datasets with the same features."
+            )
         config.model.tokens, config.model.width = shapes[0][0] - 1, shapes[0][1]
         for field in ("lr_rules", "decay_rules"):
             kept = tuple(r for r in config.optim[field] if not r[0].startswith("encoder/"))
@@ -132,19 +147,19 @@ def completed(config: ConfigDict, mixture: Mixture) -> ConfigDict:
 
 
 def open_tokenizer(config: ConfigDict, path: str | Path) -> tokenizers.Tokenizer:
-    """Opens a file of words, or a sentencepiece model with the config's casing."""
+    """Open a tokenizer file: a words file, or a sentencepiece model used with `text.lower`."""
     if words.is_words_file(path):
         return words.WordTokenizer(path, config.text.length)
     return tokenizers.SentencePieceTokenizer(path, config.text.length, config.text.lower)
 
 
-# Where a workdir keeps the tokenizer of its run: a sentencepiece model, or words.
+# The tokenizer in a workdir: a sentencepiece model or a words file.
 TOKENIZER_FILE = "tokenizer/tokenizer.model"
 WORDS_FILE = f"tokenizer/{words.WORDS_FILE}"
 
 
 def tokenizer_path(workdir: Path) -> Path:
-    """The file of a run's tokenizer, of either kind; there may be none."""
+    """Return the path of a run's tokenizer, of either kind; the file may not exist."""
     path = workdir / WORDS_FILE
     return path if path.exists() else workdir / TOKENIZER_FILE
 
@@ -152,10 +167,19 @@ def tokenizer_path(workdir: Path) -> Path:
 def prepare_tokenizer(
     config: ConfigDict, mixture: Mixture, workdir: Path, *, anew: bool
 ) -> tokenizers.Tokenizer:
-    """Returns the run's tokenizer, kept in `workdir/tokenizer/`: given, or made once.
+    """Return the run's tokenizer, creating it in `workdir/tokenizer/` if necessary.
 
-    With `anew`, one that is there already counts for nothing: no checkpoint was made with it. For a
-    learner that reads no text there is none.
+    It is copied from `text.tokenizer` or else built from the captions of `mixture`. For a learner
+    that reads no text, the result is `NoText` and no file is written.
+
+    Args:
+        config: the config of the run.
+        mixture: the training mixture, see `open_sources`.
+        workdir: the folder of the run.
+        anew: whether to replace an existing tokenizer, because no checkpoint was made with it.
+
+    Raises:
+        UserError: `text.tokenizer` is not a tokenizer that fits the config.
     """
     if "text" not in learners.learner_class(config.learner.name).reads:
         return tokenizers.NoText()
@@ -164,15 +188,16 @@ def prepare_tokenizer(
         if anew or not tokenizer_path(workdir).exists():
             _make_tokenizer(config, mixture, workdir)
 
-    cluster.decided(None, make)  # host 0 does, for all
+    cluster.decided(None, make)  # on host 0 only
     return open_tokenizer(config, tokenizer_path(workdir))
 
 
 def _make_tokenizer(config: ConfigDict, mixture: Mixture, workdir: Path) -> None:
+    """Write the tokenizer file of a run, replacing those of either kind."""
     given = config.text.tokenizer
     if given:
-        open_tokenizer(config, given)  # refuses a file that does not fit
-        data = Path(given).read_bytes()  # which may be in this workdir
+        open_tokenizer(config, given)  # raises if the file does not fit
+        data = Path(given).read_bytes()  # read first: it may be in this workdir
         name = WORDS_FILE if words.is_words_file(given) else TOKENIZER_FILE
     for left_over in (TOKENIZER_FILE, WORDS_FILE):
         (workdir / left_over).unlink(missing_ok=True)
@@ -180,7 +205,7 @@ def _make_tokenizer(config: ConfigDict, mixture: Mixture, workdir: Path) -> None
         files.write_bytes(workdir / name, data)
         return
     folder, lower = (workdir / TOKENIZER_FILE).parent, config.text.lower
-    if config.text.kind == "words":  # whose threshold is on their number in all captions
+    if config.text.kind == "words":  # the minimum count refers to all captions
         captions = _captions(mixture)
         words.write_words(captions, folder, words.Rules(**config.text.words), lower)
     else:
@@ -189,15 +214,18 @@ def _make_tokenizer(config: ConfigDict, mixture: Mixture, workdir: Path) -> None
 
 
 def _captions(mixture: Mixture, limit: int | None = None) -> Iterator[str]:
-    """Yields the captions of all members, or of `limit` examples of each."""
+    """Yield the captions of all datasets, from at most `limit` examples of each."""
     for source, _ in mixture:
         yield from tokenizers.source_captions(source, limit)
 
 
 def planned_tokenizer(config: ConfigDict, mixture: Mixture) -> tokenizers.Tokenizer | None:
-    """What `prepare_tokenizer` will give; None for pieces to be trained, as many as asked for.
+    """Return the tokenizer that `prepare_tokenizer` will create, without a workdir.
 
-    For batches of one length these are trained, too, as the number of batches depends on them.
+    Returns:
+        The tokenizer, or None if sentencepiece will train one: its vocabulary size is then known
+        from the config. With `data.buckets` it is trained here, too, because the number of batches
+        depends on the lengths of the captions in tokens.
     """
     if not (config.text.tokenizer or config.text.kind == "words" or config.data.buckets):
         return None
@@ -206,7 +234,7 @@ def planned_tokenizer(config: ConfigDict, mixture: Mixture) -> tokenizers.Tokeni
 
 
 def tokenizer_identity(workdir: Path) -> dict[str, str]:
-    """What binds a checkpoint to the run's tokenizer: its file and the SHA-256 of that."""
+    """Return {file: SHA-256} of the run's tokenizer, saved with checkpoints; {} without one."""
     path = tokenizer_path(workdir)
     if not path.exists():
         return {}
@@ -217,35 +245,52 @@ def tokenizer_identity(workdir: Path) -> dict[str, str]:
 def in_buckets(
     config: ConfigDict, mixture: Mixture, tokenizer: tokenizers.Tokenizer | None
 ) -> Mixture:
-    """Returns the mixture as it is, or with `data.buckets` its captions, a member for each length.
+    """Group the captions of a mixture by their length in tokens if `data.buckets` is set.
 
-    Every record is read once.
+    This reads every record once.
+
+    Args:
+        config: the config of the run.
+        mixture: from `open_sources`.
+        tokenizer: counts the tokens; it may be None without `data.buckets`.
+
+    Returns:
+        A mixture with one dataset per caption length, or `mixture` without `data.buckets`.
     """
     if not (config.data.buckets and mixture):
         return mixture
+    assert tokenizer is not None
     return [(group, 1.0) for source, _ in mixture for group in buckets.by_length(source, tokenizer)]
 
 
 def examples_an_epoch(config: ConfigDict, mixture: Mixture) -> int:
-    """Examples of an epoch of a mixture that went through `in_buckets`."""
-    if config.data.buckets and mixture:
-        return _order(config, mixture).batches * config.batch_size
+    """Return the number of examples in an epoch of a mixture from `in_buckets`."""
+    if mixture and (order := _order(config, mixture)) is not None:
+        return order.batches * config.batch_size
     return sum(len(source) for source, _ in mixture)
 
 
 def describe(config: ConfigDict, mixture: Mixture) -> list[str]:
-    """What people should know of a mixture that went through `in_buckets`, in lines."""
-    members = [source for source, _ in mixture]
-    if config.data.buckets and members:
-        return [buckets.describe(members, config.batch_size)]
-    parts = [source for source in members if isinstance(source, subset.Subset)]
+    """Return lines for the log about the buckets or subsets in a mixture from `in_buckets`."""
+    if config.data.buckets and mixture:
+        return [buckets.describe(_length_groups(mixture), config.batch_size)]
+    parts = [source for source, _ in mixture if isinstance(source, subset.Subset)]
     return [f"Part of a dataset: {source}: {len(source):,} examples." for source in parts]
 
 
 def _order(config: ConfigDict, mixture: Mixture) -> buckets.Order | None:
+    """Return the order of batches of one caption length, or None without `data.buckets`."""
     if not config.data.buckets:
         return None
-    return buckets.Order([source for source, _ in mixture], config.batch_size, config.seed)
+    return buckets.Order(_length_groups(mixture), config.batch_size, config.seed)
+
+
+def _length_groups(mixture: Mixture) -> list[buckets.PairsOfOneLength]:
+    """Return the datasets of a mixture from `in_buckets` with `data.buckets`."""
+    groups = [source for source, _ in mixture if isinstance(source, buckets.PairsOfOneLength)]
+    if len(groups) != len(mixture):
+        raise TypeError("with data.buckets, a mixture must come from in_buckets")
+    return groups
 
 
 def training_batches(
@@ -254,9 +299,13 @@ def training_batches(
     tokenizer: tokenizers.Tokenizer,
     rows: Sequence[int] | None = None,
 ) -> grain.MapDataset:
-    """The dataset whose element t is batch t, or some `rows` of it.
+    """Return the training data: an endless dataset whose element t is the batch of step t.
 
-    The mixture went through `in_buckets`.
+    Args:
+        config: the config of the run.
+        mixture: from `in_buckets`.
+        tokenizer: encodes the captions.
+        rows: which rows of each global batch to read; by default all.
     """
     return pipeline.train_dataset(
         mixture,

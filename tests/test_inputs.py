@@ -1,4 +1,4 @@
-"""What a run reads, from its config: the tokenizer that it makes, keeps and is bound to."""
+"""What a run reads according to its config: datasets and tokenizer."""
 
 import pytest
 
@@ -11,25 +11,25 @@ from tests import toy
 
 
 @pytest.fixture
-def of_words():
+def words_config():
     return toy.config(text__kind="words", total_steps=1, data__scenes__length_train=60)
 
 
-def test_a_run_counts_the_words_of_all_captions(of_words, tmp_path):
-    of_words.text.words.min_count = 30
+def test_a_run_counts_the_words_of_all_captions(words_config, tmp_path):
+    words_config.text.words.min_count = 30
     tokenizer = inputs.prepare_tokenizer(
-        of_words, inputs.open_sources(of_words), tmp_path, anew=False
+        words_config, inputs.open_sources(words_config), tmp_path, anew=False
     )
     assert isinstance(tokenizer, WordTokenizer)
     assert [p.name for p in (tmp_path / "tokenizer").iterdir()] == ["words.tsv"]
     text = (tmp_path / inputs.WORDS_FILE).read_text()
-    assert "# captions: 300\n" in text and "# min_count: 30\n" in text  # five an image
+    assert "# captions: 300\n" in text and "# min_count: 30\n" in text  # five per image
     assert tokenizer.vocab_size == text.count("\t") > 10
 
 
-def test_a_checkpoint_is_bound_to_its_words(of_words, tmp_path):
+def test_a_checkpoint_is_bound_to_its_words_file(words_config, tmp_path):
     words = write_words(["a red star", "a blue star"], tmp_path, Rules())
-    toy.saved_run(of_words, tmp_path / "run", words, 3)
+    toy.saved_run(words_config, tmp_path / "run", words, 3)
     learner = load_learner(tmp_path / "run")
     assert learner.tokenizer.vocab_size == 7
     path = tmp_path / "run" / inputs.WORDS_FILE
@@ -38,29 +38,29 @@ def test_a_checkpoint_is_bound_to_its_words(of_words, tmp_path):
         load_learner(tmp_path / "run")
 
 
-def test_a_file_of_words_brings_its_own_rules(tmp_path):
+def test_a_words_file_keeps_its_own_rules(tmp_path):
     given = write_words(["A red star, a star"], tmp_path, Rules(drop_letters=True), lower=False)
-    c = toy.config(text__tokenizer=str(given))  # kind stays sentencepiece: the file decides
+    c = toy.config(text__tokenizer=str(given))  # the file takes precedence over text.kind
     tokenizer = inputs.prepare_tokenizer(c, [], tmp_path / "run", anew=True)
     assert tokenizer.decode(tokenizer.encode("A red star. a Star")) == "red star <unk>"
     assert (tmp_path / "run" / inputs.WORDS_FILE).read_bytes() == given.read_bytes()
 
 
-def test_the_tokenizer_of_a_run_that_never_saved_leaves_no_trace(
-    of_words, tokenizer_path, tmp_path
+def test_the_tokenizer_of_a_run_without_checkpoints_is_replaced(
+    words_config, tokenizer_path, tmp_path
 ):
-    mixture = inputs.open_sources(of_words)
-    inputs.prepare_tokenizer(of_words, mixture, tmp_path, anew=True)
-    of_words.text.tokenizer = str(tokenizer_path)
-    inputs.prepare_tokenizer(of_words, mixture, tmp_path, anew=True)
+    mixture = inputs.open_sources(words_config)
+    inputs.prepare_tokenizer(words_config, mixture, tmp_path, anew=True)
+    words_config.text.tokenizer = str(tokenizer_path)
+    inputs.prepare_tokenizer(words_config, mixture, tmp_path, anew=True)
     assert inputs.tokenizer_path(tmp_path) == tmp_path / inputs.TOKENIZER_FILE
     assert not (tmp_path / inputs.WORDS_FILE).exists()
 
 
-def test_a_plan_counts_words(of_words, tmp_path):
-    planned = train.dry_run(of_words, tmp_path)
+def test_a_plan_counts_words(words_config, tmp_path):
+    planned = train.dry_run(words_config, tmp_path)
     tokenizer = inputs.prepare_tokenizer(
-        of_words, inputs.open_sources(of_words), tmp_path / "run", anew=True
+        words_config, inputs.open_sources(words_config), tmp_path / "run", anew=True
     )
     assert f"vocabulary {tokenizer.vocab_size}\n" in planned
     assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["plan.json"]
@@ -73,7 +73,7 @@ def test_a_plan_counts_words(of_words, tmp_path):
         ("text__words__min_count", 0, "text.words.min_count"),
     ],
 )
-def test_fields_that_are_wrong(field, value, message):
+def test_invalid_fields_are_refused(field, value, message):
     with pytest.raises(UserError, match=message):
         configs.validate(toy.config(**{field: value}))
 
@@ -98,11 +98,11 @@ def test_all_splits_of_a_run_have_the_classes_of_its_training_split():
     kept = [label for label in whole["val"] if label != smallest]
     assert [others[label] for label in labels(test)] == [str(label + 1) for label in kept]
     assert inputs.completed(c, mixture).learner.classes == 2
-    (told,) = inputs.describe(c, mixture)
-    assert "2 of 3 classes, 2 at the cap of 4" in told and told.endswith(": 4 examples.")
+    (line,) = inputs.describe(c, mixture)
+    assert "2 of 3 classes, 2 at the cap of 4" in line and line.endswith(": 4 examples.")
 
 
-def test_datasets_that_are_not_the_runs_own_keep_their_classes(monkeypatch):
+def test_datasets_of_evaluators_keep_their_classes(monkeypatch):
     c = toy.config("classifier", data__class_max=1)
     c.data.name = "mine"
     monkeypatch.setattr(inputs, "open_source", lambda name, split, **_: [{"image": name}])

@@ -1,0 +1,1 @@
+"""Running on several devices and hosts: cluster setup, failure detection, sharding, determinism."""

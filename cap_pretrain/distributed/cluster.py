@@ -1,7 +1,7 @@
-"""Several hosts as one run: how they find each other, and what they must agree on.
+"""Several hosts as one run: how processes connect, and what they must agree on.
 
-`jax.distributed` brings the processes together, and its key-value store is the line they talk over
-beside the devices. Hosts are numbered as `jax.process_index()` has it.
+`jax.distributed` connects the processes. Its key-value store lets them exchange messages without
+using the devices. Hosts are numbered by `jax.process_index()`.
 """
 
 import dataclasses
@@ -25,27 +25,31 @@ from jax.sharding import PartitionSpec as P
 import cap_pretrain
 from cap_pretrain.errors import UserError
 
-# Seconds that hosts wait for each other to come, and, once they have, for what the others say: one
-# that dies meanwhile ends them sooner (see heartbeat.py).
+# Seconds to wait for all hosts to connect, and later for a message from another host. If that host
+# dies meanwhile, heartbeat.py ends the wait sooner.
 PATIENCE, PATIENCE_WITH_ANSWERS = 300, 3600
-# Exit status of a host that ends since another one is lost: try again (EX_TEMPFAIL of sysexits.h).
+# Exit status after losing another host: the run can be retried (EX_TEMPFAIL of sysexits.h).
 EXIT_LOST = 75
 
 
-class NotTogether(Exception):
-    """Not all hosts came: those that did may try again."""
+class ClusterStartError(Exception):
+    """Not all hosts connected. The run can be retried.
+
+    Attributes:
+        exit_code: the exit status of the process, `EXIT_LOST`.
+    """
 
     exit_code = EXIT_LOST
 
 
 @dataclasses.dataclass(frozen=True)
 class Addresses:
-    """What the command line says of the cluster; None is what the environment says.
+    """Cluster addresses from the command line; None means to take them from the environment.
 
     Attributes:
-      coordinator: HOST:PORT of process 0.
-      processes: how many there are.
-      process: which of them this one is.
+        coordinator: HOST:PORT of process 0.
+        processes: the number of processes.
+        process: the index of this process.
     """
 
     coordinator: str | None = None
@@ -54,21 +58,21 @@ class Addresses:
 
 
 def start(addresses: Addresses = Addresses()) -> None:
-    """Joins the other hosts, if there are any. Call it before anything touches a device.
+    """Connect to the other hosts, if any. Call it before anything touches a device.
 
-    Without addresses, Slurm, Open MPI, TPU pods (also of several slices) and Kubernetes are
-    recognised as JAX recognises them, and `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and
-    `JAX_PROCESS_ID` count.
+    Without addresses on the command line, `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and
+    `JAX_PROCESS_ID` are used. Without those, JAX detects Slurm, Open MPI, TPU pods (including
+    several slices) and Kubernetes.
 
     Raises:
-      UserError: the addresses are incomplete.
-      NotTogether: not all hosts came within `PATIENCE` seconds.
+        UserError: the addresses are incomplete or invalid.
+        ClusterStartError: not all hosts connected within `PATIENCE` seconds.
     """
-    given = _given(addresses)
-    found = "addresses" if given.coordinator else _recognised()
-    if not found:
+    given = _complete_addresses(addresses)
+    kind = "addresses" if given.coordinator else _detect_cluster()
+    if not kind:
         return
-    # It would take SIGTERM for itself; the loop has hosts agree on the step to stop at.
+    # The service would handle SIGTERM itself; the training loop has hosts agree where to stop.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
@@ -79,20 +83,20 @@ def start(addresses: Addresses = Addresses()) -> None:
             cluster_detection_method="deactivate" if given.coordinator else None,
         )
     except Exception as e:
-        if found == "TPU" and isinstance(e, ValueError):  # a machine by itself
+        if kind == "TPU" and isinstance(e, ValueError):  # a single TPU machine
             return
         reason = str(e).strip().splitlines()[0]
-        raise NotTogether(
-            f"the hosts did not come together ({found}): {reason}\nStart the same command on every "
-            "one, or give --coordinator_address, --num_processes and --process_id."
+        raise ClusterStartError(
+            f"the hosts could not connect ({kind}): {reason}\nStart the same command on every "
+            "host, or give --coordinator_address, --num_processes and --process_id."
         ) from e
-    if found in ("Slurm", "Open MPI") and _alone_on_its_machine():
-        # Under these JAX gives each process one GPU, and a single one is meant to have all.
+    if kind in ("Slurm", "Open MPI") and _is_only_process_on_machine():
+        # JAX gives each process one GPU here, but the only process of a machine should use all.
         jax.config.update("jax_cuda_visible_devices", "all")
 
 
-def _given(addresses: Addresses) -> Addresses:
-    """Completes the command line's addresses from the environment, all or nothing."""
+def _complete_addresses(addresses: Addresses) -> Addresses:
+    """Fill in missing addresses from the environment; raise UserError if some remain missing."""
     environment = {
         "coordinator": os.environ.get("JAX_COORDINATOR_ADDRESS"),
         "processes": os.environ.get("JAX_NUM_PROCESSES"),
@@ -125,8 +129,8 @@ def _given(addresses: Addresses) -> Addresses:
     return Addresses(found["coordinator"], processes, process)
 
 
-def _recognised() -> str:
-    """What kind of cluster the environment tells of; "" for none."""
+def _detect_cluster() -> str:
+    """Return the kind of cluster that the environment describes; "" if none."""
     environ = os.environ
     if int(environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in environ:
         return "Slurm"
@@ -134,43 +138,44 @@ def _recognised() -> str:
         return "Open MPI"
     names = environ.get("TPU_PROCESS_ADDRESSES", environ.get("TPU_WORKER_HOSTNAMES", ""))
     slices = int(environ.get("MEGASCALE_NUM_SLICES", 1))
-    # Google's TPU machines know of each other from their metadata, which JAX asks.
+    # Google's TPU machines find each other through the metadata server, which JAX queries.
     chips = any(Path("/dev").glob("accel[0-9]*")) or any(Path("/dev/vfio").glob("[0-9]*"))
     if "," in names or slices > 1 or (chips and not names):
         return "TPU"
-    if names:  # a TPU machine by itself
+    if names:  # a single TPU machine
         return ""
     if "KUBERNETES_SERVICE_HOST" in environ and "JOB_COMPLETION_INDEX" in environ:
         if importlib.util.find_spec("kubernetes"):
             return "Kubernetes"
         raise UserError(
-            "this is a pod of an indexed Kubernetes job, and who the others are is not known: pip "
+            "this is a pod of an indexed Kubernetes job, and the other pods are unknown: pip "
             "install kubernetes, or give --coordinator_address, --num_processes and --process_id "
-            "(--num_processes=1 for a pod by itself)."
+            "(--num_processes=1 for a single pod)."
         )
     return ""
 
 
-def _alone_on_its_machine() -> bool:
+def _is_only_process_on_machine() -> bool:
+    """Return whether Slurm or Open MPI started one process on this machine."""
     tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "").split("(")[0]
     return "1" in (tasks, os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE"))
 
 
 def decided(mine: Any, decide: Callable[[list[Any]], Any]) -> Any:
-    """Has host 0 decide something for all, by what each of them says.
+    """Have host 0 decide for all hosts, given a value from each. All hosts must call it.
 
-    It goes by the key-value store, which has the time: on CPUs devices give up where others are
-    half a minute late.
+    It uses the key-value store, which waits long enough: on CPUs, device collectives give up when
+    another host is half a minute late.
 
     Args:
-      mine: what this host says, as JSON has it.
-      decide: is called on host 0 alone, with what all say in the order of the hosts.
+        mine: this host's value, JSON-compatible.
+        decide: called on host 0 alone with the values of all hosts, ordered by host.
 
     Returns:
-      Its answer, on every host, as JSON has it.
+        What `decide` returned, on every host, after a round trip through JSON.
 
     Raises:
-      UserError: on every host, if `decide` does.
+        UserError: on every host, if `decide` raises it.
     """
     if jax.process_count() == 1:
         return decide([mine])
@@ -181,10 +186,10 @@ def decided(mine: Any, decide: Callable[[list[Any]], Any]) -> Any:
     store.key_value_set(f"{here}/{me}", json.dumps(mine))
     if me == 0:
         hosts = range(jax.process_count())
-        said = [json.loads(store.blocking_key_value_get(f"{here}/{n}", wait)) for n in hosts]
-        store.key_value_delete(before)  # who is here has read it
+        values = [json.loads(store.blocking_key_value_get(f"{here}/{n}", wait)) for n in hosts]
+        store.key_value_delete(before)  # every host has read it, since all are here now
         try:
-            answer = {"answer": decide(said)}
+            answer = {"answer": decide(values)}
         except UserError as error:
             answer = {"error": str(error)}
         store.key_value_set(f"{here}/answer", json.dumps(answer))
@@ -195,19 +200,19 @@ def decided(mine: Any, decide: Callable[[list[Any]], Any]) -> Any:
 
 
 def barrier() -> None:
-    """Waits until all hosts are here."""
-    decided(None, lambda said: None)
+    """Wait until all hosts have reached this call."""
+    decided(None, lambda _: None)
 
 
 def agree(facts: Mapping[str, Any], remedy: str) -> None:
-    """Compares on every host what is to be the same on all.
+    """Check that facts are the same on all hosts. All hosts must call it.
 
     Args:
-      facts: what to compare by name, as JSON has it; the same names on all hosts.
-      remedy: what to do, at the end of the message.
+        facts: JSON-compatible values by name; all hosts must give the same names.
+        remedy: what the user should do, appended to the error message.
 
     Raises:
-      UserError: on every host, if one fact of one host is not that of host 0; names both.
+        UserError: on every host, if a fact differs from that of host 0; names both values.
     """
 
     def compare(hosts: list[dict[str, Any]]) -> None:
@@ -219,6 +224,7 @@ def agree(facts: Mapping[str, Any], remedy: str) -> None:
 
 
 def _difference(first: dict[str, Any], host: int, other: dict[str, Any]) -> str:
+    """Describe the first fact of `host` that differs from host 0; "" if all are the same."""
     for name in [*first["facts"], *(k for k in other["facts"] if k not in first["facts"])]:
         here, there = (side["facts"].get(name, "missing") for side in (first, other))
         if here != there:
@@ -229,84 +235,95 @@ def _difference(first: dict[str, Any], host: int, other: dict[str, Any]) -> str:
     return ""
 
 
-def meet() -> None:
-    """Has the devices of all hosts speak to each other for the first time, when all are there.
+def connect_devices() -> None:
+    """Run a first collective over all devices once all hosts are ready.
 
-    On CPUs a host gives up if the others are not there within half a minute.
+    On CPUs a collective fails if another host is half a minute late, as it may be at the start.
     """
     barrier()
     mesh = Mesh(jax.devices(), ("all",))
     ones = jax.make_array_from_callback(
-        (jax.device_count(),), NamedSharding(mesh, P("all")), lambda index: np.ones(1, np.int32)
+        (jax.device_count(),), NamedSharding(mesh, P("all")), lambda _: np.ones(1, np.int32)
     )
     assert int(jax.jit(jnp.sum)(ones)) == jax.device_count()
 
 
 def compiled_everywhere(fn: Any, *args: Any) -> Any:
-    """Returns a jitted function compiled for `args`, once all hosts have it; why: see `meet`."""
+    """Compile the jitted `fn` for `args`, and wait until all hosts have done so.
+
+    Without waiting, hosts that compile faster could time out; see `connect_devices`.
+    """
     compiled = fn.lower(*args).compile()
     barrier()
     return compiled
 
 
 def check_same(config: Mapping[str, Any]) -> None:
-    """Refuses hosts that were started with another config, code or version of JAX.
+    """Check that all hosts use the same config, code and JAX version.
 
     Args:
-      config: its fields, as JSON has them.
+        config: JSON-compatible values by field.
+
+    Raises:
+        UserError: on every host, if they differ.
     """
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")}
     agree(
-        {**config, "the code of cap_pretrain": _code(), **versions},
-        "Start the same command, of the same installation, on every host.",
+        {**config, "the code of cap_pretrain": _code_fingerprint(), **versions},
+        "Start the same command with the same installation on every host.",
     )
 
 
 def check_shared(workdir: Path) -> None:
-    """Refuses a workdir that is not the same folder on every host.
+    """Check that `workdir` is the same folder on every host.
 
     Raises:
-      UserError: on every host.
+        UserError: on every host, if it is not.
     """
     if jax.process_count() == 1:
         return
-    sign = workdir / f".host0-{os.getpid()}"
+    marker = workdir / f".host0-{os.getpid()}"
     if jax.process_index() == 0:
-        sign.touch()
-        seen = sign.name
-    barrier()  # so that it is written
-    if jax.process_index() != 0:
-        deadline, seen = time.monotonic() + 15, None  # network file systems show it late
-        while seen is None and time.monotonic() < deadline:
-            seen = next((p.name for p in workdir.glob(".host0-*")), None)
-            if seen is None:
-                time.sleep(0.2)
-    facts = {f"what host 0 writes in --workdir={workdir}": bool(seen)}
+        marker.touch()
+    barrier()  # the marker has been written
+    seen = jax.process_index() == 0
+    deadline = time.monotonic() + 15  # network file systems show new files late
+    while not seen and time.monotonic() < deadline:
+        seen = any(workdir.glob(".host0-*"))
+        if not seen:
+            time.sleep(0.2)
     try:
-        agree(facts, "Give a folder that all hosts share.")
+        agree(
+            {f"the marker file of host 0 in --workdir={workdir}": seen},
+            "Give a folder that all hosts share.",
+        )
     finally:
         if jax.process_index() == 0:
-            sign.unlink(missing_ok=True)
+            marker.unlink(missing_ok=True)
 
 
-def _code() -> str:
-    """A fingerprint of the package's source."""
+def _code_fingerprint() -> str:
+    """Return 16 hex digits of the SHA-256 of all Python files of the package and its subpackages.
+
+    The root is `cap_pretrain.__file__`: the folder of this module would cover only `distributed`.
+    """
     root, digest = Path(cap_pretrain.__file__).parent, hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
+# The number of calls of `decided` so far, which makes its keys unique.
 _decisions = 0
 
 
 def state() -> Any:
-    """What JAX knows of the cluster, for which it has no public name (Orbax does likewise)."""
+    """Return JAX's distributed state, which has no public name (Orbax uses it likewise)."""
     from jax._src import distributed
 
     return distributed.global_state
 
 
 def client() -> Any:
-    """The key-value store of the cluster."""
+    """Return the client of the cluster's key-value store."""
     return state().client

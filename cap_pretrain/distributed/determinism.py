@@ -1,10 +1,10 @@
-"""The same bits each time on NVIDIA GPUs (`config.deterministic`); CPUs and TPUs give them anyway.
+"""Bitwise reproducible runs on NVIDIA GPUs (`config.deterministic`); CPUs and TPUs always are.
 
-Three things differ between two runs of one program on a GPU: kernels chosen by timing (autotuning),
-sums by atomic additions (scatter, some of cuBLAS and cuDNN), and sums inside NVLink switches. The
-first two are compiler options, given to the functions that make the training state. XLA makes a
-scatter deterministic by doing it element by element, so the losses have none and, with the switch
-on, neither have the embeddings.
+Two runs of one program on a GPU differ for three reasons: kernels chosen by timing (autotuning),
+sums by atomic additions (scatter, parts of cuBLAS and cuDNN), and sums inside NVLink switches. The
+first two are compiler options, passed to the functions that create and update the training state.
+XLA makes a scatter deterministic by running it element by element. So the losses use none, and with
+`config.deterministic` the embeddings use none either.
 
 Sources: openxla.org/xla/determinism; openxla/xla pull requests 12520 (these options), 14125 (cuDNN
 attention) and 17886 (scatter); NVIDIA/nccl issue 1497 (NVLS).
@@ -17,27 +17,38 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 # For `jax.jit(…, compiler_options=…)`; backends other than NVIDIA's ignore them.
-COMPILER_OPTIONS = {
+COMPILER_OPTIONS: dict[str, bool | int] = {
     "xla_gpu_deterministic_ops": True,
     "xla_gpu_exclude_nondeterministic_ops": True,
     "xla_gpu_autotune_level": 0,
 }
 
 
-def compiler_options(on: bool) -> dict[str, bool | int] | None:
-    """What `jax.jit` is to be told."""
-    return COMPILER_OPTIONS if on else None
+def compiler_options(deterministic: bool) -> dict[str, bool | int] | None:
+    """Return the `compiler_options` argument for `jax.jit`."""
+    return COMPILER_OPTIONS if deterministic else None
 
 
 def set_environment(config: ConfigDict) -> None:
-    """Keeps NCCL from sums in NVLink switches, unless the user chose; before devices are used."""
+    """Disable NCCL's sums in NVLink switches if `config.deterministic`, before devices are used.
+
+    A value of `NCCL_ALGO` that the user has set is kept.
+    """
     if config.deterministic:
         os.environ.setdefault("NCCL_ALGO", "^NVLS")
 
 
 @jax.custom_vjp
 def rows_of(table: jax.Array, index: jax.Array) -> jax.Array:
-    """`table[index]`, [V, D] and int [...] -> [..., D], with a matrix product as its gradient."""
+    """Return `table[index]` with a matrix product, not a scatter, as its gradient.
+
+    Args:
+        table: [V, D], floating point.
+        index: [...], integer, each in [0, V).
+
+    Returns:
+        [..., D], in the dtype of `table`.
+    """
     return table[index]
 
 

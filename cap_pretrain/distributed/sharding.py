@@ -1,8 +1,9 @@
-"""One mesh of devices (data, fsdp, tensor) and what lies where on it.
+"""The device mesh (data, fsdp, tensor) and the shardings of batches, parameters and their state.
 
-Arrays are global: every computation is one `jax.jit` over the mesh and the compiler inserts the
-communication (`pmap` is retired upstream, and `pjit` is `jit` now). Batches are split over data and
-fsdp; parameters over fsdp and tensor by rules on their paths; optimizer state as its parameters.
+Arrays are global: every computation is one `jax.jit` over the mesh, and the compiler inserts the
+communication (`pmap` is retired upstream, and `pjit` is `jit` now). Batches are sharded over data
+and fsdp, parameters over fsdp and tensor by rules on their paths, and optimizer state like the
+parameters it belongs to.
 """
 
 import math
@@ -13,7 +14,7 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
@@ -22,56 +23,57 @@ from cap_pretrain.errors import UserError
 
 BATCH_AXES = ("data", "fsdp")
 
-# Over how many TPUs parameters and optimizer are split unless the config says. By the compiler's
-# estimate (BENCHMARKS.md, "On a TPU pod") that is faster than not at all, as the update takes a
-# part of the time and weights arrive while products are computed; but not over all there are: then
-# the compiler takes the products apart, too.
+# The default number of TPUs over which parameters and optimizer state are sharded. The compiler
+# estimates this to be faster than no sharding (BENCHMARKS.md, "On a TPU pod"), because the update
+# gets shorter and weights arrive while matrix products are computed. Sharding over all TPUs is
+# slower, because the compiler then splits the products, too.
 FSDP_ON_TPUS = 16
 
-# What splits one dimension: an axis of the mesh, several, or none.
+# The mesh axes that shard one dimension: one, several, or none.
 Axes = str | Sequence[str] | None
 
-# (path, axes of the trailing dimensions); leading dimensions, such as that of stacked layers, are
-# whole. Tensor parallelism: heads and hidden units are split, and so is the vocabulary. Everything
-# is split over fsdp, the vectors too: with their moments they are no small part of a small model.
-RULES = (
+# (path, axes of the trailing dimensions). Leading dimensions, such as that of stacked layers, are
+# not sharded. Tensor parallelism shards heads, hidden units and the vocabulary. Everything is
+# sharded over fsdp, vectors included: with their moments they are a large part of a small model.
+RULES: tuple[tuple[str, tuple[Axes, ...]], ...] = (
     (r".*/(query|key|value|up|logits)/kernel", ("fsdp", "tensor")),
     (r".*/(query|key|value|up|logits)/bias", (("tensor", "fsdp"),)),
     (r".*/(out|down)/kernel", ("tensor", "fsdp")),
     (r".*/embedding", ("tensor", "fsdp")),
-    (r".*/conv\d*/kernel", ("fsdp",)),  # channels out; there are as few as three in
+    (r".*/conv\d*/kernel", ("fsdp",)),  # output channels; there may be only three input channels
     (r".*/kernel", ("fsdp", None)),
     (r".*", ("fsdp",)),
 )
 
 
 def mesh_shape(config: ConfigDict, devices: Sequence[jax.Device] | int) -> dict[str, int]:
-    """Returns the size of each axis of a config's mesh.
+    """Return the size of each mesh axis by name ("data", "fsdp", "tensor").
 
     Args:
-      config: see `config.mesh` in config.py.
-      devices: what it is over; a number stands for devices that are no TPUs.
+        config: its `mesh`, `batch_size` and `accumulate` are used; see config.py.
+        devices: the devices of the mesh, or the number of devices that are not TPUs.
 
     Raises:
-      UserError: the axes do not multiply to the number of devices, or do not divide the batch.
+        UserError: the product of the axes is not the number of devices, or the batch size does not
+            divide by data x fsdp x accumulate.
     """
     number = devices if isinstance(devices, int) else len(devices)
     shape = {axis: config.mesh[axis] for axis in ("data", "fsdp", "tensor")}
     free = [axis for axis, n in shape.items() if n == -1]
     possible = all(n > 0 or n == -1 or (n == 0 and axis == "fsdp") for axis, n in shape.items())
     if possible and not shape["fsdp"]:
-        shape["fsdp"] = _usual_fsdp(shape, devices)
-    said = ", ".join(f"mesh.{axis}={n}" for axis, n in shape.items())
+        shape["fsdp"] = _default_fsdp(shape, devices)
+    given = ", ".join(f"mesh.{axis}={n}" for axis, n in shape.items())
     if len(free) > 1 or not possible:
         raise UserError(
-            f"{said}: axes are positive, and at most one is -1 (what the others leave)."
+            f"{given}: axes must be positive; at most one may be -1 (all remaining devices)."
         )
     fixed = math.prod(n for n in shape.values() if n != -1)
     if free:
         shape[free[0]] = max(1, number // fixed)
     if math.prod(shape.values()) != number:
         needs = f"a multiple of {fixed}" if free else f"{fixed}"
-        raise UserError(f"{said}: this needs {needs} devices, there are {number}.")
+        raise UserError(f"{given}: this needs {needs} devices, there are {number}.")
     ways = shape["data"] * shape["fsdp"] * config.accumulate
     if config.batch_size % ways:
         raise UserError(
@@ -80,8 +82,8 @@ def mesh_shape(config: ConfigDict, devices: Sequence[jax.Device] | int) -> dict[
     return shape
 
 
-def _usual_fsdp(shape: Mapping[str, int], devices: Sequence[jax.Device] | int) -> int:
-    """What `mesh.fsdp=0` stands for."""
+def _default_fsdp(shape: Mapping[str, int], devices: Sequence[jax.Device] | int) -> int:
+    """Return the size of the fsdp axis for `mesh.fsdp=0`: 1 unless on TPUs."""
     if isinstance(devices, int) or devices[0].platform != "tpu" or shape["tensor"] == -1:
         return 1
     data = max(2, slices_of(devices)) if shape["data"] == -1 else shape["data"]
@@ -89,18 +91,18 @@ def _usual_fsdp(shape: Mapping[str, int], devices: Sequence[jax.Device] | int) -
 
 
 def slices_of(devices: Sequence[jax.Device]) -> int:
-    """The number of TPU slices that devices belong to, which only share a data center's network."""
+    """Return the number of TPU slices that `devices` belong to (1 for other devices)."""
     return len({getattr(device, "slice_index", 0) for device in devices})
 
 
 def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Returns the mesh of a config over `devices` (default: all); see `mesh_shape`.
+    """Return the mesh of a config over `devices`, by default all devices.
 
-    Of several TPU slices, which only the data center network joins, each holds a part of the data
-    axis.
+    With several TPU slices, which only the data center network joins, each slice holds a part of
+    the data axis.
 
     Raises:
-      UserError: as `mesh_shape`; or the data axis cannot be split over the slices.
+        UserError: see `mesh_shape`; or the data axis does not divide by the number of slices.
     """
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(config, devices)
@@ -109,8 +111,8 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
     if slices > 1:
         if shape["data"] % slices:
             raise UserError(
-                f"mesh.data: {shape['data']} does not divide by the {slices} slices, which only "
-                "share data; lower mesh.fsdp or mesh.tensor."
+                f"mesh.data: {shape['data']} does not divide by the {slices} slices, across "
+                "which only data is sharded; lower mesh.fsdp or mesh.tensor."
             )
         within = (shape["data"] // slices, shape["fsdp"], shape["tensor"])
         placed = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices, **split)
@@ -120,23 +122,26 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of scalars and keys: the whole on every device."""
+    """Return the sharding of scalars and random keys: a full copy on every device."""
     return NamedSharding(mesh, P())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of a batch: the leading axis over data and fsdp."""
+    """Return the sharding of a batch: the leading axis over data and fsdp."""
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
 def batch_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
-    """Which rows of a global batch lie on this host's devices, ascending: those it has to read.
+    """Return the rows of a global batch that this host must read: those on its devices.
 
-    Hosts may hold the same rows, where the axis `tensor` crosses them, and rows here and there,
-    where the mesh follows the wiring of a pod.
+    Hosts may hold the same rows, if the tensor axis crosses hosts. A host may hold rows that are
+    not contiguous, if the mesh follows the wiring of a pod.
+
+    Returns:
+        Row indices, ascending, int [rows].
 
     Raises:
-      UserError: the devices of the batch axes do not divide the batch.
+        UserError: `batch_size` does not divide by data x fsdp.
     """
     ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     if batch_size < 1 or batch_size % ways:
@@ -145,24 +150,36 @@ def batch_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
             f"devices; choose a positive multiple of {ways}."
         )
     held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
-    return np.unique([row for (s,) in held.values() for row in range(*s.indices(batch_size))])
+    rows = [index[0].indices(batch_size) for index in held.values() if index]
+    return np.unique([row for bounds in rows for row in range(*bounds)])
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Makes global arrays of this host's `batch_rows`, sent to the devices explicitly."""
+    """Assemble global arrays on the mesh from each host's rows of a batch.
+
+    Args:
+        batch: arrays by name, whose leading axis holds the `batch_rows` of this host.
+        mesh: the mesh.
+    """
     sharding = batch_sharding(mesh)
-    with jax.transfer_guard_host_to_device("allow"):  # with several hosts JAX calls this implicit
+    with jax.transfer_guard_host_to_device("allow"):  # an explicit transfer, which JAX
+        # regards as implicit with several hosts
         return {
             k: jax.make_array_from_process_local_data(sharding, np.asarray(v))
             for k, v in batch.items()
         }
 
 
-def param_shardings(params: Any, mesh: Mesh, extra_rules: Sequence = ()) -> Any:
-    """Returns the sharding of every parameter, by `config.mesh.rules` (extra), then `RULES`.
+def param_shardings(params: Any, mesh: Mesh | AbstractMesh, extra_rules: Sequence = ()) -> Any:
+    """Return the sharding of every parameter, in a tree like `params`.
+
+    Args:
+        params: parameters or their abstract shapes.
+        mesh: the mesh, which may be abstract.
+        extra_rules: `config.mesh.rules`, which take precedence over `RULES`.
 
     Raises:
-      UserError: one of the extra rules matches nothing, or has axes that cannot be.
+        UserError: one of the extra rules matches no parameter or has invalid axes.
     """
     rules.apply_rules(extra_rules, params, default=(), field="mesh.rules")  # strict
     for pattern, axes in extra_rules:
@@ -174,10 +191,10 @@ def param_shardings(params: Any, mesh: Mesh, extra_rules: Sequence = ()) -> Any:
 
 
 def gathered(module: nnx.Module) -> nnx.Module:
-    """The module with what fsdp has split in whole, for a loop that would gather it at each turn.
+    """Return `module` with its parameters gathered over fsdp but still sharded over tensor.
 
-    What `RULES` split over tensor stays so. To be called under `jax.jit`; without a mesh it does
-    nothing.
+    Call it under `jax.jit`, before a loop that would otherwise gather them in each iteration.
+    Without a mesh it returns `module`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -187,18 +204,24 @@ def gathered(module: nnx.Module) -> nnx.Module:
         kept = [tuple(a for a in _names(group) if a != "fsdp") for group in sharding.spec]
         return jax.lax.with_sharding_constraint(param, P(*(group or None for group in kept)))
 
-    graphdef, params, others = nnx.split(module, nnx.Param, ...)
-    params = nnx.to_pure_dict(params)
-    params = jax.tree.map(constrain, params, param_shardings(params, mesh))
-    return nnx.merge(graphdef, params, others)
+    graphdef, params, *others = nnx.split(module, nnx.Param, ...)
+    arrays = nnx.to_pure_dict(params)
+    whole = jax.tree.map(constrain, arrays, param_shardings(arrays, mesh))
+    return nnx.merge(graphdef, whole, *others)
 
 
 def state_shardings(state: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
-    """Returns the sharding of each leaf of `state`, such as an optimizer's.
+    """Return the sharding of each leaf of a state, such as an optimizer's.
 
-    A leaf whose path ends in a parameter's path lies as that parameter does; a factored moment,
-    whose shape lacks a dimension of the parameter's, lies as the dimensions it has, which take over
-    the axes of the one it lacks.
+    A leaf whose path ends in a parameter's path is sharded like that parameter. A factored moment,
+    whose shape lacks one dimension of the parameter, is sharded like the remaining dimensions,
+    which also take over the axes of the missing one. All other leaves are replicated.
+
+    Args:
+        state: a pytree of arrays or abstract shapes.
+        params: parameters or their abstract shapes.
+        shardings: their shardings, from `param_shardings`.
+        mesh: the mesh.
     """
     known = {
         path: (leaf.shape, rules.flatten(shardings)[path].spec)
@@ -210,13 +233,17 @@ def state_shardings(state: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
         for start in range(len(parts)):
             path = "/".join(parts[start:])
             if path in known:
-                return NamedSharding(mesh, _spec_like(leaf.shape, *known[path], mesh))
+                param_shape, spec = known[path]
+                return NamedSharding(mesh, _spec_like(leaf.shape, param_shape, spec, mesh))
         return replicated(mesh)
 
     return jax.tree_util.tree_map_with_path(sharding_of, state)
 
 
-def _spec_like(shape: tuple[int, ...], param_shape: tuple[int, ...], spec: P, mesh: Mesh) -> P:
+def _spec_like(
+    shape: tuple[int, ...], param_shape: tuple[int, ...], spec: P, mesh: Mesh | AbstractMesh
+) -> P:
+    """Return the partition of a state leaf that belongs to a parameter; see `state_shardings`."""
     full = tuple(spec) + (None,) * (len(param_shape) - len(spec))
     if shape == param_shape:
         return P(*full)
@@ -227,11 +254,16 @@ def _spec_like(shape: tuple[int, ...], param_shape: tuple[int, ...], spec: P, me
     return P()
 
 
-def _fit(shape: tuple[int, ...], axes: Sequence[Axes], mesh: Mesh, spare: Sequence[str] = ()) -> P:
-    """Places the `axes` of the trailing dimensions of a shape, each where it divides.
+def _fit(
+    shape: tuple[int, ...],
+    axes: Sequence[Axes],
+    mesh: Mesh | AbstractMesh,
+    spare: Sequence[str] = (),
+) -> P:
+    """Return the partition of a shape given mesh axes for its trailing dimensions.
 
-    An axis that does not divide its dimension, and each of `spare`, goes to the last of these
-    dimensions that it does divide, or nowhere.
+    An axis that does not divide its dimension, and each axis of `spare`, moves to the last of these
+    dimensions that it does divide, or is dropped.
     """
     axes = axes[max(0, len(axes) - len(shape)) :]
     dims = range(len(shape) - len(axes), len(shape))
@@ -252,18 +284,20 @@ def _fit(shape: tuple[int, ...], axes: Sequence[Axes], mesh: Mesh, spare: Sequen
     return P(*(group[0] if len(group) == 1 else group or None for group in placed))
 
 
-def _check_axes(pattern: str, axes: Any, mesh: Mesh) -> None:
+def _check_axes(pattern: str, axes: Any, mesh: Mesh | AbstractMesh) -> None:
+    """Raise UserError unless `axes` gives each dimension axes of the mesh, each at most once."""
     try:
         names = [name for group in axes for name in _names(group)]
-        fine = set(names) <= set(mesh.shape) and len(set(names)) == len(names)
+        valid = set(names) <= set(mesh.shape) and len(set(names)) == len(names)
     except TypeError:
-        fine = False
-    if not fine:
+        valid = False
+    if not valid:
         raise UserError(
             f"mesh.rules: {pattern!r} has the axes {axes!r}. For each trailing dimension give one "
-            f"of {', '.join(mesh.shape)}, or several, or None; none of them twice."
+            f"of {', '.join(mesh.shape)}, or several, or None; use none of them twice."
         )
 
 
 def _names(axes: Axes) -> tuple[str, ...]:
+    """Return the mesh axes of one dimension as a tuple."""
     return (axes,) if isinstance(axes, str) else tuple(axes or ())

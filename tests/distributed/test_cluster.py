@@ -1,15 +1,18 @@
-"""Who the hosts of a run are, and what they compare; on several hosts: test_multihost.py."""
+"""How hosts find each other and what they compare; test_multihost.py runs several hosts."""
 
 import importlib.util
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import pytest
 
+import cap_pretrain
 from cap_pretrain.distributed import cluster
 from cap_pretrain.errors import UserError
 from tests import toy
@@ -23,23 +26,22 @@ ELSEWHERE = (
 
 @pytest.fixture
 def joined(monkeypatch):
-    """Has nobody joined for real; returns how they would have."""
+    """Replace `jax.distributed.initialize`; return the list of calls to it and `config.update`."""
     calls = []
     for name in (*NAMES, *ELSEWHERE):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: calls.append((a, k)))
-    updates = lambda name, value: calls.append((name, value))
-    monkeypatch.setattr(jax.config, "update", updates)
+    monkeypatch.setattr(jax.config, "update", lambda name, value: calls.append((name, value)))
     return calls
 
 
-def test_a_machine_by_itself_joins_nobody(joined):
+def test_a_single_machine_joins_no_cluster(joined):
     cluster.start()
     assert joined == []
 
 
 @pytest.mark.parametrize("environment", [{}, dict(zip(NAMES, ("a:1", "4", "0"), strict=True))])
-def test_addresses_are_those_of_the_flags_then_of_the_environment(environment, joined, monkeypatch):
+def test_flags_take_precedence_over_the_environment(environment, joined, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     cluster.start(cluster.Addresses("node0:1234", 8, 3))
@@ -48,7 +50,7 @@ def test_addresses_are_those_of_the_flags_then_of_the_environment(environment, j
     assert options["cluster_detection_method"] == "deactivate"
 
 
-def test_the_environment_may_give_all_of_them(joined, monkeypatch):
+def test_the_environment_may_give_all_addresses(joined, monkeypatch):
     for name, value in zip(NAMES, ("[::1]:77", "2", "1"), strict=True):
         monkeypatch.setenv(name, value)
     cluster.start()
@@ -64,7 +66,7 @@ def test_the_environment_may_give_all_of_them(joined, monkeypatch):
         (("node0:1", 2, 2), "--process_id: 2 is not one of 2 processes"),
     ],
 )
-def test_addresses_that_cannot_be(addresses, message, joined):
+def test_invalid_addresses_are_refused(addresses, message, joined):
     with pytest.raises(UserError, match=message) as error:
         cluster.start(cluster.Addresses(*addresses))
     assert len(str(error.value).splitlines()) == 1 and joined == []
@@ -80,17 +82,17 @@ def test_addresses_that_cannot_be(addresses, message, joined):
         ({"MEGASCALE_NUM_SLICES": "2"}, False),
     ],
 )
-def test_clusters_are_recognised(environment, devices, joined, monkeypatch):
+def test_clusters_are_detected(environment, devices, joined, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     cluster.start()
     assert joined[0] == ("jax_enable_preemption_service", False)
     assert joined[1][0] == (None, None, None)
-    # JAX would give the only process of a machine one of its GPUs.
+    # By default JAX would give the only process of a machine just one of its GPUs.
     assert (("jax_cuda_visible_devices", "all") in joined) == devices
 
 
-def test_an_indexed_job_of_kubernetes_is_not_taken_for_a_pod_by_itself(joined, monkeypatch):
+def test_an_indexed_kubernetes_job_is_not_taken_for_a_single_pod(joined, monkeypatch):
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
     cluster.start()
     monkeypatch.setenv("JOB_COMPLETION_INDEX", "0")
@@ -102,17 +104,17 @@ def test_an_indexed_job_of_kubernetes_is_not_taken_for_a_pod_by_itself(joined, m
     assert joined[-1][0] == (None, None, None)
 
 
-def test_hosts_that_do_not_come_together(joined, monkeypatch):
+def test_hosts_that_cannot_connect(joined, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("DEADLINE_EXCEEDED: only 1 of 2 came\nat the barrier")
 
     monkeypatch.setattr(jax.distributed, "initialize", fail)
-    with pytest.raises(cluster.NotTogether, match="did not come together.*only 1 of 2 came"):
+    with pytest.raises(cluster.ClusterStartError, match="could not connect.*only 1 of 2 came"):
         cluster.start(cluster.Addresses("node0:1", 2, 0))
 
 
 class Store:
-    """A key-value store as that of the cluster, with what other hosts have put there."""
+    """A fake of the cluster's key-value store, holding what other hosts have written."""
 
     def __init__(self):
         self.values = {}
@@ -138,7 +140,7 @@ class Store:
         ({"optim.lr": 0.1, "seed": 0, "code": "x"}, "code is 'x' on host 1"),
     ],
 )
-def test_what_differs_is_named_on_every_host(other, message, monkeypatch):
+def test_differences_are_named_on_every_host(other, message, monkeypatch):
     store, here = Store(), "cap_pretrain/decided/7"
     monkeypatch.setattr(cluster, "client", lambda: store)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
@@ -155,23 +157,42 @@ def test_what_differs_is_named_on_every_host(other, message, monkeypatch):
             cluster.agree(facts, "Do this.")
 
 
+def test_the_code_fingerprint_covers_every_file_of_the_package(tmp_path, monkeypatch):
+    package = Path(cap_pretrain.__file__).parent
+    copy = tmp_path / "cap_pretrain"
+    shutil.copytree(package, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    own = cluster._code_fingerprint()
+    monkeypatch.setattr(cap_pretrain, "__file__", str(copy / "__init__.py"))
+    assert cluster._code_fingerprint() == own
+    sources = sorted(copy.rglob("*.py"))
+    assert {"train.py", "config.py"} <= {path.name for path in copy.glob("*.py")}
+    assert {"models", "data", "sources", "distributed"} <= {path.parent.name for path in sources}
+    for path in sources:
+        content = path.read_bytes()
+        path.write_bytes(content + b"#")
+        assert cluster._code_fingerprint() != own, path
+        path.write_bytes(content)
+    path.rename(path.with_name("renamed.py"))
+    assert cluster._code_fingerprint() != own
+
+
 HOST = """
 import hashlib, json
 import jax
-from cap_pretrain import cluster
+from cap_pretrain.distributed import cluster
 from cap_pretrain.errors import UserError
 
-def fails(said):
+def fails(values):
     raise UserError("no é")
 
-def never(said):
-    raise SystemExit("this host was not to do it")
+def never(values):
+    raise SystemExit("only host 0 decides")
 
 cluster.start()
 me = jax.process_index()
 with jax.transfer_guard("disallow"):
-    for large in ("", "é" * 10_000_000):  # more than gRPC sends unless it is told to
-        answer = cluster.decided((me, large), (lambda said: {"é": said}) if me == 0 else never)
+    for large in ("", "é" * 10_000_000):  # beyond gRPC's default message size
+        answer = cluster.decided((me, large), (lambda values: {"é": values}) if me == 0 else never)
     print(hashlib.sha256(json.dumps(answer).encode()).hexdigest(), [n for n, _ in answer["é"]])
     try:
         cluster.decided(None, fails if me == 0 else never)
@@ -181,7 +202,7 @@ with jax.transfer_guard("disallow"):
 
 
 @pytest.mark.slow
-def test_what_one_host_decides_all_have():
+def test_all_hosts_get_the_decision_of_host_0():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -194,6 +215,6 @@ def test_what_one_host_decides_all_have():
         pipes = {"stdout": subprocess.PIPE, "encoding": "utf-8"}
         hosts.append(subprocess.Popen(command, env=environment, **pipes))
     printed = [host.communicate(timeout=120)[0].splitlines() for host in hosts]
-    (*_, first, error), (*_, second, error_too) = printed  # before are lines of those who connect
+    (*_, first, error), (*_, second, error_too) = printed  # earlier lines are about connecting
     assert first == second and first.endswith(" [0, 1]")
     assert error == error_too == "no é"

@@ -1,4 +1,4 @@
-"""What `config.deterministic` promises of GPUs, as far as it shows without one."""
+"""What `config.deterministic` does for GPUs, as far as it can be tested without one."""
 
 import jax
 import jax.numpy as jnp
@@ -29,18 +29,20 @@ def prepared_step(objective, **fields):
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_a_step_has_no_scatter_which_gpus_would_do_one_by_one(objective):
+def test_a_step_has_no_scatter_which_gpus_would_serialize(objective):
     take, init, batch = prepared_step(objective, deterministic=True)
     program = take.lower(jax.eval_shape(init), batch).as_text()
     assert "stablehlo.dot_general" in program and "stablehlo.scatter" not in program
 
 
 def test_the_switch_changes_nothing_but_rounding():
-    """The compiler also refuses options that it does not know, so their names are right."""
+    """Only rounding differs. The compiler refuses unknown options, so the names are valid."""
     norms = []
-    for on in (False, True):
-        take, init, batch = prepared_step("cappa", deterministic=on, optim__warmup_share=0.0)
-        state, _ = take(init(), batch)  # the output layer starts at zero, so gradients stop there
+    for deterministic in (False, True):
+        take, init, batch = prepared_step(
+            "cappa", deterministic=deterministic, optim__warmup_share=0.0
+        )
+        state, _ = take(init(), batch)  # the zero-initialized output layer blocks gradients
         norms.append(jax.device_get(take(state, batch)[1]))
     assert norms[0]["grad_norm"] > 0.01
     for name, value in norms[0].items():
@@ -61,7 +63,7 @@ def test_rows_of_a_table_have_the_gradient_of_indexing():
     np.testing.assert_allclose(found[1], expected[1], rtol=1e-5, atol=1e-6)
 
 
-def test_sums_in_switches_are_ruled_out_unless_the_user_chose(monkeypatch):
+def test_nvlink_sums_are_disabled_unless_the_user_set_nccl_algo(monkeypatch):
     monkeypatch.delenv("NCCL_ALGO", raising=False)
     determinism.set_environment(toy.config())
     assert "NCCL_ALGO" not in determinism.os.environ

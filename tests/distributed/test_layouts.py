@@ -1,4 +1,4 @@
-"""Any layout of the devices computes what one device does, and goes on with what another saved."""
+"""Every mesh layout trains like one device, and resumes the checkpoints of any other layout."""
 
 import itertools
 import json
@@ -25,7 +25,7 @@ STEPS, SAVED = 20, 12
 
 
 def straight_run(training, workdir, steps=STEPS, saved=SAVED):
-    """Its losses, the state saved on the way as NumPy has it, and what the last takes a device."""
+    """Return all losses, the state saved midway (NumPy), and the final bytes per device."""
     state, before = training.go_on(training.init(), saved)
     training.save(state, workdir)
     at_save = on_host(state)
@@ -35,7 +35,7 @@ def straight_run(training, workdir, steps=STEPS, saved=SAVED):
 
 
 def continued_run(training, workdir, steps=STEPS, saved=SAVED):
-    """The losses from where somebody saved in `workdir`, and the state as it was restored."""
+    """Return the losses after resuming from `workdir`, and the restored state."""
     state = training.restored(workdir, saved)
     restored = on_host(state)
     return training.go_on(state, steps - saved)[1], restored
@@ -46,11 +46,12 @@ def on_host(state):
 
 
 def curves(objective, folder, layouts, moves, steps=STEPS, saved=SAVED, fields=()):
-    """Trains on each of `layouts`, saving in `folder/LAYOUT`, then goes on from there.
+    """Train on each of `layouts`, saving in `folder/LAYOUT`, then resume on other layouts.
 
     Returns:
-      The losses of the straight runs by layout; for each of `moves` (layout that saved, layout that
-      goes on) the losses after it; and bytes of parameters and optimizer on a device, by layout.
+        The losses of the uninterrupted runs by layout; for each of `moves` (layout that saved,
+        layout that resumes) the losses after it; and the bytes of parameters and of optimizer
+        state on one device, by layout.
     """
     c = config(objective, total_steps=steps, **dict(fields))
     trainings = {name: Training(c, name) for name in layouts}
@@ -67,14 +68,15 @@ def curves(objective, folder, layouts, moves, steps=STEPS, saved=SAVED, fields=(
 
 
 def assert_same_curve(losses, reference, name):
-    """Each loss is that of the last steps of the reference, within 1e-4 relative."""
+    """Assert that losses equal the last ones of `reference` within 1e-4, relative."""
     assert len(set(reference)) == len(reference)
     np.testing.assert_allclose(losses, reference[-len(losses) :], rtol=1e-4, err_msg=name)
 
 
-def test_eight_devices_and_one_go_on_with_what_the_other_began(tmp_path):
-    """Two processes, which have nothing but the checkpoints in common."""
-    lengths = steps, saved = 4, 2
+def test_one_device_and_eight_resume_each_others_runs(tmp_path):
+    """The two processes share nothing but the checkpoints."""
+    lengths = 4, 2
+    steps, _ = lengths
     fields = SMALL | {"model__dropout": 0.0}
     c = config("cappa", total_steps=steps, **fields)
     one = Training(c, "one")
@@ -88,10 +90,10 @@ def test_eight_devices_and_one_go_on_with_what_the_other_began(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_every_layout_gives_the_losses_of_one_device_and_goes_on_with_any(objective, tmp_path):
+def test_every_layout_gives_the_losses_of_one_device_and_resumes_any(objective, tmp_path):
     names = list(LAYOUTS)
     moves = list(itertools.permutations(names, 2))
-    if objective != "cappa":  # each onto one other
+    if objective != "cappa":  # each resumes on one other layout
         moves = list(zip(names, names[1:] + names[:1], strict=True))
     call = (objective, str(tmp_path), names, moves)
     ((straight, moved, held),) = on_eight_devices(curves, [call])
@@ -103,14 +105,14 @@ def test_every_layout_gives_the_losses_of_one_device_and_goes_on_with_any(object
 
 
 def run(layout, workdir, tokenizer):
-    """What the command line does, with the layout as all that may differ."""
+    """Train as the command line does; only the layout may differ."""
     axes = dict(zip(("mesh__data", "mesh__fsdp", "mesh__tensor"), LAYOUTS[layout], strict=True))
     fields = {"text__tokenizer": tokenizer, "checkpoint__every_steps": SAVED, "log__ids": True}
     train.run(config("cappa", total_steps=STEPS, **fields, **axes), Path(workdir))
 
 
 def half_done(workdir, copy):
-    """A copy of a finished run as it was in the middle."""
+    """Copy a finished run and restore the copy to its state at step `SAVED`."""
     shutil.copytree(workdir, copy)
     shutil.rmtree(copy / "checkpoints" / str(STEPS))
     lines = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)
@@ -121,7 +123,7 @@ def half_done(workdir, copy):
 
 @pytest.mark.slow
 def test_a_run_moves_between_one_device_and_eight(tokenizer_path, tmp_path):
-    """The whole of it, as a user does it: the same workdir, the same command, other devices."""
+    """As a user would: the same workdir and command on other devices."""
     tokenizer, one, eight = str(tokenizer_path), tmp_path / "one", tmp_path / "all"
     run("one", one, tokenizer)
     moved = half_done(one, tmp_path / "one_then_all")

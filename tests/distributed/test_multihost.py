@@ -1,6 +1,6 @@
-"""Several real processes over jax.distributed do what one does, and end together.
+"""Several real processes over jax.distributed train like one process, and end together.
 
-Hit again and again: tools/kill_and_resume.py --processes 1 2 4.
+tools/kill_and_resume.py --processes 1 2 4 kills them repeatedly.
 """
 
 import os
@@ -25,15 +25,15 @@ SMALL = {
     **{"model.depth": 1, "log.every_steps": 1, "log.ids": True, "checkpoint.every_steps": 2},
     **{"eval.every_steps": 4},
 }
-# Objectives, and how the four devices of two hosts are laid out: where the axis tensor goes across
-# them, hosts read the same examples.
+# Objectives, and the mesh of the four devices of two hosts. If the tensor axis crosses hosts, the
+# hosts read the same examples.
 MESHES = {
     "cap": {"mesh.data": 4},
     "cappa": {"mesh.data": 1, "mesh.tensor": 4},
     "clip": {"mesh.data": 1, "mesh.fsdp": 4},
     "siglip": {"mesh.data": 2, "mesh.tensor": 2},
 }
-CAPTIONS = {"evals.samples.count": 4}  # of captioners alone
+CAPTIONS = {"evals.samples.count": 4}  # a field of captioners only
 
 
 def arguments(objective: str, fields: dict) -> list[str]:
@@ -43,7 +43,7 @@ def arguments(objective: str, fields: dict) -> list[str]:
 
 
 def start(workdir, hosts: int, objective: str = "cap", own=(), **fields):
-    """Starts so many hosts on this machine, of two devices each; `own` are arguments of each."""
+    """Start `hosts` processes with two devices each; `own` gives an extra argument by host."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -71,7 +71,7 @@ def start(workdir, hosts: int, objective: str = "cap", own=(), **fields):
 
 
 def ended(processes, timeout: float = 240) -> tuple[list[int], list[str]]:
-    """Waits for them; returns their exit codes and what each printed."""
+    """Wait for the processes; return their exit codes and their output."""
     printed = [process.communicate(timeout=timeout)[0] for process in processes]
     return [process.returncode for process in processes], printed
 
@@ -83,8 +83,8 @@ def wait_for_step(workdir, step: int, processes) -> None:
         time.sleep(0.05)
 
 
-def figures(workdir) -> dict[tuple[int, str], float]:
-    """What was logged, by step and name, but for times."""
+def metrics(workdir) -> dict[tuple[int, str], float]:
+    """Return the logged metrics by (step, name), without times."""
     return {
         (line["step"], name): value
         for line in toy.lines(workdir)
@@ -96,27 +96,27 @@ def figures(workdir) -> dict[tuple[int, str], float]:
 def assert_same(found, expected):
     assert found.keys() == expected.keys()
     for key, value in expected.items():
-        if key[1].startswith("data/"):  # which examples there were
+        if key[1].startswith("data/"):  # fingerprints of the examples
             assert found[key] == value, key
-        else:  # Adafactor's first updates depend on gradients' last digits
+        else:  # Adafactor's first updates depend on the last digits of the gradients
             rel = 1e-3 if key[1].endswith("_norm") else 1e-4
             assert found[key] == pytest.approx(value, rel=rel, abs=1e-6), key
 
 
 @pytest.mark.parametrize("objective", MESHES)
-def test_two_hosts_train_and_evaluate_as_one_does(objective, tmp_path):
+def test_two_hosts_train_and_evaluate_like_one(objective, tmp_path):
     codes, printed = ended(start(tmp_path / "one", 1, objective))
     assert codes == [0], printed
     codes, printed = ended(start(tmp_path / "two", 2, objective, **MESHES[objective]))
     assert codes == [0, 0], printed
-    assert "step" not in printed[1]  # one host speaks for all
-    expected, found = (figures(tmp_path / name) for name in ("one", "two"))
+    assert "step" not in printed[1]  # only host 0 prints
+    expected, found = (metrics(tmp_path / name) for name in ("one", "two"))
     assert {(4, "val/loss"), (5, "train/loss"), (5, "data/ids")} <= expected.keys()
     assert_same(found, expected)
     assert saved_steps(tmp_path / "two") == [4, 5]
 
 
-def test_a_lost_host_ends_the_others_and_four_go_on(tmp_path):
+def test_a_lost_host_ends_the_others_and_four_hosts_resume(tmp_path):
     ended(start(tmp_path / "one", 1))
     hosts = start(tmp_path / "lost", 2)
     wait_for_step(tmp_path / "lost", 3, hosts)
@@ -130,10 +130,10 @@ def test_a_lost_host_ends_the_others_and_four_go_on(tmp_path):
     codes, printed = ended(start(tmp_path / "lost", 4, **{"mesh.data": 4, "mesh.fsdp": 2}))
     assert codes == [0] * 4, printed
     assert "Going on from step 2" in printed[0]
-    assert_same(figures(tmp_path / "lost"), figures(tmp_path / "one"))
+    assert_same(metrics(tmp_path / "lost"), metrics(tmp_path / "one"))
 
 
-def test_without_its_coordinator_a_host_ends_and_says_so(tmp_path):
+def test_a_host_that_loses_the_coordinator_exits_and_says_so(tmp_path):
     hosts = start(tmp_path, 2, total_steps=500)
     wait_for_step(tmp_path, 2, hosts)
     hosts[0].kill()
@@ -157,10 +157,13 @@ def test_sigterm_on_one_host_stops_all_at_one_step(tmp_path):
     ("own", "message"),
     [
         ("--config.optim.lr=0.5", r"optim.lr is 0.5 on host 1 \(.+\), 0.001 on host 0"),
-        ("--workdir={}/elsewhere", "what host 0 writes in --workdir=.* is 'missing' on host 1"),
+        (
+            "--workdir={}/elsewhere",
+            "the marker file of host 0 in --workdir=.* is 'missing' on host 1",
+        ),
     ],
 )
-def test_hosts_that_were_started_otherwise_are_refused(own, message, tmp_path):
+def test_hosts_started_with_other_arguments_are_refused(own, message, tmp_path):
     codes, printed = ended(start(tmp_path / "run", 2, own=("", own.format(tmp_path))))
     assert codes == [2, 2], printed
     for text in printed:
