@@ -53,7 +53,7 @@ def open_data(config: ConfigDict, split: str, name: str = "") -> Source:
     features, stored = pipeline.is_features(source[0]["image"]), config.model.name == STORED
     if features and not stored:
         raise UserError(
-            f"data.name: {source} holds features of an encoder instead of images; set "
+            f"data.name: {source} holds features of another encoder instead of images; set "
             f"--config.model.name={STORED} and no encoder to train on them."
         )
     if stored and not features:

@@ -1,0 +1,1 @@
+"""Optimizers, learning-rate schedules, durations in steps, and reduce-on-plateau."""

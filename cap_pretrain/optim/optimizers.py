@@ -1,7 +1,8 @@
-"""Optimizers and learning rate schedules by name, with rules on parameter paths.
+"""Optimizers and learning-rate decays by name, with rules on parameter paths.
 
-All come from optax. Every optimizer is a chain: clip the gradients, scale them, add weight decay,
-multiply by the learning rate. SGD and LARS decay before their momentum, as they are published.
+All components come from optax. Every optimizer is a chain: clip the gradients, scale them, add
+weight decay, multiply by the learning rate. SGD and LARS add weight decay before their momentum, as
+published.
 """
 
 from collections.abc import Callable
@@ -13,25 +14,39 @@ import optax
 from ml_collections import ConfigDict
 
 from cap_pretrain import rules
+from cap_pretrain.errors import UserError
 
-# Kernels and only kernels decay (the recipe); embeddings, positions, scales and biases do not.
+# Weight decay applies to kernels only (the recipe), not to embeddings, positions, scales or biases.
 DECAY_RULES = ((r"(.*/)?kernel", 1.0),)
 
 
 class Optimizer(NamedTuple):
-    """`before` the weight decay and `after` it, each `(config.optim) -> GradientTransformation`."""
+    """The parts of an optimizer around its weight decay, made from `config.optim`.
+
+    Attributes:
+        before: applied to the gradients before weight decay is added.
+        after: applied after weight decay is added.
+    """
 
     before: Callable[[ConfigDict], optax.GradientTransformation]
-    after: Callable[[ConfigDict], optax.GradientTransformation] = lambda c: optax.identity()
+    after: Callable[[ConfigDict], optax.GradientTransformation] = lambda _: optax.identity()
+
+
+def _setting(c: ConfigDict, field: str, default: float) -> float:
+    """Return `optim.b1`, `optim.b2` or `optim.eps`: 0 means `default`, -1 means a real zero."""
+    value = c[field]
+    if value < 0 and value != -1:
+        raise UserError(f"optim.{field}: {value} is negative; give -1 for zero, 0 for the default.")
+    return 0.0 if value < 0 else value or default
 
 
 def _adafactor(c: ConfigDict) -> optax.GradientTransformation:
-    """Adafactor as modified for ViT-22B-era training (Zhai et al. 2021, 2106.04560, section 3.4).
+    """Return Adafactor as modified by Zhai et al. 2021 (2106.04560), section 3.4.
 
     First moment in bfloat16, second moment decay 1 - t^-0.8 capped at 0.999, no update clipping, no
     parameter scaling; dimensions below 32 are not factored (big_vision `scale_by_adafactor`).
     """
-    cap = c.b2 or 0.999
+    cap, epsilon = _setting(c, "b2", 0.999), _setting(c, "eps", 1e-30)
 
     def decay_rate(step, exponent):
         return jnp.minimum(cap, 1.0 - (jnp.asarray(step, jnp.float32) + 1.0) ** -exponent)
@@ -42,22 +57,41 @@ def _adafactor(c: ConfigDict) -> optax.GradientTransformation:
             min_dim_size_to_factor=32,
             decay_rate=0.8,
             decay_rate_fn=decay_rate,
-            epsilon=c.eps or 1e-30,
+            epsilon=epsilon,
         )
 
     def kind(params):
-        # Layers are stacked, so a bias of many layers looks like a matrix; it is none.
+        # Layers are stacked, so the biases of all layers look like a matrix but are vectors.
         is_matrix = ((r"(.*/)?(kernel|embedding|positions|text_positions)", "matrix"),)
         return rules.apply_rules(is_matrix, params, default="vector", field="optim", strict=False)
 
     return optax.chain(
         optax.partition({"matrix": rms(True), "vector": rms(False)}, kind),
-        optax.ema(c.b1 or 0.9, debias=False, accumulator_dtype=c.moment_dtype or jnp.bfloat16),
+        optax.ema(
+            _setting(c, "b1", 0.9), debias=False, accumulator_dtype=c.moment_dtype or jnp.bfloat16
+        ),
     )
 
 
-def _lars_trust(c: ConfigDict) -> optax.GradientTransformation:
-    """The layer-wise trust ratio (You et al. 2017), on kernels only, then momentum."""
+def _adamw(c: ConfigDict) -> optax.GradientTransformation:
+    """Return the scaling of Adam (Kingma and Ba 2015, 1412.6980)."""
+    return optax.scale_by_adam(
+        b1=_setting(c, "b1", 0.9),
+        b2=_setting(c, "b2", 0.999),
+        eps=_setting(c, "eps", 1e-8),
+        mu_dtype=c.moment_dtype or None,
+    )
+
+
+def _lion(c: ConfigDict) -> optax.GradientTransformation:
+    """Return the scaling of Lion (Chen et al. 2023, 2302.06675)."""
+    return optax.scale_by_lion(
+        b1=_setting(c, "b1", 0.9), b2=_setting(c, "b2", 0.99), mu_dtype=c.moment_dtype or None
+    )
+
+
+def _lars(c: ConfigDict) -> optax.GradientTransformation:
+    """Return the layer-wise trust ratio of LARS (You et al. 2017), on kernels, then momentum."""
 
     def kernels(params):
         return rules.apply_rules(
@@ -71,52 +105,49 @@ def _lars_trust(c: ConfigDict) -> optax.GradientTransformation:
 
 
 def _momentum(c: ConfigDict, *, nesterov: bool) -> optax.GradientTransformation:
-    return optax.trace(c.b1 or 0.9, nesterov=nesterov, accumulator_dtype=c.moment_dtype or None)
+    """Return momentum with decay `optim.b1`; without momentum there is no accumulator."""
+    decay = _setting(c, "b1", 0.9)
+    if not decay:
+        return optax.identity()
+    return optax.trace(decay, nesterov=nesterov, accumulator_dtype=c.moment_dtype or None)
 
 
 OPTIMIZERS = {
-    "adamw": Optimizer(
-        lambda c: optax.scale_by_adam(
-            b1=c.b1 or 0.9, b2=c.b2 or 0.999, eps=c.eps or 1e-8, mu_dtype=c.moment_dtype or None
-        )
-    ),
+    "adamw": Optimizer(_adamw),
     "adafactor": Optimizer(_adafactor),
-    "lion": Optimizer(
-        lambda c: optax.scale_by_lion(
-            b1=c.b1 or 0.9, b2=c.b2 or 0.99, mu_dtype=c.moment_dtype or None
-        )
-    ),
-    "sgd": Optimizer(lambda c: optax.identity(), lambda c: _momentum(c, nesterov=True)),
-    "lars": Optimizer(lambda c: optax.identity(), _lars_trust),
+    "lion": Optimizer(_lion),
+    "sgd": Optimizer(lambda _: optax.identity(), lambda c: _momentum(c, nesterov=True)),
+    "lars": Optimizer(lambda _: optax.identity(), _lars),
 }
 
 
 def _rsqrt(lr: float, warmup: int) -> optax.Schedule:
-    """Inverse square root, equal to `lr` where the warm-up ends."""
+    """Return inverse square root decay, equal to `lr` at the end of the warmup."""
     scale = max(warmup, 1)
     return lambda step: lr * jnp.sqrt(scale / (step + scale))
 
 
-# What follows the warm-up: (lr, warm-up steps, steps that remain) -> schedule from there on.
+# The schedule after the warmup: (lr, warmup steps, remaining steps) -> learning rate by the number
+# of steps since the end of the warmup.
 DECAYS: dict[str, Callable[[float, int, int], optax.Schedule]] = {
-    "cosine": lambda lr, warmup, left: optax.cosine_decay_schedule(lr, left),
-    "linear": lambda lr, warmup, left: optax.linear_schedule(lr, 0.0, left),
-    "rsqrt": lambda lr, warmup, left: _rsqrt(lr, warmup),
-    "constant": lambda lr, warmup, left: optax.constant_schedule(lr),
+    "cosine": lambda lr, _warmup, left: optax.cosine_decay_schedule(lr, left),
+    "linear": lambda lr, _warmup, left: optax.linear_schedule(lr, 0.0, left),
+    "rsqrt": lambda lr, warmup, _left: _rsqrt(lr, warmup),
+    "constant": lambda lr, _warmup, _left: optax.constant_schedule(lr),
 }
 
 
 def schedule(
     c: ConfigDict, *, total: int, warmup: int, cooldown: int, batch_size: int
 ) -> optax.Schedule:
-    """Returns the learning rate as a function of the step.
+    """Return the learning rate as a function of the step.
 
     Args:
-      c: the `optim` section of a config.
-      total: steps of the run.
-      warmup: steps of the linear rise from 0; the first step already learns.
-      cooldown: steps of the linear fall to 0 at the end (for rsqrt and constant).
-      batch_size: examples a step, to which `c.lr_batch` is compared.
+        c: the `optim` section of a config.
+        total: steps of the run.
+        warmup: steps of the linear rise from 0; the rate of step 0 is already positive.
+        cooldown: steps of the linear fall to 0 at the end (for rsqrt and constant).
+        batch_size: examples per step; the rate is scaled by its ratio to `c.lr_batch`, if set.
     """
     warmup = min(warmup, total - 1)
     lr = c.lr * batch_size / c.lr_batch if c.lr_batch else c.lr
@@ -133,15 +164,15 @@ def schedule(
 
 
 def build(c: ConfigDict, params: Any, rate: optax.Schedule) -> optax.GradientTransformation:
-    """Returns the optimizer of a config's `optim` section.
+    """Return the optimizer of a config's `optim` section.
 
     Args:
-      c: the section.
-      params: the parameters (or their abstract shapes), for the rules.
-      rate: from `schedule`.
+        c: the `optim` section of a config.
+        params: the parameters or their abstract shapes, to which the rules are applied.
+        rate: the learning rate, from `schedule`.
 
     Raises:
-      UserError: a rule matches nothing.
+        UserError: a rule matches no parameter, or a setting is negative but not -1.
     """
     multipliers = rules.apply_rules(c.lr_rules, params, default=1.0, field="optim.lr_rules")
     rules.apply_rules(c.decay_rules, params, default=0.0, field="optim.decay_rules")  # strict
@@ -166,11 +197,11 @@ def build(c: ConfigDict, params: Any, rate: optax.Schedule) -> optax.GradientTra
 
 
 def is_frozen(c: ConfigDict, params: Any) -> bool:
-    """Whether there are `params`, and a config's rules leave all of them as they are.
+    """Return whether `optim.lr_rules` freeze all of `params`; False if there are none.
 
     Args:
-      c: the section.
-      params: some of a learner's, in their places, as {"encoder": …}.
+        c: the `optim` section of a config.
+        params: some parameters of a learner, with their full paths, such as {"encoder": …}.
     """
     multipliers = rules.apply_rules(
         c.lr_rules, params, default=1.0, field="optim.lr_rules", strict=False
@@ -180,36 +211,45 @@ def is_frozen(c: ConfigDict, params: Any) -> bool:
 
 
 def hold_frozen(c: ConfigDict, params: Any) -> Any:
-    """Returns `params`, those that a rule freezes cut off from gradients, which then cost nothing.
+    """Return `params` with `stop_gradient` applied to those that `optim.lr_rules` freeze.
 
-    For the function that is differentiated; `build` leaves the frozen ones as they are anyway.
+    Call it inside the function that is differentiated: gradients of frozen parameters then cost
+    nothing. The optimizer of `build` does not update them in any case.
+
+    Args:
+        c: the `optim` section of a config.
+        params: all parameters of a learner.
     """
     rates = rules.apply_rules(c.lr_rules, params, default=1.0, field="optim.lr_rules")
     return jax.tree.map(lambda p, m: p if m else jax.lax.stop_gradient(p), params, rates)
 
 
 def _scaled_decay(rate: float, multipliers: Any) -> optax.GradientTransformation:
-    """Adds `rate * multiplier * parameter`; masked parts of the tree are passed over."""
+    """Add `rate * multiplier * parameter` to each update, skipping masked leaves."""
 
     def add(update, param, multiplier):
         return update if not multiplier else update + rate * multiplier * param
 
-    return optax.stateless(lambda updates, params: _map(add, multipliers, updates, params))
+    return optax.stateless(lambda updates, params: _map_unmasked(add, multipliers, updates, params))
 
 
 def _multiply(multipliers: Any) -> optax.GradientTransformation:
+    """Multiply each update by its multiplier."""
     return optax.stateless(
         lambda updates, _: jax.tree.map(lambda u, m: u * m, updates, multipliers)
     )
 
 
-def _map(fn: Callable, multipliers: Any, updates: Any, params: Any) -> Any:
-    """`jax.tree.map` over trees in which `optax.partition` has masked some leaves."""
-    masked = lambda x: isinstance(x, optax.MaskedNode)
+def _map_unmasked(fn: Callable, multipliers: Any, updates: Any, params: Any) -> Any:
+    """Map `fn` over trees of which `optax.partition` has masked some leaves, leaving those."""
+
+    def is_masked(x):
+        return isinstance(x, optax.MaskedNode)
+
     return jax.tree.map(
-        lambda u, p, m: u if masked(u) else fn(u, p, m),
+        lambda u, p, m: u if is_masked(u) else fn(u, p, m),
         updates,
         params,
         multipliers,
-        is_leaf=masked,
+        is_leaf=is_masked,
     )

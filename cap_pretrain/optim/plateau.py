@@ -1,7 +1,7 @@
-"""Waiting for a figure of an evaluator to get better: a lower learning rate, then an early end.
+"""Reduce the learning rate, then stop early, when an evaluation metric stops improving.
 
-What is remembered is part of the state, so it is saved with it, and each evaluation counts once,
-also when a run is stopped between an evaluation and what should have followed.
+The plateau state is part of the training state and saved with it. Each evaluation counts once, even
+if a run is interrupted between an evaluation and its consequences.
 """
 
 import dataclasses
@@ -15,8 +15,9 @@ from ml_collections import ConfigDict
 from cap_pretrain.errors import UserError
 
 Memory = dict[str, Any]
-"""Scalars: `best`, the best figure (float32); `since`, evaluations in a row that were no better;
-`step`, of the last evaluation (int32); `scale`, what the learning rate is multiplied by."""
+"""The plateau state, scalars by name: `best`, the best value of the metric (float32); `since`, the
+number of consecutive evaluations without improvement (int32); `step`, that of the last evaluation
+(int32); `scale`, a factor on the learning rate (float32)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,12 +25,12 @@ class Plateau:
     """Settings of `config.plateau`.
 
     Attributes:
-      figure: which figure, as "val/loss" or "scores/CIDEr"; "" waits for nothing.
-      mode: which is better: "min" or "max".
-      factor: the learning rate is multiplied by it after every `patience` evaluations in a row
-        that were no better than the best.
-      patience: in evaluations; 0 leaves the learning rate.
-      stop: the run ends after so many evaluations in a row that were no better; 0: it does not.
+        figure: the metric, such as "val/loss" or "scores/CIDEr"; "" disables the plateau.
+        mode: "min" or "max", which values are better.
+        factor: multiplies the learning rate after every `patience` consecutive evaluations that
+            did not improve on the best value.
+        patience: in evaluations; 0 never changes the learning rate.
+        stop: ends the run after this many consecutive evaluations without improvement; 0 never.
     """
 
     figure: str = ""
@@ -49,17 +50,17 @@ class Plateau:
 
     @classmethod
     def of(cls, config: ConfigDict) -> "Plateau":
-        """The settings of a run's config; raises UserError if they make no sense."""
+        """Return the settings of a run's config; raise UserError if they are invalid."""
         plateau = cls(**config.plateau)
         if plateau.figure and plateau.figure.rpartition("/")[0] not in config.evals:
             raise UserError(
-                f"plateau.figure: {plateau.figure!r} is no figure of an evaluator of this config; "
-                f"write EVALUATOR/FIGURE with one of {', '.join(config.evals) or 'evals'}."
+                f"plateau.figure: {plateau.figure!r} is not a metric of an evaluator of this "
+                f"config; write EVALUATOR/METRIC with one of {', '.join(config.evals) or 'evals'}."
             )
         return plateau
 
     def begin(self) -> Memory | None:
-        """What is remembered before the first evaluation; None if nothing is waited for."""
+        """Return the plateau state before the first evaluation, or None if disabled."""
         if not self.figure:
             return None
         worst = np.float32(np.inf if self.mode == "min" else -np.inf)
@@ -71,27 +72,27 @@ class Plateau:
         }
 
     def after(
-        self, memory: Memory | None, step: int, figures: Mapping[str, float]
+        self, memory: Memory | None, step: int, metrics: Mapping[str, float]
     ) -> Memory | None:
-        """Returns `memory` after an evaluation, laid out on the devices as it was.
+        """Return the plateau state after an evaluation, with the same shardings as before.
 
         Args:
-          memory: before it.
-          step: when it was.
-          figures: what it found, by "EVALUATOR/FIGURE"; nothing changes if the figure is not there,
-            or this step is known already.
+            memory: the state before the evaluation.
+            step: the step that was evaluated.
+            metrics: values by "EVALUATOR/METRIC". If the plateau's metric is missing, or this step
+                was already counted, `memory` is returned.
         """
-        if memory is None or self.figure not in figures:
+        if memory is None or self.figure not in metrics:
             return memory
         known = jax.device_get(memory)
         if step <= known["step"]:
             return memory
-        figure, best = np.float32(figures[self.figure]), known["best"]
-        better = figure < best if self.mode == "min" else figure > best
+        value, best = np.float32(metrics[self.figure]), known["best"]
+        better = value < best if self.mode == "min" else value > best
         since = 0 if better else int(known["since"]) + 1
         lower = bool(self.patience and since and since % self.patience == 0)
         new = {
-            "best": figure if better else best,
+            "best": value if better else best,
             "since": np.int32(since),
             "step": np.int32(step),
             "scale": np.float32(known["scale"] * (self.factor if lower else 1)),
@@ -99,7 +100,7 @@ class Plateau:
         return jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), new, memory)
 
     def ended(self, memory: Memory | None) -> bool:
-        """Whether the run is to end, as nothing has become better for long enough."""
+        """Return whether the run should stop early."""
         if memory is None or not self.stop:
             return False
         return int(jax.device_get(memory["since"])) >= self.stop

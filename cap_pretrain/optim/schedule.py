@@ -1,4 +1,4 @@
-"""When things happen in a run, in steps, and the learning rate; see config.py on durations."""
+"""Durations of a run in steps, and its learning rate; see config.py on durations."""
 
 import dataclasses
 import math
@@ -9,13 +9,22 @@ from ml_collections import ConfigDict
 
 from cap_pretrain.optim import optimizers
 
-# What a run's length is given in; the first that is set counts.
+# The units of the length of a run; the first one that is set takes precedence.
 UNITS = ("steps", "examples", "epochs")
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """When things happen, in steps."""
+    """The durations of a run in steps.
+
+    Attributes:
+        total: length of the run.
+        warmup: linear rise of the learning rate.
+        cooldown: linear fall of the learning rate at the end.
+        log: between two reports.
+        evaluate: between two evaluations; 0 for none on the way.
+        save: between two checkpoints; 0 for none on the way.
+    """
 
     total: int
     warmup: int
@@ -26,14 +35,15 @@ class Schedule:
 
 
 def duration(section: ConfigDict, name: str, *, batch_size: int, epoch: int, total: int = 0) -> int:
-    """Returns a duration in steps, rounded up, however it was given; 0 if it was not.
+    """Return a duration in steps, rounded up; 0 if it is not set.
 
     Args:
-      section: the part of the config that holds the fields.
-      name: "total", "warmup", "cooldown" or "every".
-      batch_size: examples a step.
-      epoch: training examples in an epoch.
-      total: steps of the whole run, for shares.
+        section: the part of the config that holds the fields `NAME_steps`, `NAME_examples`,
+            `NAME_epochs` and perhaps `NAME_share`, in order of precedence.
+        name: "total", "warmup", "cooldown" or "every".
+        batch_size: examples per step.
+        epoch: training examples per epoch.
+        total: steps of the whole run, of which `NAME_share` is a fraction.
     """
     if steps := section[f"{name}_steps"]:
         return steps
@@ -41,12 +51,12 @@ def duration(section: ConfigDict, name: str, *, batch_size: int, epoch: int, tot
         steps = examples / batch_size
     else:
         steps = section.get(f"{name}_share", 0.0) * total
-    # Without the noise of floating point: 0.07 of 100 steps are 7.000000000000001.
+    # Rounding removes floating-point noise: 0.07 of 100 steps is 7.000000000000001.
     return max(1, math.ceil(round(steps, 6))) if steps else 0
 
 
 def make_schedule(config: ConfigDict, *, epoch: int) -> Schedule:
-    """Resolves every duration of a config to steps; `epoch` is the examples in one."""
+    """Resolve every duration of a config to steps; `epoch` is its training examples per epoch."""
     kwargs: dict[str, Any] = dict(batch_size=config.batch_size, epoch=epoch)
     total = duration(config, "total", **kwargs)
     kwargs["total"] = total
@@ -61,17 +71,17 @@ def make_schedule(config: ConfigDict, *, epoch: int) -> Schedule:
 
 
 def describe(config: ConfigDict, schedule: Schedule) -> str:
-    """How long the run is, and which lengths the config gives besides, which do not count."""
+    """Return a line for the log: the length of the run, and the length fields that are ignored."""
     lengths = {f"total_{unit}": config[f"total_{unit}"] for unit in UNITS}
     counts, *others = [f"{field}={value:,}" for field, value in lengths.items() if value]
-    told = f"{schedule.total:,} steps, from {counts}"
+    line = f"{schedule.total:,} steps, from {counts}"
     if others:
-        told += f" and not {', '.join(others)}, for which set {counts.partition('=')[0]}=0"
-    return told
+        line += f"; ignoring {', '.join(others)} (set {counts.partition('=')[0]}=0 to use it)"
+    return line
 
 
 def learning_rate(config: ConfigDict, schedule: Schedule) -> optax.Schedule:
-    """The learning rate as a function of the step."""
+    """Return the learning rate of a run as a function of the step."""
     return optimizers.schedule(
         config.optim,
         total=schedule.total,

@@ -1,4 +1,4 @@
-"""Optimizers, schedules and rules do what their names say."""
+"""Optimizers, schedules and rules compute what their papers and names say."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,10 @@ def section(**fields):
 
 def parameters(seed=0):
     rng = np.random.default_rng(seed)
-    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    def draw(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
     return {
         "encoder": {
             "blocks": {"up": {"kernel": draw(2, 40, 48), "bias": draw(2, 48)}},  # two layers
@@ -76,24 +79,24 @@ def test_moments_are_stored_as_the_config_says(name, lr):
         held = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
         return after, sum(leaf.nbytes for leaf in held)
 
-    (usual, plain), (whole, more), (half, less) = map(trained, ("", "float32", "bfloat16"))
-    assert more - less == 2 * numbers  # of the first moment, every number takes two bytes, not four
-    toy.assert_same(usual, half if name == "adafactor" else whole)
+    (default, plain), (whole, more), (half, less) = map(trained, ("", "float32", "bfloat16"))
+    assert more - less == 2 * numbers  # each first moment takes two bytes instead of four
+    toy.assert_same(default, half if name == "adafactor" else whole)
     assert plain == (less if name == "adafactor" else more)
     assert quadratic(half) < 0.8 * quadratic(params)
     assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (half, whole)), strict=True))
 
 
-def test_the_choices_of_the_config_are_the_optimizers_there_are():
+def test_the_registered_optimizers():
     assert set(optimizers.OPTIMIZERS) == {"adamw", "adafactor", "lion", "sgd", "lars"}
 
 
 def adafactor_in_numpy(params, gradients, *, lr, weight_decay, clip, cap):
-    """The recipe's Adafactor on flat dicts, from its description.
+    """Apply the recipe's Adafactor to flat dicts, implemented from its description.
 
     Zhai et al. 2021 (2106.04560) section 3.4 after Shazeer and Stern 2018 (1804.04235), algorithm 4
-    without update clipping and relative steps: matrices keep row and column means of the squared
-    gradient, and everything else the square itself.
+    without update clipping and relative steps. Matrices keep row and column means of the squared
+    gradient; everything else keeps the square itself.
     """
     params = {k: np.array(v, np.float32) for k, v in params.items()}
     first = {k: np.zeros_like(v, ml_dtypes.bfloat16) for k, v in params.items()}
@@ -114,7 +117,7 @@ def adafactor_in_numpy(params, gradients, *, lr, weight_decay, clip, cap):
                 estimate = estimate / rows.mean(-1)[..., None, None]
             else:
                 (estimate,) = second[name]
-            kept = ml_dtypes.bfloat16(0.9) * first[name]  # rounded, as everything in bfloat16
+            kept = ml_dtypes.bfloat16(0.9) * first[name]  # rounded to bfloat16
             moment = kept.astype(np.float32) + 0.1 * g / np.sqrt(estimate)
             first[name] = moment.astype(ml_dtypes.bfloat16)
             decay = weight_decay if name.endswith("kernel") else 0.0
@@ -122,7 +125,7 @@ def adafactor_in_numpy(params, gradients, *, lr, weight_decay, clip, cap):
     return params
 
 
-# The recipe's cap, which ten steps do not reach, and one that they do.
+# The recipe's cap, which ten steps do not reach, and one that they reach.
 @pytest.mark.parametrize(("b2", "cap"), [(0.0, 0.999), (0.3, 0.3)])
 def test_adafactor_is_the_recipes(b2, cap):
     params = parameters()
@@ -150,15 +153,23 @@ def test_adafactor_keeps_a_row_and_a_column_of_a_matrix_only():
     tx = optimizers.build(section(name="adafactor"), params, optax.constant_schedule(0.01))
     floats = [x.shape for x in jax.tree.leaves(tx.init(params)) if x.dtype == jnp.float32]
     kept = {shape for shape in floats if np.prod(shape) > 1}
-    assert kept == {(2, 40), (2, 48), (36,), (40,), (40, 8)}  # rows and columns; small ones whole
+    assert kept == {
+        (2, 40),
+        (2, 48),
+        (36,),
+        (40,),
+        (40, 8),
+    }  # rows and columns; small matrices are not factored
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "lion"])
 def test_weight_decay_is_the_learning_rate_times_the_kernels(name):
     params = parameters()
-    build = lambda w: optimizers.build(
-        section(name=name, weight_decay=w), params, optax.constant_schedule(0.5)
-    )
+
+    def build(weight_decay):
+        c = section(name=name, weight_decay=weight_decay)
+        return optimizers.build(c, params, optax.constant_schedule(0.5))
+
     without, _ = run(build(0.0), params, 1)
     decayed, _ = run(build(0.1), params, 1)
     difference = jax.tree.map(lambda a, b: a - b, without, decayed)
@@ -168,7 +179,7 @@ def test_weight_decay_is_the_learning_rate_times_the_kernels(name):
         assert not np.any(other)
 
 
-def test_decay_rules_go_before_the_one_that_kernels_decay():
+def test_decay_rules_take_precedence_over_the_default_rule():
     params = parameters()
     c = section(
         name="sgd", weight_decay=0.1, b1=1e-9, decay_rules=(("head/.*", 0.0), (".*/scale", 2.0))
@@ -198,7 +209,10 @@ def test_a_rate_of_zero_freezes_exactly_and_keeps_no_state(name):
 
 def test_frozen_gradients_do_not_count_for_clipping():
     params = parameters()
-    big_encoder = lambda p: 1e6 * quadratic(p["encoder"]) + quadratic(p["head"])
+
+    def big_encoder(p):
+        return 1e6 * quadratic(p["encoder"]) + quadratic(p["head"])
+
     c = section(name="sgd", clip_norm=0.5, weight_decay=0.0, lr_rules=(("encoder/.*", 0.0),))
     after, _ = run(
         optimizers.build(c, params, optax.constant_schedule(0.1)), params, 1, big_encoder
@@ -215,12 +229,48 @@ def test_gradients_are_clipped_by_value():
         np.testing.assert_allclose(a, p - 0.1 * 1.9 * np.clip(p, -0.5, 0.5), rtol=1e-5)
 
 
+@pytest.mark.parametrize(("name", "steps"), [("sgd", 3), ("lars", 1)])
+def test_momentum_can_be_switched_off(name, steps):
+    """`b1=-1` is a real zero: plain SGD, and LARS without an accumulator."""
+    params = {"head": {"bias": jnp.array([1.0, -2.0])}}
+    c = section(name=name, b1=-1.0, weight_decay=0.0, clip_norm=0.0)
+    after, state = run(optimizers.build(c, params, optax.constant_schedule(0.1)), params, steps)
+    np.testing.assert_allclose(
+        after["head"]["bias"], 0.9**steps * params["head"]["bias"], rtol=1e-6
+    )
+    assert not [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.inexact)]
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion"])
+def test_minus_one_is_zero_and_zero_the_default(name):
+    params = parameters()
+
+    def trained(**fields):
+        c = section(name=name, **fields)
+        return run(optimizers.build(c, params, optax.constant_schedule(0.1)), params, 3)[0]
+
+    toy.assert_same(trained(b1=0.0), trained(b1=0.9))
+    tiny = trained(b1=1e-12)
+    for a, b in zip(*map(jax.tree.leaves, (trained(b1=-1.0), tiny)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    assert not np.array_equal(tiny["head"]["kernel"], trained()["head"]["kernel"])
+
+
+@pytest.mark.parametrize("field", ["b1", "b2", "eps"])
+def test_other_negative_settings_are_refused(field):
+    with pytest.raises(UserError, match=f"optim.{field}: -0.9 is negative; give -1 for zero"):
+        optimizers.build(section(name="adamw", **{field: -0.9}), parameters(), lambda _: 0.1)
+
+
 def test_multipliers_scale_and_the_first_rule_that_matches_wins():
     params = parameters()
     plain, _ = run(optimizers.build(section(name="adamw"), params, lambda _: 0.1), params, 1)
     c = section(name="adamw", lr_rules=(("encoder/positions", 0.5), ("encoder/.*", 0.1)))
     scaled, _ = run(optimizers.build(c, params, lambda _: 0.1), params, 1)
-    moved = lambda after: jax.tree.map(lambda a, b: a - b, after, params)
+
+    def moved(after):
+        return jax.tree.map(lambda a, b: a - b, after, params)
+
     expected = moved(plain)
     factors = jax.tree.map(lambda _: 0.1, params)
     factors["encoder"]["positions"], factors["head"]["kernel"] = 0.5, 1.0
@@ -229,7 +279,7 @@ def test_multipliers_scale_and_the_first_rule_that_matches_wins():
 
 
 def test_lars_scales_and_decays_kernels_only():
-    """You et al. 2017 (1708.03888), algorithm 1; biases and norms take steps of plain momentum."""
+    """You et al. 2017 (1708.03888), algorithm 1; biases and norms take plain momentum steps."""
     params = parameters()
     c = section(name="lars", weight_decay=0.3, clip_norm=0.0, b1=0.8)
     after, _ = run(optimizers.build(c, params, optax.constant_schedule(0.1)), params, 2)
@@ -247,9 +297,12 @@ def test_lars_scales_and_decays_kernels_only():
 
 
 @pytest.mark.parametrize("field", ["lr_rules", "decay_rules"])
-def test_a_rule_that_matches_nothing_or_does_not_parse_is_the_users_mistake(field):
-    for pattern, said in (("encodr/.*", "matches no parameter"), ("(", "not a regular expression")):
-        with pytest.raises(UserError, match=f"optim.{field}.*{said}"):
+def test_a_rule_that_matches_nothing_or_does_not_parse_is_a_user_error(field):
+    for pattern, message in (
+        ("encodr/.*", "matches no parameter"),
+        ("(", "not a regular expression"),
+    ):
+        with pytest.raises(UserError, match=f"optim.{field}.*{message}"):
             optimizers.build(section(**{field: ((pattern, 0.5),)}), parameters(), lambda _: 0.1)
 
 
@@ -265,7 +318,7 @@ def rates(decay, total=100, warmup=10, cooldown=0, lr=2.0, batch_size=8, **field
 
 
 @pytest.mark.parametrize("decay", list(optimizers.DECAYS))
-def test_schedules_learn_from_the_first_step_and_peak_after_the_warm_up(decay):
+def test_rates_are_positive_from_the_first_step_and_peak_after_the_warmup(decay):
     values = rates(decay)
     assert values[0] > 0
     np.testing.assert_allclose(values[:11], 2.0 * np.arange(1, 12) / 11, rtol=1e-6)
@@ -274,7 +327,7 @@ def test_schedules_learn_from_the_first_step_and_peak_after_the_warm_up(decay):
 
 
 @pytest.mark.parametrize("decay", list(optimizers.DECAYS))
-def test_a_rate_for_so_many_examples_is_scaled_to_the_batch(decay):
+def test_lr_batch_scales_the_rate_with_the_batch_size(decay):
     plain = rates(decay, cooldown=20)
     np.testing.assert_allclose(rates(decay, cooldown=20, lr_batch=32), plain / 4, rtol=1e-6)
     scaled = rates(decay, cooldown=20, lr_batch=32, batch_size=48)
@@ -282,7 +335,7 @@ def test_a_rate_for_so_many_examples_is_scaled_to_the_batch(decay):
     np.testing.assert_array_equal(rates(decay, cooldown=20, batch_size=48), plain)
 
 
-def test_how_schedules_fall():
+def test_decays_follow_their_formulas():
     left = np.arange(91)
     np.testing.assert_allclose(rates("cosine")[10:], 1 + np.cos(np.pi * left / 90), atol=1e-6)
     np.testing.assert_allclose(rates("linear")[10:], 2 * (1 - left / 90), atol=1e-6)
@@ -291,13 +344,13 @@ def test_how_schedules_fall():
 
 
 @pytest.mark.parametrize("decay", ["rsqrt", "constant"])
-def test_cool_down_ends_at_zero(decay):
+def test_cooldown_ends_at_zero(decay):
     plain, cooled = rates(decay), rates(decay, cooldown=20)
     np.testing.assert_allclose(cooled[:81], plain[:81])
     np.testing.assert_allclose(cooled[80:], plain[80:] * np.linspace(1, 0, 21), atol=1e-6)
 
 
-def test_without_warm_up_and_in_a_run_shorter_than_its_warm_up():
+def test_no_warmup_and_a_warmup_longer_than_the_run():
     assert rates("cosine", warmup=0)[0] == 2.0
     short = rates("cosine", total=3, warmup=10)
     assert short[0] > 0 and np.isfinite(short).all() and short.max() <= 2.0

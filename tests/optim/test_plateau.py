@@ -1,4 +1,4 @@
-"""Lower rates and an early end when a figure becomes no better; the same after any interruption."""
+"""Reduce on plateau and early stopping, with the same result after any interruption."""
 
 import json
 import shutil
@@ -18,41 +18,41 @@ from cap_pretrain.optim.plateau import Plateau
 from tests import toy
 
 
-def watched(plateau, figures):
-    """What is remembered after each of several evaluations."""
-    memory, all_of_them = jax.tree.map(jax.numpy.asarray, plateau.begin()), []
-    for step, figure in enumerate(figures):
-        memory = plateau.after(memory, step, {"val/loss": figure, "val/other": 0.0})
-        all_of_them.append(jax.device_get(memory))
-    return all_of_them
+def states(plateau, values):
+    """Return the plateau state after each of several evaluations."""
+    memory, all_states = jax.tree.map(jax.numpy.asarray, plateau.begin()), []
+    for step, value in enumerate(values):
+        memory = plateau.after(memory, step, {"val/loss": value, "val/other": 0.0})
+        all_states.append(jax.device_get(memory))
+    return all_states
 
 
-def test_the_rate_falls_after_each_row_of_evaluations_without_gain():
+def test_the_rate_falls_after_consecutive_evaluations_without_improvement():
     plateau = Plateau(figure="val/loss", factor=0.5, patience=2, stop=5)
-    memory = watched(plateau, [3.0, 2.0, 2.0, np.nan, 2.5, 2.1, 1.0, 1.5, 1.5])
+    memory = states(plateau, [3.0, 2.0, 2.0, np.nan, 2.5, 2.1, 1.0, 1.5, 1.5])
     assert [float(m["scale"]) for m in memory] == [1, 1, 1, 0.5, 0.5, 0.25, 0.25, 0.25, 0.125]
     assert [int(m["since"]) for m in memory] == [0, 0, 1, 2, 3, 4, 0, 1, 2]
     assert float(memory[-1]["best"]) == 1
     assert not plateau.ended(memory[-1])
-    assert plateau.ended(watched(plateau, [1.0] + 5 * [2.0])[-1])
+    assert plateau.ended(states(plateau, [1.0] + 5 * [2.0])[-1])
 
 
-def test_larger_may_be_better():
+def test_mode_max():
     plateau = Plateau(figure="val/loss", mode="max", patience=1, factor=0.1)
-    scales = [float(m["scale"]) for m in watched(plateau, [0.2, 0.4, 0.3])]
+    scales = [float(m["scale"]) for m in states(plateau, [0.2, 0.4, 0.3])]
     assert scales == pytest.approx([1, 1, 0.1])
 
 
-def test_an_evaluation_counts_once_and_others_do_not():
+def test_an_evaluation_counts_once_and_other_metrics_do_not_count():
     plateau = Plateau(figure="val/loss", patience=1)
-    memory = watched(plateau, [1.0])[0]
+    memory = states(plateau, [1.0])[0]
     assert plateau.after(memory, 5, {"val/other": 9.0}) is memory
     assert plateau.after(memory, 0, {"val/loss": 9.0}) is memory
     assert Plateau().begin() is None and Plateau().after(None, 1, {"val/loss": 1.0}) is None
     assert not Plateau(stop=1).ended(None)
 
 
-def run_of(tokenizer_path, **plateau):
+def make_config(tokenizer_path, **plateau):
     c = toy.config("captioner", text__tokenizer=str(tokenizer_path), total_steps=20)
     c.eval.every_steps = c.checkpoint.every_steps = 2
     c.optim.decay, c.optim.warmup_share = "constant", 0.0
@@ -68,7 +68,7 @@ def run_of(tokenizer_path, **plateau):
 
 @pytest.fixture
 def falling_then_flat(monkeypatch):
-    """The evaluators find losses of 3, 1, 1, 1, … at steps 2, 4, 6, 8, …"""
+    """Make evaluators return losses of 3, 1, 1, 1 and so on at steps 2, 4, 6, 8 and so on."""
     whole = Suite.run
 
     def run(suite, step, variables, **kwargs):
@@ -78,15 +78,15 @@ def falling_then_flat(monkeypatch):
     monkeypatch.setattr(Suite, "run", run)
 
 
-def test_a_run_lowers_its_rate_and_ends_early_and_is_then_done(
+def test_a_run_lowers_its_rate_stops_early_and_is_then_complete(
     tokenizer_path, tmp_path, falling_then_flat, capsys
 ):
-    c = run_of(tokenizer_path, factor=0.5, patience=2, stop=3)
-    c.checkpoint.every_steps = 100  # so that the end is saved for its own sake
+    c = make_config(tokenizer_path, factor=0.5, patience=2, stop=3)
+    c.checkpoint.every_steps = 100  # only the early stop saves
     train.run(c, tmp_path)
     lines = toy.lines(tmp_path)
     rates = {x["step"]: x["train/learning_rate"] for x in lines if "train/learning_rate" in x}
-    assert max(rates) == 10  # best at step 4, no better at 6, 8, 10
+    assert max(rates) == 10  # best at step 4, no improvement at 6, 8, 10
     assert all(rates[step] == pytest.approx(1e-3) for step in range(1, 9))
     assert rates[9] == rates[10] == pytest.approx(5e-4)
     assert [x["step"] for x in lines if "end/loss" in x] == [10]
@@ -99,17 +99,17 @@ def test_a_run_lowers_its_rate_and_ends_early_and_is_then_done(
 
 @pytest.fixture
 def whole_run(tokenizer_path, falling_then_flat, tmp_path):
-    """The config and folder of a run that ended at step 10, half the rate at a time."""
-    c = run_of(tokenizer_path, factor=0.5, patience=1, stop=3)
+    """The config and workdir of a run that stopped at step 10, halving its rate each time."""
+    c = make_config(tokenizer_path, factor=0.5, patience=1, stop=3)
     c.checkpoint.keep_last = 20
     train.run(c, tmp_path / "whole")
     return c, tmp_path / "whole"
 
 
 @pytest.mark.parametrize("last", [6, 10])
-@pytest.mark.parametrize("told", [True, False])
-def test_after_an_interruption_it_goes_on_the_same(whole_run, tmp_path, last, told):
-    """Stopped after the checkpoint of a step was saved, before or after its evaluation was told."""
+@pytest.mark.parametrize("logged", [True, False])
+def test_an_interrupted_run_resumes_with_the_same_results(whole_run, tmp_path, last, logged):
+    """It stops after saving the checkpoint of a step, before or after logging its evaluation."""
     c, whole = whole_run
     stopped = tmp_path / "stopped"
     shutil.copytree(whole, stopped)
@@ -117,32 +117,32 @@ def test_after_an_interruption_it_goes_on_the_same(whole_run, tmp_path, last, to
         if step > last:
             shutil.rmtree(stopped / "checkpoints" / str(step))
     lines = [x for x in toy.lines(stopped) if x["step"] <= last]
-    if not told:
+    if not logged:
         lines = [x for x in lines if x["step"] < last or "train/loss" in x]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (stopped / "metrics.jsonl").write_text(text)
     train.run(c, stopped)
-    assert figures(stopped) == figures(whole)
+    assert metrics(stopped) == metrics(whole)
     assert checkpoint.saved_steps(stopped) == checkpoint.saved_steps(whole)
 
 
-def figures(workdir):
-    """What was logged of steps and evaluations, times left out."""
+def metrics(workdir):
+    """Return the logged metrics of steps and evaluations, without times."""
     kinds = ("step", "train/", "val/", "end/")
     return [{k: v for k, v in x.items() if k.startswith(kinds)} for x in toy.lines(workdir)]
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "message"),
     [
-        (dict(figure="vall/loss"), "plateau.figure: 'vall/loss' is no figure of an evaluator"),
+        (dict(figure="vall/loss"), "plateau.figure: 'vall/loss' is not a metric of an evaluator"),
         (dict(mode="least"), "plateau.mode: 'least'"),
         (dict(factor=0.0), "plateau.factor: 0.0 is not in"),
         (dict(patience=-1), "plateau.patience: -1 must not"),
     ],
 )
-def test_mistakes_are_told(fields, told):
+def test_invalid_settings_are_refused(fields, message):
     c = toy.config("captioner")
     c.plateau.update(fields)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         configs.validate(c)

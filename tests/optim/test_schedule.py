@@ -1,4 +1,4 @@
-"""Durations in steps, however a config gives them."""
+"""Durations in steps, from every unit that a config may use."""
 
 import pytest
 
@@ -59,17 +59,17 @@ def test_the_rate_of_a_run_is_scaled_by_its_own_batch_size():
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "line"),
     [
         ({"total_steps": 10}, "10 steps, from total_steps=10"),
         ({"total_steps": 0, "total_epochs": 0.5}, "13 steps, from total_epochs=0.5"),
         (
             {"total_steps": 1000, "total_epochs": 0.5},
-            "1,000 steps, from total_steps=1,000 and not total_epochs=0.5, "
-            "for which set total_steps=0",
+            "1,000 steps, from total_steps=1,000; ignoring total_epochs=0.5 "
+            "(set total_steps=0 to use it)",
         ),
     ],
 )
-def test_it_is_told_which_length_counts(given, told):
+def test_the_log_names_the_length_that_counts(given, line):
     c = toy.config(**given)
-    assert schedule.describe(c, schedule.make_schedule(c, epoch=200)) == told
+    assert schedule.describe(c, schedule.make_schedule(c, epoch=200)) == line

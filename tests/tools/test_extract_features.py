@@ -257,7 +257,7 @@ def test_features_are_not_augmented(stored, field, value):
 def test_features_and_images_are_not_taken_for_each_other(data, stored):
     with pytest.raises(UserError, match="holds features of another encoder.*model.name=stored"):
         inputs.open_sources(config(stored))
-    with pytest.raises(UserError, match="stored is for features, and .* holds images"):
+    with pytest.raises(UserError, match="stored is for features, but .* holds images"):
         inputs.open_sources(config(data, model__name="stored"))
 
 
