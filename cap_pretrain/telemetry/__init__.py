@@ -1,0 +1,1 @@
+"""Metrics, console progress, step timing, FLOP counts and tables of results."""

@@ -1,11 +1,11 @@
-"""How much arithmetic a function is, and how much a device can do: the two halves of MFU.
+"""FLOPs of a function and peak FLOP/s of a device, from which model FLOP utilization follows.
 
     MFU = flops_per_example * examples_per_second / (peak FLOP/s of all devices)
 
-`flops_per_example` is what the *model* needs for training (forward and backward, as counted by
-`count_flops` on a model built without rematerialisation): work done twice to save memory is not
-progress. The peak is the dense bfloat16 rate whatever the compute dtype, as in PaLM
-(arXiv 2204.02311, appendix B), so float32 runs show what they leave unused.
+`flops_per_example` is what the *model* needs for training, forward and backward, as counted by
+`count_flops` on a model built without rematerialization: work that is repeated to save memory does
+not count. The peak is the dense bfloat16 rate whatever the compute dtype, as in PaLM
+(arXiv 2204.02311, appendix B), so float32 runs show how much they leave unused.
 """
 
 import math
@@ -19,23 +19,32 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, jaxprs_in_params
 
 
 def count_flops(fn: Callable, *args: Any) -> int:
-    """Multiply-adds times two of the matrix products and convolutions in `fn(*args)`.
+    """Count the FLOPs of the matrix products and convolutions in `fn(*args)`.
 
-    `args` are trees of arrays or `jax.ShapeDtypeStruct`; `fn` is traced, nothing is computed or
-    allocated. Element-wise work is not counted (memory traffic bounds it, not arithmetic). The body
-    of a scan counts once a turn (`fori_loop` with fixed bounds is one), that of a `while_loop`
-    once in all as its number of turns is unknown, a `cond` as its dearest branch. A causal mask
-    saves nothing. cuDNN attention counts as the products it stands for; a Pallas kernel raises
-    NotImplementedError, for its loop is hidden: trace the plain implementation instead.
+    A multiply-add counts as two. Element-wise operations are not counted, because memory traffic
+    bounds them, not arithmetic. The body of a scan (or a `fori_loop` with fixed bounds) counts once
+    per iteration. The body of a `while_loop` counts once, because its number of iterations is
+    unknown. A `cond` counts as its most expensive branch. A causal mask does not reduce the count.
+    cuDNN attention counts as the matrix products that it computes.
+
+    Args:
+        fn: a function of pytrees; it is traced, so nothing is computed or allocated.
+        *args: pytrees of arrays or `jax.ShapeDtypeStruct`.
+
+    Raises:
+        NotImplementedError: `fn` calls a Pallas kernel, whose loop is hidden. Trace the plain
+            implementation instead.
     """
     return _count(jax.make_jaxpr(fn)(*args).jaxpr)
 
 
 def _count(jaxpr: Jaxpr | ClosedJaxpr) -> int:
+    """Count the FLOPs of a traced function."""
     return sum(_count_equation(equation) for equation in jaxpr.eqns)
 
 
 def _count_equation(equation: Any) -> int:
+    """Count the FLOPs of one operation of a traced function, including those it calls."""
     name, params = equation.primitive.name, equation.params
     shapes = [getattr(var.aval, "shape", ()) for var in equation.invars]
     out = equation.outvars[0].aval.shape if equation.outvars else ()
@@ -44,10 +53,10 @@ def _count_equation(equation: Any) -> int:
         return 2 * math.prod(out) * math.prod(shapes[0][d] for d in contracted)
     if name == "conv_general_dilated":
         kernel = math.prod(shapes[1]) // shapes[1][params["dimension_numbers"].rhs_spec[0]]
-        # Dilating the input (the gradient of a strided convolution) inserts zeros: not work.
+        # Input dilation (in the gradient of a strided convolution) inserts zeros, which are free.
         return 2 * math.prod(out) * kernel // math.prod(params["lhs_dilation"])
     if name.startswith("dot_product_attention"):  # cuDNN: query [B, T, N, H], key [B, S, K, H]
-        products = 4 if "_bwd" in name else 2  # the scores it computes again are not counted
+        products = 4 if "_bwd" in name else 2  # recomputed scores are not counted
         key_length = shapes[1][1 if params["layout"] == 0 else 2]
         return 2 * products * math.prod(shapes[0]) * key_length
     if name == "pallas_call":
@@ -57,20 +66,20 @@ def _count_equation(equation: Any) -> int:
     inner = sum(_count(jaxpr) for jaxpr in jaxprs_in_params(params))
     if name == "scan":
         return params["length"] * inner
-    if name == "shard_map":  # shapes inside are those of one shard
+    if name == "shard_map":  # the shapes inside are per shard
         return inner * math.prod(params["mesh"].shape[a] for a in params["newly_manual_axes"])
     return inner  # jit, while, remat, custom_jvp, custom_vjp, ...
 
 
 class Chip(NamedTuple):
-    """What one JAX device can do; None where no public source says it.
+    """The performance of one JAX device; None where no public source states it.
 
     Attributes:
-      peak: dense bfloat16 FLOP/s with float32 accumulation.
-      hbm_bandwidth: bytes/s.
-      ici_bandwidth: bytes/s that it sends to its neighbours over all links together.
-      clock: Hz.
-      links: to neighbours: four in a plane, six in a block.
+        peak: dense bfloat16 FLOP/s with float32 accumulation.
+        hbm_bandwidth: bytes/s.
+        ici_bandwidth: bytes/s sent to neighbors over all links together.
+        clock: Hz.
+        links: the number of links to neighbors: four in a 2D torus, six in a 3D torus.
     """
 
     peak: float | None
@@ -81,12 +90,12 @@ class Chip(NamedTuple):
 
 
 def _tpu(peak: float, hbm: float, ici: float, products: int, links: int) -> Chip:
-    """`ici` is in bits/s; from `products`, the multiply-adds of a cycle, follows the clock."""
+    """Return a TPU, given `ici` in bits/s; `products` per cycle (multiply-adds) give the clock."""
     return Chip(peak, hbm, ici / 8, peak / (2 * products), links)
 
 
-# By the lower-cased `device_kind`: the first name found in it counts, so longer names stand before
-# those they contain.
+# By substring of the lower-cased `device_kind`. The first match counts, so longer names come before
+# the names they contain.
 _CHIPS: tuple[tuple[str, Chip], ...] = (
     # Google Cloud documentation, "TPU versions" and the page of each version: peak compute per chip
     # (bf16), HBM bandwidth, inter-chip interconnect bandwidth (in one direction), matrix units
@@ -101,12 +110,12 @@ _CHIPS: tuple[tuple[str, Chip], ...] = (
     ("tpu v5 lite", _tpu(197e12, 819e9, 1600e9, 4 * 128**2, 4)),  # v5e
     ("tpu v5e", _tpu(197e12, 819e9, 1600e9, 4 * 128**2, 4)),
     ("tpu v5", _tpu(459e12, 2765e9, 4800e9, 8 * 128**2, 6)),  # v5p
-    # v6e, "TPU v6 lite". Its page has two units of 256 x 256, but the compiler counts on more
-    # products a cycle in a large matrix product than these could do: it must be twice as many.
+    # v6e, "TPU v6 lite". Its page lists two units of 256 x 256, but the compiler's estimates for
+    # large matrix products exceed what two units can do per cycle, so there must be four.
     ("tpu v6", _tpu(918e12, 1638e9, 3200e9, 4 * 256**2, 4)),
     ("tpu7x", Chip(2307e12 / 2)),
-    # NVIDIA data sheets; where one prints the rate "with sparsity", half of that.
-    ("mig", Chip(None)),  # a slice of a GPU: the name does not tell how much of it computes
+    # NVIDIA data sheets; half of the printed rate where that is "with sparsity".
+    ("mig", Chip(None)),  # a slice of a GPU, whose compute share the name does not state
     ("gb200", Chip(2500e12)),  # GB200 NVL72 data sheet: 360 PFLOP/s sparse over 72 GPUs
     ("b200", Chip(2250e12)),  # HGX B200 data sheet
     ("h200 nvl", Chip(835e12)),  # H200 data sheet
@@ -124,7 +133,7 @@ _CHIPS: tuple[tuple[str, Chip], ...] = (
     ("l4", Chip(121e12)),  # L4 data sheet
     ("rtx 4090", Chip(165.2e12)),  # Ada GPU architecture whitepaper, appendix A
     ("rtx 3090", Chip(71e12)),  # GA102 whitepaper, table 9
-    # Without bfloat16 units: the float16 rate.
+    # These have no bfloat16 units: the float16 rate.
     ("t4", Chip(65e12)),  # T4 data sheet
     ("v100-pcie", Chip(112e12)),  # V100 data sheet
     ("v100", Chip(125e12)),  # V100 data sheet (SXM2)
@@ -132,21 +141,21 @@ _CHIPS: tuple[tuple[str, Chip], ...] = (
 
 
 def chip_of(device: jax.Device) -> Chip | None:
-    """What a device can do, by its `device_kind`; None if not known."""
+    """Return the performance of a device by its `device_kind`, or None if unknown."""
     kind = device.device_kind.lower()
     return next((chip for name, chip in _CHIPS if name in kind), None)
 
 
 def peak_flops(device: jax.Device) -> float | None:
-    """Dense bfloat16 peak of one device in FLOP/s, by its `device_kind`; None if not known."""
+    """Return the dense bfloat16 peak of one device in FLOP/s, or None if unknown."""
     chip = chip_of(device)
     return chip.peak if chip else None
 
 
 def measure_matmul_flops(device: jax.Device, size: int = 1024) -> float:
-    """FLOP/s this device reaches in a float32 product of two [size, size] matrices, best of five.
+    """Measure the FLOP/s of a float32 product of two [size, size] matrices, the best of five.
 
-    For CPUs, whose peak no name tells. Takes about 0.2 s.
+    For CPUs, whose peak does not follow from their name. Takes about 0.2 s.
     """
     matrix = jax.device_put(jnp.ones((size, size), jnp.float32), device)
     multiply = jax.jit(jnp.matmul)
@@ -160,24 +169,30 @@ def measure_matmul_flops(device: jax.Device, size: int = 1024) -> float:
 
 
 class Peak(NamedTuple):
-    """What MFU is relative to."""
+    """The peak that MFU is relative to.
 
-    flops: float | None  # FLOP/s of all devices together; None: not known, MFU is not shown
-    label: str  # what to call the ratio: "MFU", or "MFU(cpu)" when relative to a measurement
-    source: str  # a line for the log
+    Attributes:
+        flops: FLOP/s of all devices together; None if unknown, and MFU is then not reported.
+        label: the name of the ratio: "MFU", or "MFU(cpu)" if relative to a measurement.
+        source: a line for the log.
+    """
+
+    flops: float | None
+    label: str
+    source: str
 
 
 def system_peak(devices: Sequence[jax.Device]) -> Peak:
-    """The peak of all `devices` together; on CPU the measured matmul rate of each host.
+    """Return the peak of all `devices` together; on CPU, the measured matmul rate of each host.
 
-    A CPU host counts once however many devices it is split into, as they share its cores.
+    A CPU host counts once, however many devices it is split into, because they share its cores.
     """
     kind, one = devices[0].device_kind, peak_flops(devices[0])
     if one is not None:
         source = f"{len(devices)} x {kind}, {one / 1e12:.4g} TFLOP/s dense bfloat16 each"
         return Peak(one * len(devices), "MFU", source)
     if devices[0].platform != "cpu":
-        return Peak(None, "MFU", f"the peak of {kind!r} is not known, so no MFU is shown")
+        return Peak(None, "MFU", f"the peak of {kind!r} is unknown, so MFU is not reported")
     hosts = len({device.process_index for device in devices})
     one = measure_matmul_flops(jax.local_devices(backend="cpu")[0])
     source = f"{hosts} x {one / 1e9:.4g} GFLOP/s, measured in a float32 matmul on this CPU"

@@ -1,4 +1,4 @@
-"""The metrics of a run, as `metrics.jsonl` and TensorBoard event files."""
+"""Writing and reading the metrics of a run: `metrics.jsonl` and TensorBoard event files."""
 
 import contextlib
 import json
@@ -16,12 +16,14 @@ from cap_pretrain import files
 class MetricsWriter:
     """Appends metrics to `metrics.jsonl` and to TensorBoard files in `tensorboard/`.
 
-    What an earlier, killed process wrote after the step `keep_until` is dropped, a torn last line
-    included, so every step is there once. Only one host should have `enabled=True`; elsewhere all
-    calls do nothing.
+    Every method raises OSError, with the name of the file, if it cannot write. That includes the
+    TensorBoard files: a disk that is full for them could not hold the next checkpoint either.
 
-    Every method raises OSError, with the name of the file, when the disk does not take it, be it
-    for TensorBoard alone: such a disk would not take the next checkpoint either.
+    Args:
+        workdir: the run's folder, created if missing.
+        enabled: whether to write. Set it on one host only; elsewhere all calls do nothing.
+        keep_until: later steps, written by an earlier process that was killed, are dropped, as is
+            a truncated last line. Every step then appears once.
     """
 
     def __init__(
@@ -30,9 +32,8 @@ class MetricsWriter:
         self._enabled = enabled
         if not enabled:
             return
-        from cap_pretrain.telemetry import (
-            tensorboard,  # not above: a second where torch is installed
-        )
+        # Imported here because it takes a second if torch is installed.
+        from cap_pretrain.telemetry import tensorboard
 
         workdir = Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
@@ -43,7 +44,13 @@ class MetricsWriter:
         self._board = tensorboard.EventFile(workdir / "tensorboard", keep_until + 1)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Appends one line. Values are numbers or arrays of one; NaN and infinity become null."""
+        """Append one line of metrics.
+
+        Args:
+            step: the training step.
+            metrics: scalars by name, such as "train/loss". In `metrics.jsonl`, NaN and infinity
+                become null.
+        """
         if not self._enabled:
             return
         values = {tag: float(value) for tag, value in metrics.items()}
@@ -53,12 +60,12 @@ class MetricsWriter:
         self._board.scalars(int(step), values)
 
     def text(self, step: int, tag: str, text: str) -> None:
-        """Shows `text`, read as Markdown, in TensorBoard."""
+        """Add a Markdown text to TensorBoard."""
         if self._enabled:
             self._board.text(int(step), tag, text)
 
     def images(self, step: int, tag: str, images: np.ndarray, captions: Sequence[str]) -> None:
-        """Shows images uint8 [N, H, W, 3] as one grid and their N captions as a numbered list."""
+        """Add images (uint8 [N, H, W, 3], one grid) and their N captions to TensorBoard."""
         if len(images) != len(captions):
             raise ValueError(f"{len(images)} images but {len(captions)} captions for {tag!r}")
         if self._enabled:
@@ -66,13 +73,17 @@ class MetricsWriter:
             self.text(step, tag, "\n".join(f"{i}. {c}" for i, c in enumerate(captions, 1)))
 
     def close(self) -> None:
+        """Close the files."""
         if self._enabled:
             self._lines.close()
             self._board.close()
 
 
 def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The lines of a workdir's metrics.jsonl, but any torn by a kill or a full disk."""
+    """Return the lines of a workdir's metrics.jsonl; [] if it is missing.
+
+    Lines truncated by a kill or a full disk are skipped.
+    """
     path = Path(workdir) / "metrics.jsonl"
     if not path.exists():
         return []

@@ -1,4 +1,4 @@
-"""Progress on the console."""
+"""Console progress, durations and parameter tables for people."""
 
 import math
 import shutil
@@ -11,7 +11,13 @@ from clu import parameter_overview
 
 
 class Progress:
-    """Console progress: a bar redrawn in place on a terminal, one line a report in a log file."""
+    """Console progress: a bar redrawn in place on a terminal, one line per report in a log file.
+
+    Args:
+        total_steps: the length of the run.
+        mfu_label: the name of `time/mfu`, see `flops.Peak`.
+        stream: where to print; by default stdout.
+    """
 
     def __init__(
         self, total_steps: int, *, mfu_label: str = "MFU", stream: TextIO | None = None
@@ -19,52 +25,58 @@ class Progress:
         self._total_steps, self._mfu_label = total_steps, mfu_label
         self._stream = stream or sys.stdout
         self._terminal = self._stream.isatty()
-        self._step, self._figures = 0, []
+        self._step = 0
+        self._items: list[str] = []
         self._bar_shown, self._drawn_at = False, -math.inf
 
     def update(self, step: int, metrics: Mapping[str, float] | None = None) -> None:
-        """Moves to `step`; `metrics` (`train/loss` and `time/...`) are shown until the next ones.
+        """Report that `step` is done. Call it after every step.
 
-        Without metrics it only moves the bar, ten times a second at most: call it each step.
+        Args:
+            step: the number of steps done.
+            metrics: `train/loss` and `time/...`, shown until the next ones. Without them only the
+                bar moves, at most ten times a second.
         """
         self._step = step
         if metrics is not None:
-            self._figures = self._describe(metrics)
+            self._items = self._describe(metrics)
             if not self._terminal:
-                self._print("  ".join([f"step {step}/{self._total_steps}", *self._figures]) + "\n")
+                self._print("  ".join([f"step {step}/{self._total_steps}", *self._items]) + "\n")
         if self._terminal and (metrics is not None or time.monotonic() - self._drawn_at > 0.1):
             self._draw()
 
     def say(self, text: str) -> None:
-        """Prints lines of text, above the bar if there is one."""
+        """Print lines of text, above the bar if there is one."""
         self._print(f"{_ERASE if self._bar_shown else ''}{text}\n")
         if self._bar_shown:
             self._draw()
 
     def close(self) -> None:
-        """Leaves the bar as it is and moves on to the next line."""
+        """Leave the bar as it is and move to the next line."""
         if self._bar_shown:
             self._draw()
             self._print("\n")
             self._bar_shown = False
 
     def _draw(self) -> None:
+        """Redraw the bar and as many items as fit beside it."""
         width = shutil.get_terminal_size().columns - 1  # some terminals wrap after a full line
-        share = min(self._step / max(self._total_steps, 1), 1.0)
-        # What does not fit beside a bar of ten cells is left out, whole figures at a time.
+        fraction = min(self._step / max(self._total_steps, 1), 1.0)
+        # Items that do not fit beside a bar of ten cells are left out.
         text = f"{self._step}/{self._total_steps}"
-        for figure in self._figures:
-            if len(f"100% [] {text}  {figure}") + 10 > width:
+        for item in self._items:
+            if len(f"100% [] {text}  {item}") + 10 > width:
                 break
-            text += f"  {figure}"
+            text += f"  {item}"
         cells = min(max(width - len(f"100% [] {text}"), 10), 40)
-        full = int(share * cells)
-        line = f"{share:4.0%} [{'#' * full}{'.' * (cells - full)}] {text}"
+        full = int(fraction * cells)
+        line = f"{fraction:4.0%} [{'#' * full}{'.' * (cells - full)}] {text}"
         self._print(_ERASE + line[:width])
         self._bar_shown, self._drawn_at = True, time.monotonic()
 
     def _describe(self, metrics: Mapping[str, float]) -> list[str]:
-        forms = {  # the most wanted first, as a narrow terminal has no room for the last
+        """Return the metrics to show, formatted; the most important first."""
+        forms = {
             "time/eta_s": lambda v: f"ETA {format_duration(v)}",
             "train/loss": lambda v: f"loss {v:.4f}",
             "time/images_per_s": lambda v: f"{v:,.0f} img/s",
@@ -80,11 +92,11 @@ class Progress:
         self._stream.flush()
 
 
-_ERASE = "\r\x1b[K"  # to the first column, and clear the line
+_ERASE = "\r\x1b[K"  # return to the first column and clear the line
 
 
 def format_duration(seconds: float) -> str:
-    """65 -> "1:05", 3665 -> "1:01:05", 100000 -> "1d 3:46:40"."""
+    """Format a duration: 65 -> "1:05", 3665 -> "1:01:05", 100000 -> "1d 3:46:40"."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     days, hour = divmod(hours, 24)
@@ -94,5 +106,9 @@ def format_duration(seconds: float) -> str:
 
 
 def parameter_table(params: Mapping[str, Any]) -> str:
-    """Name, shape, dtype and size of each leaf of nested dicts of arrays or ShapeDtypeStructs."""
+    """Return a table of name, shape, dtype and size of each array.
+
+    Args:
+        params: nested dicts of arrays or `jax.ShapeDtypeStruct`.
+    """
     return parameter_overview.get_parameter_overview(params, include_stats=False)

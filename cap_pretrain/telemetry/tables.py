@@ -1,4 +1,4 @@
-"""Tables for people and for programs: rows of a header and values, as text in several formats."""
+"""Formatting tables as aligned text, Markdown, CSV or JSON."""
 
 import csv
 import io
@@ -8,25 +8,29 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 Row = Mapping[str, Any]
+"""Column -> value."""
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table of cells that are text already."""
+    """Return a Markdown table of cells that are already text."""
     cells = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
 def written(rows: Sequence[Row], form: str) -> str:
-    """Rows in one of FORMATS; what a row lacks is left empty, numbers have four digits for people.
+    """Return a table in one of `FORMATS`.
+
+    The columns are those of all rows, in order of first appearance. Missing values are left empty.
 
     Args:
-      rows: column -> value; columns are those of all rows, in the order in which they come up.
-      form: "text", "markdown", "csv" or "json"; the latter two have all digits.
+        rows: values by column.
+        form: "text" or "markdown", where numbers have four digits; "csv" or "json" with all digits.
     """
     return FORMATS[form](list(dict.fromkeys(column for row in rows for column in row)), rows)
 
 
 def _cell(value: Any) -> str:
+    """Return a value as text, floats with four digits."""
     if value is None:
         return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
@@ -62,9 +66,9 @@ FORMATS: dict[str, Callable[[Sequence[str], Sequence[Row]], str]] = {
 
 
 def format_table(rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> str:
-    """Columns under `headers`, the first to the left, the others to the right.
+    """Return a table of aligned text, the first column to the left, the others to the right.
 
-    Whole numbers get thousands separators, other numbers four digits.
+    Integers get thousands separators; other numbers are shown with four digits.
     """
 
     def cell(value: Any) -> str:

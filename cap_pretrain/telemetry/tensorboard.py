@@ -1,7 +1,7 @@
-"""TensorBoard's event files, written where the caller is.
+"""TensorBoard event files, written synchronously.
 
-tensorboardX makes what is in them. Its own writer is not used: it writes in a thread, and when that
-dies, as of a full disk, the training waits for it for ever.
+tensorboardX builds the events. Its own writer is not used: it writes in a thread, and if that dies,
+for example because the disk is full, training waits for it forever.
 """
 
 import os
@@ -23,11 +23,11 @@ from cap_pretrain import files
 class EventFile:
     """A new event file in `folder`.
 
-    Args:
-      folder: where TensorBoard looks; made if need be.
-      first_step: what earlier files there say of this step and later ones is hidden.
+    Every method raises OSError, with the name of the file, if it cannot write.
 
-    Every method raises OSError, with the file's name, when the disk does not take it.
+    Args:
+        folder: TensorBoard's log folder, created if missing.
+        first_step: TensorBoard hides events of this step and later ones in earlier files.
     """
 
     def __init__(self, folder: Path, first_step: int):
@@ -38,24 +38,25 @@ class EventFile:
         self._add(step=first_step, session_log=SessionLog(status=SessionLog.START))
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Adds a point to the curve of each name."""
+        """Add a point to the curve of each name."""
         points = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
         self._add(step=step, summary=Summary(value=points))
 
     def text(self, step: int, tag: str, text: str) -> None:
-        """Adds a text, which is read as Markdown."""
+        """Add a Markdown text."""
         self._add(step=step, summary=summary.text(tag, text))
 
     def images(self, step: int, tag: str, images: np.ndarray) -> None:
-        """Adds images uint8 [N, H, W, 3] as one grid."""
+        """Add images, uint8 [N, H, W, 3], as one grid."""
         self._add(step=step, summary=summary.image(tag, images, dataformats="NHWC"))
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
     def _add(self, **fields: Any) -> None:
+        """Append one event in the framing of a TFRecord."""
         data = Event(wall_time=time.time(), **fields).SerializeToString()
-        # The frame of a TFRecord.
         length = struct.pack("<Q", len(data))
         checksums = [struct.pack("<I", masked_crc32c(part)) for part in (length, data)]
         self._file.write(length + checksums[0] + data + checksums[1])

@@ -1,4 +1,4 @@
-"""Where the wall time of a run goes."""
+"""Measuring how a run spends its wall time."""
 
 import contextlib
 import time
@@ -6,13 +6,20 @@ from collections.abc import Callable, Iterator
 
 
 class StepTimer:
-    """Where the wall time of a run goes, told once per log interval.
+    """Measures how a run spends its wall time, reported once per log interval.
 
-    Create it when the run starts. Around everything that is not a train step (building, restoring,
-    evaluating, saving) say `with timer.pause():`, around the wait for a batch `with
-    timer.data_wait():`, and `timer.step_done()` after each step. The first step compiles and is
-    kept apart. Steps run asynchronously, so fetch a metric of the last step before `pause` and
-    `report`, or the time of steps still in flight lands in the next interval.
+    Create it when the run starts. Use `with timer.pause():` around everything that is not a
+    training step (building, restoring, evaluating, saving) and `with timer.data_wait():` around the
+    wait for a batch, and call `timer.step_done()` after each step. The first step compiles and is
+    reported separately. Steps run asynchronously, so fetch a metric of the last step before `pause`
+    and `report`; otherwise the time of running steps counts toward the next interval.
+
+    Args:
+        total_steps: the length of the run.
+        batch_size: examples per step over all devices.
+        flops_per_step: model FLOPs of a step; without it MFU is not reported.
+        peak_flops: peak FLOP/s of all devices; without it MFU is not reported.
+        clock: returns seconds.
     """
 
     def __init__(
@@ -24,7 +31,6 @@ class StepTimer:
         peak_flops: float | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """`batch_size` and `peak_flops` (FLOP/s) are those of all devices together."""
         self._total_steps, self._batch_size = total_steps, batch_size
         self._flops_per_step, self._peak_flops = flops_per_step, peak_flops
         self._clock = clock
@@ -36,23 +42,27 @@ class StepTimer:
         self._begin_interval()
 
     def _begin_interval(self) -> None:
+        """Reset what is counted per interval."""
         self._begun = self._clock()
         self._waited = self._paused = 0.0
         self._steps = 0
 
     @contextlib.contextmanager
     def data_wait(self) -> Iterator[None]:
+        """Count the time inside the context as waiting for data."""
         start = self._clock()
         yield
         self._waited += self._clock() - start
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
+        """Exclude the time inside the context from the step time."""
         start = self._clock()
         yield
         self._paused += self._clock() - start
 
     def step_done(self) -> None:
+        """Count a training step."""
         if self._first_step_end is None:
             self._first_step_end = self._clock()
             elapsed = self._first_step_end - self._begun
@@ -63,30 +73,30 @@ class StepTimer:
             self._steps_since_first += 1
 
     def report(self, step: int) -> dict[str, float]:
-        """Ends an interval at `step` and returns its figures, `time/...`.
+        """End an interval at `step` and return its metrics, `time/...`.
 
-        step_ms          mean time of a step, waiting for data included
-        data_wait_share  share of it in which the host waited for a batch: an upper bound of what
-                         data costs, as the device may still have been busy meanwhile
+        step_ms          mean duration of a step, including the wait for data
+        data_wait_share  fraction of it in which the host waited for a batch. This is an upper bound
+                         of the cost of data, because the device may be busy meanwhile.
         images_per_s     of all devices together
-        mfu              model FLOP utilisation (see flops.py), if the peak is known
-        eta_s            for the steps left, at the pace since the first step, pauses included
-        goodput          share of all wall time since the start spent in steps, not waiting for
-                         data, compiling, evaluating, saving or starting up
-        compile_s        the first step, in the first report only
+        mfu              model FLOP utilization (see flops.py), if the peak is known
+        eta_s            remaining time, at the pace since the first step including pauses
+        goodput          fraction of all wall time since the start spent in steps, as opposed to
+                         waiting for data, compiling, evaluating, saving or starting up
+        compile_s        duration of the first step, in the first report only
 
-        An interval without a step besides the first has only the last one.
+        An interval that has only the first step has only `compile_s`.
         """
-        figures = {}
+        metrics = {}
         if self._compile_seconds is not None:
-            figures["time/compile_s"] = self._compile_seconds
+            metrics["time/compile_s"] = self._compile_seconds
             self._compile_seconds = None
-        if self._steps:
+        if self._steps and self._first_step_end is not None:
             now = self._clock()
             seconds = now - self._begun - self._paused
             self._productive += seconds - self._waited
             pace = (now - self._first_step_end) / self._steps_since_first
-            figures |= {
+            metrics |= {
                 "time/step_ms": 1000 * seconds / self._steps,
                 "time/data_wait_share": self._waited / seconds,
                 "time/images_per_s": self._batch_size * self._steps / seconds,
@@ -95,6 +105,6 @@ class StepTimer:
             }
             if self._flops_per_step and self._peak_flops:
                 rate = self._flops_per_step * self._steps / seconds
-                figures["time/mfu"] = rate / self._peak_flops
+                metrics["time/mfu"] = rate / self._peak_flops
             self._begin_interval()
-        return figures
+        return metrics

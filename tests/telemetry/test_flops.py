@@ -1,4 +1,4 @@
-"""FLOP counts against closed forms, and the peak table against the names devices report."""
+"""FLOP counts against closed forms, and peaks by the device names that JAX reports."""
 
 import types
 
@@ -20,7 +20,9 @@ def test_matmul_of_any_size_is_counted_without_allocating():
 
 
 def test_batched_einsum():
-    fn = lambda q, k: jnp.einsum("btnh,bsnh->bnts", q, k)
+    def fn(q, k):
+        return jnp.einsum("btnh,bsnh->bnts", q, k)
+
     assert count_flops(fn, shape(2, 5, 3, 8), shape(2, 7, 3, 8)) == 2 * 2 * 3 * 5 * 7 * 8
 
 
@@ -51,16 +53,16 @@ def two_layers(params, x):
     return (jax.nn.gelu(x @ params[0]) @ params[1]).sum()
 
 
-def test_training_is_three_times_forward_less_the_gradient_nobody_needs():
+def test_training_is_three_times_forward_without_the_unused_gradient():
     params, x = (shape(16, 64), shape(64, 16)), shape(8, 16)
     product = 2 * 8 * 16 * 64
     assert count_flops(two_layers, params, x) == 2 * product
     assert count_flops(jax.value_and_grad(two_layers, argnums=(0, 1)), params, x) == 6 * product
-    # For the parameters alone, the first layer need not pass a gradient down to x.
+    # With gradients of the parameters only, the first layer computes none for x.
     assert count_flops(jax.value_and_grad(two_layers), params, x) == 5 * product
 
 
-def test_rematerialisation_shows_as_extra_work():
+def test_rematerialization_counts_as_extra_work():
     params, x = (shape(16, 64), shape(64, 16)), shape(8, 16)
     plain = count_flops(jax.value_and_grad(two_layers), params, x)
     again = count_flops(jax.value_and_grad(jax.checkpoint(two_layers)), params, x)
@@ -79,16 +81,22 @@ def test_scanned_layers_count_once_each_inside_jit():
 
 
 def test_control_flow():
-    square, x = (lambda x: x @ x), shape(8, 8)
-    one = 2 * 8**3
-    cond = lambda x: jax.lax.cond(x[0, 0] > 0, square, lambda x: x @ x @ x, x)
-    loop = lambda x: jax.lax.while_loop(lambda x: x[0, 0] > 0, square, x)
+    def square(x):
+        return x @ x
+
+    def cond(x):
+        return jax.lax.cond(x[0, 0] > 0, square, lambda x: x @ x @ x, x)
+
+    def loop(x):
+        return jax.lax.while_loop(lambda x: x[0, 0] > 0, square, x)
+
+    x, one = shape(8, 8), 2 * 8**3
     assert count_flops(cond, x) == 2 * one
     assert count_flops(loop, x) == one
     assert count_flops(lambda x: jax.lax.fori_loop(0, 5, lambda _, x: x @ x, x), x) == 5 * one
 
 
-def test_custom_derivatives_are_seen():
+def test_custom_derivatives_are_counted():
     @jax.custom_vjp
     def product(x, w):
         return x @ w
@@ -112,7 +120,10 @@ def test_shard_map_counts_every_shard():
 def test_nnx_module_built_abstractly():
     layer = nnx.eval_shape(lambda: nnx.Linear(32, 48, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(layer)
-    fn = lambda state, x: nnx.merge(graph, state)(x)
+
+    def fn(state, x):
+        return nnx.merge(graph, state)(x)
+
     assert count_flops(fn, state, shape(5, 32)) == 2 * 5 * 32 * 48
 
 
@@ -124,7 +135,7 @@ def test_dot_product_attention():
     assert count_flops(jax.nn.dot_product_attention, q, k, k) == ATTENTION
 
 
-def test_fused_attention_counts_as_the_products_it_stands_for(monkeypatch):
+def test_fused_attention_counts_as_its_matrix_products(monkeypatch):
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 92000)
@@ -170,7 +181,7 @@ def test_unknown_peak_is_none(kind):
     assert peak_flops(types.SimpleNamespace(device_kind=kind)) is None
 
 
-def test_system_peak_adds_devices_and_says_so():
+def test_system_peak_adds_up_devices():
     devices = [types.SimpleNamespace(device_kind="TPU v5 lite", platform="tpu")] * 8
     peak = system_peak(devices)
     assert peak.flops == 8 * 197e12 and peak.label == "MFU" and "8 x TPU v5 lite" in peak.source

@@ -1,4 +1,4 @@
-"""Metrics files that survive a kill, progress on both kinds of console, timer arithmetic."""
+"""Metrics files that survive a kill, progress on terminals and in log files, timer arithmetic."""
 
 import io
 import json
@@ -22,7 +22,7 @@ def read_lines(workdir):
 
 
 def read_events(workdir):
-    """All TensorBoard events of a workdir (TFRecord framing, read by hand)."""
+    """Return all TensorBoard events of a workdir, parsing the TFRecord framing by hand."""
     from tensorboardX.proto import event_pb2
 
     events = []
@@ -55,11 +55,11 @@ def test_nan_and_infinity_are_null_in_valid_json(tmp_path):
     assert np.isnan(values["a"]) and np.isinf(values["b"])  # TensorBoard can show them
 
 
-def test_resume_keeps_each_step_once_and_mends_a_torn_line(tmp_path):
+def test_resume_keeps_each_step_once_and_drops_a_truncated_line(tmp_path):
     writer = MetricsWriter(tmp_path)
     for step in (0, 10, 20, 30):
         writer.write(step, {"train/loss": float(step)})
-    writer.write(20, {"val/loss": 7.0})  # as an evaluator would, later
+    writer.write(20, {"val/loss": 7.0})  # as an evaluator would later
     writer.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 40, "train/lo')  # killed here
@@ -72,7 +72,7 @@ def test_resume_keeps_each_step_once_and_mends_a_torn_line(tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_whole_last_line_without_newline_is_kept_apart_from_the_next(tmp_path):
+def test_complete_last_line_without_newline_is_kept(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "a": 1.0}\n{"step": 2, "a": 2.0}')
     writer = MetricsWriter(tmp_path, keep_until=2)
     writer.write(3, {"a": 3.0})
@@ -80,7 +80,7 @@ def test_whole_last_line_without_newline_is_kept_apart_from_the_next(tmp_path):
     assert [line["step"] for line in read_lines(tmp_path)] == [1, 2, 3]
 
 
-def test_run_that_never_saved_starts_its_file_again(tmp_path):
+def test_a_run_without_checkpoints_starts_its_file_again(tmp_path):
     for _ in range(2):
         writer = MetricsWriter(tmp_path)
         writer.write(0, {"val/loss": 1.0})
@@ -112,11 +112,11 @@ def test_tensorboard_events_read_back(tmp_path):
     assert step == 5 and grid.image.encoded_image_string.startswith(b"\x89PNG")
     (text,) = [v for tag, (_, v) in values.items() if "text" in tag]
     assert text.tensor.string_val[0].decode() == "1. a red square\n2. a blue disc"
-    # The restart mark: what an earlier process wrote from step 5 on is hidden.
+    # The restart marker: TensorBoard hides what an earlier process wrote from step 5 on.
     assert [e.step for e in events if e.session_log.status == 1] == [5]
 
 
-def test_event_files_are_framed_as_tensorboardx_frames_them(tmp_path):
+def test_event_files_equal_those_of_tensorboardx(tmp_path):
     from tensorboardX import RecordWriter
 
     writer = MetricsWriter(tmp_path)
@@ -181,7 +181,7 @@ def test_timer_arithmetic():
         "time/goodput": 4 * 0.2 / (50 + 23 + 1),
     })  # fmt: skip
 
-    # Evaluating and saving lengthen the run, not the step; nothing of before is averaged in.
+    # Evaluating and saving lengthen the run, not the step; intervals are independent.
     with timer.pause():
         clock.now += 9
     run_steps(clock, timer, 5, wait=0, work=0.1)
@@ -206,7 +206,7 @@ def test_timer_with_only_the_first_step_and_without_a_known_peak():
     assert "time/mfu" not in report
 
 
-def test_data_running_out_passes_through_the_timer():
+def test_the_timer_lets_stop_iteration_pass():
     timer = StepTimer(total_steps=1, batch_size=1)
     with pytest.raises(StopIteration), timer.data_wait():
         next(iter([]))
@@ -228,7 +228,7 @@ METRICS = {
 }
 
 
-def test_log_file_gets_one_plain_line_a_report():
+def test_log_file_gets_one_plain_line_per_report():
     stream = io.StringIO()
     progress = Progress(1500, mfu_label="MFU(cpu)", stream=stream)
     progress.say("starting")
@@ -252,7 +252,7 @@ def test_terminal_gets_one_line_redrawn_within_its_width(columns, monkeypatch):
     shown = stream.getvalue()
     frames = shown.split("\r\x1b[K")[1:]
     assert "\n" not in shown
-    assert 3 <= len(frames) < 100  # not one a step
+    assert 3 <= len(frames) < 100  # fewer than one per step
     assert all(len(frame) < columns for frame in frames)
     assert frames[-1].startswith(" 50% [####")
     assert ("750/1500  ETA 2:05" in frames[-1]) == (columns >= 40)
@@ -262,7 +262,7 @@ def test_terminal_gets_one_line_redrawn_within_its_width(columns, monkeypatch):
 
 
 def screen(text):
-    """What a terminal shows after `text`: a carriage return and erase empties the line."""
+    """Return the lines that a terminal shows after `text`, with erased lines removed."""
     return [line.split("\r\x1b[K")[-1] for line in text.split("\n")]
 
 
@@ -287,7 +287,7 @@ def test_durations():
     assert format_duration(24 * 3600) == "1d 0:00:00"
 
 
-def test_parameter_table_of_shapes_that_were_never_allocated():
+def test_parameter_table_of_abstract_shapes():
     params = {
         "encoder": {"layers": {0: {"kernel": jax.ShapeDtypeStruct((10**6, 10**6), np.float32)}}},
         "bias": np.zeros(3, np.float32),
