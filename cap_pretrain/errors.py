@@ -1,4 +1,4 @@
-"""The one exception that means "the user can fix this", and the hint that goes with it."""
+"""The exception for mistakes that the user can fix, and helpers for its messages."""
 
 import difflib
 import errno
@@ -6,22 +6,30 @@ import os
 import re
 from collections.abc import Iterable
 
-# What is the matter with somebody's disk, not with the program.
+# Errors of the disk, not of the program.
 _DISK = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),  # full
-    *(errno.EROFS, errno.EACCES, errno.EPERM),  # forbidden
+    *(errno.EROFS, errno.EACCES, errno.EPERM),  # not permitted
 )
 
 
 class UserError(Exception):
-    """A mistake the user can mend: shown as one or two lines, without a traceback, exit code 2.
+    """A mistake that the user can fix, shown without a traceback; the exit status is 2.
 
-    The message names the field or file, what was found there, and what to do.
+    The message has one or two lines: the field or file, what was found there, and what to do.
     """
 
 
 def did_you_mean(word: str, options: Iterable[str]) -> str:
-    """Returns " Did you mean 'x'?" for the option nearest to `word`, or the list of options."""
+    """Return a hint to append to a message about an unknown word.
+
+    Args:
+        word: what the user gave.
+        options: the valid words.
+
+    Returns:
+        " Did you mean 'x'?" for the closest option; else the list of options; "" without options.
+    """
     options = sorted(str(o) for o in options)
     near = difflib.get_close_matches(str(word), options, n=1, cutoff=0.6)
     if near:
@@ -30,11 +38,11 @@ def did_you_mean(word: str, options: Iterable[str]) -> str:
 
 
 def disk_error(error: BaseException) -> str | None:
-    """Returns what is wrong with the disk ("No space left on device"), if that caused `error`."""
+    """Return the disk problem that caused `error` ("No space left on device"), or None."""
     codes = []
     if isinstance(error, OSError):
         codes.append(error.errno)
-    # TensorStore, which Orbax writes with, has ValueErrors that end in the number.
+    # TensorStore, which Orbax writes with, raises ValueErrors that contain the error number.
     codes += map(int, re.findall(r"\[os_error_code='(\d+)'", str(error)))
     for code in codes:
         if code in _DISK:

@@ -1,9 +1,8 @@
-"""Files: a run's own, which are there in whole or not at all, its logs, and JSON of others."""
+"""Atomic writes of a run's files, append-only logs, and reading JSON with clear errors."""
 
 import contextlib
 import gzip
 import json
-import os
 import tempfile
 import zlib
 from collections.abc import Iterator
@@ -14,51 +13,54 @@ from cap_pretrain.errors import UserError
 
 
 def make_workdir(workdir: Path) -> None:
-    """Makes the folder of a run; raises UserError if it cannot be made or written to."""
+    """Create the folder of a run; raise UserError if it cannot be created or written to."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=workdir) as file:
-            file.write(b"to see whether there is room")
+            file.write(b"to check that there is space")
     except OSError as e:
         raise UserError(
-            f"--workdir: cannot write to {str(workdir)!r} ({e.strerror}); mend that or name "
+            f"--workdir: cannot write to {str(workdir)!r} ({e.strerror}); fix that or name "
             "another folder."
         ) from e
 
 
 def write_text(path: Path, text: str) -> None:
-    """`write_bytes` of a text, as UTF-8."""
+    """Write a text to `path` atomically as UTF-8; see `write_bytes`."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Writes `data` to `path`, making its folder; a kill leaves the old file or the new one.
+    """Write `data` to `path` atomically, creating its folder.
+
+    If the process is killed, either the old file or the new one remains.
 
     Raises:
-      OSError: with the name of the file, as when the disk is full; the old file is still there.
+        OSError: the disk is full, for example; it names the file. The old file remains.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(path.name + ".tmp")
     with naming(path):
         fresh.write_bytes(data)
-        os.replace(fresh, path)
+        fresh.replace(path)
 
 
 def read_json(path: Path) -> Any:
-    """Returns what a JSON file holds, gzipped or not.
+    """Return the content of a JSON file, which may be gzipped.
 
     Raises:
-      UserError: it is missing, cannot be read or is no JSON.
+        UserError: the file is missing, cannot be read or is not JSON.
     """
     return _parse(path, _read(path))
 
 
 def read_json_lines(path: Path) -> list[Any]:
-    """`read_json` of a file with a value on each line; empty lines are passed over."""
+    """Return the values of a JSON Lines file, skipping empty lines; see `read_json`."""
     return [_parse(path, line) for line in _read(path).splitlines() if line.strip()]
 
 
 def _read(path: Path) -> bytes:
+    """Return the content of a file, decompressed if it is gzipped."""
     try:
         data = path.read_bytes()
         return gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
@@ -69,17 +71,21 @@ def _read(path: Path) -> bytes:
 
 
 def _parse(path: Path, data: bytes) -> Any:
+    """Parse JSON read from `path`; raise UserError if it is invalid."""
     try:
         return json.loads(data)
-    except ValueError as error:  # also of the text encoding
+    except ValueError as error:  # also for an invalid text encoding
         raise UserError(f"{path}: is not JSON ({error}).") from error
 
 
 class Appended:
-    """A file that only grows. What `write` has returned from is with the operating system.
+    """An unbuffered append-only file: when `write` returns, the operating system has the data.
 
-    Every method raises OSError, with the name of the file, when the disk does not take it. What has
-    not been written is forgotten then: `close` does not try again.
+    Every method raises OSError, with the name of the file, if it cannot write. The data of that
+    call is then dropped; `close` does not try again.
+
+    Args:
+        path: the file, which is created if missing; its folder must exist.
     """
 
     def __init__(self, path: Path):
@@ -87,19 +93,20 @@ class Appended:
         self._file = path.open("ab", buffering=0)
 
     def write(self, data: bytes) -> None:
-        """Appends all of `data`, or as much of it as there is room for."""
+        """Append all of `data`; if the disk is full, as much of it as fits."""
         with naming(self._path):
             while data:
                 data = data[self._file.write(data) :]
 
     def close(self) -> None:
+        """Close the file."""
         with naming(self._path):
             self._file.close()
 
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Lets errors of writing to `path` say so, as by themselves only those of opening do."""
+    """Add `path` to every OSError inside the context; Python adds it only when opening fails."""
     try:
         yield
     except OSError as e:

@@ -1,7 +1,8 @@
-"""A 32-bit fingerprint of an array's bits: another if any element changes, the same on any layout.
+"""A 32-bit fingerprint of an array's bits that does not depend on its sharding.
 
-It is computed where the array lies, so that checking gigabytes moves four bytes. Checkpoints use it
-to notice damage, the loop to log which examples it has seen. It is no cryptographic hash.
+It is computed on the devices that hold the array, so that checking gigabytes transfers four bytes.
+Checkpoints use it to detect corruption, and the training loop to log which examples it has seen. It
+is not a cryptographic hash.
 """
 
 from typing import Any
@@ -15,18 +16,25 @@ _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
 
 
 def _mix(h: jax.Array) -> jax.Array:
-    """The finaliser of MurmurHash3 (Appleby 2011), a bijection of 32-bit words."""
+    """Apply the finalizer of MurmurHash3 (Appleby 2011), a bijection of 32-bit words."""
     h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
     h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
     return h ^ (h >> 16)
 
 
 def fingerprint(x: jax.Array) -> jax.Array:
-    """Returns a uint32 scalar made of the bits of `x`, an array of any shape and dtype.
+    """Return the fingerprint of an array.
 
-    Every word is mixed with its position, and the results are added up modulo 2^32: a sum of
-    integers does not depend on the order, so neither on how `x` is split over devices. A change of
-    one word always shows, since mixing is a bijection; others escape with a chance of 2^-32.
+    Every word is mixed with its position, and the results are added modulo 2^32. A sum of integers
+    does not depend on the order, and so not on how `x` is sharded. A change of one word always
+    changes the fingerprint, because mixing is a bijection; other changes escape with probability
+    2^-32.
+
+    Args:
+        x: an array of any shape and dtype.
+
+    Returns:
+        A uint32 scalar.
     """
     x = jnp.asarray(x)
     if x.dtype == jnp.bool_:
@@ -41,5 +49,5 @@ def fingerprint(x: jax.Array) -> jax.Array:
 
 
 def fingerprints(tree: Any) -> dict[str, jax.Array]:
-    """Returns the fingerprint of every leaf by its path."""
+    """Return the fingerprint of every leaf of a tree, uint32 scalars by path."""
     return {path: fingerprint(leaf) for path, leaf in rules.flatten(tree).items()}

@@ -1,4 +1,4 @@
-"""Random keys as a function of (seed, step, purpose), never carried along."""
+"""Random keys as a pure function of (seed, step, purpose), so that no state is carried."""
 
 import zlib
 
@@ -6,10 +6,15 @@ import jax
 
 
 def key(seed: int, step: int | jax.Array, purpose: str) -> jax.Array:
-    """Returns the random key for `purpose` ("init", "train", ...) at `step`.
+    """Return the random key for `purpose` at `step`.
 
-    The same arguments always give the same key, so a resumed run draws what the interrupted one
-    would have drawn. `step` may be traced.
+    The same arguments always give the same key, so a resumed run draws the same random numbers as
+    an uninterrupted one.
+
+    Args:
+        seed: the seed of the run.
+        step: the training step; it may be traced.
+        purpose: what the key is for, such as "init" or "train".
     """
     base = jax.random.fold_in(jax.random.key(seed), zlib.crc32(purpose.encode()))
     return jax.random.fold_in(base, step)

@@ -1,8 +1,9 @@
-"""One idea, used for sharding, weight decay, learning rates and freezing: rules on parameter paths.
+"""Rules on parameter paths, which control sharding, weight decay, learning rates and freezing.
 
-A parameter's path is its place in the learner, e.g. `encoder/blocks/attention/query/kernel`. A rule
-is a pair (regular expression, value); the expression must match the whole path, the first rule that
-matches wins, and a rule that matches no parameter at all is an error, since it is a typing mistake.
+The path of a parameter is its place in the learner, such as
+`encoder/blocks/attention/query/kernel`. A rule is a pair (regular expression, value). The
+expression must match the whole path, and the first rule that matches wins. A rule that matches no
+parameter is an error, because it is most likely a typo.
 """
 
 import re
@@ -15,29 +16,30 @@ from cap_pretrain.errors import UserError
 
 
 def path_string(key_path: Sequence[Any]) -> str:
-    """`(DictKey('encoder'), DictKey('kernel'))` -> `"encoder/kernel"`."""
-    return jax.tree_util.keystr(key_path, simple=True, separator="/")
+    """Join a JAX key path: `(DictKey('encoder'), DictKey('kernel'))` -> "encoder/kernel"."""
+    return jax.tree_util.keystr(tuple(key_path), simple=True, separator="/")
 
 
 def flatten(tree: Any) -> dict[str, Any]:
-    """Returns the leaves of `tree` by path."""
+    """Return the leaves of `tree` by path, such as "encoder/kernel"."""
     return {path_string(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def apply_rules(
     rules: Iterable[tuple[str, Any]], tree: Any, *, default: Any, field: str, strict: bool = True
 ) -> Any:
-    """Returns a tree like `tree` that holds, for each leaf, the value of the first matching rule.
+    """Return a tree like `tree` with the value of the first matching rule at each leaf.
 
     Args:
-      rules: pairs (regular expression on the whole path, value).
-      tree: any pytree, usually parameters.
-      default: the value where no rule matches; must not be None (None is an empty pytree).
-      field: the config field the rules come from, for the error message.
-      strict: whether a rule that matches nothing is an error.
+        rules: pairs (regular expression for the whole path, value).
+        tree: any pytree, usually parameters.
+        default: the value where no rule matches; not None, which would be an empty pytree.
+        field: the config field of the rules, for error messages.
+        strict: whether a rule that matches nothing is an error.
 
     Raises:
-      UserError: a rule is no regular expression or, if `strict`, matches no path of `tree`.
+        UserError: a rule is not a pair with a valid regular expression or, if `strict`, matches no
+            path of `tree`.
     """
     compiled = []
     for rule in rules:

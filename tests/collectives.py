@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices."""
+"""Parsing what a compiled program sends between devices."""
 
 import math
 import re
@@ -12,39 +12,45 @@ _SHAPE = re.compile(r"\b[a-z]+\d+\[([\d,]*)\]")
 
 
 class Collective(NamedTuple):
-    """One of them: its kind, and the shape of each array that comes out of it on a device."""
+    """One collective: its kind, and the shape of each of its results on one device."""
 
     kind: str
     shapes: list[tuple[int, ...]]
 
 
 def shapes_in(text: str) -> list[tuple[int, ...]]:
-    """The shapes of all arrays that a part of a program names."""
+    """Return the shapes of all arrays in the text of a program."""
     return [tuple(map(int, filter(None, dims.split(",")))) for dims in _SHAPE.findall(text)]
 
 
 def collectives(program: str) -> list[Collective]:
-    """Those of a program as XLA prints it when compiled; what a loop repeats is there once."""
+    """Return the collectives of a compiled program as XLA prints it; loop bodies count once."""
     return [Collective(kind, shapes_in(out)) for out, kind in _LINE.findall(program)]
 
 
 class Sent(NamedTuple):
-    """What a step of training sends, and the shapes of all arrays there are on a device."""
+    """What a training step sends, and the shapes of all its arrays on one device."""
 
     sent: list[Collective]
     computed: list[tuple[int, ...]]
 
     def shapes(self, *kinds: str) -> list[tuple[int, ...]]:
-        """What is sent by collectives of these kinds."""
+        """Return the shapes sent by collectives of these kinds."""
         return [tuple(shape) for kind, shapes in self.sent if kind in kinds for shape in shapes]
 
     def sizes(self, *kinds: str) -> list[int]:
-        """How many numbers each of these has."""
+        """Return the number of elements of each of these shapes."""
         return [math.prod(shape) for shape in self.shapes(*kinds)]
 
 
 def of_step(objective: str, layout: str, fields: dict[str, Any]) -> Sent:
-    """Compiles the step of a small config; fields are those of `layouts.config`, "__" between."""
+    """Compile the training step of a small config.
+
+    Args:
+        objective: a name of `layouts.OBJECTIVES`.
+        layout: a name of `layouts.LAYOUTS`.
+        fields: config fields as for `layouts.config`, with "__" for the dot.
+    """
     fields = layouts.SMALL | {"model__heads": 8, "model__dropout": 0.0} | fields
     own = {name: fields.pop(name) for name in list(fields) if name.startswith("learner__")}
     c = layouts.config(objective, **fields)

@@ -1,4 +1,4 @@
-"""Layouts of eight virtual devices, and the training of each objective on them."""
+"""Mesh layouts of eight virtual devices, and training of each objective on them."""
 
 import collections
 import copy
@@ -21,7 +21,7 @@ from cap_pretrain.distributed import sharding
 from cap_pretrain.training import step
 from tests import toy
 
-# Devices along data, fsdp and tensor.
+# The number of devices along data, fsdp and tensor.
 LAYOUTS = {
     "one": (1, 1, 1),
     "data": (8, 1, 1),
@@ -30,14 +30,14 @@ LAYOUTS = {
     "all": (2, 2, 2),
 }
 VOCAB = 104
-# Captions have only some of the words, so that there is something to learn in twenty steps.
+# Captions use only these many words, so that twenty steps suffice to learn something.
 WORDS = 20
 
-# What compiles faster.
+# Fields that make compiling faster.
 SMALL = dict(model__depth=1, model__width=32, model__mlp=64, optim__name="adamw")
 
-# Each with its share of what training may do: both kinds of optimizers, random masks, moving
-# averages, accumulation, rematerialisation, heads that the devices divide and those they do not.
+# Together they cover what training may do: both kinds of optimizers, random masks, moving averages,
+# gradient accumulation, rematerialization, and heads that the devices divide or do not divide.
 OBJECTIVES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "cap": (
         "captioner",
@@ -70,7 +70,7 @@ OBJECTIVES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 
 
 def config(objective: str, **fields: Any) -> ConfigDict:
-    """The toy config of an objective; the optimizer is the recipe's unless it says otherwise."""
+    """Return the toy config of an objective, by default with the optimizer of the recipe."""
     learner, options, more = OBJECTIVES[objective]
     lr = 0.01 if learner == "captioner" else 0.001
     fields = {"batch_size": 16, "optim__lr": lr} | more | fields
@@ -78,19 +78,19 @@ def config(objective: str, **fields: Any) -> ConfigDict:
 
 
 def mesh(layout: str) -> Mesh:
-    """The mesh of a layout, on the first devices of this process."""
+    """Return the mesh of a layout over the first devices of this process."""
     shape = LAYOUTS[layout]
     axes = dict(zip(("mesh__data", "mesh__fsdp", "mesh__tensor"), shape, strict=True))
     return sharding.make_mesh(toy.config(**axes), jax.devices()[: math.prod(shape)])
 
 
 class Training:
-    """A config made ready to be trained on the first devices of this process.
+    """Training of a config on the first devices of this process.
 
     Args:
-      c: the config, but for its mesh.
-      layout: a name of `LAYOUTS`.
-      vocab_size: of the tokenizer there would be.
+        c: the config; its mesh is replaced.
+        layout: a name of `LAYOUTS`.
+        vocab_size: of the tokenizer.
     """
 
     def __init__(self, c: ConfigDict, layout: str, vocab_size: int = VOCAB):
@@ -102,7 +102,7 @@ class Training:
         self._take = step.make_train_step(graphdef, tx, rate, c, shardings)
 
     def go_on(self, state: step.TrainState, steps: int) -> tuple[step.TrainState, list[float]]:
-        """Takes so many steps, each with its own batch; returns the new state and the losses."""
+        """Train for `steps` steps on different batches; return the new state and the losses."""
         losses = []
         with jax.set_mesh(self.mesh):
             for number in range(int(state.step), int(state.step) + steps):
@@ -113,7 +113,7 @@ class Training:
         return state, losses
 
     def program(self) -> str:
-        """The step as XLA has compiled it, which is that of one device."""
+        """Return the step as compiled by XLA, which is the program of one device."""
         batch = toy.batch(self.config)
         rows = sharding.batch_sharding(self.mesh)
         shapes = {
@@ -124,18 +124,18 @@ class Training:
             return self._take.lower(self.abstract, shapes).compile().as_text()
 
     def save(self, state: step.TrainState, workdir: Path) -> None:
-        """Saves the state as a run would."""
+        """Save the state as a run would."""
         with closing(Checkpoints(workdir, self.config)) as checkpoints:
             checkpoints.save(state)
 
     def restored(self, workdir: Path, at: int) -> step.TrainState:
-        """What somebody saved in `workdir`, on this layout."""
+        """Return the state saved in `workdir`, restored on this layout."""
         with closing(Checkpoints(workdir, self.config, read_only=True)) as checkpoints:
             return checkpoints.restore(self.abstract, at)
 
 
 def bytes_per_device(tree: Any) -> int:
-    """What the arrays of `tree` take on the device that holds most of them."""
+    """Return the bytes that `tree` takes on the device that holds most of it."""
     held: collections.Counter[jax.Device] = collections.Counter()
     for leaf in jax.tree.leaves(tree):
         for shard in leaf.addressable_shards:
@@ -144,9 +144,14 @@ def bytes_per_device(tree: Any) -> int:
 
 
 def on_eight_devices(function: Callable, calls: Sequence[Sequence[Any]]) -> list[Any]:
-    """The results of a module's function for each of `calls`, from a process with eight devices.
+    """Call a module's function in a process with eight devices.
 
-    Arguments and results go through JSON.
+    Args:
+        function: a function at the top level of a module.
+        calls: the arguments of each call, JSON-compatible.
+
+    Returns:
+        The result of each call, after a round trip through JSON.
     """
     program = (
         "import json, sys\n"

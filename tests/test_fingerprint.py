@@ -1,4 +1,4 @@
-"""Fingerprints of arrays: any change of a bit shows, the layout does not."""
+"""Fingerprints change with every bit of an array."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ DTYPES = ("float32", "bfloat16", "float16", "int32", "uint8", "int8", "bool", "u
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(), (1,), (3, 5), (2, 3, 4)])
-def test_every_flipped_bit_shows(dtype, shape):
+def test_every_flipped_bit_changes_it(dtype, shape):
     rng = np.random.default_rng(0)
     x = np.asarray(jnp.asarray(rng.integers(0, 2, shape), dtype))
     take = jax.jit(fingerprint)
@@ -25,7 +25,7 @@ def test_every_flipped_bit_shows(dtype, shape):
     assert len(seen) == len(raw) + 1
 
 
-def test_order_counts():
+def test_order_changes_it():
     x = jnp.arange(12.0).reshape(3, 4)
     found = {int(fingerprint(v)) for v in (x, x[::-1], x[:, ::-1], x.at[0, :2].set(x[0, 1::-1]))}
     assert len(found) == 4
@@ -37,7 +37,7 @@ def test_zero_has_two_signs_and_nan_many_bits():
     assert int(fingerprint(jnp.float32(jnp.nan))) == int(fingerprint(jnp.float32(jnp.nan)))
 
 
-def test_a_tree_by_path():
+def test_fingerprints_of_a_tree_by_path():
     found = fingerprints({"a": {"b": jnp.ones(3)}, "c": [jnp.zeros(()), None]})
     assert sorted(found) == ["a/b", "c/0"]
     assert int(fingerprint(jnp.zeros((0, 4)))) == 0

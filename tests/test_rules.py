@@ -1,4 +1,4 @@
-"""Rules on parameter paths: whole paths, first match, no silent typing mistakes."""
+"""Rules on parameter paths: whole paths, first match, no silent typos."""
 
 import pytest
 from ml_collections import ConfigDict
@@ -18,7 +18,7 @@ def test_paths_name_the_place_in_the_tree():
     }
 
 
-def test_the_first_match_wins_and_the_rest_gets_the_default():
+def test_the_first_match_wins_and_others_get_the_default():
     rules = (("encoder/kernel", "a"), ("head/1/.*", "b"), (".*kernel", "c"))
     assert apply_rules(rules, TREE, default="d", field="f") == {
         "encoder": {"kernel": "a", "bias": "d"},
@@ -35,15 +35,15 @@ def test_the_whole_path_must_match():
     ]
 
 
-def test_a_rule_that_never_wins_but_matches_is_no_mistake():
+def test_a_rule_that_matches_but_never_wins_is_allowed():
     apply_rules(((".*", 1), ("encoder/bias", 2)), TREE, default=0, field="f")
 
 
-def test_what_is_no_regular_expression_is_told():
+def test_an_invalid_regular_expression_is_refused():
     with pytest.raises(UserError, match=r"f: '\(' is not a regular expression"):
         apply_rules((("(", 1),), TREE, default=0, field="f", strict=False)
 
 
-def test_rules_from_a_config_file_are_read_as_well():
+def test_rules_may_come_from_a_config():
     c = ConfigDict({"rules": ((".*/bias", 0.5),)})
     assert apply_rules(c.rules, TREE, default=1.0, field="f")["encoder"]["bias"] == 0.5

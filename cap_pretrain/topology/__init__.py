@@ -1,1 +1,1 @@
-"""What a run would take on a TPU pod, asked of the TPU compiler on a machine without one."""
+"""Predicting memory and step time of a run on a TPU pod with the TPU compiler, without any TPU."""

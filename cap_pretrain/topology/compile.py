@@ -1,8 +1,8 @@
-"""Compiles the training step of a config for the chips of a TPU pod, none of which is here.
+"""Compiling the training step of a config for a TPU pod, on a machine without TPUs.
 
-The compiler is that of the `libtpu` wheel; `get_topology_desc` gives devices that exist only for
-it. The step is the one that a run takes: same learner, optimizer, shardings and donation, with
-shapes in the place of arrays.
+The compiler is that of the `libtpu` wheel; `get_topology_desc` returns devices that exist only for
+the compiler. The step is the same as in a run: same learner, optimizer, shardings and buffer
+donation, with abstract shapes instead of arrays.
 """
 
 import copy
@@ -14,6 +14,7 @@ import re
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,29 +31,32 @@ from cap_pretrain.optim import schedule as schedules
 from cap_pretrain.training import plan
 from cap_pretrain.training.step import init_state, make_train_step
 
-# What the names of topologies begin with, and how libtpu is to set up the chips. The two cores of a
-# v4 chip work as one device, as they do on Cloud TPU; in later ones they always do.
-CHIPS = {
+# Prefixes of topology names, and how libtpu should set up the chips. The two cores of a v4 chip act
+# as one device, as on Cloud TPU; those of later chips always do.
+CHIPS: dict[str, dict[str, str]] = {
     "v4": {"chip_config_name": "megacore"},
     "v5e": {},
     "v5p": {},
     "v6e": {},
 }
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_TOO_LARGE = re.compile(
+_REQUIRED = re.compile(
     r"memory required[^(]*\(([\d.]+)([KMGT]?)\) exceeds[^(]*\(([\d.]+)([KMGT]?)\)"
 )
-_OVER = re.compile(r"Used ([\d.]+)([KMGT]?)i?B? of ([\d.]+)([KMGT]?)i?B? hbm")
+_USED = re.compile(r"Used ([\d.]+)([KMGT]?)i?B? of ([\d.]+)([KMGT]?)i?B? hbm")
 
 
 def set_environment() -> None:
-    """Keeps libtpu from looking for TPUs, before JAX sets up a backend; what is set stays."""
+    """Keep libtpu from looking for TPUs. Call it before JAX initializes a backend.
+
+    Variables that are already set are kept.
+    """
     for name, value in {
         "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server to ask what machine this is
+        "TPU_SKIP_MDS_QUERY": "1",  # do not ask a metadata server for the machine type
         "TPU_WORKER_HOSTNAMES": "localhost",  # these two only silence warnings
         "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-        # Nothing is loaded onto a TPU, so others may compile, too.
+        # Nothing is loaded onto a TPU, so other processes may compile at the same time.
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }.items():
         os.environ.setdefault(name, value)
@@ -63,12 +67,11 @@ class Memory:
     """Bytes of HBM on one chip.
 
     Attributes:
-      limit: what the compiler may use.
-      arguments: state and batch.
-      outputs: what is returned and does not take the place of an argument.
-      temporaries: activations, gradients and whatever else lives within the step.
-      code: the program.
-      needed: all of these.
+        limit: what the compiler may use.
+        arguments: state and batch.
+        outputs: results that do not reuse the memory of an argument.
+        temporaries: activations, gradients and everything else that lives within the step.
+        code: the program.
     """
 
     limit: int
@@ -79,30 +82,31 @@ class Memory:
 
     @property
     def needed(self) -> int:
+        """The sum of arguments, outputs, temporaries and code."""
         return self.arguments + self.outputs + self.temporaries + self.code
 
 
-class TooLarge(Exception):
-    """The step does not fit.
+class OutOfMemoryError(Exception):
+    """The step does not fit into HBM.
 
     Attributes:
-      needed: bytes of HBM that it would take on one chip, as far as the compiler tells.
-      limit: bytes that there are.
+        needed: bytes of HBM that it would need on one chip, as far as the compiler reports.
+        limit: bytes of HBM that the compiler may use.
     """
 
     def __init__(self, needed: int, limit: int):
-        super().__init__(f"needs {needed:,} bytes of HBM, there are {limit:,}")
+        super().__init__(f"needs {needed:,} bytes of HBM, but only {limit:,} are available")
         self.needed, self.limit = needed, limit
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A training step as the compiler left it.
+    """A compiled training step.
 
     Attributes:
-      text: the optimized program.
-      memory: see `Memory`.
-      seconds: that compiling took.
+        text: the optimized HLO.
+        memory: its memory on one chip.
+        seconds: the time spent compiling.
     """
 
     text: str
@@ -111,10 +115,14 @@ class Compiled:
 
 
 def open_topology(name: str, slices: int = 1) -> Sequence[jax.Device]:
-    """Returns the devices of a topology, such as "v5e:16x16", or of several alike.
+    """Return the devices of a topology.
+
+    Args:
+        name: chip and shape, such as "v5e:16x16".
+        slices: the number of slices of this shape.
 
     Raises:
-      UserError: there is no such topology, or no compiler.
+        UserError: there is no such topology, or libtpu is not installed.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("libtpu, the TPU compiler, is not installed: pip install -e '.[tpu]'")
@@ -125,37 +133,44 @@ def open_topology(name: str, slices: int = 1) -> Sequence[jax.Device]:
         raise UserError(f"--topology: no chip {kind!r} in {name!r}.{did_you_mean(kind, CHIPS)}")
     if not re.fullmatch(r"\d+(x\d+)+", shape):
         raise UserError(f"--topology: {name!r} lacks a shape; write it as {kind}:4x4.")
-    kwargs = CHIPS[kind] | ({"num_slices": slices} if slices > 1 else {})
+    kwargs: dict[str, Any] = CHIPS[kind] | ({"num_slices": slices} if slices > 1 else {})
     try:
         return topologies.get_topology_desc(name, "tpu", **kwargs).devices
-    except Exception as e:  # JaxRuntimeError, or what libtpu makes of it
+    except Exception as e:  # JaxRuntimeError or others, depending on libtpu
         reason = str(e).splitlines()[0].partition(": ")[2] or str(e)
-        raise UserError(f"--topology: {name!r} cannot be: {reason}") from e
+        raise UserError(f"--topology: {name!r} is not possible: {reason}") from e
 
 
 @functools.cache
 def hbm_limit(device: jax.Device) -> int:
-    """Bytes of HBM that the compiler may use on a device: what it says when given too much."""
+    """Return the bytes of HBM that the compiler may use, from its message about a huge array."""
     alone = jax.sharding.SingleDeviceSharding(device)
     x = jax.ShapeDtypeStruct((2**20, 2**22), jnp.int8, sharding=alone)  # 4 TiB
     try:
         jax.jit(lambda x: x + 1).lower(x).compile()
     except Exception as e:
-        return _too_large(e).limit
-    raise AssertionError("an array of 4 TiB fits")
+        if error := _out_of_memory(e):
+            return error.limit
+        raise
+    raise AssertionError("the compiler accepted an array of 4 TiB")
 
 
 def prepare(config: ConfigDict) -> tuple[ConfigDict, int]:
-    """Settles what a config leaves to data and platform; returns it and the vocabulary's size.
+    """Resolve what a config leaves to the data and the platform.
+
+    Captions need not be available, because their shape follows from the config.
+
+    Returns:
+        The config, and the vocabulary size of its tokenizer.
 
     Raises:
-      UserError: the config's mistakes; or its data is not here and settles what is built.
+        UserError: the config is invalid, or it depends on data that is not available.
     """
     config, _ = warm_start.resolve(config)
     configs.validate(config)
     config = copy.deepcopy(config)
     if config.dtype == "auto":
-        config.dtype = "bfloat16"  # these as on a TPU; "auto" would ask what is here
+        config.dtype = "bfloat16"  # the choices for TPUs; "auto" would detect this machine
     if config.model.attention == "auto":
         config.model.attention = "recompute"
     if config.model.remat == "auto":
@@ -169,7 +184,6 @@ def prepare(config: ConfigDict) -> tuple[ConfigDict, int]:
         tokenizer = inputs.planned_tokenizer(config, mixture)
         vocab_size = tokenizer.vocab_size if tokenizer else vocab_size
     except UserError:
-        # Captions need not be here: their shape is the config's.
         given = config.text.tokenizer or config.text.kind == "words"
         if given or not {"text"} & {*learners.learner_class(config.learner.name).reads}:
             raise
@@ -177,21 +191,26 @@ def prepare(config: ConfigDict) -> tuple[ConfigDict, int]:
 
 
 def compile_step(config: ConfigDict, vocab_size: int, devices: Sequence[jax.Device]) -> Compiled:
-    """Compiles the training step of a config, which went through `prepare`.
+    """Compile the training step of a config.
+
+    Args:
+        config: from `prepare`.
+        vocab_size: of the tokenizer, from `prepare`.
+        devices: from `open_topology`.
 
     Raises:
-      UserError: the mesh does not fit the devices, or the batch the mesh.
-      TooLarge: the step does not fit into HBM.
+        UserError: the mesh does not fit the devices, or the batch does not fit the mesh.
+        OutOfMemoryError: the step does not fit into HBM.
     """
     mesh = sharding.make_mesh(config, devices)
     step, state, batch = abstract_step(config, vocab_size, mesh)
-    begin = time.monotonic()
+    start = time.monotonic()
     try:
         with jax.set_mesh(mesh):
             compiled = step.lower(state, batch).compile()
     except Exception as e:
-        if too_large := _too_large(e):
-            raise too_large from None
+        if out_of_memory := _out_of_memory(e):
+            raise out_of_memory from None
         raise
     stats = compiled.memory_analysis()
     memory = Memory(
@@ -201,12 +220,14 @@ def compile_step(config: ConfigDict, vocab_size: int, devices: Sequence[jax.Devi
         temporaries=stats.temp_size_in_bytes,
         code=stats.generated_code_size_in_bytes,
     )
-    return Compiled(compiled.as_text(), memory, time.monotonic() - begin)
+    return Compiled(compiled.as_text(), memory, time.monotonic() - start)
 
 
 def abstract_step(config: ConfigDict, vocab_size: int, mesh: Mesh):
-    """Returns the step of a run as `train` builds it, and shapes of state and batch on the mesh."""
-    schedule = schedules.make_schedule(config, epoch=config.batch_size)  # how long matters not
+    """Return the jitted step of a run as `train` builds it, and its abstract state and batch."""
+    schedule = schedules.make_schedule(
+        config, epoch=config.batch_size
+    )  # the length does not matter
     rate = schedules.learning_rate(config, schedule)
     _, state, graphdef, tx = init_state(
         lambda key: learners.build(config, vocab_size, key),
@@ -225,12 +246,12 @@ def abstract_step(config: ConfigDict, vocab_size: int, mesh: Mesh):
     return step, state, batch
 
 
-def _too_large(error: Exception) -> TooLarge | None:
-    """What the compiler says of memory, if that is what is wrong."""
-    for pattern in (_TOO_LARGE, _OVER):
+def _out_of_memory(error: Exception) -> OutOfMemoryError | None:
+    """Parse the compiler's message about memory; None if the error is another one."""
+    for pattern in (_REQUIRED, _USED):
         if found := pattern.search(str(error)):
             needed, unit, limit, limit_unit = found.groups()
-            return TooLarge(
+            return OutOfMemoryError(
                 round(float(needed) * _UNITS[unit]), round(float(limit) * _UNITS[limit_unit])
             )
     return None

@@ -1,12 +1,14 @@
-"""What a compiled program takes on a TPU: cycles, collectives, time. All of it is predicted.
+"""The predicted cost of a compiled program on a TPU: cycles, collectives and time.
 
-The time of the operations is the compiler's own: `estimated_cycles`, times the turns of the loops
-around them, over the clock. For collectives and for copies that it starts early (between HBM and
-the core's memory) it gives none, so they take their bytes over the bandwidth; of that of a chip's
-links, a collective has what its rings use, two links each. Operations run one
-after the other, in the order of the schedule; what is started and ended by a pair of operations
-runs beside those in between, and what is not over by then is waited for. So does a collective of
-which the compiler has put pieces into several operations, from the first of them to the last.
+The time of an operation is the compiler's `estimated_cycles`, times the iterations of the loops
+around it, over the clock. The compiler gives no estimate for collectives and for copies that it
+starts early (between HBM and the core's memory), so these take their bytes over the bandwidth. Of
+the bandwidth of a chip's links, a collective gets what its rings use, two links each.
+
+Operations run sequentially in the order of the schedule. What is started and ended by a pair of
+operations runs beside those in between, and the core waits for what has not ended by then. The same
+holds for a collective that the compiler has split over several operations, from the first of them
+to the last.
 """
 
 import collections
@@ -15,20 +17,20 @@ import dataclasses
 from cap_pretrain.telemetry.flops import Chip
 from cap_pretrain.topology.hlo import COLLECTIVES, Array, Module, Operation
 
-# What says where the results of others are, and computes nothing.
+# Operations that only name the results of others and compute nothing.
 _FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all")
 
 
 @dataclasses.dataclass
 class Collective:
-    """Collectives of one kind, in one step.
+    """The collectives of one kind in one step.
 
     Attributes:
-      count: how many are run.
-      bytes: what they take as input on one chip.
-      sent: what one chip sends: in a ring of n, (n - 1) / n of an input for reduce-scatter and
-        all-to-all, twice that for all-reduce, n - 1 inputs for all-gather.
-      seconds: what they would take one by one.
+        count: how many run.
+        bytes: their input on one chip.
+        sent: bytes that one chip sends: in a ring of n, (n - 1) / n of the input for reduce-scatter
+            and all-to-all, twice that for all-reduce, n - 1 inputs for all-gather.
+        seconds: their total time if run one by one.
     """
 
     count: int = 0
@@ -37,132 +39,181 @@ class Collective:
     seconds: float = 0.0
 
 
+def _totals() -> collections.defaultdict:
+    return collections.defaultdict(float)
+
+
 @dataclasses.dataclass
 class Cost:
-    """What one run of a program takes on one chip.
+    """The predicted cost of running a program once on one chip.
 
     Attributes:
-      cycles: the compiler's estimates, added up.
-      seconds: until the last operation ends.
-      waited: seconds of these in which the core waits for collectives ("ici") or copies ("hbm").
-      cycles_of: the cycles by operation, (opcode, op_name).
-      collectives: by kind.
-      hbm_bytes: what operations and early copies read from HBM and write to it.
-      endless: names of loops whose turns the program does not tell; they count as one turn.
+        cycles: the sum of the compiler's estimates.
+        seconds: the time until the last operation ends.
+        waited: seconds of these in which the core waits, by cause: collectives ("ici") or copies
+            ("hbm").
+        cycles_of: cycles by operation, (opcode, op_name).
+        collectives: by kind.
+        hbm_bytes: bytes that operations and early copies read from and write to HBM.
+        endless: names of loops whose number of iterations is unknown; they count as one.
     """
 
     cycles: float = 0.0
     seconds: float = 0.0
-    waited: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-    cycles_of: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    waited: dict[str, float] = dataclasses.field(default_factory=_totals)
+    cycles_of: dict[tuple[str, str], float] = dataclasses.field(default_factory=_totals)
     collectives: dict[str, Collective] = dataclasses.field(default_factory=dict)
     hbm_bytes: float = 0.0
     endless: list[str] = dataclasses.field(default_factory=list)
 
     def add(self, other: "Cost", times: int = 1) -> None:
-        """Adds what another program takes, `times` times, after this one."""
+        """Add the cost of running another program `times` times after this one."""
         self.cycles += times * other.cycles
         self.seconds += times * other.seconds
         self.hbm_bytes += times * other.hbm_bytes
-        for mine, its in ((self.waited, other.waited), (self.cycles_of, other.cycles_of)):
-            for key, value in its.items():
-                mine[key] += times * value
-        for kind, its in other.collectives.items():
+        for cause, seconds in other.waited.items():
+            self.waited[cause] += times * seconds
+        for operation, cycles in other.cycles_of.items():
+            self.cycles_of[operation] += times * cycles
+        for kind, theirs in other.collectives.items():
             mine = self.collectives.setdefault(kind, Collective())
             for field in dataclasses.fields(Collective):
-                value = getattr(mine, field.name) + times * getattr(its, field.name)
+                value = getattr(mine, field.name) + times * getattr(theirs, field.name)
                 setattr(mine, field.name, value)
         self.endless += other.endless
 
 
 def measure(module: Module, chip: Chip, devices: int) -> Cost:
-    """What one run of a program takes on a chip of these, of which there are `devices`."""
+    """Return the predicted cost of running a program once.
+
+    Args:
+        module: the program.
+        chip: the performance of each chip, with all fields known.
+        devices: the number of chips.
+    """
     return _Walk(module, chip, devices).computation(module.entry)
 
 
+# A collective, or a piece of one, and the computation that contains it.
+_Piece = tuple[str, Operation]
+
+
+@dataclasses.dataclass
+class _Timeline:
+    """The state of walking through one computation.
+
+    Attributes:
+        name: the name of the computation.
+        pieces: collectives, or pieces of them, by the name of the operation that holds them.
+        last: the operation that holds the last piece of a collective, by chain.
+        cost: what was run so far.
+        free: the time at which the links ("ici") and the HBM copies ("hbm") become free.
+        ends: cause and end of what was started, by the name of the operation or the chain.
+    """
+
+    name: str
+    pieces: dict[str, list[_Piece]]
+    last: dict[str, str]
+    cost: Cost = dataclasses.field(default_factory=Cost)
+    free: dict[str, float] = dataclasses.field(default_factory=lambda: {"ici": 0.0, "hbm": 0.0})
+    ends: dict[str, tuple[str, float]] = dataclasses.field(default_factory=dict)
+
+    def wait(self, cause: str, end: float) -> None:
+        """Let the core wait until the time `end`."""
+        if end > self.cost.seconds:
+            self.cost.waited[cause] += end - self.cost.seconds
+            self.cost.seconds = end
+
+    def wait_for(self, key: str) -> None:
+        """Let the core wait for what was started under `key`, if anything."""
+        self.wait(*self.ends.pop(key, ("", 0.0)))
+
+
 class _Walk:
+    """Walks through the computations of a program and adds up their cost."""
+
     def __init__(self, module: Module, chip: Chip, devices: int):
-        self.module, self.chip, self.devices = module, chip, devices
+        assert chip.clock and chip.hbm_bandwidth and chip.ici_bandwidth and chip.links
+        self.module, self.devices = module, devices
+        self.clock, self.links = chip.clock, chip.links
+        self.hbm_bandwidth, self.ici_bandwidth = chip.hbm_bandwidth, chip.ici_bandwidth
 
     def computation(self, name: str) -> Cost:
-        cost = Cost()
-        free = {"ici": 0.0, "hbm": 0.0}  # when what moves the bytes has done what it was given
-        ends: dict[str, tuple[str, float]] = {}  # of what was started: who does it, and when
-        pieces = {op.name: self._pieces(name, op) for op in self.module.computations[name]}
-        last = {one.chain: holder for holder, held in pieces.items() for _, one in held}
-        for op in self.module.computations[name]:
+        """Return the cost of running a computation once."""
+        operations = self.module.computations[name]
+        pieces = {op.name: self._pieces(name, op) for op in operations}
+        last = {piece.chain: holder for holder, held in pieces.items() for _, piece in held}
+        timeline = _Timeline(name, pieces, last)
+        cost = timeline.cost
+        for op in operations:
             if op.opcode == "while":
-                turns = self.module.trips(op, name)
-                if turns is None:
+                trips = self.module.trips(op, name)
+                if trips is None:
                     cost.endless.append(op.name)
                 (body,) = op.runs("body")
-                cost.add(self.computation(body), 1 if turns is None else turns)
+                cost.add(self.computation(body), 1 if trips is None else trips)
             elif op.opcode in ("conditional", "call"):
                 branches = [self.computation(c) for c in op.runs("branch", "to_apply", "calls")]
                 cost.add(max(branches, key=lambda branch: branch.seconds))
             elif op.opcode.endswith("-done"):
-                self._wait(cost, *ends.pop(op.operands[0] if op.operands else "", ("", 0.0)))
+                timeline.wait_for(op.operands[0] if op.operands else "")
             elif op.opcode not in _FREE:
-                begun = [one for one in pieces[op.name] if one[1].chain not in ends]
-                self._run(name, op, begun, last, cost, free, ends)
-                for chain in {one.chain for _, one in pieces[op.name]}:
+                self._run(op, timeline)
+                for chain in {piece.chain for _, piece in pieces[op.name]}:
                     if last[chain] == op.name:
-                        self._wait(cost, *ends.pop(chain, ("", 0.0)))
+                        timeline.wait_for(chain)
         return cost
 
-    @staticmethod
-    def _wait(cost: Cost, by: str, end: float) -> None:
-        if end > cost.seconds:
-            cost.waited[by] += end - cost.seconds
-            cost.seconds = end
-
-    def _run(
-        self, where: str, op: Operation, begun: list, last: dict, cost: Cost, free: dict, ends: dict
-    ) -> None:
-        """An operation, with the collectives that begin in it."""
+    def _run(self, op: Operation, timeline: _Timeline) -> None:
+        """Add the cost of an operation and of the collectives that start in it."""
+        cost = timeline.cost
+        started = [
+            piece for piece in timeline.pieces[op.name] if piece[1].chain not in timeline.ends
+        ]
         cost.cycles += op.cycles
-        cost.seconds += op.cycles / self.chip.clock
+        cost.seconds += op.cycles / self.clock
         if op.cycles:
             cost.cycles_of[op.opcode, op.op_name] += op.cycles
-        by, seconds = "ici", self._collectives(op, begun, cost)
+        cause, seconds = "ici", self._collectives(op, started, cost)
         if op.opcode in ("copy-start", "slice-start", "dynamic-slice-start"):
             copied = self._copied(op)
             cost.hbm_bytes += copied
-            by, seconds = "hbm", copied / self.chip.hbm_bandwidth
+            cause, seconds = "hbm", copied / self.hbm_bandwidth
         elif not op.collective:
-            cost.hbm_bytes += traffic(self.module, where, op)
+            cost.hbm_bytes += traffic(self.module, timeline.name, op)
         end = cost.seconds
         if seconds:
-            end = free[by] = max(end, free[by]) + seconds
+            end = timeline.free[cause] = max(end, timeline.free[cause]) + seconds
         if op.opcode.endswith("-start"):
             open_ended = {op.name}  # until its -done
         else:
-            open_ended = {one.chain for _, one in begun if last[one.chain] != op.name}
-        ends |= dict.fromkeys(open_ended, (by, end))
+            open_ended = {
+                piece.chain for _, piece in started if timeline.last[piece.chain] != op.name
+            }
+        timeline.ends |= dict.fromkeys(open_ended, (cause, end))
         if not open_ended:
-            self._wait(cost, by, end)
+            timeline.wait(cause, end)
 
-    def _pieces(self, where: str, op: Operation) -> list[tuple[str, Operation]]:
-        """The collectives, or pieces of them, that an operation is or holds, and where they are."""
-        found = [(where, op)] if op.collective else []
+    def _pieces(self, computation: str, op: Operation) -> list[_Piece]:
+        """Return the collectives, or pieces of them, that an operation is or holds."""
+        found = [(computation, op)] if op.collective else []
         for inner in op.runs("calls"):
             found += [(inner, o) for o in self.module.computations[inner] if o.collective]
         return found
 
-    def _collectives(
-        self, holder: Operation, begun: list[tuple[str, Operation]], cost: Cost
-    ) -> float:
-        """Counts those that begin in an operation; returns their seconds."""
+    def _collectives(self, holder: Operation, started: list[_Piece], cost: Cost) -> float:
+        """Count the collectives that start in an operation; return their seconds."""
         total = 0.0
-        for computation, one in begun:
-            size = self._taken(computation, one)
+        for computation, one in started:
+            assert one.collective
+            size = self._input_bytes(computation, one)
             group = self.module.groups(one, self.devices)
-            # Written as an all-reduce of which a part is taken, in one fusion.
+            # The compiler writes it as an all-reduce and a slice of the result, in one fusion.
             scatters = "AllReduceScatterFusion" in holder.line
             kind = "reduce-scatter" if scatters else one.collective
             of_kind = cost.collectives.setdefault(kind, Collective())
-            sent = size * sent_share(kind, group)
-            seconds = sent / (self.chip.ici_bandwidth * self._links_used(holder, one, group))
+            sent = size * sent_fraction(kind, group)
+            seconds = sent / (self.ici_bandwidth * self._links_used(holder, one, group))
             of_kind.count += 1
             of_kind.bytes += size
             of_kind.sent += sent
@@ -171,30 +222,33 @@ class _Walk:
         return total
 
     def _links_used(self, holder: Operation, one: Operation, group: int) -> float:
-        """The share of a chip's links that a collective uses: in a ring one to each side.
+        """Return the fraction of a chip's links that a collective uses: two links per ring.
 
-        Where the compiler does not say in how many rings it is run, that is one, but for a
-        collective of all chips, for which the compiler takes all dimensions of the wiring.
+        If the compiler does not state the number of rings, it is one, except for a collective of
+        all chips: for these the compiler uses all dimensions of the wiring.
         """
-        rings = holder.rings or one.rings or (self.chip.links if group == self.devices else 1)
-        return min(1.0, 2 * rings / self.chip.links)
+        rings = holder.rings or one.rings or (self.links if group == self.devices else 1)
+        return min(1.0, 2 * rings / self.links)
 
-    def _taken(self, computation: str, op: Operation) -> int:
-        """Bytes of an operation's inputs."""
+    def _input_bytes(self, computation: str, op: Operation) -> int:
+        """Return the bytes of an operation's inputs."""
         inputs = [self.module.operation(computation, name) for name in op.operands]
         return sum(one.size for one in inputs if one)
 
     @staticmethod
     def _copied(op: Operation) -> int:
-        """Bytes of what is moved; the result holds that, what it is cut from and a semaphore."""
+        """Return the bytes that a copy moves.
+
+        The result holds the copy, the array that it is taken from, and a semaphore.
+        """
         return min((array.size for array in op.results if array.size > 4), default=0)
 
 
 def traffic(module: Module, computation: str, op: Operation) -> int:
-    """Bytes that an operation reads from HBM and writes to it.
+    """Return the bytes that an operation reads from and writes to HBM.
 
-    What lies in the core's own memory counts nothing, and of an array of which a fusion takes or
-    replaces a slice, only that counts.
+    Arrays in the core's own memory do not count. If a fusion reads or replaces a slice of an array,
+    only the slice counts.
     """
     inner = [o for name in op.runs("calls") for o in module.computations[name]]
     parameters = {
@@ -202,32 +256,32 @@ def traffic(module: Module, computation: str, op: Operation) -> int:
         for o in inner
         if o.opcode == "parameter"
     }
-    total = sum(array.size for array in op.results if not _near(array))
+    total = sum(array.size for array in op.results if not _is_in_core_memory(array))
     for number, name in enumerate(op.operands):
         source = module.operation(computation, name)
-        if source is None or all(map(_near, source.results)):
+        if source is None or all(map(_is_in_core_memory, source.results)):
             continue
-        mine = parameters.get(number)
-        users = [o for o in inner if mine in o.operands]
-        first = users and all(o.operands[0] == mine for o in users)
+        parameter = parameters.get(number)
+        users = [o for o in inner if parameter in o.operands]
+        first = users and all(o.operands[0] == parameter for o in users)
         if first and all(o.opcode == "dynamic-slice" for o in users):
             total += sum(o.size for o in users)
         elif first and all(o.opcode == "dynamic-update-slice" for o in users):
             # The result is the same array, with the slice replaced.
-            update = [module.operation(op.runs("calls")[0], o.operands[1]) for o in users]
-            total += sum(o.size for o in update if o) - source.size
+            updates = [module.operation(op.runs("calls")[0], o.operands[1]) for o in users]
+            total += sum(o.size for o in updates if o) - source.size
         else:
             total += source.size
     return max(0, total)
 
 
-def _near(array: Array) -> bool:
-    """Whether it lies in the core's own memory."""
+def _is_in_core_memory(array: Array) -> bool:
+    """Return whether an array lies in the core's own memory instead of HBM."""
     return "S(" in array.layout
 
 
-def sent_share(kind: str, group: int) -> float:
-    """What one chip of a group sends in a ring, relative to its input; see `Collective`.
+def sent_fraction(kind: str, group: int) -> float:
+    """Return the bytes that one chip of a ring sends, relative to its input; see `Collective`.
 
     Source: Thakur, Rabenseifner and Gropp 2005, "Optimization of Collective Communication
     Operations in MPICH", sections 3 and 4.

@@ -1,9 +1,9 @@
-"""Reads the optimized HLO of a compiled program: its operations, their loops, their cost.
+"""Parsing the optimized HLO of a compiled program: its operations, loops and estimated cycles.
 
 The text is that of `Compiled.as_text()`. A computation is a list of operations in the order in
-which a TPU runs them (`is_scheduled=true`); fusions, loops and conditionals name the computations
-they run. The TPU compiler writes `estimated_cycles`, its own estimate, to the operations that keep
-the core busy; a fusion's are those of all that is inside.
+which a TPU runs them (`is_scheduled=true`). Fusions, loops and conditionals name the computations
+they run. The TPU compiler annotates the operations that keep the core busy with its own estimate,
+`estimated_cycles`; that of a fusion covers everything inside it.
 """
 
 import dataclasses
@@ -11,10 +11,11 @@ import functools
 import math
 import re
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from cap_pretrain.errors import UserError
 
-# Bytes of an element, by the names of XLA's `PrimitiveType` (xla_data.proto).
+# Bytes per element, by the names of XLA's `PrimitiveType` (xla_data.proto).
 _WIDTHS = {
     **dict.fromkeys(("pred", "s8", "u8", "f8e4m3fn", "f8e5m2", "f8e4m3", "f8e4m3b11fnuz"), 1),
     **dict.fromkeys(("s16", "u16", "f16", "bf16"), 2),
@@ -43,7 +44,7 @@ _RINGS = re.compile(r"Strategy\w+\{colors:(\d+)")
 _IOTA_GROUPS = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=")
 _GROUPS = re.compile(r"replica_groups=(\S+?),? ")
 _LISTED_GROUPS = re.compile(r"replica_groups=\{\{([\d,]*)\}")
-# mesh['a'=8,'b'=4], device_ids=([4,8]T(1,0)) {'a'}; of a part of an axis it is {'a':(2)4}.
+# mesh['a'=8,'b'=4], device_ids=([4,8]T(1,0)) {'a'}; a part of an axis is written {'a':(2)4}.
 _MESH_GROUPS = re.compile(
     r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((?:[^()]|\([^()]*\))*\))?\s*\{([^}]*)\}"
 )
@@ -59,9 +60,9 @@ class Array:
     """One array of an operation's result.
 
     Attributes:
-      dtype: as HLO has it, such as "bf16".
-      shape: its dimensions, on one device.
-      layout: what stands in braces; `S(1)` in it means that it lies in the core's own memory.
+        dtype: the name in HLO, such as "bf16".
+        shape: its dimensions on one device.
+        layout: the text in braces; `S(1)` in it means that the array lies in the core's own memory.
     """
 
     dtype: str
@@ -70,7 +71,7 @@ class Array:
 
     @property
     def size(self) -> int:
-        """Bytes, without padding."""
+        """The bytes without padding."""
         return math.ceil(math.prod(self.shape) * _WIDTHS.get(self.dtype, 0))
 
 
@@ -79,14 +80,14 @@ class Operation:
     """One line of a computation.
 
     Attributes:
-      name: without the percent sign.
-      opcode: such as "fusion"; that of an asynchronous pair ends in -start and -done.
-      results: the arrays of its result, those of a tuple one after the other.
-      operands: names.
-      called: role ("calls", "body", …, "branch") and name of the computations it runs.
-      cycles: the compiler's estimate for one execution, or 0 where it has none.
-      op_name: the path of the operation in the traced program.
-      line: the text, for what is looked at rarely.
+        name: without the percent sign.
+        opcode: such as "fusion"; those of an asynchronous pair end in -start and -done.
+        results: the arrays of its result, a tuple flattened.
+        operands: the names of its operands.
+        called: (role, name) of the computations it runs; roles are "calls", "body", …, "branch".
+        cycles: the compiler's estimate for one execution, or 0 if there is none.
+        op_name: the path of the operation in the traced program.
+        line: the text, from which rarely needed properties are parsed.
     """
 
     name: str
@@ -100,60 +101,74 @@ class Operation:
 
     @property
     def size(self) -> int:
-        """Bytes of the result."""
+        """The bytes of the result."""
         return sum(array.size for array in self.results)
 
     @property
     def collective(self) -> str | None:
-        """Which of COLLECTIVES it begins, if any."""
+        """The kind of collective that it starts, one of COLLECTIVES, or None."""
         kind = self.opcode.removesuffix("-start")
         return kind if kind in COLLECTIVES else None
 
     @property
     def chain(self) -> str:
-        """What pieces of one collective have in common, and nothing else.
+        """An identifier shared by exactly the pieces of one collective.
 
-        Channels do not tell: clones of an operation, as of each layer, share theirs.
+        Channels do not identify it: clones of an operation, such as one per layer, share theirs.
         """
         found = _CHAIN.search(self.line)
         return f"chain {found[1]}" if found else f"chain of {self.name} alone"
 
     @property
     def rings(self) -> int | None:
-        """In how many rings at a time a collective is run, if the compiler says so."""
+        """The number of rings in which a collective runs, or None if the compiler does not say."""
         found = _RINGS.search(self.line)
         return int(found[1]) if found else None
 
     def runs(self, *roles: str) -> tuple[str, ...]:
-        """Names of the computations it runs in these roles."""
+        """Return the names of the computations that it runs in these roles."""
         return tuple(name for role, name in self.called if role in roles)
+
+
+class _Scope(NamedTuple):
+    """Where an operation stands: its computation and, inside a fusion, the fusion and its place."""
+
+    computation: str
+    fusion: Operation | None = None
+    outside: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """A program: computations by name, each its operations in order, and which one is the entry."""
+    """A program.
+
+    Attributes:
+        computations: by name, the operations in order.
+        entry: the name of the computation that runs first.
+    """
 
     computations: dict[str, tuple[Operation, ...]]
     entry: str
 
     @functools.cached_property
     def _by_name(self) -> dict[str, dict[str, Operation]]:
+        """Operations by computation and name."""
         return {c: {op.name: op for op in ops} for c, ops in self.computations.items()}
 
     def operation(self, computation: str, name: str) -> Operation | None:
-        """The operation of that name, or None."""
+        """Return the operation of that name, or None."""
         return self._by_name.get(computation, {}).get(name)
 
     def trips(self, loop: Operation, computation: str) -> int | None:
-        """How often the body of a `while` runs; None if the program does not say.
+        """Return how often the body of a `while` runs, or None if that is unknown.
 
-        The compiler may have noted it; else it is read off a loop that counts: the condition
+        The compiler may have noted it. Otherwise it is derived for counting loops: the condition
         compares an element of the carried tuple with a constant, the initial tuple holds a constant
         there, and the body adds a constant to it.
 
         Args:
-          loop: the operation.
-          computation: where it stands.
+            loop: the `while` operation.
+            computation: the name of the computation that contains it.
         """
         if noted := _TRIPS.search(loop.line):
             return int(noted[1])
@@ -171,32 +186,32 @@ class Module:
         return max(0, math.ceil((limit - start) / step))
 
     def _comparison(self, condition: str) -> tuple[int, int, str] | None:
-        """Which element of the carried tuple is compared with which number, and how."""
+        """Return (element of the carried tuple, constant, direction) of a loop condition."""
         flipped = {"LT": "GT", "GT": "LT", "LE": "GE", "GE": "LE", "NE": "NE", "EQ": "EQ"}
-        for where, op in self._with_fused(condition):
+        for scope, op in self._with_fused(condition):
             if op.opcode != "compare":
                 continue
-            direction = re.search(r"direction=(\w+)", op.line)[1]
-            sides = [self._resolve(*where, name) for name in op.operands]
+            direction = _search(r"direction=(\w+)", op.line)[1]
+            sides = [self._resolve(scope, name) for name in op.operands]
             for (one, other), turned in ((sides, False), (reversed(sides), True)):
                 limit, index = other.get("constant"), one.get("index")
                 if limit is not None and index is not None:
                     return index, limit, flipped[direction] if turned else direction
         return None
 
-    def _with_fused(self, computation: str) -> Iterator[tuple[tuple, Operation]]:
-        """Operations of a computation and of what it calls, with where they stand."""
+    def _with_fused(self, computation: str) -> Iterator[tuple[_Scope, Operation]]:
+        """Yield the operations of a computation and of its fusions, with their scopes."""
         for op in self.computations[computation]:
-            yield (computation, None, None), op
+            yield _Scope(computation), op
             for inner in op.runs("calls"):
                 for fused in self.computations[inner]:
-                    yield (inner, op, computation), fused
+                    yield _Scope(inner, op, computation), fused
 
-    def _resolve(self, computation: str, caller, outside, name: str) -> dict[str, int]:
-        """What a scalar is: {"constant": n}, {"index": i} of the carried tuple, or nothing."""
-        op = self.operation(computation, name)
+    def _resolve(self, scope: _Scope, name: str) -> dict[str, int]:
+        """Trace a scalar back to {"constant": n}, {"index": i} of the carried tuple, or {}."""
+        op = self.operation(scope.computation, name)
         while op and op.opcode in ("copy", "bitcast", "convert"):
-            op = self.operation(computation, op.operands[0])
+            op = self.operation(scope.computation, op.operands[0])
         if not op:
             return {}
         if op.opcode == "constant":
@@ -204,42 +219,47 @@ class Module:
             return {"constant": int(value[1])} if value else {}
         if op.opcode == "get-tuple-element":
             return {"index": _index(op)}
-        if op.opcode == "parameter" and caller is not None:
-            return self._resolve(outside, None, None, caller.operands[_index(op)])
+        if op.opcode == "parameter" and scope.fusion is not None:
+            return self._resolve(_Scope(scope.outside), scope.fusion.operands[_index(op)])
         return {}
 
     def _element(self, computation: str, name: str, index: int) -> str:
-        """Name of an element of a tuple."""
+        """Return the name of an element of a tuple; "" if `name` is not a tuple."""
         op = self.operation(computation, name)
         return op.operands[index] if op and op.opcode == "tuple" else ""
 
     def _constant(self, computation: str, name: str) -> int | None:
-        return self._resolve(computation, None, None, name).get("constant")
+        """Return the value of a constant scalar, or None."""
+        return self._resolve(_Scope(computation), name).get("constant")
 
     def _step(self, body: str, index: int) -> int | None:
-        """What the body adds to an element of the carried tuple; None if something else."""
+        """Return the constant that a loop body adds to an element of the carried tuple, or None."""
         root = self.computations[body][-1]
         op = self.operation(body, self._element(body, root.name, index))
-        where = (body, None, None)
+        scope = _Scope(body)
         while op and op.opcode in ("copy", "fusion"):
             if op.opcode == "copy":
                 op = self.operation(body, op.operands[0])
                 continue
             (inner,) = op.runs("calls")
-            where, op = (inner, op, body), self.computations[inner][-1]
+            scope, op = _Scope(inner, op, body), self.computations[inner][-1]
         if not op or op.opcode not in ("add", "subtract"):
             return None
-        sides = [self._resolve(*where, name) for name in op.operands]
+        sides = [self._resolve(scope, name) for name in op.operands]
         if {"index": index} not in sides:
             return None
         added = [side["constant"] for side in sides if "constant" in side]
         return (added[0] if op.opcode == "add" else -added[0]) if added else None
 
     def groups(self, op: Operation, devices: int) -> int:
-        """How many devices take part together in a collective.
+        """Return the size of the groups of devices in which a collective runs.
+
+        Args:
+            op: the collective.
+            devices: the number of all devices.
 
         Raises:
-          UserError: the program says so in a way that is not known here.
+            UserError: the notation of the groups is unknown.
         """
         if found := _IOTA_GROUPS.search(op.line):
             return int(found[2])
@@ -249,27 +269,33 @@ class Module:
             return math.prod(int(part or sizes[axis]) for axis, part in axes)
         if found := _LISTED_GROUPS.search(op.line):
             return len(found[1].split(","))
-        if (told := _GROUPS.search(op.line)) and told[1] != "{}":
-            raise UserError(
-                f"Replica groups of the compiler's program are not understood: {told[1]}"
-            )
+        if (found := _GROUPS.search(op.line)) and found[1] != "{}":
+            raise UserError(f"the compiler's replica groups are not understood: {found[1]}")
         return devices
 
 
 def _index(op: Operation) -> int:
-    """That of a get-tuple-element or of a parameter."""
+    """Return the index of a get-tuple-element or of a parameter."""
     found = re.search(r"index=(\d+)", op.line) if op.opcode != "parameter" else None
-    return int(found[1]) if found else int(re.search(r"parameter\((\d+)\)", op.line)[1])
+    return int((found or _search(r"parameter\((\d+)\)", op.line))[1])
+
+
+def _search(pattern: str | re.Pattern, text: str) -> re.Match:
+    """Return the first match; raise UserError if there is none."""
+    if found := re.search(pattern, text):
+        return found
+    raise UserError(f"the compiler's program is not understood: {text.strip()[:200]}")
 
 
 def parse(text: str) -> Module:
-    """Reads the text of a program.
+    """Parse the text of a program.
 
     Raises:
-      UserError: it is no HLO.
+        UserError: it is not HLO.
     """
     computations: dict[str, tuple[Operation, ...]] = {}
-    entry, name, operations = "", "", []
+    operations: list[Operation] = []
+    entry, name = "", ""
     for line in text.splitlines():
         if head := _COMPUTATION.match(line):
             name, operations = head[2], []
@@ -279,13 +305,14 @@ def parse(text: str) -> Module:
         elif name and (found := _OPERATION.match(line)):
             operations.append(_operation(found[2], line[found.end() :]))
     if not entry:
-        raise UserError("The compiler's program has no ENTRY computation: this is no HLO text.")
+        raise UserError("the compiler's program has no ENTRY computation, so it is not HLO text.")
     return Module(computations, entry)
 
 
 def _operation(name: str, line: str) -> Operation:
-    opcode = _OPCODE.search(f" {line}" if line.startswith("(") else line)
-    # The result's layout holds words before parentheses too, as T(8,128): upper case, so no match.
+    """Parse one operation from the text after "%name = "."""
+    opcode = _search(_OPCODE, f" {line}" if line.startswith("(") else line)
+    # Layouts also have a word before a parenthesis, as in T(8,128), but it is in upper case.
     begin = opcode.end() - (1 if line.startswith("(") else 0)
     arguments = line[begin : _closing(line, begin)]
     after = line[begin + len(arguments) :]
@@ -311,7 +338,7 @@ def _operation(name: str, line: str) -> Operation:
 
 
 def _closing(text: str, begin: int) -> int:
-    """Where the parenthesis closes that is open at `begin`."""
+    """Return the position of the parenthesis that closes the one open at `begin`."""
     depth = 1
     for place in range(begin, len(text)):
         depth += {"(": 1, ")": -1}.get(text[place], 0)

@@ -1,4 +1,4 @@
-"""What `check_topology` tells of a config on a topology, as a dict for JSON and as text."""
+"""Reports of tools/check_topology.py on a config and a topology, as JSON dicts and as text."""
 
 import collections
 import math
@@ -14,24 +14,35 @@ from cap_pretrain.errors import UserError
 from cap_pretrain.telemetry import flops
 from cap_pretrain.telemetry.tables import format_table
 from cap_pretrain.topology import hlo
-from cap_pretrain.topology.compile import TooLarge, compile_step
+from cap_pretrain.topology.compile import OutOfMemoryError, compile_step
 from cap_pretrain.topology.cost import Cost, measure
 from cap_pretrain.training import plan
 
 Report = dict[str, Any]
+"""The report of one config on one topology, JSON-compatible; see `check`."""
 
 
 def check(
     config: ConfigDict, vocab_size: int, topology: str, devices: Sequence[jax.Device]
 ) -> Report:
-    """Compiles the step of a config, which went through `compile.prepare`, and tells what it takes.
+    """Compile the step of a config and report its memory and predicted time.
+
+    Args:
+        config: from `compile.prepare`.
+        vocab_size: of the tokenizer, from `compile.prepare`.
+        topology: the name of the topology, for the report.
+        devices: its devices.
+
+    Returns:
+        The report. If the step does not fit into HBM, it only has its first keys, `fits`, `needed`
+        and `limit`.
 
     Raises:
-      UserError: as `compile.compile_step`; or nothing is known of such chips.
+        UserError: see `compile.compile_step`; or the performance of these chips is unknown.
     """
     chip = flops.chip_of(devices[0])
-    if chip is None or chip.clock is None:
-        raise UserError(f"--topology: nothing is known of the speed of {devices[0].device_kind}.")
+    if not (chip and chip.peak and chip.clock and chip.hbm_bandwidth and chip.ici_bandwidth):
+        raise UserError(f"--topology: the performance of {devices[0].device_kind} is unknown.")
     mesh = sharding.mesh_shape(config, devices)
     per_chip = config.batch_size / (mesh["data"] * mesh["fsdp"])
     report: Report = {
@@ -48,7 +59,7 @@ def check(
     }
     try:
         compiled = compile_step(config, vocab_size, devices)
-    except TooLarge as e:
+    except OutOfMemoryError as e:
         return report | {"fits": False, "needed": e.needed, "limit": e.limit}
     memory = compiled.memory
     cost = measure(hlo.parse(compiled.text), chip, len(devices))
@@ -92,25 +103,29 @@ def check(
 
 
 def parts(cost: Cost, clock: float) -> dict[str, dict[str, float]]:
-    """Predicted seconds by part of the step and kind of work."""
-    table: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
+    """Return predicted seconds by part of the step (such as "forward") and kind of work."""
+    seconds: dict[str, dict[str, float]] = {}
     for (opcode, name), cycles in cost.cycles_of.items():
-        table[_part(name)][_kind(opcode, name)] += cycles / clock
-    return {part: dict(kinds) for part, kinds in sorted(table.items())}
+        kinds, kind = seconds.setdefault(_part(name), {}), _kind(opcode, name)
+        kinds[kind] = kinds.get(kind, 0) + cycles / clock
+    return dict(sorted(seconds.items()))
 
 
 def operations(cost: Cost, clock: float, count: int = 40) -> list[dict[str, Any]]:
-    """The operations that take most, by where in the program they are from."""
-    merged: collections.Counter = collections.Counter()
+    """Return the `count` slowest operations with their predicted seconds and origin."""
+    merged: dict[tuple[str, str, str], float] = collections.defaultdict(float)
     for (opcode, name), cycles in cost.cycles_of.items():
         merged[opcode, _part(name), _short(name)] += cycles / clock
     return [
         {"seconds": seconds, "opcode": opcode, "part": part, "name": name}
-        for (opcode, part, name), seconds in merged.most_common(count)
+        for (opcode, part, name), seconds in sorted(
+            merged.items(), key=lambda item: item[1], reverse=True
+        )[:count]
     ]
 
 
 def _part(name: str) -> str:
+    """Return the part of the step that an operation belongs to."""
     if "rematted_computation" in name:
         return "forward, again"
     if "transpose(jvp" in name:
@@ -119,9 +134,12 @@ def _part(name: str) -> str:
 
 
 def _kind(opcode: str, name: str) -> str:
+    """Return the kind of work that an operation does."""
     if opcode in ("copy", "transpose", "reshape", "bitcast-convert"):
         return "layout"
-    if re.search(r"BTNH|BSNH|BNTS|bthd|bhts|/vmap\(\)/", name):  # its einsums, and softmax
+    if re.search(
+        r"BTNH|BSNH|BNTS|bthd|bhts|/vmap\(\)/", name
+    ):  # the einsums of attention, and its softmax
         return "attention"
     if "dot_general" in name or "conv_general" in name:
         return "products"
@@ -129,7 +147,7 @@ def _kind(opcode: str, name: str) -> str:
 
 
 def _short(name: str) -> str:
-    """The end of a path, without what transformations wrote around it."""
+    """Return the end of an operation's path, without loops and calls."""
     steps = [
         s
         for s in name.split(";", maxsplit=1)[0].split("/")
@@ -139,9 +157,14 @@ def _short(name: str) -> str:
 
 
 def text(report: Report, breakdown: bool = False) -> str:
-    """A report for people."""
+    """Return a report as text for people.
+
+    Args:
+        report: from `check`.
+        breakdown: whether to add tables of predicted time by part and by operation.
+    """
     mesh = " x ".join(f"{axis} {n}" for axis, n in report["mesh"].items())
-    per_chip = f"{report['batch_per_chip']:g} examples a chip"
+    per_chip = f"{report['batch_per_chip']:g} examples per chip"
     if report["accumulate"] > 1:
         per_chip += f" in {report['accumulate']} parts"
     head = (
@@ -151,59 +174,61 @@ def text(report: Report, breakdown: bool = False) -> str:
     )
     if not report["fits"]:
         return f"{head}\n{too_large(report)}"
-    rows = [(k, gib(report[k])) for k in ("arguments", "outputs", "temporaries", "code")]
-    rows += [("needed", gib(report["needed"])), ("there is", gib(report["limit"]))]
-    told = [head, format_table(rows, ("HBM a chip", "GiB"))]
+    rows: list[tuple] = [
+        (key, gib(report[key])) for key in ("arguments", "outputs", "temporaries", "code")
+    ]
+    rows += [("needed", gib(report["needed"])), ("available", gib(report["limit"]))]
+    blocks = [head, format_table(rows, ("HBM per chip", "GiB"))]
     rows = [
         (kind, c["count"], megabytes(c["bytes"]), megabytes(c["sent"]), milli(c["seconds"]))
         for kind, c in report["collectives"].items()
     ]
-    headers = ("collectives a step", "count", "MB a chip", "MB sent", "ms")
-    told.append(format_table(rows, headers) if rows else "No collectives.")
-    guess = report["predicted"]
+    headers = ("collectives per step", "count", "MB per chip", "MB sent", "ms")
+    blocks.append(format_table(rows, headers) if rows else "No collectives.")
+    predicted = report["predicted"]
     rows = [
-        ("operations: the compiler's cycles", milli(guess["cycles"] / guess["clock"])),
-        ("waiting for collectives", milli(guess["waiting_for_collectives"])),
-        ("waiting for copies from HBM", milli(guess["waiting_for_copies"])),
-        ("step, predicted", milli(guess["step_seconds"])),
-        ("roofline: arithmetic of the model", milli(guess["roofline"]["compute"])),
-        ("roofline: HBM", milli(guess["roofline"]["hbm"])),
-        ("roofline: interconnect", milli(guess["roofline"]["interconnect"])),
+        ("operations: the compiler's cycles", milli(predicted["cycles"] / predicted["clock"])),
+        ("waiting for collectives", milli(predicted["waiting_for_collectives"])),
+        ("waiting for copies from HBM", milli(predicted["waiting_for_copies"])),
+        ("step, predicted", milli(predicted["step_seconds"])),
+        ("roofline: arithmetic of the model", milli(predicted["roofline"]["compute"])),
+        ("roofline: HBM", milli(predicted["roofline"]["hbm"])),
+        ("roofline: interconnect", milli(predicted["roofline"]["interconnect"])),
     ]
-    told += [
+    blocks += [
         format_table(rows, ("predicted, not measured", "ms")),
-        f"{report['flops_per_step'] / 1e12:,.1f} TFLOP a step (counted), predicted "
-        f"{guess['examples_per_second']:,.0f} examples/s, MFU {guess['mfu']:.1%}; by the "
-        f"roofline this program takes no less than {milli(guess['roofline_seconds'])} ms",
+        f"{report['flops_per_step'] / 1e12:,.1f} TFLOP per step (counted), predicted "
+        f"{predicted['examples_per_second']:,.0f} examples/s, MFU {predicted['mfu']:.1%}; by "
+        f"the roofline, this program takes at least {milli(predicted['roofline_seconds'])} ms",
     ]
     if loops := report["loops_of_unknown_length"]:
-        told.append(f"Counted as one turn, as their length is not known: {', '.join(loops)}.")
+        blocks.append(f"Loops of unknown length, counted once: {', '.join(loops)}.")
     if breakdown:
         kinds = ("products", "attention", "layout", "other")
         rows = [
             (part, *(milli(by.get(kind, 0.0)) for kind in kinds))
             for part, by in report["seconds_by_part"].items()
         ]
-        told.append(format_table(rows, ("ms, predicted", *kinds)))
+        blocks.append(format_table(rows, ("ms, predicted", *kinds)))
         rows = [
             (f"{o['part']}: {o['name']}", o["opcode"], milli(o["seconds"]))
             for o in report["seconds_by_operation"]
         ]
-        told.append(format_table(rows, ("operation", "opcode", "ms, predicted")))
-    return "\n\n".join(told)
+        blocks.append(format_table(rows, ("operation", "opcode", "ms, predicted")))
+    return "\n\n".join(blocks)
 
 
 def too_large(report: Report) -> str:
-    """By how much a step does not fit."""
+    """Return a line about a step that does not fit: needed, available and missing memory."""
     over = report["needed"] - report["limit"]
     return (
-        f"does not fit: needs {gib(report['needed'])} GiB of HBM a chip, there are "
-        f"{gib(report['limit'])}: {gib(over)} GiB too many"
+        f"does not fit: needs {gib(report['needed'])} GiB of HBM per chip, "
+        f"{gib(report['limit'])} are available: {gib(over)} GiB too many"
     )
 
 
 def table(reports: Sequence[Report]) -> str:
-    """Several reports, a line each."""
+    """Return several reports as a table with one line each."""
     headers = ("chips", "topology", "batch", "accumulate", "remat", "HBM GiB", "step ms", "MFU",
                "examples/s", "collectives MB", "waiting ms")  # fmt: skip
     rows = []
@@ -211,10 +236,10 @@ def table(reports: Sequence[Report]) -> str:
         row = [str(r["chips"]), r["topology"], f"{r['batch_size']:,}", r["accumulate"], r["remat"]]
         row.append(gib(r["needed"]))
         if r["fits"]:
-            guess = r["predicted"]
-            waiting = guess["waiting_for_collectives"] + guess["waiting_for_copies"]
-            row += [milli(guess["step_seconds"]), f"{guess['mfu']:.1%}"]
-            row += [f"{guess['examples_per_second']:,.0f}"]
+            predicted = r["predicted"]
+            waiting = predicted["waiting_for_collectives"] + predicted["waiting_for_copies"]
+            row += [milli(predicted["step_seconds"]), f"{predicted['mfu']:.1%}"]
+            row += [f"{predicted['examples_per_second']:,.0f}"]
             row += [megabytes(sum(c["bytes"] for c in r["collectives"].values())), milli(waiting)]
         else:
             row += ["too large", *4 * ["-"]]
@@ -223,15 +248,15 @@ def table(reports: Sequence[Report]) -> str:
 
 
 def gib(n: float) -> str:
-    """Bytes in GiB."""
+    """Format bytes in GiB."""
     return f"{n / 2**30:.2f}"
 
 
 def megabytes(n: float) -> str:
-    """Bytes in MB."""
+    """Format bytes in MB."""
     return f"{n / 1e6:,.1f}"
 
 
 def milli(seconds: float) -> str:
-    """Seconds in ms."""
+    """Format seconds in ms; "-" if not finite."""
     return f"{seconds * 1e3:,.1f}" if math.isfinite(seconds) else "-"

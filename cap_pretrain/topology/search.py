@@ -1,4 +1,4 @@
-"""Searches: what would make a step fit, what is fastest, and how it scales with the chips."""
+"""Searching for settings that fit and are fastest, and predicting weak scaling."""
 
 import copy
 import math
@@ -15,12 +15,12 @@ from cap_pretrain.models.layers import REMAT_POLICIES
 from cap_pretrain.topology.compile import open_topology
 from cap_pretrain.topology.report import Report, check, gib, milli
 
-# Slices of these chips are planes, of at most so many chips (Google Cloud documentation, "TPU v5e"
-# and "TPU v6e": 16 x 16); those of others are blocks.
+# Slices of these chips are 2D tori of at most `LARGEST_PLANE` chips (16 x 16; Google Cloud
+# documentation, "TPU v5e" and "TPU v6e"). Slices of other chips are 3D tori.
 PLANES = ("v5e", "v6e")
 LARGEST_PLANE = 256
 
-# What is tried when a step does not fit: nothing is computed twice, or only what is cheap.
+# Rematerialization policies tried by default: recompute nothing, or only what is cheap.
 USUAL_POLICIES = ("none", "lean")
 
 Say = Callable[[str], None]
@@ -36,23 +36,24 @@ def fit(
     everything: bool,
     say: Say,
 ) -> list[Report]:
-    """Tries other settings of the same step, which change how it is computed and not what.
+    """Try settings that change how a step is computed but not its result.
 
-    For each policy of rematerialisation, the batch is taken in as few parts as fit, and in more for
-    as long as that is faster: what is small enough stays in the core's own memory. A learner that
-    cannot do so gets a smaller batch instead. If nothing fits, parameters are split over all chips.
+    For each rematerialization policy, gradients are accumulated over as few parts of the batch as
+    fit, then over more parts as long as that is faster, because smaller arrays may stay in the
+    core's own memory. If accumulation is not possible, the batch is reduced instead. If nothing
+    fits, parameters are sharded over all chips.
 
     Args:
-      config: went through `compile.prepare`.
-      vocab_size: of the tokenizer.
-      topology: its name.
-      devices: its devices.
-      first: what `check` said of the config as it is.
-      everything: try all policies, not only the usual ones.
-      say: is told what is tried.
+        config: from `compile.prepare`.
+        vocab_size: of the tokenizer.
+        topology: the name of the topology.
+        devices: its devices.
+        first: the report of `check` on the unchanged config.
+        everything: whether to try all rematerialization policies, not only `USUAL_POLICIES`.
+        say: receives lines about progress.
 
     Returns:
-      What `check` says of each, with what was changed as `changes`.
+        A report for each setting tried; its key `changes` has the changed fields.
     """
     tried: list[Report] = []
     for policy in REMAT_POLICIES if everything else USUAL_POLICIES:
@@ -81,7 +82,7 @@ def fit(
 
 
 def _smaller(config: ConfigDict, changes: dict, report: Report, devices) -> dict | None:
-    """Changes that take less memory: half of it, or so little that it fits; None for none."""
+    """Return a change that should fit, at most half of the memory; None if there is none."""
     factor = 2 ** max(1, math.ceil(math.log2(report["needed"] / report["limit"])))
     for field, value in (
         ("accumulate", report["accumulate"] * factor),
@@ -96,6 +97,7 @@ def _smaller(config: ConfigDict, changes: dict, report: Report, devices) -> dict
 def _is_possible(
     config: ConfigDict, changes: dict[str, Any], devices: Sequence[jax.Device]
 ) -> bool:
+    """Return whether the changed config is valid on the devices."""
     try:
         changed = _changed(config, changes)
         configs.validate(changed)
@@ -106,17 +108,17 @@ def _is_possible(
 
 
 def _changed(config: ConfigDict, changes: dict[str, Any]) -> ConfigDict:
+    """Return a copy of the config with some fields changed."""
     config = copy.deepcopy(config)
     config.update_from_flattened_dict(changes)
     return config
 
 
 def _try(config, changes, vocab_size, topology, devices, say: Say) -> Report | None:
-    """What `check` says with these changes; None if the config cannot have them."""
+    """Return the report with these changes, or None if they make the config invalid."""
     if not _is_possible(config, changes, devices):
         return None
-    told = options(changes)
-    say(f"trying {told} …")
+    say(f"trying {options(changes)} …")
     report = check(_changed(config, changes), vocab_size, topology, devices)
     outcome = milli(report["predicted"]["step_seconds"]) + " ms" if report["fits"] else "too large"
     say(f"  {gib(report['needed'])} GiB, {outcome}")
@@ -124,51 +126,55 @@ def _try(config, changes, vocab_size, topology, devices, say: Say) -> Report | N
 
 
 def options(changes: dict[str, Any]) -> str:
-    """Changes as they are given on the command line."""
+    """Return changes in the syntax of the command line."""
     return " ".join(f"--config.{field}={value}" for field, value in changes.items())
 
 
 def advice(first: Report, tried: Sequence[Report]) -> str:
-    """Names the fastest of what fits, by examples a second."""
+    """Return a line about the setting that fits and has the most examples per second."""
     fitting = [report for report in [first, *tried] if report["fits"]]
     if not fitting:
-        return "Nothing that was tried fits: take more chips, a smaller batch or a smaller model."
+        return "Nothing that was tried fits: use more chips, a smaller batch or a smaller model."
     best = max(fitting, key=_rate)
-    guess = best["predicted"]
-    what = options(best["changes"]) if "changes" in best else "the config as it is"
+    predicted = best["predicted"]
+    what = options(best["changes"]) if "changes" in best else "the config as given"
     return (
-        f"Predicted to be the fastest of what fits: {what}: {gib(best['needed'])} GiB, "
-        f"{milli(guess['step_seconds'])} ms a step, MFU {guess['mfu']:.1%}."
+        f"Predicted to be the fastest that fits: {what}: {gib(best['needed'])} GiB, "
+        f"{milli(predicted['step_seconds'])} ms per step, MFU {predicted['mfu']:.1%}."
     )
 
 
 def _rate(report: Report) -> float:
+    """Return the predicted examples per second."""
     return report["predicted"]["examples_per_second"]
 
 
 def scan(
     config: ConfigDict, vocab_size: int, topology: str, chips: Sequence[int], *, say: Say
 ) -> list[Report]:
-    """Weak scaling: the step on so many chips of a kind, with as many examples for each.
+    """Predict weak scaling: the step on several numbers of chips, with a fixed batch per chip.
 
     Args:
-      config: went through `compile.prepare`; its batch is that of `topology`.
-      vocab_size: of the tokenizer.
-      topology: where the config's batch size holds.
-      chips: numbers of chips, each a power of two.
-      say: is told what is tried.
+        config: from `compile.prepare`; its batch size is for `topology`.
+        vocab_size: of the tokenizer.
+        topology: the topology that determines the kind of chip and the batch per chip.
+        chips: numbers of chips, each a power of two.
+        say: receives lines about progress.
+
+    Returns:
+        A report for each number of chips.
 
     Raises:
-      UserError: there is no slice of so many chips, or the batch cannot be split over them.
+        UserError: there is no slice of so many chips, or the batch does not divide by them.
     """
     kind = topology.partition(":")[0]
-    there = len(open_topology(topology))
-    if config.batch_size % there:
-        raise UserError(f"batch_size: {config.batch_size} is no multiple of the {there} chips.")
+    base = len(open_topology(topology))
+    if config.batch_size % base:
+        raise UserError(f"batch_size: {config.batch_size} does not divide by the {base} chips.")
     reports = []
     for number in chips:
         name, slices = slice_of(kind, number)
-        changed = _changed(config, {"batch_size": config.batch_size // there * number})
+        changed = _changed(config, {"batch_size": config.batch_size // base * number})
         say(f"trying {slices} x {name} …")
         devices = open_topology(name, slices)
         report = check(changed, vocab_size, name if slices == 1 else f"{slices} x {name}", devices)
@@ -177,17 +183,21 @@ def scan(
 
 
 def slice_of(kind: str, chips: int) -> tuple[str, int]:
-    """A topology of so many chips in all, and how many of it.
+    """Return the topology of one slice, and the number of slices, for so many chips in all.
+
+    Args:
+        kind: such as "v5e".
+        chips: the number of chips in all.
 
     Raises:
-      UserError: it is no power of two from 4 on.
+        UserError: `chips` is not a power of two of at least 4.
     """
     if chips < 4 or chips & (chips - 1):
-        raise UserError(f"--scan: {chips} chips is no power of two from 4 on.")
+        raise UserError(f"--scan: {chips} chips is not a power of two of at least 4.")
     slices = max(1, chips // LARGEST_PLANE) if kind in PLANES else 1
     doublings = int(math.log2(chips // slices))
     dimensions = 2 if kind in PLANES else 3
     shape = sorted(2 ** ((doublings + extra) // dimensions) for extra in range(dimensions))
-    if dimensions == 3 and doublings < 6:  # less than a cube of 4 x 4 x 4
+    if dimensions == 3 and doublings < 6:  # smaller than a cube of 4 x 4 x 4
         shape = {2: [2, 2, 1], 3: [2, 2, 2], 4: [2, 2, 4], 5: [2, 4, 4]}[doublings]
     return f"{kind}:{'x'.join(map(str, shape))}", slices

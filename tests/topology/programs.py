@@ -1,8 +1,8 @@
-"""Programs as the TPU compiler writes them, cut down to what is read."""
+"""Minimal programs in the notation of the TPU compiler."""
 
 
 def operation(name: str, cycles: int, operand: str = "p") -> str:
-    """A fusion of so many cycles."""
+    """Return a fusion with an estimate of `cycles`."""
     return (
         f"  %{name} = f32[8,128]{{1,0:T(8,128)}} fusion(%{operand}), kind=kLoop, calls=%inside, "
         f'metadata={{op_name="jit(f)/jvp()/{name}"}}, backend_config={{"window_config":'
@@ -31,7 +31,7 @@ def loop(
     direction: str = "LT",
     fused: bool = False,
 ) -> str:
-    """Condition and body of a loop that counts, as `name`.condition and `name`.body."""
+    """Return condition and body of a counting loop, `name`.condition and `name`.body."""
     condition = (
         f"  %limit = s32[]{{:T(128)}} constant({limit})\n"
         f"  %state = {STATE} parameter(0)\n"
@@ -64,7 +64,7 @@ def loop(
 
 
 def running(name: str, start: int = 0) -> str:
-    """The operations that run a loop on %p."""
+    """Return the operations that run a loop on %p."""
     return (
         f"  %{name}.start = s32[]{{:T(128)}} constant({start})\n"
         f"  %{name}.state = {STATE} tuple(%{name}.start, %p)\n"
@@ -74,7 +74,7 @@ def running(name: str, start: int = 0) -> str:
 
 
 def program(work: str, before: str = "") -> str:
-    """A module whose entry does `work` on %p."""
+    """Return a module whose entry does `work` on %p."""
     return (
         "HloModule jit_f, is_scheduled=true\n\n"
         f"{INSIDE}{before}ENTRY %main (p: f32[8,128]) -> f32[8,128] {{\n"

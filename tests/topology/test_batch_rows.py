@@ -1,4 +1,4 @@
-"""Which rows of a batch a host of a pod reads: its chips are neighbours, their rows need not be."""
+"""The rows of a batch that a host of a pod reads; they need not be contiguous."""
 
 import jax
 import numpy as np
@@ -22,9 +22,9 @@ def mesh(name, *shape):
 @pytest.mark.parametrize(
     ("shape", "rows"),
     [
-        # A host has 2 x 2 chips, in two lines of the grid.
+        # A host has 2 x 2 chips, in two rows of the grid.
         ((32, 1, 1), [0, 1, 2, 3, 16, 17, 18, 19]),
-        # The same on both sides of the axis tensor: each of two hosts reads them.
+        # The tensor axis crosses two hosts, so both read the same rows.
         ((8, 1, 4), range(8)),
         ((1, 1, 32), range(64)),
     ],
@@ -37,6 +37,6 @@ def test_a_host_reads_the_rows_that_its_chips_hold(shape, rows):
     assert found.tolist()[: len(rows)] == list(rows)
 
 
-def test_batches_that_the_chips_do_not_divide():
+def test_batches_that_do_not_divide_by_the_chips_are_refused():
     with pytest.raises(UserError, match="batch_size: 48 .* data x fsdp = 32"):
         sharding.batch_rows(mesh("v5e:4x8", 32, 1, 1), 48)

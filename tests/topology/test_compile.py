@@ -1,4 +1,4 @@
-"""Programs compiled for TPUs that are not here, and what is told of them."""
+"""Compiling for TPUs on a machine without them, and the reports about it."""
 
 import functools
 import json
@@ -37,7 +37,7 @@ def measure(f, *shapes: tuple[jax.ShapeDtypeStruct, ...]) -> cost.Cost:
     return cost.measure(hlo.parse(text), chip_of(devices()[0]), 4)
 
 
-def test_the_body_of_a_scan_counts_once_a_turn():
+def test_the_body_of_a_scan_counts_once_per_iteration():
     alone = jax.sharding.SingleDeviceSharding(devices()[0])
     x = jax.ShapeDtypeStruct((1024, 1024), jnp.bfloat16, sharding=alone)
 
@@ -52,7 +52,7 @@ def test_the_body_of_a_scan_counts_once_a_turn():
     assert few.cycles == pytest.approx(10 * per_turn, rel=0.3)
 
 
-def test_collectives_are_counted_with_their_turns():
+def test_collectives_count_once_per_iteration():
     mesh = Mesh(np.array(devices()), ("d",))
 
     def one(x):
@@ -90,17 +90,17 @@ def test_topologies(name: str, count: int, kind: str):
         ("v5e:4x4", 1, {"mesh.data": 16}, (16, 1, 1)),
         ("v5e:4x4", 1, {"mesh.data": 4}, (4, 4, 1)),
         ("v5e:4x4", 1, {"mesh.data": 2, "mesh.tensor": -1}, (2, 1, 8)),
-        ("v4:4x4x4", 1, {"mesh.fsdp": 8}, (8, 8, 1)),  # part of a dimension of the wiring
+        ("v4:4x4x4", 1, {"mesh.fsdp": 8}, (8, 8, 1)),  # a part of one dimension of the wiring
     ],
 )
-def test_sixteen_tpus_of_a_slice_share_the_state_unless_told(name, slices, fields, shape):
+def test_by_default_up_to_sixteen_tpus_of_a_slice_shard_the_state(name, slices, fields, shape):
     fields = {"batch_size": 64, **fields}
     config = compiling_config(*(f"--config.{field}={n}" for field, n in fields.items()))
     mesh = sharding.make_mesh(config, compiling.open_topology(name, slices))
     assert tuple(mesh.shape.values()) == shape
 
 
-def test_slices_share_the_data_axis():
+def test_slices_split_the_data_axis():
     two = compiling.open_topology("v5e:2x2", slices=2)
     config = compiling_config("--config.mesh.fsdp=2")
     mesh = sharding.make_mesh(config, two)
@@ -114,8 +114,8 @@ def test_slices_share_the_data_axis():
 @pytest.mark.parametrize(
     ("kind", "gib"), [("v5e:2x2", 15.75), ("v4:2x2x1", 30.75), ("v5p:2x2x1", 95.74)]
 )
-def test_there_is_so_much_memory(kind: str, gib: float):
-    # What Google documents, 16, 32 and 95 GB, less what the compiler keeps.
+def test_hbm_limit(kind: str, gib: float):
+    # Google documents 16, 32 and 95 GB; the compiler reserves some of it.
     limit = compiling.hbm_limit(compiling.open_topology(kind)[0])
     assert limit / 2**30 == pytest.approx(gib, rel=0.02)
 
@@ -136,21 +136,21 @@ def test_slice_of_so_many_chips(kind: str, chips: int, expected: tuple[str, int]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--topology=v9:2x2"], "no chip 'v9'"),
         (["--topology=v5e"], "lacks a shape"),
-        (["--topology=v5e:3x3"], "cannot be"),
+        (["--topology=v5e:3x3"], "is not possible"),
         (["--config.mesh.fsdp=3"], "mesh.fsdp=3"),
         (["--config.batch_size=6"], "batch_size: 6"),
         (["--config.nonsense=1"], "nonsense"),
         (["--scan=12"], "12 chips"),
     ],
 )
-def test_mistakes_are_told_in_a_line_or_two(arguments, said, capsys):
+def test_mistakes_give_short_messages(arguments, message, capsys):
     assert check_topology.main([*TINY, *arguments]) == 2
     out, err = capsys.readouterr()
-    assert said in err and err.count("\n") <= 2 and not out
+    assert message in err and err.count("\n") <= 2 and not out
 
 
 def test_without_the_compiler(monkeypatch, capsys):
@@ -167,13 +167,15 @@ def test_without_the_compiler(monkeypatch, capsys):
         "Ran out of memory in memory space hbm. Used 20.00G of 16.00G hbm. Exceeded by 4.00G.",
     ],
 )
-def test_what_does_not_fit_says_by_how_much_and_what_would(message, monkeypatch, capsys, tmp_path):
+def test_the_report_says_how_much_memory_is_missing_and_what_fits(
+    message, monkeypatch, capsys, tmp_path
+):
     memory = compiling.Memory(2**34, 2**30, 0, 2**33, 2**20)
     compiled = compiling.Compiled(program(""), memory, seconds=1.0)
 
     def compile_step(config, vocab_size, devices):
         if config.accumulate < 4 and config.model.remat == "none":
-            raise compiling._too_large(RuntimeError(message))
+            raise compiling._out_of_memory(RuntimeError(message))
         return compiled
 
     monkeypatch.setattr(report, "compile_step", compile_step)
@@ -181,25 +183,25 @@ def test_what_does_not_fit_says_by_how_much_and_what_would(message, monkeypatch,
     monkeypatch.setattr(report.plan, "flops_per_example", lambda *a: {"training": 1.0})
     big = ["--config.batch_size=16", "--config.model.remat=none", f"--json={tmp_path / 'r.json'}"]
     assert check_topology.main([*TINY, *big]) == 1
-    told = capsys.readouterr().out
-    assert "does not fit: needs 20.00 GiB of HBM a chip, there are 16.00: 4.00 GiB" in told
+    printed = capsys.readouterr().out
+    assert "does not fit: needs 20.00 GiB of HBM per chip, 16.00 are available: 4.00 GiB" in printed
     first, *tried = json.loads((tmp_path / "r.json").read_text())
     assert not first["fits"]
-    # More parts are no faster here, which ends the search, and more than 4 leave a chip nothing.
+    # More parts are not faster here, which ends the search; 4 parts leave one example per chip.
     assert [(r["accumulate"], r["remat"], r["fits"]) for r in tried] == [
         *((2, "none", False), (4, "none", True), (1, "lean", True), (2, "lean", True))
     ]
     assert [r["changes"].get("accumulate", 1) for r in tried] == [2, 4, 1, 2]
-    assert "of what fits: --config.model.remat=none --config.accumulate=4:" in told
+    assert "fastest that fits: --config.model.remat=none --config.accumulate=4:" in printed
 
 
 @pytest.mark.slow
 def test_a_step_of_training(capsys, tmp_path):
     path = tmp_path / "r.json"
     assert check_topology.main([*TINY, "--breakdown", f"--json={path}"]) == 0
-    told = capsys.readouterr().out
-    for said in ("HBM a chip", "all-reduce", "predicted, not measured", "roofline", "MFU"):
-        assert said in told
+    printed = capsys.readouterr().out
+    for text in ("HBM per chip", "all-reduce", "predicted, not measured", "roofline", "MFU"):
+        assert text in printed
     (found,) = json.loads(path.read_text())
     assert found["fits"] and found["chips"] == 4 and found["batch_per_chip"] == 2
     assert 0 < found["needed"] < found["limit"] and not found["loops_of_unknown_length"]
@@ -207,7 +209,7 @@ def test_a_step_of_training(capsys, tmp_path):
     predicted = found["predicted"]
     assert parts == pytest.approx(predicted["cycles"] / predicted["clock"])
     assert predicted["step_seconds"] >= predicted["cycles"] / predicted["clock"]
-    # Every gradient is summed over the chips once: in float32, or as bfloat16 before it is.
+    # Every gradient is summed over the chips once, in float32 or in bfloat16.
     parameters = found["arguments"]
     assert parameters / 8 < found["collectives"]["all-reduce"]["bytes"] < parameters
 
@@ -215,7 +217,7 @@ def test_a_step_of_training(capsys, tmp_path):
 @pytest.mark.slow
 def test_a_step_that_is_too_large():
     config = compiling_config("--config.batch_size=4194304")
-    with pytest.raises(compiling.TooLarge) as found:
+    with pytest.raises(compiling.OutOfMemoryError) as found:
         compiling.compile_step(*compiling.prepare(config), devices())
     assert found.value.needed > found.value.limit > 15 * 2**30
 
@@ -229,6 +231,6 @@ def compiling_config(*overrides: str):
 
 
 def test_the_mesh_must_divide():
+    prepared = compiling.prepare(compiling_config("--config.mesh.tensor=3"))
     with pytest.raises(UserError, match=r"mesh\.tensor=3"):
-        config, vocab_size = compiling.prepare(compiling_config("--config.mesh.tensor=3"))
-        compiling.compile_step(config, vocab_size, devices())
+        compiling.compile_step(*prepared, devices())

@@ -6,7 +6,7 @@ from cap_pretrain.telemetry.flops import Chip
 from cap_pretrain.topology import cost, hlo
 from tests.topology.programs import loop, operation, program, running
 
-# A cycle is a second, and so is a byte.
+# One cycle or one byte takes a second.
 CHIP = Chip(1.0, 1.0, 1.0, 1.0, links=4)
 SIZE = 4 * 8 * 128
 
@@ -15,7 +15,7 @@ def measure(text: str, devices: int = 2) -> cost.Cost:
     return cost.measure(hlo.parse(text), CHIP, devices)
 
 
-def test_cycles_are_multiplied_by_the_turns_of_nested_loops():
+def test_cycles_are_multiplied_by_the_iterations_of_nested_loops():
     inner = loop("inner", operation("deep", 3), limit=4)
     outer = loop("outer", operation("work", 10) + running("inner"), limit=5)
     found = measure(program(operation("once", 7) + running("outer"), inner + outer))
@@ -24,14 +24,14 @@ def test_cycles_are_multiplied_by_the_turns_of_nested_loops():
     assert not found.endless
 
 
-def test_a_loop_of_unknown_length_counts_once_and_is_told():
+def test_a_loop_of_unknown_length_counts_once_and_is_reported():
     text = program(running("l"), loop("l", operation("work", 10))).replace("direction=LT", "")
     text = text.replace("compare(%i, %limit), ", "custom-call(%i, %limit)")
     found = measure(text)
     assert found.cycles == 10 and found.endless == ["l"]
 
 
-def test_the_dearer_branch_counts():
+def test_the_more_expensive_branch_counts():
     branches = "".join(
         f"%branch_{n} (p: f32[8,128]) -> f32[8,128] {{\n"
         "  %p = f32[8,128]{1,0} parameter(0)\n"
@@ -54,7 +54,7 @@ def collective(kind: str, opcode: str, operand: str = "p", more: str = "") -> st
 
 def test_a_collective_is_waited_for():
     found = measure(program(operation("work", 10) + collective("all-reduce", "all-reduce")))
-    # In a ring of two, each sends half of the array twice.
+    # In a ring of two, each chip sends half of the array twice.
     assert found.seconds == 10 + SIZE and found.waited["ici"] == SIZE
     (kind,) = found.collectives
     assert kind == "all-reduce"
@@ -62,7 +62,7 @@ def test_a_collective_is_waited_for():
 
 
 @pytest.mark.parametrize(("work", "waited"), [(100, SIZE - 100), (SIZE + 100, 0)])
-def test_what_is_done_meanwhile_is_not_waited_for(work: int, waited: int):
+def test_work_between_start_and_done_hides_the_collective(work: int, waited: int):
     pair = (
         collective("all-reduce", "all-reduce-start")
         + operation("meanwhile", work)
@@ -74,7 +74,7 @@ def test_what_is_done_meanwhile_is_not_waited_for(work: int, waited: int):
 
 
 def spread(layer: int, work: int) -> tuple[str, str]:
-    """A gather in pieces, in four operations with another beside the last, and what they call."""
+    """Return four operations with pieces of a gather, one before the last unrelated, and bodies."""
     names = [f"{name}_{layer}" for name in ("begins", "goes_on", "goes_on_more", "ends")]
     chain = f', frontend_attributes={{chain_id="{layer}"}}'
     within = "".join(
@@ -90,15 +90,15 @@ def spread(layer: int, work: int) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize(("work", "waited"), [(100, SIZE - 300), (SIZE, 0)])
-def test_pieces_of_a_collective_in_several_operations_are_one(work: int, waited: int):
-    """And those of another layer another, though both have one channel."""
+def test_pieces_in_several_operations_are_one_collective(work: int, waited: int):
+    """Each layer has a separate collective, although both layers share one channel."""
     text, within = zip(*(spread(layer, work) for layer in (25, 26)), strict=True)
     found = measure(program("".join(text), "".join(within)))
     assert found.collectives["all-gather"] == cost.Collective(2, 2 * SIZE, 2 * SIZE, 2 * SIZE)
     assert found.seconds == 2 * max(3 * work, SIZE) and found.waited["ici"] == 2 * waited
 
 
-def test_an_all_reduce_of_which_a_part_is_taken_is_a_reduce_scatter():
+def test_an_all_reduce_and_a_slice_are_a_reduce_scatter():
     within = (
         "%all-reduce-scatter (q: f32[8,128]) -> f32[8,128] {\n"
         "  %q = f32[8,128]{1,0} parameter(0)\n"
@@ -113,13 +113,13 @@ def test_an_all_reduce_of_which_a_part_is_taken_is_a_reduce_scatter():
 
 
 @pytest.mark.parametrize(
-    ("devices", "told", "share"),
+    ("devices", "rings", "fraction"),
     [(2, "", 1), (16, "", 0.5), (2, "1", 0.5), (16, "2", 1), (16, "3", 1)],
 )
-def test_a_ring_uses_two_of_a_chips_four_links(devices: int, told: str, share: float):
-    more = f", strategy=StrategyND{{colors:{told} phases:1}}" if told else ""
+def test_a_ring_uses_two_of_a_chips_four_links(devices: int, rings: str, fraction: float):
+    more = f", strategy=StrategyND{{colors:{rings} phases:1}}" if rings else ""
     found = measure(program(collective("all-reduce", "all-reduce", more=more)), devices)
-    assert found.seconds == SIZE / share
+    assert found.seconds == SIZE / fraction
 
 
 def test_an_early_copy_moves_its_result():
@@ -132,15 +132,15 @@ def test_an_early_copy_moves_its_result():
 
 
 @pytest.mark.parametrize(
-    ("kind", "share"),
+    ("kind", "fraction"),
     [("all-reduce", 1.5), ("all-gather", 3), ("reduce-scatter", 0.75), ("all-to-all", 0.75)],
 )
-def test_what_is_sent_in_a_ring_of_four(kind: str, share: float):
-    assert cost.sent_share(kind, 4) == share
-    assert cost.sent_share(kind, 1) == 0
+def test_bytes_sent_in_a_ring_of_four(kind: str, fraction: float):
+    assert cost.sent_fraction(kind, 4) == fraction
+    assert cost.sent_fraction(kind, 1) == 0
 
 
-def test_traffic_counts_slices_and_not_what_lies_near():
+def test_traffic_counts_slices_but_not_the_cores_own_memory():
     slicing = """\
 %slicing (a: f32[6,8,128], i: s32[]) -> f32[1,8,128] {
   %a = f32[6,8,128]{2,1,0} parameter(0)

@@ -1,4 +1,4 @@
-"""The programs of the compiler are read right: operations, loops, groups."""
+"""Parsing the programs of the compiler: operations, loops and groups of devices."""
 
 import re
 
@@ -11,7 +11,7 @@ from cap_pretrain.topology import hlo
 from tests.topology.programs import loop, operation, program, running
 
 
-def turns(text: str) -> dict[str, int | None]:
+def trip_counts(text: str) -> dict[str, int | None]:
     module = hlo.parse(text)
     return {
         op.name: module.trips(op, name)
@@ -47,35 +47,37 @@ def test_operation():
         ({"limit": 2, "start": 3}, 0),
     ],
 )
-def test_turns_of_a_counting_loop(how: dict, expected: int):
+def test_trip_count_of_a_counting_loop(how: dict, expected: int):
     text = program(running("l", how.get("start", 0)), loop("l", "", **how))
-    assert turns(text) == {"l": expected}
+    assert trip_counts(text) == {"l": expected}
 
 
-def test_turns_that_the_compiler_noted():
+def test_trip_count_noted_by_the_compiler():
     text = program(running("l"), loop("l", "")).replace(
         "body=%l.body", 'body=%l.body, backend_config={"known_trip_count":{"n":"9"}}'
     )
-    assert turns(text) == {"l": 9}
+    assert trip_counts(text) == {"l": 9}
 
 
-def test_turns_that_depend_on_data_are_not_known():
+def test_trip_count_that_depends_on_data_is_unknown():
     text = program(running("l"), loop("l", "")).replace(
         "%l.start = s32[]{:T(128)} constant(0)", "%l.start = s32[]{:T(128)} convert(%p)"
     )
-    assert turns(text) == {"l": None}
+    assert trip_counts(text) == {"l": None}
 
 
 def test_a_scan_compiled_here():
     def f(x):
-        inner = lambda y: jax.lax.scan(lambda y, _: (jnp.sin(y @ x), None), y, length=3)[0]
-        return jax.lax.scan(lambda y, _: (inner(y), None), x, length=7)[0]
+        def inner(y, _):
+            return jax.lax.scan(lambda y, _: (jnp.sin(y @ x), None), y, length=3)[0], None
+
+        return jax.lax.scan(inner, x, length=7)[0]
 
     text = jax.jit(f).lower(jnp.ones((16, 16))).compile().as_text()
-    assert sorted(turns(text).values()) == [3, 7]
-    # The CPU compiler notes the turns; without the note they are read off the condition.
+    assert sorted(trip_counts(text).values()) == [3, 7]
+    # The CPU compiler notes the count; without the note it is derived from the condition.
     bare = re.sub(r"known_trip_count", "forgotten", text)
-    assert sorted(turns(bare).values()) == [3, 7]
+    assert sorted(trip_counts(bare).values()) == [3, 7]
 
 
 @pytest.mark.parametrize(
@@ -97,15 +99,15 @@ def test_groups(written: str, size: int):
     assert module.groups(module.operation("main", "r"), 32) == size
 
 
-def test_groups_written_otherwise_are_refused():
+def test_groups_in_unknown_notation_are_refused():
     work = "  %r = f32[8]{0} all-reduce(%p), channel_id=1, replica_groups=spiral[4], to_apply=%i\n"
     module = hlo.parse(program(work))
     with pytest.raises(UserError, match=r"not understood: spiral\[4\]"):
         module.groups(module.operation("main", "r"), 32)
 
 
-def test_what_is_no_program():
-    with pytest.raises(UserError, match="no HLO"):
+def test_text_that_is_not_hlo_is_refused():
+    with pytest.raises(UserError, match="not HLO"):
         hlo.parse("nothing")
 
 
