@@ -21,15 +21,7 @@ class UserError(Exception):
 
 
 def did_you_mean(word: str, options: Iterable[str]) -> str:
-    """Return a hint to append to a message about an unknown word.
-
-    Args:
-        word: what the user gave.
-        options: the valid words.
-
-    Returns:
-        " Did you mean 'x'?" for the closest option; else the list of options; "" without options.
-    """
+    """Return " Did you mean 'x'?" for the option closest to `word`, else a list of the options."""
     options = sorted(str(o) for o in options)
     near = difflib.get_close_matches(str(word), options, n=1, cutoff=0.6)
     if near:

@@ -83,9 +83,6 @@ class Appended:
 
     Every method raises OSError, with the name of the file, if it cannot write. The data of that
     call is then dropped; `close` does not try again.
-
-    Args:
-        path: the file, which is created if missing; its folder must exist.
     """
 
     def __init__(self, path: Path):

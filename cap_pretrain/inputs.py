@@ -38,10 +38,7 @@ def open_data(config: ConfigDict, split: str, name: str = "") -> Source:
     keeps, and `data.split` has at most `data.class_max` examples of each. Other datasets, which
     evaluators name, are not restricted.
 
-    Args:
-        config: the config of the run.
-        split: the name of the split.
-        name: the name of the dataset; by default the first one of `data.name`.
+    `name` is by default the first dataset of `data.name`.
 
     Raises:
         UserError: see `open_source` and `subset.ClassSizes.of`; or the dataset holds features and
@@ -118,9 +115,7 @@ def completed(config: ConfigDict, mixture: Mixture) -> ConfigDict:
     method if it has one. With stored features, these are also `model.tokens` and `model.width`;
     rules on the encoder's parameters are removed, since there is no encoder.
 
-    Args:
-        config: the config of the run.
-        mixture: from `open_sources`; if it is empty, the config is returned unchanged.
+    With an empty mixture, the config is returned unchanged.
 
     Raises:
         UserError: datasets of the mixture hold features of different shapes.
@@ -169,14 +164,9 @@ def prepare_tokenizer(
 ) -> tokenizers.Tokenizer:
     """Return the run's tokenizer, creating it in `workdir/tokenizer/` if necessary.
 
-    It is copied from `text.tokenizer` or else built from the captions of `mixture`. For a learner
-    that reads no text, the result is `NoText` and no file is written.
-
-    Args:
-        config: the config of the run.
-        mixture: the training mixture, see `open_sources`.
-        workdir: the folder of the run.
-        anew: whether to replace an existing tokenizer, because no checkpoint was made with it.
+    It is copied from `text.tokenizer` or else built from the captions of `mixture`. With `anew`, an
+    existing file is replaced, because no checkpoint was made with it. For a learner that reads no
+    text, the result is `NoText` and no file is written.
 
     Raises:
         UserError: `text.tokenizer` is not a tokenizer that fits the config.
@@ -222,10 +212,8 @@ def _captions(mixture: Mixture, limit: int | None = None) -> Iterator[str]:
 def planned_tokenizer(config: ConfigDict, mixture: Mixture) -> tokenizers.Tokenizer | None:
     """Return the tokenizer that `prepare_tokenizer` will create, without a workdir.
 
-    Returns:
-        The tokenizer, or None if sentencepiece will train one: its vocabulary size is then known
-        from the config. With `data.buckets` it is trained here, too, because the number of batches
-        depends on the lengths of the captions in tokens.
+    The result is None if sentencepiece will train one with the vocabulary size of the config. With
+    `data.buckets` it is trained here, because the number of batches depends on caption lengths.
     """
     if not (config.text.tokenizer or config.text.kind == "words" or config.data.buckets):
         return None
@@ -247,15 +235,8 @@ def in_buckets(
 ) -> Mixture:
     """Group the captions of a mixture by their length in tokens if `data.buckets` is set.
 
-    This reads every record once.
-
-    Args:
-        config: the config of the run.
-        mixture: from `open_sources`.
-        tokenizer: counts the tokens; it may be None without `data.buckets`.
-
-    Returns:
-        A mixture with one dataset per caption length, or `mixture` without `data.buckets`.
+    The result has one dataset per caption length. This reads every record once. Without
+    `data.buckets`, `mixture` is returned, and `tokenizer` may be None.
     """
     if not (config.data.buckets and mixture):
         return mixture
@@ -299,13 +280,9 @@ def training_batches(
     tokenizer: tokenizers.Tokenizer,
     rows: Sequence[int] | None = None,
 ) -> grain.MapDataset:
-    """Return the training data: an endless dataset whose element t is the batch of step t.
+    """Return an endless dataset whose element t is batch t, or the given `rows` of it.
 
-    Args:
-        config: the config of the run.
-        mixture: from `in_buckets`.
-        tokenizer: encodes the captions.
-        rows: which rows of each global batch to read; by default all.
+    `mixture` must come from `in_buckets`.
     """
     return pipeline.train_dataset(
         mixture,

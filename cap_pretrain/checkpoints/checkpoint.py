@@ -60,15 +60,9 @@ def saved_steps(workdir: str | Path) -> list[int]:
 def load_arrays(
     workdir: str | Path, step: int, items: Sequence[str] = ITEMS
 ) -> dict[str, np.ndarray]:
-    """Load the arrays of a checkpoint onto this host, without needing the model or its config.
+    """Return the arrays of the checkpoint of `step`, by paths such as "learner/params/encoder/…".
 
-    Args:
-        workdir: the run's folder.
-        step: the step of the checkpoint.
-        items: which of `ITEMS` to read.
-
-    Returns:
-        Every array by path, such as "learner/params/encoder/…".
+    Reads only the given `items` (see `ITEMS`), and needs neither the model nor its config.
 
     Raises:
         CorruptCheckpointError: an array or the manifest differs from what was saved.
@@ -170,10 +164,7 @@ class Checkpoints:
         self._fingerprints = jax.jit(fingerprints).lower(_items(abstract)).compile()
 
     def minutes_passed(self) -> bool:
-        """Return whether `config.checkpoint.every_minutes` have passed since this host's last save.
-
-        Always False if that field is 0.
-        """
+        """Return whether `checkpoint.every_minutes` (0: never) passed since the last save here."""
         return bool(self._minutes) and time.monotonic() - self._saved_at > 60 * self._minutes
 
     def save(self, state: TrainState) -> None:
@@ -211,14 +202,10 @@ class Checkpoints:
     def restore_newest(
         self, abstract: TrainState, say: Callable[[str], None] = print
     ) -> TrainState | None:
-        """Restore the newest valid checkpoint, renaming newer, corrupt ones to `STEP.damaged`.
+        """Restore the newest valid checkpoint; return None if there are no checkpoints.
 
-        Args:
-            abstract: shapes, dtypes and shardings of the state to return.
-            say: receives one line for each corrupt checkpoint.
-
-        Returns:
-            The state, or None if there are no checkpoints.
+        Newer, corrupt checkpoints are reported through `say` and renamed to `STEP.damaged`.
+        `abstract` gives the shapes, dtypes and shardings of the state.
 
         Raises:
             UserError: see `restore`; or every checkpoint is corrupt.
@@ -238,11 +225,7 @@ class Checkpoints:
         return None
 
     def restore(self, abstract: TrainState, step: int) -> TrainState:
-        """Restore the state saved at `step`.
-
-        Args:
-            abstract: shapes, dtypes and shardings of the state to return.
-            step: the step of the checkpoint.
+        """Restore the state saved at `step`, with the shapes, dtypes and shardings of `abstract`.
 
         Raises:
             CorruptCheckpointError: an array or the manifest differs from what was saved.
@@ -325,12 +308,7 @@ class _KeepStep(policies.PreservationPolicy):
     def __init__(self, choose: Callable[[], int | None]):
         self._choose = choose
 
-    def should_preserve(
-        self,
-        checkpoints: Sequence[Any],
-        *,
-        context: Any,  # noqa: ARG002 - Orbax passes it by name
-    ) -> list[bool]:
+    def should_preserve(self, checkpoints: Sequence[Any], **_: Any) -> list[bool]:
         """Return for each checkpoint whether to keep it."""
         kept = self._choose()
         return [checkpoint.step == kept for checkpoint in checkpoints]

@@ -33,11 +33,7 @@ EXIT_LOST = 75
 
 
 class ClusterStartError(Exception):
-    """Not all hosts connected. The run can be retried.
-
-    Attributes:
-        exit_code: the exit status of the process, `EXIT_LOST`.
-    """
+    """Not all hosts connected; the run can be retried."""
 
     exit_code = EXIT_LOST
 
@@ -249,10 +245,7 @@ def connect_devices() -> None:
 
 
 def compiled_everywhere(fn: Any, *args: Any) -> Any:
-    """Compile the jitted `fn` for `args`, and wait until all hosts have done so.
-
-    Without waiting, hosts that compile faster could time out; see `connect_devices`.
-    """
+    """Compile the jitted `fn` for `args` and wait for all hosts; see `connect_devices` for why."""
     compiled = fn.lower(*args).compile()
     barrier()
     return compiled

@@ -40,15 +40,7 @@ def set_environment(config: ConfigDict) -> None:
 
 @jax.custom_vjp
 def rows_of(table: jax.Array, index: jax.Array) -> jax.Array:
-    """Return `table[index]` with a matrix product, not a scatter, as its gradient.
-
-    Args:
-        table: [V, D], floating point.
-        index: [...], integer, each in [0, V).
-
-    Returns:
-        [..., D], in the dtype of `table`.
-    """
+    """Return `table[index]`, [V, D] and int [...] -> [..., D]; its gradient needs no scatter."""
     return table[index]
 
 

@@ -135,10 +135,7 @@ def batch_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     """Return the rows of a global batch that this host must read: those on its devices.
 
     Hosts may hold the same rows, if the tensor axis crosses hosts. A host may hold rows that are
-    not contiguous, if the mesh follows the wiring of a pod.
-
-    Returns:
-        Row indices, ascending, int [rows].
+    not contiguous, if the mesh follows the wiring of a pod. The result is ascending, int [rows].
 
     Raises:
         UserError: `batch_size` does not divide by data x fsdp.
@@ -155,12 +152,7 @@ def batch_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Assemble global arrays on the mesh from each host's rows of a batch.
-
-    Args:
-        batch: arrays by name, whose leading axis holds the `batch_rows` of this host.
-        mesh: the mesh.
-    """
+    """Assemble global arrays on the mesh from each host's `batch_rows` of a batch."""
     sharding = batch_sharding(mesh)
     with jax.transfer_guard_host_to_device("allow"):  # an explicit transfer, which JAX
         # regards as implicit with several hosts
@@ -171,12 +163,9 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
 
 
 def param_shardings(params: Any, mesh: Mesh | AbstractMesh, extra_rules: Sequence = ()) -> Any:
-    """Return the sharding of every parameter, in a tree like `params`.
+    """Return the sharding of every parameter (or abstract shape), in a tree like `params`.
 
-    Args:
-        params: parameters or their abstract shapes.
-        mesh: the mesh, which may be abstract.
-        extra_rules: `config.mesh.rules`, which take precedence over `RULES`.
+    The `extra_rules` of `config.mesh.rules` take precedence over `RULES`.
 
     Raises:
         UserError: one of the extra rules matches no parameter or has invalid axes.
@@ -217,11 +206,7 @@ def state_shardings(state: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
     whose shape lacks one dimension of the parameter, is sharded like the remaining dimensions,
     which also take over the axes of the missing one. All other leaves are replicated.
 
-    Args:
-        state: a pytree of arrays or abstract shapes.
-        params: parameters or their abstract shapes.
-        shardings: their shardings, from `param_shardings`.
-        mesh: the mesh.
+    `shardings` are those of `params`; leaves may be abstract shapes.
     """
     known = {
         path: (leaf.shape, rules.flatten(shardings)[path].spec)

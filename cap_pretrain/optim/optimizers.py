@@ -199,9 +199,7 @@ def build(c: ConfigDict, params: Any, rate: optax.Schedule) -> optax.GradientTra
 def is_frozen(c: ConfigDict, params: Any) -> bool:
     """Return whether `optim.lr_rules` freeze all of `params`; False if there are none.
 
-    Args:
-        c: the `optim` section of a config.
-        params: some parameters of a learner, with their full paths, such as {"encoder": …}.
+    `params` may be a part of a learner's, with their full paths, such as {"encoder": …}.
     """
     multipliers = rules.apply_rules(
         c.lr_rules, params, default=1.0, field="optim.lr_rules", strict=False
@@ -215,10 +213,6 @@ def hold_frozen(c: ConfigDict, params: Any) -> Any:
 
     Call it inside the function that is differentiated: gradients of frozen parameters then cost
     nothing. The optimizer of `build` does not update them in any case.
-
-    Args:
-        c: the `optim` section of a config.
-        params: all parameters of a learner.
     """
     rates = rules.apply_rules(c.lr_rules, params, default=1.0, field="optim.lr_rules")
     return jax.tree.map(lambda p, m: p if m else jax.lax.stop_gradient(p), params, rates)

@@ -44,13 +44,7 @@ class MetricsWriter:
         self._board = tensorboard.EventFile(workdir / "tensorboard", keep_until + 1)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Append one line of metrics.
-
-        Args:
-            step: the training step.
-            metrics: scalars by name, such as "train/loss". In `metrics.jsonl`, NaN and infinity
-                become null.
-        """
+        """Append scalars by name ("train/loss"); NaN and infinity become null in metrics.jsonl."""
         if not self._enabled:
             return
         values = {tag: float(value) for tag, value in metrics.items()}
@@ -80,10 +74,7 @@ class MetricsWriter:
 
 
 def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Return the lines of a workdir's metrics.jsonl; [] if it is missing.
-
-    Lines truncated by a kill or a full disk are skipped.
-    """
+    """Return the lines of a workdir's metrics.jsonl, without truncated ones; [] if missing."""
     path = Path(workdir) / "metrics.jsonl"
     if not path.exists():
         return []

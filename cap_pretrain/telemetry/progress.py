@@ -106,9 +106,5 @@ def format_duration(seconds: float) -> str:
 
 
 def parameter_table(params: Mapping[str, Any]) -> str:
-    """Return a table of name, shape, dtype and size of each array.
-
-    Args:
-        params: nested dicts of arrays or `jax.ShapeDtypeStruct`.
-    """
+    """Return a table of name, shape, dtype and size, for nested dicts of (abstract) arrays."""
     return parameter_overview.get_parameter_overview(params, include_stats=False)

@@ -115,11 +115,7 @@ class Compiled:
 
 
 def open_topology(name: str, slices: int = 1) -> Sequence[jax.Device]:
-    """Return the devices of a topology.
-
-    Args:
-        name: chip and shape, such as "v5e:16x16".
-        slices: the number of slices of this shape.
+    """Return the devices of `slices` slices of a topology such as "v5e:16x16".
 
     Raises:
         UserError: there is no such topology, or libtpu is not installed.
@@ -191,12 +187,7 @@ def prepare(config: ConfigDict) -> tuple[ConfigDict, int]:
 
 
 def compile_step(config: ConfigDict, vocab_size: int, devices: Sequence[jax.Device]) -> Compiled:
-    """Compile the training step of a config.
-
-    Args:
-        config: from `prepare`.
-        vocab_size: of the tokenizer, from `prepare`.
-        devices: from `open_topology`.
+    """Compile the training step of a config from `prepare` for devices from `open_topology`.
 
     Raises:
         UserError: the mesh does not fit the devices, or the batch does not fit the mesh.

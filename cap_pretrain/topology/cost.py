@@ -84,13 +84,7 @@ class Cost:
 
 
 def measure(module: Module, chip: Chip, devices: int) -> Cost:
-    """Return the predicted cost of running a program once.
-
-    Args:
-        module: the program.
-        chip: the performance of each chip, with all fields known.
-        devices: the number of chips.
-    """
+    """Return the cost of running a program once on each of `devices` chips of known performance."""
     return _Walk(module, chip, devices).computation(module.entry)
 
 

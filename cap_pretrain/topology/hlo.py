@@ -164,11 +164,7 @@ class Module:
 
         The compiler may have noted it. Otherwise it is derived for counting loops: the condition
         compares an element of the carried tuple with a constant, the initial tuple holds a constant
-        there, and the body adds a constant to it.
-
-        Args:
-            loop: the `while` operation.
-            computation: the name of the computation that contains it.
+        there, and the body adds a constant to it. `computation` is the one that contains the loop.
         """
         if noted := _TRIPS.search(loop.line):
             return int(noted[1])
@@ -252,11 +248,7 @@ class Module:
         return (added[0] if op.opcode == "add" else -added[0]) if added else None
 
     def groups(self, op: Operation, devices: int) -> int:
-        """Return the size of the groups of devices in which a collective runs.
-
-        Args:
-            op: the collective.
-            devices: the number of all devices.
+        """Return the size of the groups, out of all `devices`, in which a collective runs.
 
         Raises:
             UserError: the notation of the groups is unknown.

@@ -27,15 +27,8 @@ def check(
 ) -> Report:
     """Compile the step of a config and report its memory and predicted time.
 
-    Args:
-        config: from `compile.prepare`.
-        vocab_size: of the tokenizer, from `compile.prepare`.
-        topology: the name of the topology, for the report.
-        devices: its devices.
-
-    Returns:
-        The report. If the step does not fit into HBM, it only has its first keys, `fits`, `needed`
-        and `limit`.
+    `config` and `vocab_size` are those of `compile.prepare`. `topology` is the name of `devices`.
+    If the step does not fit into HBM, the report ends with the keys `fits`, `needed` and `limit`.
 
     Raises:
         UserError: see `compile.compile_step`; or the performance of these chips is unknown.
@@ -157,12 +150,7 @@ def _short(name: str) -> str:
 
 
 def text(report: Report, breakdown: bool = False) -> str:
-    """Return a report as text for people.
-
-    Args:
-        report: from `check`.
-        breakdown: whether to add tables of predicted time by part and by operation.
-    """
+    """Return a report as text; `breakdown` adds predicted time by part and by operation."""
     mesh = " x ".join(f"{axis} {n}" for axis, n in report["mesh"].items())
     per_chip = f"{report['batch_per_chip']:g} examples per chip"
     if report["accumulate"] > 1:

@@ -183,11 +183,7 @@ def scan(
 
 
 def slice_of(kind: str, chips: int) -> tuple[str, int]:
-    """Return the topology of one slice, and the number of slices, for so many chips in all.
-
-    Args:
-        kind: such as "v5e".
-        chips: the number of chips in all.
+    """Return topology and number of slices for `chips` chips in all of a kind such as "v5e".
 
     Raises:
         UserError: `chips` is not a power of two of at least 4.

@@ -89,7 +89,7 @@ def test_fields_added_since_the_run_have_their_defaults(workdir):
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("corrupt", "message"),
     [
         (shutil.rmtree, "is not the folder of a run: its config.json cannot be read"),
         (lambda w: (w / "config.json").write_text("{"), "config.json: is not the config of a run"),
@@ -99,8 +99,8 @@ def test_fields_added_since_the_run_have_their_defaults(workdir):
         (lambda w: shutil.rmtree(w / "tokenizer"), "cannot read the model file .*tokenizer.model"),
     ],
 )
-def test_an_invalid_workdir_is_reported(damage, message, workdir):
-    damage(workdir)
+def test_an_invalid_workdir_is_reported(corrupt, message, workdir):
+    corrupt(workdir)
     with pytest.raises(UserError, match=message):
         load_learner(workdir)
 
