@@ -6,6 +6,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NewType
 
 import grain
 import numpy as np
@@ -15,7 +16,7 @@ from cap_pretrain import files, learners
 from cap_pretrain.data import pipeline
 from cap_pretrain.data.sources import buckets, subset
 from cap_pretrain.data.sources.base import Source, parse_mixture
-from cap_pretrain.data.sources.open import open_source
+from cap_pretrain.data.sources.open import GENERATED, open_source
 from cap_pretrain.data.text import tokenizers, words
 from cap_pretrain.distributed import cluster
 from cap_pretrain.errors import UserError
@@ -29,6 +30,9 @@ SUBSET_SEED = 0
 
 Mixture = list[tuple[Source, float]]
 """Datasets and their relative weights."""
+
+TrainingMixture = NewType("TrainingMixture", Mixture)
+"""A mixture from `in_buckets`, the only function that makes one, as training needs it."""
 
 
 def open_data(config: ConfigDict, split: str, name: str = "") -> Source:
@@ -76,7 +80,7 @@ def _open_unrestricted(section: ConfigDict, split: str, name: str) -> Source:
         data_dir=section.dir,
         cache=section.cache,
         fields=section.fields.to_dict(),
-        scenes=section.scenes.to_dict(),
+        generated={dataset: section[dataset].to_dict() for dataset in GENERATED},
     )
 
 
@@ -232,42 +236,43 @@ def tokenizer_identity(workdir: Path) -> dict[str, str]:
 
 def in_buckets(
     config: ConfigDict, mixture: Mixture, tokenizer: tokenizers.Tokenizer | None
-) -> Mixture:
+) -> TrainingMixture:
     """Group the captions of a mixture by their length in tokens if `data.buckets` is set.
 
     The result has one dataset per caption length. This reads every record once. Without
     `data.buckets`, `mixture` is returned, and `tokenizer` may be None.
     """
     if not (config.data.buckets and mixture):
-        return mixture
+        return TrainingMixture(mixture)
     assert tokenizer is not None
-    return [(group, 1.0) for source, _ in mixture for group in buckets.by_length(source, tokenizer)]
+    groups = [group for source, _ in mixture for group in buckets.by_length(source, tokenizer)]
+    return TrainingMixture([(group, 1.0) for group in groups])
 
 
-def examples_an_epoch(config: ConfigDict, mixture: Mixture) -> int:
-    """Return the number of examples in an epoch of a mixture from `in_buckets`."""
+def examples_an_epoch(config: ConfigDict, mixture: TrainingMixture) -> int:
+    """Return the number of examples in an epoch."""
     if mixture and (order := _order(config, mixture)) is not None:
         return order.batches * config.batch_size
     return sum(len(source) for source, _ in mixture)
 
 
-def describe(config: ConfigDict, mixture: Mixture) -> list[str]:
-    """Return lines for the log about the buckets or subsets in a mixture from `in_buckets`."""
+def describe(config: ConfigDict, mixture: TrainingMixture) -> list[str]:
+    """Return lines for the log about the buckets or subsets in a mixture."""
     if config.data.buckets and mixture:
         return [buckets.describe(_length_groups(mixture), config.batch_size)]
     parts = [source for source, _ in mixture if isinstance(source, subset.Subset)]
     return [f"Part of a dataset: {source}: {len(source):,} examples." for source in parts]
 
 
-def _order(config: ConfigDict, mixture: Mixture) -> buckets.Order | None:
+def _order(config: ConfigDict, mixture: TrainingMixture) -> buckets.Order | None:
     """Return the order of batches of one caption length, or None without `data.buckets`."""
     if not config.data.buckets:
         return None
     return buckets.Order(_length_groups(mixture), config.batch_size, config.seed)
 
 
-def _length_groups(mixture: Mixture) -> list[buckets.PairsOfOneLength]:
-    """Return the datasets of a mixture from `in_buckets` with `data.buckets`."""
+def _length_groups(mixture: TrainingMixture) -> list[buckets.PairsOfOneLength]:
+    """Return the datasets of a mixture that is grouped by caption length."""
     groups = [source for source, _ in mixture if isinstance(source, buckets.PairsOfOneLength)]
     if len(groups) != len(mixture):
         raise TypeError("with data.buckets, a mixture must come from in_buckets")
@@ -276,14 +281,11 @@ def _length_groups(mixture: Mixture) -> list[buckets.PairsOfOneLength]:
 
 def training_batches(
     config: ConfigDict,
-    mixture: Mixture,
+    mixture: TrainingMixture,
     tokenizer: tokenizers.Tokenizer,
     rows: Sequence[int] | None = None,
 ) -> grain.MapDataset:
-    """Return an endless dataset whose element t is batch t, or the given `rows` of it.
-
-    `mixture` must come from `in_buckets`.
-    """
+    """Return an endless dataset whose element t is batch t, or the given `rows` of it."""
     return pipeline.train_dataset(
         mixture,
         tokenizer,

@@ -78,7 +78,10 @@ def _total_steps(folder: Path) -> int:
         in_epochs = not (config.total_steps or config.total_examples)
         if in_epochs and config.data.buckets:  # counting would read all captions
             return 0
-        epoch = inputs.examples_an_epoch(config, inputs.open_sources(config)) if in_epochs else 0
+        epoch = 0
+        if in_epochs:
+            mixture = inputs.in_buckets(config, inputs.open_sources(config), None)
+            epoch = inputs.examples_an_epoch(config, mixture)
         return schedule.duration(config, "total", batch_size=config.batch_size, epoch=epoch)
     except UserError:  # the run has not written its config yet, or the data is not on this machine
         return 0

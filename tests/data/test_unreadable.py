@@ -222,7 +222,7 @@ _EMPTIES_WHAT_IT_READS = """
 import os, sys
 from cap_pretrain.data.pipeline import train_dataset
 from cap_pretrain.data.prefetch import iterate
-from cap_pretrain.data.sources import open_source
+from cap_pretrain.data.sources.open import open_source
 from cap_pretrain.data.text.tokenizers import SentencePieceTokenizer
 from cap_pretrain.errors import UserError
 

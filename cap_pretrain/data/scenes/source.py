@@ -119,6 +119,8 @@ class Scenes:
             among so few colours and shapes than objects in a scene.
     """
 
+    Options = ScenesOptions
+
     def __init__(self, split: str, image_size: int = 64, **options: Any) -> None:
         if split not in SPLITS:
             raise UserError(f"scenes has no split {split!r}.{did_you_mean(split, SPLITS)}")

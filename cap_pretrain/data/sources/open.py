@@ -11,7 +11,11 @@ from cap_pretrain.data.sources.base import INFO_FILE, Source
 from cap_pretrain.data.sources.tfds import TfdsSource
 from cap_pretrain.errors import UserError, did_you_mean
 
-_GENERATED = {"scenes": "cap_pretrain.data.scenes.source:Scenes"}
+GENERATED = {"scenes": "cap_pretrain.data.scenes.source:Scenes"}
+"""Datasets that are generated on the fly: name -> "module:class".
+
+The class is called as `cls(split, image_size=..., **options)`. Its options are the fields of the
+dataclass `cls.Options`; a config holds them in the section `data.<name>`."""
 
 
 def open_source(
@@ -22,53 +26,59 @@ def open_source(
     data_dir: str = "",
     cache: str = "",
     fields: Mapping[str, str] | None = None,
-    scenes: Mapping[str, Any] | None = None,
+    generated: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Source:
-    """Opens a dataset by name or path.
+    """Open a dataset by name, path or URL.
 
     Args:
-        name: "scenes"; or a path to a dataset in TFDS format (the folder with dataset_info.json, or
-            a parent of it with one version or config), which may be a URL like "gs://bucket/coco";
-            or the name of a prepared TFDS dataset, like "coco_captions/2014" or
-            "coco_captions:1.1.0".
+        name: one of three things: a name in `GENERATED`; the path or URL ("gs://bucket/coco") of a
+            dataset in TFDS format, which is the folder with dataset_info.json or a parent of it
+            with only one version or config; or the name of a prepared TFDS dataset, such as
+            "coco_captions/2014" or "coco_captions:1.1.0".
         split: "train", "train[:90%]", "train+test", … in the syntax of TFDS. "val" and "validation"
-            stand for each other when only one of them exists.
-        image_size: side of generated images, pixels; stored images keep their own size.
-        data_dir: where TFDS datasets are looked for by name; empty: TFDS's own default.
-        cache: where copies of remote files are kept (see `storage`).
-        fields: overrides of DEFAULT_FIELDS.
-        scenes: options of the generated dataset.
+            are aliases of each other when only one of them exists.
+        image_size: side of generated images, in pixels. Stored images keep their own size.
+        data_dir: folder in which TFDS datasets are looked up by name; empty: TFDS's default.
+        cache: folder for local copies of remote files (see `storage`).
+        fields: overrides of `DEFAULT_FIELDS`.
+        generated: dataset name -> options, for the datasets in `GENERATED`. Datasets left out have
+            their default options.
 
     Raises:
-        UserError: no such dataset, split or field; an empty split; not stored in a format that
-            allows random access; a file that is missing or damaged, as far as opening it tells.
+        UserError: there is no such dataset, split or field; the split is empty; the file format
+            has no random access; or a file is missing or found to be corrupt when opened.
     """
-    if name in _GENERATED:
-        module, cls = _GENERATED[name].split(":")
-        generate = getattr(importlib.import_module(module), cls)
-        return generate(split, image_size=image_size, **(scenes or {}))
+    if name in GENERATED:
+        return _generated_class(name)(
+            split, image_size=image_size, **(generated or {}).get(name, {})
+        )
     folder = find_dataset(name, data_dir)
-    if isinstance(folder, storage.Remote):
-        folder = storage.Copies(folder, cache)
-    source = TfdsSource(folder, split, fields)
+    location = storage.Copies(folder, cache) if isinstance(folder, storage.Remote) else folder
+    source = TfdsSource(location, split, fields)
     source.check_files()
     return source
 
 
-def find_dataset(name: str, data_dir: str = "") -> Path | storage.Remote:
-    """Returns the folder that holds the dataset_info.json of a dataset by path, URL or name.
+def _generated_class(name: str) -> Any:
+    module, cls = GENERATED[name].split(":")
+    return getattr(importlib.import_module(module), cls)
 
-    A name is looked up as `data_dir/name`, with "name/config:version" for a config and version.
-    Of several versions the newest is taken, as TFDS does.
+
+def find_dataset(name: str, data_dir: str = "") -> Path | storage.Remote:
+    """Return the folder that holds the dataset_info.json of a dataset.
+
+    A path or URL is used as it is. A name is looked up as `data_dir/name`, where
+    "name/config:version" selects a config and a version. Without a version, the newest is used, as
+    in TFDS.
 
     Raises:
-        UserError: there is none, or there are several configs to choose from.
+        UserError: there is no such dataset, or there are several configs to choose from.
     """
     path = storage.locate(name)
     if path.is_dir():
         return _version_folder(path)
     if path.is_absolute() or name.startswith(("~", ".")):
-        raise UserError(f"dataset {name!r}: no such folder.{_near(path.name, path.parent)}")
+        raise UserError(f"dataset {name!r}: no such folder.{_similar(path.name, path.parent)}")
     if not data_dir:
         import tensorflow_datasets as tfds
 
@@ -78,23 +88,26 @@ def find_dataset(name: str, data_dir: str = "") -> Path | storage.Remote:
     if path.is_dir():
         return _version_folder(path)
     raise UserError(
-        f"dataset {name!r}: no folder, and not prepared in {root}.{_near(name, root, _GENERATED)}\n"
+        f"dataset {name!r}: neither a folder nor a dataset prepared in {root}."
+        f"{_similar(name, root, GENERATED)}\n"
         "Build one from your files with tools/build_dataset.py, or set data.dir."
     )
 
 
-def _near(name: str, parent: Path | storage.Remote, more: Iterable[str] = ()) -> str:
+def _similar(name: str, parent: Path | storage.Remote, more: Iterable[str] = ()) -> str:
+    """Return a "Did you mean" from the folders in `parent` and the names in `more`, or ""."""
     names = [p.name for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else []
     return did_you_mean(name, [*names, *more])
 
 
 def _version_folder(path: Path | storage.Remote) -> Path | storage.Remote:
+    """Return `path` or the folder below it that holds the dataset_info.json."""
     if (path / INFO_FILE).is_file():
         return path
     versions = [p.parent for p in path.glob(f"*/{INFO_FILE}")]
     if versions:
         return max(versions, key=lambda p: [int(n) for n in re.findall(r"\d+", p.name)])
-    configs = sorted({p.parent.parent for p in path.glob(f"*/*/{INFO_FILE}")})
+    configs = sorted({p.parent.parent for p in path.glob(f"*/*/{INFO_FILE}")}, key=str)
     if len(configs) == 1:
         return _version_folder(configs[0])
     if configs:
