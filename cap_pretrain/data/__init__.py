@@ -1,0 +1,1 @@
+"""Datasets, image decoding, tokenizers, and the input pipeline that makes batches of them."""

@@ -175,7 +175,7 @@ def test_people_are_told_what_is_left_out(tokenizer):
     groups = buckets.by_length(Captioned(), tokenizer)
     assert buckets.describe(groups, BATCH) == (
         "Batches of one length: 88 captions of 2 to 9 tokens; an epoch has 20 batches and leaves "
-        "out 8 captions, other ones each time; too few to come at all, tokens (captions): 2 (3)."
+        "out 8 captions, different ones each time; too few to fill a batch, tokens (captions): 2 (3)."
     )
 
 

@@ -95,7 +95,7 @@ DAMAGES = {
         f"{SECOND} cannot be read (Corrupted",
     ),
     "short": (lambda d: os.truncate(shard(d), 100), f"{SECOND} cannot be read"),
-    "without its end": (lambda d: os.truncate(shard(d), BLOCK), "read (it is cut off)"),
+    "without its end": (lambda d: os.truncate(shard(d), BLOCK), "read (it is truncated)"),
     "one byte short": (lambda d: os.truncate(shard(d), 2 * BLOCK - 1), "cannot be read"),
     "footer": (lambda d: flip(shard(d), BLOCK, BLOCK + 9), f"{SECOND} cannot be read"),
     "forbidden": (lambda d: forbid(shard(d)), f"{SECOND} cannot be read"),

@@ -1,0 +1,1 @@
+"""Datasets as random-access sequences of examples: stored, generated, or parts of others."""

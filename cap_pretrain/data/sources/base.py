@@ -1,16 +1,22 @@
-"""Where examples come from: random-access sequences of captioned (or labelled) images.
+"""The interface of a dataset: a random-access sequence of captioned or labeled images.
 
 A source is a picklable sequence. `source[i]` is one example, as it is stored:
 
-    {"image": bytes (an encoded file) | uint8 [H, W, 3] | float [1 + N, D] (features, see
-     tools/extract_features.py), "captions": list[str] (may be empty),
-     "label": int (-1: none), "id": str, "question": str,
-     "weights": list[float] (how often each caption is drawn; missing or empty: all alike)}
+    image: bytes (an encoded file), uint8 [H, W, 3], or float [1 + N, D] (features of an encoder,
+        see tools/extract_features.py)
+    captions: list[str], possibly empty
+    label: int, -1 if there is none
+    id: str
+    question: str, which the captions answer; missing or "" if there is none. The label and the
+        class names then are those of question types.
+    weights: list[float], relative probabilities of drawing each caption; missing or empty if all
+        are equally likely
 
-and `source.class_names` lists the names of the labels (empty: none). A question (missing or "":
-none) is what the captions answer; then label and class names are those of kinds of questions. A new
-kind of source is one new file with such a class and one entry in `_GENERATED`; everything stored
-goes through TFDS. It may have `without_image(i)`, the rest of an example where that takes less.
+`source.class_names` lists the names of the labels and is empty if there are none. A source may
+have `without_image(i)`, which returns an example without its image where that is faster.
+
+To add a generated dataset, write a class like this in a new file and register it in
+`open.GENERATED`. All stored datasets are read by `tfds.TfdsSource`.
 """
 
 import contextlib
@@ -23,17 +29,17 @@ Example = dict[str, Any]
 
 
 DEFAULT_FIELDS = {name: name for name in ("image", "captions", "label", "id", "question")}
-"""Which feature of a stored dataset holds what; "a/b" is feature b inside of feature a.
+"""Field -> feature of a stored dataset that holds it; "a/b" is feature b inside feature a.
 
-Captions may be in several, "caption:2+alt_text": one of these features is drawn by its weight, 1
-when left out, and then one of its captions. What is empty there is no caption."""
+Captions may come from several features, as in "caption:2+alt_text": first a feature is drawn by its
+weight (1 if omitted), then one of its captions. Empty strings are not captions."""
 
 
 INFO_FILE = "dataset_info.json"
 
 
 class Source(Protocol):
-    """What the pipeline needs to know of a dataset."""
+    """What the input pipeline needs of a dataset."""
 
     class_names: list[str]
 
@@ -43,18 +49,22 @@ class Source(Protocol):
 
 
 def without_image(source: Source, index: int) -> Example:
-    """An example for whom its image does not matter: it may be missing."""
+    """Return `source[index]`, without its image where the source can skip reading it."""
     return getattr(source, "without_image", source.__getitem__)(index)
 
 
 def parse_mixture(text: str, field: str = "data.name") -> list[tuple[str, float]]:
-    """Splits "a:0.2+b:0.8" into [("a", 0.2), ("b", 0.8)]; a weight that is left out is 1.
+    """Split "a:0.2+b:0.8" into [("a", 0.2), ("b", 0.8)]; an omitted weight is 1.
 
-    What follows the last colon is a weight only if it is a number, so paths and versions
-    ("coco_captions:1.1.0") may contain colons. Paths may not contain "+".
+    The text after the last colon is a weight only if it is a number, so paths and versions
+    ("coco_captions:1.1.0") may contain colons. Paths must not contain "+".
+
+    Args:
+        text: the mixture.
+        field: name of the config field, for error messages.
 
     Raises:
-        UserError: an empty name, or a weight that is not positive and finite. It names `field`.
+        UserError: a name is empty, or a weight is not positive and finite.
     """
     return [_parse_weighted(part.strip(), f"{field} {text!r}") for part in text.split("+")]
 

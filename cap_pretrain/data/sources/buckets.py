@@ -1,8 +1,8 @@
-"""Batches of captions of one length, in proportion to how frequent the lengths are.
+"""Batches in which all captions have the same length, for recurrent captioners without padding.
 
-As recurrent captioners are trained that read no padding: every (image, caption) pair is seen at
-most once in an epoch. Which pairs make up batch t is computed from t alone, as elsewhere in the
-pipeline. Each length is shuffled by itself and cut into batches, and these are shuffled in turn.
+Lengths occur in proportion to their frequency, and each (image, caption) pair is seen at most once
+in an epoch. The pairs of each length are shuffled and cut into batches, and then the batches of all
+lengths are shuffled. As elsewhere in the pipeline, the pairs of batch t are computed from t alone.
 """
 
 import functools
@@ -14,14 +14,19 @@ from cap_pretrain.data.sources.base import Example, Source, without_image
 from cap_pretrain.data.text.tokenizers import Tokenizer, encode_answer
 from cap_pretrain.errors import UserError
 
-_PAIRS, _BATCHES = 2, 3  # purposes of seeds; the pipeline has others
+_PAIRS, _BATCHES = 2, 3  # purposes of derived seeds; `pipeline` has 0 and 1
 
 
 class PairsOfOneLength:
-    """Images, each with the one of its captions that has a certain length. A `Source`."""
+    """The (image, caption) pairs of a source whose captions have one length. A `Source`.
+
+    Args:
+        source: where the images and captions come from.
+        pairs: int [n, 2], each the index of an example in `source` and of one of its captions.
+        length: number of tokens of these captions, EOS included.
+    """
 
     def __init__(self, source: Source, pairs: np.ndarray, length: int):
-        """`pairs` int [n, 2]: index in the source, and which of its captions."""
         self._source, self._pairs, self.length = source, pairs, length
         self.class_names = source.class_names
 
@@ -40,12 +45,13 @@ class PairsOfOneLength:
 
 
 def by_length(source: Source, tokenizer: Tokenizer) -> list[PairsOfOneLength]:
-    """Groups the captions of a source by their tokens, EOS included, as they are after cutting.
+    """Group the captions of a source by length, in ascending order.
 
-    A question before a caption counts with it. Every record is read once.
+    The length is the number of tokens after truncation, including EOS and the question before the
+    caption, if any. Every record is read once.
 
     Raises:
-        UserError: there are no captions.
+        UserError: the source has no captions.
     """
     found = np.array(list(_lengths(source, tokenizer)), np.int64).reshape(-1, 3)
     if not len(found):
@@ -59,29 +65,29 @@ def by_length(source: Source, tokenizer: Tokenizer) -> list[PairsOfOneLength]:
 
 
 def _lengths(source: Source, tokenizer: Tokenizer) -> Iterator[tuple[int, int, int]]:
-    """Yields (index, which caption, its tokens)."""
+    """Yield (index of the example, index of the caption, number of tokens)."""
     for index in range(len(source)):
         example = without_image(source, index)
         for which, caption in enumerate(example["captions"]):
             ids, _ = encode_answer(tokenizer, example.get("question", ""), caption)
-            yield index, which, np.count_nonzero(ids != tokenizer.pad_id)
+            yield index, which, int(np.count_nonzero(ids != tokenizer.pad_id))
 
 
 class Order:
-    """Which pair is row j of the run, for any j: row j belongs to batch j // batch_size.
+    """A function from rows of the run to pairs, where row j belongs to batch j // batch_size.
 
-    Of each length, an epoch leaves out what does not fill a batch: other pairs in each.
+    The pairs of a length that do not fill a batch are left out of an epoch; different ones in each.
 
     Args:
-        groups: the pairs by length; a pair is numbered by its place in all of them.
+        groups: the pairs by length. Pairs are numbered by position in the concatenation of these.
         batch_size: B, rows of a batch.
         seed: not negative.
 
     Attributes:
-        batches: in an epoch, in each as many.
+        batches: number of batches in an epoch, the same in every epoch.
 
     Raises:
-        UserError: no length has a whole batch.
+        UserError: no length has enough pairs for a batch.
     """
 
     def __init__(self, groups: Sequence[PairsOfOneLength], batch_size: int, seed: int):
@@ -90,26 +96,24 @@ class Order:
         self.batches = sum(count // batch_size for _, count in self._counts)
         if not self.batches:
             raise UserError(
-                f"batch_size: no length has {batch_size} captions (data.buckets), the most frequent"
-                f" one has {max(map(len, groups))}; choose a smaller batch."
+                f"batch_size: no length has {batch_size} captions (data.buckets); the most frequent"
+                f" one has {max(map(len, groups))}. Choose a smaller batch."
             )
 
     def __call__(self, row: int) -> int:
+        """Return the number of the pair that row `row` of the run shows."""
         epoch, row = divmod(row, self.batches * self._batch_size)
         return int(_epoch(self._counts, self._batch_size, self._seed, epoch)[row])
 
 
-# Remembered, as an epoch is computed as a whole; while one ends, the next one begins.
+# Cached because an epoch is computed as a whole. Two, because threads may be in adjacent epochs.
 @functools.lru_cache(maxsize=2)
 def _epoch(
     counts: tuple[tuple[int, int], ...], batch_size: int, seed: int, epoch: int
 ) -> np.ndarray:
-    """The pairs of an epoch in the order of its rows, int [batches * batch_size].
+    """Return the pairs of an epoch in the order of its rows, int [batches * batch_size].
 
-    Args:
-        counts: (length, number of pairs) of each length.
-        batch_size, seed: as of the run.
-        epoch: which.
+    `counts` lists (length, number of pairs) of each length.
     """
     batches, start = [], 0
     for length, count in counts:
@@ -121,16 +125,16 @@ def _epoch(
 
 
 def describe(groups: Sequence[PairsOfOneLength], batch_size: int) -> str:
-    """What people are told: what an epoch leaves out, and which lengths never come."""
+    """Return a line for the log: the size of an epoch, and which captions it leaves out."""
     pairs = sum(map(len, groups))
-    never = [group for group in groups if len(group) < batch_size]
+    too_few = [group for group in groups if len(group) < batch_size]
     left_out = sum(len(group) % batch_size for group in groups)
-    told = (
+    text = (
         f"Batches of one length: {pairs:,} captions of {groups[0].length} to {groups[-1].length} "
         f"tokens; an epoch has {(pairs - left_out) // batch_size:,} batches and leaves out "
-        f"{left_out:,} captions, other ones each time"
+        f"{left_out:,} captions, different ones each time"
     )
-    if never:
-        lengths = ", ".join(f"{group.length} ({len(group)})" for group in never)
-        told += f"; too few to come at all, tokens (captions): {lengths}"
-    return told + "."
+    if too_few:
+        lengths = ", ".join(f"{group.length} ({len(group)})" for group in too_few)
+        text += f"; too few to fill a batch, tokens (captions): {lengths}"
+    return text + "."

@@ -1,15 +1,15 @@
-"""Where datasets lie: on a local disk, or in any location that fsspec knows (gs://, s3://, …).
+"""Dataset locations: local disks, and remote storage through fsspec (gs://, s3://, …).
 
-ArrayRecord's reader is C++ with file systems of its own: local ones, and lately Google's (its pull
-request 172), which we could not make try again; none of fsspec's. To read ranges of its files
-through fsspec would mean to write Riegeli's chunks, compression and hashes anew (without which
-damage goes unnoticed), and training reads records in random order: each, of some 50 KB, would be a
-request of its own. So a file is copied whole, when the first of its records is needed, to a local
-folder that all processes of a machine share (`Copies`). As shuffling is over the whole dataset,
-that soon holds all of it; whether there is room is looked at first.
+ArrayRecord is read by C++ code with its own file systems: local ones and, since its pull request
+172, Google's, for which we found no way to retry. It supports none of fsspec's. Reading ranges of
+its files through fsspec would require reimplementing Riegeli's chunks, compression and hashes
+(without which corruption goes unnoticed). Also, training reads records of some 50 KB in random
+order, and each would be one request. Therefore a file is copied as a whole, when its first record
+is needed, to a local folder that all processes of a machine share (`Copies`). Because the whole
+dataset is shuffled, soon all files are copied, so free disk space is checked first.
 
-Credentials and endpoints are those of fsspec: its environment variables (FSSPEC_S3_ENDPOINT_URL, …)
-and files (~/.config/fsspec/), and what s3fs, gcsfs, adlfs look for.
+Credentials and endpoints are configured as for fsspec: by its environment variables
+(FSSPEC_S3_ENDPOINT_URL, …), its files (~/.config/fsspec/), and those of s3fs, gcsfs and adlfs.
 """
 
 import contextlib
@@ -31,76 +31,78 @@ from cap_pretrain.errors import UserError, disk_error
 T = TypeVar("T")
 
 TRIES = 8
-"""Of every read. With the delays below they take 16 seconds on average, 32 at most."""
+"""Tries of every read. With the delays below they take 16 seconds on average, at most 32."""
 
 FIRST_DELAY = 0.25
-"""Seconds: the bound of the delay before the second try, which doubles with each. The delay is
-drawn between 0 and the bound ("full jitter", Brooker 2015, Exponential Backoff And Jitter, AWS
-Architecture Blog), so that hosts that failed together do not come back together."""
+"""Upper bound in seconds of the delay before the second try; it doubles with every try.
+
+The delay is drawn uniformly between 0 and the bound ("full jitter", Brooker 2015, Exponential
+Backoff And Jitter, AWS Architecture Blog), so that hosts that failed together do not retry
+together."""
 
 CHUNK = 16 << 20
-"""Bytes of a remote file that are read at a time, and again when that fails."""
+"""Bytes of a remote file in one request, and so in one retry."""
 
-_LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
-# What may pass by itself: a disk in the network, or the way to it, has a bad moment.
-_PASSING = (
+_PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+# Errors that may be transient: those of a network disk or of the network.
+_TRANSIENT = (
     *(errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EINTR, errno.EBUSY, errno.EREMOTEIO),
     *(errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNABORTED, errno.ECONNREFUSED, errno.EPIPE),
     *(errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH),
 )
-# Packages whose errors fsspec's file systems let through as they are.
+# Packages whose errors fsspec's file systems do not wrap; these are retried.
 _CLIENTS = ("aiohttp", "azure", "botocore", "gcsfs", "google")
-# What a listing says of a file that changes with its content, by the file systems' various names.
+# Entries of a listing that change with the content of a file; each file system has its own names.
 _STAMPS = ("etag", "ETag", "md5Hash", "mtime", "updated", "LastModified", "created")
 
-_SHARD = re.compile(r"-\d{5,}-of-\d{5,}$")  # as TFDS names the files of records
+_SHARD = re.compile(r"-\d{5,}-of-\d{5,}$")  # how TFDS names the files that hold records
 _URL = re.compile(r"[A-Za-z][\w.:-]*://")
-_JITTER = random.Random()  # by itself: nothing of a run follows from it
+_JITTER = random.Random()  # separate from the random streams of a run
 
 
 def retried(read: Callable[[], T]) -> T:
-    """Returns `read()`, called again after a while when it fails in a way that may pass.
+    """Return `read()`, retrying transient errors with exponential backoff.
 
     Raises:
-        Exception: of the last of `TRIES` calls, or of one that no other would mend.
+        Exception: the error of the last of `TRIES` calls, or the first permanent one.
     """
     for tries in range(1, TRIES):
         try:
             return read()
         except Exception as error:
-            if not may_pass(error):
+            if not is_transient(error):
                 raise
         time.sleep(_JITTER.uniform(0, FIRST_DELAY * 2 ** (tries - 1)))
     return read()
 
 
-def may_pass(error: Exception) -> bool:
-    """Whether the same read may succeed a little later."""
+def is_transient(error: Exception) -> bool:
+    """Return whether the same read may succeed a little later."""
     if isinstance(error, OSError):
-        return not isinstance(error, _LASTING) and disk_error(error) is None
+        return not isinstance(error, _PERMANENT) and disk_error(error) is None
     if isinstance(error, RuntimeError):  # ArrayRecord's: "pread() failed: Input/output error"
-        return any(f"failed: {os.strerror(code)}" in str(error) for code in _PASSING)
+        return any(f"failed: {os.strerror(code)}" in str(error) for code in _TRANSIENT)
     return type(error).__module__.partition(".")[0] in _CLIENTS
 
 
 def why(error: BaseException) -> str:
-    """The first clause of what it says: ArrayRecord goes on and on, with all of the path."""
+    """Return the first clause of an error's message; those of ArrayRecord are very long."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return text.strip().partition("\n")[0].partition(";")[0]
 
 
 def locate(name: str) -> "Path | Remote":
-    """The local path or the remote location of a name; file:// is local, too."""
+    """Return the local path or remote location that a path or URL names; file:// is local."""
     name = name.removeprefix("file://")
     return Remote(name.rstrip("/")) if _URL.match(name) else Path(name).expanduser()
 
 
 @dataclasses.dataclass(frozen=True)
 class Remote:
-    """A folder or file that fsspec reads, with as much of pathlib's interface as is needed.
+    """A remote folder or file, with the part of pathlib's interface that is used here.
 
-    Every method tries again as `retried` does, and raises UserError with the location and the
-    reason when that does not help.
+    All reads are retried (see `retried`). When that fails, they raise UserError with the URL and
+    the reason.
     """
 
     url: str
@@ -113,37 +115,44 @@ class Remote:
 
     @property
     def name(self) -> str:
+        """The last component of the URL."""
         return self.url.rpartition("/")[2]
 
     @property
     def parent(self) -> "Remote":
+        """The folder that contains this one."""
         return Remote(self.url.rpartition("/")[0])
 
     def is_absolute(self) -> bool:
+        """Return True: a URL is never relative."""
         return True
 
     def is_dir(self) -> bool:
-        return self._ask(lambda fs, path: fs.isdir(path))
+        """Return whether this is a folder."""
+        return self._call(lambda fs, path: fs.isdir(path))
 
     def is_file(self) -> bool:
-        return self._ask(lambda fs, path: fs.isfile(path))
+        """Return whether this is a file."""
+        return self._call(lambda fs, path: fs.isfile(path))
 
     def iterdir(self) -> Iterator["Remote"]:
-        for entry in self._ask(lambda fs, path: fs.ls(path, detail=False)):
+        """Yield the entries of this folder."""
+        for entry in self._call(lambda fs, path: fs.ls(path, detail=False)):
             yield self / entry.rstrip("/").rpartition("/")[2]
 
     def glob(self, pattern: str) -> Iterator["Remote"]:
+        """Yield the paths below this folder that match a pattern, without "**"."""
         depth = pattern.count("/") + 1
-        for found in self._ask(lambda fs, path: fs.glob(f"{path}/{pattern}")):
+        for found in self._call(lambda fs, path: fs.glob(f"{path}/{pattern}")):
             yield self / "/".join(found.split("/")[-depth:])
 
     def files(self) -> dict[str, dict[str, Any]]:
-        """What is known of each file of this folder, by name: "size" in bytes, and more."""
-        entries = self._ask(lambda fs, path: fs.ls(path, detail=True))
+        """Return fsspec's info of each file of this folder by name, "size" in bytes included."""
+        entries = self._call(lambda fs, path: fs.ls(path, detail=True))
         return {e["name"].rpartition("/")[2]: e for e in entries if e["type"] == "file"}
 
     def read_range(self, start: int, stop: int) -> bytes:
-        """The bytes from `start` up to `stop`, all of them."""
+        """Return exactly the bytes from `start` up to `stop`."""
 
         def read(fs: Any, path: str) -> bytes:
             data = fs.cat_file(path, start=start, end=stop)
@@ -151,40 +160,43 @@ class Remote:
                 raise OSError(f"{len(data)} bytes came instead of {stop - start}")
             return data
 
-        return self._ask(read)
+        return self._call(read)
 
-    def _ask(self, question: Callable[[Any, str], T]) -> T:
+    def _call(self, method: Callable[[Any, str], T]) -> T:
+        """Return `method(file system, path in it)`, retrying transient errors."""
         import fsspec
 
         try:
             fs, path = fsspec.core.url_to_fs(self.url)
-            return retried(lambda: question(fs, path))
+            return retried(lambda: method(fs, path))
         except Exception as error:
-            missing = isinstance(error, FileNotFoundError)  # which says the name alone
+            missing = isinstance(error, FileNotFoundError)  # its message is only the name
             reason = "no such file or folder" if missing else why(error)
-            tried = f", tried {TRIES} times" if may_pass(error) else ""
+            tried = f", tried {TRIES} times" if is_transient(error) else ""
             raise UserError(
-                f"{self.url}: cannot be read ({reason}{tried}); see that it is there and that you "
-                "may read it, and start again."
+                f"{self.url}: cannot be read ({reason}{tried}); check that it exists and that you "
+                "have permission to read it, then start again."
             ) from error
 
 
 class Copies:
-    """A remote folder of a dataset, whose files are copied to a local one as they are needed.
+    """A remote dataset folder whose files are copied to a local folder when they are needed.
 
-    A copy is there whole or not at all, and made once, whoever of a machine asks for it. When the
-    dataset changes, so does the local folder. To pickle it takes what was listed along.
+    Copies are atomic, and each is made once for all processes of a machine. A dataset that changes
+    gets another local folder. Pickling keeps the listing of the remote folder.
+
+    Args:
+        remote: the folder of the dataset.
+        cache: folder below which copies are kept; by default the user's cache folder.
 
     Attributes:
-        path: the local folder. It has all but the shards from the beginning.
+        path: the local folder. From the start it holds all files except the shards.
+
+    Raises:
+        UserError: the remote folder cannot be read, or the cache cannot be written.
     """
 
     def __init__(self, remote: Remote, cache: str = ""):
-        """Lists `remote`; its copies are kept below the folder `cache`, by default the user's own.
-
-        Raises:
-            UserError: it cannot be read, or the cache not be written.
-        """
         self._remote = remote
         listed = remote.files()
         self._sizes = {name: int(entry["size"]) for name, entry in listed.items()}
@@ -196,7 +208,7 @@ class Copies:
         name = re.sub(r"[^\w.-]+", "_", remote.url)[-100:]
         default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "cap_pretrain"
         self.path = Path(cache or default).expanduser() / f"{name}-{digest}"
-        self._whole: set[str] = set()
+        self._complete: set[str] = set()
         with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
         for name in self._sizes:
@@ -210,13 +222,13 @@ class Copies:
         return name in self._sizes
 
     def has(self, name: str) -> bool:
-        """Whether there is a copy, so that `fetch` has nothing to do."""
-        if name not in self._whole and _has_size(self.path / name, self._sizes[name]):
-            self._whole.add(name)
-        return name in self._whole
+        """Return whether a complete copy exists."""
+        if name not in self._complete and _has_size(self.path / name, self._sizes[name]):
+            self._complete.add(name)
+        return name in self._complete
 
     def check_room(self, names: Iterable[str]) -> None:
-        """Raises UserError if the disk has no room for copies of all these files."""
+        """Raise UserError if the disk has no room for copies of all these files."""
         needed = sum(self._sizes[name] for name in set(names) if not self.has(name))
         free = shutil.disk_usage(self.path).free
         if needed > free:
@@ -227,23 +239,23 @@ class Copies:
             )
 
     def fetch(self, name: str) -> Path:
-        """Returns a file's copy, making it unless it is there.
+        """Return the local copy of a file, after making it if there is none.
 
         Raises:
-            UserError: the file cannot be read, the copy not be written.
+            UserError: the file cannot be read, or the copy cannot be written.
         """
         if not self.has(name):
             with self._writing():
                 self._copy(name)
-            self._whole.add(name)
+            self._complete.add(name)
         return self.path / name
 
     def _copy(self, name: str) -> None:
         path, size = self.path / name, self._sizes[name]
         part = path.with_name(name + ".part")
         with part.open("ab") as file:
-            # Who waits here finds that another has made the copy; or was killed: then the lock is
-            # free and half a file there.
+            # A process that waits here either finds the copy that another has made, or, if that one
+            # was killed, a free lock and part of a file.
             fcntl.flock(file, fcntl.LOCK_EX)
             if _has_size(path, size):
                 part.unlink(missing_ok=True)
@@ -252,12 +264,12 @@ class Copies:
             for start in range(0, size, CHUNK):
                 file.write((self._remote / name).read_range(start, min(start + CHUNK, size)))
             file.flush()
-            os.fsync(file)  # or a crash of the machine might leave the size without the bytes
+            os.fsync(file)  # or a machine crash could leave a file of full size without its bytes
             part.replace(path)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Around what is written to the cache: a disk that does not take it is told as such."""
+        """Turn errors of writing to the cache into a UserError."""
         try:
             yield
         except OSError as error:

@@ -1,10 +1,12 @@
-"""Part of a dataset, all of it seeded: a fraction of every class, so many examples at random, at
-most so many of each class, or some classes only.
+"""Seeded parts of a dataset.
+
+A part is a fraction of every class, a number of random examples, at most a number of examples of
+each class, or only the classes that are large enough.
 """
 
 import copy
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -12,20 +14,25 @@ import numpy as np
 from cap_pretrain.data.sources.base import Example, Source, without_image
 from cap_pretrain.errors import UserError
 
-_READING_THREADS = 16  # of records that may lie on a network disk
+_READING_THREADS = 16  # the records may lie on a network disk
 
 
 class Subset:
-    """The examples of a source at some indices, in that order. A `Source`."""
+    """The examples of a source at given indices, in that order. A `Source`.
 
-    def __init__(self, source: Source, indices: np.ndarray, what: str):
-        """`what` says which they are, after the name of the source."""
-        self._source, self._indices, self._what = source, indices, what
+    Args:
+        source: the whole dataset.
+        indices: int [n], positions in `source`.
+        description: says which examples these are; `str` appends it to the name of the source.
+    """
+
+    def __init__(self, source: Source, indices: np.ndarray, description: str):
+        self._source, self._indices, self._description = source, indices, description
         self._numbers: dict[int, int] | None = None
         self.class_names = source.class_names
 
     def __str__(self) -> str:
-        return f"{self._source}, {self._what}"
+        return f"{self._source}, {self._description}"
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -33,29 +40,30 @@ class Subset:
     def __getitem__(self, index: int) -> Example:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        return self._numbered(self._source[int(self._indices[index])])
+        return self._relabeled(self._source[int(self._indices[index])])
 
     def without_image(self, index: int) -> Example:
-        """`self[index]`, maybe without its image."""
-        return self._numbered(without_image(self._source, int(self._indices[index])))
+        """Return `self[index]`, without its image where the source can skip reading it."""
+        return self._relabeled(without_image(self._source, int(self._indices[index])))
 
-    def renumbered(self, classes: Sequence[int]) -> "Subset":
-        """The same with these classes alone, to which all examples belong, as 0, 1, 2, …"""
+    def renumbered(self, classes: np.ndarray) -> "Subset":
+        """Return this subset with `classes`, which must cover all examples, as labels 0, 1, …."""
         new = copy.copy(self)
         new._numbers = {int(label): number for number, label in enumerate(classes)}
         new.class_names = [self.class_names[label] for label in classes if self.class_names]
         return new
 
-    def _numbered(self, example: Example) -> Example:
+    def _relabeled(self, example: Example) -> Example:
         if self._numbers is None:
             return example
         return example | {"label": self._numbers[example["label"]]}
 
 
 def sample(source: Source, count: int, seed: int) -> Source:
-    """Returns `count` examples drawn at random, in the order of the source.
+    """Return `count` random examples in the order of the source.
 
-    The source itself where it has no more, and for 0. The fewer are among the more.
+    A smaller sample with the same seed is part of a larger one. If `count` is 0, or not less than
+    the number of examples, the source itself is returned.
     """
     if not count or count >= len(source):
         return source
@@ -64,14 +72,14 @@ def sample(source: Source, count: int, seed: int) -> Source:
 
 
 def fraction_of(source: Source, fraction: float, seed: int) -> Source:
-    """Returns a fraction of every class, at least one example of each; the source itself for 1.
+    """Return a fraction of every class, at least one example of each; the source itself for 1.
 
-    Stored datasets often lie class by class, so that the first 10% of one hold a tenth of the
-    classes. The fewer examples of a smaller fraction are among those of a larger one. Every record
-    is read once to learn its label.
+    Stored datasets are often sorted by class, so that the first 10% hold only a tenth of the
+    classes. A smaller fraction with the same seed is part of a larger one. Every record is read
+    once for its label.
 
     Raises:
-        UserError: the source has no labels, or the fraction is not in (0, 1].
+        UserError: an example has no label, or the fraction is not in (0, 1].
     """
     if not 0 < fraction <= 1:
         raise UserError(f"data.fraction: {fraction} is not in (0, 1].")
@@ -81,7 +89,7 @@ def fraction_of(source: Source, fraction: float, seed: int) -> Source:
     if labels.min() < 0:
         raise UserError(
             f"data.fraction: {source} has examples without a label, so there are no classes to "
-            'take a fraction of; name a part of the split instead, as --config.data.split="train'
+            'take a fraction of; use a part of the split instead: --config.data.split="train'
             f'[:{100 * fraction:g}%]".'
         )
     indices = per_class(labels, lambda count: max(1, round(fraction * count)), seed)
@@ -90,11 +98,12 @@ def fraction_of(source: Source, fraction: float, seed: int) -> Source:
 
 @dataclasses.dataclass(frozen=True)
 class ClassSizes:
-    """Which classes a dataset has, by how many examples its training split has of them.
+    """Bounds on the number of training examples of a class.
 
     Attributes:
-        least: classes with fewer are dropped; 0: none is.
-        most: so many examples of a class are drawn from the training split; 0: all.
+        least: classes with fewer examples in the training split are dropped; 0 keeps all.
+        most: at most this many examples of each class are drawn from the training split; 0 keeps
+            all.
     """
 
     least: int = 0
@@ -106,18 +115,18 @@ class ClassSizes:
     def of(
         self, source: Source, labels: np.ndarray, training: np.ndarray, *, drawn: int | None
     ) -> Source:
-        """Returns the examples of the classes that are kept, which are numbered anew from 0.
+        """Return the examples of the classes that are kept, with labels renumbered from 0.
 
-        Who is drawn is the same each time, and the fewer are among the more.
+        A smaller `most` with the same seed draws part of what a larger one draws.
 
         Args:
             source: any split.
-            labels: int [N], those of `source`; -1: none, so the example is left out.
-            training: int [M], those of the training split, which alone decides.
-            drawn: the seed by which `most` of each class are drawn from `source`; None: all stay.
+            labels: int [N], labels of `source`; examples with -1 (no label) are left out.
+            training: int [M], labels of the training split, which decide what classes are kept.
+            drawn: seed for drawing `most` examples of each class from `source`; None keeps all.
 
         Raises:
-            UserError: no class is kept, or `source` has no example of those.
+            UserError: no class is kept, or `source` has no example of those that are.
         """
         sizes = np.bincount(training[training >= 0])
         classes = np.flatnonzero(sizes >= max(self.least, 1))
@@ -130,27 +139,34 @@ class ClassSizes:
         kept = np.flatnonzero(np.isin(labels, classes))
         if not len(kept):
             raise UserError(f"data.class_min: {source} has no example of the classes that remain.")
-        told = [f"{len(classes)} of {np.count_nonzero(sizes)} classes"]
+        notes = [f"{len(classes)} of {np.count_nonzero(sizes)} classes"]
         if self.most and drawn is not None:
             kept = kept[per_class(labels[kept], lambda count: min(count, self.most), drawn)]
             capped = np.count_nonzero(sizes[classes] >= self.most)
-            told.append(f"{capped} at the cap of {self.most} (seed {drawn})")
-        return Subset(source, kept, ", ".join(told)).renumbered(classes)
+            notes.append(f"{capped} at the cap of {self.most} (seed {drawn})")
+        return Subset(source, kept, ", ".join(notes)).renumbered(classes)
 
 
 def labels_of(source: Source) -> np.ndarray:
-    """Returns int64 [N], the label of every example; reads each of them."""
+    """Read every example and return the labels, int64 [N]."""
     with ThreadPoolExecutor(_READING_THREADS) as threads:
         read = threads.map(lambda i: source[i]["label"], range(len(source)))
         return np.fromiter(read, np.int64, len(source))
 
 
-def per_class(labels: Sequence[int], take: Callable[[int], int], seed: int) -> np.ndarray:
-    """Returns the indices of `take(n)` examples drawn from the n of each class, ascending.
+def per_class(labels: np.ndarray, take: Callable[[int], int], seed: int) -> np.ndarray:
+    """Draw `take(n)` of the n examples of each class.
 
-    Who is drawn first does not depend on `take`, so the fewer are among the more.
+    The order of drawing does not depend on `take`, so a smaller draw is part of a larger one.
+
+    Args:
+        labels: int [N].
+        take: number of examples of a class -> number to draw.
+        seed: not negative.
+
+    Returns:
+        int [n], the indices drawn, ascending.
     """
-    labels = np.asarray(labels)
     drawn = []
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)

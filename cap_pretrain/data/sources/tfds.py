@@ -1,7 +1,8 @@
-"""Datasets that TFDS has prepared, read record by record without TensorFlow."""
+"""Prepared TFDS datasets, read record by record without TensorFlow."""
 
 import bisect
 import contextlib
+import dataclasses
 import functools
 import io
 import itertools
@@ -19,36 +20,47 @@ from cap_pretrain.errors import UserError, did_you_mean
 
 _SPLIT_ALIASES = {"val": "validation", "validation": "val"}
 _FEATURES_FILE = "features.json"
-_OPENING_THREADS = 16  # of files that may lie on a network disk
+_OPENING_THREADS = 16  # the files may lie on a network disk
 
 
 class TfdsSource:
-    """A prepared TFDS dataset, read record by record without TensorFlow. A `Source`.
+    """A split of a prepared TFDS dataset: a `Source` that needs no TensorFlow.
 
-    Only its location is pickled: a worker process opens the files anew, without checking them all.
-    Reading an example raises UserError when its file is damaged. Errors that may pass are waited
-    for (see `storage.retried`).
+    Only its location is pickled; a worker process opens the files again, without checking them
+    all. Reading an example from a corrupt file raises UserError. Transient errors are retried (see
+    `storage.retried`).
+
+    Args:
+        folder: the folder with dataset_info.json, or local copies of a remote one.
+        split: as for `open_source`.
+        fields: overrides of `DEFAULT_FIELDS`.
+
+    Attributes:
+        class_names: names of the labels; empty if there are none.
+
+    Raises:
+        UserError: as for `open_source`.
     """
 
     def __init__(self, folder: Path | Copies, split: str, fields: Mapping[str, str] | None = None):
-        """Opens `split` of the dataset in `folder`. Raises UserError as open_source does."""
+        import tensorflow_datasets as tfds
+
         self._arguments = (folder, split, fields)
         self._where = f"dataset {folder}"
         self._copies = folder if isinstance(folder, Copies) else None
-        import tensorflow_datasets as tfds
-
-        builder = self._open_builder(self._copies.path if self._copies else folder)
-        self._paths, self._captions, features = self._find_fields(
-            builder.info.features, fields or {}
-        )
-        self.class_names = list(getattr(features.get("label"), "names", None) or [])
-        encoded = isinstance(features["image"], tfds.features.Image)
-        skip = tfds.decode.SkipDecoding() if encoded else None
-        self._wanted = {*self._paths.values(), *(path for path, _ in self._captions)}
-        self._leaves = dict(_leaves(builder.info.features))
-        self._plain = all(_is_plain(self._leaves[path]) for path in self._wanted)
-        self._open_records = self._open_split(builder, split, skip)
-        self._records = self._open_records()
+        builder = _open_builder(folder.path if isinstance(folder, Copies) else folder, self._where)
+        self._layout = _find_fields(builder.info.features, fields or {}, self._where)
+        label = self._layout.feature("label")
+        self.class_names: list[str] = list(getattr(label, "names", None) or [])
+        encoded = isinstance(self._layout.feature("image"), tfds.features.Image)
+        encoded_path = self._layout.paths["image"] if encoded else None
+        self._wanted = self._layout.wanted()
+        self._plain = all(_is_plain(self._layout.leaves[path]) for path in self._wanted)
+        opened = _open_split(builder, split, encoded_path, self._where)
+        self._shards, self._is_array_record = opened.shards, opened.is_array_record
+        self._ends = list(itertools.accumulate(shard.take for shard in self._shards))
+        self._open_records = opened.open_records
+        self._records: Any = self._open_records()
 
     def __reduce__(self):
         return TfdsSource, self._arguments
@@ -63,37 +75,28 @@ class TfdsSource:
         if not 0 <= index < len(self):
             raise IndexError(index)
         shard = self._shards[bisect.bisect_right(self._ends, index)]
-        if self._copies:
-            self._fetch(shard)
+        self._fetch(shard)
         try:
-            record = self._parsed(retried(lambda: self._read(index)))
-            values = {field: _single(record[path]) for field, path in self._paths.items()}
-            return {
-                "image": _image(values["image"]),
-                **self._captions_of(record),
-                "label": int(values.get("label", -1)),
-                "id": _text(values.get("id", index)),
-                "question": _text(values.get("question", "")),
-            }
-        except Exception as error:  # whatever the readers stumble over in the bytes of the file
-            self._check_file(shard)  # tells more, if it is not this example alone
+            return self._layout.example(self._parse(retried(lambda: self._read(index))), index)
+        except Exception as error:  # the readers raise nearly anything on corrupt bytes
+            self._check_file(shard)  # gives a better reason if the whole file is corrupt
             raise UserError(
                 f"{self}: example {index} in {Path(shard.filename).name} cannot be read "
                 f"({why(error)}); copy or build the dataset again."
             ) from error
 
-    def _parsed(self, record: bytes) -> dict[str, Any]:
-        """The values of the features that are wanted, by path.
+    def _parse(self, record: bytes) -> dict[str, Any]:
+        """Return the values of the wanted features by path.
 
-        Plain ones are taken as they are: TFDS would take longer for them than to read the record.
-        A record without some features, or with them under other names, is for TFDS to judge.
+        Plain features are read directly, because TFDS takes longer to parse them than to read the
+        record. A record that lacks some features, or names them differently, is left to TFDS.
         """
         if self._plain:
             from tensorflow_datasets.proto import tf_example_pb2
 
             stored = tf_example_pb2.Example.FromString(record).features.feature
-            if all(path in stored for path in self._leaves):
-                return {path: _stored(stored[path]) for path in self._wanted}
+            if all(path in stored for path in self._layout.leaves):
+                return {path: _stored_values(stored[path]) for path in self._wanted}
         example = self._records.dataset_info.features.deserialize_example_np(
             record, decoders=self._records.decoders
         )
@@ -106,39 +109,21 @@ class TfdsSource:
             self._records = self._open_records()  # ArrayRecord's readers do not recover
             raise
 
-    def _captions_of(self, record: Mapping[str, Any]) -> dict[str, list]:
-        """Returns `captions` of an example, and of several features `weights`."""
-        found = [
-            [_text(c) for c in np.atleast_1d(np.asarray(record[path], object))]
-            for path, _ in self._captions
-        ]
-        if len(found) < 2:
-            return {"captions": [caption for captions in found for caption in captions]}
-        found = [[c for c in captions if c.strip()] for captions in found]
-        return {
-            "captions": [caption for captions in found for caption in captions],
-            "weights": [
-                weight / len(captions)
-                for captions, (_, weight) in zip(found, self._captions, strict=True)
-                for _ in captions
-            ],
-        }
-
     def check_files(self) -> None:
-        """Opens every file of the split, without reading the examples.
+        """Open every file of the split without reading the examples.
 
-        Remote files are only looked for, and room for copies of them: each is opened when it has
-        been copied.
+        Remote files are only looked up, and the disk is checked for room for their copies: each
+        file is opened after it has been copied.
 
         Raises:
-            UserError: a file is missing, damaged, not readable, or holds other examples than
-                dataset_info.json says.
+            UserError: a file is missing, corrupt, not readable, or its number of examples differs
+                from dataset_info.json.
         """
         if self._copies:
             names = [Path(shard.filename).name for shard in self._shards]
             for name in names:
                 if name not in self._copies:
-                    raise self._missing(name)
+                    raise _missing(self._where, name)
             self._copies.check_room(names)
             return
         with ThreadPoolExecutor(_OPENING_THREADS) as threads:
@@ -146,24 +131,21 @@ class TfdsSource:
                 pass
 
     def _fetch(self, shard: Any) -> None:
-        """Makes sure that a remote file has its copy, which is opened once."""
+        """Copy a remote file unless there is a copy, and check it once."""
         name = Path(shard.filename).name
-        if not self._copies.has(name):
+        if self._copies and not self._copies.has(name):
             self._copies.fetch(name)
             self._check_file(shard)
-
-    def _missing(self, name: str) -> UserError:
-        return UserError(f"{self._where}: {name} is missing; copy or build it again.")
 
     def _check_file(self, shard: Any) -> None:
         path, count = Path(shard.filename), shard.examples_in_shard
         try:
             if not path.exists():
-                raise self._missing(path.name)
+                raise _missing(self._where, path.name)
             if self._is_array_record:
                 count = retried(lambda: _count_examples(path))
         except (OSError, RuntimeError) as error:
-            reason = why(error) if str(error) else "it is cut off"
+            reason = why(error) if str(error) else "it is truncated"
             raise UserError(
                 f"{self._where}: {path.name} cannot be read ({reason}); copy or build it again."
             ) from error
@@ -173,96 +155,168 @@ class TfdsSource:
                 f"{shard.examples_in_shard}; copy or build the dataset again."
             )
 
-    def _open_builder(self, folder: Path) -> Any:
-        import tensorflow_datasets as tfds
 
-        at_fault = INFO_FILE
-        try:
-            for at_fault in (INFO_FILE, _FEATURES_FILE):
-                json.loads(retried((folder / at_fault).read_bytes).decode("utf-8"))
-            at_fault = f"{INFO_FILE} or {_FEATURES_FILE}"
-            # It prints that TensorFlow is not installed, where a feature asks for that.
-            with contextlib.redirect_stdout(io.StringIO()):
-                return tfds.builder_from_directory(folder)
-        except Exception as error:  # whatever TFDS stumbles over in these files
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """Where a dataset stores the fields of an example.
+
+    Attributes:
+        paths: field -> path of its feature, for the fields that the dataset has; not captions.
+        captions: (path, weight) of the features that hold captions.
+        leaves: path -> feature, of every feature of the dataset.
+    """
+
+    paths: dict[str, str]
+    captions: list[tuple[str, float]]
+    leaves: dict[str, Any]
+
+    def feature(self, field: str) -> Any:
+        """Return the TFDS feature of a field, or None."""
+        return self.leaves[self.paths[field]] if field in self.paths else None
+
+    def wanted(self) -> set[str]:
+        """Return the paths of all features that an example is made of."""
+        return {*self.paths.values(), *(path for path, _ in self.captions)}
+
+    def example(self, record: Mapping[str, Any], index: int) -> Example:
+        """Make example `index` from the values of its features by path."""
+        values = {field: _single(record[path]) for field, path in self.paths.items()}
+        return {
+            "image": _image(values["image"]),
+            **self._captions_of(record),
+            "label": int(values.get("label", -1)),
+            "id": _text(values.get("id", index)),
+            "question": _text(values.get("question", "")),
+        }
+
+    def _captions_of(self, record: Mapping[str, Any]) -> dict[str, list]:
+        """Return `captions` and, if several features hold them, `weights`."""
+        found = [
+            [_text(c) for c in np.atleast_1d(np.asarray(record[path], object))]
+            for path, _ in self.captions
+        ]
+        if len(found) < 2:
+            return {"captions": [caption for captions in found for caption in captions]}
+        found = [[c for c in captions if c.strip()] for captions in found]
+        return {
+            "captions": [caption for captions in found for caption in captions],
+            "weights": [
+                weight / len(captions)
+                for captions, (_, weight) in zip(found, self.captions, strict=True)
+                for _ in captions
+            ],
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Split:
+    """An opened split: its files, and a function that opens its records."""
+
+    open_records: Callable[[], Sequence[bytes]]
+    shards: Sequence[Any]  # tfds.core.utils.shard_utils.FileInstruction
+    is_array_record: bool
+
+
+def _open_builder(folder: Path, where: str) -> Any:
+    """Return the TFDS builder of a folder."""
+    import tensorflow_datasets as tfds
+
+    at_fault = INFO_FILE
+    try:
+        for at_fault in (INFO_FILE, _FEATURES_FILE):
+            json.loads(retried((folder / at_fault).read_bytes).decode("utf-8"))
+        at_fault = f"{INFO_FILE} or {_FEATURES_FILE}"
+        # TFDS prints that TensorFlow is not installed if a feature asks for it.
+        with contextlib.redirect_stdout(io.StringIO()):
+            return tfds.builder_from_directory(folder)
+    except Exception as error:  # TFDS raises nearly anything on corrupt files
+        raise UserError(
+            f"{where}: {at_fault} cannot be read ({why(error)}); copy or build it again."
+        ) from error
+
+
+def _find_fields(features: Any, chosen: Mapping[str, str], where: str) -> _Layout:
+    """Find the features of all fields, of which `chosen` overrides `DEFAULT_FIELDS`."""
+    leaves = dict(_leaves(features))
+    paths = {**DEFAULT_FIELDS, **chosen}
+    for field in chosen:
+        if field not in DEFAULT_FIELDS:
             raise UserError(
-                f"{self._where}: {at_fault} cannot be read ({why(error)}); copy or build it again."
-            ) from error
-
-    def _find_fields(self, features: Any, chosen: Mapping[str, str]) -> tuple[dict, list, dict]:
-        """Returns the path of each field that the dataset has, (path, weight) of those of captions,
-        and the features of the others.
-        """
-        leaves = dict(_leaves(features))
-        paths = {**DEFAULT_FIELDS, **chosen}
-        for field in chosen:
-            if field not in DEFAULT_FIELDS:
-                raise UserError(
-                    f"data.fields: no field {field!r}.{did_you_mean(field, DEFAULT_FIELDS)}"
-                )
-        captions = parse_mixture(paths["captions"], "data.fields.captions")
-        single = [(field, path) for field, path in paths.items() if field != "captions"]
-        for field, path in [*single, *(("captions", path) for path, _ in captions)]:
-            chosen_or_nested = paths[field] != DEFAULT_FIELDS[field] or any(
-                leaf.startswith(f"{path}/") for leaf in leaves
+                f"data.fields: no field {field!r}.{did_you_mean(field, DEFAULT_FIELDS)}"
             )
-            if path not in leaves and (field == "image" or chosen_or_nested):
-                raise UserError(
-                    f"{self._where}: no feature {path!r} for the field {field!r}; it has "
-                    f"{', '.join(sorted(leaves))}. Set data.fields.{field}."
-                )
-        found = {field: path for field, path in single if path in leaves}
-        captions = [(path, weight) for path, weight in captions if path in leaves]
-        return found, captions, {field: leaves[path] for field, path in found.items()}
-
-    def _open_split(self, builder: Any, split: str, skip: Any) -> Callable[[], Sequence[bytes]]:
-        """Returns what opens the records of a split, of which it checks all but the files."""
-        import tensorflow_datasets as tfds
-
-        known = builder.info.splits
-        resolved = "+".join(self._resolve(part, known) for part in split.split("+"))
-        try:
-            info = known[resolved]
-        except (ValueError, AssertionError) as error:
-            why = str(error).splitlines()[-1]
-            raise UserError(f"{self._where}: split {split!r} is not valid ({why}).") from error
-        if not info.num_examples:
-            raise UserError(f"{self._where}: split {split!r} is empty; choose another.")
-        decoders = skip
-        for part in reversed(self._paths["image"].split("/") if skip else ()):
-            decoders = {part: decoders}
-        raw = tfds.decode.DeserializeMethod.RAW_BYTES
-        records = functools.partial(
-            builder.as_data_source, resolved, decoders=decoders, deserialize_method=raw
+    captions = parse_mixture(paths["captions"], "data.fields.captions")
+    single = [(field, path) for field, path in paths.items() if field != "captions"]
+    for field, path in [*single, *(("captions", path) for path, _ in captions)]:
+        chosen_or_nested = paths[field] != DEFAULT_FIELDS[field] or any(
+            leaf.startswith(f"{path}/") for leaf in leaves
         )
-        try:
-            records()
-        except NotImplementedError as error:
+        if path not in leaves and (field == "image" or chosen_or_nested):
             raise UserError(
-                f"{self._where}: stored as {builder.info.file_format.value}, without random access."
-                "\nConvert it: tfds convert_format --out_file_format=array_record "
-                f"--dataset_version_dir={builder.data_dir} --out_dir=NEW_FOLDER"
-            ) from error
-        self._shards = info.file_instructions
-        self._ends = list(itertools.accumulate(shard.take for shard in self._shards))
-        self._is_array_record = builder.info.file_format.value == "array_record"
-        return records
+                f"{where}: no feature {path!r} for the field {field!r}; it has "
+                f"{', '.join(sorted(leaves))}. Set data.fields.{field}."
+            )
+    found = {field: path for field, path in single if path in leaves}
+    return _Layout(found, [(path, weight) for path, weight in captions if path in leaves], leaves)
 
-    def _resolve(self, part: str, known: Mapping[str, Any]) -> str:
-        name, bracket, rest = part.strip().partition("[")
-        if name not in known and name != "all":
-            alias = _SPLIT_ALIASES.get(name)
-            if alias not in known:
-                have = ", ".join(f"{n} ({known[n].num_examples})" for n in known)
-                raise UserError(f"{self._where}: no split {name!r}; it has {have or 'none'}.")
-            name = alias
-        return name + bracket + rest
+
+def _open_split(builder: Any, split: str, encoded_path: str | None, where: str) -> _Split:
+    """Open a split without checking its files.
+
+    `encoded_path` is the feature of encoded images, which are not decoded here; None if the
+    dataset holds arrays.
+    """
+    import tensorflow_datasets as tfds
+
+    known = builder.info.splits
+    resolved = "+".join(_resolve(part, known, where) for part in split.split("+"))
+    try:
+        info = known[resolved]
+    except (ValueError, AssertionError) as error:
+        reason = str(error).splitlines()[-1]
+        raise UserError(f"{where}: split {split!r} is not valid ({reason}).") from error
+    if not info.num_examples:
+        raise UserError(f"{where}: split {split!r} is empty; choose another.")
+    decoders: Any = None
+    if encoded_path is not None:
+        decoders = tfds.decode.SkipDecoding()
+        for part in reversed(encoded_path.split("/")):
+            decoders = {part: decoders}
+    raw = tfds.decode.DeserializeMethod.RAW_BYTES
+    open_records = functools.partial(
+        builder.as_data_source, resolved, decoders=decoders, deserialize_method=raw
+    )
+    stored_as = builder.info.file_format.value
+    try:
+        open_records()
+    except NotImplementedError as error:
+        raise UserError(
+            f"{where}: stored as {stored_as}, without random access."
+            "\nConvert it: tfds convert_format --out_file_format=array_record "
+            f"--dataset_version_dir={builder.data_dir} --out_dir=NEW_FOLDER"
+        ) from error
+    return _Split(open_records, info.file_instructions, stored_as == "array_record")
+
+
+def _resolve(part: str, known: Mapping[str, Any], where: str) -> str:
+    """Replace the name of a split, as in "val[:10%]", by the alias that the dataset knows."""
+    name, bracket, rest = part.strip().partition("[")
+    if name not in known and name != "all":
+        alias = _SPLIT_ALIASES.get(name)
+        if alias is None or alias not in known:
+            have = ", ".join(f"{n} ({known[n].num_examples})" for n in known)
+            raise UserError(f"{where}: no split {name!r}; it has {have or 'none'}.")
+        name = alias
+    return name + bracket + rest
+
+
+def _missing(where: str, name: str) -> UserError:
+    return UserError(f"{where}: {name} is missing; copy or build it again.")
 
 
 def _leaves(features: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields ("a/b", feature) for everything that is not itself a dictionary of features."""
+    """Yield ("a/b", feature) for each feature that is not itself a dictionary of features."""
     for name, feature in features.items():
-        inner = getattr(feature, "feature", feature)  # what a Sequence repeats
+        inner = getattr(feature, "feature", feature)  # the element of a Sequence
         if hasattr(inner, "items"):
             yield from _leaves(inner, f"{prefix}{name}/")
         else:
@@ -270,9 +324,9 @@ def _leaves(features: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _is_plain(feature: Any) -> bool:
-    """Whether records have it as a list of values that need no decoding, of none or one sequence.
+    """Return whether records store a feature as a list of values that need no decoding.
 
-    Of several they have it under other names.
+    That holds for a scalar and for a sequence. Nested sequences are stored under other names.
     """
     import tensorflow_datasets as tfds
 
@@ -280,23 +334,24 @@ def _is_plain(feature: Any) -> bool:
     return isinstance(getattr(feature, "feature", feature), plain)
 
 
-def _stored(feature: Any) -> list:
-    """The values of a tf.train.Feature."""
+def _stored_values(feature: Any) -> list:
+    """Return the values of a tf.train.Feature."""
     kind = feature.WhichOneof("kind")
     return list(getattr(feature, kind).value) if kind else []
 
 
 def _single(value: Any) -> Any:
-    """What is stored alone."""
+    """Unpack a list of one value; anything else is returned unchanged."""
     if isinstance(value, list):
         (value,) = value
     return value
 
 
 def _lookup(record: Mapping[str, Any], path: str) -> Any:
+    value: Any = record
     for part in path.split("/"):
-        record = record[part]
-    return record
+        value = value[part]
+    return value
 
 
 def _image(value: Any) -> bytes | np.ndarray:

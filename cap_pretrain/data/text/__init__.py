@@ -1,0 +1,1 @@
+"""Tokenizers, vocabularies of words, and captions with their words reordered."""
