@@ -289,11 +289,9 @@ def training_batches(
     return pipeline.train_dataset(
         mixture,
         tokenizer,
-        image_size=config.data.image_size,
+        pipeline.ImageOptions(config.data.image_size, config.data.crop, config.data.flip),
         batch_size=config.batch_size,
         seed=config.seed,
-        crop=config.data.crop,
-        flip=config.data.flip,
         order=_order(config, mixture),
         rows=rows,
     )

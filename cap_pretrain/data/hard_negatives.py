@@ -1,4 +1,4 @@
-"""Sets of questions about images: a true caption against false ones that hardly differ from it."""
+"""Hard negatives: true captions of images against false ones that differ only slightly."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -13,14 +13,19 @@ from cap_pretrain.data.text.word_order import shuffles, words_of
 
 @dataclass(frozen=True)
 class Question:
-    """A caption that is true of an image, and false ones by what is wrong with them."""
+    """A true caption of an image and false ones.
+
+    Attributes:
+        true: the true caption.
+        false: kind of mistake -> false caption.
+    """
 
     true: str
-    false: Mapping[str, str]  # kind -> caption
+    false: Mapping[str, str]
 
 
 class QuestionSet(Protocol):
-    """Images and the questions about each.
+    """Images and questions about each.
 
     Attributes:
         source: the images.
@@ -31,11 +36,11 @@ class QuestionSet(Protocol):
     protocol: str
 
     def questions(self, index: int) -> list[Question]:
-        """The questions about image `index`, the same each time; there may be none."""
+        """Return the questions about image `index`, possibly none. The result is deterministic."""
 
 
 class SceneQuestions:
-    """Captions of `scenes` against ones that are false of the scene: see `Scenes.negatives`."""
+    """Captions of `scenes` against false ones of the same scene (see `Scenes.negatives`)."""
 
     protocol = "captions of scenes with one thing changed"
 
@@ -43,6 +48,7 @@ class SceneQuestions:
         self.source = source
 
     def questions(self, index: int) -> list[Question]:
+        """Return the questions about scene `index`, one for each true caption."""
         by_true: dict[str, dict[str, str]] = {}
         for kind, (true, false) in self.source.negatives(index).items():
             by_true.setdefault(true, {})[kind] = false
@@ -50,21 +56,22 @@ class SceneQuestions:
 
 
 class OrderQuestions:
-    """Each caption of a dataset against its words in other orders: see `word_order`.
+    """Each caption of a dataset against its words in other orders (see `word_order`).
 
-    Of `scenes` it is known what a caption says: no false one names the same objects.
+    For `scenes`, captions are parsed, so that no false caption names the same objects.
     """
 
     protocol = "the four shuffles of ARO, with the differences that data/word_order.py names"
 
     def __init__(self, source: Source):
         self.source = source
-        self._says_the_same = _same_mentions if isinstance(source, Scenes) else None
+        self._same_meaning = _same_mentions if isinstance(source, Scenes) else None
 
     def questions(self, index: int) -> list[Question]:
+        """Return one question for each caption of example `index` that can be shuffled."""
         found = []
         for k, caption in enumerate(self.source[index]["captions"]):
-            false = shuffles(caption, f"{index}/{k}", self._says_the_same)
+            false = shuffles(caption, f"{index}/{k}", self._same_meaning)
             if false:
                 found.append(Question(" ".join(words_of(caption)), false))
         return found

@@ -1,9 +1,9 @@
-"""Encoded images in, RGB uint8 [H, W, 3] out, and the geometry done on the host.
+"""Decode images to RGB uint8 [H, W, 3], and resize and crop them on the host.
 
-Nearly every file of a captioning dataset is a plain JPEG; it goes through simplejpeg, which is the
-fastest (libjpeg-turbo) and the only one to tell when a file lacks the data of some of its pixels.
-Everything else (PNG, WebP, GIF, CMYK, alpha, palettes, 16 bits) goes through Pillow.
-tools/bench_decode.py measures the choice.
+Nearly every file of a captioning dataset is a plain JPEG. These are decoded with simplejpeg
+(libjpeg-turbo), which is the fastest decoder and the only one that reports files in which the data
+of some pixels is missing. Everything else (PNG, WebP, GIF, CMYK, alpha, palettes, 16 bits) is
+decoded with Pillow. tools/bench_decode.py measures the choice.
 """
 
 import io
@@ -16,17 +16,17 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps
 
-# One image is one task of one worker: OpenCV's own thread pool would only fight with the others.
+# Each worker decodes one image at a time, so OpenCV's own threads would compete with workers.
 cv2.setNumThreads(0)
 
-MAX_PIXELS = Image.MAX_IMAGE_PIXELS
-"""Larger images are refused before anything is decoded: Pillow's limit, 2**30 // 4 // 3 pixels."""
+MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 2**30 // 4 // 3
+"""Larger images are rejected before decoding. Pillow's limit, 2**30 // 4 // 3 pixels."""
 
-# Pillow remarks on damaged EXIF, which photographs from the web often have, and on its own limit,
-# for which an ImageError follows here.
+# Pillow warns of corrupt EXIF, which is frequent in photographs from the web, and of its size
+# limit, for which this module raises ImageError.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
-# Of what Pillow reads. Not EPS and the like, for which it starts other programs.
+# The formats to be read by Pillow. Not EPS and the like, for which Pillow starts other programs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 _EXIF_ORIENTATION = 0x0112  # Exif 2.32, table 4
 _UPRIGHT = {
@@ -38,51 +38,53 @@ _UPRIGHT = {
     7: lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1),
     8: lambda pixels: pixels[:, ::-1].swapaxes(0, 1),
 }
-"""What makes [H, W, 3] upright, by EXIF orientation."""
-_COLOURS = ("YCbCr", "RGB", "Gray")  # as simplejpeg calls those of plain JPEGs
-_EXIF = b"Exif\0\0"  # begins the segment that may say how to turn a JPEG (Exif 2.32, 4.7.2)
-_JPEG = ("JPEG", "MPO")  # MPO: what some cameras write, a JPEG with further JPEGs behind it
+"""EXIF orientation -> function that makes [H, W, 3] upright."""
+_COLOR_SPACES = ("YCbCr", "RGB", "Gray")  # simplejpeg's names of those of plain JPEGs
+_EXIF = b"Exif\0\0"  # start of the segment that may hold a JPEG's orientation (Exif 2.32, 4.7.2)
+_JPEG = ("JPEG", "MPO")  # MPO: written by some cameras, a JPEG followed by further JPEGs
 _LOSSLESS = ("PNG", "GIF", "BMP", "TIFF", "PPM")
 
 _SMOOTHED = 5**0.5
-"""How many times a side may shrink for three weights to smooth it: then they are all alike."""
+"""Largest downscaling factor for which three taps can smooth: there, all weights are equal."""
 
 _Box = tuple[int, int, int, int]
-"""Top, left, height, width of a part of an image, pixels."""
+"""Top, left, height, width of a part of an image, in pixels."""
 
 
 class ImageError(ValueError):
-    """The bytes are not an image, a broken one, or one that is refused for its size."""
+    """The bytes are not an image, or one that is corrupt or too large."""
 
 
 def decode(data: bytes, min_size: int = 0) -> np.ndarray:
-    """Decodes any common image file.
+    """Decode an image file of any common format.
 
     Args:
         data: the bytes of the file.
-        min_size: when positive, a large JPEG may come out at 1/2, 1/4 or 1/8 of its size as long as
-            both sides keep at least this many pixels: much faster when it is shrunk anyway.
+        min_size: if positive, a large JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as
+            both sides keep at least this many pixels. That is much faster for images that will be
+            downscaled anyway.
 
     Returns:
-        uint8 [H, W, 3], RGB, upright; transparency is composited on white, an animation gives its
-        first frame.
+        uint8 [H, W, 3], RGB, upright. Transparency is composited on white; of an animation, the
+        first frame is returned.
 
     Raises:
-        ImageError: not an image, broken, truncated, or more than MAX_PIXELS pixels.
+        ImageError: the file is not an image, is corrupt or truncated, or has more than `MAX_PIXELS`
+            pixels.
     """
     with _open(data) as image:
         return np.ascontiguousarray(_decode(data, image, _scale(min(image.size), min_size)))
 
 
 def to_plain(data: bytes) -> bytes:
-    """Returns the picture in a form that every decoder, TFDS's included, reads alike.
+    """Return the image in a form that all decoders, including that of TFDS, read alike.
 
-    An RGB or grey JPEG (even if EXIF wants it rotated) and an 8-bit PNG without transparency are
-    returned as they are, the same object. Anything else is encoded again: as PNG where nothing was
-    lost so far, else as JPEG of quality 95.
+    RGB or gray JPEGs (even with an EXIF orientation) and 8-bit PNGs without transparency are
+    returned as the same object. Anything else is encoded again: as PNG if the file was lossless,
+    otherwise as JPEG of quality 95.
 
     Raises:
-        ImageError: as `decode`; the whole image is decoded to find out.
+        ImageError: as for `decode`; the whole image is decoded to check it.
     """
     pixels = decode(data)
     with _open(data) as image:
@@ -98,16 +100,16 @@ def to_plain(data: bytes) -> bytes:
 
 
 def resize(image: bytes | np.ndarray, size: int) -> np.ndarray:
-    """The whole image -> [size, size, 3], ignoring the aspect ratio; antialiased where it shrinks.
+    """Resize the whole image to [size, size, 3], ignoring its aspect ratio, with antialiasing.
 
-    As all functions that resize, it takes pixels [H, W, 3] or a file, of which it decodes no more
-    than it needs (see `decode`), and then raises ImageError as `decode` does.
+    Like all functions here that resize, it takes pixels [H, W, 3] or an encoded file. A file is
+    decoded at no higher resolution than needed, and raises ImageError as `decode` does.
     """
     return _resize_part(image, size, lambda height, width: (0, 0, height, width))
 
 
 def center_crop(image: bytes | np.ndarray, size: int) -> np.ndarray:
-    """An image -> [size, size, 3]: the largest central square, resized."""
+    """Resize the largest central square to [size, size, 3]."""
     return _resize_part(image, size, _central)
 
 
@@ -118,15 +120,16 @@ def random_resized_crop(
     area: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> np.ndarray:
-    """An image -> [size, size, 3]: a random part of the image, resized.
+    """Resize a random part of the image to [size, size, 3].
 
     Args:
-        image: uint8 [H, W, 3], or a file.
-        size: side of the result, pixels.
-        rng: where the randomness comes from; equal generators give equal crops.
-        area: range of the share of the image that is kept. Defaults: Szegedy et al., "Going deeper
-            with convolutions" (arXiv 1409.4842), section 6, with the range everybody uses.
-        ratio: range of width / height of the part, drawn uniformly in its logarithm.
+        image: uint8 [H, W, 3], or an encoded file.
+        size: side of the result, in pixels.
+        rng: source of randomness; equal generators give equal crops.
+        area: range of the fraction of the image's area that is kept. Random area and aspect ratio
+            are from Szegedy et al., "Going deeper with convolutions" (arXiv 1409.4842), section 6;
+            the default range is the one in common use.
+        ratio: range of width / height of the part, drawn log-uniformly.
     """
     narrowest, widest = map(math.log, ratio)
 
@@ -142,7 +145,7 @@ def random_resized_crop(
                 top = int(rng.integers(height - crop_height + 1))
                 left = int(rng.integers(width - crop_width + 1))
                 return top, left, crop_height, crop_width
-        return _central(height, width)  # an extreme panorama, in which no such part fits
+        return _central(height, width)  # no such part fits into an extreme panorama
 
     return _resize_part(image, size, draw)
 
@@ -150,14 +153,14 @@ def random_resized_crop(
 def random_window(
     image: bytes | np.ndarray, size: int, rng: np.random.Generator, share: float = 224 / 256
 ) -> np.ndarray:
-    """An image -> [size, size, 3]: a square at a random place, resized.
+    """Resize a square at a random position to [size, size, 3].
 
     Args:
-        image: uint8 [H, W, 3], or a file.
-        size: side of the result, pixels.
-        rng: where the randomness comes from; equal generators give equal windows.
-        share: of the shorter side. Default: 224 of 256, the augmentation of AlexNet (Krizhevsky et
-            al. 2012, section 4.1).
+        image: uint8 [H, W, 3], or an encoded file.
+        size: side of the result, in pixels.
+        rng: source of randomness; equal generators give equal windows.
+        share: side of the square as a fraction of the shorter side. Default: 224 of 256, as in
+            AlexNet (Krizhevsky et al. 2012, section 4.1).
     """
 
     def draw(height: int, width: int) -> _Box:
@@ -169,17 +172,17 @@ def random_window(
 
 
 def flip(image: np.ndarray) -> np.ndarray:
-    """Mirrors [H, W, 3] left to right."""
-    return cv2.flip(image, 1)  # NumPy would copy pixel by pixel, forty times slower
+    """Mirror [H, W, 3] left to right."""
+    return cv2.flip(image, 1)  # NumPy copies pixel by pixel, 40 times slower
 
 
 def _open(data: bytes) -> Image.Image:
-    """Reads the header, and refuses before anything is decoded what is no image or too large."""
+    """Read the header and reject files that are not images, or too large ones, before decoding."""
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
     except Image.DecompressionBombError as error:
         raise ImageError(f"refused: {error}") from error
-    except Exception as error:  # on garbage, Pillow's plug-ins raise nearly everything
+    except Exception as error:  # Pillow's plug-ins raise nearly anything on garbage
         raise ImageError("not an image" if data else "empty file") from error
     width, height = image.size
     if width * height > MAX_PIXELS:
@@ -190,20 +193,20 @@ def _open(data: bytes) -> Image.Image:
 def _resize_part(
     image: bytes | np.ndarray, size: int, choose: Callable[[int, int], _Box]
 ) -> np.ndarray:
-    """Returns [size, size, 3], the part that `choose(height, width)` names of the upright image.
+    """Resize the part `choose(height, width)` of the upright image to [size, size, 3].
 
-    Of a JPEG that is decoded at 1/2, 1/4 or 1/8 of its size, the part begins and ends at the
-    nearest pixel of that, so that no edge moves by more than half a pixel of the result.
+    If a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, the edges of the part are rounded to its
+    pixels, so no edge moves by more than half a pixel of the result.
     """
     if not isinstance(image, bytes):
         return _resize(_part(image, choose(*image.shape[:2])), size)
-    if whole := _size_of_common(image):
+    if whole := _size_of_common_jpeg(image):
         box = choose(whole[1], whole[0])
         scale = _scale(min(box[2:]), size)
         return _resize(_part(_decode_jpeg(image, whole, scale), box, scale), size)
     with _open(image) as file:
         if not _is_plain_jpeg(file):
-            return _resize_part(_decode_carefully(file), size, choose)
+            return _resize_part(_decode_with_pillow(file), size, choose)
         turn = _UPRIGHT.get(_orientation(file), lambda pixels: pixels)
         box = _chosen(choose, file.size, turn)
         scale = _scale(min(box[2:]), size)
@@ -211,20 +214,22 @@ def _resize_part(
         return _resize(turn(part), size)
 
 
-def _size_of_common(data: bytes) -> tuple[int, int] | None:
-    """Width and height of a JPEG as nearly all are, for which Pillow need not be asked: it opens a
-    file ten times slower. None for any other, as a CMYK one, or one that may want to be turned.
+def _size_of_common_jpeg(data: bytes) -> tuple[int, int] | None:
+    """Return width and height of a JPEG of the most common kind without Pillow.
+
+    Pillow takes ten times as long to open a file. Returns None for other files, such as CMYK JPEGs
+    or those that may have an EXIF orientation.
     """
     try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        height, width, color_space, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
         return None
-    plain = colours in _COLOURS and _EXIF not in data
+    plain = color_space in _COLOR_SPACES and _EXIF not in data
     return (width, height) if plain and width * height <= MAX_PIXELS else None
 
 
 def _part(image: np.ndarray, box: _Box, scale: int = 1) -> np.ndarray:
-    """A view of a box in an image of 1 / scale of the size that the box was chosen for."""
+    """Return a view of `box`, chosen at full size, in an image of 1 / scale of that size."""
     top, left, height, width = box
     rows, columns = (
         slice(round(begin / scale), round((begin + length) / scale))
@@ -234,9 +239,15 @@ def _part(image: np.ndarray, box: _Box, scale: int = 1) -> np.ndarray:
 
 
 def _chosen(choose: Callable[[int, int], _Box], size: tuple[int, int], turn: Callable) -> _Box:
-    """The box of a file of `size` (width, height) that `turn` makes the one chosen."""
+    """Choose a box of the upright image and return it in the coordinates of the stored image.
+
+    Args:
+        choose: (height, width) -> box of the upright image.
+        size: width and height as stored.
+        turn: makes stored pixels upright.
+    """
     width, height = size
-    # Where in the file the upright pixels are. These are views: large files take no longer.
+    # The stored row and column of each upright pixel. These are views, so large files cost no more.
     rows, columns = (
         turn(np.broadcast_to(line, (height, width)))
         for line in (np.arange(height)[:, None], np.arange(width))
@@ -250,17 +261,18 @@ def _chosen(choose: Callable[[int, int], _Box], size: tuple[int, int], turn: Cal
 
 
 def _central(height: int, width: int) -> _Box:
-    """The largest central square."""
+    """Return the largest central square."""
     side = min(height, width)
     return (height - side) // 2, (width - side) // 2, side, side
 
 
 def _resize(image: np.ndarray, size: int) -> np.ndarray:
-    """[H, W, 3] -> [size, size, 3], antialiased where it shrinks.
+    """Resize [H, W, 3] to [size, size, 3], with antialiasing where it is downscaled.
 
-    What shrinks little is smoothed before it is sampled bilinearly. What shrinks more is sampled on
-    a grid that is a whole number of times finer, and averaged. Both are as near to an antialiasing
-    filter as averaging exact areas (INTER_AREA), which takes two to three times as long.
+    For small factors the image is smoothed, then sampled bilinearly. For larger factors it is
+    sampled on a grid that is an integer number of times finer, and averaged. Both approximate an
+    antialiasing filter as well as exact area averaging (INTER_AREA), which takes 2 to 3 times as
+    long.
     """
     height, width = image.shape[:2]
     if height == width == size:
@@ -272,23 +284,24 @@ def _resize(image: np.ndarray, size: int) -> np.ndarray:
         return cv2.resize(image, (size, size), interpolation=cv2.INTER_LINEAR)
     columns, rows = _samples(width, size), _samples(height, size)
     finer = cv2.resize(image, (columns * size, rows * size), interpolation=cv2.INTER_LINEAR)
-    # To halve one side only, OpenCV averages pairs faster if it is called bilinear.
-    how = cv2.INTER_LINEAR if max(columns, rows) <= 2 else cv2.INTER_AREA
-    return cv2.resize(finer, (size, size), interpolation=how)
+    # OpenCV averages pairs faster as bilinear sampling, which gives the same when halving one side.
+    method = cv2.INTER_LINEAR if max(columns, rows) <= 2 else cv2.INTER_AREA
+    return cv2.resize(finer, (size, size), interpolation=method)
 
 
-def _smoothing(shrinks: float) -> np.ndarray:
-    """Three weights that, with bilinear sampling, have the variance of the triangle filter that
-    shrinks a side so many times, up to `_SMOOTHED`: (shrinks ** 2 - 1) / 6, in pixels of the image.
+def _smoothing(factor: float) -> np.ndarray:
+    """Return the three taps that smooth a side before it is downscaled by `factor`, float32 [3].
 
-    They are whole numbers of 256ths, so that OpenCV computes with integers and equal pixels stay.
+    Together with bilinear sampling they have the variance of the triangle filter for that factor:
+    (factor ** 2 - 1) / 6, in squared pixels of the image, for factors up to `_SMOOTHED`. They are
+    multiples of 1 / 256, so OpenCV computes with integers and constant regions stay constant.
     """
-    outer = round(256 * max(0.0, shrinks**2 - 1) / 12) / 256
+    outer = round(256 * max(0.0, factor**2 - 1) / 12) / 256
     return np.array([outer, 1 - 2 * outer, outer], np.float32)
 
 
 def _samples(side: int, size: int) -> int:
-    """How many samples to average along one side for each pixel of the result."""
+    """Return the number of samples to average along one side for each pixel of the result."""
     return max(2, round(side / size)) if side > size else 1
 
 
@@ -304,21 +317,21 @@ def _is_plain_png(image: Image.Image, data: bytes) -> bool:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF's orientation, 1 (upright) to 8."""
+    """Return the EXIF orientation, 1 (upright) to 8."""
     return image.getexif().get(_EXIF_ORIENTATION, 1) if "exif" in image.info else 1
 
 
 def _scale(side: int, min_size: int) -> int:
-    """The largest of 1, 2, 4, 8 by which a side can be divided and keep `min_size` pixels."""
+    """Return the largest of 1, 2, 4, 8 by which `side` can shrink to at least `min_size`."""
     if min_size <= 0:
         return 1
     return next((scale for scale in (8, 4, 2) if side >= scale * min_size), 1)
 
 
 def _decode(data: bytes, image: Image.Image, scale: int) -> np.ndarray:
-    """Returns the upright pixels of an open file, of a plain JPEG at 1 / scale of its size."""
+    """Return the upright pixels of an open file; a plain JPEG at 1 / scale of its size."""
     if not _is_plain_jpeg(image):
-        return _decode_carefully(image)
+        return _decode_with_pillow(image)
     pixels = _decode_jpeg(data, image.size, scale)
     return _UPRIGHT.get(_orientation(image), lambda pixels: pixels)(pixels)
 
@@ -326,17 +339,17 @@ def _decode(data: bytes, image: Image.Image, scale: int) -> np.ndarray:
 def _decode_jpeg(data: bytes, size: tuple[int, int], scale: int) -> np.ndarray:
     width, height = (-(-side // scale) for side in size)
     try:
-        # strict: libjpeg otherwise fills what is missing with grey, and only warns.
+        # strict: otherwise libjpeg fills missing data with gray and only warns.
         return simplejpeg.decode_jpeg(data, min_width=width, min_height=height, strict=True)
     except ValueError as error:
         raise ImageError(f"broken or truncated JPEG: {error}") from error
 
 
-def _decode_carefully(image: Image.Image) -> np.ndarray:
+def _decode_with_pillow(image: Image.Image) -> np.ndarray:
     try:
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255
-            return _grey_to_rgb(np.asarray(image))
+        if image.mode.startswith("I"):  # 16-bit gray, which convert() would clip at 255
+            return _gray_to_rgb(np.asarray(image))
         if image.mode == "F":
             raise ValueError("floating point pixels have no defined range")
         if image.has_transparency_data:
@@ -344,11 +357,11 @@ def _decode_carefully(image: Image.Image) -> np.ndarray:
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image)
         return np.array(image.convert("RGB"))
-    except Exception as error:  # truncated and damaged files: again, nearly everything
+    except Exception as error:  # again, Pillow raises nearly anything on corrupt files
         raise ImageError(f"broken or truncated {image.format}: {error}") from error
 
 
-def _grey_to_rgb(grey: np.ndarray) -> np.ndarray:
-    """[H, W] of 16-bit values -> uint8 [H, W, 3]."""
-    high_byte = (np.clip(grey, 0, 65535) >> 8).astype(np.uint8)
+def _gray_to_rgb(gray: np.ndarray) -> np.ndarray:
+    """Convert [H, W] of 16-bit values to uint8 [H, W, 3]."""
+    high_byte = (np.clip(gray, 0, 65535) >> 8).astype(np.uint8)
     return np.repeat(high_byte[..., None], 3, axis=-1)

@@ -1,91 +1,106 @@
-"""From step number to batch: a pure function of (config, seed, step), on Grain.
+"""The input pipeline: from a step number to a batch, a pure function of (config, seed, step).
 
-Everything that decides *what* is in a batch happens in random-access `grain.MapDataset`s, whose
-element t is batch t: shuffling, repeating, mixing, drawing, batching, the share of each host. So a
-run starts at any step without replaying the ones before. Threads and worker processes come after
-that (`prefetch`) and only decide *when* a batch is computed.
+Everything that decides what is in a batch happens in random-access `grain.MapDataset`s, whose
+element t is batch t: shuffling, repeating, mixing, drawing, batching, and the rows of each host. So
+a run resumes at any step without replaying the steps before. Threads and worker processes are added
+afterwards (`prefetch`) and only decide when a batch is computed.
 """
 
 import bisect
+import dataclasses
 import functools
 import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import grain
 import numpy as np
 
 from cap_pretrain.data import images
 from cap_pretrain.data.sources.base import Example, Source
-from cap_pretrain.data.text.tokenizers import SentencePieceTokenizer, encode_answer
+from cap_pretrain.data.text.tokenizers import TextEncoder, encode_answer
 from cap_pretrain.errors import UserError, did_you_mean
 
 BROKEN_IN_A_ROW = 100
-"""So many neighbouring images that do not decode mean that the dataset is at fault."""
+"""If this many consecutive images do not decode, the dataset is taken to be corrupt."""
 
-# Ways to crop at random, by the name in a config.
-_RANDOM = {"random": images.random_resized_crop, "window": images.random_window}
+# Random crops by their name in a config.
+_RANDOM_CROPS: dict[str, Callable[..., np.ndarray]] = {
+    "random": images.random_resized_crop,
+    "window": images.random_window,
+}
 
-_GROUP = 32  # rows whose examples are in memory at a time, encoded
+_GROUP = 32  # rows loaded together, so at most this many encoded images are in memory
 
-_ORDER, _DRAW = 0, 1  # purposes of derived seeds; `buckets` has others
+_ORDER, _DRAW = 0, 1  # purposes of derived seeds; `buckets` has 2 and 3
 
 Row = dict[str, Any]
 
 
+@dataclasses.dataclass(frozen=True)
+class ImageOptions:
+    """How images become squares in training.
+
+    Attributes:
+        size: side S of the images, in pixels.
+        crop: "none" squashes the whole image to S x S, as in the Cap recipe; "random" is a random
+            resized crop; "window" is a square of most of the image at a random position.
+        flip: mirror half of the images.
+    """
+
+    size: int
+    crop: Literal["none", "random", "window"] = "none"
+    flip: bool = False
+
+
 def train_dataset(
     sources: Sequence[tuple[Source, float]],
-    tokenizer: SentencePieceTokenizer,
+    tokenizer: TextEncoder,
+    image: ImageOptions,
     *,
-    image_size: int,
     batch_size: int,
     seed: int,
-    crop: Literal["none", "random", "window"] = "none",
-    flip: bool = False,
     order: Callable[[int], int] | None = None,
     rows: Sequence[int] | None = None,
 ) -> grain.MapDataset:
-    """An endless dataset whose element t is this host's part of the global batch of step t.
+    """Return an endless dataset whose element t is this host's part of global batch t.
 
-    Every member of the mixture is shuffled anew in each of its epochs, in which each example comes
-    exactly once; a member that ends just begins its next epoch. Read it with `prefetch.iterate`: a
-    plain `for` loop reads 500 batches ahead, Grain's default.
+    Each member of the mixture is shuffled in each of its epochs, in which each example is seen
+    exactly once. A member that is exhausted starts its next epoch. Read the dataset with
+    `prefetch.iterate`: a plain `for` loop reads 500 batches ahead, Grain's default.
 
     Args:
         sources: (source, weight) of each member; weights are relative and kept within 1%.
         tokenizer: encodes the captions; its `max_len` is T.
-        image_size: side S of the square images.
+        image: size S, crop and flip of the images.
         batch_size: number of examples of the global batch, B.
         seed: not negative; decides the order, the captions drawn and the augmentations.
-        crop: "none" squashes the whole image to S x S, the recipe's choice; "random" is a random
-            resized crop, "window" a square of most of it.
-        flip: mirror half of the images.
-        order: row of the run -> position in the concatenation of the sources, in place of shuffling
-            and mixing them by weight (see `buckets.Order`).
-        rows: which rows of the global batch; by default all.
+        order: function from rows of the run to positions in the concatenation of the sources, used
+            instead of shuffling and mixing by weight (see `buckets.Order`).
+        rows: the rows of the global batch to load; by default all.
 
     Returns:
-        A dataset of dicts, b = len(rows):
+        A dataset of dicts, with b = len(rows):
             image: uint8 [b, S, S, 3]; of stored features float [b, 1 + N, D].
-            text: int32 [b, T], one of the image's captions, drawn by their weights if they have
-                some; all 0 when there is none. Where captions answer a question, that comes before
-                (see `tokenizers.encode_answer`).
-            prompt: int32 [b], how many tokens of `text` are the question's, 0 without one.
-            label: int32 [b], -1 when there is none.
-            index: int64 [b], the position drawn, in the concatenation of the sources.
-            broken: bool [b], whether the image at that position does not decode, so that the
-                nearest following example that does stands in for it.
+            text: int32 [b, T], one of the image's captions, drawn by weight if the example has
+                `weights`; all 0 if there is none. A question comes before the caption that answers
+                it (see `tokenizers.encode_answer`).
+            prompt: int32 [b], number of tokens of `text` that belong to the question, or 0.
+            label: int32 [b], -1 if there is none.
+            index: int64 [b], position drawn, in the concatenation of the sources.
+            broken: bool [b], whether the image at that position does not decode. Then the next
+                example that does replaces it.
 
     Raises:
-        UserError: an empty source; and, when an element is computed, `BROKEN_IN_A_ROW` broken
-            images in a row.
+        UserError: a source is empty; or, when an element is computed, `BROKEN_IN_A_ROW` images in a
+            row do not decode.
     """
     for source, _ in sources:
         _check_not_empty(source)
     bounds = [0, *itertools.accumulate(len(source) for source, _ in sources)]
-    # Positions are shuffled and mixed, and only then loaded: an example's random numbers depend on
-    # its place in the run alone, whatever member it comes from.
+    # Positions are shuffled and mixed before anything is loaded, so the random numbers of an
+    # example depend only on its row in the run, not on the member it comes from.
     if order is not None:
         positions = grain.MapDataset.range(sys.maxsize).map(order)
     else:
@@ -98,9 +113,7 @@ def train_dataset(
         [source for source, _ in sources],
         positions,
         tokenizer,
-        image_size=image_size,
-        crop=crop,
-        flip=flip,
+        image,
         seed=_derive(seed, _DRAW),
     )
     return _batched(load, sys.maxsize // batch_size, batch_size, rows)
@@ -108,7 +121,7 @@ def train_dataset(
 
 def eval_batches(
     source: Source,
-    tokenizer: SentencePieceTokenizer,
+    tokenizer: TextEncoder,
     *,
     image_size: int,
     batch_size: int,
@@ -116,27 +129,27 @@ def eval_batches(
     limit: int | None = None,
     rows: Sequence[int] | None = None,
 ) -> grain.MapDataset:
-    """The batches that show every example exactly once, in order, as a sequence.
+    """Return the batches that show every example exactly once, in order, as a sequence.
 
-    The last batch is padded with zeros, so all hosts see the same number of equally large batches.
-    Nothing is drawn: the text is the first caption, and the other ones are at
-    `source[index]["captions"]`. `prefetch.iterate` has the next batches prepared meanwhile.
+    The last batch is padded with zeros, so all hosts see the same number of batches of equal size.
+    Nothing is random: the text is the first caption; all captions are in
+    `source[index]["captions"]`. Use `prefetch.iterate` to prepare batches ahead of time.
 
     Args:
-        source: what to show; `limit` examples of it when given.
+        source: the dataset.
         tokenizer: encodes the captions; its `max_len` is T.
         image_size: side S of the square images.
         batch_size: number of examples of the global batch, B.
-        crop: "none" squashes the whole image; "center" takes the largest centred square.
-        limit: the first so many examples only.
-        rows: which rows of each global batch; by default all.
+        crop: "none" squashes the whole image; "center" takes the largest centered square.
+        limit: if given, only the first `limit` examples are shown.
+        rows: the rows of each global batch to load; by default all.
 
     Returns:
-        A sequence of dicts as of `train_dataset`, and
+        A sequence of dicts like those of `train_dataset`, with one more entry:
             mask: bool [b], False for padding and for images that do not decode (`broken`).
 
     Raises:
-        UserError: an empty source.
+        UserError: the source is empty.
     """
     load = _EvalRow(source, tokenizer, image_size, crop, limit)
     return _batched(functools.partial(map, load), -(-load.count // batch_size), batch_size, rows)
@@ -148,13 +161,13 @@ def _batched(
     batch_size: int,
     rows: Sequence[int] | None,
 ) -> grain.MapDataset:
-    """The dataset of `count` batches, or of the `rows` of each, whose rows `load` loads."""
+    """Return the dataset of `count` batches, or of `rows` of each, whose rows `load` loads."""
     own = range(batch_size) if rows is None else [int(row) for row in rows]
     return grain.MapDataset.range(count).map(_Batch(load, batch_size, own))
 
 
 class _Batch:
-    """Number of a batch -> the batch."""
+    """A function from the number of a batch to the batch."""
 
     def __init__(
         self, load: Callable[[list[int]], Iterable[Row]], batch_size: int, rows: Sequence[int]
@@ -162,8 +175,9 @@ class _Batch:
         self._load, self._batch_size, self._rows = load, batch_size, rows
 
     def __call__(self, number: int) -> Row:
-        first, batch = int(number) * self._batch_size, {}
-        # Each row is copied while it is in the caches.
+        first = int(number) * self._batch_size
+        batch: Row = {}
+        # Copy each row while it is in the CPU caches.
         for place, row in enumerate(self._load([first + row for row in self._rows])):
             for name, value in row.items():
                 if not place:
@@ -173,26 +187,23 @@ class _Batch:
 
 
 class _TrainRows:
-    """Numbers of rows of the run -> rows of training batches."""
+    """A function from row numbers of the run to rows of training batches."""
 
     def __init__(
         self,
         sources: Sequence[Source],
         positions: grain.MapDataset,
-        tokenizer: SentencePieceTokenizer,
+        tokenizer: TextEncoder,
+        image: ImageOptions,
         *,
-        image_size: int,
-        crop: str,
-        flip: bool,
         seed: int,
     ):
         self._ends = list(itertools.accumulate(len(source) for source in sources))
         self._sources = list(sources)
         self._positions = positions
         self._tokenizer = tokenizer
-        self._size = image_size
-        self._crop = _known_crop(crop, ("none", *_RANDOM))
-        self._flip = flip
+        _check_crop(image.crop, ("none", *_RANDOM_CROPS))
+        self._options = image
         self._key = np.random.SeedSequence(seed).generate_state(2, np.uint64)
 
     def __call__(self, numbers: Sequence[int]) -> Iterator[Row]:
@@ -200,12 +211,14 @@ class _TrainRows:
             yield from self._group(numbers[start : start + _GROUP])
 
     def _group(self, numbers: Sequence[int]) -> Iterator[Row]:
-        """One stage after the other: Python that runs after a decoder, which has filled the caches
-        with its own, takes several times as long as Python that runs after itself.
+        """Yield the rows, computing stage by stage.
+
+        Python code takes several times as long right after a decoder, which replaces the contents
+        of the CPU caches.
         """
         positions = [self._positions[number] for number in numbers]
         rngs = [self._rng(number) for number in numbers]
-        # Drawn before anything else, so that the options of augmentation do not change them.
+        # Drawn first, so augmentation options do not change which captions are drawn.
         drawn = [rng.random(2) for rng in rngs]
         places = [self._place(position) for position in positions]
         examples = [source[index] for source, index in places]
@@ -222,13 +235,13 @@ class _TrainRows:
                 if skipped == BROKEN_IN_A_ROW:
                     raise UserError(
                         f"data: all images broken in {source}: {BROKEN_IN_A_ROW} in a row from "
-                        f"example {index} on do not decode (the last one: {image}); build the "
-                        "dataset anew."
+                        f"example {index} on do not decode (last error: {image}); build the "
+                        "dataset again."
                     )
                 example = source[(index + skipped) % len(source)]
                 image = self._image(example, rng)
             yield {
-                "image": images.flip(image) if self._flip and side < 0.5 else image,
+                "image": images.flip(image) if self._options.flip and side < 0.5 else image,
                 **(_text(example, which, self._tokenizer) if skipped else text),
                 "label": np.int32(example["label"]),
                 "index": np.int64(position),
@@ -236,28 +249,28 @@ class _TrainRows:
             }
 
     def _place(self, position: int) -> tuple[Source, int]:
-        """Which source a position in all of them is in, and where."""
+        """Return the source of a position in the concatenation, and the index in it."""
         member = bisect.bisect_right(self._ends, position)
         return self._sources[member], position - (self._ends[member - 1] if member else 0)
 
     def _rng(self, number: int) -> np.random.Generator:
-        """The random numbers of a row, as `grain.MapDataset.random_map` has them."""
+        """Return the generator of a row, the same that `grain.MapDataset.random_map` uses."""
         return np.random.Generator(np.random.Philox(key=self._key, counter=number << 192))
 
     def _image(self, example: Example, rng: np.random.Generator) -> np.ndarray | images.ImageError:
         try:
-            return square(example["image"], self._size, self._crop, rng)
+            return square(example["image"], self._options.size, self._options.crop, rng)
         except images.ImageError as error:
             return error
 
 
 class _EvalRow:
-    """Position -> a row of an evaluation batch; positions from `count` on are padding."""
+    """A function from positions to rows of evaluation batches, with padding from `count` on."""
 
     def __init__(
         self,
         source: Source,
-        tokenizer: SentencePieceTokenizer,
+        tokenizer: TextEncoder,
         image_size: int,
         crop: str,
         limit: int | None,
@@ -267,13 +280,14 @@ class _EvalRow:
         self._source = source
         self._tokenizer = tokenizer
         self._size = image_size
-        self._crop = _known_crop(crop, ("none", "center"))
+        _check_crop(crop, ("none", "center"))
+        self._crop = crop
         first = source[0]["image"]
         blank = np.zeros((image_size, image_size, 3), np.uint8)
         self._blank = np.zeros_like(first) if is_features(first) else blank
 
     def __call__(self, position: int) -> Row:
-        row = {
+        row: Row = {
             "image": self._blank,
             "text": np.zeros(self._tokenizer.max_len, np.int32),
             "prompt": np.int32(0),
@@ -296,22 +310,22 @@ class _EvalRow:
         return row
 
 
-def is_features(image: bytes | np.ndarray) -> bool:
-    """Whether an example's `image` is what an encoder made of it: float [1 + N, D]."""
+def is_features(image: bytes | np.ndarray) -> TypeGuard[np.ndarray]:
+    """Return whether an example's `image` holds features of an encoder: float [1 + N, D]."""
     return isinstance(image, np.ndarray) and image.dtype.kind == "f"
 
 
 def picture(image: bytes | np.ndarray, size: int) -> np.ndarray:
-    """Returns the whole image as uint8 [size, size, 3], to be looked at.
+    """Return the whole image as uint8 [size, size, 3], for display.
 
     Raises:
         images.ImageError: `image` does not decode.
-        UserError: there are features in its place.
+        UserError: `image` holds features.
     """
     if is_features(image):
         raise UserError(
-            "data: the dataset holds features of an encoder, so there are no images to look at; "
-            "name the one that they were made from."
+            "data: the dataset holds features of an encoder, so there are no images to show; "
+            "name the dataset they were extracted from."
         )
     return square(image, size, "none")
 
@@ -319,20 +333,27 @@ def picture(image: bytes | np.ndarray, size: int) -> np.ndarray:
 def square(
     image: bytes | np.ndarray, size: int, crop: str, rng: np.random.Generator | None = None
 ) -> np.ndarray:
-    """Returns uint8 [size, size, 3], or features as they are.
+    """Return an image as uint8 [size, size, 3], or features unchanged.
+
+    Args:
+        image: an encoded file, uint8 [H, W, 3], or features float [1 + N, D].
+        size: side of the result, in pixels.
+        crop: "none" (squash), "center", "random" or "window".
+        rng: source of randomness, which the random crops need.
 
     Raises:
         images.ImageError: `image` does not decode.
     """
     if is_features(image):
         return image
-    if crop in _RANDOM:
-        return _RANDOM[crop](image, size, rng)
+    if crop in _RANDOM_CROPS:
+        assert rng is not None
+        return _RANDOM_CROPS[crop](image, size, rng)
     return images.center_crop(image, size) if crop == "center" else images.resize(image, size)
 
 
-def _text(example: Example, where: float, tokenizer: SentencePieceTokenizer) -> Row:
-    """Returns `text` and `prompt` of a row, with the caption at `where`, of [0, 1), in its list."""
+def _text(example: Example, where: float, tokenizer: TextEncoder) -> Row:
+    """Return `text` and `prompt` of a row; `where` in [0, 1) chooses the caption by weight."""
     captions, weights = example["captions"], example.get("weights")
     if weights:
         ends = np.cumsum(weights)
@@ -349,16 +370,15 @@ def _check_not_empty(source: Source) -> None:
         raise UserError(f"data: {source} has no examples; name another dataset or split.")
 
 
-def _known_crop(crop: str, known: Sequence[str]) -> str:
+def _check_crop(crop: str, known: Sequence[str]) -> None:
     if crop not in known:
-        raise UserError(f"data.crop: there is no {crop!r} here.{did_you_mean(crop, known)}")
-    return crop
+        raise UserError(f"data.crop: {crop!r} is unknown here.{did_you_mean(crop, known)}")
 
 
 def _derive(seed: int, *purpose: int) -> int:
-    """A 32-bit seed for one purpose.
+    """Return a 32-bit seed for one purpose.
 
-    Grain shuffles epoch e with seed + e, so nearby seeds may not be handed to it: run 1 would see
-    the second epoch of run 0 first.
+    Grain shuffles epoch e with seed + e, so adjacent seeds must not be passed to it: the first
+    epoch of run 1 would be the second of run 0.
     """
     return int(np.random.SeedSequence([seed, *purpose]).generate_state(1)[0])

@@ -1,6 +1,6 @@
-"""Batches prepared ahead of time: by threads or worker processes, which end when they should.
+"""Prefetching of batches by threads or worker processes, which shut down cleanly.
 
-What is in a batch is settled before (see `pipeline`); here is only when it is computed, and where.
+`pipeline` decides what is in a batch; this module only decides when and where it is computed.
 """
 
 import atexit
@@ -19,7 +19,7 @@ from absl import flags
 from cap_pretrain.errors import UserError
 
 DEFAULT_THREADS = max(1, min(16, (os.cpu_count() or 2) // 2))
-"""Half of the cores: the other half is for the training itself."""
+"""Half of the cores; the other half is left to training itself."""
 
 Batch = dict[str, np.ndarray]
 
@@ -33,28 +33,28 @@ def iterate(
     threads: int = DEFAULT_THREADS,
     prefetch: int = 4,
 ) -> "Batches":
-    """Iterates over elements start … stop - 1 of a dataset, preparing them ahead of time.
+    """Iterate over elements start … stop - 1 of a dataset, preparing them ahead of time.
 
-    What comes out does not depend on `workers`, `threads` and `prefetch`. Preparation begins at
-    once, so that it overlaps with whatever the caller does before the first `next`.
+    The batches do not depend on `workers`, `threads` and `prefetch`. Prefetching starts at once, so
+    it overlaps with what the caller does before the first `next`.
 
     Args:
-        dataset: of `pipeline.train_dataset` or `pipeline.eval_batches`.
-        start: the first element, a step number.
-        stop: where to end; None for the end of the dataset.
-        workers: number of worker processes. They import the main module, so it should import what
-            is heavy late, and guard what it does by `if __name__ == "__main__"`.
-        threads: number of threads that prepare elements when there are no workers; 0 computes each
-            element when it is asked for. They speed up decoding, which releases the GIL; examples
-            made in Python (`scenes`) want worker processes, and come slower with more threads.
-        prefetch: number of elements kept ready, shared out among the workers.
+        dataset: result of `pipeline.train_dataset` or `pipeline.eval_batches`.
+        start: the first element, a training step.
+        stop: the end, exclusive; None for the end of the dataset.
+        workers: number of worker processes. They import the main module, which therefore should
+            import heavy packages late and guard its code by `if __name__ == "__main__"`.
+        threads: number of prefetching threads if there are no workers; with 0, each element is
+            computed on demand. Threads speed up image decoding, which releases the GIL. Examples
+            made in Python (`scenes`) need worker processes; more threads slow them down.
+        prefetch: number of elements kept ready, divided among the workers.
 
     Returns:
-        An iterator; `close()` it to end its workers at once.
+        An iterator; call `close()` to stop its workers at once.
 
     Raises:
-        UserError: (from the iterator) whatever user error preparing an element met, in any process;
-            a worker that was killed.
+        UserError: (from the iterator) a UserError of preparing an element, in any process; or a
+            worker process was killed.
     """
     elements = dataset.slice(slice(start, stop))
     workers = min(workers, len(elements))
@@ -63,16 +63,16 @@ def iterate(
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=buffer)
         iterator = iter(elements.to_iter_dataset(options))
     else:
-        if not flags.FLAGS.is_parsed():  # Grain reads its flags, to pass them on to the workers
+        if not flags.FLAGS.is_parsed():  # Grain reads its flags to pass them to the workers
             flags.FLAGS.mark_as_parsed()
-        # Each worker prepares one element after the other and keeps them in its own queue.
+        # Each worker prepares elements sequentially and keeps them in its own queue.
         options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
         processes = grain.MultiprocessingOptions(workers, max(prefetch // workers, 1))
         iterator = iter(
             elements.to_iter_dataset(options).mp_prefetch(processes, worker_init_fn=_follow_parent)
         )
-        iterator.get_state()  # has Grain make what it otherwise makes at the first `next`
-        atexit.register(_free_shared_memory)  # runs before what multiprocessing registered earlier
+        iterator.get_state()  # makes Grain set up now, not at the first `next`
+        atexit.register(_free_shared_memory)  # runs before multiprocessing's own exit handlers
     iterator.start_prefetch()
     return Batches(iterator)
 
@@ -81,7 +81,7 @@ _OPEN: "weakref.WeakSet[Batches]" = weakref.WeakSet()
 
 
 class Batches(Iterator[Batch]):
-    """An iterator over batches that has threads or worker processes to end when it is closed."""
+    """An iterator over batches whose threads or worker processes end when it is closed."""
 
     def __init__(self, iterator: grain.DatasetIterator):
         self._iterator = iterator
@@ -94,42 +94,43 @@ class Batches(Iterator[Batch]):
             if "Worker process was terminated" not in str(error):
                 raise
             raise UserError(
-                f"data.workers: {str(error).split('.')[0]}: memory or shared memory (/dev/shm) ran "
-                "out, most likely; give the machine or container more, or lower data.workers."
+                f"data.workers: {str(error).split('.')[0]}: most likely memory or shared memory "
+                "(/dev/shm) ran out; give the machine or container more, or lower data.workers."
             ) from error
 
     def close(self) -> None:
-        """Ends the threads and processes that prepare batches."""
+        """Stop the threads and processes that prepare batches."""
         self._iterator.close()
         self._iterator = iter(())
 
 
 def _free_shared_memory() -> None:
-    """Frees the last batches of worker processes, which would be called leaked otherwise.
+    """Free the last batches of worker processes, or Python would warn of leaked shared memory.
 
-    They lie in shared memory that the last one to hold them frees, in a thread of Grain's: JAX
-    holds what it computed with, the traceback of an error the local variables on its way, and an
-    iterator that nobody has closed what it has fetched ahead.
+    Their shared memory is freed, in a thread of Grain's, when the last reference goes. JAX keeps
+    references to its inputs, the traceback of an error to local variables, and an iterator that was
+    not closed to its prefetched batches.
     """
     for batches in list(_OPEN):
         batches.close()
     gc.collect()
     deletions = getattr(grain.multiprocessing.SharedMemoryArray, "_del_thread_pool", None)
     if deletions:
-        deletions.apply(int)  # one thread: returns when all that came before are done
+        deletions.apply(int)  # there is one thread, so this returns after all earlier deletions
 
 
-def _follow_parent(worker: int, workers: int) -> None:
-    """Makes this worker process live as long as its parent wants, and no longer than it lives.
+def _follow_parent(_worker: int, _workers: int) -> None:
+    """Tie the life of this worker process to that of its parent. Grain passes its index and count.
 
-    Signals meant for the whole process group (Ctrl-C, a scheduler's SIGTERM) are the parent's to
-    answer: it needs batches until it has saved. A parent that was killed leaves no workers behind.
+    Signals to the whole process group (Ctrl-C, a scheduler's SIGTERM) are left to the parent, which
+    needs batches until it has saved. If the parent is killed, the worker exits too.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
+    assert parent is not None  # only called in worker processes
 
-    def end_with_parent():
+    def end_with_parent() -> None:
         parent.join()
         os._exit(1)
 

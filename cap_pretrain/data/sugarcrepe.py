@@ -1,12 +1,12 @@
-"""SugarCrepe: captions of COCO images against fluent, plausible, wrong ones.
+"""SugarCrepe: captions of COCO images against fluent, plausible but wrong ones.
 
 Hsieh et al., "SugarCrepe: Fixing Hackable Benchmarks for Vision-Language Compositionality" (arXiv
-2306.14610). Its files, as in github.com/RAIVNLab/sugar-crepe/tree/main/data: add_att, add_obj,
-replace_att, replace_obj, replace_rel, swap_att and swap_obj, each
+2306.14610). Its files, from github.com/RAIVNLab/sugar-crepe/tree/main/data, are add_att, add_obj,
+replace_att, replace_obj, replace_rel, swap_att and swap_obj, each of the form
 
     {"0": {"filename": "000000085329.jpg", "caption": "…", "negative_caption": "…"}, …}
 
-with images of COCO's val2017.
+The images are those of COCO's val2017.
 """
 
 from pathlib import Path
@@ -19,14 +19,14 @@ from cap_pretrain.errors import UserError
 
 
 class SugarCrepe:
-    """The questions of all files, by image: a `QuestionSet`. The kind of a caption is its file.
+    """The questions of all files by image: a `QuestionSet`. The kind of a negative is its file.
 
     Args:
-        annotations: folder with the json files; each is read, whatever its name.
-        images: folder or zip with the images, which may lie in folders of their own there.
+        annotations: folder with the JSON files; all of them are read.
+        images: folder or zip with the images, possibly in subfolders.
 
     Raises:
-        UserError: a folder without json files, one of another form, an image that is not there.
+        UserError: the folder has no JSON files, a file has another form, or an image is missing.
     """
 
     protocol = "SugarCrepe: each caption against its one negative, by file"
@@ -40,22 +40,22 @@ class SugarCrepe:
         self.source = _Images(images, self._names)
 
     def questions(self, index: int) -> list[Question]:
+        """Return the questions of all files about image `index`."""
         return self._questions[self._names[index]]
 
 
 class _Images:
-    """The images by name, as a `Source` without captions and labels."""
-
-    class_names: list[str] = []
+    """Images by name, as a `Source` without captions and labels."""
 
     def __init__(self, path: str, names: list[str]):
+        self.class_names: list[str] = []
         self._files = open_files(path)
         by_name = {name.rpartition("/")[2]: name for name in image_names(self._files)}
         missing = [name for name in names if name not in by_name]
         if missing:
             raise UserError(
-                f"{path}: {len(missing)} of {len(names)} images are not there, such as "
-                f"{missing[0]}; SugarCrepe asks about the images of COCO's val2017."
+                f"{path}: {len(missing)} of {len(names)} images are missing, such as "
+                f"{missing[0]}; SugarCrepe needs the images of COCO's val2017."
             )
         self._paths = [by_name[name] for name in names]
 
@@ -92,6 +92,6 @@ def _read(path: Path) -> list[tuple[str, Question]]:
         ]
     except (AttributeError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path}: not a file of SugarCrepe, of the form "
+            f"{path}: not a SugarCrepe file, which has the form "
             '{"0": {"filename": …, "caption": …, "negative_caption": …}, …}.'
         ) from error

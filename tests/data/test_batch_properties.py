@@ -1,5 +1,7 @@
-"""Batch t is the same for any number of hosts, workers and threads, after a resume at any step, and
-for any mixture: of many cases drawn at random, the same each time.
+"""Properties of training batches, checked on random cases with fixed seeds.
+
+Batch t is the same for any number of hosts, workers and threads, after a resume at any step, and
+for any mixture.
 """
 
 import contextlib
@@ -9,19 +11,20 @@ import random
 import numpy as np
 import pytest
 
-from cap_pretrain.data.pipeline import train_dataset
+from cap_pretrain.data.pipeline import ImageOptions, train_dataset
 from cap_pretrain.data.prefetch import iterate
 from cap_pretrain.data.text.tokenizers import NoText
-from tests.data.test_pipeline import SIZE, Numbers, assert_same, share
+from tests.data.numbers import SIZE, Numbers, assert_same, rows_of_host
 
 
 @dataclasses.dataclass
 class Case:
-    """A run: a mixture in which members may be exhausted long before others, and its options."""
+    """A run on a mixture whose members may be exhausted long before others."""
 
     sizes: list[int]
     weights: list[float]
     options: dict
+    image: ImageOptions
     start: int
 
     @classmethod
@@ -34,9 +37,10 @@ class Case:
             options={
                 "batch_size": 4 * draw.randint(1, 6),
                 "seed": draw.randrange(1000),
-                "crop": draw.choice(["none", "random", "window"]),
-                "flip": draw.random() < 0.5,
             },
+            image=ImageOptions(
+                SIZE, crop=draw.choice(["none", "random", "window"]), flip=draw.random() < 0.5
+            ),
             start=draw.choice([0, 1, 5, 17, 366_499]),
         )
 
@@ -48,13 +52,13 @@ class Case:
         return train_dataset(
             list(zip(sources, self.weights, strict=True)),
             NoText(),
-            image_size=SIZE,
-            rows=share(host, hosts, self.options["batch_size"]),
+            self.image,
+            rows=rows_of_host(host, hosts, self.options["batch_size"]),
             **self.options,
         )
 
     def batches(self, count: int = 3, hosts: int = 1, **options) -> list[dict]:
-        """So many batches from `start` on, of all hosts put together, each read by itself."""
+        """Return `count` batches from `start` on, joined from all hosts, each read separately."""
         stop = self.start + count
         read = []
         for host in range(hosts):
@@ -102,9 +106,9 @@ def test_members_of_a_mixture_keep_weight_and_epochs_when_others_are_exhausted(s
     first = 0
     for size, expected in zip(case.sizes, shares, strict=True):
         own = drawn[(first <= drawn) & (drawn < first + size)] - first
-        # To one hundredth of all, as Grain rounds weights.
+        # Within 1% of all, because Grain rounds weights.
         assert abs(len(own) - expected * len(drawn)) <= 0.01 * len(drawn) + 1
         for start in range(0, len(own), size):
             epoch = own[start : start + size].tolist()
-            assert len(set(epoch)) == len(epoch), "an example comes once before any comes again"
+            assert len(set(epoch)) == len(epoch), "no example repeats within an epoch"
         first += size

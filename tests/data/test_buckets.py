@@ -8,13 +8,13 @@ import pytest
 
 from cap_pretrain import config as configs
 from cap_pretrain import inputs, train
-from cap_pretrain.data.pipeline import train_dataset
+from cap_pretrain.data.pipeline import ImageOptions, train_dataset
 from cap_pretrain.data.prefetch import iterate
 from cap_pretrain.data.sources import buckets
 from cap_pretrain.data.text.words import Rules, WordTokenizer, write_words
 from cap_pretrain.errors import UserError
 from tests import toy
-from tests.data.test_pipeline import share
+from tests.data.numbers import rows_of_host
 
 SIZE, BATCH, MAX = 8, 4, 9
 WORDS = ["a", "red", "star", "next", "to", "some", "very", "large", "blue", "circle", "on", "green"]
@@ -66,12 +66,12 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture
 def build(tokenizer):
-    def build(source=None, seed=1, batch=BATCH, **options):
+    def build(source=None, seed=1, batch=BATCH, flip=False, **options):
         groups = buckets.by_length(source or Captioned(), tokenizer)
         return train_dataset(
             [(group, 1.0) for group in groups],
             tokenizer,
-            image_size=SIZE,
+            ImageOptions(SIZE, flip=flip),
             batch_size=batch,
             seed=seed,
             order=buckets.Order(groups, batch, seed),
@@ -137,7 +137,7 @@ def test_rows_hold_the_pair_they_name(build, tokenizer):
 def test_the_slices_of_the_hosts_make_up_the_batch(build, hosts):
     dataset, slices = (
         build(flip=True),
-        [build(flip=True, rows=share(h, hosts, BATCH)) for h in range(hosts)],
+        [build(flip=True, rows=rows_of_host(h, hosts, BATCH)) for h in range(hosts)],
     )
     for t in (0, 13, 1000):
         parts = [part[t] for part in slices]
@@ -171,11 +171,12 @@ def test_a_pair_of_the_same_length_stands_in_for_a_broken_image(build):
     assert 0.2 < broken.mean() < 0.8 and (images % 2 == 1).all()
 
 
-def test_people_are_told_what_is_left_out(tokenizer):
+def test_describe_counts_what_is_left_out(tokenizer):
     groups = buckets.by_length(Captioned(), tokenizer)
     assert buckets.describe(groups, BATCH) == (
         "Batches of one length: 88 captions of 2 to 9 tokens; an epoch has 20 batches and leaves "
-        "out 8 captions, different ones each time; too few to fill a batch, tokens (captions): 2 (3)."
+        "out 8 captions, different ones each time; too few to fill a batch, tokens (captions): "
+        "2 (3)."
     )
 
 

@@ -155,11 +155,11 @@ def test_sugarcrepe_reads_images_out_of_a_zip(files, tmp_path):
 def test_sugarcrepe_tells_what_is_missing(files, tmp_path):
     data, images = files
     (images / "val2017" / "000000000001.jpg").unlink()
-    with pytest.raises(UserError, match="1 of 2 images are not there, such as 000000000001.jpg"):
+    with pytest.raises(UserError, match="1 of 2 images are missing, such as 000000000001.jpg"):
         SugarCrepe(str(data), str(images))
     with pytest.raises(UserError, match="no folder with json files"):
         SugarCrepe(str(tmp_path / "nowhere"), str(images))
-    for content, told in (("[1]", "not a file of SugarCrepe"), ("{", "is not JSON")):
+    for content, told in (("[1]", "not a SugarCrepe file"), ("{", "is not JSON")):
         (data / "add_att.json").write_text(content)
         with pytest.raises(UserError, match=told):
             SugarCrepe(str(data), str(images))

@@ -1,99 +1,17 @@
-"""Batches are functions of the step number, whoever computes them, when and how."""
+"""Training batches are a function of the step number and the seed."""
 
-import contextlib
-import multiprocessing
-import os
-import signal
-import subprocess
-import sys
-
-import cv2
 import grain
 import numpy as np
 import pytest
 
 from cap_pretrain.data import pipeline
-from cap_pretrain.data.pipeline import eval_batches, train_dataset
+from cap_pretrain.data.pipeline import eval_batches
 from cap_pretrain.data.prefetch import iterate
-from cap_pretrain.data.text.tokenizers import SentencePieceTokenizer, train_sentencepiece
 from cap_pretrain.errors import UserError
-
-SIZE = 8
-
-
-class Numbers:
-    """Example i is an image of grey value i (encoded when `files`), captioned and labelled i."""
-
-    class_names: list[str] = []
-
-    def __init__(self, count, offset=0, files=False, broken=(), captions=3):
-        self._numbers = range(offset, offset + count)
-        self._files = files
-        self._broken = frozenset(broken)
-        self._captions = captions
-
-    def __len__(self):
-        return len(self._numbers)
-
-    def __getitem__(self, i):
-        number = self._numbers[i]
-        image = np.full((SIZE, SIZE, 3), number, np.uint8)
-        if self._files:  # a gradient, so that crops differ, larger than asked for
-            image = np.tile(np.linspace(0, number, 24).astype(np.uint8), (20, 1))
-            image = cv2.imencode(".png", image)[1].tobytes()
-        if i in self._broken:
-            image = b"not an image"
-        captions = [f"{number} {'abc'[k]}" for k in range(self._captions)]
-        return {"image": image, "captions": captions, "label": number, "id": str(number)}
-
-    def __str__(self):
-        return "dataset 'numbers'"
+from tests.data.numbers import SIZE, Numbers, assert_same, indices, rows_of_host
 
 
-class Unreadable(Numbers):
-    def __getitem__(self, i):
-        raise UserError("dataset 'numbers': record is damaged")
-
-
-class Deadly(Numbers):
-    """Ends any process that reads it as the kernel does when memory runs out."""
-
-    def __getitem__(self, i):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    texts = [f"{i} {c}" for i in range(256) for c in "abc"]
-    model = train_sentencepiece(texts, tmp_path_factory.mktemp("tokenizer"), vocab_size=40)
-    return SentencePieceTokenizer(model, max_len=8)
-
-
-@pytest.fixture
-def build(tokenizer):
-    """Makes a training dataset of a mixture of two, with all augmentations, unless told else."""
-
-    def build(sources=None, **options):
-        if sources is None:
-            sources = [(Numbers(30, files=True), 1.0), (Numbers(11, 100, files=True), 3.0)]
-        options = {"batch_size": 8, "seed": 1, "crop": "random", "flip": True} | options
-        return train_dataset(sources, tokenizer, image_size=SIZE, **options)
-
-    return build
-
-
-def indices(dataset, batches):
-    return np.concatenate([dataset[t]["index"] for t in range(batches)]).tolist()
-
-
-def assert_same(batch, other):
-    assert batch.keys() == other.keys()
-    for name in batch:
-        assert batch[name].dtype == other[name].dtype
-        np.testing.assert_array_equal(batch[name], other[name], err_msg=name)
-
-
-def test_a_batch_holds_what_it_says(build, tokenizer):
+def test_contents_of_a_batch(build, tokenizer):
     batch = build([(Numbers(20, offset=5), 1.0)], crop="none", flip=False)[3]
     assert {name: (x.shape, x.dtype.name) for name, x in batch.items()} == {
         "image": ((8, SIZE, SIZE, 3), "uint8"),
@@ -110,65 +28,37 @@ def test_a_batch_holds_what_it_says(build, tokenizer):
     assert not batch["broken"].any()
 
 
-@pytest.mark.parametrize(
-    "options", [{"threads": 0}, {"threads": 3, "prefetch": 1}, {"prefetch": 9}]
-)
-def test_threads_and_prefetch_change_nothing(build, options):
-    dataset = build()
-    got = list(iterate(build(), 5, 17, **options))
-    assert len(got) == 12
-    for t, batch in zip(range(5, 17), got, strict=True):
-        assert_same(batch, dataset[t])
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_worker_processes_change_nothing(build, workers):
-    dataset = build()
-    with contextlib.closing(iterate(build(), 6, 11, workers=workers, prefetch=3)) as batches:
-        for t, batch in zip(range(6, 11), batches, strict=True):
-            assert_same(batch, dataset[t])
-    assert not multiprocessing.active_children()
-
-
-def share(host, hosts, batch_size=8):
-    """The rows of a batch that a host reads where each has as many, one host's after another's."""
-    each = batch_size // hosts
-    return range(host * each, (host + 1) * each)
-
-
 @pytest.mark.parametrize("hosts", [2, 4, 8])
 def test_the_rows_of_the_hosts_make_up_the_batch(build, hosts):
     dataset = build()
-    parts = [build(rows=share(host, hosts)) for host in range(hosts)]
+    parts = [build(rows=rows_of_host(host, hosts)) for host in range(hosts)]
     for t in (0, 7, 100):
         batches = [part[t] for part in parts]
         assert_same({k: np.concatenate([b[k] for b in batches]) for k in batches[0]}, dataset[t])
 
 
 @pytest.mark.parametrize("rows", [[0, 1, 4, 5], [2, 3, 6, 7], [5]])
-def test_rows_may_be_here_and_there(build, rows):
+def test_rows_need_not_be_contiguous(build, rows):
     dataset, part = build(), build(rows=rows)
     for t in (0, 7, 100):
         assert_same(part[t], {k: v[rows] for k, v in dataset[t].items()})
 
 
-def test_how_many_rows_are_loaded_together_does_not_show(build, monkeypatch):
+def test_the_group_size_changes_nothing(build, monkeypatch):
     whole = build(batch_size=40)[3]
     monkeypatch.setattr(pipeline, "_GROUP", 7)
     assert_same(build(batch_size=40)[3], whole)
 
 
 def test_random_numbers_are_those_of_grain(build):
-    """So that runs go on which began when Grain drew them."""
+    """Runs that were started when Grain drew the numbers can be resumed."""
 
     class Draw(grain.transforms.RandomMap):
         def random_map(self, element, rng):
             return rng.random(3)
 
     drawn = grain.MapDataset.range(10**6).random_map(Draw(), seed=7)
-    rows = pipeline._TrainRows(
-        [Numbers(3)], None, None, image_size=8, crop="none", flip=False, seed=7
-    )
+    rows = pipeline._TrainRows([Numbers(3)], None, None, pipeline.ImageOptions(8), seed=7)
     for number in (0, 1, 999_999):
         assert (rows._rng(number).random(3) == drawn[number]).all()
 
@@ -237,7 +127,7 @@ def test_captions_are_drawn_anew_at_each_visit(build, tokenizer):
 
 
 class Weighted(Numbers):
-    """Captions a, b and c, the first as often as the others together; odd numbers have none."""
+    """Captions a, b and c, of which a has half of the weight; odd numbers have no captions."""
 
     def __getitem__(self, i):
         example = super().__getitem__(i)
@@ -275,8 +165,8 @@ def test_images_without_captions_have_empty_text(build):
     assert set(batch["label"]) <= set(range(9))
 
 
-class Asked(Numbers):
-    """Captions of even numbers answer a question; nobody has answered that about number 4."""
+class Questions(Numbers):
+    """Captions of even numbers answer a question; the question about 4 has no answer."""
 
     def __getitem__(self, i):
         example, number = super().__getitem__(i), self._numbers[i]
@@ -304,26 +194,26 @@ def test_questions_come_before_their_answers(build, tokenizer):
             )
 
     # A mixture of captions and questions.
-    dataset = build([(Numbers(9, offset=1), 1.0), (Asked(9), 2.0)], crop="none")
+    dataset = build([(Numbers(9, offset=1), 1.0), (Questions(9), 2.0)], crop="none")
     batches = [dataset[t] for t in range(6)]
-    asked = 0
+    questions = 0
     for batch in batches:
         for n in range(8):
             row = {key: values[n] for key, values in batch.items()}
             if row["index"] >= 9:
                 check(row)
-                asked += row["prompt"] > 0
+                questions += row["prompt"] > 0
             else:
                 assert row["prompt"] == 0
-    assert asked > 8
-    (batch,) = eval_batches(Asked(9), tokenizer, image_size=SIZE, batch_size=10)
+    assert questions > 8
+    (batch,) = eval_batches(Questions(9), tokenizer, image_size=SIZE, batch_size=10)
     for n in range(9):
         check({key: values[n] for key, values in batch.items()})
     assert batch["prompt"][9] == 0 and batch["prompt"].dtype == np.int32
 
 
 def test_a_neighbour_stands_in_for_a_broken_image(build):
-    # 11 has to look past 0, back at the beginning, for a whole one.
+    # For 11, the search for a valid image wraps around and skips 0.
     source = Numbers(12, broken=(3, 4, 11, 0))
     options = {"batch_size": 12, "crop": "none", "flip": False}
     batch = build([(source, 1.0)], **options)[0]
@@ -337,110 +227,17 @@ def test_a_neighbour_stands_in_for_a_broken_image(build):
     assert_same(build([(source, 1.0)], **options)[0], batch)
 
 
-def test_all_images_broken_is_told(build):
+def test_a_run_of_broken_images_raises(build):
     dataset = build([(Numbers(120, broken=range(120)), 1.0)])
     with pytest.raises(UserError, match="all images broken in dataset 'numbers'.*not an image"):
         next(iterate(dataset))
     assert build([(Numbers(120, broken=range(99)), 1.0)])[0]["broken"].any()
 
 
-def test_user_errors_come_out_of_threads_and_workers_as_they_were(build):
-    dataset = build([(Unreadable(50), 1.0)])
-    for workers in (0, 1):
-        batches = iterate(dataset, workers=workers)
-        with pytest.raises(UserError) as raised:
-            next(batches)
-        assert str(raised.value) == "dataset 'numbers': record is damaged"
-        batches.close()
-
-
-def test_a_killed_worker_is_told(build):
-    with contextlib.closing(iterate(build([(Deadly(50), 1.0)]), workers=1)) as batches:
-        with pytest.raises(UserError, match="exit code -9.*shared memory"):
-            next(batches)
-
-
-_KILLED_WHILE_READING = """
-import os, signal, sys
-from cap_pretrain.data.pipeline import train_dataset
-from cap_pretrain.data.prefetch import iterate
-from cap_pretrain.data.text.tokenizers import SentencePieceTokenizer
-from tests.data.test_pipeline import Numbers
-
-tokenizer = SentencePieceTokenizer(sys.argv[1])
-dataset = train_dataset([(Numbers(30), 1.0)], tokenizer, image_size=8, batch_size=2, seed=0)
-batches = iterate(dataset, workers=1)
-next(batches)
-os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-
-def test_workers_do_not_outlive_a_killed_parent(tokenizer):
-    _, (model, *_) = tokenizer.__reduce__()
-    command = [sys.executable, "-c", _KILLED_WHILE_READING, model]
-    # Returns when every process that holds the pipe has ended.
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=90)
-    assert done.returncode == -signal.SIGKILL
-
-
-def test_mistakes_are_refused(build, tokenizer):
+def test_bad_arguments_raise(build, tokenizer):
     with pytest.raises(UserError, match="'numbers' has no examples"):
         build([(Numbers(0), 1.0)])
     with pytest.raises(UserError, match="data.crop.*'randm'.*Did you mean 'random'"):
         build(crop="randm")
     with pytest.raises(UserError, match="'numbers' has no examples"):
         eval_batches(Numbers(0), tokenizer, image_size=SIZE, batch_size=4)
-
-
-def test_iterating_an_empty_range_gives_nothing(build):
-    assert list(iterate(build(), 5, 5)) == list(iterate(build(), 5, 3, workers=2)) == []
-
-
-@pytest.mark.parametrize(
-    ("count", "limit", "shown"), [(10, None, 10), (8, None, 8), (30, 9, 9), (3, 9, 3)]
-)
-def test_evaluation_shows_every_example_once(tokenizer, count, limit, shown):
-    def batches(**options):
-        return eval_batches(
-            Numbers(count, files=True),
-            tokenizer,
-            image_size=SIZE,
-            batch_size=4,
-            limit=limit,
-            **options,
-        )
-
-    whole = batches()
-    assert len(whole) == -(-shown // 4)
-    got = list(iterate(whole))
-    mask = np.concatenate([batch["mask"] for batch in got])
-    assert mask.tolist() == [True] * shown + [False] * (len(whole) * 4 - shown)
-    assert np.concatenate([b["label"] for b in got])[mask].tolist() == list(range(shown))
-    assert np.concatenate([b["index"] for b in got])[mask].tolist() == list(range(shown))
-    texts = [tokenizer.decode(row) for b in got for row in b["text"][b["mask"]]]
-    assert texts == [f"{i} a" for i in range(shown)]
-    for batch in got:
-        assert batch["image"].shape == (4, SIZE, SIZE, 3)
-        for x in batch.values():
-            assert not x[~batch["mask"]].any()
-    for hosts in (2, 4):
-        parts = [list(iterate(batches(rows=share(host, hosts, 4)))) for host in range(hosts)]
-        for j, batch in enumerate(got):
-            together = {k: np.concatenate([part[j][k] for part in parts]) for k in batch}
-            assert_same(together, batch)
-
-
-def test_evaluation_masks_broken_images(tokenizer):
-    (batch,) = eval_batches(Numbers(4, broken=(2,)), tokenizer, image_size=SIZE, batch_size=4)
-    assert batch["mask"].tolist() == [True, True, False, True]
-    assert batch["broken"].tolist() == [False, False, True, False]
-    assert batch["label"].tolist() == [0, 1, 2, 3]
-
-
-def test_evaluation_crops_the_centre(tokenizer):
-    def first(crop):
-        source = Numbers(1, 240, files=True)
-        return eval_batches(source, tokenizer, image_size=SIZE, batch_size=1, crop=crop)[0]["image"]
-
-    # The source is wider than high, darkest at the left edge: a centred square leaves it out.
-    assert first("center")[0, 0, 0, 0] > first("none")[0, 0, 0, 0]

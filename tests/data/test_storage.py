@@ -13,7 +13,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from cap_pretrain import train
-from cap_pretrain.data.pipeline import train_dataset
+from cap_pretrain.data.pipeline import ImageOptions, train_dataset
 from cap_pretrain.data.prefetch import iterate
 from cap_pretrain.data.sources import storage
 from cap_pretrain.data.sources.open import open_source
@@ -103,7 +103,7 @@ def read(name, cache, split="train"):
 
 
 def batches(sources, tokenizer, count=12, **options):
-    dataset = train_dataset(sources, tokenizer, image_size=8, batch_size=4, seed=0)
+    dataset = train_dataset(sources, tokenizer, ImageOptions(8), batch_size=4, seed=0)
     with contextlib.closing(iterate(dataset, 0, count, **options)) as got:
         return list(got)
 

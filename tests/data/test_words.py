@@ -134,7 +134,7 @@ def test_splits_as_nltk_does(text, words):
     [
         ([], {}, "no captions"),
         (["", " . "], {}, "no captions"),
-        (CAPTIONS, {"min_count": 9}, "min_count: none of 15 words comes 9 times in 3 captions"),
+        (CAPTIONS, {"min_count": 9}, "min_count: none of 15 words occurs 9 times in 3 captions"),
     ],
 )
 def test_captions_without_a_vocabulary(tmp_path, captions, rules, message):
@@ -160,10 +160,10 @@ def test_files_that_do_not_serve(tmp_path):
         WordTokenizer(tmp_path / "nowhere")
     for damaged in (whole[:-3], whole[:20], "", whole.replace("<unk>", "unk"), whole[30:]):
         path.write_text(damaged)
-        with pytest.raises(UserError, match="is no (whole )?file of words"):
+        with pytest.raises(UserError, match="is not a (complete )?file of words"):
             WordTokenizer(path)
     path.write_text(whole.replace("\t", " "))
-    with pytest.raises(UserError, match="is no file of words"):
+    with pytest.raises(UserError, match="is not a file of words"):
         WordTokenizer(path)
 
 

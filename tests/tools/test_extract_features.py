@@ -273,7 +273,7 @@ def test_what_needs_pixels_says_so(stored, tokenizer_path, tmp_path, capsys):
     with pytest.raises(UserError, match="learned from stored features .* no encoder to see"):
         captioner(Learner(c, tokenizer, graphdef, variables), Decoding(), 2, seed=0)
     assert contact_sheet.main(["--data", str(stored), "--out", str(tmp_path / "a.png")]) == 2
-    assert "no images to look at" in capsys.readouterr().err
+    assert "no images to show" in capsys.readouterr().err
 
 
 def test_a_plan_knows_the_shape_of_features(stored, data):

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from cap_pretrain import train
-from cap_pretrain.data.pipeline import train_dataset
+from cap_pretrain.data.pipeline import ImageOptions, train_dataset
 from cap_pretrain.data.scenes.source import Scenes
 from cap_pretrain.data.text.tokenizers import NoText
 from cap_pretrain.errors import UserError
 from cap_pretrain.training import broken, watch
 from cap_pretrain.training.broken import BrokenList
 from tests import toy
-from tests.data.test_pipeline import Numbers, share
+from tests.data.numbers import Numbers, rows_of_host
 
 MIXTURE = [(Numbers(20, broken=(3, 4)), 1.0), (Numbers(12, 100, broken=(0,)), 1.0)]
 
@@ -24,8 +24,8 @@ def listed(workdir, host=0):
 
 
 def batches(count=20, host=0, hosts=1):
-    options = {"image_size": 8, "batch_size": 4, "seed": 0, "rows": share(host, hosts, 4)}
-    dataset = train_dataset(MIXTURE, NoText(), **options)
+    rows = rows_of_host(host, hosts, 4)
+    dataset = train_dataset(MIXTURE, NoText(), ImageOptions(8), batch_size=4, seed=0, rows=rows)
     return [dataset[t] for t in range(count)]
 
 

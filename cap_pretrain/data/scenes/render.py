@@ -1,7 +1,7 @@
-"""Pixels of a scene, fast: everything is polygons, filled at four times the size and area-averaged.
+"""Fast rendering of scenes from polygons, filled at four times the resolution and area-averaged.
 
-An object is only touched inside its bounding box, a background is a few tones stretched over the
-image, and noise is a window on a table that is drawn once.
+An object is drawn only inside its bounding box, a background is a few tones stretched over the
+image, and noise is a window of a table that is drawn once.
 """
 
 import functools
@@ -12,7 +12,7 @@ import numpy as np
 
 from cap_pretrain.data.scenes.world import Background, Scene, Thing
 
-# The pipeline runs one image per worker; threads within one image only get in each other's way.
+# Each worker renders one image at a time, so OpenCV's own threads would compete with workers.
 cv2.setNumThreads(1)
 
 _RGB = {
@@ -25,18 +25,20 @@ _RGB = {
     "pink": (250, 140, 195),
     "cyan": (60, 205, 215),
 }
-_INK = 0.45  # stripes and dots are the object's colour at this brightness: its hue stays
-_RIM = 0.05  # of the radius: left unmarked, or dark stripes would eat the outline on a dark ground
-_THING_TINT, _BACKGROUND_TINT = 12.0, 10.0  # grey levels
+_INK = 0.45  # brightness of stripes and dots relative to the object; their hue is the same
+_RIM = 0.05  # unmarked fraction of the radius, or dark stripes would hide the outline
+_THING_TINT, _BACKGROUND_TINT = 12.0, 10.0  # largest change of color, in gray levels
 
 _FINER = 4  # sub-pixels per pixel and axis
 _SHIFT = 4  # fractional bits of the polygon corners
 
-_NOISE_WINDOWS = 1 << 16  # images of one size differ in noise by where they enter the table
+_NOISE_WINDOWS = (
+    1 << 16
+)  # number of positions in the noise table at which the noise of an image can start
 
 
 def render(scene: Scene, size: int, noise: float) -> np.ndarray:
-    """Renders a scene.
+    """Render a scene.
 
     Args:
         scene: what to draw.
@@ -62,54 +64,54 @@ def _backdrop(background: Background, size: int) -> np.ndarray:
 
 
 def _paint(image: np.ndarray, thing: Thing) -> None:
-    """Blends an object into the float image [S, S, 3], in place."""
+    """Blend an object into the float32 image [S, S, 3], in place."""
     size = image.shape[0]
     x, y, radius = thing.x * size, thing.y * size, thing.radius * size
     left, right = max(int(x - radius), 0), min(int(x + radius) + 1, size)
     top, bottom = max(int(y - radius), 0), min(int(y + radius) + 1, size)
     box = (right - left, bottom - top)
 
-    # From the unit circle to fixed-point sub-pixels; OpenCV counts from pixel centres, hence - 0.5.
+    # From the unit circle to fixed-point sub-pixels. OpenCV counts from pixel centers, hence - 0.5.
     scale = radius * _FINER * (1 << _SHIFT)
     cos, sin = scale * math.cos(thing.angle), scale * math.sin(thing.angle)
     turn = np.array(((cos, sin), (-sin, cos)))
-    centre = (np.array((x - left, y - top)) * _FINER - 0.5) * (1 << _SHIFT)
+    center = (np.array((x - left, y - top)) * _FINER - 0.5) * (1 << _SHIFT)
 
-    fine = _fill(box, _SHAPE[thing.shape] @ turn + centre)
+    fine = _fill(box, _SHAPE[thing.shape] @ turn + center)
     cover = _average(fine, box)
     colour = np.array(_RGB[thing.colour], np.float32)
     colour += np.array(thing.tint, np.float32) * _THING_TINT
     patch = image[top:bottom, left:right]
     patch += cover * (colour - patch)
     if thing.pattern in _PATTERN:
-        marks = _fill(box, _PATTERN[thing.pattern] @ turn + centre)
+        marks = _fill(box, _PATTERN[thing.pattern] @ turn + center)
         rim = 1 + 2 * round(_RIM * radius * _FINER)
         inside = cv2.erode(fine, np.ones((rim, rim), np.uint8), borderType=cv2.BORDER_REPLICATE)
         patch += _average(cv2.bitwise_and(inside, marks), box) * (colour * (_INK - 1))
 
 
 def _fill(box: tuple[int, int], polygons: np.ndarray) -> np.ndarray:
-    """Mask of polygons [n, corners, 2] (even-odd), uint8, at the finer resolution."""
+    """Return the mask of polygons [n, corners, 2] (even-odd rule), uint8, at fine resolution."""
     mask = np.zeros((box[1] * _FINER, box[0] * _FINER), np.uint8)
     cv2.fillPoly(mask, list(polygons.astype(np.int32)), 255, shift=_SHIFT)
     return mask
 
 
 def _average(fine: np.ndarray, box: tuple[int, int]) -> np.ndarray:
-    """Share of each pixel that is covered: float32 [h, w, 1]."""
+    """Return the covered fraction of each pixel, float32 [h, w, 1]."""
     cover = cv2.resize(fine, box, interpolation=cv2.INTER_AREA)
     return cover[:, :, None] * np.float32(1 / 255)
 
 
 @functools.cache
 def _noise_table(size: int) -> np.ndarray:
-    # RandomState's stream is frozen by NumPy, default_rng's is not.
+    # NumPy guarantees the stream of RandomState, but not that of default_rng.
     count = 3 * size * size + _NOISE_WINDOWS
     return np.random.RandomState(size).standard_normal(count).astype(np.float32)
 
 
 def _regular(corners: int, *radii: float) -> np.ndarray:
-    """Corners [corners, 2] on circles of the given radii in turn, the first at the top."""
+    """Return corners [corners, 2] on circles of alternating `radii`, the first at the top."""
     angle = np.arange(corners) * (2 * np.pi / corners)
     radius = np.resize(radii, corners)
     return np.stack([np.sin(angle) * radius, -np.cos(angle) * radius], axis=-1)
@@ -135,7 +137,7 @@ def _cross() -> np.ndarray:
     return np.concatenate(arms)
 
 
-# Polygons [n, corners, 2]. Turned as far as scenes turn them, they stay within [-1, 1].
+# Polygons [n, corners, 2]. Rotated as far as in scenes, they stay within [-1, 1].
 _SHAPE = {
     "circle": _regular(48, 0.92)[None],
     "square": _rectangle(0, 0, 0.72, 0.72)[None],

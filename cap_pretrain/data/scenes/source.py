@@ -1,8 +1,8 @@
-"""`scenes`: the embedded dataset of captioned images, rendered on the fly.
+"""`scenes`: the built-in dataset of captioned images, rendered on the fly.
 
-Example i is a pure function of (split, i, options); nothing is stored or fetched. Scenes come in
-four splits that share none: train, val, test, and novel, where every object bears a colour-shape
-pair that the other three never show.
+Example i is a pure function of (split, i, options); nothing is stored or downloaded. The splits
+train, val, test and novel have no scene in common. In novel, every object has a combination of
+color and shape that the other three never show.
 """
 
 import operator
@@ -18,7 +18,7 @@ from cap_pretrain.errors import UserError, did_you_mean
 SPLITS = ("train", "val", "test", "novel")
 LABELS = ("shape", "colour", "count", "relation")
 
-_RANGES = {
+_RANGES: dict[str, tuple[float, float]] = {
     "min_objects": (1, MAX_OBJECTS),
     "max_objects": (1, MAX_OBJECTS),
     "colours": (2, len(COLOURS)),
@@ -30,28 +30,29 @@ _RANGES = {
 
 @dataclass(frozen=True)
 class ScenesOptions:
-    """What the scenes hold and how they are told.
+    """Content of the scenes and style of their captions.
 
     Attributes:
-        min_objects: fewest objects in a scene, 1 to 3.
-        max_objects: most objects in a scene, `min_objects` to 3.
-        smallest: least radius of an object as a fraction of the image's side: from the default, at
-            which shapes can still be told apart at 48 pixels, to 0.3, 0.2, 0.14 for at most one,
-            two, three objects.
-        colours: how many colours occur (the first ones of `COLOURS`), 2 to 8.
-        shapes: how many shapes occur (the first ones of `SHAPES`), 2 to 8.
+        min_objects: smallest number of objects in a scene, 1 to 3.
+        max_objects: largest number of objects in a scene, `min_objects` to 3.
+        smallest: smallest radius of an object as a fraction of the image's side. At the default,
+            shapes can still be distinguished in images of 48 pixels. The upper limit is 0.3, 0.2 or
+            0.14 for at most one, two or three objects.
+        colours: number of colors (the first ones of `COLOURS`), 2 to 8.
+        shapes: number of shapes (the first ones of `SHAPES`), 2 to 8.
         patterns: whether half of the objects are striped, dotted or checkered.
-        backgrounds: whether backgrounds vary in brightness, tint and shading; else mid-grey.
-        noise: largest standard deviation of the pixel noise (each image draws its own, up to this),
-            as a fraction of full scale, 0 to 0.5.
-        plain_captions: whether captions only list colours and shapes ("a red circle and a blue
-            ring"), with nothing left out and nothing added; the options on captions that follow
-            then have no say, except `synonyms`.
-        partial_captions: whether some captions leave out objects, colours or shapes. When False,
-            all five name every object's colour and shape.
-        relations: whether some captions say how objects lie to each other.
-        synonyms: whether captions use more than one word for the same thing.
-        label: what `label` in a record means: shape or colour of the main (largest) object, count,
+        backgrounds: whether backgrounds vary in brightness, tint and shading; if False, they are
+            medium gray.
+        noise: largest standard deviation of the pixel noise as a fraction of full scale, 0 to 0.5.
+            Each image draws its own up to this.
+        plain_captions: whether captions only list the color and shape of every object ("a red
+            circle and a blue ring"). The following caption options then have no effect, except
+            `synonyms`.
+        partial_captions: whether some captions leave out objects, colors or shapes. If False, all
+            five name every object's color and shape.
+        relations: whether some captions state the relative position of objects.
+        synonyms: whether captions use several words for the same concept.
+        label: meaning of an example's `label`: shape or colour of the main (largest) object, count,
             or relation (of the main object to the second largest).
         length_train: number of examples in split train.
         length_val: number of examples in split val.
@@ -79,14 +80,18 @@ class ScenesOptions:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value, wanted = getattr(self, field.name), field.type
+            value: Any = getattr(self, field.name)
+            wanted = field.type
+            assert isinstance(wanted, type)  # not a string, as annotations are not postponed here
             kinds = (int, float) if wanted is float else wanted
             if not isinstance(value, kinds) or (wanted is not bool and isinstance(value, bool)):
                 raise UserError(
                     f"scenes.{field.name} is {value!r}; it must be of type {wanted.__name__}."
                 )
-            low, high = _RANGES.get(field.name, (value, value))
-            if not low <= value <= high:
+            if field.name not in _RANGES:
+                continue
+            low, high = _RANGES[field.name]
+            if not low <= getattr(self, field.name) <= high:
                 raise UserError(f"scenes.{field.name} is {value}; give {low} to {high}.")
         if self.min_objects > self.max_objects:
             raise UserError(
@@ -101,22 +106,27 @@ class ScenesOptions:
             )
         if self.label not in LABELS:
             raise UserError(
-                f"scenes.label is {self.label!r}, which no scene has."
+                f"scenes.label is {self.label!r}, which is unknown."
                 f"{did_you_mean(self.label, LABELS)}"
             )
 
 
 class Scenes:
-    """The dataset as a random-access sequence of records.
+    """The dataset as a random-access sequence of examples: a `Source`.
 
     Args:
         split: train, val, test or novel.
         image_size: image side in pixels, at least 16; the scenes are the same at every size.
         **options: fields of `ScenesOptions`.
 
+    Attributes:
+        split: as above.
+        image_size: as above.
+        options: the `ScenesOptions`.
+
     Raises:
-        UserError: unknown split or option, a value out of range, or (novel) fewer held-out pairs
-            among so few colours and shapes than objects in a scene.
+        UserError: a split or option is unknown, or a value is out of range; or, for novel, the
+            colors and shapes have fewer held-out pairs than a scene has objects.
     """
 
     Options = ScenesOptions
@@ -150,21 +160,20 @@ class Scenes:
 
     @property
     def class_names(self) -> list[str]:
-        """The names that `label` in the records indexes."""
+        """Names of the values of an example's `label`."""
         return self.label_classes[self.options.label]
 
     @property
     def class_captions(self) -> list[str]:
-        """What a caption would say of each class, such as "a red shape" or "two shapes"."""
-        labelling = self.options.label
-        return [text.label_caption(labelling, name) for name in self.class_names]
+        """A caption of each class, such as "a red shape" or "two shapes"."""
+        return [text.label_caption(self.options.label, name) for name in self.class_names]
 
     class_templates = text.LABEL_TEMPLATES
-    """Openings of captions, with {} where one of `class_captions` goes."""
+    """Prompt templates in the style of the captions, with {} for one of `class_captions`."""
 
     @property
     def label_classes(self) -> dict[str, list[str]]:
-        """The class names of every labelling, as `Scene.labels()` uses them."""
+        """Class names by kind of label, as in `Scene.labels()`."""
         return {
             "shape": list(SHAPES[: self.options.shapes]),
             "colour": list(COLOURS[: self.options.colours]),
@@ -176,17 +185,17 @@ class Scenes:
         return getattr(self.options, f"length_{self.split}")
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Record `index`: image uint8 [S, S, 3], captions (five), label, id."""
+        """Return example `index`: image uint8 [S, S, 3], five captions, label, id."""
         scene = self.scene(index)
         image = render(scene, self.image_size, self.options.noise)
         return {"image": image} | self._without_image(index, scene)
 
     def without_image(self, index: int) -> dict[str, Any]:
-        """The rest of record `index`, in a quarter of the time."""
+        """Return example `index` without its image, in a quarter of the time."""
         return self._without_image(index, self.scene(index))
 
     def _without_image(self, index: int, scene: Scene) -> dict[str, Any]:
-        told = text.captions(
+        captions = text.captions(
             scene,
             self._rng(index, "captions"),
             plain=self.options.plain_captions,
@@ -195,16 +204,16 @@ class Scenes:
             synonyms=self.options.synonyms,
         )
         return {
-            "captions": told,
+            "captions": captions,
             "label": self.class_names.index(scene.labels()[self.options.label]),
             "id": f"{self.split}/{index}",
         }
 
     def scene(self, index: int) -> Scene:
-        """What example `index` shows."""
+        """Return the scene that example `index` shows."""
         index = operator.index(index)
         if not 0 <= index < len(self):
-            raise IndexError(f"scenes/{self.split} has {len(self)} examples, not number {index}")
+            raise IndexError(f"scenes/{self.split} has {len(self)} examples, so no number {index}")
         return world.draw_scene(
             self._rng(index, "scene"),
             self._pairs,
@@ -216,10 +225,10 @@ class Scenes:
         )
 
     def negatives(self, index: int) -> dict[str, tuple[str, str]]:
-        """kind -> (true caption, false caption) of example `index`: see `scene_text.negatives`.
+        """Return hard negatives of example `index`: kind -> (true caption, false caption).
 
-        Outside `novel` the false captions only mention colour-shape pairs that occur in training,
-        and everywhere only numbers of objects that do.
+        Except in `novel`, false captions mention only color-shape pairs that occur in training. In
+        all splits, they mention only numbers of objects that occur. See `text.negatives`.
         """
         options = self.options
         counts = range(options.min_objects, options.max_objects + 1)

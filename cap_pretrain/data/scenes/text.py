@@ -1,8 +1,8 @@
-"""Captions of scenes: writing true ones, writing false ones, and judging anybody's.
+"""Captions of scenes: write true and false ones, and parse any caption.
 
-What a caption says (a `Claim`) is apart from how it says it (a `Wording`). So a hard negative is
-the same wording of a changed claim, and is known to be false because the claim is checked against
-the scene, not the words.
+The content of a caption (a `Claim`) is separate from its words (a `Wording`). A hard negative is a
+changed claim in the same wording. It is known to be false because the claim, not the text, is
+checked against the scene.
 """
 
 import re
@@ -27,7 +27,7 @@ from cap_pretrain.data.scenes.world import (
 
 CAPTIONS_PER_IMAGE = 5
 
-# The plain word first. A word belongs to one concept only, or no judge could read it.
+# Concept -> words, the plain word first. Each word has one concept, so captions can be parsed.
 _WORDS = {
     "red": ("red", "crimson"),
     "blue": ("blue", "cobalt"),
@@ -55,7 +55,8 @@ _WORDS = {
     "light": ("light", "bright"),
     "thing": ("shape", "object"),
 }
-# Opposite relations have as many forms, in the same order, so reversing one changes no other word.
+# Opposite relations have the same number of forms in the same order, so reversing one changes no
+# other word.
 _RELATION_FORMS = {
     "left": ("left of", "to the left of"),
     "right": ("right of", "to the right of"),
@@ -63,7 +64,7 @@ _RELATION_FORMS = {
     "below": ("below", "under"),
 }
 _LEADS = ("", "there is ", "a picture of ", "an image of ", "we see ", "a drawing of ", "here is ")
-# Where any noun may follow, of whatever number.
+# The leads that can precede a noun in singular or plural.
 LABEL_TEMPLATES = tuple(f"{lead}{{}}" for lead in _LEADS if " is " not in lead)
 _NUMBERS = ("no", "one", "two", "three")
 
@@ -76,7 +77,7 @@ _MODIFIERS = {
 
 @dataclass(frozen=True, slots=True)
 class Phrase:
-    """What is said of one object; None is left unsaid."""
+    """The description of one object. An attribute that is None is not mentioned."""
 
     colour: str | None
     shape: str | None
@@ -84,7 +85,7 @@ class Phrase:
     pattern: str | None = None
 
     def fits(self, thing: Thing) -> bool:
-        """Whether it may be said of `thing`. A size is only wrong when the opposite is right."""
+        """Return whether this describes `thing`. A size is wrong only if the opposite applies."""
         return (
             self.colour in (None, thing.colour)
             and self.shape in (None, thing.shape)
@@ -95,9 +96,13 @@ class Phrase:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """What a caption says: objects, how the first lies to the second, their number, the ground.
+    """The content of a caption. It has a relation or a count, not both.
 
-    A claim has a relation or a count, not both.
+    Attributes:
+        phrases: descriptions of objects.
+        relation: position of the first object relative to the second.
+        count: number of objects in the scene.
+        background: brightness of the background.
     """
 
     phrases: tuple[Phrase, ...]
@@ -106,7 +111,7 @@ class Claim:
     background: str | None = None
 
     def holds(self, scene: Scene) -> bool:
-        """Whether the claim is true of the scene, in the reading most favourable to it."""
+        """Return whether the claim is true for any assignment of its phrases to objects."""
         if self.count not in (None, len(scene.things)):
             return False
         if self.background not in (None, scene.background.brightness):
@@ -119,7 +124,12 @@ class Claim:
 
 
 class Wording:
-    """A way of saying things: asked again for the same choice, it chooses the same."""
+    """A choice of words, which stays the same for all captions written with it.
+
+    Args:
+        rng: source of all choices.
+        synonyms: whether to use more than one word for a concept.
+    """
 
     def __init__(self, rng: Random, synonyms: bool) -> None:
         self._rng = rng
@@ -127,19 +137,20 @@ class Wording:
         self._chosen: dict[str, float] = {}
 
     def pick(self, choice: str, forms: Sequence[str]) -> str:
+        """Return one of `forms`, the same (by position) each time for the same `choice`."""
         if choice not in self._chosen:
             self._chosen[choice] = self._rng.random()
         return forms[int(self._chosen[choice] * len(forms))]
 
     def word(self, concept: str) -> str:
-        """A word for the concept; the plain one more often than not."""
+        """Return a word for the concept, in most cases the plain one."""
         words = _WORDS[concept]
         if not self._synonyms or len(words) == 1:
             return words[0]
         return self.pick(concept, (words[0],) * len(words) + words[1:])
 
     def caption(self, claim: Claim, lead: str | None = None) -> str:
-        """The claim in words, opened by `lead` (one of `_LEADS`; drawn when None)."""
+        """Return the claim in words after `lead`, one of `_LEADS`, which is drawn if None."""
         lead = self.pick("lead", _LEADS) if lead is None else lead
         text = self._body(claim, sentence=not lead)
         if claim.count and claim.count > 1:
@@ -178,28 +189,28 @@ def _listed(names: list[str]) -> str:
 def captions(
     scene: Scene, rng: Random, *, plain: bool, partial: bool, relations: bool, synonyms: bool
 ) -> list[str]:
-    """Five different true captions: different openings, order, details and words.
+    """Return five true captions that differ in lead, order, details and words.
 
     Args:
-        scene: what to describe.
-        rng: where all choices come from.
-        plain: say nothing but each object's colour and shape, as "a red circle and a blue ring";
-            only the order varies (and words, with `synonyms`), so captions may be the same.
-        partial: let about two in five leave something out, as people do; otherwise each names
-            every object's colour and shape.
-        relations: let some say how objects lie to each other.
-        synonyms: use more than one word for the same thing.
+        scene: the scene to describe.
+        rng: source of all random choices.
+        plain: only list each object's color and shape ("a red circle and a blue ring"). Then only
+            the order varies (and the words, with `synonyms`), so captions may be equal.
+        partial: let about two in five captions leave something out, as people do. Otherwise, each
+            names every object's color and shape.
+        relations: let some captions state the relative position of objects.
+        synonyms: use several words for the same concept.
     """
-    told = []
-    for lead in shuffled(rng, _LEADS)[:CAPTIONS_PER_IMAGE]:  # no two captions can be the same
+    written = []
+    for lead in shuffled(rng, _LEADS)[:CAPTIONS_PER_IMAGE]:  # different leads, so captions differ
         if plain:
             phrases = (Phrase(thing.colour, thing.shape) for thing in shuffled(rng, scene.things))
-            told.append(Wording(rng, synonyms).caption(Claim(tuple(phrases)), lead=""))
+            written.append(Wording(rng, synonyms).caption(Claim(tuple(phrases)), lead=""))
             continue
         claim = _partial_claim(scene, rng) if partial and rng.random() < 0.4 else None
         claim = claim or _full_claim(scene, rng, relations and rng.random() < 0.6)
-        told.append(Wording(rng, synonyms).caption(claim, lead))
-    return told
+        written.append(Wording(rng, synonyms).caption(claim, lead))
+    return written
 
 
 def negatives(
@@ -212,23 +223,24 @@ def negatives(
     relations: bool,
     synonyms: bool,
 ) -> dict[str, tuple[str, str]]:
-    """Pairs of a true caption and a false one that differs as little as the kind allows.
+    """Return pairs of a true caption and a false one with a minimal change.
 
     Args:
-        scene: what the captions are about.
-        rng: where all choices come from.
-        pairs: the colour-shape pairs that a false caption may mention, lest one never seen in
-            training give it away.
+        scene: the scene that the captions describe.
+        rng: source of all random choices.
+        pairs: the color-shape pairs that a false caption may mention. Pairs that never occur in
+            training would make it easy to recognize.
         counts: likewise, the numbers of objects.
-        plain: say nothing but each object's colour and shape, as `captions` does.
-        relations: whether captions speak of relations; without, there are no negatives of them.
-        synonyms: use more than one word for the same thing.
+        plain: only list each object's color and shape, as in `captions`.
+        relations: whether captions state relations; if not, there are no negatives of them.
+        synonyms: use several words for the same concept.
 
     Returns:
-        kind -> (true, false), kinds that do not apply left out. `colour_replaced` and
-        `shape_replaced`: of one object; `attributes_swapped`: the colours of two objects;
-        `relation_reversed`: left for right, above for below; `objects_exchanged`: the two sides of
-        the relation; `count_changed`: of a caption that says no more than how many there are.
+        kind -> (true, false), without the kinds that do not apply. `colour_replaced` and
+        `shape_replaced` change one object; `attributes_swapped` swaps the colors of two objects;
+        `relation_reversed` exchanges left and right or above and below; `objects_exchanged` swaps
+        the two sides of the relation; `count_changed` changes a caption that only states the number
+        of objects.
     """
     if plain:
         phrases = (Phrase(thing.colour, thing.shape) for thing in shuffled(rng, scene.things))
@@ -255,29 +267,33 @@ def negatives(
     wording, lead = Wording(rng, synonyms), "" if plain else None
     for kind, (true, candidates) in changed.items():
         for false in candidates:
-            usual = all((p.colour, p.shape) in pairs for p in false.phrases)
-            if usual and not false.holds(scene):
+            allowed = all((p.colour, p.shape) in pairs for p in false.phrases)
+            if allowed and not false.holds(scene):
                 found[kind] = (wording.caption(true, lead), wording.caption(false, lead))
                 break
     return found
 
 
-def label_caption(labelling: str, name: str) -> str:
-    """What a caption says of a scene whose label under a labelling is `name`, and no more."""
-    if labelling == "relation" and name in OPPOSITE:
+def label_caption(label: str, name: str) -> str:
+    """Return a caption that states only the class `name` of a kind of label."""
+    if label == "relation" and name in OPPOSITE:
         return f"a big shape {_RELATION_FORMS[name][0]} a small shape"
-    if labelling in ("relation", "count"):  # no relation, as there is but one
+    if label in ("relation", "count"):  # without a relation there is one object
         claim = Claim((), count=1 if name == "none" else int(name))
     else:
-        claim = Claim((Phrase(None, name) if labelling == "shape" else Phrase(name, None),))
+        claim = Claim((Phrase(None, name) if label == "shape" else Phrase(name, None),))
     return Wording(Random(0), synonyms=False).caption(claim, lead="")
 
 
 @dataclass(frozen=True, slots=True)
 class Mention:
-    """An object that a caption names; None is left unsaid.
+    """An object that a caption mentions. An attribute that is None is not mentioned.
 
-    `colour_at` and `shape_at` are where these words begin in the caption.
+    Attributes:
+        colour: one of `COLOURS`.
+        shape: one of `SHAPES`.
+        colour_at: index of the first character of the color's word in the caption.
+        shape_at: the same of the shape's word.
     """
 
     colour: str | None = None
@@ -286,18 +302,18 @@ class Mention:
     shape_at: int | None = None
 
     def fits(self, thing: Thing) -> bool:
-        """Whether it may be `thing` that is named."""
+        """Return whether this mention describes `thing`."""
         return Phrase(self.colour, self.shape).fits(thing)
 
 
 def find_mentions(caption: str) -> list[Mention]:
-    """The objects a caption names, in order.
+    """Return the objects that a caption mentions, in order.
 
-    Synonyms are understood, upper case and punctuation ignored. A colour belongs to the shape
-    after it, with nothing but words for size and pattern in between.
+    Synonyms are understood; case and punctuation are ignored. A color belongs to the next shape if
+    only words for size and pattern are in between.
     """
     found: list[Mention] = []
-    coloured = Mention()  # as yet without a shape
+    coloured = Mention()  # a color whose shape has not been found yet
     for match in re.finditer(r"[^\W\d_]+|$", caption.lower()):
         word, at = match[0], match.start()
         if word in _SHAPE_OF or word in _WORDS["thing"]:
@@ -314,12 +330,12 @@ def find_mentions(caption: str) -> list[Mention]:
 
 
 def mentions(caption: str) -> list[tuple[str | None, str | None]]:
-    """The (colour, shape) of each object a caption names: see `find_mentions`."""
+    """Return (color, shape) of each object that a caption mentions (see `find_mentions`)."""
     return [(mention.colour, mention.shape) for mention in find_mentions(caption)]
 
 
 def names_every_object(scene: Scene, caption: str) -> bool:
-    """Whether the caption names each object's colour and shape, each once, and nothing else."""
+    """Return whether the caption names each object's color and shape once, and no other object."""
     return Counter(mentions(caption)) == Counter(scene.pairs)
 
 
@@ -328,7 +344,7 @@ def _full_claim(scene: Scene, rng: Random, related: bool) -> Claim:
     relation = None
     if related and len(things) > 1:
         relation = clear_relation(things[0], things[1])
-        if not relation:  # the two largest never lie diagonally: name them first
+        if not relation:  # the two largest are never diagonal: name them first
             first = shuffled(rng, scene.things[:2])
             things = first + [thing for thing in things if thing not in first]
             relation = clear_relation(things[0], things[1])
@@ -338,7 +354,7 @@ def _full_claim(scene: Scene, rng: Random, related: bool) -> Claim:
 
 
 def _partial_claim(scene: Scene, rng: Random) -> Claim:
-    """Says how many, or leaves out objects, or everybody's colour, or everybody's shape."""
+    """Return a claim with only the count, or without some objects, all colors, or all shapes."""
     things = shuffled(rng, scene.things)
     omit = choose(rng, ("names", "objects", "objects", "colours", "shapes"))
     if omit == "names":
@@ -357,7 +373,7 @@ def _describe(thing: Thing, rng: Random) -> Phrase:
 
 
 def _replacements(claim: Claim, attribute: str, values: Sequence[str], rng: Random) -> list[Claim]:
-    """The claim with the colour or the shape of one object exchanged, in every way, shuffled."""
+    """Return every claim in which one object's color or shape is replaced, in random order."""
     changed = []
     for k, phrase in enumerate(claim.phrases):
         for value in values:

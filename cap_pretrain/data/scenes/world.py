@@ -1,8 +1,8 @@
-"""What a scene may hold, and how one is drawn by lot.
+"""The contents of scenes, and how they are drawn at random.
 
-Lengths and positions are fractions of the image side, x to the right and y downwards, so a scene
-has no resolution. Randomness comes from `random.Random.random`, the one stream that Python promises
-never to change.
+Lengths and positions are fractions of the image side, with x to the right and y downwards, so a
+scene has no resolution. Random numbers come from `random.Random.random`, the only stream that
+Python guarantees never to change.
 """
 
 import math
@@ -17,45 +17,58 @@ PATTERNS = ("solid", "striped", "dotted", "checkered")
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 MAX_OBJECTS = 3
 
-# Each colour and each shape is held out exactly once. The table does not depend on the options, so
-# an encoder trained on six colours has not seen these either.
+# Pairs held out for the split novel. Each color and each shape occurs exactly once. The set does
+# not depend on the options, so an encoder trained on six colors has not seen these either.
 HELD_OUT = frozenset((c, SHAPES[(k + 1) % len(SHAPES)]) for k, c in enumerate(COLOURS))
 
-SMALLEST = 0.115  # radius: 11 pixels across at 48, where the shapes can still be told apart
+SMALLEST = (
+    0.115  # radius; a diameter of 11 pixels in images of 48, where shapes are still distinguishable
+)
 _LARGEST = (0.30, 0.25, 0.21)  # radius of the main object among one, two, three objects
-_STEP = 1.2  # each object is at least this much larger than the next, so "the main one" is visible
-_SMALL, _BIG = 0.135, 0.18  # radii below and above which people are taken to name the size
-_GAP = 0.02  # least distance between two objects, and to the border
-_DARK, _LIGHT = 90.0, 170.0  # grey levels below and above which a background is called so
-_CLEAR = 1.3  # a relation is clear when one offset exceeds the other by this factor
+_STEP = 1.2  # ratio of radii from one object to the next at least, so the main one stands out
+_SMALL, _BIG = 0.135, 0.18  # radii below and above which captions may name the size
+_GAP = 0.02  # smallest distance between two objects, and to the border
+_DARK, _LIGHT = 90.0, 170.0  # gray levels below and above which a background is called so
+_CLEAR = 1.3  # a relation is clear if one offset exceeds the other by this factor
 _TURN = math.radians(15)  # small enough that a square never looks like a diamond
 
 T = TypeVar("T")
-Pair = tuple[str, str]  # colour, shape
+Pair = tuple[str, str]  # color, shape
 
 
 def choose(rng: Random, options: Sequence[T]) -> T:
-    """One of `options`, each equally likely."""
+    """Return one of `options`, each equally likely."""
     return options[int(rng.random() * len(options))]
 
 
 def between(rng: Random, low: float, high: float) -> float:
-    """A number drawn evenly from [low, high)."""
+    """Return a number drawn uniformly from [low, high)."""
     return low + (high - low) * rng.random()
 
 
 def shuffled(rng: Random, items: Sequence[T]) -> list[T]:
-    """The items in an order drawn by lot."""
-    items = list(items)
-    for last in range(len(items) - 1, 0, -1):
+    """Return the items in random order."""
+    result = list(items)
+    for last in range(len(result) - 1, 0, -1):
         other = int(rng.random() * (last + 1))
-        items[last], items[other] = items[other], items[last]
-    return items
+        result[last], result[other] = result[other], result[last]
+    return result
 
 
 @dataclass(frozen=True, slots=True)
 class Thing:
-    """An object: its names, its circumscribed circle, its rotation (radians), its tint."""
+    """An object of a scene.
+
+    Attributes:
+        colour: one of `COLOURS`.
+        shape: one of `SHAPES`.
+        pattern: one of `PATTERNS`.
+        x: center of the circumscribed circle, from the left.
+        y: the same, from the top.
+        radius: of the circumscribed circle.
+        angle: rotation, in radians.
+        tint: added to the RGB color, each in [-1, 1] of the renderer's range.
+    """
 
     colour: str
     shape: str
@@ -64,36 +77,44 @@ class Thing:
     y: float
     radius: float
     angle: float
-    tint: tuple[float, float, float]  # added to the colour, each in [-1, 1] of the renderer's range
+    tint: tuple[float, float, float]
 
     @property
     def pair(self) -> Pair:
+        """Color and shape."""
         return self.colour, self.shape
 
     @property
     def box(self) -> tuple[float, float, float, float]:
-        """Left, top, right, bottom of the square around its circle."""
+        """Left, top, right and bottom of the bounding square of the circle."""
         x, y, radius = self.x, self.y, self.radius
         return x - radius, y - radius, x + radius, y + radius
 
     @property
     def size(self) -> str | None:
-        """ "small", "big", or None when neither word would be used."""
+        """The word small or big, or None if neither applies."""
         return "small" if self.radius < _SMALL else "big" if self.radius > _BIG else None
 
 
 @dataclass(frozen=True, slots=True)
 class Background:
-    """Smooth tones: a grid of grey levels [cells * cells] to be stretched over the image."""
+    """Smooth tones: a grid of gray levels that is stretched over the image.
 
-    level: float  # the mean grey level, 0..255
+    Attributes:
+        level: mean gray level, 0 to 255.
+        cells: side of the grid.
+        tones: gray levels [cells * cells].
+        tint: added to the RGB color, each in [-1, 1] of the renderer's range.
+    """
+
+    level: float
     cells: int
     tones: tuple[float, ...]
     tint: tuple[float, float, float]
 
     @property
     def brightness(self) -> str | None:
-        """ "dark", "light", or None when neither word would be used."""
+        """The word dark or light, or None if neither applies."""
         return "dark" if self.level < _DARK else "light" if self.level > _LIGHT else None
 
 
@@ -102,10 +123,14 @@ PLAIN = Background(level=128.0, cells=1, tones=(128.0,), tint=(0.0, 0.0, 0.0))
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """One to three objects that never overlap, the largest (the main one) first.
+    """One to three objects that do not overlap, on a background.
 
-    The colour-shape pairs of a scene differ, so that a pair names one object. `noise` is the
-    strength drawn for this image (1 = the option's maximum), `noise_seed` in [0, 1) its instance.
+    Attributes:
+        things: the objects, the largest (the main one) first. Their color-shape pairs differ, so a
+            pair identifies an object.
+        background: what is behind them.
+        noise: strength of the noise as a fraction of the largest (`ScenesOptions.noise`).
+        noise_seed: in [0, 1), chooses the noise pattern.
     """
 
     things: tuple[Thing, ...]
@@ -115,11 +140,14 @@ class Scene:
 
     @property
     def pairs(self) -> list[Pair]:
+        """Color and shape of every object."""
         return [thing.pair for thing in self.things]
 
     def labels(self) -> dict[str, str]:
-        """The class of the scene under each labelling: `shape` and `colour` of the main object,
-        `count`, and `relation`: where the main object lies as seen from the second largest.
+        """Return the class of the scene by kind of label.
+
+        The kinds are `shape` and `colour` of the main object, `count`, and `relation`, the position
+        of the main object relative to the second largest.
         """
         main = self.things[0]
         relation = clear_relation(main, self.things[1]) if len(self.things) > 1 else None
@@ -132,7 +160,7 @@ class Scene:
 
 
 def clear_relation(a: Thing, b: Thing) -> str | None:
-    """Where `a` lies as seen from `b`: left, right, above, below; None when it lies diagonally."""
+    """Return the position of `a` relative to `b`: left, right, above, below; None if diagonal."""
     dx, dy = a.x - b.x, a.y - b.y
     if abs(dx) > _CLEAR * abs(dy):
         return "left" if dx < 0 else "right"
@@ -142,13 +170,13 @@ def clear_relation(a: Thing, b: Thing) -> str | None:
 
 
 def relation_holds(a: Thing, relation: str, b: Thing) -> bool:
-    """Whether one could say that `a` is `relation` of `b`, however slightly."""
+    """Return whether `a` is on the side `relation` of `b`, by any distance."""
     dx, dy = a.x - b.x, a.y - b.y
     return {"left": dx < 0, "right": dx > 0, "above": dy < 0, "below": dy > 0}[relation]
 
 
 def pairs_of(colours: int, shapes: int, held_out: bool) -> list[Pair]:
-    """The pairs of the first `colours` colours and `shapes` shapes that are (not) held out."""
+    """Return the pairs of the first `colours` colors and `shapes` shapes, held out or not."""
     every = [(c, s) for c in COLOURS[:colours] for s in SHAPES[:shapes]]
     return [pair for pair in every if (pair in HELD_OUT) == held_out]
 
@@ -163,9 +191,17 @@ def draw_scene(
     patterns: bool,
     backgrounds: bool,
 ) -> Scene:
-    """Draws a scene whose objects bear distinct `pairs` (at least `max_objects` of them).
+    """Draw a scene.
 
-    `smallest` is the least radius of an object, at most `largest_smallest(max_objects)`.
+    Args:
+        rng: source of all random numbers.
+        pairs: the color-shape pairs to choose from, at least `max_objects`; objects get different
+            ones.
+        min_objects: smallest number of objects.
+        max_objects: largest number of objects.
+        smallest: smallest radius of an object, at most `largest_smallest(max_objects)`.
+        patterns: whether half of the objects have a pattern.
+        backgrounds: whether the background varies.
     """
     count = min_objects + int(rng.random() * (max_objects - min_objects + 1))
     named: list[Pair] = []
@@ -183,12 +219,12 @@ def draw_scene(
 
 
 def largest_smallest(objects: int) -> float:
-    """The radius that the smallest of so many objects can have at most."""
+    """Return the largest possible radius of the smallest of `objects` objects."""
     return _LARGEST[objects - 1] / _STEP ** (objects - 1)
 
 
 def _places(rng: Random, count: int, smallest: float) -> list[tuple[float, float, float]]:
-    """x, y and radius of `count` circles, largest first: apart, and the first two not diagonal."""
+    """Draw (x, y, radius) of `count` circles apart, largest first, the first two not diagonal."""
     while True:
         places: list[tuple[float, float, float]] = []
         ceiling = _LARGEST[count - 1]
@@ -215,7 +251,7 @@ def _fits(x: float, y: float, radius: float, places: list[tuple[float, float, fl
 
 
 def _background(rng: Random) -> Background:
-    """Flat, shaded from corner to corner, or cloudy."""
+    """Draw a background that is flat, shaded from corner to corner, or cloudy."""
     cells = choose(rng, (1, 2, 4))
     level = between(rng, 45, 215)
     depth = between(rng, 10, 35) if cells > 1 else 0.0

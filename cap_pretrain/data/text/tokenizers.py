@@ -1,4 +1,4 @@
-"""Subword tokenizers: captions to fixed-length id rows and back, and training one from captions."""
+"""Subword tokenizers: encode captions as fixed-length rows of ids, decode them, train a model."""
 
 import io
 import json
@@ -11,25 +11,25 @@ import numpy as np
 import sentencepiece
 
 from cap_pretrain import files
-from cap_pretrain.data.sources.base import without_image
+from cap_pretrain.data.sources.base import Source, without_image
 from cap_pretrain.errors import UserError
 
-# Larger corpora are sampled down to this many captions: ample for 32k pieces, and the trainer
-# holds all of them in memory.
+# Larger corpora are sampled down to this many captions. They suffice for 32k pieces, and the
+# trainer holds all of them in memory.
 _TRAIN_CAPTIONS = 1_000_000
 
 # Rarer characters (the last 0.01% of the text) become the unknown piece, so that a few emoji do
-# not take the place of words; sentencepiece's own 0.9995 would lose letters of small corpora.
+# not take the place of words. The default, 0.9995, would drop letters in small corpora.
 _CHARACTER_COVERAGE = 0.9999
 
 
-class Tokenizer(Protocol):
-    """Captions to fixed-length rows of ids and back: 0 pads, EOS ends every text; picklable.
+class TextEncoder(Protocol):
+    """The part of a tokenizer that turns captions into fixed-length rows of ids; picklable.
 
     Attributes:
         vocab_size: number of different ids.
-        pad_id: always 0, which also stands before the first token.
-        eos_id: the id that ends a text.
+        pad_id: always 0; it also precedes the first token as the decoder's start token.
+        eos_id: the id that ends every text.
         max_len: T, length of an encoded row.
     """
 
@@ -39,48 +39,54 @@ class Tokenizer(Protocol):
     max_len: int
 
     def encode(self, text: str) -> np.ndarray:
-        """Returns int32 [T]: the tokens, EOS, then 0; a long text is cut, EOS kept."""
+        """Return int32 [T]: the tokens, EOS, then 0. A long text is truncated but keeps EOS."""
+
+
+class Tokenizer(TextEncoder, Protocol):
+    """A `TextEncoder` that also decodes."""
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Returns the text up to the first EOS or padding of `ids` [T]."""
+        """Return the text up to the first EOS or padding of `ids` [T]."""
 
 
 class NoText:
-    """Stands for a tokenizer where no text is read: every text is empty."""
+    """A tokenizer for learners that read no text: every text is empty."""
 
     pad_id = eos_id = vocab_size = max_len = 0
 
-    def encode(self, text: str) -> np.ndarray:
-        """Returns int32 [0]."""
+    def encode(self, text: str) -> np.ndarray:  # noqa: ARG002 - the interface of TextEncoder
+        """Return int32 [0]."""
         return np.zeros(0, np.int32)
+
+    def decode(self, ids: Iterable[int]) -> str:  # noqa: ARG002 - the interface of Tokenizer
+        """Return an empty text."""
+        return ""
 
 
 class SentencePieceTokenizer:
     """A sentencepiece model with fixed-length output: id 0 pads, EOS ends every text.
 
-    Pickles as its arguments, so a worker process reads the model file again.
+    Only its arguments are pickled, so a worker process reads the model file again.
+
+    Args:
+        model_path: a sentencepiece model file.
+        max_len: number of ids in an encoded row, EOS included.
+        lower: lower-case the text before encoding, as in the Cap recipe.
 
     Attributes:
         vocab_size: number of pieces.
         pad_id: always 0.
         eos_id: the id that ends a text.
         max_len: length of an encoded row.
+
+    Raises:
+        UserError: the file is missing, is not a sentencepiece model, does not pad with id 0 or has
+            no end-of-sentence piece; or `max_len` leaves no room for text.
     """
 
     pad_id = 0
 
     def __init__(self, model_path: str | os.PathLike, max_len: int = 64, lower: bool = True):
-        """Loads a model.
-
-        Args:
-            model_path: a sentencepiece model file.
-            max_len: number of ids in an encoded row, EOS included.
-            lower: lower-case the text before encoding, as the Cap recipe does.
-
-        Raises:
-            UserError: the file is missing, is not a sentencepiece model, does not pad with id 0 or
-                has no end-of-sentence piece; or `max_len` leaves no room for text.
-        """
         if max_len < 2:
             raise UserError(f"tokenizer: max_len is {max_len}; it must be at least 2.")
         self.max_len = max_len
@@ -97,7 +103,7 @@ class SentencePieceTokenizer:
             )
 
     def encode(self, text: str) -> np.ndarray:
-        """Returns int32 [max_len]: the pieces, EOS, then 0; a long text is cut, EOS kept."""
+        """Return int32 [max_len]: pieces, EOS, then 0. Long texts are truncated but keep EOS."""
         pieces = self._model.encode(text.lower() if self._lower else text)[: self.max_len - 1]
         ids = np.zeros(self.max_len, np.int32)
         ids[: len(pieces)] = pieces
@@ -105,7 +111,7 @@ class SentencePieceTokenizer:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Returns the text up to the first EOS or padding of `ids`, an integer sequence [T]."""
+        """Return the text up to the first EOS or padding of `ids`, an integer sequence [T]."""
         pieces = []
         for piece in ids:
             if piece in (self.eos_id, self.pad_id):
@@ -117,17 +123,19 @@ class SentencePieceTokenizer:
         return SentencePieceTokenizer, (self._path, self.max_len, self._lower)
 
 
-def encode_answer(tokenizer, question: str, answer: str | None) -> tuple[np.ndarray, int]:
-    """Encodes a text to be learned after a question that is given.
+def encode_answer(
+    tokenizer: TextEncoder, question: str, answer: str | None
+) -> tuple[np.ndarray, int]:
+    """Encode a question, which is given to the model, and the answer that it learns to predict.
 
     Args:
-        tokenizer: any; its `encode` ends a text with EOS and pads it.
-        question: at most half of the row is its; "": none, and the row is that of the answer alone.
-        answer: None: there is none, and not even EOS.
+        tokenizer: any tokenizer; `encode` must end a text with EOS and pad it.
+        question: truncated to half of the row; "" encodes the answer alone.
+        answer: None encodes the question alone, without EOS.
 
     Returns:
-        int32 [max_len]: the question's ids without EOS, the answer's with EOS, which is kept where
-        they are cut, then padding; and how many ids are the question's.
+        A row, int32 [max_len], and the number of its ids that belong to the question. The row holds
+        the question's ids without EOS, the answer's with EOS (kept when truncated), and padding.
     """
     pad, length = tokenizer.pad_id, tokenizer.max_len
     ids = np.zeros(length, np.int32) if answer is None else tokenizer.encode(answer)
@@ -148,41 +156,43 @@ def train_sentencepiece(
     lower: bool = True,
     seed: int = 0,
 ) -> Path:
-    """Trains a byte-pair model and writes `tokenizer.model` and `tokenizer.json` (how it was made).
+    """Train a byte-pair model; write it to `tokenizer.model` and its settings to `tokenizer.json`.
 
-    Byte pairs, because sentencepiece's unigram trainer only proposes pieces that occur in several
-    different words: with the few words of a small corpus it spells (`scenes`: 19.8 pieces a caption
-    where byte pairs take 9.5; Flickr8k with 8000 pieces: 13.9 and 12.2).
+    We use byte pairs because sentencepiece's unigram trainer only proposes pieces that occur in
+    several different words. In a small corpus with few words it therefore spells words out: on
+    `scenes`, captions have 19.8 unigram pieces on average but 9.5 byte-pair pieces; on Flickr8k
+    with 8000 pieces, 13.9 and 12.2.
 
     The same captions in the same order, vocabulary size and seed give the same file. A corpus too
     small for `vocab_size` pieces gives a smaller vocabulary. Ids: pad 0, EOS 1, unknown 2, no BOS.
 
     Args:
-        captions: one text each; empty ones are left out.
-        out_dir: folder to write into, made when missing.
-        vocab_size: number of pieces to ask for.
+        captions: texts; empty ones are skipped.
+        out_dir: folder to write to; created if missing.
+        vocab_size: requested number of pieces.
         lower: lower-case the captions first; encode with the same setting.
         seed: chooses the captions to train on when there are more than a million.
 
     Returns:
-        The path of `tokenizer.model`; the file appears only when complete.
+        The path of `tokenizer.model`, which is written atomically.
 
     Raises:
-        UserError: no captions, or fewer pieces asked than the captions have characters.
-        OSError: with the name of the file, as when the disk is full.
-        Exception: whatever `captions` raises.
+        UserError: there are no captions, or they have more different characters than `vocab_size`.
+        OSError: the file cannot be written, for example because the disk is full; it is named.
+        Exception: any error that `captions` raises.
     """
-    used, failure = 0, None
+    used = 0
+    failure: Exception | None = None
 
     def sentences() -> Iterator[str]:
         nonlocal used, failure
         try:
             for caption in captions:
-                # A line feed would split the caption in two.
+                # Without line feeds, which would split the caption in two.
                 if sentence := " ".join((caption.lower() if lower else caption).split()):
                     used += 1
                     yield sentence
-        except Exception as error:  # of which sentencepiece makes a RuntimeError
+        except Exception as error:  # sentencepiece turns it into a RuntimeError
             failure = error
             raise
 
@@ -198,7 +208,7 @@ def train_sentencepiece(
             character_coverage=_CHARACTER_COVERAGE,
             input_sentence_size=_TRAIN_CAPTIONS,
             shuffle_input_sentence=True,
-            num_threads=1,  # the sums of several threads depend on their timing
+            num_threads=1,  # sums over several threads depend on their timing
             pad_id=0,
             eos_id=1,
             unk_id=2,
@@ -213,7 +223,7 @@ def train_sentencepiece(
         if "vocab" in str(error).lower():
             raise UserError(
                 f"tokenizer: vocab_size {vocab_size} is less than the number of different "
-                "characters in the captions; ask for more pieces."
+                "characters in the captions; increase it."
             ) from error
         raise
     size = len(sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()))
@@ -224,10 +234,10 @@ def train_sentencepiece(
     return path
 
 
-def source_captions(source, limit: int | None = None) -> Iterator[str]:
-    """Yields every caption of a source, or of `limit` examples spread evenly over it.
+def source_captions(source: Source, limit: int | None = None) -> Iterator[str]:
+    """Yield every caption of a source, or of `limit` examples spread evenly over it.
 
-    Where captions answer a question, that comes before them.
+    A question is yielded before the captions that answer it.
     """
     count = len(source) if limit is None else min(limit, len(source))
     for i in range(count):
@@ -238,7 +248,7 @@ def source_captions(source, limit: int | None = None) -> Iterator[str]:
 
 
 def _load(path: str) -> sentencepiece.SentencePieceProcessor:
-    """Reads a model file, or says in one line what is wrong with it."""
+    """Read a model file. Raises UserError if it is missing or not valid."""
     try:
         return sentencepiece.SentencePieceProcessor(model_proto=Path(path).read_bytes())
     except OSError as error:

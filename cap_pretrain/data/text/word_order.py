@@ -1,15 +1,15 @@
-"""Captions with their words in another order: the four shuffles of the ARO paper.
+"""Captions with their words reordered: the four shuffles of the ARO benchmark.
 
 Yuksekgonul et al., "When and why vision-language models behave like bags-of-words, and what to do
 about it?" (arXiv 2210.01936), section 2.2, and its code (mertyg/vision-language-models-are-bows,
-dataset_zoo/perturbations.py). What differs from that code, so that figures are near to the
-published ones but not comparable to the last point:
+dataset_zoo/perturbations.py). Results are close to the published ones but not exactly comparable,
+because this implementation differs in three ways:
 
-  - Punctuation is taken away before shuffling, not after: a negative has exactly the caption's
-    words. There, tokens such as "n't" and 's are shuffled on their own, which gives some away.
-  - Nouns and adjectives are found by the rules of `word_classes`, there by spaCy's tagger.
-  - A shuffle that gives the caption back, or one known to say the same, is drawn again, or left
-    out where there is no other. Elsewhere "a man and a dog" can become a true "a dog and a man".
+  - Punctuation is removed before shuffling, not after, so a negative has exactly the caption's
+    words. In ARO, tokens such as "n't" and 's are shuffled separately, which gives some away.
+  - Nouns and adjectives are found by the rules of `word_classes`, in ARO by spaCy's tagger.
+  - A shuffle that returns the caption, or one known to mean the same, is drawn again, and left out
+    if there is no other. In ARO, "a man and a dog" can become "a dog and a man", which is true.
 """
 
 import re
@@ -20,32 +20,33 @@ from cap_pretrain.data.scenes.world import shuffled
 from cap_pretrain.data.text.word_classes import ADJECTIVE, NOUN, word_classes
 
 MAX_WORDS = 30
-"""Longer captions are cut, as ARO's code does."""
+"""Longer captions are truncated, as in ARO's code."""
 
-_DRAWS = 50  # after which no different order is expected any more
+_DRAWS = 50  # tries to find a different order
 
 
 def words_of(caption: str) -> list[str]:
-    """The first MAX_WORDS words of a caption, in lower case, without punctuation."""
+    """Return the first `MAX_WORDS` words of a caption, in lower case, without punctuation."""
     return re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", caption.lower())[:MAX_WORDS]
 
 
 def shuffles(
-    caption: str, seed: str, says_the_same: Callable[[str, str], bool] | None = None
+    caption: str, seed: str, same_meaning: Callable[[str, str], bool] | None = None
 ) -> dict[str, str]:
-    """The caption's words in other orders.
+    """Return the caption's words in other orders.
 
     Args:
         caption: any text; compare the results with `" ".join(words_of(caption))`.
-        seed: the same gives the same.
-        says_the_same: whether two well-formed captions do, if anybody knows. It is asked of the
-            kinds that may give such: `nouns_and_adjectives` and `trigrams`.
+        seed: equal seeds give equal results.
+        same_meaning: if known, a function that returns whether two well-formed captions mean the
+            same. It is used for the kinds that may be well-formed: `nouns_and_adjectives` and
+            `trigrams`.
 
     Returns:
-        kind -> shuffled caption. `nouns_and_adjectives`: nouns change places with nouns, adjectives
-        with adjectives; `all_but_nouns_and_adjectives`: the other words do; `trigrams`: groups of
-        three words change places; `within_trigrams`: the words of each group do. Kinds without a
-        different order are left out.
+        kind -> shuffled caption. `nouns_and_adjectives`: nouns are permuted among nouns, adjectives
+        among adjectives; `all_but_nouns_and_adjectives`: the other words are permuted; `trigrams`:
+        groups of three words are permuted; `within_trigrams`: the words in each group are. Kinds
+        without a different order are left out.
     """
     words = words_of(caption)
     true = " ".join(words)
@@ -54,7 +55,7 @@ def shuffles(
         rng = Random(f"{seed}/{kind}")
         for _ in range(_DRAWS):
             false = " ".join(shuffle(words, rng))
-            same = says_the_same if kind in _MAY_BE_WELL_FORMED else None
+            same = same_meaning if kind in _MAY_BE_WELL_FORMED else None
             if false != true and not (same and same(true, false)):
                 found[kind] = false
                 break
@@ -92,7 +93,7 @@ _MAY_BE_WELL_FORMED = ("nouns_and_adjectives", "trigrams")
 
 
 def _among(places: Sequence[int], words: Sequence[str], rng: Random) -> list[str]:
-    """The words, those at `places` in an order drawn by lot."""
+    """Return the words with those at `places` in random order."""
     result = list(words)
     for place, other in zip(places, shuffled(rng, places), strict=True):
         result[place] = words[other]

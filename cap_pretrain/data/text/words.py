@@ -1,8 +1,8 @@
-"""Whole words as tokens, as recurrent captioners have them: the rules, the vocabulary, its file.
+"""Word-level tokenization, as used by recurrent captioners.
 
-A vocabulary is a text file that people can read: what it was made by, then a word and its count a
-line, in order of the ids. Id 0 pads and stands before the first word, 1 ends a text and 2 stands
-for every unknown word; so where a source writes `<start>` = 0 and `<end>` = 1, it is so here too.
+A vocabulary is a readable text file: a header with its settings, then one word and its count per
+line, in the order of the ids. Id 0 is padding and also the start token, 1 ends a text, and 2 is the
+unknown word. This agrees with publications that use `<start>` = 0 and `<end>` = 1.
 """
 
 import collections
@@ -30,16 +30,16 @@ _UNKNOWN = 2
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """What counts as a word, and which words are kept.
+    """How a text is split into words, and which words are kept.
 
     Attributes:
-        tokenization: "simple" deletes punctuation, wherever it stands, and splits at white space
-            ("man's" is "mans", "t-shirt" "tshirt"); "nltk" splits as NLTK's `word_tokenize` does,
-            see `nltk_words`.
-        min_count: a word that the training captions have fewer times is unknown. A threshold of
-            "more than 5" is 6.
-        drop_punctuation: leave out what holds no letter and no digit.
-        drop_letters: leave out words of one letter or digit, "a" among them.
+        tokenization: "simple" deletes all punctuation and splits at white space ("man's" becomes
+            "mans", "t-shirt" becomes "tshirt"); "nltk" splits like NLTK's `word_tokenize` (see
+            `nltk_words`).
+        min_count: words that occur less often in the training captions are unknown. For a published
+            threshold of "more than 5", set 6.
+        drop_punctuation: drop words without letters and digits.
+        drop_letters: drop words of one letter or digit, including "a".
     """
 
     tokenization: str = "simple"
@@ -57,7 +57,7 @@ class Rules:
             raise UserError(f"text.words.min_count: {self.min_count} must be at least 1.")
 
     def words(self, text: str) -> list[str]:
-        """The words of a text, known or not."""
+        """Return the words of a text, whether or not they are in a vocabulary."""
         words = _SPLITS[self.tokenization](text)
         if self.drop_punctuation:
             words = [word for word in words if any(map(str.isalnum, word))]
@@ -65,30 +65,27 @@ class Rules:
 
 
 class WordTokenizer:
-    """A vocabulary of words with fixed-length output: id 0 pads, EOS ends every text.
+    """A word tokenizer with fixed-length output: id 0 pads, EOS ends every text.
 
-    Its rules and casing are those of the file. Pickles as its arguments.
+    Its rules and casing are read from the vocabulary file. Only its arguments are pickled.
+
+    Args:
+        path: a vocabulary file of `write_words`.
+        max_len: number of ids in an encoded row, EOS included.
 
     Attributes:
-        vocab_size: number of words, the three special ones included.
+        vocab_size: number of words, including the three special ones.
         pad_id: always 0.
         eos_id: the id that ends a text, 1.
         max_len: length of an encoded row.
+
+    Raises:
+        UserError: the file is missing or not a vocabulary; or `max_len` leaves no room for text.
     """
 
     pad_id, eos_id = 0, 1
 
     def __init__(self, path: str | os.PathLike, max_len: int = 64):
-        """Opens a file of `write_words`.
-
-        Args:
-            path: the file.
-            max_len: number of ids in an encoded row, EOS included.
-
-        Raises:
-            UserError: there is no such file or it is not one of words; or `max_len` leaves no room
-                for text.
-        """
         if max_len < 2:
             raise UserError(f"tokenizer: max_len is {max_len}; it must be at least 2.")
         self.max_len = max_len
@@ -98,7 +95,7 @@ class WordTokenizer:
         self.vocab_size = len(self._words)
 
     def encode(self, text: str) -> np.ndarray:
-        """Returns int32 [max_len]: the words, EOS, then 0; a long text is cut, EOS kept."""
+        """Return int32 [max_len]: the words, EOS, then 0. Long texts are truncated but keep EOS."""
         words = self._rules.words(text.lower() if self._lower else text)[: self.max_len - 1]
         ids = np.zeros(self.max_len, np.int32)
         ids[: len(words)] = [self._ids.get(word, _UNKNOWN) for word in words]
@@ -106,12 +103,12 @@ class WordTokenizer:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Returns the words up to the first EOS or padding of `ids` [T], joined by spaces.
+        """Return the words up to the first EOS or padding of `ids` [T], joined by spaces.
 
-        An unknown word is "<unk>", which a caption metric counts as the word that it is not.
+        An unknown word becomes "<unk>", which caption metrics count as a wrong word.
         """
-        said = itertools.takewhile(lambda i: i not in (self.eos_id, self.pad_id), ids)
-        return " ".join(self._words[int(i)] for i in said)
+        kept = itertools.takewhile(lambda i: i not in (self.eos_id, self.pad_id), ids)
+        return " ".join(self._words[int(i)] for i in kept)
 
     def __reduce__(self):
         return WordTokenizer, (self._path, self.max_len)
@@ -120,23 +117,23 @@ class WordTokenizer:
 def write_words(
     captions: Iterable[str], out_dir: str | os.PathLike, rules: Rules, lower: bool = True
 ) -> Path:
-    """Counts the words of captions and writes the vocabulary, `words.tsv`.
+    """Count the words of captions and write the vocabulary, `words.tsv`.
 
-    The same captions in any order give the same file: the more frequent words come first, equally
-    frequent ones in alphabetical order.
+    Words are sorted by descending count, then alphabetically, so the file does not depend on the
+    order of the captions.
 
     Args:
-        captions: one text each.
-        out_dir: folder to write into, made when missing.
-        rules: what counts as a word.
-        lower: lower-case the captions first; encoding will.
+        captions: the texts.
+        out_dir: folder to write to; created if missing.
+        rules: how to split a text, and which words to keep.
+        lower: lower-case the captions, here and when encoding.
 
     Returns:
-        The path of the file, which appears only when complete.
+        The path of the file, which is written atomically.
 
     Raises:
-        UserError: there are no captions, or none of their words is frequent enough.
-        OSError: with the name of the file, as when the disk is full.
+        UserError: there are no captions, or no word is frequent enough.
+        OSError: the file cannot be written, for example because the disk is full; it is named.
     """
     counts: collections.Counter[str] = collections.Counter()
     number = 0
@@ -151,8 +148,8 @@ def write_words(
         raise UserError(
             "tokenizer: there are no captions to take words from."
             if not counts
-            else f"text.words.min_count: none of {len(counts)} words comes {rules.min_count} times "
-            f"in {number} captions; lower it."
+            else f"text.words.min_count: none of {len(counts)} words occurs {rules.min_count} "
+            f"times in {number} captions; lower it."
         )
     unknown = counts.total() - sum(count for _, count in kept)
     made = {"captions": number, "lower": lower, **dataclasses.asdict(rules)}
@@ -167,27 +164,27 @@ def write_words(
 
 
 def is_words_file(path: str | os.PathLike) -> bool:
-    """Whether a file begins as those of `write_words` do."""
+    """Return whether a file starts like those of `write_words`."""
     try:
-        with open(path, "rb") as file:
+        with Path(path).open("rb") as file:
             return file.read(len(_TITLE)) == _TITLE.encode()
     except OSError:
         return False
 
 
 def _read(path: Path) -> tuple[Rules, bool, list[str]]:
-    """Returns rules, casing and words in order of their ids."""
+    """Return the rules, whether text is lower-cased, and the words in the order of their ids."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except OSError as error:
         raise UserError(
-            f"tokenizer: cannot read the words {str(path)!r} ({error.strerror}); give the path of "
-            "a file of words or make one with tools/train_tokenizer.py."
+            f"tokenizer: cannot read the vocabulary {str(path)!r} ({error.strerror}); give the "
+            "path of a file of words or make one with tools/train_tokenizer.py."
         ) from error
     except ValueError as error:
-        raise UserError(f"tokenizer: {str(path)!r} is no file of words.") from error
+        raise UserError(f"tokenizer: {str(path)!r} is not a file of words.") from error
     try:
-        # A word holds no white space, so none of them begins with "# ".
+        # A word contains no white space, so none starts with "# ".
         header = list(itertools.takewhile(lambda line: line.startswith("# "), lines))
         made = {
             name: json.loads(value)
@@ -198,17 +195,17 @@ def _read(path: Path) -> tuple[Rules, bool, list[str]]:
         pairs = [line.split("\t") for line in lines[len(header) : -1]]
         words = [word for word, _ in pairs]
     except (ValueError, KeyError, IndexError) as error:
-        raise UserError(f"tokenizer: {str(path)!r} is no file of words ({error}).") from error
+        raise UserError(f"tokenizer: {str(path)!r} is not a file of words ({error}).") from error
     if header[0] != _TITLE or tuple(words[: len(_SPECIAL)]) != _SPECIAL or lines[-1]:
         raise UserError(
-            f"tokenizer: {str(path)!r} is no whole file of words; make one with "
+            f"tokenizer: {str(path)!r} is not a complete file of words; make one with "
             "tools/train_tokenizer.py."
         )
     return rules, lower, words
 
 
-class _WithoutPunctuation(dict):
-    """For `str.translate`: deletes ASCII's punctuation and symbols, and Unicode's punctuation."""
+class _WithoutPunctuation(dict[int, int | None]):
+    """A table for `str.translate`: deletes ASCII punctuation and symbols, Unicode punctuation."""
 
     def __missing__(self, code: int) -> int | None:
         character = chr(code)
@@ -221,12 +218,12 @@ _WITHOUT_PUNCTUATION = _WithoutPunctuation()
 
 
 def simple_words(text: str) -> list[str]:
-    """Deletes punctuation and splits at white space: "A man's t-shirt!" is A, mans, tshirt."""
+    """Delete punctuation and split at white space: "A man's t-shirt!" becomes A, mans, tshirt."""
     return text.translate(_WITHOUT_PUNCTUATION).split()
 
 
-# Marks that are words of their own wherever they stand. A comma or colon before a digit (1,000 and
-# 10:30) is not, nor is an apostrophe before a letter.
+# Marks that are separate words anywhere. A comma or colon before a digit (1,000 and 10:30) is not,
+# nor is an apostrophe before a letter.
 _MARKS = re.compile(
     r"""( \.{2,} | -- | '' | `+ | (?<=[^\s'])'(?!\w) | [,:](?!\d)
         | ["“”‘’«»„;@#$%&*?!()\[\]{}<>] )""",
@@ -234,22 +231,23 @@ _MARKS = re.compile(
 )
 _OPENING = frozenset("([{<")
 _CLOSING = frozenset(")]}>\"'»”’") | {"''"}
-# Ends of words that are words of their own, and words that are two: where they are cut.
+# Endings that are separate words; and contractions, with the index at which to split them.
 _CLITIC = re.compile(r"(?<=[^'])(?:'(?:s|m|d|ll|re|ve)|n't)$", re.IGNORECASE)
 _FUSED = {"cannot": 3, "gimme": 3, "gonna": 3, "gotta": 3, "lemme": 3, "wanna": 3, "d'ye": 1}
 _FUSED |= {"more'n": 4, "'tis": 2, "'twas": 2}
-# Whose full stop ends no sentence: u.s., j., mr.
+# Abbreviations, whose period does not end a sentence: u.s., j., mr.
 _ABBREVIATION = re.compile(
     r"(?: (?:[^\W\d_]\.)* [^\W\d_] | mr|mrs|ms|dr|st|jr|sr|vs ) \.", re.IGNORECASE | re.VERBOSE
 )
 
 
 def nltk_words(text: str) -> list[str]:
-    """Splits a caption as NLTK's `word_tokenize` does: its sentences, and those by Treebank rules.
+    """Split a caption into words like NLTK's `word_tokenize`, by sentence and Treebank rules.
 
-    Punctuation marks are words, straight double quotes become `` and '', "don't" is do n't, "man's"
-    man 's, "cannot" can not; t-shirt, 1,000, 3.5 and and/or stay whole. A full stop is a word where
-    it ends a sentence. NLTK has learned which abbreviations have one; here there is a short list.
+    Punctuation marks are words. Straight double quotes become `` and ''. "don't" becomes do n't,
+    "man's" man 's, and "cannot" can not; t-shirt, 1,000, 3.5 and and/or stay whole. A period is a
+    word if it ends a sentence. NLTK uses a trained model of abbreviations; here there is a short
+    list.
     """
     chunks = text.split()
     return [
@@ -260,7 +258,7 @@ def nltk_words(text: str) -> list[str]:
 
 
 def _nltk_chunk(chunk: str, last: bool) -> Iterator[str]:
-    """Yields the words of what stands between white space; `last`: at the end of the text."""
+    """Yield the words of a chunk between white space; `last` is set at the end of the text."""
     parts = [part for part in _MARKS.split(chunk) if part]
     closing = sum(1 for _ in itertools.takewhile(_CLOSING.__contains__, reversed(parts)))
     for k, part in enumerate(parts):
