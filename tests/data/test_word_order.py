@@ -68,8 +68,8 @@ def test_orders_that_say_the_same_are_not_taken():
     caption = "a red circle and a blue ring"
 
     def same(one, other):
-        pairs = lambda text: {tuple(x.split()[-2:]) for x in text.split(" and ")}
-        return pairs(one) == pairs(other)
+        one, other = ({tuple(x.split()[-2:]) for x in text.split(" and ")} for text in (one, other))
+        return one == other
 
     assert "a blue ring and a red circle" in {
         shuffles(caption, str(k))["nouns_and_adjectives"] for k in range(20)
