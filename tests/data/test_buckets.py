@@ -1,4 +1,4 @@
-"""Batches of one length: still functions of the step number, without repeats, in proportion."""
+"""Batches of one caption length are functions of the step number, without repeated pairs."""
 
 import collections
 import contextlib
@@ -18,12 +18,12 @@ from tests.data.numbers import rows_of_host
 
 SIZE, BATCH, MAX = 8, 4, 9
 WORDS = ["a", "red", "star", "next", "to", "some", "very", "large", "blue", "circle", "on", "green"]
-# How many captions there are of each length, EOS included; 9 is what longer ones are cut to.
+# Length, EOS included -> number of captions; longer captions are truncated to 9.
 COUNTS = {2: 3, 3: 21, 4: 40, 6: 10, 9: 14}
 
 
 class Captioned:
-    """Example i is of grey value i; its captions have all sorts of lengths."""
+    """Example i has gray value i and captions of various lengths."""
 
     class_names: list[str] = []
 
@@ -81,7 +81,7 @@ def build(tokenizer):
     return build
 
 
-BATCHES = sum(n // BATCH for n in COUNTS.values())  # of an epoch
+BATCHES = sum(n // BATCH for n in COUNTS.values())  # in an epoch
 
 
 def lengths(batch):
@@ -113,10 +113,10 @@ def test_every_batch_has_one_length_and_an_epoch_no_pair_twice(build):
         assert all(len(set(lengths(batch))) == 1 for batch in epoch)
         seen = np.concatenate([batch["index"] for batch in epoch])
         assert len(set(seen)) == len(seen) == BATCHES * BATCH
-        # Frequent lengths come as much more often, rare ones never.
+        # Lengths occur in proportion to their frequency; rare ones never do.
         drawn = collections.Counter(int(lengths(batch)[0]) for batch in epoch)
         assert drawn == {n: count // BATCH for n, count in COUNTS.items() if count >= BATCH}
-    # What is left out differs from epoch to epoch, and so do the batches and their order.
+    # Epochs differ in the captions left out, in the batches and in their order.
     left_out = {frozenset(range(88)) - set(np.concatenate([b["index"] for b in e])) for e in epochs}
     assert len(left_out) == 4 and set.intersection(*map(set, left_out)) == {0, 1, 2}
     assert len({tuple(int(lengths(batch)[0]) for batch in epoch) for epoch in epochs}) == 4
@@ -180,7 +180,7 @@ def test_describe_counts_what_is_left_out(tokenizer):
     )
 
 
-def test_batches_that_no_length_fills(build):
+def test_too_large_batches_raise(build):
     assert build(Captioned(of_one=4), batch=40)[3]["index"].shape == (40,)
     with pytest.raises(UserError, match="no length has 41 captions.*most frequent one has 40"):
         build(Captioned(of_one=4), batch=41)
@@ -204,7 +204,7 @@ def test_epochs_are_of_captions(tmp_path):
     ("learner", "data", "message"),
     [("captioner", "scenes+other", "not for the mixture"), ("classifier", "scenes", "classifier")],
 )
-def test_what_has_no_batches_of_one_length(learner, data, message):
+def test_data_without_batches_of_one_length_raises(learner, data, message):
     c = toy.config(learner, data__buckets=True, data__name=data)
     with pytest.raises(UserError, match=message):
         configs.validate(c)

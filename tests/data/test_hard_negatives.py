@@ -1,4 +1,4 @@
-"""Questions about images: a true caption, false ones by kind, the same each time."""
+"""Questions about images are deterministic and have a true caption and false ones by kind."""
 
 import json
 import zipfile
@@ -26,35 +26,35 @@ KINDS = {
 
 def test_scenes_ask_about_every_kind_of_negative():
     source = Scenes("val", 16, length_val=60)
-    asked = SceneQuestions(source)
+    questions_of = SceneQuestions(source)
     kinds = Counter()
     for index in range(60):
-        questions = asked.questions(index)
-        assert questions == asked.questions(index)
+        questions = questions_of.questions(index)
+        assert questions == questions_of.questions(index)
         assert len({question.true for question in questions}) == len(questions) <= 2
-        told = {k: (q.true, false) for q in questions for k, false in q.false.items()}
-        assert told == source.negatives(index)
-        kinds.update(told.keys())
+        found = {k: (q.true, false) for q in questions for k, false in q.false.items()}
+        assert found == source.negatives(index)
+        kinds.update(found.keys())
     assert kinds.keys() == KINDS and min(kinds.values()) > 10
 
 
-def test_scenes_with_plain_captions_are_asked_about_in_plain_captions():
+def test_questions_about_scenes_with_plain_captions_are_plain():
     source = Scenes("val", 16, length_val=60, plain_captions=True, synonyms=False, max_objects=2)
     kinds = set()
     for index in range(60):
         for question in SceneQuestions(source).questions(index):
-            told = [sorted(caption.split()) for caption in source[index]["captions"]]
-            assert sorted(question.true.split()) in told  # whatever comes first
+            captions = [sorted(caption.split()) for caption in source[index]["captions"]]
+            assert sorted(question.true.split()) in captions  # in any order
             kinds |= question.false.keys()
     assert kinds == {"colour_replaced", "shape_replaced", "attributes_swapped"}
 
 
 def test_counts_stay_among_those_of_the_dataset():
-    asked = SceneQuestions(Scenes("val", 16, length_val=40, min_objects=2))
+    questions_of = SceneQuestions(Scenes("val", 16, length_val=40, min_objects=2))
     counted = [
         q.false["count_changed"]
         for i in range(40)
-        for q in asked.questions(i)
+        for q in questions_of.questions(i)
         if "count_changed" in q.false
     ]
     assert len(counted) == 40 and not any(" one " in f" {text} " for text in counted)
@@ -77,21 +77,23 @@ class Captioned:
 
 def test_order_questions_ask_about_every_caption_that_has_another_order():
     captions = ["A man, smiling, rides a horse.", "Dog.", "A dog and a cat sleep!"]
-    asked = OrderQuestions(Captioned(captions, [], captions[:1]))
-    assert [q.true for q in asked.questions(0)] == [
+    questions_of = OrderQuestions(Captioned(captions, [], captions[:1]))
+    assert [q.true for q in questions_of.questions(0)] == [
         "a man smiling rides a horse",
         "a dog and a cat sleep",
     ]
-    assert asked.questions(1) == []
-    assert asked.questions(0) == asked.questions(0)
-    assert asked.questions(2)[0].false != asked.questions(0)[0].false  # another image, other lots
+    assert questions_of.questions(1) == []
+    assert questions_of.questions(0) == questions_of.questions(0)
+    assert (
+        questions_of.questions(2)[0].false != questions_of.questions(0)[0].false
+    )  # another image, another seed
 
 
 def test_scenes_in_other_orders_never_name_the_same_objects():
-    asked = OrderQuestions(Scenes("val", 16, length_val=40, plain_captions=True))
+    questions_of = OrderQuestions(Scenes("val", 16, length_val=40, plain_captions=True))
     swapped = 0
     for index in range(40):
-        for question in asked.questions(index):
+        for question in questions_of.questions(index):
             for kind in ("nouns_and_adjectives", "trigrams"):
                 if kind in question.false:
                     false = question.false[kind]
@@ -128,19 +130,19 @@ def files(tmp_path):
     return tmp_path / "data", tmp_path / "images"
 
 
-def test_sugarcrepe_asks_about_each_image_what_all_files_ask(files):
-    asked = SugarCrepe(*map(str, files))
-    assert len(asked.source) == 2  # the third image is asked nothing about
-    ids = [asked.source[k]["id"] for k in range(2)]
+def test_sugarcrepe_joins_the_questions_of_all_files(files):
+    questions_of = SugarCrepe(*map(str, files))
+    assert len(questions_of.source) == 2  # there is no question about the third image
+    ids = [questions_of.source[k]["id"] for k in range(2)]
     assert ids == ["val2017/000000000002.jpg", "val2017/000000000001.jpg"]
-    assert [(q.true, q.false) for q in asked.questions(0)] == [
+    assert [(q.true, q.false) for q in questions_of.questions(0)] == [
         ("a cat", {"add_obj": "a cat and a dog"}),
         ("a red cat on a blue mat", {"swap_att": "a blue cat on a red mat"}),
     ]
-    assert [(q.true, q.false) for q in asked.questions(1)] == [
+    assert [(q.true, q.false) for q in questions_of.questions(1)] == [
         ("one dog", {"swap_att": "two dogs"})
     ]
-    assert asked.source[0]["image"].startswith(b"\xff\xd8")
+    assert questions_of.source[0]["image"].startswith(b"\xff\xd8")
 
 
 def test_sugarcrepe_reads_images_out_of_a_zip(files, tmp_path):
@@ -152,14 +154,14 @@ def test_sugarcrepe_reads_images_out_of_a_zip(files, tmp_path):
     assert folder.source[1] == zipped.source[1]
 
 
-def test_sugarcrepe_tells_what_is_missing(files, tmp_path):
+def test_sugarcrepe_reports_what_is_missing(files, tmp_path):
     data, images = files
     (images / "val2017" / "000000000001.jpg").unlink()
     with pytest.raises(UserError, match="1 of 2 images are missing, such as 000000000001.jpg"):
         SugarCrepe(str(data), str(images))
     with pytest.raises(UserError, match="no folder with json files"):
         SugarCrepe(str(tmp_path / "nowhere"), str(images))
-    for content, told in (("[1]", "not a SugarCrepe file"), ("{", "is not JSON")):
+    for content, message in (("[1]", "not a SugarCrepe file"), ("{", "is not JSON")):
         (data / "add_att.json").write_text(content)
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             SugarCrepe(str(data), str(images))

@@ -13,16 +13,16 @@ HEIGHT, WIDTH = 48, 64
 
 
 def picture() -> np.ndarray:
-    """uint8 [48, 64, 3]: smooth, and different in every corner and channel."""
+    """Return uint8 [48, 64, 3], smooth, with a different value in every corner and channel."""
     y, x = np.mgrid[0:1:48j, 0:1:64j]
     return (np.stack([x, y, (x + y) / 2], -1) * 200 + 20).astype(np.uint8)
 
 
-def encode(image: np.ndarray | Image.Image, format: str, **options) -> bytes:
+def encode(image: np.ndarray | Image.Image, file_format: str, **options) -> bytes:
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image)
     file = io.BytesIO()
-    image.save(file, format, **options)
+    image.save(file, file_format, **options)
     return file.getvalue()
 
 
@@ -76,10 +76,10 @@ def test_decode_turns_as_exif_asks_exactly_once(orientation):
 
 
 @pytest.mark.filterwarnings("ignore:::PIL")
-def test_damaged_exif_costs_no_picture():
+def test_corrupt_exif_is_ignored():
     data = rotated_jpeg(6)
     start = data.index(b"Exif\0\0") + 6
-    end = start - 8 + int.from_bytes(data[start - 8 : start - 6])  # the segment's own length
+    end = start - 8 + int.from_bytes(data[start - 8 : start - 6])  # the length of the segment
     rng = np.random.default_rng(0)
     for _ in range(200):
         damaged = bytearray(data)
@@ -92,7 +92,7 @@ def test_damaged_exif_costs_no_picture():
 def test_transparency_is_composited_on_white(mode):
     solid = Image.new("RGBA", (4, 4), (10, 10, 10, 255))
     solid.paste((10, 10, 10, 0), (0, 0, 2, 4))
-    if mode == "RGB":  # one colour declared transparent
+    if mode == "RGB":  # one color is declared transparent
         image = Image.new("RGB", (4, 4), (10, 10, 10))
         image.paste((1, 2, 3), (0, 0, 2, 4))
         data = encode(image, "PNG", transparency=(1, 2, 3))
@@ -127,7 +127,7 @@ def test_a_truncated_file_is_broken_never_half_a_picture(name):
             image = images.decode(data[:length])
         except images.ImageError:
             continue
-        # All pixels were there; what was cut off is an end marker or a checksum.
+        # All pixels are present; only an end marker or a checksum was cut off.
         assert len(data) - length < 40 and (image == whole).all()
 
 
@@ -140,7 +140,7 @@ def test_a_cut_jpeg_is_broken_at_any_scale(name, min_size):
 
 
 def test_a_jpeg_without_the_data_of_its_lower_half_is_broken():
-    """A cut file to which some program has added an end: libjpeg shows the rest in grey."""
+    """For a truncated file with an end marker, libjpeg would fill the rest with gray."""
     data = FILES["jpeg"][0]
     with pytest.raises(images.ImageError, match="broken"):
         images.decode(data[: (data.index(b"\xff\xda") + len(data)) // 2] + b"\xff\xd9")
@@ -158,17 +158,17 @@ def test_damage_gives_an_image_or_an_image_error(name):
 
 
 @pytest.mark.parametrize("data", [b"", b"a text named .jpg\n" * 50, b"\xff\xd8\xff", bytes(1000)])
-def test_what_is_no_image_is_refused(data):
+def test_data_that_is_not_an_image_raises(data):
     with pytest.raises(images.ImageError):
         images.decode(data)
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("side", [9_460, 60_000])  # just above the limit, and far above
-@pytest.mark.parametrize("format", ["PNG", "JPEG"])
-def test_bombs_are_refused_by_their_header(format, side):
-    data = bytearray(encode(Image.new("L", (8, 8)), format))
-    if format == "PNG":
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG"])
+def test_bombs_are_refused_by_their_header(file_format, side):
+    data = bytearray(encode(Image.new("L", (8, 8)), file_format))
+    if file_format == "PNG":
         data[16:24] = side.to_bytes(4) * 2
         data[29:33] = zlib.crc32(bytes(data[12:29])).to_bytes(4)
     else:
@@ -239,18 +239,18 @@ def test_center_crop_takes_the_central_square():
 SQUARES = {
     "whole": images.resize,
     "center": images.center_crop,
-    "random": lambda image, size: images.random_resized_crop(image, size, drawn()),
-    "window": lambda image, size: images.random_window(image, size, drawn()),
+    "random": lambda image, size: images.random_resized_crop(image, size, crop_rng()),
+    "window": lambda image, size: images.random_window(image, size, crop_rng()),
 }
 
 
-def drawn() -> np.random.Generator:
-    """What draws, of the picture below, a crop that can be decoded at half of its size."""
+def crop_rng() -> np.random.Generator:
+    """Return a generator with which the crop of `photograph` can be decoded at half its size."""
     return np.random.default_rng(5)
 
 
 def photograph(height: int, width: int) -> np.ndarray:
-    """uint8 [height, width, 3]: coarse shapes, and fine ones on top of them."""
+    """Return uint8 [height, width, 3] with coarse and fine shapes."""
     rng = np.random.default_rng(0)
     image = np.zeros((height, width, 3), np.float32)
     for cells, contrast in ((4, 50), (30, 15), (height, 2)):
@@ -265,14 +265,14 @@ def test_a_file_gives_the_square_that_its_pixels_give(name, kind):
     data = FILES[kind][0]
     np.testing.assert_array_equal(
         SQUARES[name](data, 40),
-        SQUARES[name](images.decode(data), 40),  # too large to be reduced
+        SQUARES[name](images.decode(data), 40),  # too large for decoding at reduced size
     )
 
 
 @pytest.mark.parametrize("name", SQUARES)
 @pytest.mark.parametrize("orientation", [None, *range(1, 9)])
 def test_a_file_decoded_at_half_its_size_gives_nearly_that_square(name, orientation, monkeypatch):
-    """Each part of it: on average within 3 grey levels, where the picture varies by 50."""
+    """The mean difference is below 3 gray levels, where the image varies by 50."""
     exif = Image.Exif()
     if orientation:
         exif[0x0112] = orientation
@@ -298,12 +298,12 @@ def test_a_crop_smaller_than_its_square_is_decoded_in_full(monkeypatch):
             images.random_resized_crop(image, 150, np.random.default_rng(seed), area=(0.08, 0.3))
             for image in (data, whole)
         )
-        np.testing.assert_array_equal(small, large)  # 300 x 300 are half of the picture
+        np.testing.assert_array_equal(small, large)  # 300 x 300 is half of the image
 
 
 @pytest.mark.parametrize("shape", [(30, 64), (64, 30), (64, 64)])
 def test_resize_is_close_to_exact_antialiasing(shape):
-    """Pillow's bilinear filter, where one side shrinks and the other grows, too."""
+    """Compare with Pillow's bilinear filter, also where one side shrinks and the other grows."""
     image = photograph(*shape)
     exact = Image.fromarray(image).resize((40, 40), Image.Resampling.BILINEAR)
     assert np.abs(images.resize(image, 40).astype(int) - exact).mean() < 3
@@ -311,7 +311,7 @@ def test_resize_is_close_to_exact_antialiasing(shape):
 
 @pytest.mark.parametrize("side", [44, 60, 88, 100, 160])
 def test_even_noise_is_resized_as_by_an_antialiasing_filter(side):
-    """Whether it is smoothed first, up to 2.2 times smaller, or averaged on a finer grid."""
+    """Smoothing is used for factors up to 2.2, averaging on a finer grid above."""
     noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
     exact = np.asarray(Image.fromarray(noise).resize((40, 40), Image.Resampling.BILINEAR), int)
     ours, aliased = (
@@ -328,7 +328,7 @@ def test_one_colour_stays_as_it_is(shape):
 
 
 @pytest.mark.parametrize("name", SQUARES)
-def test_no_square_of_a_broken_file(name):
+def test_resizing_a_broken_file_raises(name):
     with pytest.raises(images.ImageError):
         SQUARES[name](FILES["jpeg"][0][:-80], 12)
     with pytest.raises(images.ImageError):
@@ -346,9 +346,9 @@ def test_random_resized_crop_depends_on_the_generator_alone():
     assert (crops[0] == crops[1]).all() and (crops[0] != crops[2]).any()
 
 
-def test_random_resized_crop_keeps_the_area_and_ratio_it_was_asked_for():
+def test_random_resized_crop_keeps_the_requested_area_and_ratio():
     y, x = np.mgrid[0:100, 0:200].astype(np.float32)
-    image = np.stack([x, y, y], -1)  # the value of a pixel is its place
+    image = np.stack([x, y, y], -1)  # pixel values are coordinates
     rng = np.random.default_rng(0)
     areas, ratios = [], []
     for _ in range(300):
@@ -373,7 +373,7 @@ def test_random_windows_are_squares_of_seven_eighths_of_the_shorter_side_anywher
     assert (images.random_window(thread, 4, rng) == 7).all()
 
 
-def test_random_resized_crop_of_a_thread_is_its_middle():
+def test_random_resized_crop_of_an_extreme_panorama_is_its_center():
     image = np.zeros((4, 900, 3), np.uint8)
     image[:, 448:452] = 255
     rng = np.random.default_rng(0)

@@ -21,7 +21,7 @@ def png(i: int) -> bytes:
 
 
 def write(data_dir, name: str, features, example, sizes=SIZES, shards=1):
-    """Writes a TFDS dataset whose example i of a split is `example(i)`; returns its folder."""
+    """Write a TFDS dataset whose example i of a split is `example(i)`, and return its folder."""
     import tensorflow_datasets as tfds
 
     class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -50,7 +50,7 @@ def write(data_dir, name: str, features, example, sizes=SIZES, shards=1):
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
-    """Three datasets with differently laid out captions: flat, nested_captions, one_caption."""
+    """Three datasets that store captions differently: flat, nested_captions, one_caption."""
     from tensorflow_datasets import features as f
 
     root = tmp_path_factory.mktemp("data")
@@ -151,7 +151,7 @@ def test_fields_can_be_elsewhere(data_dir):
     assert all(e["captions"][0][1:] == e["captions"][1][1:] for e in nested)
     assert sorted(e["captions"][0] for e in nested) == [f"a{i}" for i in range(10)]
 
-    # What a config says by default may be missing; only another name must be there.
+    # Default features may be missing; only features that are named explicitly must exist.
     fields = {"image": "image", "captions": "captions/text", "label": "label", "id": "id"}
     assert {e["label"] for e in read(data_dir / "nested_captions", fields=fields)} == {-1}
 
@@ -225,7 +225,7 @@ def test_tensorflow_stays_out(data_dir):
         ("one_caption", "train", {"fields": {"image": "picture"}}, "'picture'.*meta/text"),
     ],
 )
-def test_mistakes_are_told_in_two_lines(data_dir, name, split, options, message):
+def test_errors_have_at_most_two_lines(data_dir, name, split, options, message):
     with pytest.raises(UserError, match=message) as error:
         read(name, split, data_dir=str(data_dir), **options)
     assert str(error.value).count("\n") <= 1
@@ -245,7 +245,7 @@ def test_a_format_without_random_access_is_refused_with_the_way_out(data_dir, tm
         read(folder)
 
 
-def test_missing_files_and_unreadable_metadata_are_told(data_dir, tmp_path):
+def test_missing_files_and_unreadable_metadata_raise(data_dir, tmp_path):
     folder = copy_of(data_dir / "flat" / "1.0.0", tmp_path)
     next(folder.glob("*train.array_record*")).unlink()
     assert len(read(folder, "val")) == 3
@@ -256,7 +256,7 @@ def test_missing_files_and_unreadable_metadata_are_told(data_dir, tmp_path):
         read(folder)
 
 
-def test_a_folder_of_something_else_is_refused(tmp_path):
+def test_a_folder_without_a_dataset_raises(tmp_path):
     (tmp_path / "image.jpg").touch()
     with pytest.raises(UserError, match="no dataset_info.json.*\n.*build_dataset"):
         read(tmp_path)

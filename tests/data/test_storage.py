@@ -1,4 +1,4 @@
-"""Datasets that lie elsewhere: read as if they were here, also where every twentieth read fails."""
+"""Remote datasets read like local ones, even if 5% of all reads fail."""
 
 import contextlib
 import os
@@ -29,13 +29,13 @@ FILE = "captioned-train.array_record-00001-of-00003"
 
 
 class Faulty(MemoryFileSystem):
-    """Files in memory, of which a share of the reads fails."""
+    """An in-memory file system in which a fraction of the reads fails."""
 
     protocol = "faulty"
     store: dict = {}
     pseudo_dirs = [""]
     rate, error, random = 0.0, OSError("the line is noisy"), random.Random(0)
-    asked: list[str] = []
+    requested: list[str] = []
     failed = 0
 
     @classmethod
@@ -43,7 +43,7 @@ class Faulty(MemoryFileSystem):
         return super()._strip_protocol(path.removeprefix("faulty://"))
 
     def _may_fail(self, path):
-        Faulty.asked.append(path.rpartition("/")[2])
+        Faulty.requested.append(path.rpartition("/")[2])
         if self.random.random() < self.rate:
             Faulty.failed += 1
             raise self.error
@@ -77,13 +77,13 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def bucket(folder, monkeypatch):
-    """The dataset in a bucket that does not fail yet."""
+    """The dataset in a bucket whose failure rate is 0 at first."""
     monkeypatch.setattr(storage, "FIRST_DELAY", 1e-4)
     monkeypatch.setattr(storage, "CHUNK", 1 << 12)  # 32 reads a file
-    for name in ("rate", "failed"):  # and set back after the test
+    for name in ("rate", "failed"):  # restored after the test
         monkeypatch.setattr(Faulty, name, 0)
     monkeypatch.setattr(Faulty, "random", random.Random(0))
-    monkeypatch.setattr(Faulty, "asked", [])
+    monkeypatch.setattr(Faulty, "requested", [])
     monkeypatch.setattr(Faulty, "store", {})
     fs = fsspec.filesystem("faulty")
     for file in folder.iterdir():
@@ -124,33 +124,33 @@ def test_a_location_is_read_as_a_folder_is(name, data_dir, folder, tmp_path):
     there = open_source(name, "train", image_size=8, cache=str(tmp_path), data_dir=data_dir)
     assert list(there) == list(here) and str(there).startswith("dataset ")
     assert len(read(f"file://{folder}", tmp_path / "none")) == COUNT
-    assert not (tmp_path / "none").exists(), "what is local is not copied"
+    assert not (tmp_path / "none").exists(), "local datasets are not copied"
 
 
 def test_files_are_copied_when_they_are_needed_and_once(tmp_path):
     source = read(URL, tmp_path)
-    assert not any("array_record" in name for name in Faulty.asked)
+    assert not any("array_record" in name for name in Faulty.requested)
     with ThreadPoolExecutor(8) as threads:
         assert len(list(threads.map(source.__getitem__, [9, 10, 11] * 8))) == 24
-    copied = [name for name in Faulty.asked if "array_record" in name]
+    copied = [name for name in Faulty.requested if "array_record" in name]
     size = Faulty.store[f"/bucket/captioned/1.0.0/{FILE}"].size
     assert copied == [FILE] * (size // storage.CHUNK)
     again = pickle.loads(pickle.dumps(source))
     assert [again[8], read(URL, tmp_path)[9]] == [source[8], source[9]]
-    assert len(copied) == sum("array_record" in name for name in Faulty.asked)
+    assert len(copied) == sum("array_record" in name for name in Faulty.requested)
     assert not list(tmp_path.rglob("*.part"))
 
 
-def test_half_a_copy_is_made_again(tmp_path):
+def test_an_incomplete_copy_is_replaced(tmp_path):
     expected = [read(URL, tmp_path / "whole")[i] for i in range(COUNT)]
     source = read(URL, tmp_path / "half")
     (copies,) = (tmp_path / "half").iterdir()
-    (copies / f"{FILE}.part").write_bytes(b"\xff" * 300_000)  # of a process that was killed
+    (copies / f"{FILE}.part").write_bytes(b"\xff" * 300_000)  # left by a process that was killed
     (copies / FILE).write_bytes(b"\xff" * 300)
     assert list(source) == expected and not list(copies.glob("*.part"))
 
 
-def test_another_dataset_at_the_same_place_is_copied_anew(bucket, tmp_path):
+def test_a_dataset_that_changes_is_copied_again(bucket, tmp_path):
     assert len(read(URL, tmp_path)) == COUNT
     bucket.pipe_file(f"/bucket/captioned/1.0.0/{FILE}", b"")
     with pytest.raises(UserError, match=f"{URL}/1.0.0: {FILE} cannot be read"):
@@ -175,7 +175,7 @@ def test_one_read_of_twenty_fails_and_the_batches_are_the_same(
 
 
 @pytest.mark.parametrize("at", ["the beginning", "a batch"])
-def test_what_always_fails_ends_with_the_path_and_the_reason(at, tokenizer, tmp_path):
+def test_permanent_failure_raises_with_path_and_reason(at, tokenizer, tmp_path):
     source = read(URL, tmp_path) if at == "a batch" else None
     Faulty.rate = 1.0
     with pytest.raises(UserError) as raised:
@@ -186,7 +186,7 @@ def test_what_always_fails_ends_with_the_path_and_the_reason(at, tokenizer, tmp_
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "expected_message"),
     [
         (FileNotFoundError("x"), "no such file"),
         (PermissionError(13, "Forbidden"), "Forbidden"),
@@ -194,11 +194,11 @@ def test_what_always_fails_ends_with_the_path_and_the_reason(at, tokenizer, tmp_
         (ValueError("no such region"), "no such region"),
     ],
 )
-def test_what_does_not_pass_is_not_tried_again(error, said, tmp_path, monkeypatch):
+def test_permanent_errors_are_not_retried(error, expected_message, tmp_path, monkeypatch):
     source = read(URL, tmp_path)
     monkeypatch.setattr(Faulty, "error", error)
     Faulty.rate = 1.0
-    with pytest.raises(UserError, match=f"{FILE}: cannot be read \\({said}[^,]*\\)"):
+    with pytest.raises(UserError, match=f"{FILE}: cannot be read \\({expected_message}[^,]*\\)"):
         source[9]
     assert Faulty.failed == 1
 
@@ -211,16 +211,16 @@ def test_a_file_that_ends_too_early_is_never_read(bucket, tmp_path):
         source[9]
 
 
-def test_locations_that_cannot_be(tmp_path):
-    for name, said in {
+def test_invalid_locations_raise(tmp_path):
+    for name, expected_message in {
         "faulty://bucket/captoined": "no such folder. Did you mean 'captioned'",
         "nowhere://bucket/x": "nowhere://bucket/x: cannot be read .Protocol not known: nowhere",
     }.items():
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=expected_message):
             read(name, tmp_path)
 
 
-def test_a_cache_without_room_is_told_before_anything_is_copied(tmp_path, monkeypatch):
+def test_a_full_cache_raises_before_anything_is_copied(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=300_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(UserError, match="data.cache: .* needs 0.0 GB more in .*larger disk"):
@@ -231,7 +231,7 @@ def test_a_cache_without_room_is_told_before_anything_is_copied(tmp_path, monkey
         read(URL, tmp_path / "file")
 
 
-def test_a_local_disk_may_have_a_bad_moment_too(folder, monkeypatch):
+def test_transient_errors_of_a_local_disk_are_retried(folder, monkeypatch):
     source = TfdsSource(folder, "train")
     expected = source[3]
 

@@ -1,4 +1,4 @@
-"""Parts of datasets: balanced, seeded, and the smaller inside of the larger."""
+"""Parts of datasets are balanced and seeded, and smaller parts are inside larger ones."""
 
 import pickle
 
@@ -60,7 +60,7 @@ def test_a_subset_is_a_source_that_workers_can_open():
             part[index]
 
 
-def test_what_cannot_be_is_told():
+def test_bad_arguments_raise():
     for fraction in (0, -1, 1.1):
         with pytest.raises(UserError, match="data.fraction: .* is not in"):
             subset.fraction_of(SOURCE, fraction, seed=0)
@@ -113,7 +113,7 @@ def test_classes_are_kept_by_size_capped_and_renumbered(seed):
     assert found.class_names == names
     for source, whole in (found, train), (of_sizes(test, train, least=least, drawn=None), test):
         assert source.class_names == names
-        for example in source:  # each is one of the whole, under the name that it had
+        for example in source:  # each is an example of the whole dataset, with its class name
             old = whole[int(example["id"])]["label"]
             assert names[example["label"]] == "abcdefgh"[old]
         assert source[0] == source.without_image(0)
@@ -137,7 +137,7 @@ def test_splits_without_a_cap_keep_all_examples_of_the_classes():
     assert pickle.loads(pickle.dumps(part))[0] == {"label": 1, "id": "0"}
 
 
-def test_classes_of_which_nothing_remains_are_told():
+def test_classes_without_examples_raise():
     train = Labelled([0, 0, 1])
     with pytest.raises(UserError, match="no class with 5 examples to train on; the largest has 2"):
         of_sizes(train, train, least=5)

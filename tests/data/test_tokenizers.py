@@ -48,7 +48,7 @@ def test_encodes_the_models_own_ids_then_eos_then_padding(model_path):
 
 def test_lower_casing_is_an_option(model_path):
     kept = SentencePieceTokenizer(model_path, lower=False)
-    assert 2 in kept.encode("RED")  # no capital letter was trained on
+    assert 2 in kept.encode("RED")  # the model was trained without capital letters
     assert 2 not in kept.encode("red")
 
 
@@ -114,7 +114,7 @@ def test_captions_that_cannot_be_trained_on(tmp_path, captions, vocab_size, mess
     assert not list(tmp_path.iterdir())
 
 
-def test_model_files_that_do_not_serve(tmp_path):
+def test_unusable_model_files_raise(tmp_path):
     with pytest.raises(UserError, match="nowhere.model.*No such file"):
         SentencePieceTokenizer(tmp_path / "nowhere.model")
     with pytest.raises(UserError, match="cannot read"):
@@ -145,7 +145,7 @@ def test_captions_of_a_source():
     assert list(source_captions(source, limit=3)) == ["0a", "0b", "3a", "3b", "7a", "7b"]
 
 
-def test_captions_that_cannot_be_read_say_so_themselves(tmp_path):
+def test_errors_of_reading_captions_are_raised_unchanged(tmp_path):
     def captions():
         yield from ["a red circle"] * 50
         raise UserError("dataset 'x': example 50 cannot be read")
@@ -170,17 +170,17 @@ def test_the_tool_trains_on_a_dataset(train_tokenizer, tmp_path, capsys):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_the_tool_tells_mistakes_briefly(train_tokenizer, tmp_path, capsys):
+def test_the_tool_reports_errors_briefly(train_tokenizer, tmp_path, capsys):
     file = tmp_path / "file"
     file.touch()
-    for arguments, told in [
+    for arguments, message in [
         (["--data=scnes", f"--out={tmp_path}"], "scnes"),
         (["--data=scenes", "--split=tarin", f"--out={tmp_path}"], "tarin"),
         (["--data=scenes", "--limit=20", "--vocab_size=90", f"--out={file}"], str(file)),
     ]:
         assert train_tokenizer(arguments) == 2
         captured = capsys.readouterr()
-        assert told in captured.err and captured.err.count("\n") <= 2
+        assert message in captured.err and captured.err.count("\n") <= 2
 
 
 @pytest.mark.skipif("CAP_PRETRAIN_T5" not in os.environ, reason="CAP_PRETRAIN_T5 names no model")

@@ -1,4 +1,4 @@
-"""Files of a dataset that are damaged, missing or forbidden: told in a line or two."""
+"""Corrupt, missing or forbidden files of a dataset raise an error of one or two lines."""
 
 import itertools
 import json
@@ -18,12 +18,12 @@ from cap_pretrain.errors import UserError
 from tests.data.test_sources import write
 
 COUNT, SHARDS = 24, 3
-BLOCK = 1 << 16  # ArrayRecord pads what it writes to these
+BLOCK = 1 << 16  # ArrayRecord pads its output to this size
 
 
 @pytest.fixture(scope="module")
 def datasets(tmp_path_factory):
-    """A dataset of three files with captions, and one of images and labels alone."""
+    """One dataset of three files with captions, and one with only images and labels."""
     from tensorflow_datasets import features as f
 
     root = tmp_path_factory.mktemp("data")
@@ -77,7 +77,7 @@ def edit(folder, change):
 
 
 def forbid(file):
-    """Makes a file one that cannot be read, by root neither."""
+    """Make a file unreadable, even for root."""
     if os.geteuid():
         file.chmod(0)
     else:
@@ -153,7 +153,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize(("damage", "said"), DAMAGES.values(), ids=DAMAGES)
-def test_what_is_wrong_with_a_file_is_told_when_it_is_opened(damage, said, folder, capfd):
+def test_opening_a_damaged_file_reports_what_is_wrong(damage, said, folder, capfd):
     damage(folder)
     with pytest.raises(UserError) as raised:
         read(folder)
@@ -163,7 +163,7 @@ def test_what_is_wrong_with_a_file_is_told_when_it_is_opened(damage, said, folde
     assert capfd.readouterr() == ("", "")
 
 
-def test_examples_that_are_not_what_the_features_say(folder):
+def test_examples_that_do_not_match_the_features(folder):
     text = (folder / FEATURES).read_text()
     (folder / FEATURES).write_text(text.replace('"captions"', '"capshons"'))
     with pytest.raises(UserError, match="split 'train': example 3 in .*-00000-.* cannot be read"):
@@ -208,7 +208,7 @@ def test_a_file_that_is_emptied_while_it_is_read(threads, folder, model):
     tokenizer = SentencePieceTokenizer(model, max_len=8)
     dataset = train_dataset([(source, 1.0)], tokenizer, ImageOptions(8), batch_size=4, seed=0)
     batches = iterate(dataset, threads=threads)
-    for _ in range(COUNT):  # all of the files are open by now
+    for _ in range(COUNT):  # by now, all files are open
         next(batches)
     os.truncate(shard(folder), 0)
     with pytest.raises(UserError, match=f"{SECOND} cannot be read"):
@@ -226,7 +226,7 @@ def test_no_example_is_read_from_an_emptied_file(datasets, tmp_path):
         source[1]
 
 
-_EMPTIES_WHAT_IT_READS = """
+_TRUNCATES_A_FILE_WHILE_READING = """
 import os, sys
 from cap_pretrain.data.pipeline import ImageOptions, train_dataset
 from cap_pretrain.data.prefetch import iterate
@@ -255,9 +255,9 @@ if __name__ == "__main__":
 
 def test_worker_processes_leave_nothing_but_the_message(folder, model, tmp_path):
     program = tmp_path / "program.py"
-    program.write_text(_EMPTIES_WHAT_IT_READS)
-    # Returns when every process that holds a pipe has ended. Python warns of shared memory that is
-    # still there then, and frees it.
+    program.write_text(_TRUNCATES_A_FILE_WHILE_READING)
+    # Returns when all processes that hold a pipe have ended. Python then warns of any shared memory
+    # that was not freed.
     done = subprocess.run(
         [sys.executable, program, folder, shard(folder), model],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},

@@ -1,4 +1,4 @@
-"""Shuffles keep what they claim to keep, and word classes are those of captions."""
+"""Shuffles keep what they claim to keep, and word classes fit captions."""
 
 from collections import Counter
 from random import Random
@@ -90,7 +90,7 @@ def test_words_are_lower_case_without_punctuation_and_not_too_many():
     assert len(words_of("word " * 40)) == MAX_WORDS
 
 
-# The expected classes are those of the Penn treebank's guidelines: n NN*, a JJ*, - all else.
+# Expected classes by the Penn Treebank guidelines: n is NN*, a is JJ*, - is anything else.
 TAGGED = [
     ("a small brown dog jumps over the old fence", "-aan---an"),
     ("two dogs run through a field of tall grass", "-n---n-an"),

@@ -1,4 +1,4 @@
-"""Words, their counts and their file; NLTK's way of splitting by examples checked by hand."""
+"""Word vocabularies and their file; NLTK tokenization on examples checked by hand."""
 
 import pickle
 import runpy
@@ -48,7 +48,7 @@ def test_the_file_says_what_it_holds(tmp_path):
         "",
     ]
     assert is_words_file(path)
-    # Neither the order of the captions nor that of their words matters.
+    # The file depends neither on the order of captions nor on that of their words.
     again = write_words(reversed(CAPTIONS), tmp_path / "again", Rules(min_count=2))
     assert again.read_bytes() == path.read_bytes()
 
@@ -95,7 +95,7 @@ def test_simple_words_know_the_punctuation_of_unicode():
     assert Rules().words("a “tall” man’s — really…") == ["a", "tall", "mans", "really"]
 
 
-# What nltk.word_tokenize makes of them, by the rules that its documentation lists.
+# Expected output of nltk.word_tokenize by the rules in its documentation.
 NLTK = [
     ("a man rides a horse.", "a man rides a horse ."),
     ("two dogs, one brown; one white", "two dogs , one brown ; one white"),
@@ -137,7 +137,7 @@ def test_splits_as_nltk_does(text, words):
         (CAPTIONS, {"min_count": 9}, "min_count: none of 15 words occurs 9 times in 3 captions"),
     ],
 )
-def test_captions_without_a_vocabulary(tmp_path, captions, rules, message):
+def test_captions_that_give_no_vocabulary_raise(tmp_path, captions, rules, message):
     with pytest.raises(UserError, match=message):
         write_words(captions, tmp_path, Rules(**rules))
     assert not list(tmp_path.iterdir())
@@ -147,12 +147,12 @@ def test_captions_without_a_vocabulary(tmp_path, captions, rules, message):
     ("rules", "message"),
     [({"tokenization": "nltkk"}, "tokenization.*'nltk'"), ({"min_count": 0}, "min_count: 0")],
 )
-def test_rules_that_are_none(rules, message):
+def test_invalid_rules_raise(rules, message):
     with pytest.raises(UserError, match=message):
         Rules(**rules)
 
 
-def test_files_that_do_not_serve(tmp_path):
+def test_unusable_files_raise(tmp_path):
     path = write_words(CAPTIONS, tmp_path, Rules())
     whole = path.read_text()
     assert not is_words_file(tmp_path / "nowhere")
