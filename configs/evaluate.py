@@ -1,11 +1,13 @@
-"""Judges what is there already: a run of this program, or an encoder made elsewhere.
+"""Evaluate a trained run or a pretrained encoder without further training.
 
-python -m cap_pretrain.main --workdir=runs/judged \
+python -m cap_pretrain.main --workdir=runs/evaluated \
     --config=configs/evaluate.py:evals=linear_probe+knn,data=imagenette --config.encoder=runs/cappa
 
-`evals` are names of evaluators, with their default options, which `--config.evals.NAME.OPTION=…`
-changes. Not each fits all learners: an encoder alone can be probed, but neither captions nor ranks.
-Without `data` it is what the run of `--config.encoder` was trained on.
+Arguments:
+  evals  names of evaluators, joined by +; default: loss. `--config.evals.NAME.OPTION=…` changes
+         their options. Learners support different evaluators: an encoder alone can be probed, but
+         it cannot caption images or rank captions.
+  data   dataset; default: the training data of the run in `--config.encoder`
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +16,7 @@ from cap_pretrain import config, evals, learners
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """Returns the configuration for `evals=NAME+NAME+…,data=…`."""
+    """Return the config for `evals=NAME+NAME+…,data=…` (see the module's docstring)."""
     args = config.arguments(arg, evals="loss", data="")
     c = config.default()
     c.learner = learners.defaults("pretrained")

@@ -1,11 +1,15 @@
-"""Fine-tuning: encoder and linear layer learn to classify, from all labels or a part of them.
+"""Fine-tune an encoder and a linear layer to classify, with all labels or a fraction of them.
 
 python -m cap_pretrain.main --config=configs/finetune.py:data=imagenette,fraction=0.1 \
     --workdir=runs/finetuned --config.encoder=runs/cappa
 
-`fraction` of the labels, the same of every class and for every encoder; the usual ones are 0.01,
-0.1 and 1. SGD with momentum without weight decay, cosine, gradients clipped at 1 as Dosovitskiy et
-al. 2020 (2010.11929, appendix B.1.1), whose rates to try are 0.003, 0.01, 0.03 and 0.06.
+Arguments:
+  data      dataset with labels; default: scenes
+  fraction  fraction of the labels, the same for every class and every encoder; usually 0.01, 0.1
+            or 1; default: 1
+
+The recipe is that of Dosovitskiy et al. 2020 (2010.11929, appendix B.1.1): SGD with momentum, no
+weight decay, cosine decay, gradients clipped at 1. They try learning rates 0.003, 0.01, 0.03, 0.06.
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +18,7 @@ from cap_pretrain import config, evals, learners
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """Returns the configuration for `data=…,fraction=…`."""
+    """Return the config for `data=…,fraction=…` (see the module's docstring)."""
     args = config.arguments(arg, data="scenes", fraction="1")
     c = config.default()
     c.data.name = args.data

@@ -1,16 +1,20 @@
-"""Linear probes of an encoder: what a linear classifier finds in what it gives.
+"""Evaluate an encoder's features with linear probes and nearest neighbors.
 
 python -m cap_pretrain.main --config=configs/linear_probe.py:data=imagenette \
     --workdir=runs/probed --config.encoder=runs/cappa
 
-By default nothing is trained by the loop. Features are computed once and kept in the workdir; to
-them are fitted a logistic regression to its minimum (`linear_probe`), ridge regressions on 1, 5 and
-10 images of each class (`few_shot`), and none at all (`knn`).
+Arguments:
+  data      dataset with labels; default: scenes
+  protocol  lbfgs or sgd; default: lbfgs
 
-`protocol=sgd` has the loop train the linear layer on augmented images, as the published numbers of
-self-supervised encoders are: VISSL's settings (benchmark/linear_image_classification/imagenet1k/
-eval_resnet_8gpu_transfer_in1k_linear.yaml), but for a cosine in place of three steps of the rate.
-For another batch size scale `optim.lr` by it, as they do.
+protocol=lbfgs trains nothing in the training loop. It computes features once, keeps them in the
+workdir, and evaluates a logistic regression fitted to convergence (`linear_probe`), ridge
+regressions on 1, 5 and 10 images per class (`few_shot`), and nearest neighbors (`knn`).
+
+protocol=sgd trains a linear layer on augmented images in the training loop, as for published
+results of self-supervised encoders. Settings are VISSL's (benchmark/linear_image_classification/
+imagenet1k/eval_resnet_8gpu_transfer_in1k_linear.yaml), with cosine decay in place of three steps of
+the learning rate. Like VISSL, scale `optim.lr` with the batch size.
 """
 
 from ml_collections import ConfigDict
@@ -19,11 +23,11 @@ from cap_pretrain import config, evals, learners
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """Returns the configuration for `data=…,protocol=lbfgs|sgd`."""
+    """Return the config for `data=…,protocol=lbfgs|sgd` (see the module's docstring)."""
     args = config.arguments(arg, data="scenes", protocol=("lbfgs", "sgd"))
     c = config.default()
     c.data.name = args.data
-    if args.data == "scenes":  # there is no end of it, and a probe reads all
+    if args.data == "scenes":  # it is endless, and a probe reads the whole dataset
         c.data.scenes.length_train = 20_000
     if args.protocol == "lbfgs":
         c.learner = learners.defaults("pretrained")

@@ -1,10 +1,15 @@
-"""The paper's matched comparison: Cap, CapPa, CLIP, SigLIP; nothing but the objective differs.
+"""Pretrain an encoder with Cap, CapPa, CLIP or SigLIP; only the objective differs between them.
 
 python -m cap_pretrain.main --workdir=runs/cappa \
     --config=configs/pretrain.py:objective=cappa,model=B/16,data=cc12m
 
-The defaults are the recipe of Tschannen et al. 2023 (arXiv 2306.07915): 366,500 steps of 8192, made
-for a pod. On less, say how long and how much at once:
+Arguments:
+  objective  cappa, cap, clip or siglip; default: cappa
+  model      size of the encoder, with its patch size; default: S/16
+  data       dataset; default: scenes
+
+The defaults are the recipe of the matched comparison in Tschannen et al. 2023 (arXiv 2306.07915):
+366,500 steps with batches of 8192, for a TPU pod. On smaller machines, set
     --config.total_steps=… or --config.total_epochs=…, --config.batch_size=…
 """
 
@@ -21,7 +26,7 @@ OBJECTIVES = {
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """Returns the configuration for `objective=cappa|cap|clip|siglip,model=…,data=…`."""
+    """Return the config for `objective=cappa|cap|clip|siglip,model=…,data=…`."""
     args = config.arguments(arg, objective=tuple(OBJECTIVES), model="S/16", data="scenes")
     learner, options = OBJECTIVES[args.objective]
     c = config.default()

@@ -1,10 +1,10 @@
-"""CapPa on `scenes`, on a CPU, in minutes.
+"""Train a small CapPa on generated scenes in minutes on a CPU.
 
 python -m cap_pretrain.main --config=configs/quickstart.py --workdir=runs/quickstart
 
-At the end, about nine in ten of 500 unseen images should be captioned with every object's colour
-and shape. What is easier here than in `scenes` as such, so that minutes are enough: at most two
-objects, large ones, four shapes, no patterns, plain backgrounds and plain captions.
+At the end, the captions of about nine in ten of 500 unseen images should name the color and shape
+of every object. To make this possible in minutes, the scenes are simpler than by default: at most
+two objects, which are large, four shapes, no patterns, plain backgrounds and plain captions.
 """
 
 from ml_collections import ConfigDict
@@ -13,7 +13,7 @@ from cap_pretrain import config, evals, learners
 
 
 def get_config() -> ConfigDict:
-    """Returns the configuration: a small CapPa on easy scenes."""
+    """Return the config of a small CapPa on simple scenes; it takes no arguments."""
     c = config.default()
     c.total_steps = 5000
     c.batch_size = 64
@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
     c.model.heads = 4
     c.model.decoder_depth = 2
     c.model.unroll = 3
-    # The paper's 0.75 leaves a short run too little of what decoding needs, reading on.
+    # The paper's 0.75 leaves a short run too few autoregressive examples to learn decoding.
     c.learner = learners.defaults("captioner", parallel_fraction=0.5)
     c.data.image_size = 48
     c.data.scenes.max_objects = 2

@@ -1,23 +1,29 @@
-"""Recurrent captioners: the recipes that captioning is measured against.
+"""Train recurrent captioners with published recipes, as baselines of captioning.
 
 python -m cap_pretrain.main --workdir=runs/show_attend_tell \
     --config=configs/recurrent.py:recipe=show_attend_tell,data=data/coco
 python -m cap_pretrain.main --workdir=runs/gru \
     --config=configs/recurrent.py:decoder=gru,encoder=runs/cappa,data=data/coco
 
-`recipe` sets everything, and the other arguments override it; without one it is the first of the
-decoder. `encoder` is an architecture, trained with the decoder from random weights, or the PATH of
-a pretrained one (see `config.encoder`), which is frozen as in the sources. To train such a one,
-too, say `--config.encoder=PATH` instead; as the public code of Show, Attend and Tell fine-tunes the
-last three stages of a ResNet at 1e-4:
-    --config.optim.lr_rules="(('encoder/(stem|stage_1)/.*', 0.0), ('encoder/.*', 0.25))"
-With `encoder=stored`, `data` holds features of a frozen one (see tools/extract_features.py): no
-image is decoded or encoded in training, as the sources of `merge` do it.
+Arguments:
+  recipe   one of the recipes below, which sets everything; the other arguments override it;
+           default: the first recipe of the decoder
+  decoder  lstm, gru, attention or merge; default: that of the recipe, or lstm
+  encoder  an architecture, trained with the decoder from random weights; or the PATH of a
+           pretrained encoder (see `config.encoder`), which is frozen as in the sources; or
+           "stored", if `data` holds features of a frozen encoder (see tools/extract_features.py),
+           so that training does not decode or encode images, as in the sources of `merge`;
+           default: that of the recipe
+  data     dataset; default: scenes
 
-| recipe | follows | was published with |
+To train a pretrained encoder too, use `--config.encoder=PATH` instead. The public code of Show,
+Attend and Tell fine-tunes the last three stages of a ResNet at 1e-4:
+    --config.optim.lr_rules="(('encoder/(stem|stage_1)/.*', 0.0), ('encoder/.*', 0.25))"
+
+| recipe | source | published encoder |
 |---|---|---|
 | cnn_lstm | Vinyals et al. 2015 (1411.4555), on VizWiz | ResNet-50, supervised |
-| gru | the image as the state of a GRU, on COCO | ResNet-101, supervised |
+| gru | the image as the initial state of a GRU, on COCO | ResNet-101, supervised |
 | show_attend_tell | Xu et al. 2015 (1502.03044), by its PyTorch tutorial, on COCO | ResNet-101 |
 | merge | Tanti et al. 2017 (1708.02043), on Flickr8k | ResNet-50: SimCLR |
 | merge_jigsaw | the same | ResNet-50: jigsaw |
@@ -25,13 +31,15 @@ image is decoded or encoded in training, as the sources of `merge` do it.
 | clip_lstm | cnn_lstm on CLIP's pooled vector | CLIP ViT-B/32 |
 | clip_attention | the decoder of show_attend_tell on CLIP's tokens | CLIP ViT-B/32 |
 
-An epoch of theirs is every caption once. Here it is every image once (but with `data.buckets`), so
-lengths are given for the five captions an image of COCO, Flickr8k and VizWiz. What a source does
-not say is ours: batches of 64 for `gru` and `merge`; of 32 for `show_attend_tell`, as its public
-code. The pooled vector of CLIP is what it projects to 512 to compare it with texts; a linear layer
-of the LSTM's own takes the place of that projection, but with features that
-tools/extract_features.py --what head has stored. The same gives what the whole jigsaw network makes
-of its nine tiles, the other extractor of `merge_jigsaw`.
+An epoch of the sources shows every caption once. Here it shows every image once (except with
+`data.buckets`), so epochs are scaled by the five captions per image of COCO, Flickr8k and VizWiz.
+Batch sizes that a source does not give are our choice: 64 for `gru` and `merge`, and 32 for
+`show_attend_tell`, as in its public code.
+
+The pooled vector of CLIP is the one before its projection to 512 dimensions; a linear layer of the
+LSTM replaces the projection. Features stored with tools/extract_features.py --what head include
+it. The same option stores the output of the whole jigsaw network for its nine tiles, the other
+feature extractor of `merge_jigsaw`.
 """
 
 import dataclasses
@@ -45,9 +53,9 @@ from cap_pretrain.errors import UserError, did_you_mean
 from cap_pretrain.models.recurrent import DECODERS
 from cap_pretrain.models.sizes import CONVNETS, STORED
 
-CAPTIONS = 5.0  # an image has, in the sources' datasets
+CAPTIONS = 5.0  # captions per image in the sources' datasets
 
-# Fields of `config` that are an architecture; those of CLIP are what its checkpoints bring along.
+# Config fields of each architecture; those of CLIP are the ones that its checkpoints set.
 ENCODERS: dict[str, dict[str, Any]] = {
     **{name: {"model.name": name} for name in CONVNETS},
     STORED: {"model.name": STORED, "data.crop": "none", "data.flip": False},
@@ -63,21 +71,22 @@ ENCODERS: dict[str, dict[str, Any]] = {
     },
 }
 
-# Options of the learner that are of one decoder only.
-OF_ONE = {"layers": "lstm", "grid": "attention", "penalty": "attention"}
+# Learner options that only one decoder has.
+DECODER_OF_OPTION = {"layers": "lstm", "grid": "attention", "penalty": "attention"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What a source says.
+    """The settings of a source.
 
     Attributes:
-      decoder, encoder: what is built.
-      epochs: of every caption once.
-      best: which figure tells the best checkpoint.
-      options: of the learner.
-      fields: of the config.
-      beams: widths of the beam searches at the end, besides greedy decoding.
+        decoder: Kind of decoder.
+        encoder: Architecture of the encoder, a key of ENCODERS.
+        epochs: Number of epochs, each showing every caption once.
+        best: Metric that selects the best checkpoint.
+        options: Options of the learner.
+        fields: Fields of the config.
+        beams: Beam widths of evaluations at the end, in addition to greedy decoding.
     """
 
     decoder: str
@@ -111,7 +120,7 @@ CNN_LSTM = Recipe(
     options=dict(layers=2),
     fields={"batch_size": 32, "text.words.min_count": 6, "optim.lr": 1e-3},
 )
-# The first of a decoder is what it is without a recipe.
+# The first recipe of each decoder is its default.
 RECIPES = {
     "cnn_lstm": CNN_LSTM,
     "gru": Recipe(
@@ -150,7 +159,7 @@ RECIPES = {
         fields=MERGE.fields
         | {
             "plateau.figure": "val/loss",
-            "plateau.factor": 0.1,  # Keras's, as the patience
+            "plateau.factor": 0.1,  # Keras's default, like the patience
             "plateau.patience": 10,
         },
     ),
@@ -182,7 +191,11 @@ RECIPES = {
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """Returns the configuration for `decoder=…,encoder=…,data=…,recipe=…`."""
+    """Return the config for `decoder=…,encoder=…,data=…,recipe=…` (see the module's docstring).
+
+    Raises:
+        UserError: The encoder is neither an architecture nor an existing path.
+    """
     args = config.arguments(
         arg, decoder=("", *DECODERS), encoder="", data="scenes", recipe=("", *RECIPES)
     )
@@ -192,13 +205,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
         encoder, pretrained = recipe.encoder, encoder
         if not Path(pretrained).exists():
             raise UserError(
-                f"--config: encoder={pretrained!r} is neither an architecture nor a path that "
-                f"there is.{did_you_mean(pretrained, ENCODERS)}"
+                f"--config: encoder={pretrained!r} is neither an architecture nor an existing "
+                f"path.{did_you_mean(pretrained, ENCODERS)}"
             )
     c = config.default()
     c.learner = learners.defaults("recurrent", **options(recipe, args.decoder or recipe.decoder))
     c.data.name = args.data
-    if args.data == "scenes":  # there is no end of it, and epochs are counted
+    if args.data == "scenes":  # it is endless, but the recipes count epochs
         c.data.scenes.length_train = 20_000
     c.text.kind = "words"
     c.text.length = 51  # at most 50 words
@@ -225,18 +238,22 @@ def get_config(arg: str | None = None) -> ConfigDict:
         }
     )
     for beams in recipe.beams:
-        # The sources compare log-probabilities, whatever the length.
-        how = dict(method="beam", beams=beams, length_norm=0.0, when="end")
-        c.evals[f"scores_beam_{beams}"] = evals.defaults("caption_scores", **how)
+        # The sources compare log-probabilities without length normalization.
+        decoding = dict(method="beam", beams=beams, length_norm=0.0, when="end")
+        c.evals[f"scores_beam_{beams}"] = evals.defaults("caption_scores", **decoding)
     return c
 
 
 def first_of(decoder: str) -> str:
-    """The first recipe of a decoder."""
+    """Return the name of the first recipe of a decoder."""
     return next(name for name, recipe in RECIPES.items() if recipe.decoder == decoder)
 
 
 def options(recipe: Recipe, decoder: str) -> dict[str, Any]:
-    """The learner's options of a recipe, for another decoder without those that are not its."""
-    kept = {k: v for k, v in recipe.options.items() if OF_ONE.get(k, decoder) == decoder}
+    """Return a recipe's learner options for a decoder, without options of other decoders."""
+    kept = {
+        name: value
+        for name, value in recipe.options.items()
+        if DECODER_OF_OPTION.get(name, decoder) == decoder
+    }
     return {"decoder": decoder, **kept}

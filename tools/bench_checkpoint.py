@@ -1,11 +1,11 @@
-"""Measures what saving costs a run that saves every so many steps.
+"""Measure the cost of saving a checkpoint every N training steps.
 
     python tools/bench_checkpoint.py --config=configs/quickstart.py
     python tools/bench_checkpoint.py --config=configs/pretrain.py:model=S/16 --config.batch_size=64
 
-Blocks of steps with a save in them and without take turns. A block with a save holds all of it: the
-fingerprints, the copy off the devices, and the writing beside the steps, waited for at the end.
-Batches are noise that lies on the devices already.
+Blocks of training steps with and without a save alternate. A block with a save includes all of it:
+fingerprints, the copy from the devices, and writing in the background, for whose end it waits.
+Batches are noise that is on the devices from the start.
 """
 
 import statistics
@@ -29,10 +29,11 @@ from cap_pretrain.training.step import init_state, make_train_step
 CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/NAME.py[:key=value,…]")
 EVERY = flags.DEFINE_integer("every", 50, "Steps between two saves.", lower_bound=1)
 ROUNDS = flags.DEFINE_integer("rounds", 5, "Blocks of each kind.", lower_bound=1)
-FOLDER = flags.DEFINE_string("folder", None, "Where to save; by default a temporary folder.")
+FOLDER = flags.DEFINE_string("folder", None, "Where to save; default: a temporary folder.")
 
 
 def main(_: list[str]) -> None:
+    """Run the benchmark and print its results."""
     logging.set_verbosity(logging.WARNING)
     config = CONFIG.value
     configs.validate(config)
@@ -44,7 +45,7 @@ def main(_: list[str]) -> None:
         config,
         mesh,
     )
-    take = make_train_step(
+    train_step = make_train_step(
         graphdef, tx, rate, config, jax.tree.map(lambda leaf: leaf.sharding, abstract)
     )
     rng = np.random.default_rng(0)
@@ -59,13 +60,13 @@ def main(_: list[str]) -> None:
         batch = sharding.put_batch(batch, mesh)
         checkpoints = Checkpoints(folder, config)
         checkpoints.prepare(abstract)
-        state, _ = take(init(), batch)
+        state, _ = train_step(init(), batch)
         for block in range(2 * ROUNDS.value + 1):
             save = bool(block % 2)
             jax.block_until_ready(state)
             begun = time.perf_counter()
             for step in range(EVERY.value):
-                state, metrics = take(state, batch)
+                state, metrics = train_step(state, batch)
                 if save and step == 0:
                     jax.block_until_ready(metrics)
                     before = time.perf_counter()
@@ -74,7 +75,7 @@ def main(_: list[str]) -> None:
                 checkpoints.check()
             jax.block_until_ready(state)
             checkpoints.wait()
-            if block:  # the first only warms up
+            if block:  # the first block is a warm-up
                 seconds[save].append((time.perf_counter() - begun) / EVERY.value)
         size = sum(p.stat().st_size for p in Path(folder).rglob("*") if p.is_file())
         size /= len(list((Path(folder) / "checkpoints").iterdir()))
@@ -84,7 +85,7 @@ def main(_: list[str]) -> None:
     print(f"state {state_bytes / 1e6:.1f} MB, {size / 1e6:.1f} MB on disk")
     print(f"step {1e3 * plain:.1f} ms without saving, {1e3 * saving:.1f} ms with a save", end=" ")
     print(f"every {EVERY.value} steps: {saving / plain - 1:+.1%} (medians of {ROUNDS.value})")
-    print(f"the loop stood still for {1e3 * statistics.median(blocked):.0f} ms a save")
+    print(f"a save blocks the training loop for {1e3 * statistics.median(blocked):.0f} ms")
 
 
 if __name__ == "__main__":

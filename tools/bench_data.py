@@ -1,20 +1,21 @@
-"""Measures how fast a config's data pipeline is, and where its time goes.
+"""Measure the speed of a config's data pipeline and of its stages.
 
     python tools/bench_data.py --config=configs/pretrain.py:data=DATASET
     python tools/bench_data.py --config=configs/pretrain.py --generated=2000 --compare=torch,tf.data
 
-The data are the config's own, or with --generated so many JPEGs made for it in a temporary folder:
-500 x 375, quality 90, with the spectrum of photographs. Let it be a thousand or more: to shuffle
-fewer takes Grain up to 0.16 ms an image. The candidates take turns, with as many
-threads or workers each (--threads); told are medians. Images/s per core are by CPU time, of all
-threads and workers, so they hold on a busy machine, too. The same work on the same JPEGs: read,
-decode, crop as data.crop says, resize with antialiasing, mirror as data.flip says, make batches.
+The data are those of the config, or with --generated that many JPEGs generated in a temporary
+folder: 500 x 375, quality 90, with the spectrum of photographs. Use 1000 or more, because Grain
+takes up to 0.16 ms per image to shuffle fewer. The candidates alternate, with --threads threads or
+workers each, and the tables show medians. Images/s per core use the CPU time of all threads and
+workers, so they are also valid on a busy machine. All candidates do the same work on the same
+JPEGs: read, decode, crop (data.crop), resize with antialiasing, flip (data.flip), batch.
 
-    torch           a DataLoader with worker processes, and Pillow
-    tf.data         fused decode-and-crop; needs TensorFlow, in this or another Python (--tf_python)
-    tf.data:aliased the same, resized without antialiasing, as is tf.data's default: worse pictures
+    torch           a DataLoader with worker processes and Pillow
+    tf.data         fused decode and crop; needs TensorFlow in this or another Python (--tf_python)
+    tf.data:aliased the same without antialiasing, tf.data's default, which gives worse images
 """
 
+import argparse
 import contextlib
 import itertools
 import json
@@ -34,6 +35,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from cap_pretrain import inputs
+from cap_pretrain.cli import arguments
 from cap_pretrain.data import images, pipeline, prefetch
 from cap_pretrain.data.builders import build
 from cap_pretrain.data.builders.formats import pairs
@@ -44,25 +46,28 @@ from tools import bench_data_rivals
 from tools.bench_decode import generated
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/NAME.py[:key=value,…]")
-COMPARE = flags.DEFINE_list("compare", [], "Of torch, tf.data, tf.data:aliased.")
-GENERATED = flags.DEFINE_integer("generated", 0, "Make so many JPEGs, in place of data.name.")
-THREADS = flags.DEFINE_integer("threads", os.cpu_count() or 1, "Of each candidate.", lower_bound=1)
-BATCHES = flags.DEFINE_integer("batches", 10, "In a round of a candidate.", lower_bound=1)
-ROUNDS = flags.DEFINE_integer("rounds", 5, "In which the candidates take turns.", lower_bound=1)
-TF_PYTHON = flags.DEFINE_string("tf_python", sys.executable, "The Python that has TensorFlow.")
+COMPARE = flags.DEFINE_list("compare", [], "Any of torch, tf.data, tf.data:aliased.")
+GENERATED = flags.DEFINE_integer("generated", 0, "Number of JPEGs to generate for data.name.")
+THREADS = flags.DEFINE_integer(
+    "threads", os.cpu_count() or 1, "Threads of each candidate.", lower_bound=1
+)
+BATCHES = flags.DEFINE_integer("batches", 10, "Batches per round.", lower_bound=1)
+ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds of all candidates.", lower_bound=1)
+TF_PYTHON = flags.DEFINE_string("tf_python", sys.executable, "A Python that has TensorFlow.")
 
 RIVALS = ("torch", "tf.data", "tf.data:aliased")
 SAMPLE = 500
-"""Examples by which stages are timed."""
+"""Number of examples that stages are timed with."""
 
-MOST = 2000
-"""Examples that are given to the others."""
+MAX_RIVAL_EXAMPLES = 2000
+"""Number of examples written for the other libraries."""
 
 Round = dict[str, float]
+"""Number of "images", and "wall" and "cpu" time in seconds."""
 
 
 def generate(count: int, folder: Path) -> Path:
-    """Writes a dataset of `count` generated photographs with captions; returns its folder."""
+    """Write a dataset of `count` generated photographs with captions and return its folder."""
 
     def read() -> Iterator:
         for number, file in enumerate(generated(count, 500, 375, 90)):
@@ -76,7 +81,7 @@ def generate(count: int, folder: Path) -> Path:
 
 
 def stages(mixture: inputs.Mixture, tokenizer, config: ConfigDict, dataset) -> dict[str, float]:
-    """Milliseconds of one thread's CPU that an image takes, by stage; and the bytes of a file."""
+    """Return CPU milliseconds per image of one thread, by stage, and "bytes" per image file."""
     source, data = mixture[0][0], config.data
     examples, read = _timed(lambda i: source[i], range(min(len(source), SAMPLE)))
     files = [e["image"] for e in examples if isinstance(e["image"], bytes)]
@@ -90,33 +95,38 @@ def stages(mixture: inputs.Mixture, tokenizer, config: ConfigDict, dataset) -> d
     _, tokenize = _timed(tokenizer.encode, texts)
     steps = range(max(1, len(examples) // config.batch_size))
     _, whole = _timed(lambda step: dataset[step], steps)
-    decode = min(decode, square)  # of large files the pipeline decodes less
+    decode = min(decode, square)  # the pipeline decodes large files partially
     parts = {"read": read, "decode": decode, "augment": square - decode, "tokenize": tokenize}
     parts["batch"] = max(0.0, whole / config.batch_size - sum(parts.values()))
     return parts | {"bytes": sum(map(len, files)) / max(1, len(files))}
 
 
 def _timed(call: Callable, arguments) -> tuple[list, float]:
-    """Returns what the calls return and the milliseconds of CPU of one."""
+    """Return the results of all calls and the CPU milliseconds per call."""
     begun = time.thread_time()
     results = [call(argument) for argument in arguments]
     return results, 1e3 * (time.thread_time() - begun) / max(1, len(results))
 
 
 def ours(dataset: grain.MapDataset, workers: int) -> Callable[[], Round]:
-    """Returns what measures a round of the config's own pipeline."""
+    """Return a function that measures a round of the config's own pipeline."""
     ahead = max(THREADS.value, workers)
     batches = prefetch.iterate(dataset, workers=workers, threads=THREADS.value, prefetch=ahead)
-    taken = (batch["image"] for batch in batches)
-    return lambda: bench_data_rivals.measure(taken, BATCHES.value, 2 * ahead)
+    arrays = (batch["image"] for batch in batches)
+    return lambda: bench_data_rivals.measure(arrays, BATCHES.value, 2 * ahead)
 
 
 @contextlib.contextmanager
 def rival(kind: str, folder: Path, config: ConfigDict) -> Iterator[Callable[[], Round]]:
-    """Gives what measures a round of one of RIVALS, a process of its own, on the files of a folder.
+    """Give a function that measures a round of one of RIVALS, in a subprocess.
+
+    Args:
+        kind: One of RIVALS.
+        folder: A folder of JPEGs.
+        config: Gives image size, crop, flip and batch size.
 
     Raises:
-        UserError: its library is not installed, or it failed.
+        UserError: Its library is not installed, or the subprocess failed.
     """
     python = sys.executable if kind == "torch" else TF_PYTHON.value
     options = {
@@ -130,58 +140,63 @@ def rival(kind: str, folder: Path, config: ConfigDict) -> Iterator[Callable[[], 
         "threads": THREADS.value,
         "batches": BATCHES.value,
     }
-    said = tempfile.TemporaryFile("w+")
-    process = subprocess.Popen(
-        [python, bench_data_rivals.__file__, json.dumps(options)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=said,
-        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "OMP_NUM_THREADS": "1"},
-        text=True,
-    )
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            [python, bench_data_rivals.__file__, json.dumps(options)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "OMP_NUM_THREADS": "1"},
+            text=True,
+        )
 
-    def take() -> Round:
-        with contextlib.suppress(BrokenPipeError):
-            print(file=process.stdin, flush=True)
-        if line := process.stdout.readline():
-            return json.loads(line)
-        if process.wait() == 3:
-            extra = "torch" if kind == "torch" else "bench"
-            raise UserError(
-                f"--compare={kind}: {python} lacks it; pip install 'cap_pretrain[{extra}]', or for "
-                "tf.data name a Python that has TensorFlow: --tf_python."
-            )
-        said.seek(0)
-        why = (said.read().strip().splitlines() or [f"exit code {process.returncode}"])[-1]
-        raise UserError(f"--compare={kind}: it failed: {why}")
+        def measure_round() -> Round:
+            with contextlib.suppress(BrokenPipeError):
+                print(file=process.stdin, flush=True)
+            if line := process.stdout.readline():
+                return json.loads(line)
+            if process.wait() == 3:
+                extra = "torch" if kind == "torch" else "bench"
+                raise UserError(
+                    f"--compare={kind}: {python} lacks it; pip install 'cap_pretrain[{extra}]', or "
+                    "for tf.data name a Python that has TensorFlow: --tf_python."
+                )
+            log.seek(0)
+            lines = log.read().strip().splitlines() or [f"exit code {process.returncode}"]
+            raise UserError(f"--compare={kind}: it failed: {lines[-1]}")
 
-    try:
-        yield take
-    finally:
-        said.close()
-        process.kill()
-        process.communicate()
+        try:
+            yield measure_round
+        finally:
+            process.kill()
+            process.communicate()
 
 
 def write_jpegs(mixture: inputs.Mixture, folder: Path) -> None:
-    """Writes JPEGs of the first dataset as files. Raises UserError if an image is none."""
+    """Write JPEGs of the first dataset as files; raise UserError for images of another format."""
     source = mixture[0][0]
-    for i in range(min(len(source), MOST)):
+    for i in range(min(len(source), MAX_RIVAL_EXAMPLES)):
         data = source[i]["image"]
         if not (isinstance(data, bytes) and data.startswith(b"\xff\xd8")):
             raise UserError(
-                f"--compare: is for JPEGs, and {source} has other images; add --generated=2000."
+                f"--compare: needs JPEGs, but {source} has other images; add --generated=2000."
             )
         (folder / f"{i:06}.jpg").write_bytes(data)
 
 
-def run(config: ConfigDict) -> dict:
-    """Measures, prints, and returns what it found."""
+def check_options(config: ConfigDict) -> None:
+    """Raise UserError if --compare is unknown or cannot be combined with the config."""
     for kind in COMPARE.value:
         if kind not in RIVALS:
             raise UserError(f"--compare: there is no {kind!r}.{did_you_mean(kind, RIVALS)}")
     if COMPARE.value and config.data.crop not in ("none", "random"):
-        raise UserError(f"--compare: not with data.crop={config.data.crop}; use none or random.")
+        raise UserError(
+            f"--compare: not supported with data.crop={config.data.crop}; use none or random."
+        )
+
+
+def measure_all(config: ConfigDict) -> tuple[ConfigDict, dict[str, float], dict[str, list[Round]]]:
+    """Return the completed config, the result of `stages`, and the rounds of each pipeline."""
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         if GENERATED.value:
@@ -193,10 +208,9 @@ def run(config: ConfigDict) -> dict:
         tokenizer = inputs.prepare_tokenizer(config, mixture, folder, anew=True)
         grouped = inputs.in_buckets(config, mixture, tokenizer)
         dataset = inputs.training_batches(config, grouped, tokenizer)
-        # In a thread, as the pipeline: there the allocator keeps its memory.
+        # In a thread like the pipeline's, where the allocator keeps its memory.
         with ThreadPoolExecutor(1) as thread:
             parts = thread.submit(stages, mixture, tokenizer, config, dataset).result()
-        size = parts.pop("bytes")
         candidates = {"cap_pretrain": ours(dataset, config.data.workers)}
         if COMPARE.value:
             (folder / "jpegs").mkdir()
@@ -206,8 +220,16 @@ def run(config: ConfigDict) -> dict:
         rounds = {name: [] for name in candidates}
         for number, (name, take) in itertools.product(range(ROUNDS.value + 1), candidates.items()):
             measured = take()
-            if number:  # the first warms up
+            if number:  # the first round is a warm-up
                 rounds[name].append(measured)
+    return config, parts, rounds
+
+
+def run(config: ConfigDict) -> dict:
+    """Measure everything, print tables, and return the results."""
+    check_options(config)
+    config, parts, rounds = measure_all(config)
+    size = parts.pop("bytes")
     print("| stage | ms/image, one core |\n|---|---|")
     for stage, milliseconds in parts.items():
         print(f"| {stage} | {milliseconds:.3f} |")
@@ -242,17 +264,17 @@ def run(config: ConfigDict) -> dict:
     }
 
 
-def main(_: list[str]) -> int:
-    """Returns the exit code."""
-    logging.set_verbosity(logging.WARNING)
-    try:
-        if CONFIG.value is None:
-            raise UserError("--config is missing; say --config=configs/NAME.py.")
-        print(json.dumps(run(CONFIG.value)))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def _run(_: argparse.Namespace) -> int:
+    if CONFIG.value is None:
+        raise UserError("--config is missing; add --config=configs/NAME.py.")
+    print(json.dumps(run(CONFIG.value)))
     return 0
+
+
+def main(_: list[str]) -> int:
+    """Run the tool and return its exit status."""
+    logging.set_verbosity(logging.WARNING)
+    return arguments.run(_run, argparse.Namespace(), catch=(UserError,))
 
 
 if __name__ == "__main__":

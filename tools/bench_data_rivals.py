@@ -1,9 +1,9 @@
-"""What tools/bench_data.py compares with: the same batches by torch with Pillow, or by tf.data.
+"""Load the batches of tools/bench_data.py with torch and Pillow, or with tf.data.
 
     python tools/bench_data_rivals.py '{"kind": "torch", "folder": "JPEGS", …}'
 
-It needs nothing of this project, so that it runs in a Python that has TensorFlow, where the
-project's may not. For each line of its input it measures a round and prints it as JSON.
+It imports nothing of this project, so it can run in another Python that has TensorFlow. For each
+line of its input it measures one round and prints the result as JSON.
 """
 
 import io
@@ -18,12 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
-AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of random crops, as cap_pretrain.data.images
-AHEAD = 2  # batches that each thread or worker may keep ready
+AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # random crops, as in cap_pretrain.data.images
+AHEAD = 2  # batches that each thread or worker prefetches
 
 
 def cpu_seconds() -> float:
-    """CPU time of this process, all of its threads, and of the workers that it has now."""
+    """Return the CPU time of this process, its threads and its current worker processes."""
     seconds = time.process_time()
     for child in multiprocessing.active_children():
         fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
@@ -32,7 +32,16 @@ def cpu_seconds() -> float:
 
 
 def measure(batches: Iterator, count: int, ready: int) -> dict[str, float]:
-    """Takes `count` batches, after those that were `ready` before; returns images, wall, cpu."""
+    """Measure the time of `count` batches.
+
+    Args:
+        batches: Yields batches of images.
+        count: Number of batches to measure.
+        ready: Number of prefetched batches to discard first.
+
+    Returns:
+        "images", the number of images; "wall" and "cpu", seconds.
+    """
     for _ in range(ready):
         next(batches)
     wall, cpu, images = time.perf_counter(), cpu_seconds(), 0
@@ -46,7 +55,14 @@ def measure(batches: Iterator, count: int, ready: int) -> dict[str, float]:
 
 
 class Photographs:
-    """A torch dataset without end of squares, uint8 [S, S, 3], each drawn by its index."""
+    """An endless torch dataset of square images, uint8 [S, S, 3], drawn with the index as seed.
+
+    Args:
+        paths: JPEG files.
+        size: Side S of the images, in pixels.
+        crop: "random" for random crops; otherwise whole images are resized.
+        flip: Flip images horizontally with probability 0.5.
+    """
 
     def __init__(self, paths: list[str], size: int, crop: str, flip: bool):
         self._paths, self._size, self._crop, self._flip = paths, size, crop, flip
@@ -80,7 +96,7 @@ def _random_box(width: int, height: int, rng: np.random.Generator) -> tuple[int,
 
 
 def torch_batches(paths: list[str], options: dict) -> Iterator:
-    """Batches of a DataLoader with `threads` worker processes."""
+    """Return batches of a torch DataLoader with `threads` worker processes."""
     from torch.utils.data import DataLoader
 
     dataset = Photographs(paths, options["size"], options["crop"], options["flip"])
@@ -96,9 +112,9 @@ def torch_batches(paths: list[str], options: dict) -> Iterator:
 
 
 def tf_batches(paths: list[str], options: dict) -> Iterator:
-    """Batches of tf.data, whose decoding reads only the crop; its own threads, `threads` of them.
+    """Return batches of tf.data with `threads` threads, which decodes only the crop of an image.
 
-    Sizes and bits as the project's: rounded uint8; `antialias` costs most of the time.
+    Images are rounded to uint8 as in this project. Antialiasing takes most of the time.
     """
     import tensorflow as tf
 
@@ -134,7 +150,7 @@ def tf_batches(paths: list[str], options: dict) -> Iterator:
 
 
 def main() -> int:
-    """Returns the exit code; 3 when the library is not installed."""
+    """Run the tool and return its exit status; 3 if the library is not installed."""
     options = json.loads(sys.argv[1])
     paths = sorted(str(path) for path in Path(options["folder"]).iterdir())
     make = torch_batches if options["kind"] == "torch" else tf_batches
@@ -146,7 +162,7 @@ def main() -> int:
     for _ in sys.stdin:
         round_ = measure(batches, options["batches"], AHEAD * (options["threads"] + 1))
         print(json.dumps(round_), flush=True)
-    os._exit(0)  # neither library ends its threads and workers by itself
+    os._exit(0)  # neither library stops its threads and workers by itself
 
 
 if __name__ == "__main__":

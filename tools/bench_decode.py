@@ -1,11 +1,11 @@
-"""Measures which library decodes JPEGs fastest, alone and with the resize that training does.
+"""Compare the speed of JPEG decoders, alone and with the resizing of the training pipeline.
 
     python tools/bench_decode.py                                generated, 500 x 375, quality 90
     python tools/bench_decode.py --images photos.zip --size 224
 
-The candidates take turns, and the table shows the median of the rounds, by the CPU time of the one
-thread that each takes, so that it holds on a busy machine, too. `error` is the mean absolute
-difference, in grey levels of 255, to decoding in full with Pillow and shrinking with its bilinear
+The candidates alternate, and the table shows medians over rounds. Times are CPU times of the single
+thread of each candidate, so they are also valid on a busy machine. `error` is the mean absolute
+difference, in gray levels of 255, to full decoding with Pillow and resizing with its bilinear
 filter, which is antialiased.
 """
 
@@ -22,6 +22,7 @@ import simplejpeg
 from PIL import Image
 from tqdm import tqdm
 
+from cap_pretrain.cli import arguments
 from cap_pretrain.data import images
 from cap_pretrain.data.builders.files import image_names, open_files
 from cap_pretrain.errors import UserError
@@ -30,7 +31,7 @@ Decoder = Callable[[bytes], np.ndarray]
 
 
 def photograph(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
-    """Returns uint8 [height, width, 3] with the 1/f spectrum of natural images, and some grain."""
+    """Return an image, uint8 [height, width, 3], with a natural 1/f spectrum and some grain."""
     image = np.full((height, width, 3), 128, np.float32)
     for cells in (4, 16, 64, 256):
         shape = (max(2, height * cells // 512), max(2, width * cells // 512), 3)
@@ -43,7 +44,7 @@ def photograph(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
 
 
 def generated(count: int, width: int, height: int, quality: int) -> list[bytes]:
-    """Returns `count` generated photographs as JPEG files."""
+    """Return `count` generated photographs as JPEG files."""
     rng = np.random.default_rng(0)
     files = []
     for _ in range(count):
@@ -54,7 +55,7 @@ def generated(count: int, width: int, height: int, quality: int) -> list[bytes]:
 
 
 def decoders() -> dict[str, Decoder]:
-    """The candidates that decode at full size."""
+    """Return the candidates that decode at full size, by name."""
 
     def opencv(data: bytes) -> np.ndarray:
         return cv2.cvtColor(cv2.imdecode(np.frombuffer(data, np.uint8), 1), cv2.COLOR_BGR2RGB)
@@ -71,7 +72,7 @@ def decoders() -> dict[str, Decoder]:
 
 
 def resizers(size: int) -> dict[str, Decoder]:
-    """The candidates that decode and shrink to [size, size, 3]."""
+    """Return the candidates that decode and resize to [size, size, 3], by name."""
     plain = decoders()
 
     def reduced(data: bytes) -> np.ndarray:
@@ -109,7 +110,7 @@ def resizers(size: int) -> dict[str, Decoder]:
 
 
 def measure(candidates: dict[str, Decoder], files: list[bytes], rounds: int) -> dict[str, float]:
-    """Returns the median images/s of each candidate; they take turns in every round."""
+    """Return the median images/s of each candidate; they alternate in every round."""
     rates: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in tqdm(range(rounds), desc="rounds", disable=None):
         for name, decode in candidates.items():
@@ -123,7 +124,7 @@ def measure(candidates: dict[str, Decoder], files: list[bytes], rounds: int) -> 
 def print_table(
     title: str, candidates: dict[str, Decoder], files: list[bytes], rounds: int
 ) -> None:
-    """Prints a Markdown table, the fastest first; "Pillow" is what the others are compared to."""
+    """Print a Markdown table, fastest first, with ratios to the candidate "Pillow"."""
     rates = measure(candidates, files, rounds)
     print(f"\n| {title} | images/s | ms/image | to Pillow | error |\n|---|---|---|---|---|")
     for name in sorted(rates, key=rates.get, reverse=True):
@@ -142,34 +143,30 @@ def _shrink(image: Image.Image, size: int) -> np.ndarray:
     return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
 
 
-def main() -> int:
-    """Returns the exit code."""
-    summary, _, rest = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--images", help="a folder or zip of JPEGs; otherwise they are generated")
-    parser.add_argument("--count", type=int, default=100, help="number of images")
-    parser.add_argument("--width", type=int, default=500, help="of generated images, pixels")
-    parser.add_argument("--height", type=int, default=375, help="of generated images, pixels")
-    parser.add_argument("--quality", type=int, default=90, help="of generated images")
-    parser.add_argument("--size", type=int, default=224, help="what is resized to, pixels")
-    parser.add_argument("--rounds", type=int, default=7)
-    args = parser.parse_args()
-    try:
-        if args.images:
-            archive = open_files(args.images)
-            names = [n for n in image_names(archive) if n.lower().endswith((".jpg", ".jpeg"))]
-            files = [archive.read(name) for name in names[: args.count]]
-        else:
-            files = generated(args.count, args.width, args.height, args.quality)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def _run(args: argparse.Namespace) -> int:
+    if args.images:
+        archive = open_files(args.images)
+        names = [n for n in image_names(archive) if n.lower().endswith((".jpg", ".jpeg"))]
+        files = [archive.read(name) for name in names[: args.count]]
+    else:
+        files = generated(args.count, args.width, args.height, args.quality)
     print(f"{len(files)} JPEGs, {sum(map(len, files)) / len(files) / 1000:.0f} kB on average")
     print_table("decode", decoders(), files, args.rounds)
     print_table(f"decode, resize to {args.size}", resizers(args.size), files, args.rounds)
     return 0
+
+
+def main() -> int:
+    """Run the tool and return its exit status."""
+    parser = arguments.documented_parser(__doc__)
+    parser.add_argument("--images", help="folder or zip of JPEGs; default: generated images")
+    parser.add_argument("--count", type=int, default=100, help="number of images; default: 100")
+    parser.add_argument("--width", type=int, default=500, help="pixels of generated images")
+    parser.add_argument("--height", type=int, default=375, help="pixels of generated images")
+    parser.add_argument("--quality", type=int, default=90, help="JPEG quality of generated images")
+    parser.add_argument("--size", type=int, default=224, help="pixels to resize to; default: 224")
+    parser.add_argument("--rounds", type=int, default=7, help="default: 7")
+    return arguments.run(_run, parser.parse_args(), catch=(UserError,))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""Measures beam search with the cache against `transformers.generate` on a decoder of its size.
+"""Compare cached beam search with `transformers.generate` on a decoder of the same size.
 
     python tools/bench_generate.py --model S/16 --batch_size 8 --beams 4 --length 32
 
-Both decoders attend to as many encoder tokens and have the same width, depth, heads, hidden units
-and vocabulary. Hugging Face's is MBart's, which has cross-attention and, like ours, norms before
-its layers. Weights are random and no caption ends, so that both take all steps. They take turns in
-every round, in float32 on the same cores of the CPU; the medians are printed. Encoder, compilation
-and a first run of each are not in the times.
+Both decoders attend to the same number of encoder tokens and have the same width, depth, heads,
+hidden units and vocabulary. Hugging Face's is MBart's, which has cross-attention and, like ours,
+layer norm before its layers. Weights are random and no caption ends, so both take all steps. They
+alternate in every round, in float32 on the same CPU cores; medians are printed. Times exclude the
+encoder, compilation and a first run of each.
 
-On a machine that is busy with other things, torch on several cores suffers more than it should:
-OpenMP waits for each of its threads at every operation. --threads 1 compares one core with one.
+On a busy machine, torch on several cores is slowed disproportionately, because OpenMP waits for
+each of its threads at every operation. --threads 1 compares single cores.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from cap_pretrain.cli import arguments
 from cap_pretrain.errors import UserError
 from cap_pretrain.models.sizes import Size, parse_name
 
@@ -27,7 +28,7 @@ Generate = Callable[[], tuple[int, ...]]
 
 
 def ours(size: Size, encoded: Any, args: argparse.Namespace) -> Generate:
-    """Returns what runs our beam search once, and gives the shape of the captions."""
+    """Return a function that runs our beam search once and returns the shape of the captions."""
     import jax
     from flax import nnx
 
@@ -39,7 +40,7 @@ def ours(size: Size, encoded: Any, args: argparse.Namespace) -> Generate:
     decoder = Decoder(size, vocab_size=args.vocab_size, compute=Compute(), rngs=nnx.Rngs(0))
     graphdef, params, stats = split_learner(decoder)
     key = jax.random.key(0)
-    kernel = params["logits"]["kernel"]  # zero at first
+    kernel = params["logits"]["kernel"]  # initialized to zero
     params["logits"]["kernel"] = jax.random.normal(key, kernel.shape) * size.width**-0.5
     positions = jax.random.normal(key, (args.length, size.width)) * size.width**-0.5
 
@@ -61,7 +62,7 @@ def ours(size: Size, encoded: Any, args: argparse.Namespace) -> Generate:
 
 
 def hugging_face(size: Size, encoded: Any, args: argparse.Namespace) -> Generate:
-    """Returns what runs `transformers.generate` once, and gives the shape of the captions."""
+    """Return a function that runs `transformers.generate` once and returns the captions' shape."""
     import torch
     from transformers import MBartConfig, MBartForConditionalGeneration
     from transformers.modeling_outputs import BaseModelOutput
@@ -71,11 +72,11 @@ def hugging_face(size: Size, encoded: Any, args: argparse.Namespace) -> Generate
     config = MBartConfig(
         vocab_size=args.vocab_size,
         d_model=size.width,
-        encoder_layers=1,  # not run: it is given what an encoder would give
+        encoder_layers=1,  # not run: the encoder's output is given
         decoder_layers=size.depth,
         **{f"{part}_{name}": n for part in ("encoder", "decoder") for name, n in shape.items()},
         max_position_embeddings=args.length + 1,
-        activation_function="gelu_new",  # the one with tanh
+        activation_function="gelu_new",  # GELU with tanh
         decoder_start_token_id=0,
         eos_token_id=None,
         forced_eos_token_id=None,
@@ -86,7 +87,7 @@ def hugging_face(size: Size, encoded: Any, args: argparse.Namespace) -> Generate
     tokens = torch.from_numpy(encoded)
 
     def generate() -> tuple[int, ...]:
-        output = BaseModelOutput(last_hidden_state=tokens)  # which `generate` repeats in place
+        output = BaseModelOutput(last_hidden_state=tokens)  # `generate` repeats it in place
         with torch.inference_mode():
             captions = model.generate(
                 encoder_outputs=output,
@@ -101,10 +102,10 @@ def hugging_face(size: Size, encoded: Any, args: argparse.Namespace) -> Generate
 
 
 def measure(candidates: dict[str, Generate], shape: tuple[int, ...], rounds: int) -> dict:
-    """Returns the median seconds of each candidate; they take turns in every round.
+    """Return the median seconds of each candidate; they alternate in every round.
 
     Raises:
-      RuntimeError: one of them does not write captions of this shape.
+        RuntimeError: A candidate's captions do not have this shape.
     """
     for name, generate in candidates.items():
         if generate() != shape:
@@ -119,18 +120,17 @@ def measure(candidates: dict[str, Generate], shape: tuple[int, ...], rounds: int
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0 done, 2 the user's mistake."""
-    args = _parse(argv)
+    """Run the tool and return its exit status: 0 done, 2 the user's mistake."""
+    return arguments.run(_run, _parse(argv), catch=(UserError,))
+
+
+def _run(args: argparse.Namespace) -> int:
     cores = sorted(os.sched_getaffinity(0))
     args.threads = args.threads or len(cores)
-    try:
-        size, _ = parse_name(args.model)
-        if not 0 < args.threads <= len(cores):
-            raise UserError(f"--threads: {args.threads} is not in 1 to {len(cores)}, the cores.")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    os.sched_setaffinity(0, cores[: args.threads])  # before anybody makes threads
+    size, _ = parse_name(args.model)
+    if not 0 < args.threads <= len(cores):
+        raise UserError(f"--threads: {args.threads} is not in 1 to {len(cores)}, the cores.")
+    os.sched_setaffinity(0, cores[: args.threads])  # before a library starts threads
     os.environ["JAX_PLATFORMS"] = "cpu"
     import numpy as np
 
@@ -156,19 +156,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    summary, _, rest = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments.documented_parser(__doc__)
     parser.add_argument("--model", default="S/16", help="size of the decoder; default: S/16")
-    parser.add_argument("--depth", type=int, help="its layers; default: half the encoder's")
-    parser.add_argument("--vocab_size", type=int, default=8000)
-    parser.add_argument("--tokens", type=int, default=196, help="of the encoder; default: 196")
-    parser.add_argument("--batch_size", type=int, default=8, help="images")
-    parser.add_argument("--beams", type=int, default=4)
-    parser.add_argument("--length", type=int, default=32, help="tokens of each caption")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, help="cores to use; default: all there are")
+    parser.add_argument("--depth", type=int, help="decoder layers; default: half the encoder's")
+    parser.add_argument("--vocab_size", type=int, default=8000, help="default: 8000")
+    parser.add_argument("--tokens", type=int, default=196, help="encoder tokens; default: 196")
+    parser.add_argument("--batch_size", type=int, default=8, help="images; default: 8")
+    parser.add_argument("--beams", type=int, default=4, help="default: 4")
+    parser.add_argument("--length", type=int, default=32, help="tokens per caption; default: 32")
+    parser.add_argument("--rounds", type=int, default=5, help="default: 5")
+    parser.add_argument("--threads", type=int, help="CPU cores; default: all")
     return parser.parse_args(argv)
 
 

@@ -1,11 +1,11 @@
-"""Measures our logistic regression against scikit-learn's: the same features, the same C.
+"""Compare the probe's logistic regression with scikit-learn's on the same features and C.
 
     python tools/bench_probe.py                              generated features, 10,000 x 768
     python tools/bench_probe.py --train runs/probed/features/A.npz --test runs/probed/features/B.npz
 
-The files are those that a probe keeps. Both minimise the same objective. They take turns, and the
-table shows the median of the rounds. Ours is measured as a probe uses it: the features go to the
-device, are prepared, and fitted; compiling, once for each shape, is left out and told by itself.
+The files are features saved by a probe. Both minimize the same objective. They alternate, and the
+table shows medians over rounds. Our time includes the transfer of the features to the device, their
+preparation and the fit, as in a probe. Compilation, once for each shape, is reported separately.
 """
 
 import argparse
@@ -21,13 +21,20 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from cap_pretrain.cli import arguments
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.probes import logistic
 from cap_pretrain.evals.probes.features import Labelled
 
 
 class Fit(NamedTuple):
-    """A kernel [D, K] and bias [K], after so many iterations."""
+    """A fitted classifier.
+
+    Attributes:
+        kernel: Weights, float [D, K].
+        bias: Biases, float [K].
+        iterations: Number of optimizer iterations.
+    """
 
     kernel: np.ndarray
     bias: np.ndarray
@@ -35,27 +42,27 @@ class Fit(NamedTuple):
 
 
 def generated(count: int, width: int, classes: int, seed: int) -> Labelled:
-    """Features whose variance falls as 1 / rank, as those of encoders do, and classes overlap."""
+    """Return features of overlapping classes, with variances falling as 1 / rank as in encoders."""
     fixed, rng = np.random.default_rng(0), np.random.default_rng(seed)
     labels = rng.integers(0, classes, count).astype(np.int32)
-    centres = 0.1 * fixed.standard_normal((classes, width))
-    turned, _ = np.linalg.qr(fixed.standard_normal((width, width)))
-    features = centres[labels] + rng.standard_normal((count, width))
-    features = (features * np.arange(1, width + 1) ** -0.5) @ turned
+    centers = 0.1 * fixed.standard_normal((classes, width))
+    rotation, _ = np.linalg.qr(fixed.standard_normal((width, width)))
+    features = centers[labels] + rng.standard_normal((count, width))
+    features = (features * np.arange(1, width + 1) ** -0.5) @ rotation
     return Labelled(features.astype(np.float32) + 1, labels)
 
 
 def read(path: str) -> Labelled:
-    """The features that a probe has kept; raises UserError if they are none."""
+    """Read features saved by a probe; raise UserError if the file cannot be read."""
     try:
         with np.load(path) as file:
             return Labelled(file["features"], file["labels"])
-    except Exception as error:  # whatever NumPy stumbles over
-        raise UserError(f"{path}: is no file of features ({error}).") from error
+    except Exception as error:  # NumPy raises many kinds
+        raise UserError(f"{path}: is not a file of features ({error}).") from error
 
 
 def ours(data: Labelled, c: float) -> Fit:
-    """Fits as the evaluator `linear_probe` does."""
+    """Fit as the evaluator `linear_probe` does, with inverse regularization `c`."""
     classes = int(data.labels.max()) + 1
     start = np.zeros((data.features.shape[1] + 1, classes), np.float32)
     weights = np.ones(len(data.labels), np.float32)
@@ -66,12 +73,12 @@ def ours(data: Labelled, c: float) -> Fit:
 
 
 def scikit_learns(tol: float, max_iter: int, threads: int) -> Callable[[Labelled, float], Fit]:
-    """Fits with scikit-learn's LogisticRegression, which computes in float64."""
+    """Return a function that fits with scikit-learn's LogisticRegression, in float64."""
     from sklearn.linear_model import LogisticRegression
     from threadpoolctl import threadpool_limits
 
     def fit(data: Labelled, c: float) -> Fit:
-        ignore = warnings.catch_warnings(action="ignore")  # that it did not converge
+        ignore = warnings.catch_warnings(action="ignore")  # convergence warnings
         with ignore, threadpool_limits(threads):
             model = LogisticRegression(C=c, tol=tol, max_iter=max_iter).fit(*data)
         return Fit(model.coef_.T, model.intercept_, int(model.n_iter_[0]))
@@ -80,7 +87,7 @@ def scikit_learns(tol: float, max_iter: int, threads: int) -> Callable[[Labelled
 
 
 def objective(fit: Fit, data: Labelled, c: float) -> float:
-    """What is minimised, in float64."""
+    """Return the objective that both minimize, in float64."""
     logits = data.features.astype(np.float64) @ fit.kernel + fit.bias
     logits -= logits.max(axis=1, keepdims=True)
     losses = np.log(np.exp(logits).sum(1)) - logits[np.arange(len(logits)), data.labels]
@@ -88,39 +95,35 @@ def objective(fit: Fit, data: Labelled, c: float) -> float:
 
 
 def main() -> int:
-    """Returns the exit code."""
-    summary, _, rest = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--train", help="features that a probe has kept; else they are generated")
-    parser.add_argument("--test", help="features for the accuracy, as those of --train")
-    parser.add_argument("--count", type=int, default=10_000, help="of generated features")
-    parser.add_argument("--width", type=int, default=768, help="of generated features")
-    parser.add_argument("--classes", type=int, default=10, help="of generated features")
+    """Run the tool and return its exit status."""
+    parser = arguments.documented_parser(__doc__)
+    parser.add_argument("--train", help="features saved by a probe; default: generated features")
+    parser.add_argument("--test", help="features for the accuracy, to go with --train")
+    parser.add_argument("--count", type=int, default=10_000, help="number of generated features")
+    parser.add_argument("--width", type=int, default=768, help="width of generated features")
+    parser.add_argument("--classes", type=int, default=10, help="classes of generated features")
     parser.add_argument("--c", type=float, nargs="+", default=[0.01, 1.0], help="values of C")
-    parser.add_argument("--tol", type=float, default=1e-4, help="of scikit-learn: its default")
-    parser.add_argument("--max_iter", type=int, default=10_000, help="of scikit-learn")
+    parser.add_argument("--tol", type=float, default=1e-4, help="tolerance of scikit-learn")
+    parser.add_argument("--max_iter", type=int, default=10_000, help="limit of scikit-learn")
     parser.add_argument(
         "--threads",
         type=int,
         nargs="+",
         default=sorted({1, os.cpu_count() or 1}),
-        help="of scikit-learn, which more can make slower where others compute too",
+        help="threads of scikit-learn; on a busy machine more can be slower",
     )
-    parser.add_argument("--rounds", type=int, default=3)
-    args = parser.parse_args()
-    try:
-        if bool(args.train) != bool(args.test):
-            raise UserError("--train and --test go together.")
-        if args.train:
-            train, test = read(args.train), read(args.test)
-        else:
-            kind = args.width, args.classes
-            train, test = generated(args.count, *kind, seed=1), generated(args.count, *kind, seed=2)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    parser.add_argument("--rounds", type=int, default=3, help="default: 3")
+    return arguments.run(_run, parser.parse_args(), catch=(UserError,))
+
+
+def _run(args: argparse.Namespace) -> int:
+    if bool(args.train) != bool(args.test):
+        raise UserError("--train and --test must be given together.")
+    if args.train:
+        train, test = read(args.train), read(args.test)
+    else:
+        kind = args.width, args.classes
+        train, test = generated(args.count, *kind, seed=1), generated(args.count, *kind, seed=2)
     candidates = {"cap_pretrain": ours} | {
         f"scikit-learn, threads: {threads}": scikit_learns(args.tol, args.max_iter, threads)
         for threads in args.threads
@@ -130,7 +133,7 @@ def main() -> int:
     begin = time.perf_counter()
     ours(train, args.c[0])
     compiling = time.perf_counter() - begin
-    print(f"the first fit, compiling included: {compiling:.2f} s\n")
+    print(f"first fit, with compilation: {compiling:.2f} s\n")
     print("| C | | seconds | iterations | objective | top-1 |\n|---|---|---|---|---|---|")
     rows = []
     for c in args.c:

@@ -1,4 +1,4 @@
-r"""Builds a dataset in TFDS format (ArrayRecord) from images and captions, or from class folders.
+r"""Build a dataset in TFDS format (ArrayRecord) from images and captions, or from class folders.
 
     python tools/build_dataset.py captions_json --name my_data --out data \\
         --annotations train=captions_train.json.gz val=captions_val.json.gz \\
@@ -8,9 +8,9 @@ r"""Builds a dataset in TFDS format (ArrayRecord) from images and captions, or f
     python tools/build_dataset.py webdataset --name my_data --out data --shards tars
     python tools/build_dataset.py csv --name my_data --out data --tables a.csv --images photos
 
-Training then reads it by its path: `data=data/my_data`. What is lost is counted in report.html and
-report.json next to the data, and listed in dropped.jsonl. A build that was stopped goes on if it is
-run again.
+Training reads it by its path: `data=data/my_data`. report.html and report.json next to the data
+count the dropped examples, and dropped.jsonl lists them. Running the same command again resumes an
+interrupted build.
 """
 
 import argparse
@@ -20,28 +20,25 @@ import shlex
 import sys
 from pathlib import Path
 
+from cap_pretrain.cli import arguments
 from cap_pretrain.data.builders import ALIASES, FORMATS, beam, filters, units
 from cap_pretrain.errors import UserError, disk_error
 
-_WHATEVER = ("out", "overwrite", "workers", "beam")
-"""Arguments that what is in a dataset does not depend on."""
+_WITHOUT_EFFECT = ("out", "overwrite", "workers", "beam")
+"""Arguments that do not change the contents of a dataset."""
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line; the usage of a format is longer than a screen is patient."""
+    """A parser that reports errors in one line, because the usage of a format is long."""
 
     def error(self, message: str) -> None:
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0 done, 1 unfinished, 2 the user's mistake, 130 interrupted."""
+    """Build and return the exit status: 0 done, 1 unfinished, 2 user's mistake, 130 interrupted."""
     try:
-        args = _parse(argv)
-        return _build(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return arguments.run(_build, _parse(argv), catch=(UserError,))
     except units.UnfinishedError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -49,10 +46,10 @@ def main(argv: list[str] | None = None) -> int:
         if not (reason := disk_error(error)):
             raise
         where = error.filename or "--out"
-        print(f"error: {where}: {reason}; mend that and run it again to go on.", file=sys.stderr)
+        print(f"error: {where}: {reason}; fix this and run again to resume.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: run it again to go on", file=sys.stderr)
+        print("interrupted: run again to resume", file=sys.stderr)
         return 130
 
 
@@ -66,13 +63,13 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         sub = formats.add_parser(
             name, aliases=ALIASES.get(name, ()), help=description, description=description
         )
-        sub.add_argument("--name", required=True, help="the dataset's name, like my_data")
+        sub.add_argument("--name", required=True, help="name of the dataset, like my_data")
         sub.add_argument("--out", required=True, type=Path, help="written to OUT/NAME/1.0.0")
         sub.add_argument("--overwrite", action="store_true", help="replace a finished dataset")
-        what = "processes that read and check images; default: 1. What is built does not change"
-        sub.add_argument("--workers", type=int, default=1, metavar="N", help=what)
-        what = "instead, units are made by Apache Beam with these options, as --runner=DirectRunner"
-        sub.add_argument("--beam", metavar="OPTIONS", help=what)
+        workers = "processes that read and check images, without effect on the result; default: 1"
+        sub.add_argument("--workers", type=int, default=1, metavar="N", help=workers)
+        options = "build units with Apache Beam instead, with options such as --runner=DirectRunner"
+        sub.add_argument("--beam", metavar="OPTIONS", help=options)
         filters.add_arguments(sub)
         module = importlib.import_module(f"cap_pretrain.data.builders.formats.{name}")
         module.Dataset.add_arguments(sub)
@@ -85,14 +82,14 @@ def _build(args: argparse.Namespace) -> int:
 
     from cap_pretrain.data.builders.build import build
 
-    tfds.disable_progress_bar()  # there is one of ours
+    tfds.disable_progress_bar()  # cap_pretrain shows its own
     if args.workers < 1:
         raise UserError(f"--workers {args.workers}: must be at least 1.")
     make = functools.partial(
         args.dataset.from_arguments, args, filters=filters.from_arguments(args)
     )
     settings = units.settings_of(
-        {name: value for name, value in vars(args).items() if name not in _WHATEVER}
+        {name: value for name, value in vars(args).items() if name not in _WITHOUT_EFFECT}
     )
     make_units = units.make_all
     if args.beam is not None:
@@ -102,7 +99,7 @@ def _build(args: argparse.Namespace) -> int:
     )
     for split, report in builder.report.items():
         print(f"{split}: {report.summary()}")
-    print(f"written to {folder}; losses are listed in its report.html")
+    print(f"written to {folder}; its report.html lists dropped examples")
     return 0
 
 

@@ -1,22 +1,22 @@
-r"""Will it fit, and how fast would it be? Asks the TPU compiler, on a machine without TPUs.
+r"""Predict memory and step time of a config on a TPU slice with the TPU compiler, without TPUs.
 
     python tools/check_topology.py --config=configs/pretrain.py:objective=cap,model=B/16 \\
         --topology=v5e:16x16 [--config.batch_size=16384 …]
 
-compiles the training step of the config for the chips of a pod and prints HBM per chip, collectives
-and a predicted step time. Nothing is measured. What it takes is `pip install -e '.[tpu]'`, some
+Compiles the training step of the config for the chips of a slice and prints HBM per chip,
+collectives and a predicted step time. Nothing is measured. It needs `pip install -e '.[tpu]'`, some
 minutes and a few GiB of memory.
 
-Predicted time: the cycles that the compiler estimates for each operation, times the turns of the
-loops around it, over the chip's clock; and where the core waits for collectives or for copies from
-HBM, their bytes over the bandwidth. Model FLOPs, and so MFU, are counted from the traced program
-without what rematerialisation computes again. Peaks, bandwidths and clocks:
+The predicted time is the sum over operations of the compiler's estimated cycles, times the trip
+counts of enclosing loops, divided by the chip's clock rate; plus, where the core waits for
+collectives or copies from HBM, their bytes divided by the bandwidth. Model FLOPs, and thus MFU, are
+counted from the traced program without rematerialization. Peaks, bandwidths and clock rates are in
 cap_pretrain/telemetry/flops.py.
 
-If it does not fit, it says by how much, tries what would make it fit, and names the fastest of
-that; --fit tries them in any case. --scan=16,64,256,1024 keeps the batch per chip and grows the
-slice (weak scaling); a v5e or v6e slice ends at 256 chips, so more are several slices, between
-which the predicted time does not count the data center network.
+If the config does not fit, the tool reports by how much, tries options that reduce memory, and
+names the fastest one that fits; --fit tries them in any case. --scan=16,64,256,1024 keeps the batch
+per chip and grows the slice (weak scaling). A v5e or v6e slice has at most 256 chips; more chips
+are several slices, and the predicted time excludes the data center network between them.
 
 Exit status: 0 it fits; 1 it does not; 2 the user's mistake.
 """
@@ -27,20 +27,21 @@ import sys
 from pathlib import Path
 
 from cap_pretrain import files
+from cap_pretrain.cli import arguments
 from cap_pretrain.errors import UserError
 from cap_pretrain.sweeps.trials import Trial, parse_overrides
 from cap_pretrain.topology import compile as compiling
 
 
 def run(args: argparse.Namespace, overrides: list[str]) -> int:
-    """Checks, prints, writes."""
-    from cap_pretrain.topology import report, search  # which import JAX
+    """Compile, print and write the report, and return the exit status."""
+    from cap_pretrain.topology import report, search  # these import JAX
 
     trial = Trial(args.config, args.config, parse_overrides(overrides))
     config, vocab_size = compiling.prepare(trial.resolved())
     if args.scan:
         found = search.scan(config, vocab_size, args.topology, args.scan, say=_progress)
-        print(f"Weak scaling, {found[0]['batch_per_chip']:g} examples a chip. Predicted:")
+        print(f"Weak scaling, {found[0]['batch_per_chip']:g} examples per chip. Predicted:")
         print(report.table(found))
     else:
         devices = compiling.open_topology(args.topology, args.slices)
@@ -65,27 +66,21 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Run the tool and return its exit status (see above)."""
     compiling.set_environment()
-    try:
-        return run(*_parse(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    args, overrides = _parse(argv)
+    return arguments.run(lambda args: run(args, overrides), args, catch=(UserError,))
 
 
 def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    summary, _, rest = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments.documented_parser(__doc__)
     parser.add_argument("--config", required=True, help="configs/NAME.py[:key=value,…]")
     parser.add_argument("--topology", required=True, help="such as v5e:16x16 or v5p:8x8x8")
-    parser.add_argument("--slices", type=int, default=1, help="so many of them; default: 1")
+    parser.add_argument("--slices", type=int, default=1, help="number of slices; default: 1")
     parser.add_argument("--scan", type=_numbers, help="numbers of chips, as 16,64,256,1024")
-    parser.add_argument("--fit", action="store_true", help="search for what is fastest and fits")
-    parser.add_argument("--breakdown", action="store_true", help="where the time goes")
-    parser.add_argument("--json", type=Path, help="write all of it to this file")
+    parser.add_argument("--fit", action="store_true", help="search for the fastest fitting options")
+    parser.add_argument("--breakdown", action="store_true", help="show time by kind of operation")
+    parser.add_argument("--json", type=Path, help="write the reports to this file")
     return parser.parse_known_args(argv)
 
 

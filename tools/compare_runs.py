@@ -1,13 +1,14 @@
-"""Says whether two workdirs hold bit-identical saved state and the same logged figures.
+"""Check that two workdirs hold bit-identical checkpoints and the same logged metrics.
 
     python tools/compare_runs.py runs/a runs/b
 
-Compared are metrics.jsonl (all but times and `spike/…`) and every array of the checkpoints of the
-steps that both have saved: parameters, other variables, moving average, optimizer. Exit status:
-0 the same; 1 not, with the first step and the first figure and array that differ, and by how much;
-2 they cannot be compared.
+Compares metrics.jsonl (except times and `spike/…`) and every array of the checkpoints that both
+runs have: parameters, other variables, moving average, optimizer state.
 
-A run on another mesh or another machine rounds differently; its losses can be compared alone:
+Exit status: 0 the same; 1 different, with the first metric and the first array that differ, and by
+how much; 2 they cannot be compared.
+
+A run on another mesh or another machine rounds differently. To compare its losses alone:
 
     python tools/compare_runs.py runs/a runs/b --only_losses_within 1e-4
 """
@@ -23,22 +24,23 @@ import numpy as np
 from absl import logging
 
 from cap_pretrain.checkpoints import checkpoint
+from cap_pretrain.cli import arguments
 from cap_pretrain.errors import UserError
 
-# How a run went, not what came of it.
-NO_OUTCOME = ("time/", "spike/")
+NOT_COMPARED = ("time/", "spike/")
+"""Prefixes of metrics that differ between runs with equal results."""
 
-# By step, then by name; None stands for what is not finite.
-Figures = dict[int, dict[str, float | None]]
+Metrics = dict[int, dict[str, float | None]]
+"""Values by step and name; None is a non-finite value."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """What two runs have in common.
+    """The result of comparing two runs.
 
     Attributes:
-      differences: one line for each kind of difference; empty when the runs are the same.
-      compared: how much was looked at, in words.
+        differences: One line per kind of difference; empty if the runs are the same.
+        compared: How much was compared, in words.
     """
 
     differences: tuple[str, ...]
@@ -46,61 +48,65 @@ class Comparison:
 
 
 def compare(a: Path, b: Path, only_losses_within: float | None = None) -> Comparison:
-    """Compares two workdirs.
+    """Compare two workdirs.
 
     Args:
-      a, b: the workdirs.
-      only_losses_within: compares just the losses, up to this relative difference, and what was
-        logged of the data (`data/…`, exactly); None compares everything exactly.
+        a: The first workdir.
+        b: The second workdir.
+        only_losses_within: If given, compare only the losses, up to this relative difference, and
+            metrics of the data (`data/…`), exactly; otherwise compare everything exactly.
 
     Raises:
-      UserError: a folder that is no workdir, no checkpoint in common, a damaged file.
+        UserError: A folder is not a workdir, a file is corrupt, or no checkpoint is in common.
     """
-    figures = [read_figures(workdir) for workdir in (a, b)]
+    metrics = [read_metrics(workdir) for workdir in (a, b)]
     if only_losses_within is not None:
-        return _compare_figures(*map(_losses_and_data, figures), only_losses_within)
-    found = [_compare_figures(*figures, 0.0), _compare_checkpoints(a, b)]
+        return _compare_metrics(*map(_losses_and_data, metrics), only_losses_within)
+    found = [_compare_metrics(*metrics, 0.0), _compare_checkpoints(a, b)]
     return Comparison(
         tuple(line for part in found for line in part.differences),
         "; ".join(part.compared for part in found),
     )
 
 
-def read_figures(workdir: Path) -> Figures:
-    """Reads what a run logged, without times and spikes.
+def read_metrics(workdir: Path) -> Metrics:
+    """Read the metrics that a run logged, except times and spikes.
 
-    A figure logged twice at a step is there twice, the second time as "NAME again".
+    A metric logged twice at one step appears the second time as "NAME again".
+
+    Raises:
+        UserError: `workdir` has no metrics.jsonl, or a line of it is corrupt.
     """
     path = workdir / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"{workdir}: is not the workdir of a run (it has no {path.name}).")
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    figures: Figures = {}
+    metrics: Metrics = {}
     for number, text in enumerate(lines, 1):
         try:
             line = json.loads(text)
-            at_step = figures.setdefault(line.pop("step"), {})
+            at_step = metrics.setdefault(line.pop("step"), {})
         except (ValueError, AttributeError, KeyError, TypeError) as e:
-            raise UserError(f"{path}: line {number} is damaged ({e}).") from e
+            raise UserError(f"{path}: line {number} is corrupt ({e}).") from e
         for name, value in line.items():
-            if not name.startswith(NO_OUTCOME):
+            if not name.startswith(NOT_COMPARED):
                 while name in at_step:
                     name += " again"
                 at_step[name] = value
-    return {step: at_step for step, at_step in figures.items() if at_step}
+    return {step: at_step for step, at_step in metrics.items() if at_step}
 
 
-def _losses_and_data(figures: Figures) -> Figures:
-    def counts(name: str) -> bool:
+def _losses_and_data(metrics: Metrics) -> Metrics:
+    def selected(name: str) -> bool:
         return name.startswith("data/") or name.rpartition("/")[2].startswith("loss")
 
     return {
-        step: {name: value for name, value in at_step.items() if counts(name)}
-        for step, at_step in figures.items()
+        step: {name: value for name, value in at_step.items() if selected(name)}
+        for step, at_step in metrics.items()
     }
 
 
-def _compare_figures(a: Figures, b: Figures, tolerance: float) -> Comparison:
+def _compare_metrics(a: Metrics, b: Metrics, tolerance: float) -> Comparison:
     differing = []
     common = sorted(a.keys() & b.keys())
     for step in common:
@@ -108,23 +114,23 @@ def _compare_figures(a: Figures, b: Figures, tolerance: float) -> Comparison:
         for name in sorted(x.keys() | y.keys()):
             if name not in x or name not in y:
                 differing.append(f"step {step}: {name} is logged in {'AB'[name in y]} only")
-            elif not _same_figure(x[name], y[name], 0.0 if name.startswith("data/") else tolerance):
+            elif not _same_value(x[name], y[name], 0.0 if name.startswith("data/") else tolerance):
                 differing.append(f"step {step}: {name} {_both(x[name], y[name])}")
     count = sum(len(a[step].keys() & b[step].keys()) for step in common)
     differences = []
     if differing:
-        differences.append(f"figures: {differing[0]}; {len(differing)} differ, {count} compared")
+        differences.append(f"metrics: {differing[0]}; {len(differing)} differ, {count} compared")
     for run, only in (("A", a.keys() - b.keys()), ("B", b.keys() - a.keys())):
         if only:
             first = sorted(only)[:5]
             steps = ", ".join(map(str, first)) + ", …" * (len(only) > len(first))
-            differences.append(f"figures: logged in {run} only: {len(only)} steps ({steps})")
-    return Comparison(tuple(differences), f"{count} figures of {len(common)} steps")
+            differences.append(f"metrics: logged in {run} only: {len(only)} steps ({steps})")
+    return Comparison(tuple(differences), f"{count} metrics of {len(common)} steps")
 
 
-def _same_figure(x: float | None, y: float | None, tolerance: float) -> bool:
+def _same_value(x: float | None, y: float | None, tolerance: float) -> bool:
     if x is None or y is None or not tolerance:
-        return repr(x) == repr(y)  # which tells -0.0 from 0.0
+        return repr(x) == repr(y)  # distinguishes -0.0 from 0.0
     return abs(x - y) <= tolerance * max(abs(x), abs(y))
 
 
@@ -140,8 +146,8 @@ def _compare_checkpoints(a: Path, b: Path) -> Comparison:
     common = sorted(set(steps_a) & set(steps_b))
     if not common:
         raise UserError(
-            f"no checkpoint in common: {a} has those of steps {steps_a or 'none'}, "
-            f"{b} of {steps_b or 'none'}."
+            f"no checkpoint in common: {a} has steps {steps_a or 'none'}, "
+            f"{b} has {steps_b or 'none'}."
         )
     differences = []
     for step in common:
@@ -184,46 +190,39 @@ def _array_difference(x: np.ndarray | None, y: np.ndarray | None) -> str:
     if (x.dtype, x.shape) != (y.dtype, y.shape):
         return f"is {x.dtype}{list(x.shape)} and {y.dtype}{list(y.shape)}"
     differing = _bits(x) != _bits(y)
-    with np.errstate(invalid="ignore"):  # infinities and NaN may be among them
+    with np.errstate(invalid="ignore"):  # there may be infinities and NaN
         distance = np.abs(np.subtract(*(v.ravel()[differing].astype(np.float64) for v in (x, y))))
     return f"differs in {differing.sum()} of {x.size} elements, by {distance.max():.3g} at most"
 
 
 def _bits(x: np.ndarray) -> np.ndarray:
-    """The bits of an array as [size] unsigned integers: NaN may equal NaN, and -0.0 is not 0.0."""
+    """Return an array's bits as unsigned integers [size]: NaN can equal NaN, -0.0 is not 0.0."""
     return np.ascontiguousarray(x).reshape(-1).view(f"u{x.dtype.itemsize}")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0 the same, 1 not, 2 cannot be compared."""
-    args = _parse(argv)
-    logging.set_verbosity(logging.ERROR)  # Orbax warns of metadata that no item of a checkpoint has
-    try:
-        result = compare(args.a, args.b, args.only_losses_within)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    """Run the tool and return its exit status (see above)."""
+    parser = arguments.documented_parser(__doc__)
+    parser.add_argument("a", type=Path, metavar="A", help="workdir of a run")
+    parser.add_argument("b", type=Path, metavar="B", help="workdir of another run")
+    parser.add_argument(
+        "--only_losses_within",
+        type=float,
+        metavar="REL",
+        help="compare only the losses, up to a relative difference, and data/… exactly",
+    )
+    args = parser.parse_args(argv)
+    logging.set_verbosity(logging.ERROR)  # Orbax warns of metadata that a checkpoint lacks
+    return arguments.run(_run, args)
+
+
+def _run(args: argparse.Namespace) -> int:
+    result = compare(args.a, args.b, args.only_losses_within)
     if result.differences:
         print(f"different: A is {args.a}, B is {args.b}", *result.differences, sep="\n")
         return 1
     print(f"the same: {result.compared}")
     return 0
-
-
-def _parse(argv: list[str] | None) -> argparse.Namespace:
-    summary, _, rest = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("a", type=Path, metavar="A", help="the folder of a run")
-    parser.add_argument("b", type=Path, metavar="B", help="the folder of another")
-    parser.add_argument(
-        "--only_losses_within",
-        type=float,
-        metavar="REL",
-        help="compare just the losses, up to a relative difference, and data/… exactly",
-    )
-    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Draws images with their captions, or with what a run says of them.
+"""Draw a grid of images with their captions, from a dataset or from a run's evaluation.
 
     python tools/contact_sheet.py --data scenes --split novel --image_size 96 --out scenes.png
     python tools/contact_sheet.py --workdir runs/quickstart --out captions.png
 
-With --workdir, the images and captions are those of the run's last sample captions
-(`evals/samples`, see configs).
+With --workdir, the images and captions are those of the run's latest sample captions (the evaluator
+`samples` in configs/).
 """
 
 import argparse
@@ -19,15 +19,17 @@ from ml_collections import ConfigDict
 from PIL import Image, ImageDraw, ImageFont
 
 from cap_pretrain import inputs
+from cap_pretrain.cli import arguments
 from cap_pretrain.data import pipeline
 from cap_pretrain.data.sources.open import open_source
 from cap_pretrain.errors import UserError
 
 Picture = tuple[np.ndarray, str]
+"""An image, uint8 [S, S, 3], and its caption."""
 
 
 def of_dataset(data: str, split: str, size: int) -> Iterator[Picture]:
-    """Yields the images of a dataset, uint8 [size, size, 3], with their first captions."""
+    """Yield the images of a dataset, uint8 [size, size, 3], with their first captions."""
     source = open_source(data, split, image_size=size)
     for index in range(len(source)):
         example = source[index]
@@ -35,12 +37,16 @@ def of_dataset(data: str, split: str, size: int) -> Iterator[Picture]:
 
 
 def of_run(workdir: Path, evaluation: str) -> Iterator[Picture]:
-    """Yields the images that a run captioned last, as it saw them, with its captions."""
+    """Yield the preprocessed images and the captions of a run's latest evaluation.
+
+    Raises:
+        UserError: The run has no results of this evaluation.
+    """
     results = sorted(
         (workdir / "evals" / evaluation).glob("*.json"), key=lambda path: int(path.stem)
     )
     if not results:
-        raise UserError(f"{workdir}: there is no evals/{evaluation}; let the run evaluate first.")
+        raise UserError(f"{workdir}: has no evals/{evaluation}; run the evaluation first.")
     result = json.loads(results[-1].read_text(encoding="utf-8"))
     config = ConfigDict(json.loads((workdir / "config.json").read_text(encoding="utf-8")))
     options = result["options"]
@@ -51,7 +57,7 @@ def of_run(workdir: Path, evaluation: str) -> Iterator[Picture]:
 
 
 def draw(pictures: Sequence[Picture], columns: int, side: int) -> Image.Image:
-    """Returns a grid of the pictures, `side` pixels wide, each above its caption."""
+    """Return a grid of the pictures, each `side` pixels wide and above its caption."""
     gap = 8
     font = ImageFont.load_default(max(11, side // 10))
     line = font.getbbox("Ag")[3] + 2
@@ -68,40 +74,31 @@ def draw(pictures: Sequence[Picture], columns: int, side: int) -> Image.Image:
     return sheet
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0 done, 2 the user's mistake."""
-    args = _parse(argv)
-    try:
-        found = (
-            of_run(args.workdir, args.evaluation)
-            if args.workdir
-            else of_dataset(args.data, args.split, args.image_size)
-        )
-        pictures = [picture for picture, _ in zip(found, range(args.count), strict=False)]
-        draw(pictures, args.columns, args.side).save(args.out)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def _run(args: argparse.Namespace) -> int:
+    if args.workdir:
+        found = of_run(args.workdir, args.evaluation)
+    else:
+        found = of_dataset(args.data, args.split, args.image_size)
+    pictures = [picture for picture, _ in zip(found, range(args.count), strict=False)]
+    draw(pictures, args.columns, args.side).save(args.out)
     print(f"wrote {args.out}")
     return 0
 
 
-def _parse(argv: list[str] | None) -> argparse.Namespace:
-    summary, _, rest = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(argv: list[str] | None = None) -> int:
+    """Run the tool and return its exit status: 0 done, 2 the user's mistake."""
+    parser = arguments.documented_parser(__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--data", help="a dataset or its path")
-    what.add_argument("--workdir", type=Path, help="the folder of a run")
+    what.add_argument("--data", help="dataset or its path")
+    what.add_argument("--workdir", type=Path, help="workdir of a run")
     parser.add_argument("--split", default="train", help="with --data; default: train")
     parser.add_argument("--image_size", type=int, default=96, help="with --data; default: 96")
     parser.add_argument("--evaluation", default="samples", help="with --workdir; default: samples")
-    parser.add_argument("--count", type=int, default=8)
-    parser.add_argument("--columns", type=int, default=4)
-    parser.add_argument("--side", type=int, default=144, help="of each picture, in pixels")
-    parser.add_argument("--out", required=True, type=Path, help="a picture file")
-    return parser.parse_args(argv)
+    parser.add_argument("--count", type=int, default=8, help="number of images; default: 8")
+    parser.add_argument("--columns", type=int, default=4, help="images per row; default: 4")
+    parser.add_argument("--side", type=int, default=144, help="pixels per image; default: 144")
+    parser.add_argument("--out", required=True, type=Path, help="output image file")
+    return arguments.run(_run, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

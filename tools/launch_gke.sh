@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# Trains on a TPU slice of a GKE cluster: makes a JobSet, which restarts it. See docs/tpu_pod.md.
+# Trains on a TPU slice of a GKE cluster with a JobSet, which restarts it. See docs/tpu_pod.md.
 #
 #   tools/launch_gke.sh --name=NAME --image=IMAGE --accelerator=tpu-v5-lite-podslice \
 #       --topology=16x16 --mount=NFS_HOST:/SHARE [FLAGS] \
 #       -- --config=configs/pretrain.py --workdir=/mnt/runs/cap [--config.some.field=value]
 #
-# What stands after -- goes to `python -m cap_pretrain.main` in every pod. Flags:
+# Arguments after -- go to `python -m cap_pretrain.main` in every pod. Flags:
 #   --mount=WHAT          NFS_HOST:/SHARE or gs://BUCKET, mounted at /mnt/runs in every pod
-#   --chips_per_host=4    of the node pool's machine type, as 4 of ct5lp-hightpu-4t
-#   --spot                of a node pool with spot machines
-#   --service_account=SA  of Kubernetes, with access to gs:// paths
-#   --max_restarts=10     give up after so many crashes; preemptions are not counted
+#   --chips_per_host=4    chips of the node pool's machine type: 4 for ct5lp-hightpu-4t
+#   --spot                use a node pool of spot machines
+#   --service_account=SA  Kubernetes service account with access to gs:// paths
+#   --max_restarts=10     give up after this many crashes, not counting preemptions
 #   --dry_run             print the manifest instead of applying it
 #
-# If there is a JobSet of that name it is stopped, which saves, and replaced. The run goes on.
+# An existing JobSet of that name is stopped, which saves a checkpoint, and replaced. The run resumes.
 set -euo pipefail
 
 mistake() {
@@ -40,19 +40,19 @@ while (($#)); do
     --spot) spot=1 ;;
     --dry_run) dry=1 ;;
     --) break ;;
-    *) mistake "there is no flag $1; those of the program stand after --." ;;
+    *) mistake "unknown flag $1; the program's flags go after --." ;;
   esac
   shift
 done
 [[ $name && $image && $accelerator && $topology && $mount ]] ||
-  mistake "one of --name, --image, --accelerator, --topology and --mount is missing."
-[[ $topology =~ ^[0-9]+(x[0-9]+)+$ ]] || mistake "--topology=$topology: is not such as 16x16 or 4x4x4."
+  mistake "--name, --image, --accelerator, --topology and --mount are required."
+[[ $topology =~ ^[0-9]+(x[0-9]+)+$ ]] || mistake "--topology=$topology: must look like 16x16 or 4x4x4."
 (($# > 1)) || mistake "the program's flags are missing: -- --config=configs/NAME.py --workdir=DIR."
 shift
-[[ "$*" != *$'\n'* ]] || mistake "no flag may have two lines: $*"
+[[ "$*" != *$'\n'* ]] || mistake "a flag must not contain a line break: $*"
 hosts=$((${topology//x/*} / chips_per_host))
 ((hosts * chips_per_host == ${topology//x/*})) ||
-  mistake "--topology=$topology does not divide by --chips_per_host=$chips_per_host."
+  mistake "--topology=$topology does not divide by --chips_per_host=$chips_per_host; change either."
 
 volume() {
   if [[ $mount == gs://* ]]; then
@@ -90,7 +90,7 @@ kind: JobSet
 metadata:
   name: $(text "$name")
   annotations:
-    # All pods on one slice.
+    # Puts all pods on one slice.
     alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool
 spec:
   failurePolicy:
@@ -111,10 +111,10 @@ spec:
         parallelism: $hosts
         completions: $hosts
         completionMode: Indexed
-        backoffLimit: 0  # a pod that fails ends the others, and all begin again
+        backoffLimit: 0  # a failed pod stops the others, and all restart
         podFailurePolicy:
           rules:
-          # 2 is a mistake of the user, 143 was stopped by SIGTERM after saving.
+          # 2: the user's mistake. 143: stopped by SIGTERM after saving.
           - action: FailJob
             onExitCodes: {containerName: main, operator: In, values: [2, 143]}
           - action: FailJob
@@ -142,7 +142,7 @@ $(for flag in "$@"; do echo "              - $(text "${flag//\$/\$\$}")"; done)
               - {name: runs, mountPath: /mnt/runs}
               - {name: memory, mountPath: /dev/shm}
             volumes:
-            - name: memory  # of data workers; without this it is 64 MB
+            - name: memory  # shared memory of data workers; the default is 64 MB
               emptyDir: {medium: Memory}
             - name: runs
 $(volume)
@@ -153,7 +153,7 @@ if [[ $dry ]]; then
   manifest "$@"
   exit
 fi
-manifest=$(manifest "$@") # before anything is deleted
+manifest=$(manifest "$@") # fails, if it does, before anything is deleted
 kubectl delete jobset "$name" --ignore-not-found --cascade=foreground
 kubectl create -f - <<<"$manifest"
 of="--selector=jobset.sigs.k8s.io/jobset-name=$name"

@@ -1,23 +1,23 @@
 #!/usr/bin/env bash
-# Trains on a slice of TPU VMs, from creating it to the end of the run. See docs/tpu_pod.md.
+# Creates a slice of TPU VMs and trains on it to the end of the run. See docs/tpu_pod.md.
 #
 #   tools/launch_tpu.sh --name=NAME --zone=ZONE --type=v5litepod-256 --version=v2-alpha-tpuv5-lite \
 #       [FLAGS] -- --config=configs/pretrain.py --workdir=/mnt/runs/cap [--config.some.field=value]
 #
-# What stands after -- goes to `python -m cap_pretrain.main` on every worker. Flags:
-#   --project=ID       the Google Cloud project; by default gcloud's
-#   --spot             a slice that may be preempted, at a lower price
-#   --queued           ask for it as a queued resource, which waits for capacity
-#   --create_flag=F    a further flag of gcloud's create command, as --create_flag=--network=NET
+# Arguments after -- go to `python -m cap_pretrain.main` on every worker. Flags:
+#   --project=ID       Google Cloud project; default: that of gcloud
+#   --spot             create a preemptible slice, at a lower price
+#   --queued           request the slice as a queued resource, which waits for capacity
+#   --create_flag=F    extra flag of gcloud's create command, such as --create_flag=--network=NET
 #   --mount=WHAT       gs://BUCKET or NFS_HOST:/SHARE, mounted at /mnt/runs on every worker
-#   --max_failures=3   give up after so many crashes in a row that came within --quick=600 seconds
-#   --poll=30          seconds between looks at a slice that is not ready
+#   --max_failures=3   give up after this many crashes in a row, each within --quick=600 seconds
+#   --poll=30          seconds between checks of a slice that is not ready
 #   --dry_run          print every command instead of running it
-#   --stop             stop the program on the slice, which saves first, and nothing else
+#   --stop             only stop the program on the slice, which saves a checkpoint first
 #
-# The program runs on the workers whether or not anybody looks: Ctrl-C here only stops following,
-# and the same command again follows again. The slice stays when the run has ended: delete it.
-# Exit status: that of the run (0 done, 2 a mistake of yours, 143 stopped); 1 if that is not known.
+# The program keeps running on the workers without this script: Ctrl-C only stops following its log,
+# and the same command follows it again. The slice is not deleted at the end of the run: delete it.
+# Exit status: that of the run (0 done, 2 user's mistake, 143 stopped), or 1 if it is unknown.
 set -euo pipefail
 
 say() { printf 'launch_tpu: %s\n' "$*" >&2; }
@@ -25,7 +25,7 @@ die() { # STATUS MESSAGE
   say "$2"
   exit "$1"
 }
-quoted() { # its arguments, as one line for a shell
+quoted() { # quotes its arguments as one line for a shell
   local line='' word one="'" quoted="'\\''"
   for word in "$@"; do
     case $word in *[!A-Za-z0-9_./:=,@%+-]* | '') word="'${word//$one/$quoted}'" ;; esac
@@ -50,13 +50,13 @@ while (($#)); do
     --dry_run) dry=1 ;;
     --stop) stop=1 ;;
     --) break ;;
-    *) die 2 "there is no flag $1; those of the program stand after --." ;;
+    *) die 2 "unknown flag $1; the program's flags go after --." ;;
   esac
   shift
 done
-[[ $name && $zone ]] || die 2 "--name and --zone are missing."
+[[ $name && $zone ]] || die 2 "--name and --zone are required."
 if [[ ! $stop ]]; then
-  [[ $type && $version ]] || die 2 "--type and --version are missing."
+  [[ $type && $version ]] || die 2 "--type and --version are required."
   (($# > 1)) || die 2 "the program's flags are missing: -- --config=configs/NAME.py --workdir=DIR."
   shift
 fi
@@ -71,14 +71,14 @@ run() { # runs a command, or prints it
   if [[ $dry ]]; then quoted "$@" && echo; else "$@"; fi
 }
 tpus() { run gcloud compute tpus "$@" "${where[@]}"; }
-worker() { # WORKERS VERB ARGUMENTS…: tools/launch_tpu_worker.sh on those workers
+worker() { # WORKERS VERB ARGUMENTS…: runs tools/launch_tpu_worker.sh on these workers
   local workers=$1 command
   shift
   command="bash cap_pretrain/tools/launch_tpu_worker.sh $(quoted "$@")"
   tpus tpu-vm ssh "$name" --worker="$workers" --command="$command"
 }
 
-state() { # tpu-vm or queued-resources, field: its state; ABSENT; UNKNOWN if gcloud cannot tell
+state() { # tpu-vm|queued-resources FIELD: prints its state, ABSENT, or UNKNOWN if gcloud fails
   if tpus "$1" describe "$name" --format="value($2)" 2>"$temporary/error"; then return; fi
   if grep -qiE 'not.?found' "$temporary/error"; then echo ABSENT && return; fi
   cat "$temporary/error" >&2
@@ -94,7 +94,7 @@ create() {
     ${create_flags[@]+"${create_flags[@]}"}
 }
 
-delete() { # what a preemption has left
+delete() { # deletes the remains of a preempted slice
   if [[ $queued ]]; then tpus queued-resources delete "$name" --force --quiet && return; fi
   tpus tpu-vm delete "$name" --quiet
 }
@@ -104,7 +104,7 @@ make_ready() { # returns when the slice is READY
   while true; do
     now=$(state tpu-vm state)
     if [[ $now == READY ]]; then return; fi
-    # Before its node exists, and after, the queued resource knows.
+    # While the node does not exist, the queued resource has the state.
     if [[ $queued && $now =~ ^(ABSENT|PREEMPTED|TERMINATED)$ ]]; then
       now=$(state queued-resources state.state)
     fi
@@ -117,31 +117,31 @@ make_ready() { # returns when the slice is READY
         create 2>"$temporary/error" || no_capacity
         ;;
       PREEMPTED | TERMINATED | SUSPENDED) delete ;;
-      STOPPED | FAILED) die 1 "$name is $now; see why, delete it, and run this again." ;;
+      STOPPED | FAILED) die 1 "$name is $now; find out why, delete it, and run this again." ;;
     esac
-    if ((unknown >= 10)); then die 1 "gcloud cannot tell the state of $name."; fi
+    if ((unknown >= 10)); then die 1 "gcloud cannot determine the state of $name."; fi
     sleep "$poll"
   done
 }
 
-no_capacity() { # returns if that is why the slice could not be created
+no_capacity() { # returns if creation failed for lack of capacity, else exits
   cat "$temporary/error" >&2
   grep -qiE 'no more capacity|insufficient capacity|UNAVAILABLE' "$temporary/error" ||
     die 1 "$name could not be created."
-  say "no capacity in $zone; trying again (--queued waits in line)"
+  say "no capacity in $zone; retrying (--queued waits in a queue)"
 }
 
-install() { # this working tree and what it needs, on all workers
+install() { # installs this working tree and its dependencies on all workers
   local unpack='rm -rf cap_pretrain/{cap_pretrain,configs,tools} && mkdir -p cap_pretrain'
   run env COPYFILE_DISABLE=1 tar -czf "$temporary/cap_pretrain.tgz" --exclude=__pycache__ \
-    -C "$root" pyproject.toml setup.py README.md cap_pretrain configs tools
+    -C "$root" setup.py pyproject.toml README.md cap_pretrain configs tools
   tpus tpu-vm scp "$temporary/cap_pretrain.tgz" "$name:" --worker=all
   tpus tpu-vm ssh "$name" --worker=all \
     --command="$unpack && tar -xzf cap_pretrain.tgz -C cap_pretrain"
   worker all install ${mount:+"$mount"}
 }
 
-running() { # whether the program runs on worker 0; fails if that cannot be told
+running() { # returns 0 if the program runs on worker 0, 1 if not, 2 if this is unknown
   local script='cap_pretrain/tools/launch_tpu_worker.sh' found
   found=$(tpus tpu-vm ssh "$name" --worker=0 \
     --command="if [ -f $script ]; then bash $script state; else echo idle; fi") || return 2
@@ -153,20 +153,20 @@ if [[ $stop ]]; then
   exit
 fi
 if [[ $dry ]]; then
-  echo "# Create $name, unless it is READY; what was preempted is deleted first."
+  echo "# Create $name unless it is READY; a preempted slice is deleted first."
   create
-  echo "# Copy and install the code on all workers, unless the program runs there already."
+  echo "# Copy and install the code on all workers, unless the program is running there."
   install
-  echo "# Start it on all workers, and follow the log of worker 0."
+  echo "# Start the program on all workers and follow the log of worker 0."
   worker all start "$@"
   worker 0 follow
-  echo "# Ask all workers how it ended. 0, 2 and 130 end this; 143 too, if the slice is still READY."
-  echo "# If it was preempted: all of this again. Else a crash: until it came quickly $max_failures times in a row."
+  echo "# Get the exit statuses. 0, 2 and 130 end this, and 143 if the slice is still READY."
+  echo "# A preemption repeats all of this; a crash restarts the program, up to $max_failures quick crashes in a row."
   worker all ended
   exit
 fi
 
-trap 'say "no longer following; the program goes on. The same command follows again, --stop ends it."
+trap 'say "no longer following; the program keeps running. The same command follows it, --stop stops it."
   exit 130' INT
 failures=0 silent=0 installed=''
 while true; do
@@ -174,29 +174,29 @@ while true; do
   idle=0 ended=''
   running || idle=$?
   if ((idle == 1)); then
-    # What fails here may be a preemption; if it is not, it counts as a crash.
+    # A failure here may be a preemption; otherwise it counts as a crash.
     if { [[ $installed ]] || install; } && worker all start "$@"; then
       idle=0 installed=1
     else
       ended='1 0' installed=''
     fi
   fi
-  if ((idle == 0)) && worker 0 follow; then # lines "ended STATUS SECONDS", one of each worker
+  if ((idle == 0)) && worker 0 follow; then # prints "ended STATUS SECONDS" for each worker
     ended=$(worker all ended | sed -n 's/^ended //p') || true
   fi
   statuses=$(awk '{print $1}' <<<"$ended" | sort -un | xargs)
   case " $statuses " in
     ' 0 ') say "done" && exit 0 ;;
-    *' 2 '*) say "a mistake in the flags or files, told above" && exit 2 ;;
+    *' 2 '*) say "a mistake in the flags or files, reported above" && exit 2 ;;
     *' 130 '*) exit 130 ;;
   esac
-  # After a preemption, too, all were stopped by SIGTERM, and the slice may say READY for a while.
+  # A preemption also stops all workers by SIGTERM, and the slice may stay READY for a while.
   looks=1
   if [[ $statuses == 143 || $statuses == '75 143' ]]; then looks=5; fi
   for ((; looks > 0; looks--)); do
     sleep "$poll"
     if [[ $(state tpu-vm state) != READY ]]; then
-      say "$name is not READY any more"
+      say "$name is no longer READY"
       continue 2
     fi
   done
@@ -204,7 +204,7 @@ while true; do
     143 | '75 143') say "stopped by SIGTERM, not by a preemption" && exit 143 ;;
     '')
       silent=$((silent + 1))
-      if ((silent >= 10)); then die 1 "the workers cannot be reached, though $name is READY."; fi
+      if ((silent >= 10)); then die 1 "the workers are unreachable, although $name is READY."; fi
       continue
       ;;
   esac
@@ -212,5 +212,5 @@ while true; do
   seconds=$(awk '{print $2}' <<<"$ended" | sort -n | tail -n 1)
   if ((seconds < quick)); then failures=$((failures + 1)); else failures=1; fi
   if ((failures >= max_failures)); then die 1 "crashed $failures times in a row ($statuses)."; fi
-  say "crashed ($statuses); starting again"
+  say "crashed ($statuses); restarting"
 done

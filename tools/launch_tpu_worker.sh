@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# What tools/launch_tpu.sh has each TPU VM do. It lies in ~/cap_pretrain/tools there.
+# Commands that tools/launch_tpu.sh runs on each TPU VM, from ~/cap_pretrain/tools.
 #
-#   install [MOUNT]   Python, this package and its dependencies; mounts gs://BUCKET or HOST:/SHARE
-#   start FLAGS…      starts `python -m cap_pretrain.main FLAGS…`, unless it runs
-#   state             prints "running" or "idle"
-#   follow            prints its log until it has ended
-#   ended             prints "ended STATUS SECONDS" of the last start (STATUS 1 if there is none)
-#   stop              sends SIGTERM, which saves, and waits
+#   install [MOUNT]   install Python, this package and its dependencies; mount gs://BUCKET or HOST:/SHARE
+#   start FLAGS…      start `python -m cap_pretrain.main FLAGS…`, unless it is running
+#   state             print "running" or "idle"
+#   follow            print the program's log until it exits
+#   ended             wait, then print "ended STATUS SECONDS" of the last start (STATUS 1 if unknown)
+#   stop              send SIGTERM, on which the program saves a checkpoint, and wait
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -33,22 +33,22 @@ mount_runs() {
   if [[ $1 == gs://* ]]; then
     command -v gcsfuse >/dev/null || install_gcsfuse
     sudo chown "$(id -un)" "$mount_point"
-    # Hosts must see at once what another has written, so nothing is remembered about files; by
-    # default it is for a minute, and on large machines for ever. A folder is renamed where that is
-    # atomic (in a bucket with a hierarchical namespace), else refused: checkpoints rely on it.
+    # Hosts must see each other's writes at once, so file metadata is not cached; by default it is
+    # cached for a minute, and on large machines forever. Folders are renamed only where this is
+    # atomic (in a bucket with a hierarchical namespace), because checkpoints rely on it.
     local bucket=${1#gs://}
     gcsfuse --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 \
       --rename-dir-limit=0 "${bucket%/}" "$mount_point"
   else
     command -v mount.nfs >/dev/null || { apt update && apt install nfs-common; }
-    # The same: names that are missing are looked up again, attributes kept for a second.
+    # Likewise, missing names are not cached, and attributes are cached for one second.
     sudo mount -t nfs -o hard,lookupcache=positive,actimeo=1 "$1" "$mount_point"
     sudo chmod 1777 "$mount_point"
   fi
 }
 
 ended() {
-  # A host that is lost ends the others in time; this is for one that hangs all the same.
+  # When a host is lost the others exit by themselves; this handles one that hangs nevertheless.
   for ((i = 0; i < 600; i++)); do
     if ! alive; then break; fi
     sleep 1
@@ -64,17 +64,17 @@ ended() {
 case $verb in
   install)
     if (($#)); then mount_runs "$1"; fi
-    # TPU VMs come with Python 3.10, which is too old.
+    # TPU VMs have Python 3.10, which is too old.
     export PATH=$HOME/.local/bin:$PATH
     command -v uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
     [[ -x venv/bin/python ]] || uv venv --quiet --python 3.11 venv
     uv pip install --quiet --python venv/bin/python -e '.[tpu]' gcsfs
     ;;
   start)
-    if alive; then echo "runs already" && exit; fi
+    if alive; then echo "already running" && exit; fi
     if [[ -e run/log ]]; then mv run/log "run/log.$(date +%Y%m%d_%H%M%S)"; fi
     rm -f run/pid run/ended
-    # Outlives the connection, and the shell that waits for it keeps its status.
+    # It outlives the connection, and the waiting shell records its exit status.
     # shellcheck disable=SC2016
     nohup setsid bash -c '
       venv/bin/python -u -m cap_pretrain.main "$@" &
@@ -91,7 +91,7 @@ case $verb in
     ended
     ;;
   *)
-    echo "there is no $verb" >&2
+    echo "unknown command $verb" >&2
     exit 2
     ;;
 esac

@@ -1,17 +1,17 @@
-"""Draws what a run has learned as points: images, captions or words, alike ones side by side.
+"""Plot a run's embeddings of images, captions or words in two dimensions.
 
     python tools/plot_embeddings.py --checkpoint runs/cap --out images.png --thumbnails --count 300
     python tools/plot_embeddings.py --checkpoint runs/clip --what captions --out captions.svg
     python tools/plot_embeddings.py --checkpoint runs/cap --what words --method pca --out words.svg
 
   images    the encoder's pooled features
-  captions  of an image each, the first: a dual encoder's text embeddings, else the mean of the
-            embeddings of a caption's tokens
-  words     the most frequent ones of the captions: the mean of the embeddings of a word's tokens
+  captions  the first caption of each image: a dual encoder's text embedding, else the mean of the
+            caption's token embeddings
+  words     the most frequent words of the captions: the mean of a word's token embeddings
 
-Points have the colours of the images' labels, if there are any. Two dimensions are made of many by
-t-SNE (van der Maaten and Hinton 2008) or PCA; nothing is left to chance, so the same picture comes
-out each time. The newest sound checkpoint is used, its averaged parameters if there are any.
+Points are colored by the images' labels, if there are any. Dimensions are reduced by t-SNE (van der
+Maaten and Hinton 2008) or PCA, deterministically. The newest valid checkpoint is used, with
+averaged parameters if it has them.
 
 Exit status: 0 done, 2 the user's mistake.
 """
@@ -20,7 +20,6 @@ import argparse
 import collections
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -31,7 +30,7 @@ from flax import nnx
 
 from cap_pretrain import inputs
 from cap_pretrain.checkpoints.load import Learner, load_learner
-from cap_pretrain.cli import figures
+from cap_pretrain.cli import arguments, figures
 from cap_pretrain.cli.captioning import evaluation_crop
 from cap_pretrain.data import pipeline, prefetch
 from cap_pretrain.data.sources.base import Source
@@ -41,24 +40,24 @@ from cap_pretrain.learners.protocols import EmbedsText
 from cap_pretrain.models import readout
 from cap_pretrain.models.layers import normalize_images
 
-FEWEST = 5  # points
+MIN_POINTS = 5
 BATCH = 64
-COMPONENTS = 30  # principal ones, that t-SNE is given, as in its authors' experiments (section 4.2)
-PERPLEXITY = 30  # of t-SNE, in the range of 5 to 50 that its authors recommend (section 2)
-LEGEND = 20  # classes at most that have a legend: so many colours can be told apart
+COMPONENTS = 30  # principal components given to t-SNE, as in its authors' experiments (section 4.2)
+PERPLEXITY = 30  # of t-SNE; its authors recommend 5 to 50 (section 2)
+LEGEND = 20  # maximum classes in a legend: more colors cannot be told apart
 COUNTS = {"images": 1000, "captions": 1000, "words": 150}
 METHODS = ("tsne", "pca")
-EXAMPLES = 2000  # whose captions say which words are frequent
+EXAMPLES = 2000  # number of examples whose captions give the word frequencies
 
 
 class Points(NamedTuple):
-    """Vectors float32 [n, D] and what is drawn in their places.
+    """Embeddings and what to draw for each of them.
 
     Attributes:
-      vectors: of which places are made.
-      labels: int [n], into the source's class names; -1 is none.
-      images: uint8 [n, S, S, 3] thumbnails, or none, [0, …].
-      words: n texts, or none.
+        vectors: Embeddings, float32 [n, D].
+        labels: Indices into the source's class names, int [n]; -1 is no label.
+        images: Thumbnails, uint8 [n, S, S, 3], or [0, …] without them.
+        words: n words, or none.
     """
 
     vectors: np.ndarray
@@ -68,7 +67,7 @@ class Points(NamedTuple):
 
 
 def of_images(learner: Learner, source: Source, count: int) -> Points:
-    """The encoder's pooled features of the first images of a source."""
+    """Return the encoder's pooled features of the first `count` images of a source."""
 
     def encode(module, batch):
         return readout.read(
@@ -79,10 +78,10 @@ def of_images(learner: Learner, source: Source, count: int) -> Points:
 
 
 def of_captions(learner: Learner, source: Source, count: int) -> Points:
-    """Embeddings of the first captions of the first images of a source.
+    """Return embeddings of the first captions of the first `count` images of a source.
 
     Raises:
-      UserError: the learner reads no text, or the source has no captions.
+        UserError: The learner reads no text, or the source has no captions.
     """
     tokenizer = learner.tokenizer
     _check_text(learner, source)
@@ -100,15 +99,15 @@ def of_captions(learner: Learner, source: Source, count: int) -> Points:
 
 
 def of_words(learner: Learner, source: Source, count: int) -> Points:
-    """Embeddings of the most frequent words of a source's captions, most frequent first.
+    """Return embeddings of the `count` most frequent words, most frequent first.
 
     Raises:
-      UserError: as `of_captions`.
+        UserError: The learner reads no text, or the source has no captions.
     """
     tokenizer = learner.tokenizer
     _check_text(learner, source)
     counts: collections.Counter[str] = collections.Counter()
-    tokens = {}  # of each word, where it came first
+    tokens = {}  # token ids of each word's first occurrence
     for index in range(min(EXAMPLES, len(source))):
         for caption in source[index]["captions"]:
             ids = tokenizer.encode(caption)
@@ -126,7 +125,7 @@ def of_words(learner: Learner, source: Source, count: int) -> Points:
 def _of_examples(
     learner: Learner, source: Source, count: int, encode: Callable[[nnx.Module, Any], jax.Array]
 ) -> Points:
-    """What `encode(learner, batch)` says of the first examples of a source."""
+    """Return the vectors that `encode(learner, batch)` gives for the first examples of a source."""
     config, tokenizer, graphdef, variables = learner
 
     @jax.jit
@@ -152,25 +151,25 @@ def _of_examples(
 def _check_text(learner: Learner, source: Source) -> None:
     if not learner.tokenizer.vocab_size:
         raise UserError(
-            f"--what: a {learner.config.learner.name} reads no text; take --what images."
+            f"--what: a {learner.config.learner.name} reads no text; use --what images."
         )
     if not source[0]["captions"]:
-        raise UserError(f"--what: {source} has no captions; take --what images.")
+        raise UserError(f"--what: {source} has no captions; use --what images.")
 
 
 SOURCES = {"images": of_images, "captions": of_captions, "words": of_words}
 
 
 def places(vectors: np.ndarray, method: str) -> np.ndarray:
-    """Vectors [n, D] -> [n, 2], by "tsne" or "pca".
+    """Reduce vectors [n, D] to coordinates [n, 2] by "tsne" or "pca".
 
     Raises:
-      UserError: too few vectors to say anything of, or some are not finite.
+        UserError: There are fewer than MIN_POINTS vectors, or some are not finite.
     """
-    if len(vectors) < FEWEST:
-        raise UserError(f"--count: {len(vectors)} points are too few; take {FEWEST} or more.")
+    if len(vectors) < MIN_POINTS:
+        raise UserError(f"--count: {len(vectors)} points are too few; use {MIN_POINTS} or more.")
     if not np.isfinite(vectors).all():
-        raise UserError("--checkpoint: what it says is not finite; take an earlier --step.")
+        raise UserError("--checkpoint: its embeddings are not finite; use an earlier --step.")
     if method == "pca":
         return principal_components(vectors, 2)
     reduced = principal_components(vectors, COMPONENTS)
@@ -181,17 +180,17 @@ def places(vectors: np.ndarray, method: str) -> np.ndarray:
 
 
 def principal_components(vectors: np.ndarray, count: int) -> np.ndarray:
-    """The coordinates [n, at most count] of vectors [n, D] along the axes of greatest variance."""
-    centred = vectors.astype(np.float64) - vectors.mean(0, dtype=np.float64)
-    u, s, axes = np.linalg.svd(centred, full_matrices=False)
-    # An axis has two directions: the one in which its largest entry is positive.
+    """Project vectors [n, D] onto their first principal components: [n, min(count, n, D)]."""
+    centered = vectors.astype(np.float64) - vectors.mean(0, dtype=np.float64)
+    u, s, axes = np.linalg.svd(centered, full_matrices=False)
+    # Fix the sign of each axis: its largest entry is positive.
     rows = np.arange(len(axes))
     signs = np.sign(axes[rows, np.argmax(np.abs(axes), axis=1)])
     return (u * s * signs)[:, :count]
 
 
 def draw(points: Points, xy: np.ndarray, class_names: Sequence[str], thumbnails: bool) -> Any:
-    """Returns a figure of the points at xy [n, 2]."""
+    """Return a figure of the points at `xy`, float [n, 2]."""
     figure = figures.new_figure(10, 8)
     axis = figure.subplots()
     axis.set_xticks([])
@@ -203,19 +202,18 @@ def draw(points: Points, xy: np.ndarray, class_names: Sequence[str], thumbnails:
             axis.annotate(word, where, (2, 2), textcoords="offset points", fontsize=8)
         return figure
     present = [int(label) for label in np.unique(points.labels)]
-    colours = _colours(len(present))
-    for label, colour in zip(present, colours, strict=True):
+    for label, color in zip(present, _colors(len(present)), strict=True):
         own = points.labels == label
         name = class_names[label] if label >= 0 else "no label"
-        axis.scatter(*xy[own].T, s=16, color=colour, label=name)
+        axis.scatter(*xy[own].T, s=16, color=color, label=name)
         if thumbnails:
-            _put_thumbnails(axis, points.images[own], xy[own], colour)
+            _put_thumbnails(axis, points.images[own], xy[own], color)
     if present != [-1] and len(present) <= LEGEND:
         figure.legend(loc="outside right upper", fontsize=8, markerscale=1.5)
     return figure
 
 
-def _colours(count: int) -> list[Any]:
+def _colors(count: int) -> list[Any]:
     maps = figures.imported("matplotlib").colormaps
     if count <= 10:
         return list(maps["tab10"].colors[:count])
@@ -224,59 +222,45 @@ def _colours(count: int) -> list[Any]:
     return list(maps["hsv"](np.arange(count) / count))
 
 
-def _put_thumbnails(axis: Any, images: np.ndarray, xy: np.ndarray, colour: Any) -> None:
-    """Puts images over their points, framed in their colour."""
+def _put_thumbnails(axis: Any, images: np.ndarray, xy: np.ndarray, color: Any) -> None:
+    """Draw images over their points, framed in their color."""
     boxes = figures.imported("matplotlib.offsetbox")
     for image, where in zip(images, xy, strict=True):
         picture = boxes.OffsetImage(image, zoom=24 / len(image))
-        frame = dict(edgecolor=colour, linewidth=1)
+        frame = dict(edgecolor=color, linewidth=1)
         axis.add_artist(boxes.AnnotationBbox(picture, where, pad=0.05, bboxprops=frame))
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code, as said above."""
-    args = _parse(argv)
-    logging.set_verbosity(logging.ERROR)
-    try:
-        figures.check_name(args.out)
-        if args.thumbnails and args.what == "words":
-            raise UserError("--thumbnails: words have none; leave it out.")
-        learner = load_learner(args.checkpoint, step=args.step)
-        split = args.split or learner.config.data.eval_split
-        source = inputs.open_data(learner.config, split, args.data)
-        points = SOURCES[args.what](learner, source, args.count or COUNTS[args.what])
-        xy = places(points.vectors, args.method)
-        figures.save(draw(points, xy, source.class_names, args.thumbnails), args.out)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def _run(args: argparse.Namespace) -> int:
+    figures.check_name(args.out)
+    if args.thumbnails and args.what == "words":
+        raise UserError("--thumbnails: words have no images; remove the option.")
+    learner = load_learner(args.checkpoint, step=args.step)
+    split = args.split or learner.config.data.eval_split
+    source = inputs.open_data(learner.config, split, args.data)
+    points = SOURCES[args.what](learner, source, args.count or COUNTS[args.what])
+    xy = places(points.vectors, args.method)
+    figures.save(draw(points, xy, source.class_names, args.thumbnails), args.out)
     print(f"wrote {args.out}: {len(xy)} {args.what}")
     return 0
 
 
-def _parse(argv: list[str] | None) -> argparse.Namespace:
-    summary, _, rest = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--checkpoint", required=True, type=Path, help="the workdir of a run")
-    parser.add_argument("--step", type=int, help="which of its checkpoints; default: the newest")
-    parser.add_argument("--out", required=True, type=Path, help="a file *.png or *.svg")
+def main(argv: list[str] | None = None) -> int:
+    """Run the tool and return its exit status (see above)."""
+    parser = arguments.documented_parser(__doc__)
+    arguments.add_checkpoint(parser)
+    arguments.add_figure(parser)
+    arguments.add_dataset(parser)
     parser.add_argument("--what", choices=SOURCES, default="images", help="default: images")
     parser.add_argument("--method", choices=METHODS, default="tsne", help="default: tsne")
-    parser.add_argument("--thumbnails", action="store_true", help="draw the images, not points")
-    told = ", ".join(f"{count} {what}" for what, count in COUNTS.items())
-    parser.add_argument("--count", type=_positive, help=f"of points; default: {told}")
-    parser.add_argument("--data", default="", help="a dataset or its path; default: the run's own")
-    parser.add_argument("--split", default="", help="default: the run's split for evaluation")
-    return parser.parse_args(argv)
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return number
+    parser.add_argument("--thumbnails", action="store_true", help="draw images, not points")
+    defaults = ", ".join(f"{count} {what}" for what, count in COUNTS.items())
+    parser.add_argument(
+        "--count", type=arguments.positive_int, help=f"number of points; default: {defaults}"
+    )
+    args = parser.parse_args(argv)
+    logging.set_verbosity(logging.ERROR)
+    return arguments.run(_run, args)
 
 
 if __name__ == "__main__":

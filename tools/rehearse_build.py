@@ -1,19 +1,20 @@
-"""Rehearses a build of web data: losses counted exactly, kills without a trace, flat memory.
+"""Check that a build of web data counts drops exactly, survives kills, and uses constant memory.
 
     python tools/rehearse_build.py --images 20000 --kills 5 --folder rehearsal
 
-Writes tars as img2dataset does, of `scenes` at 500 x 375 pixels, with faults planted: images that
-are cut off or none, captions that are empty, images that come again as they are or at another
-quality, and a last tar that ends in the middle. Then runs tools/build_dataset.py, deduplicating by
-what images show: straight through in FOLDER/straight; on a tenth of the images in FOLDER/tenth; and
-in FOLDER/killed, where SIGKILL ends it at random moments and it is started again each time.
+Writes tars like img2dataset's, of `scenes` at 500 x 375 pixels, with planted faults: truncated
+images, files that are not images, empty captions, images that occur again with the same or another
+quality, and a truncated last tar. Then runs tools/build_dataset.py with perceptual deduplication:
+without interruption in FOLDER/straight; on a tenth of the images in FOLDER/tenth; and in
+FOLDER/killed, where SIGKILL stops it at random moments and it is restarted each time.
 
-Prints what was lost by which reason, seconds, and the peak memory (VmHWM) of the build's process
-and of its workers. Exit status: 0 all counts are those planted and both datasets have the same
-bytes, reports included; 1 they have not; 2 the user's mistake.
+Prints the number of dropped examples by reason, seconds, and the peak memory (VmHWM) of the main
+process and of its workers.
+
+Exit status: 0 all counts equal the planted ones, and both datasets have the same bytes, reports
+included; 1 they differ; 2 the user's mistake.
 """
 
-import argparse
 import collections
 import io
 import json
@@ -33,19 +34,20 @@ import cv2
 import numpy as np
 import simplejpeg
 
+from cap_pretrain.cli import arguments
 from cap_pretrain.data.scenes.source import Scenes
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = 500, 375
 PER_TAR = 1000
 POLL = 0.05  # seconds between two looks at the memory of processes
-# What is wrong with every tenth image, by the last digit of its number.
+# Reasons for which examples are dropped, by the last digit of their number.
 FAULTS = {1: "broken", 2: "broken", 3: "without captions"}
 COPIES = {4: "duplicate image", 5: "near-duplicate image"}
 
 
 def photograph(number: int, quality: int = 90, size: tuple[int, int] = SIZE) -> bytes:
-    """A scene under a pattern of large spots, which no other shares, and with grain; a JPEG."""
+    """Return a JPEG of a scene under a unique pattern of large spots, with grain."""
     width, height = size
     scene = Scenes("train", image_size=max(size))[number]["image"][:height]
     rng = np.random.default_rng(number)
@@ -58,12 +60,12 @@ def photograph(number: int, quality: int = 90, size: tuple[int, int] = SIZE) -> 
 
 
 def example(number: int, size: tuple[int, int]) -> tuple[bytes, str, str]:
-    """Returns image, caption and the reason for which an example will be lost, or ""."""
+    """Return the image and caption of an example and the reason it will be dropped, or ""."""
     kind, reason = number % 10, FAULTS.get(number % 10, "")
     if kind in COPIES and number >= 10:
         reason = COPIES[kind]
         ten = number // 10
-        quality = 90 if kind == 4 else 60 + ten % 2  # no two copies are the same
+        quality = 90 if kind == 4 else 60 + ten % 2  # so that no two copies are equal
         image = photograph(ten // 2 * 10, quality, size)
     elif kind == 2:
         image = b"<html>404 Not Found</html>"
@@ -74,16 +76,16 @@ def example(number: int, size: tuple[int, int]) -> tuple[bytes, str, str]:
 
 
 def write_tar(path: Path, numbers: range, size: tuple[int, int], cut: bool = False) -> list[str]:
-    """Writes the examples of `numbers`; returns the reasons for which some will be lost.
+    """Write the examples of `numbers` and return the reason each will be dropped, or "".
 
-    If it is to be `cut`, half of them, and what follows is half a header.
+    With `cut` the tar has the first half of them and ends in the middle of a header.
     """
     reasons = []
     with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
         for number in numbers[: len(numbers) // 2] if cut else numbers:
             image, caption, reason = example(number, size)
-            about = json.dumps({"caption": caption, "key": f"{number:09}", "status": "success"})
-            for suffix, data in (("jpg", image), ("json", about), ("txt", caption)):
+            metadata = json.dumps({"caption": caption, "key": f"{number:09}", "status": "success"})
+            for suffix, data in (("jpg", image), ("json", metadata), ("txt", caption)):
                 data = data if isinstance(data, bytes) else data.encode()
                 info = tarfile.TarInfo(f"{number:09}.{suffix}")
                 info.size = len(data)
@@ -99,7 +101,7 @@ def write_tar(path: Path, numbers: range, size: tuple[int, int], cut: bool = Fal
 def write_tars(
     folder: Path, images: int, per_tar: int = PER_TAR, size: tuple[int, int] = SIZE
 ) -> tuple[dict[str, int], int]:
-    """Writes the tars; returns how many examples will be lost by reason, and of how many."""
+    """Write the tars and return the number of drops by reason, and the number of candidates."""
     folder.mkdir(parents=True)
     starts = range(0, images, per_tar)
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -118,7 +120,17 @@ def write_tars(
 
 
 class Build:
-    """A run of tools/build_dataset.py on tars, and the memory that its processes have taken."""
+    """A run of tools/build_dataset.py on tars, with the peak memory of its processes.
+
+    Args:
+        shards: Folder of the tars.
+        out: Where the dataset `mine` is built.
+        workers: Number of worker processes.
+
+    Attributes:
+        peaks: Peak memory in KiB, by process id.
+        process: The main process.
+    """
 
     def __init__(self, shards: Path, out: Path, workers: int):
         arguments = ["webdataset", "--name", "mine", "--out", out, "--shards", shards]
@@ -133,10 +145,10 @@ class Build:
         )
 
     def run(self, seconds: float = float("inf")) -> bool:
-        """Waits for its end, and kills it after so many seconds; returns whether it came to that.
+        """Wait for the end of the build or kill it after `seconds`; return whether it was killed.
 
         Raises:
-            subprocess.CalledProcessError: it failed.
+            subprocess.CalledProcessError: The build failed.
         """
         while self.process.poll() is None:
             if self.seconds > seconds:
@@ -152,27 +164,28 @@ class Build:
 
     @property
     def seconds(self) -> float:
+        """Seconds since the start."""
         return time.monotonic() - self._begun
 
     def memory(self) -> tuple[float, float]:
-        """Peak of its own process and the largest of a worker, MiB."""
-        own = self.peaks.pop(self.process.pid)
-        return own / 1024, max(self.peaks.values(), default=0) / 1024
+        """Return the peak memory of the main process and the largest of a worker, in MiB."""
+        main = self.peaks.pop(self.process.pid)
+        return main / 1024, max(self.peaks.values(), default=0) / 1024
 
 
 def _family(pid: int) -> Iterator[int]:
-    """A process and those it has started."""
+    """Yield a process id and those of its descendants."""
     yield pid
     try:
         for task in Path(f"/proc/{pid}/task").iterdir():
             for child in (task / "children").read_text().split():
                 yield from _family(int(child))
     except OSError:
-        return  # it has ended
+        return  # it has exited
 
 
 def _peak(pid: int) -> int:
-    """VmHWM, proc(5), in KiB; 0 of a process that has ended."""
+    """Return VmHWM, proc(5), in KiB; 0 for a process that has exited."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
@@ -181,48 +194,45 @@ def _peak(pid: int) -> int:
     return next((int(line[1]) for line in lines), 0)
 
 
-def told(dataset: Path) -> tuple[dict[str, int], int, int]:
-    """What a finished build reports: lost by reason, candidates, kept."""
+def reported(dataset: Path) -> tuple[dict[str, int], int, int]:
+    """Return the drops by reason, the candidates and the kept examples that a build reports."""
     report = json.loads((dataset / "1.0.0" / "report.json").read_text())["splits"]["train"]
-    lost = {reason: drop["count"] for reason, drop in report["dropped"].items()}
-    return lost, report["candidates"], report["kept"]
+    dropped = {reason: drop["count"] for reason, drop in report["dropped"].items()}
+    return dropped, report["candidates"], report["kept"]
 
 
 def contents(dataset: Path) -> dict[str, bytes]:
-    """Every file of a dataset, the reports included."""
+    """Return every file of a dataset, reports included, by name."""
     return {path.name: path.read_bytes() for path in (dataset / "1.0.0").iterdir()}
 
 
 def straight(shards: Path, out: Path, workers: int, planted: tuple[dict[str, int], int]) -> Build:
-    """Builds without a kill and prints what became of it. Exits if counts differ."""
+    """Build without kills and print the result; exit if counts are not the planted ones."""
     build = Build(shards, out, workers)
     build.run()
     seconds = build.seconds
-    lost, candidates, kept = told(out / "mine")
-    own, worker = build.memory()
+    dropped, candidates, kept = reported(out / "mine")
+    main_peak, worker_peak = build.memory()
     print(f"{candidates} candidates, {kept} kept, {workers} workers: {seconds:.0f} s", end="; ")
-    print(f"peak memory {own:.0f} MiB, of a worker {worker:.0f} MiB", flush=True)
-    for reason, count in sorted(lost.items()):
+    print(f"peak memory {main_peak:.0f} MiB, of a worker {worker_peak:.0f} MiB", flush=True)
+    for reason, count in sorted(dropped.items()):
         print(f"    {count:6} {reason}")
-    if (lost, candidates) != planted or kept != candidates - sum(lost.values()):
-        sys.exit(f"planted were {planted}")
+    if (dropped, candidates) != planted or kept != candidates - sum(dropped.values()):
+        sys.exit(f"the planted counts are {planted}")
     return build
 
 
 def main() -> int:
-    """Returns the exit code."""
-    summary, _, rest = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--images", type=int, default=20_000)
-    parser.add_argument("--kills", type=int, default=5)
-    parser.add_argument("--workers", type=int, default=2)
+    """Run the tool and return its exit status (see above)."""
+    parser = arguments.documented_parser(__doc__)
+    parser.add_argument("--images", type=int, default=20_000, help="default: 20000")
+    parser.add_argument("--kills", type=int, default=5, help="default: 5")
+    parser.add_argument("--workers", type=int, default=2, help="default: 2")
     parser.add_argument("--folder", type=Path, required=True, help="must not exist")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments of kills")
     args = parser.parse_args()
     if args.folder.exists():
-        parser.error(f"--folder {args.folder}: is there; name another.")
+        parser.error(f"--folder {args.folder}: already exists; name another.")
     begun = time.monotonic()
     planted = {
         name: write_tars(args.folder / f"{name}_tars", count)
@@ -234,7 +244,7 @@ def main() -> int:
         out = args.folder / name
         build = straight(args.folder / f"{name}_tars", out, args.workers, counts)
 
-    # Kept is what was done by then or less, so that none of the builds comes to its end before.
+    # Killed builds keep at most the work done so far, so none of them can finish before its kill.
     took = build.seconds
     draw = random.Random(args.seed)
     moments = sorted(draw.uniform(0.02, 0.98) * took for _ in range(args.kills))
@@ -251,7 +261,7 @@ def main() -> int:
     print(f"the last build took {build.seconds:.0f} s")
     same = contents(out / "mine") == contents(args.folder / "straight" / "mine")
     left = [path.name for path in out.iterdir() if path.name != "mine"]
-    print("the same bytes" if same else "OTHER BYTES", f"and left behind: {left}" if left else "")
+    print("the same bytes" if same else "OTHER BYTES", f"and left over: {left}" if left else "")
     return int(not same or bool(left))
 
 

@@ -1,4 +1,4 @@
-"""Sweeps: runs many trials, says how far they are, and puts what came of them side by side.
+"""Run the trials of a sweep, report their status, and tabulate or plot their results.
 
     python tools/sweep.py run configs/sweeps/recurrent.py:size=toy --out runs/sweep --slots 2
     python tools/sweep.py status runs/sweep
@@ -6,18 +6,18 @@
     python tools/sweep.py table runs/sweep --figures val/loss:min --pivot optim.lr learner.layers
     python tools/sweep.py plot runs/sweep --x parameters --y val/loss --by objective --out loss.svg
 
-`run` starts each trial in a folder of its own, OUT/TRIAL, with its output in log.txt. Run again, it
-goes on: what is finished is not run again, what was interrupted goes on exactly where it was. What
-follows `--` is set in all trials, as --config.seed=1. With --print it starts nothing and prints the
-command of each trial, for a cluster; the other commands read what comes of those as well.
+`run` starts each trial in the folder OUT/TRIAL and writes its output to log.txt there. Running the
+same command again resumes the sweep: finished trials are skipped, interrupted ones resume exactly.
+Overrides after `--`, such as --config.seed=1, apply to all trials. --print only prints the command
+of each trial, to be run on a cluster; the other commands read the results of those as well.
 
-`table` takes figures of metrics.jsonl: the last value, or the best with ":min" or ":max"; the error
-of an accuracy is 1-NAME, as 1-accuracy/top1. `plot` draws one figure against parameters,
-parameters/PART, examples, flops or any field that is a number, both logarithmic, and fits
-y = a x^-b, with --offset y = a x^-b + c. Its bands hold 95%, by the covariance of the fit.
+`table` shows metrics of metrics.jsonl: the last value, or the best with ":min" or ":max"; 1-NAME is
+the error of an accuracy, as in 1-accuracy/top1. `plot` draws one metric against parameters,
+parameters/PART, examples, flops or any numeric field on logarithmic axes, and fits the power law
+y = a x^-b, or y = a x^-b + c with --offset. Bands are 95% intervals from the fit's covariance.
 
-Exit status: 0 done; 1 trials failed for good; 2 the user's mistake; 143 stopped by SIGTERM after
-all trials have saved (130 by Ctrl-C).
+Exit status: 0 done; 1 trials failed after all retries; 2 the user's mistake; 143 stopped by SIGTERM
+after all trials saved a checkpoint (130 by Ctrl-C).
 """
 
 import argparse
@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from cap_pretrain.cli import figures
+from cap_pretrain.cli import arguments, figures
 from cap_pretrain.errors import UserError
 from cap_pretrain.sweeps import power_law, results, runner, trials
 from cap_pretrain.sweeps.trials import Trial
@@ -39,15 +39,15 @@ from cap_pretrain.telemetry.tables import format_table
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs what is not finished, or prints how to."""
+    """Run the unfinished trials, or print their commands."""
     extra = trials.parse_overrides(args.extra)
     everything = trials.load(args.sweep, extra)
     chosen = trials.matching(everything, args.only)
     with runner.lock(args.out) as lock_file:
         trials.prepare(everything, args.out)
         if not args.print:
-            how = dict(slots=args.slots, retries=args.retries, program=runner.PROGRAM, say=_say)
-            return runner.run(chosen, args.out, lock_file, **how)
+            options = dict(slots=args.slots, retries=args.retries, program=runner.PROGRAM, say=_say)
+            return runner.run(chosen, args.out, lock_file, **options)
         for trial in chosen:
             command = ["python", "-m", "cap_pretrain.main", *trial.arguments(args.out / trial.name)]
             print(shlex.join(command))
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def status(args: argparse.Namespace) -> int:
-    """A line for each trial."""
+    """Print one line per trial."""
     running = runner.is_locked(args.out)
     rows, count = [], {}
     for trial in _trials(args):
@@ -70,20 +70,20 @@ def status(args: argparse.Namespace) -> int:
 
 
 def table(args: argparse.Namespace) -> int:
-    """Figures of the trials, sorted, or one of them by two fields."""
+    """Print metrics of the trials, sorted, or one metric by two fields."""
     rows = results.rows(_trials(args), args.out, args.figures)
     if args.sort:
         rows = results.ordered(rows, args.sort)
     if args.pivot:
         if len(args.figures) > 1:
-            raise UserError("--pivot: is of one figure; name one in --figures.")
+            raise UserError("--pivot: shows one metric; name only one in --figures.")
         rows = results.pivot(rows, *args.pivot, args.figures[0])
     print(tables.written(rows, args.format))
     return 0
 
 
 def plot(args: argparse.Namespace) -> int:
-    """Points, a power law for each group, and their bands."""
+    """Plot a metric with a fitted power law and its band for each group."""
     figures.check_name(args.file)
     chosen = _trials(args)
     points: dict[str, list[tuple[float, float]]] = {}
@@ -101,7 +101,7 @@ def plot(args: argparse.Namespace) -> int:
             laws[group] = power_law.fit(*np.array(fitted).T, offset=args.offset)
             print(f"{group or args.y}: {laws[group]}")
         except UserError as error:
-            print(f"{group or args.y}: no law: {error}")
+            print(f"{group or args.y}: no power law: {error}")
     figures.save(draw(points, laws, args.x, args.y), args.file)
     print(f"wrote {args.file}")
     return 0
@@ -112,13 +112,13 @@ def _x(trial: Trial, args: argparse.Namespace) -> float:
     if value is None:
         costs = results.costs(args.out / trial.name)
         if args.x not in costs:
-            there = ", ".join([*costs, *trial.fields])
-            raise UserError(f"--x: there is no {args.x!r}. Choose from: {there}.")
+            choices = ", ".join([*costs, *trial.fields])
+            raise UserError(f"--x: there is no {args.x!r}. Choose from: {choices}.")
         return costs[args.x]
     try:
         return float(value)
     except (TypeError, ValueError) as error:
-        raise UserError(f"--x: {args.x} of {trial.name} is {value!r}, no number.") from error
+        raise UserError(f"--x: {args.x} of {trial.name} is {value!r}, not a number.") from error
 
 
 def draw(
@@ -127,22 +127,29 @@ def draw(
     x_name: str,
     y_name: str,
 ) -> Any:
-    """Returns a figure: the points of each group, its law and the band of that."""
+    """Return a figure of each group's points, power law and 95% band.
+
+    Args:
+        points: (x, y) of the trials, by group.
+        laws: Fitted power laws, by group; a group may have none.
+        x_name: Label of the x axis.
+        y_name: Label of the y axis.
+    """
     figure = figures.new_figure(7, 5)
     axis = figure.subplots()
     axis.set_xscale("log")
     axis.set_yscale("log")
     for number, (group, xy) in enumerate(points.items()):
         x, y = np.array(xy).T
-        colour, label = f"C{number}", group or y_name
+        color, label = f"C{number}", group or y_name
         if law := laws.get(group):
             grid = np.geomspace(x.min(), x.max(), 100)
-            axis.plot(grid, law(grid), color=colour)
+            axis.plot(grid, law(grid), color=color)
             if np.isfinite(law.spread):
-                axis.fill_between(grid, *law.band(grid), color=colour, alpha=0.15, linewidth=0)
+                axis.fill_between(grid, *law.band(grid), color=color, alpha=0.15, linewidth=0)
             offset = f" + {law.c:.3g}" if len(law.covariance) == 3 else ""
             label += f": {law.a:.3g} x^{-law.b:.3g}{offset}"
-        axis.scatter(x, y, s=20, color=colour, label=label)
+        axis.scatter(x, y, s=20, color=color, label=label)
     every = [y for xy in points.values() for _, y in xy]
     axis.set_ylim(0.9 * min(every), 1.1 * max(every))
     for formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
@@ -163,50 +170,47 @@ def _say(text: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status, as said above."""
+    """Run the tool and return its exit status (see above)."""
     args = _parse(argv)
-    try:
-        return args.command(args)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return arguments.run(args.command, args)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else argv
     cut = argv.index("--") if "--" in argv else len(argv)
-    summary, _, rest = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments.documented_parser(__doc__)
     commands = parser.add_subparsers(required=True, metavar="run|status|table|plot")
 
     def add(command: Any) -> argparse.ArgumentParser:
         sub = commands.add_parser(command.__name__, help=command.__doc__)
         sub.set_defaults(command=command)
-        sub.add_argument("--only", default="*", metavar="PATTERN", help="trials by name, as b=32_*")
+        sub.add_argument("--only", default="*", metavar="PATTERN", help="trial names, as b=32_*")
         return sub
 
     sub = add(run)
-    sub.add_argument("sweep", help="a file configs/sweeps/NAME.py[:key=value,…]")
+    sub.add_argument("sweep", help="configs/sweeps/NAME.py[:key=value,…]")
     sub.add_argument("--out", required=True, type=Path, help="folder of the sweep")
-    sub.add_argument("--slots", type=_natural, default=1, help="trials at a time; default: 1")
-    sub.add_argument("--retries", type=int, default=2, help="of a trial that crashes; default: 2")
+    sub.add_argument(
+        "--slots", type=arguments.positive_int, default=1, help="parallel trials; default: 1"
+    )
+    sub.add_argument(
+        "--retries", type=int, default=2, help="restarts of a trial that crashes; default: 2"
+    )
     sub.add_argument("--print", action="store_true", help="print commands, start nothing")
     for command in (status, table, plot):
         sub = add(command)
         sub.add_argument("out", type=Path, metavar="DIR", help="folder of the sweep")
         if command is table:
             sub.add_argument("--figures", nargs="+", required=True, help="NAME[:min|max|last] …")
-            sub.add_argument("--sort", metavar="COLUMN", help='by it; "-COLUMN" is descending')
+            sub.add_argument("--sort", metavar="COLUMN", help='"-COLUMN" is descending')
             sub.add_argument("--pivot", nargs=2, metavar=("DOWN", "ACROSS"), help="two fields")
             sub.add_argument("--format", choices=tables.FORMATS, default="text")
         if command is plot:
             sub.add_argument("--x", required=True, help="parameters, examples, flops or a field")
-            sub.add_argument("--y", required=True, help="a figure: NAME[:min|max|last]")
-            sub.add_argument("--by", nargs="+", default=[], help="fields: a law for each value")
-            sub.add_argument("--offset", action="store_true", help="fit an irreducible part, too")
-            frontier = "fit it only to points that none of as little x is below"
+            sub.add_argument("--y", required=True, help="metric: NAME[:min|max|last]")
+            sub.add_argument("--by", nargs="+", default=[], help="fields to group trials by")
+            sub.add_argument("--offset", action="store_true", help="also fit an irreducible term")
+            frontier = "fit only the lower envelope: points with no better one at smaller x"
             sub.add_argument("--frontier", action="store_true", help=frontier)
             sub.add_argument("--out", dest="file", required=True, type=Path, help="*.png or *.svg")
     args = parser.parse_args(argv[:cut])
@@ -214,13 +218,6 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     if args.extra and args.command is not run:
         parser.error("only run takes arguments after --.")
     return args
-
-
-def _natural(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return number
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""Images as a run sees them, and captions of them, with a learner that was read back, for tools."""
+"""Load images as a run preprocesses them and caption them with a restored learner."""
 
+import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,7 +12,8 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from cap_pretrain import inputs, rng
-from cap_pretrain.checkpoints.load import Learner
+from cap_pretrain.checkpoints.load import Learner, load_learner
+from cap_pretrain.cli import figures
 from cap_pretrain.data import images, pipeline
 from cap_pretrain.data.text.tokenizers import encode_answer
 from cap_pretrain.errors import UserError
@@ -19,19 +22,20 @@ from cap_pretrain.models.decoding import Decoding, write_captions
 from cap_pretrain.models.sizes import STORED
 
 Captioner = Callable[[np.ndarray], list[str]]
-Named = tuple[str, np.ndarray]  # an image uint8 [S, S, 3] with its name before it
+Named = tuple[str, np.ndarray]
+"""The name of an image and its pixels, uint8 [S, S, 3]."""
 
 
 def evaluation_crop(data: ConfigDict) -> str:
-    """How a run with this `config.data` makes images square when it evaluates."""
+    """Return how a run with this `config.data` crops images to squares for evaluation."""
     return "none" if data.crop == "none" else "center"
 
 
 def read_image(path: str, data: ConfigDict) -> np.ndarray | str:
-    """Returns the image as a run with this `config.data` sees its own when it evaluates.
+    """Read an image file and preprocess it as a run with this `config.data` does for evaluation.
 
     Returns:
-      uint8 [S, S, 3], or why there is none.
+        The image, uint8 [S, S, 3], or the reason it cannot be read.
     """
     try:
         return pipeline.square(Path(path).read_bytes(), data.image_size, evaluation_crop(data))
@@ -41,11 +45,17 @@ def read_image(path: str, data: ConfigDict) -> np.ndarray | str:
         return error.strerror or str(error)
 
 
-def of_dataset(learner: Learner, data: str, split: str, count: int) -> list[Named]:
-    """The first images of a split as the run sees them, with their ids; "" is the run's own.
+def dataset_images(learner: Learner, data: str, split: str, count: int) -> list[Named]:
+    """Return the first images of a split, preprocessed for evaluation, with their ids.
+
+    Args:
+        learner: The restored learner; its config says how to preprocess.
+        data: A dataset or its path; "" is the run's own.
+        split: A split; "" is the run's evaluation split.
+        count: Maximum number of images.
 
     Raises:
-      UserError: it has none, but features.
+        UserError: The dataset holds stored features instead of images.
     """
     section = learner.config.data
     source = inputs.open_data(learner.config, split or section.eval_split, data)
@@ -54,14 +64,14 @@ def of_dataset(learner: Learner, data: str, split: str, count: int) -> list[Name
         example = source[index]
         image = example["image"]
         if not isinstance(image, bytes) and np.ndim(image) != 3:
-            raise UserError(f"--data: {source} has stored features, and no images to draw on.")
+            raise UserError(f"--data: {source} holds stored features; choose one with images.")
         image = pipeline.square(image, section.image_size, evaluation_crop(section))
         found.append((example["id"], image))
     return found
 
 
-def of_files(learner: Learner, paths: Sequence[str]) -> list[Named]:
-    """The images of files as the run sees them; says of files without one why that is so."""
+def file_images(learner: Learner, paths: Sequence[str]) -> list[Named]:
+    """Return the images of files, preprocessed for evaluation; report unreadable ones on stderr."""
     found = []
     for path in paths:
         image = read_image(path, learner.config.data)
@@ -72,29 +82,63 @@ def of_files(learner: Learner, paths: Sequence[str]) -> list[Named]:
     return found
 
 
+def draw_images(args: argparse.Namespace, draw: Callable[[Learner, list[Named]], Any]) -> int:
+    """Draw the images that the arguments name and save the figure.
+
+    Args:
+        args: Arguments of `add_checkpoint`, `add_figure` and `add_images` in `cli.arguments`.
+        draw: Takes the restored learner and the images and returns a figure.
+
+    Returns:
+        The exit status: 0 all images are drawn, 1 some files are unreadable, 2 all files are.
+
+    Raises:
+        UserError: Both files and a dataset are given, or one of them cannot be used.
+        OSError: The figure cannot be written.
+    """
+    figures.check_name(args.out)
+    if args.images and (args.data or args.split):
+        raise UserError("--data, --split: cannot be combined with IMAGE files; give one of them.")
+    learner = load_learner(args.checkpoint, step=args.step)
+    if args.images:
+        named = file_images(learner, args.images)
+    else:
+        named = dataset_images(learner, args.data, args.split, args.count)
+    if not named:
+        return 2
+    figures.save(draw(learner, named), args.out)
+    print(f"wrote {args.out}")
+    return int(len(named) < len(args.images))
+
+
 def captioner(
     learner: Learner, how: Decoding, batch_size: int, seed: int, question: str = ""
 ) -> Captioner:
-    """Returns a function from at most `batch_size` images [n, S, S, 3] to their captions.
+    """Return a function that captions up to `batch_size` images, uint8 [n, S, S, 3].
 
-    With a question the captions are answers to it.
+    Args:
+        learner: The restored learner.
+        how: Decoding options.
+        batch_size: Images per call; smaller batches are padded to it.
+        seed: Random seed of sampling.
+        question: If given, the captions are answers to it.
 
     Raises:
-      UserError: the learner writes no captions, or has no encoder to see images with.
+        UserError: The learner cannot write captions, or has no image encoder.
     """
     config, tokenizer, graphdef, variables = learner
     if config.model.name == STORED:
         raise UserError(
-            f"--checkpoint: learned from stored features ({config.data.name}) and has no encoder "
-            "to see images with; take a run that was given the encoder itself."
+            f"--checkpoint: trained on stored features ({config.data.name}) and has no image "
+            "encoder; choose a run that was given the encoder itself."
         )
     if not issubclass(learner_type(graphdef), WritesCaptions):
         raise UserError(
-            f"--checkpoint: is one of a {config.learner.name}, which writes no captions."
+            f"--checkpoint: a {config.learner.name} cannot write captions; choose a captioner."
         )
 
-    asked, given = encode_answer(tokenizer, question, None)
-    prompt = np.tile(asked, (batch_size, 1)) if given else None
+    prompt_ids, given = encode_answer(tokenizer, question, None)
+    prompt = np.tile(prompt_ids, (batch_size, 1)) if given else None
 
     @jax.jit
     def write(variables, pixels, keys):
@@ -114,7 +158,7 @@ def captioner(
         nonlocal done
         keys = jax.vmap(lambda i: rng.key(seed, i, "captions"))(done + np.arange(batch_size))
         done += len(pixels)
-        # All batches have one shape, so that one program is compiled.
+        # Every batch is padded to one shape, so only one program is compiled.
         padding = [(0, batch_size - len(pixels)), *[(0, 0)] * 3]
         tokens = np.asarray(write(variables, np.pad(pixels, padding), keys))
         return [tokenizer.decode(ids[given:]) for ids in tokens[: len(pixels)]]

@@ -1,4 +1,4 @@
-"""Figures as files: what the tools that draw have in common. matplotlib is imported here alone."""
+"""Create and save figures for the tools. matplotlib is an optional dependency of this module."""
 
 import importlib
 from pathlib import Path
@@ -11,35 +11,35 @@ SUFFIXES = (".png", ".svg")
 
 
 def imported(name: str) -> ModuleType:
-    """Imports a package of the extra `plots`; raises UserError if it is not there."""
+    """Import a package of the extra `plots`; raise UserError if it is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
         raise UserError(
-            f"{name.partition('.')[0]} is not installed, without which this cannot be drawn; "
+            f"{name.partition('.')[0]} is not installed and is needed for this figure; "
             "pip install 'cap_pretrain[plots]'."
         ) from error
 
 
 def new_figure(width: float, height: float) -> Any:
-    """Returns a matplotlib Figure of this size, in inches."""
+    """Return an empty matplotlib Figure of this size, in inches."""
     return imported("matplotlib.figure").Figure((width, height), layout="constrained")
 
 
 def check_name(out: Path) -> None:
-    """Raises UserError if `save` would not write a file of this name."""
+    """Raise UserError if `save` does not support the suffix of this file name."""
     if out.suffix.lower() not in SUFFIXES:
-        raise UserError(f"--out: {str(out)!r} ends in neither {' nor '.join(SUFFIXES)}.")
+        raise UserError(f"--out: {str(out)!r} must end in {' or '.join(SUFFIXES)}.")
 
 
 def save(figure: Any, out: Path) -> None:
-    """Writes a figure as PNG or SVG, by the name; the same figure gives the same file.
+    """Write a figure as PNG or SVG, by its suffix; equal figures give equal files.
 
     Raises:
-      OSError: it cannot be written.
+        OSError: The file cannot be written.
     """
     matplotlib = imported("matplotlib")
     svg = out.suffix.lower() == ".svg"
-    # Ids that are not drawn by lot, and text that stays text.
+    # Deterministic ids, and text stored as text instead of outlines.
     with matplotlib.rc_context({"svg.hashsalt": "cap_pretrain", "svg.fonttype": "none"}):
         figure.savefig(out, metadata={"Date": None} if svg else None)

@@ -1,12 +1,20 @@
-"""Batch size, learning rate and LSTM layers of a recurrent captioner, all with all.
+"""Sweep over batch size, learning rate and LSTM layers of a recurrent captioner (full grid).
 
 python tools/sweep.py run configs/sweeps/recurrent.py:data=data/vizwiz --out runs/recurrent_sweep
 python tools/sweep.py table runs/recurrent_sweep --figures val/loss:min scores/CIDEr:max \
     --pivot optim.lr learner.layers
 
-The default values are those that were tried for `cnn_lstm` on VizWiz, for one epoch each, by the
-authors of that recipe; they varied one at a time: `rates=0.001,layers=1` is their first table, and
-so on. Lists are written with +. `size=toy` has a small network on easy scenes, for a CPU.
+Arguments, with lists joined by +:
+  data     dataset; default: scenes
+  recipe   recipe of configs/recurrent.py; default: cnn_lstm
+  batches  batch sizes; default: 32+64+128+256+512
+  rates    learning rates; default: 0.001+0.005+0.01+0.05
+  layers   numbers of LSTM layers; default: 1+2+3+4+5
+  epochs   epochs over the images; default: 5
+  size     full, or toy for a small network on simple scenes on a CPU; default: full
+
+The defaults are the values that the authors of `cnn_lstm` tried on VizWiz for one epoch each. They
+varied one at a time: `rates=0.001,layers=1` is their first table, and so on.
 """
 
 import itertools
@@ -42,7 +50,7 @@ TOY: dict[str, Any] = {
 
 
 def sweep(arg: str | None = None) -> Iterator[Trial]:
-    """Yields the trials of `data=…,recipe=…,batches=…,rates=…,layers=…,epochs=…,size=full|toy`."""
+    """Yield the trials of `data=…,recipe=…,batches=…,rates=…,layers=…,epochs=…,size=full|toy`."""
     args = config.arguments(
         arg,
         data="scenes",
@@ -50,7 +58,7 @@ def sweep(arg: str | None = None) -> Iterator[Trial]:
         batches="32+64+128+256+512",
         rates="0.001+0.005+0.01+0.05",
         layers="1+2+3+4+5",
-        epochs="5",  # which read every image once for each of its five captions
+        epochs="5",  # one epoch of the authors: each image once per caption, of which there are 5
         size=("full", "toy"),
     )
     values = zip(("batches", "rates", "layers"), (int, float, int), strict=True)

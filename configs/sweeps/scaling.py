@@ -1,4 +1,4 @@
-"""How the loss falls with the size of the model and with the examples seen, for each objective.
+"""Sweep over model sizes and training lengths for scaling laws of each objective.
 
 python tools/sweep.py run configs/sweeps/scaling.py --out runs/scaling --slots 2
 python tools/sweep.py plot runs/scaling --x total_examples --y val/loss --by objective \
@@ -6,15 +6,23 @@ python tools/sweep.py plot runs/scaling --x total_examples --y val/loss --by obj
 python tools/sweep.py plot runs/scaling --x flops --y val/loss --by objective --frontier \
     --out flops.png
 
-Every trial is a whole run with its own schedule; of `scenes`, of which there is no end, it sees no
-image twice. The defaults are made for a CPU: small encoders (`sizes=WIDTHxDEPTH+…`, decoders half
-as deep) on easy scenes of 48 pixels, 32 trials, about an hour. On more, name larger ones:
+Arguments, with lists joined by +:
+  sizes       encoders as WIDTHxDEPTH or named sizes; default: 32x2+48x2+64x3+96x4
+  examples    numbers of training examples; default: 16000+32000+64000+128000
+  objectives  objectives of configs/pretrain.py; default: cap+clip
+  rates       learning rates, tried for every trial; default: 0.001
+  batch       batch size; default: 64
+  data        dataset; default: scenes
+  scenes      easy or full, if `data` is scenes; default: easy
+
+Every trial is a complete run with its own learning-rate schedule. `scenes` is endless, so no image
+repeats. The defaults are for a CPU: small encoders, with decoders half as deep, on simple scenes of
+48 pixels; the 32 trials take about an hour. Larger machines can use larger ones:
 
     scaling.py:sizes=Ti/16+S/16+M/16+B/16,examples=1000000+4000000+16000000,batch=1024,scenes=full
 
-With `rates=0.0003+0.001+0.003` each is tried with these learning rates, too. The loss of `clip` and
-`siglip` is that of batches of 128, whatever the training batch, so their curves can be compared
-with each other, but not with those of captioners.
+The loss of `clip` and `siglip` is evaluated in batches of 128, whatever the training batch size, so
+their curves are comparable with each other, but not with those of captioners.
 """
 
 import itertools
@@ -24,7 +32,7 @@ from typing import Any
 from cap_pretrain import config
 from cap_pretrain.sweeps.trials import Trial
 
-# As configs/quickstart.py has them.
+# As in configs/quickstart.py.
 EASY_SCENES: dict[str, Any] = {
     "data.image_size": 48,
     "data.scenes.max_objects": 2,
@@ -50,7 +58,7 @@ RECIPE: dict[str, Any] = {
 
 
 def sweep(arg: str | None = None) -> Iterator[Trial]:
-    """Yields the trials of `sizes=…,examples=…,objectives=…,rates=…,batch=…,data=…,scenes=…`."""
+    """Yield the trials of `sizes=…,examples=…,objectives=…,rates=…,batch=…,data=…,scenes=…`."""
     args = config.arguments(
         arg,
         sizes="32x2+48x2+64x3+96x4",
@@ -82,7 +90,7 @@ def sweep(arg: str | None = None) -> Iterator[Trial]:
 
 
 def model(size: str) -> dict[str, Any]:
-    """The fields of "WIDTHxDEPTH", of 12-pixel patches and heads of 16, or of a size by name."""
+    """Return the fields of a named size or "WIDTHxDEPTH" (12-pixel patches, 16-wide heads)."""
     width, by, depth = size.partition("x")
     if not by:
         return {"model.name": size}

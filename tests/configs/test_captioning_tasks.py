@@ -1,4 +1,4 @@
-"""configs/coco_captioning.py with captions and questions at once."""
+"""Tests of configs/coco_captioning.py with captions and questions at once."""
 
 import json
 
@@ -16,13 +16,13 @@ from tests.tools.test_build_dataset import jpeg, run, write_captions, write_file
 
 @pytest.fixture(scope="module")
 def datasets(tmp_path_factory):
-    """Folders of a dataset of captions and one of questions, with the splits train and val."""
+    """Return the folders of a dataset with captions and one with questions (train and val)."""
     root = tmp_path_factory.mktemp("data")
     captions, photos, questions, answers, about = [], [], [], [], []
     for split, first in (("train", 0), ("val", 20)):
         names = {n: f"{n}.jpg" for n in range(first, first + 9)}
-        told = [(n, f"a jpeg of number {n % 3}") for n in names for _ in range(2)]
-        captions.append(f"{split}={write_captions(root / f'{split}.json', names, told)}")
+        texts = [(n, f"a jpeg of number {n % 3}") for n in names for _ in range(2)]
+        captions.append(f"{split}={write_captions(root / f'{split}.json', names, texts)}")
         files = {name: jpeg(n) for n, name in names.items()}
         photos.append(f"{split}={write_files(root / split, files)}")
         asked, answered = vqa_files(root, f"{split}2014", [*names][1:6])
@@ -30,17 +30,17 @@ def datasets(tmp_path_factory):
         answers.append(f"{split}={answered}")
         about.append(f"{split}={coco_photos(root, f'{split}2014', [*names][1:6])}")
     common = ("--out", root / "built")
-    told = ("--annotations", *captions, "--images", *photos)
-    assert run("captions_json", "--name", "told", *common, *told) == 0
-    asked = ("--questions", *questions, "--annotations", *answers, "--images", *about)
-    assert run("vqav2", "--name", "asked", *common, *asked) == 0
-    return root / "built" / "told", root / "built" / "asked"
+    arguments = ("--annotations", *captions, "--images", *photos)
+    assert run("captions_json", "--name", "captioned", *common, *arguments) == 0
+    arguments = ("--questions", *questions, "--annotations", *answers, "--images", *about)
+    assert run("vqav2", "--name", "asked", *common, *arguments) == 0
+    return root / "built" / "captioned", root / "built" / "asked"
 
 
 @pytest.mark.slow
 def test_captions_and_questions_in_one_run(datasets, tmp_path):
-    told, asked = datasets
-    mixture = f"{told}:0.5+{asked}:0.5"
+    captioned, asked = datasets
+    mixture = f"{captioned}:0.5+{asked}:0.5"
     c = toy.load("coco_captioning", f"data={mixture},tasks=captions+questions")
     fields = dict(data__name=mixture, optim__lr_rules=(), model__decoder_depth=1)
     fields |= dict(model__depth=1, model__width=32, model__mlp=64)
@@ -62,7 +62,7 @@ def test_captions_and_questions_in_one_run(datasets, tmp_path):
     assert {"accuracy", "accuracy_yes_no", "accuracy_number", "accuracy_other"} <= answers.keys()
     assert results["val_2"]["examples"] == 15 and results["val_2"]["loss"] > 0
 
-    # The tokenizer was trained on questions, too, and batches are of both.
+    # The tokenizer was also trained on questions, and batches contain both datasets.
     tokenizer = inputs.open_tokenizer(c, tmp_path / inputs.TOKENIZER_FILE)
     assert 2 not in tokenizer.encode("What about 2?")
     batches = inputs.training_batches(c, inputs.open_sources(c), tokenizer)
@@ -70,20 +70,20 @@ def test_captions_and_questions_in_one_run(datasets, tmp_path):
     assert np.sum(prompts > 0) == np.sum(prompts == 0) == 16
 
 
-def test_tasks_are_one_for_all_or_one_for_each():
+def test_tasks_are_given_once_or_for_each_dataset():
     c = toy.load("coco_captioning", "data=a+b,tasks=questions")
     names = {name: section.data for name, section in c.evals.items()}
     assert names == {
         **{"val": "", "samples": "", "answers": ""},
         **{"val_2": "b", "samples_2": "b", "answers_2": "b"},
     }
-    with pytest.raises(UserError, match="tasks='captions.questions' are 2 of 3 datasets"):
+    with pytest.raises(UserError, match="tasks='captions.questions' names 2 tasks for 3 datasets"):
         toy.load("coco_captioning", "data=a+b+c,tasks=captions+questions")
     with pytest.raises(UserError, match="tasks='question' is unknown. Did you mean 'questions'"):
         toy.load("coco_captioning", "tasks=question")
 
 
-COLOURS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220)}
+COLORS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220)}
 
 
 @pytest.mark.slow
@@ -92,15 +92,15 @@ def test_it_learns_to_answer_from_question_and_image(tmp_path):
     for split, first in (("train", 0), ("val", 60)):
         asked, given, files = [], [], {}
         for number in range(first, first + 30):
-            name = [*COLOURS][number % 3]
+            name = [*COLORS][number % 3]
             noise = np.random.default_rng(number).integers(0, 30, (16, 16, 3))
-            pixels = (np.array(COLOURS[name]) + noise).astype(np.uint8)
+            pixels = (np.array(COLORS[name]) + noise).astype(np.uint8)
             files[f"COCO_x_{number:012d}.png"] = cv2.imencode(".png", pixels[..., ::-1])[
                 1
             ].tobytes()
             questions = {"what colour is it?": ("other", name)}
             questions |= {
-                f"is it {other}?": ("yes/no", "yes" if other == name else "no") for other in COLOURS
+                f"is it {other}?": ("yes/no", "yes" if other == name else "no") for other in COLORS
             }
             for k, (question, (kind, answer)) in enumerate(questions.items()):
                 key = {"question_id": 10 * number + k, "image_id": number}

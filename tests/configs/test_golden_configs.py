@@ -1,7 +1,7 @@
-"""Every config in `configs/`: what it resolves to, and that it trains.
+"""Tests of every config in `configs/`: its resolved fields, and that it trains.
 
-`pytest tests/test_golden_configs.py --update_golden` writes tests/golden/ anew; a hyperparameter
-that changed shows in the diff.
+`pytest tests/configs/test_golden_configs.py --update_golden` rewrites tests/golden/; the diff then
+shows every changed hyperparameter.
 """
 
 import difflib
@@ -15,7 +15,7 @@ from cap_pretrain import learners, train
 from tests import toy
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-# Every file of configs/ with every value of the arguments that choose what is learned.
+# Every file of configs/, with every value of the arguments that choose the training objective.
 CASES = {
     "quickstart": ("quickstart", None),
     **{
@@ -24,7 +24,7 @@ CASES = {
     },
 }
 
-# Those that begin with an encoder, see tests/test_initial.py.
+# Configs initialized from an encoder.
 WITH_ENCODER = {
     "evaluate": ("evaluate", "evals=loss+captions"),
     "coco_captioning": ("coco_captioning", None),
@@ -37,7 +37,7 @@ WITH_ENCODER = {
     "finetune": ("finetune", "fraction=0.1"),
 }
 
-# Trained in tests/test_recurrent_recipes.py.
+# Trained in test_recurrent_recipes.py.
 RECURRENT = {
     f"recurrent-{recipe}": ("recurrent", f"recipe={recipe}")
     for recipe in (
@@ -45,7 +45,7 @@ RECURRENT = {
         *("clip_lstm", "clip_attention"),
     )
 }
-# Trained in tests/test_pretext_recipes.py.
+# Trained in test_pretext_recipes.py.
 PRETEXT = {
     f"pretext-{task}-{recipe}": ("pretext", f"task={task},recipe={recipe}")
     for task, cls in learners.pretexts().items()
@@ -54,13 +54,13 @@ PRETEXT = {
 ALL = CASES | WITH_ENCODER | RECURRENT | PRETEXT
 
 
-def test_every_config_is_here():
+def test_every_config_has_a_case():
     files = {name for name, _ in ALL.values()}
     assert files == {p.stem for p in toy.CONFIGS.glob("*.py")}
 
 
 @pytest.mark.parametrize("case", ALL)
-def test_resolves_to_what_it_did(case, request):
+def test_resolves_to_the_golden_config(case, request):
     resolved = configs.to_json(toy.load(*ALL[case]))
     path = GOLDEN / f"{case}.json"
     if request.config.getoption("update_golden"):
@@ -80,7 +80,7 @@ def test_is_valid_and_locked(case):
             section.no_such_field = 1
 
 
-def test_nothing_but_the_objective_differs():
+def test_only_the_objective_differs():
     def rest(objective):
         c = toy.load("pretrain", f"objective={objective}").to_dict()
         del c["learner"], c["evals"]
@@ -90,9 +90,9 @@ def test_nothing_but_the_objective_differs():
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_trains_two_steps_and_leaves_its_files(case, tokenizer_path, tmp_path):
+def test_trains_two_steps_and_writes_its_files(case, tokenizer_path, tmp_path):
     c = toy.shrink(toy.load(*CASES[case]), optim__warmup_share=0.0)
-    if case != "quickstart":  # which shows that a tokenizer is made when none is given
+    if case != "quickstart":  # quickstart trains its own tokenizer
         c.text.tokenizer = str(tokenizer_path)
     for section in c.evals.values():
         if section.evaluator == "loss":

@@ -1,4 +1,4 @@
-"""The pretexts of configs/pretext.py on a ResNet: they train, are judged, and resume exactly."""
+"""Tests of configs/pretext.py on a ResNet: tasks train, are evaluated and resume exactly."""
 
 import shutil
 
@@ -12,14 +12,14 @@ from cap_pretrain.errors import UserError
 from tests import toy
 
 TASKS = ("rotation", "jigsaw", "colorization", "simclr")
-# Options that fit images of 32 pixels.
+# Options for images of 32 pixels.
 SMALL = {
     "jigsaw": dict(crop=30, cell=10, tile=8, shift=1, permutations=10, hidden=(16,), tower=0),
 }
 
 
 def small(task):
-    """A task's reference recipe on a narrow ResNet-18 and few small images."""
+    """Return a task's reference recipe with a narrow ResNet-18 and few small images."""
     c = toy.load("pretext", f"task={task},encoder=resnet18")
     c = toy.shrink(c, model__name="resnet18", model__width=8, data__image_size=32)
     c.total_epochs, c.total_steps = 0.0, 4
@@ -32,14 +32,15 @@ def small(task):
 
 def test_tasks_and_their_recipes():
     assert tuple(learners.pretexts()) == TASKS
-    with pytest.raises(UserError, match="recipe='seed01' is none of rotation: .* mean 'seed000'"):
+    message = "recipe='seed01' is not a recipe of rotation: .* mean 'seed000'"
+    with pytest.raises(UserError, match=message):
         toy.load("pretext", "task=rotation,recipe=seed01")
     c = toy.load("pretext", "task=simclr,encoder=vit,data=data/coco,evals=loss+knn")
     assert (c.model.name, c.data.name, sorted(c.evals)) == ("S/16", "data/coco", ["knn", "loss"])
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_stored_features_are_no_images_to_learn_from(task):
+def test_stored_features_are_rejected(task):
     c = toy.load("pretext", f"task={task},encoder=stored")
     with pytest.raises(UserError, match=f"stored features are no images, which {task} learns from"):
         learners.build(c, 0, jax.random.key(0))
@@ -47,12 +48,12 @@ def test_stored_features_are_no_images_to_learn_from(task):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
-def test_resumes_bit_for_bit_statistics_included(task, tmp_path):
+def test_resumes_bit_for_bit_with_batch_statistics(task, tmp_path):
     c = small(task)
     configs.validate(c)
     whole, halved = tmp_path / "whole", tmp_path / "halved"
     train.run(c, whole)
-    # What a run leaves that was killed after its second step.
+    # The files of a run that was killed after its second step.
     shutil.copytree(whole, halved)
     shutil.rmtree(halved / "checkpoints" / "4")
     train.run(c, halved)
@@ -61,5 +62,5 @@ def test_resumes_bit_for_bit_statistics_included(task, tmp_path):
     middle = toy.saved_state(c, whole, 0, 2)
     moved = middle.stats["encoder"]["stem"]["norm"]["mean"]
     assert not np.array_equal(moved, ends[0].stats["encoder"]["stem"]["norm"]["mean"])
-    figures = next(line for line in toy.lines(whole) if "loss/chance" in line)
-    assert np.isfinite(figures["loss/loss"]) and 0 < figures["loss/chance"] < 1
+    metrics = next(line for line in toy.lines(whole) if "loss/chance" in line)
+    assert np.isfinite(metrics["loss/loss"]) and 0 < metrics["loss/chance"] < 1

@@ -1,4 +1,4 @@
-"""The recipes of configs/recurrent.py: what they build at full size, and that all of them learn."""
+"""Tests of configs/recurrent.py: sizes of the recipes' models, and that every recipe learns."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ RECIPES = (
 
 
 def small(recipe, **fields):
-    """A recipe that runs in seconds: what is large is small, and everything else is its own."""
+    """Return a recipe with small sizes, which runs in seconds, and its own other settings."""
     c = toy.shrink(toy.load("recurrent", f"recipe={recipe}"), **fields)
     c.learner.embed = c.learner.hidden = c.learner.attention = 32
     c.learner.grid = min(c.learner.grid, 3)
@@ -45,19 +45,19 @@ def test_there_is_no_other_recipe():
 @pytest.mark.parametrize(
     ("recipe", "encoder", "decoder"),
     [
-        # By hand: embedding and logits 512 x 1000 + 513 x 1000; of an LSTM's layer 4 x 512 x 1025;
-        # the image 2048 x 512 + 512.
+        # Computed by hand: embedding and logits 512 x 1000 + 513 x 1000; each LSTM layer
+        # 4 x 512 x 1025; image projection 2048 x 512 + 512.
         ("cnn_lstm", 23_508_032, 512_000 + 513_000 + 2 * 2_099_200 + 1_049_088),
-        # Of a GRU 3 x 512 x 1025 and another bias of the candidate.
+        # GRU 3 x 512 x 1025 and a second bias of the candidate.
         ("gru", 42_500_160, 512_000 + 513_000 + 1_574_400 + 512 + 1_049_088),
-        # Image 2 x 1,049,088, keys as many, queries 512 x 513, scores 512, the gate 2048 x 513, of
-        # the LSTM 4 x 512 x (1025 + 2048).
+        # Image 2 x 1,049,088, keys 1,049,088, queries 512 x 513, scores 512, gate 2048 x 513,
+        # LSTM 4 x 512 x (1025 + 2048).
         (
             "show_attend_tell",
             42_500_160,
             512_000 + 513_000 + 3 * 1_049_088 + 262_656 + 512 + 1_050_624 + 6_293_504,
         ),
-        # Image 2048 x 256 + 256, LSTM 4 x 256 x 513, merged 256 x 257.
+        # Image 2048 x 256 + 256, LSTM 4 x 256 x 513, merge layer 256 x 257.
         ("merge", 23_508_032, 256_000 + 257_000 + 524_544 + 525_312 + 65_792),
     ],
 )
@@ -70,7 +70,7 @@ def test_sizes_are_those_of_the_sources(recipe, encoder, decoder):
 @pytest.mark.parametrize(
     ("recipe", "parts"), [("show_attend_tell", 14 * 14), ("clip_attention", 50)]
 )
-def test_attention_sees_the_parts_that_the_source_says(recipe, parts):
+def test_attention_has_the_number_of_parts_of_the_source(recipe, parts):
     c = toy.load("recurrent", f"recipe={recipe}")
     graphdef, *variables = tiny.abstract(c, vocab=100)
     image = jax.ShapeDtypeStruct((2, c.data.image_size, c.data.image_size, 3), np.uint8)
@@ -86,7 +86,7 @@ def test_attention_sees_the_parts_that_the_source_says(recipe, parts):
 def test_arguments_override_the_recipe(tmp_path):
     c = toy.load("recurrent", "recipe=show_attend_tell,decoder=lstm,encoder=vit,data=coco")
     assert (c.learner.decoder, c.model.name, c.data.name) == ("lstm", "S/16", "coco")
-    # What is no option of an LSTM is gone, the rest is as the recipe says.
+    # Options that an LSTM lacks have their defaults, the others are those of the recipe.
     assert (c.learner.grid, c.learner.penalty, c.learner.dropout) == (0, 0.0, 0.5)
     configs.validate(c)
     assert toy.load("recurrent", "decoder=attention") == toy.load(
@@ -104,20 +104,20 @@ def test_takes_two_steps(recipe):
     c = small(recipe, model__depth=1, model__width=16, model__mlp=32, model__heads=2)
     init, abstract, graphdef, tx, rate, mesh = toy.prepared(c)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    take = step.make_train_step(graphdef, tx, rate, c, shardings)
+    train_step = step.make_train_step(graphdef, tx, rate, c, shardings)
     state, losses = init(), []
     with jax.set_mesh(mesh):
         for seed in range(2):
             batch = toy.batch(c, seed)
-            state, metrics = take(state, {k: batch[k] for k in ("image", "text")})
+            state, metrics = train_step(state, {k: batch[k] for k in ("image", "text")})
             penalty = c.learner.penalty * metrics.get("penalty", 0)
             losses.append(float(metrics["loss"] - penalty))
-    assert abs(losses[0] - np.log(100)) < 1  # all words are as good as any other
+    assert abs(losses[0] - np.log(100)) < 1  # a uniform distribution over words
     assert losses[0] != losses[1]
 
 
-def judged(c, workdir):
-    """Runs a config; every evaluator, and the figure that tells the best, has been at its end."""
+def evaluated_run(c, workdir):
+    """Train a config, check that every evaluator ran at the end, and return the losses."""
     configs.validate(c)
     train.run(c, workdir)
     assert (workdir / "tokenizer" / "words.tsv").is_file()
@@ -125,18 +125,18 @@ def judged(c, workdir):
         name: json.loads((workdir / "evals" / name / f"{c.total_steps}.json").read_text())
         for name in c.evals
     }
-    name, _, figure = c.checkpoint.best.rpartition("/")
-    assert np.isfinite(results[name][figure])
+    name, _, metric = c.checkpoint.best.rpartition("/")
+    assert np.isfinite(results[name][metric])
     return [line["train/loss"] for line in toy.losses(workdir)]
 
 
-def test_runs_and_is_judged_by_its_figure(tmp_path):
+def test_runs_and_selects_the_best_checkpoint_by_its_metric(tmp_path):
     c = small("show_attend_tell")
     for name in ("perplexity", "samples", "scores_beam_3", "scores_beam_5"):
         with c.unlocked():
             del c.evals[name]
     c.evals.scores.tokenizer = "python"  # Java takes long to start
-    assert len(judged(c, tmp_path)) == 2
+    assert len(evaluated_run(c, tmp_path)) == 2
 
 
 @pytest.mark.slow
@@ -161,6 +161,6 @@ def test_batches_of_one_length_resume_exactly(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_the_loss_falls_and_all_evaluators_judge_it(recipe, tmp_path):
-    losses = judged(small(recipe, total_steps=60), tmp_path)
+def test_the_loss_falls_and_all_evaluators_run(recipe, tmp_path):
+    losses = evaluated_run(small(recipe, total_steps=60), tmp_path)
     assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:3])

@@ -107,7 +107,7 @@ def test_a_full_disk_is_told_and_gone_on_after(tmp_path, capsys, monkeypatch):
         patch.setattr(units.os, "replace", full)
         assert run(*arguments) == 2
     error = capsys.readouterr().err
-    assert "No space left on device; mend that and run it again to go on." in error
+    assert "No space left on device; fix this and run again to resume." in error
     assert len(error.splitlines()) == 1
     assert run(*arguments) == 0
 
@@ -128,7 +128,7 @@ def test_kills_change_nothing(tmp_path):
     }
     assert not rehearse_build.Build(tars, tmp_path / "whole", workers=1).run()
     kept = candidates - sum(planted.values())
-    assert rehearse_build.told(tmp_path / "whole" / "mine") == (planted, candidates, kept)
+    assert rehearse_build.reported(tmp_path / "whole" / "mine") == (planted, candidates, kept)
 
     out = tmp_path / "killed"
     units_of = out / ".mine.building" / "units"

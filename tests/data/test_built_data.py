@@ -83,7 +83,7 @@ def nlvr2(tmp_path):
     ]
     path = tmp_path / "train.json"
     path.write_text("\n".join(map(json.dumps, lines)))
-    files = {f"train-{k}-0-img{side}.png": jpeg(k, format="PNG") for k in (0, 1) for side in (0, 1)}
+    files = {f"train-{k}-0-img{side}.png": jpeg(k, kind="PNG") for k in (0, 1) for side in (0, 1)}
     return "--questions", path, "--images", write_files(tmp_path / "images", files)
 
 

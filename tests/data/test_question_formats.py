@@ -281,8 +281,8 @@ def test_nlvr2_is_two_images_side_by_side(tmp_path):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     photos = {}
     for k in range(5):
-        photos[f"dev/dev-85{k}-0-img0.png"] = jpeg(2 * k, format="PNG", size=16)
-        photos[f"dev/dev-85{k}-0-img1.png"] = jpeg(2 * k + 1, format="PNG", size=24)
+        photos[f"dev/dev-85{k}-0-img0.png"] = jpeg(2 * k, kind="PNG", size=16)
+        photos[f"dev/dev-85{k}-0-img1.png"] = jpeg(2 * k + 1, kind="PNG", size=24)
     del photos["dev/dev-852-0-img1.png"]
     photos["dev/dev-853-0-img0.png"] = b"not an image"
     paths = ("--questions", f"dev={path}", "--images", write_files(tmp_path / "p.zip", photos))

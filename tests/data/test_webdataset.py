@@ -52,7 +52,7 @@ def test_members_are_grouped_by_key(tmp_path, format):
     members += [
         ("more/a.b.jpg", jpeg(5)),  # the key ends at the first dot
         ("more/a.txt", b"not an image of that suffix"),
-        ("more/b.png", jpeg(6, format="PNG")),
+        ("more/b.png", jpeg(6, kind="PNG")),
         ("more/b.json", b'{"caption": " by json "}'),
         ("._hidden.jpg", b"x"),
     ]

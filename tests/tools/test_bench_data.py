@@ -1,4 +1,4 @@
-"""The benchmark of the data pipeline gives everyone the same work, and says what it found."""
+"""Tests of tools/bench_data.py: all candidates do the same work, and results are printed."""
 
 import itertools
 import json
@@ -38,16 +38,16 @@ def test_measures_the_pipeline_of_a_config_beside_a_dataloader():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--compare=tensorflow"], "--compare: there is no 'tensorflow'."),
         (["--compare=torch", "--config.data.crop=window"], "use none or random"),
         (["--compare=torch", "--generated=0"], "has other images; add --generated=2000"),
     ],
 )
-def test_what_cannot_be_compared_is_told(arguments, told):
+def test_error_messages(arguments, message):
     done = bench(*ARGUMENTS, *arguments)
-    assert done.returncode == 2 and told in done.stderr
+    assert done.returncode == 2 and message in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -73,7 +73,7 @@ def test_photographs_of_the_dataloader_are_drawn_by_index(folder, crop):
         assert all(any((s == w).all() for w in whole) for s in drawn)
 
 
-def test_a_round_counts_images_after_those_that_were_ready():
+def test_a_round_counts_images_after_the_prefetched_ones():
     taken = []
     batches = (taken.append(step) or np.zeros((3, 2, 2, 3)) for step in itertools.count())
     found = rivals.measure(batches, count=5, ready=4)
@@ -81,7 +81,7 @@ def test_a_round_counts_images_after_those_that_were_ready():
     assert found["wall"] >= 0 and found["cpu"] >= 0
 
 
-def test_a_library_that_is_missing_is_exit_code_3(folder, monkeypatch):
+def test_a_missing_library_gives_exit_status_3(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     options = {"kind": "tf.data", "folder": str(folder), "size": 16, "crop": "none"}
     monkeypatch.setattr(sys, "argv", ["rivals", json.dumps(options)])

@@ -1,4 +1,4 @@
-"""bench_generate: both sides write captions of the same shape, and the table says so."""
+"""Tests of tools/bench_generate.py: both candidates write captions of the same shape."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ from tests import toy
 @pytest.mark.slow
 def test_measures_both(tmp_path):
     pytest.importorskip("transformers")
-    # In a process of its own, since it keeps to one core.
+    # In a subprocess, because it restricts itself to one core.
     command = [sys.executable, "-m", "tools.bench_generate", "--model=mu/16", "--vocab_size=50"]
     command += ["--tokens=4", "--batch_size=2", "--beams=3", "--length=5", "--rounds=1"]
     done = subprocess.run(
@@ -21,5 +21,5 @@ def test_measures_both(tmp_path):
     assert "depth=1" in done.stdout and "3 beams, captions of 5; threads: 1" in done.stdout
     rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("| ")][1:]
     assert [row[0].strip() for row in rows] == ["cap_pretrain", "transformers.generate"]
-    (_, seconds, rate, ratio), other = ([float(x) for x in ["0", *row[1:]]] for row in rows)
+    (_, seconds, rate, _), other = ([float(x) for x in ["0", *row[1:]]] for row in rows)
     assert rate == pytest.approx(2 * 5 / seconds, rel=0.01) and other[3] == 1

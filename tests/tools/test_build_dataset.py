@@ -1,3 +1,5 @@
+"""Tests of tools/build_dataset.py."""
+
 import fcntl
 import gzip
 import io
@@ -20,17 +22,17 @@ from cap_pretrain.errors import UserError
 from tools import build_dataset
 
 
-def jpeg(seed: int, mode: str = "RGB", format: str = "JPEG", size: int = 24) -> bytes:
-    """A smooth little image that differs by seed."""
+def jpeg(seed: int, mode: str = "RGB", kind: str = "JPEG", size: int = 24) -> bytes:
+    """Return a file of a small smooth image that differs by seed."""
     rng = np.random.default_rng(seed)
     image = Image.fromarray(rng.integers(0, 256, (3, 4, 3), np.uint8)).resize((size, size))
     file = io.BytesIO()
-    image.convert(mode).save(file, format)
+    image.convert(mode).save(file, kind)
     return file.getvalue()
 
 
 def write_files(where: Path, files: dict[str, bytes]) -> Path:
-    """Writes a zip if `where` ends so, else a folder."""
+    """Write a zip if `where` ends in .zip, otherwise a folder."""
     if where.suffix == ".zip":
         with zipfile.ZipFile(where, "w") as archive:
             for name, data in files.items():
@@ -53,11 +55,11 @@ def write_captions(path: Path, files: dict[int, str], captions: list[tuple[int, 
 
 
 def run(*arguments) -> int:
-    """The exit code of the program, also where argparse leaves."""
+    """Return the exit status of the program, also if argparse exits."""
     try:
         return build_dataset.main([str(a) for a in arguments])
-    except SystemExit as exit:
-        return exit.code
+    except SystemExit as error:
+        return error.code
 
 
 def read(path: Path, split: str) -> dict[str, dict]:
@@ -70,7 +72,7 @@ def report(path: Path) -> dict:
 
 @pytest.fixture
 def captioned(tmp_path):
-    """Arguments that build three good captioned images as a dataset, and its folder."""
+    """Return arguments that build a dataset of three captioned images."""
     photos = write_files(tmp_path / "photos", {f"{i}.jpg": jpeg(i) for i in range(3)})
     annotations = write_captions(
         tmp_path / "captions.json",
@@ -114,7 +116,7 @@ def test_captions_json_of_several_splits_from_zips_with_folders(tmp_path, out):
         assert all(examples[i]["image"] == jpeg(int(i)) for i in ids)
 
 
-def test_losses_are_counted_by_reason_and_listed(tmp_path, out):
+def test_drops_are_counted_by_reason_and_listed(tmp_path, out):
     files = {
         "good.jpg": jpeg(0),
         "cut.jpg": jpeg(1)[:-100],
@@ -135,11 +137,11 @@ def test_losses_are_counted_by_reason_and_listed(tmp_path, out):
 
     result = report(out)["dev"]
     assert (result["candidates"], result["kept"]) == (9, 2)
-    lost = {
+    dropped = {
         reason: {example.get("file", example["id"]) for example in drop["examples"]}
         for reason, drop in result["dropped"].items()
     }
-    assert lost == {
+    assert dropped == {
         "broken": {"cut.jpg", "text.jpg", "empty.jpg"},
         "missing": {"absent.jpg"},
         "without captions": {"silent.jpg"},
@@ -152,15 +154,15 @@ def test_losses_are_counted_by_reason_and_listed(tmp_path, out):
     assert set(read(out, "dev")) == {"0", "5"}
 
 
-def test_what_tfds_could_not_read_back_is_encoded_again(tmp_path, out):
+def test_images_that_tfds_cannot_read_are_reencoded(tmp_path, out):
     import tensorflow_datasets as tfds
 
     odd = {
         "a/cmyk.jpg": jpeg(1, "CMYK"),
-        "a/photo.webp": jpeg(2, format="WEBP"),
+        "a/photo.webp": jpeg(2, kind="WEBP"),
         "b/alpha.png": jpeg(3, "RGBA", "PNG"),
     }
-    plain = {"b/grey.jpg": jpeg(4, "L"), "b/rgb.png": jpeg(5, format="PNG")}
+    plain = {"b/grey.jpg": jpeg(4, "L"), "b/rgb.png": jpeg(5, kind="PNG")}
     photos = write_files(tmp_path / "photos", {**odd, **plain})
     assert run("image_folder", "--name", "mine", "--out", out.parent, "--images", photos) == 0
     result = report(out)["train"]
@@ -215,7 +217,7 @@ def test_files_in_no_class_folder_are_counted():
     assert classified(names, "train") == [(names[0], "cat"), (names[1], "cat"), (names[2], "")]
 
 
-def test_equal_class_names_are_told_apart(tmp_path):
+def test_equal_class_names_get_their_folder(tmp_path):
     path = tmp_path / "classes.json"
     path.write_text('{"n1": "crane", "n2": "crane", "n3": "tench"}')
     names = class_names(["n1", "n2", "n3"], path)
@@ -224,7 +226,7 @@ def test_equal_class_names_are_told_apart(tmp_path):
         class_names(["n4"], path)
 
 
-def test_a_finished_dataset_is_replaced_only_if_asked(captioned, out, capsys):
+def test_a_finished_dataset_is_replaced_only_with_overwrite(captioned, out, capsys):
     assert run(*captioned) == 0
     before = {p.name: p.read_bytes() for p in (out / "1.0.0").iterdir()}
     assert run(*captioned) == 2
@@ -259,14 +261,14 @@ def test_a_killed_build_leaves_nothing_finished_and_the_next_cleans_up(captioned
     assert list(out.parent.iterdir()) == [out]
 
 
-def test_ctrl_c_leaves_what_the_next_build_goes_on_with(captioned, out, monkeypatch, capsys):
+def test_the_next_build_resumes_after_ctrl_c(captioned, out, monkeypatch, capsys):
     def interrupt(self, folder):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(base.ImageDataset, "write_report", interrupt)
         assert run(*captioned) == 130
-    assert capsys.readouterr().err.strip() == "interrupted: run it again to go on"
+    assert capsys.readouterr().err.strip() == "interrupted: run again to resume"
     assert [p.name for p in out.parent.iterdir()] == [".mine.building"]
     monkeypatch.setattr(images, "to_plain", None)  # no image is read again
     assert run(*captioned) == 0
@@ -327,8 +329,8 @@ def test_mistakes_exit_2_with_a_line_or_two(tmp_path, monkeypatch, capsys, comma
     Path("boxes.json").write_text(json.dumps(boxes))
     Path("no_names.json").write_text('{"images": [{"id": 1}], "annotations": []}')
 
-    format, *arguments = command.split()
-    assert run(format, "--name", "mine", "--out", "out", *arguments) == 2
+    name, *arguments = command.split()
+    assert run(name, "--name", "mine", "--out", "out", *arguments) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
     assert len(error.strip().splitlines()) <= 2
@@ -354,8 +356,8 @@ def test_candidates_are_checked_in_order_and_not_all_at_once(monkeypatch):
         assert len(taken) <= done + 5
 
 
-def test_what_does_not_fit_in_memory_is_shuffled_alike(captioned, tmp_path, monkeypatch):
-    """As of a split of more than a gigabyte, and without TensorFlow."""
+def test_splits_larger_than_memory_are_shuffled_alike(captioned, tmp_path, monkeypatch):
+    # Such as a split of more than a gigabyte; it works without TensorFlow.
     assert run(*captioned) == 0
     monkeypatch.setattr(shuffle, "MAX_MEM_BUFFER_SIZE", 0)
     assert run(*captioned, "--name", "large") == 0

@@ -1,4 +1,4 @@
-"""tools/caption.py: whatever file people have gets a caption or a reason, on one line."""
+"""Tests of tools/caption.py: every file gets one line with its caption or an error."""
 
 import io
 import json
@@ -20,13 +20,14 @@ from tools import caption
 
 @pytest.fixture(scope="module")
 def run(tokenizer_path, tmp_path_factory):
-    """The workdir of a captioner that has something else to say of each image."""
+    """Return the workdir of a captioner whose captions differ between images."""
     workdir = tmp_path_factory.mktemp("run")
     c = toy.config(model__depth=1, text__length=8, data__image_size=16)
     toy.saved_run(c, workdir, tokenizer_path, 3)
     return workdir
 
 
+GREEDY = Decoding()
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 36, 3), np.uint8)
 
 
@@ -37,7 +38,7 @@ def encoded(image, kind, **options):
 
 
 def awkward_files():
-    """Name -> content of files that people have, and the reason if one cannot be captioned."""
+    """Return {name: (content, reason it cannot be captioned or None)} of unusual files."""
     rgb = Image.fromarray(PIXELS)
     turned = Image.Exif()
     turned[0x0112] = 6
@@ -64,7 +65,7 @@ def awkward_files():
 
 @pytest.fixture(scope="module")
 def awkward(tmp_path_factory):
-    """Paths of the awkward files, with their reasons."""
+    """Return {path: reason it cannot be captioned or None} of the unusual files."""
     folder = tmp_path_factory.mktemp("awkward")
     paths = {}
     for name, (content, reason) in awkward_files().items():
@@ -73,19 +74,20 @@ def awkward(tmp_path_factory):
     return paths
 
 
-def expected(run, paths, how=Decoding(), question=""):
-    """The captions of the files in the paths."""
+def expected(run, paths, how=GREEDY, question=""):
+    """Return the captions of the files in `paths`."""
     config, tokenizer, graphdef, variables = load_learner(run)
     learner = nnx.merge(graphdef, *variables)
     length, eos = config.text.length, tokenizer.eos_id
     images = np.stack([pipeline.square(Path(p).read_bytes(), 16, "none") for p in paths])
     prompt = np.zeros((len(paths), length), np.int32)
-    asked = tokenizer.encode(question)[: length // 2] if question else ()
-    prompt[:, : len(asked)] = asked
+    ids = tokenizer.encode(question)[: length // 2] if question else ()
+    prompt[:, : len(ids)] = ids
+    given = len(ids)
     write = jax.jit(
         lambda images: write_captions(learner, images, how, length=length, eos=eos, prompt=prompt)
     )
-    return [tokenizer.decode(ids[len(asked) :]) for ids in np.asarray(write(images))]
+    return [tokenizer.decode(row[given:]) for row in np.asarray(write(images))]
 
 
 def test_twelve_awkward_files(run, awkward, capsys):
@@ -124,12 +126,12 @@ def test_json_and_the_other_decodings(run, awkward, capsys):
         assert caption.main(["--checkpoint", str(run), *options, *fine, fine[0]]) == 0
         sampled.append(capsys.readouterr().out.splitlines())
     assert sampled[0] == sampled[1] != sampled[2]
-    assert sampled[0][0] != sampled[0][-1]  # the same image, drawn again
+    assert sampled[0][0] != sampled[0][-1]  # the same image, sampled twice
 
 
 def test_a_question_is_answered(run, awkward, capsys):
     fine = [path for path, reason in awkward.items() if not reason]
-    question = "Is there a red circle in it?"  # of more than four pieces
+    question = "Is there a red circle in it?"  # more than four tokens
     options = ["--question", question, "--batch_size", "5", "--json"]
     assert caption.main(["--checkpoint", str(run), *options, *fine]) == 0
     found = [json.loads(line)["caption"] for line in capsys.readouterr().out.splitlines()]
@@ -137,18 +139,18 @@ def test_a_question_is_answered(run, awkward, capsys):
     assert found != expected(run, fine) and len(set(found)) > 1
 
 
-def test_what_is_no_captioner_is_told(run, tokenizer_path, tmp_path, capsys):
-    def told(*arguments):
+def test_error_messages(run, tokenizer_path, tmp_path, capsys):
+    def error(*arguments):
         assert caption.main([*arguments, "a.jpg"]) == 2
         captured = capsys.readouterr()
         assert not captured.out and len(captured.err.splitlines()) <= 2
         return captured.err
 
-    assert "is not the folder of a run" in told("--checkpoint", str(tmp_path / "none"))
-    assert "has no checkpoint of step 4; there are 3" in told(
+    assert "is not the folder of a run" in error("--checkpoint", str(tmp_path / "none"))
+    assert "has no checkpoint of step 4; there are 3" in error(
         "--checkpoint", str(run), "--step", "4"
     )
-    assert "no decoding method 'bean'" in told("--checkpoint", str(run), "--method", "bean")
+    assert "no decoding method 'bean'" in error("--checkpoint", str(run), "--method", "bean")
     c = toy.config("dual_encoder", model__depth=1)
     toy.saved_run(c, tmp_path / "clip", tokenizer_path, 1)
-    assert "dual_encoder, which writes no captions" in told("--checkpoint", str(tmp_path / "clip"))
+    assert "a dual_encoder cannot write captions" in error("--checkpoint", str(tmp_path / "clip"))

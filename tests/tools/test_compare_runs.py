@@ -1,5 +1,6 @@
-"""Comparing runs: every kind of difference is found and told, and nothing else is."""
+"""Tests of tools/compare_runs.py: it reports every kind of difference, and nothing else."""
 
+import itertools
 import json
 import os
 import shutil
@@ -18,11 +19,12 @@ from tests import toy
 from tools import compare_runs
 
 TOOL = Path(compare_runs.__file__)
+TIMES = itertools.count()
 KERNEL = np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4)
 
 
 def state(step, **parts):
-    """Every part that a checkpoint has, with values that are easily taken for others."""
+    """Return a training state with every part of a checkpoint and hard values (NaN, inf, 0)."""
     weights = {"kernel": KERNEL * step, "bias": np.array([0.0, np.nan, np.inf], np.float32)}
     parts = {
         "params": {"encoder": weights},
@@ -47,16 +49,16 @@ def log(workdir, lines):
 
 
 def lines():
-    """What a run of four steps logs, times drawn anew each time."""
+    """Yield the log of a run of four steps, with other times in each call."""
     for step in range(1, 5):
-        yield {"step": step, "train/loss": 5 - step / 3, "time/step_ms": np.random.random()}
+        yield {"step": step, "train/loss": 5 - step / 3, "time/step_ms": next(TIMES)}
         yield {"step": step, "data/ids": 1_000_000_007.0 * step}
     yield {"step": 4, "val/loss": 2.5, "val/accuracy": None}
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A workdir; to be left as it is."""
+    """Return a workdir that tests must not change."""
     workdir = tmp_path_factory.mktemp("run")
     save(workdir, state(2), state(4))
     log(workdir, lines())
@@ -65,7 +67,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def other(run, tmp_path):
-    """A copy of it, to be changed; logged again, with other times."""
+    """Return a copy of `run` to be changed, with other times in its log."""
     workdir = shutil.copytree(run, tmp_path / "other")
     log(workdir, [*lines(), {"step": 3, "spike/loss": 7.0}])
     return workdir
@@ -80,9 +82,9 @@ def save_instead(workdir, *changed):
 def test_a_copy_is_the_same_whatever_time_it_took(run, other):
     found = compare_runs.compare(run, other)
     assert found.differences == ()
-    # loss and ids of four steps, and two figures of an evaluation; 2 + 2 + 2 + 1 + 2 leaves.
+    # Loss and ids of four steps, and two metrics of an evaluation; 2 + 2 + 2 + 1 + 2 leaves.
     assert found.compared == (
-        "10 figures of 4 steps; 2 checkpoints (the last of step 4), each 9 arrays of 41 numbers"
+        "10 metrics of 4 steps; 2 checkpoints (the last of step 4), each 9 arrays of 41 numbers"
     )
 
 
@@ -135,11 +137,11 @@ CHANGES = {
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_the_array_that_differs_is_named_and_by_how_much(name, run, other):
-    parts, told = CHANGES[name]
+    parts, message = CHANGES[name]
     save_instead(other, state(4, **parts))
     compared = 8 if name == "one array less" else 9
     (difference,) = compare_runs.compare(run, other).differences
-    assert difference == f"checkpoint 4: {told}; 1 arrays differ, {compared} compared"
+    assert difference == f"checkpoint 4: {message}; 1 arrays differ, {compared} compared"
 
 
 def test_the_first_checkpoint_that_differs_is_named(run, other):
@@ -153,13 +155,13 @@ def test_a_run_that_ended_earlier_differs_though_all_it_saved_is_the_same(run, o
     shutil.rmtree(other / "checkpoints" / "4")
     log(other, [line for line in lines() if line["step"] <= 3])
     assert compare_runs.compare(run, other).differences == (
-        "figures: logged in A only: 1 steps (4)",
+        "metrics: logged in A only: 1 steps (4)",
         "last checkpoint: of step 4 in A, 2 in B",
     )
 
 
 def change(name, step, value):
-    """Lines with one figure changed; taken away if `value` is missing."""
+    """Return the log with one metric changed."""
     changed = [dict(line) for line in lines()]
     for line in changed:
         if line["step"] == step and name in line:
@@ -168,7 +170,7 @@ def change(name, step, value):
 
 
 @pytest.mark.parametrize(
-    ("logged", "told"),
+    ("logged", "message"),
     [
         (
             change("train/loss", 3, 4.0 + 1e-9),
@@ -185,10 +187,10 @@ def change(name, step, value):
     ],
     ids=["loss", "ids", "null", "evaluation", "not there", "repeated", "skipped", "longer"],
 )
-def test_the_first_figure_that_differs_is_named_and_by_how_much(logged, told, run, other):
+def test_the_first_metric_that_differs_is_named_and_by_how_much(logged, message, run, other):
     log(other, logged)
     (difference,) = compare_runs.compare(run, other).differences
-    assert difference.startswith(f"figures: {told}")
+    assert difference.startswith(f"metrics: {message}")
 
 
 def test_losses_alone_may_differ_a_little_and_what_was_read_may_not(run, other):
@@ -229,23 +231,22 @@ def flipped_bytes(workdir):
 
 
 @pytest.mark.parametrize(
-    ("damage", "told"),
+    ("damage", "message"),
     [
         (no_workdir, "is not the workdir of a run"),
         (no_common_checkpoint, "no checkpoint in common: "),
-        (torn_line, "metrics.jsonl: line 10 is damaged"),
+        (torn_line, "metrics.jsonl: line 10 is corrupt"),
         (flipped_bytes, "4: is corrupt"),
     ],
 )
-def test_what_cannot_be_compared_is_told_in_a_line_or_two(damage, told, run, other, capfd):
+def test_error_messages_have_one_or_two_lines(damage, message, run, other, capfd):
     damage(other)
     assert compare_runs.main([str(run), str(other)]) == 2
     out, err = capfd.readouterr()
-    assert told in err and len(err.splitlines()) <= 2 and out == ""
+    assert message in err and len(err.splitlines()) <= 2 and out == ""
 
 
 def test_the_command_exits_with_0_or_1(run, other):
-    """And says so, in few words."""
     assert compare_runs.main([str(run), str(run)]) == 0
     save_instead(other, state(4, stats={"mean": np.ones(3, np.float32)}))
     log(other, change("train/loss", 2, 0.0))
@@ -258,7 +259,7 @@ def test_the_command_exits_with_0_or_1(run, other):
     assert done.returncode == 1
     assert done.stdout.splitlines() == [
         f"different: A is {run}, B is {other}",
-        "figures: step 2: train/loss 4.333333333333333 and 0.0, difference 4.33 (relative 1); "
+        "metrics: step 2: train/loss 4.333333333333333 and 0.0, difference 4.33 (relative 1); "
         "1 differ, 10 compared",
         "checkpoint 4: learner/stats/mean differs in 3 of 3 elements, by 1 at most; "
         "1 arrays differ, 9 compared",
@@ -266,7 +267,7 @@ def test_the_command_exits_with_0_or_1(run, other):
     assert done.stderr == ""
 
 
-def test_the_fixture_is_what_the_tests_take_it_for(run):
-    """A comparison of arrays that hold nothing would find nothing."""
+def test_the_fixture_has_arrays(run):
+    # A comparison of no arrays would find no difference.
     arrays = load_arrays(run, 4)
     assert len(arrays) == 9 and np.array_equal(arrays["learner/ema/encoder/kernel"], KERNEL * 4)

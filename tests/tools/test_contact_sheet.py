@@ -1,4 +1,4 @@
-"""Contact sheets: the images somebody asked for, above the right captions."""
+"""Tests of tools/contact_sheet.py: the requested images above their captions."""
 
 import json
 
@@ -24,7 +24,7 @@ def test_a_sheet_of_a_dataset_shows_its_images(tmp_path):
     np.testing.assert_array_equal(sheet[8:40, 48:80], source[1]["image"])
 
 
-def test_a_sheet_of_a_run_shows_what_it_said_last(tmp_path):
+def test_a_sheet_of_a_run_shows_its_latest_captions(tmp_path):
     c = toy.config()
     (tmp_path / "config.json").write_text(configs.to_json(c))
     folder = tmp_path / "evals" / "samples"

@@ -1,4 +1,4 @@
-"""Exported runs: transformers computes with them what we do, and `open_encoder` takes them back."""
+"""Tests of tools/export_encoder.py: transformers computes the same, `open_encoder` reads it."""
 
 import json
 import shutil
@@ -23,10 +23,10 @@ transformers = pytest.importorskip("transformers")
 
 
 def make_run(workdir, tokenizer_path, learner="captioner", options=None, steps=(5,), **fields):
-    """A run whose parameters, averaged ones if there are any, are drawn anew for each checkpoint.
+    """Write a run whose (averaged) parameters differ between checkpoints.
 
-    `fields` are of the model section, or `optim__ema`. Returns the config and the learner with the
-    parameters that are to be exported, split.
+    `fields` are fields of the model section, or `optim__ema`. Return the config and the split
+    learner with the parameters to be exported.
     """
     ema = fields.pop("optim__ema", 0.0)
     c = tiny.config(learner, options, **fields)
@@ -57,7 +57,7 @@ def make_run(workdir, tokenizer_path, learner="captioner", options=None, steps=(
 
 @pytest.fixture(scope="module")
 def run(tokenizer_path, tmp_path_factory):
-    """The folder of a captioner's run, its config and what it learned."""
+    """Return the workdir of a captioner, its config and its split learner."""
     workdir = tmp_path_factory.mktemp("run")
     return workdir, *make_run(workdir, tokenizer_path)
 
@@ -67,14 +67,14 @@ def export(workdir, out, *arguments):
 
 
 def loaded(cls, folder):
-    """A model of transformers, of which no weight is missing or left over."""
+    """Load a model with transformers and check that no weight is missing or unused."""
     model, info = cls.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info
     return model.eval().requires_grad_(False)
 
 
 @pytest.mark.parametrize("pool", ["gap", "map"])
-def test_transformers_computes_the_same_and_the_folder_comes_back(
+def test_transformers_computes_the_same_and_the_folder_can_be_read(
     pool, run, tokenizer_path, tmp_path
 ):
     workdir, c, split = run
@@ -106,7 +106,7 @@ def test_transformers_computes_the_same_and_the_folder_comes_back(
 
 
 @pytest.mark.parametrize("contrast", ["sigmoid", pytest.param("softmax", marks=pytest.mark.slow)])
-def test_a_dual_encoder_compares_images_with_texts_as_here(contrast, tokenizer_path, tmp_path):
+def test_a_dual_encoder_gives_the_same_logits(contrast, tokenizer_path, tmp_path):
     c, split = make_run(tmp_path / "run", tokenizer_path, "dual_encoder", {"contrast": contrast})
     assert export(tmp_path / "run", tmp_path / "out") == 0
     folder = tmp_path / "out" / "siglip"
@@ -130,26 +130,26 @@ def test_a_dual_encoder_compares_images_with_texts_as_here(contrast, tokenizer_p
     out = loaded(transformers.SiglipModel, folder)(**inputs)
     ours = tiny.jitted(split, logits)(images, ids)
     np.testing.assert_allclose(out.logits_per_image, ours, atol=1e-4)
-    # What the encoder's own folder holds is the same, without the projection.
+    # The encoder's own folder holds the same encoder without the projection.
     plain = loaded(transformers.SiglipVisionModel, tmp_path / "out")
     tokens = plain(inputs["pixel_values"]).last_hidden_state
     torch.testing.assert_close(out.vision_model_output.last_hidden_state, tokens)
 
 
-def test_a_projection_behind_a_map_head_is_not_exported_and_that_is_said(
+def test_a_projection_after_a_map_head_is_not_exported_and_reported(
     tokenizer_path, tmp_path, capsys
 ):
     make_run(tmp_path / "run", tokenizer_path, "dual_encoder", pool="map")
     assert export(tmp_path / "run", tmp_path / "out") == 0
-    said = "the projection of a vector pooled by model.pool=map cannot be expressed"
-    assert said in capsys.readouterr().out
-    assert said in (tmp_path / "out" / "README.md").read_text()
+    message = "the projection of a vector pooled by model.pool=map cannot be expressed"
+    assert message in capsys.readouterr().out
+    assert message in (tmp_path / "out" / "README.md").read_text()
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         *("README.md", "config.json", "model.safetensors", "preprocessor_config.json"),
     ]
 
 
-def test_averaged_parameters_of_the_newest_sound_checkpoint_leave(tokenizer_path, tmp_path, capsys):
+def test_averaged_parameters_of_the_newest_valid_checkpoint(tokenizer_path, tmp_path, capsys):
     _, (_, newest, _) = make_run(tmp_path / "run", tokenizer_path, steps=(5, 6), optim__ema=0.9)
     checkpoints = tmp_path / "run" / "checkpoints"
 
@@ -166,16 +166,16 @@ def test_averaged_parameters_of_the_newest_sound_checkpoint_leave(tokenizer_path
     np.testing.assert_allclose(scale(), newest - 0.01, atol=1e-6)
     assert f"{checkpoints / '6'}: is corrupt" in capsys.readouterr().err
 
-    for arguments, said in (
+    for arguments, message in (
         (["--step", "7"], "has no checkpoint of step 7; there are 5, 6."),
         (["--step", "6"], "every requested checkpoint is corrupt"),
     ):
         assert export(tmp_path / "run", tmp_path / "no", *arguments) == 2
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err
         assert not (tmp_path / "no").exists()
 
 
-def test_the_folder_is_there_in_whole_or_not_at_all(run, tmp_path, capsys, monkeypatch):
+def test_the_folder_is_written_completely_or_not_at_all(run, tmp_path, capsys, monkeypatch):
     workdir, *_ = run
     with monkeypatch.context() as patch:
 
@@ -189,7 +189,7 @@ def test_the_folder_is_there_in_whole_or_not_at_all(run, tmp_path, capsys, monke
     assert export(workdir, tmp_path / "out") == 0
     before = (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns
     assert export(workdir, tmp_path / "out") == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists; name another" in capsys.readouterr().err
     assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns == before
     assert export(tmp_path / "nothing", tmp_path / "other") == 2
 
@@ -197,19 +197,19 @@ def test_the_folder_is_there_in_whole_or_not_at_all(run, tmp_path, capsys, monke
 @pytest.mark.parametrize(
     "fields", [{"class_token": True}, {"pre_norm": True}, {"final_norm": "pooled"}]
 )
-def test_an_encoder_that_is_no_siglip_is_refused(fields):
+def test_an_encoder_that_siglip_lacks_is_refused(fields):
     with pytest.raises(UserError, match="is not a SiglipVisionModel, and cannot be exported"):
         form(tiny.config(**fields))
 
 
-def test_the_card_tells_training_and_figures_and_no_paths(run, tmp_path):
+def test_the_card_has_config_and_metrics_but_no_paths(run, tmp_path):
     shutil.copytree(run[0], tmp_path / "run")
     path = tmp_path / "run" / "config.json"
     c = json.loads(path.read_text())
     c["data"]["name"] = "/home/somebody/flickr8k:0.5+~/data/my_data:0.5"
     c["data"]["dir"] = c["text"]["tokenizer"] = "/home/somebody/tokenizer.model"
     c["optim"]["lr_rules"] = [["encoder/blocks/.*", 0.5]]
-    del c["model"]["class_token"]  # as of a run from before there was such a field
+    del c["model"]["class_token"]  # like a run from before the field existed
     path.write_text(json.dumps(c))
     for step in (4, 5):
         result = {

@@ -1,4 +1,4 @@
-"""Learning from stored features is learning from the images with a frozen encoder."""
+"""Tests of tools/extract_features.py: training on features equals a frozen encoder's training."""
 
 import json
 
@@ -31,7 +31,7 @@ COUNT, BATCH = 20, 8
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A dataset of captioned images, train and val."""
+    """Return a dataset of captioned images with splits train and val."""
     folder = tmp_path_factory.mktemp("images")
     files = {f"{i}.jpg": images.jpeg(i) for i in range(COUNT)}
     photos = images.write_files(folder / "photos", files)
@@ -55,7 +55,7 @@ def config(data, **fields):
 
 @pytest.fixture(scope="module")
 def run(data, tokenizer_path, tmp_path_factory):
-    """A captioner's workdir, and the random parameters that are saved in it."""
+    """Return a captioner's workdir and the random parameters saved in it."""
     workdir = tmp_path_factory.mktemp("captioner") / "run"
     return workdir, toy.saved_run(config(data), workdir, tokenizer_path, 3).params
 
@@ -73,15 +73,15 @@ def stored(run, data, tmp_path_factory):
 
 
 def of_features(stored, **fields):
-    """The config of a captioner like the one from images, on stored features."""
+    """Return the config of the same captioner on stored features."""
     c = config(stored, model__name="stored", optim__lr_rules=FROZEN, **fields)
     c.model.update(dict(decoder_width=64, decoder_depth=1, decoder_mlp=256, decoder_heads=2))
     configs.validate(c)
     return inputs.completed(c, inputs.open_sources(c))
 
 
-def learned(c, params, tokenizer):
-    """Losses of three steps, and the captions that are written before them."""
+def trained(c, params, tokenizer):
+    """Return the losses of three steps, and the captions before them."""
     init, abstract, graphdef, tx, rate, mesh = toy.prepared(c, tokenizer.vocab_size)
     given = {part: params[part] for part in abstract.params}
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
@@ -89,31 +89,29 @@ def learned(c, params, tokenizer):
     context = Context(c, graphdef, tokenizer, mesh)
     captioning = Captioning(context, context.source(), batch_size=8, limit=None, how=Decoding())
     captions = dict(captioning(state.variables))
-    take = make_train_step(graphdef, tx, rate, c, shardings)
+    train_step = make_train_step(graphdef, tx, rate, c, shardings)
     batches = inputs.training_batches(c, inputs.open_sources(c), tokenizer)
     losses = []
     for step in range(3):
         batch = {k: batches[step][k] for k in ("image", "text", "broken", "prompt")}
-        state, metrics = take(state, sharding.put_batch(batch, mesh))
+        state, metrics = train_step(state, sharding.put_batch(batch, mesh))
         losses.append(float(metrics["loss"]))
     return losses, captions
 
 
-def test_learning_from_features_equals_learning_from_images(run, data, stored, tokenizer_path):
+def test_training_on_features_equals_training_on_images(run, data, stored, tokenizer_path):
     from_images = config(data, optim__lr_rules=FROZEN, encoder=str(run[0]))
     from_features = of_features(stored)
     assert (from_features.model.width, from_features.model.tokens) == (64, 4)
     tokenizer = inputs.open_tokenizer(from_images, tokenizer_path)
-    losses, captions = learned(from_images, run[1], tokenizer)
+    losses, captions = trained(from_images, run[1], tokenizer)
     assert len(set(losses)) == 3 and len(captions) == COUNT and len(set(captions.values())) > 5
-    got = learned(from_features, run[1], tokenizer)
+    got = trained(from_features, run[1], tokenizer)
     np.testing.assert_allclose(got[0], losses, rtol=1e-6)
     assert got[1] == captions
 
 
-def test_the_dataset_is_that_of_the_images_with_features_in_their_place(run, data, stored, capsys):
-    config_ = config(data)
-    _, _, graphdef, *_ = toy.prepared(config_)
+def test_the_dataset_is_that_of_the_images_with_features_in_their_place(run, data, stored):
     for split in ("train", "val"):
         old, new = (open_source(str(d), split, image_size=16) for d in (data, stored))
         assert len(new) == len(old) == COUNT
@@ -121,7 +119,7 @@ def test_the_dataset_is_that_of_the_images_with_features_in_their_place(run, dat
             assert before.keys() == after.keys()
             assert all(before[k] == after[k] for k in before if k != "image")
             assert after["image"].shape == (5, 64) and after["image"].dtype == np.float32
-            # What the encoder pools are its tokens.
+            # The pooled vector is the mean of the tokens.
             np.testing.assert_allclose(after["image"][0], after["image"][1:].mean(0), atol=1e-5)
     made = json.loads((stored / "1.0.0" / "made.json").read_text())
     assert made["encoder"] == f"step 3 of {run[0]}" and made["shape"] == [5, 64]
@@ -132,8 +130,8 @@ def test_the_dataset_is_that_of_the_images_with_features_in_their_place(run, dat
 def test_pooled_vectors_in_half_precision(run, data, stored, tmp_path, capsys):
     arguments = ("--dtype", "float16", "--splits", "val[:3]", "--batch_size", 2)
     assert extract(run, data, tmp_path, *arguments, what="pooled") == 0
-    told = capsys.readouterr().out
-    assert "val: 3 of 3 images, [1, 64] float16 each" in told and "images/s" in told
+    output = capsys.readouterr().out
+    assert "val: 3 of 3 images, [1, 64] float16 each" in output and "images/s" in output
     small, whole = (
         open_source(str(d), "val", image_size=16) for d in (tmp_path / "stored", stored)
     )
@@ -150,7 +148,7 @@ TILES = dict(crop=24, cell=8, tile=8, permutations=2, hidden=(12,))
     ("learner", "options", "side", "width"),
     [("jigsaw", TILES, 24, 12), ("dual_encoder", {}, 16, 64)],
 )
-def test_what_is_behind_the_encoder(
+def test_layers_after_the_encoder(
     learner, options, side, width, data, tokenizer_path, tmp_path, capsys
 ):
     c = config(data, learner=learner, options=options, data__image_size=side)
@@ -171,7 +169,7 @@ def test_what_is_behind_the_encoder(
 
 
 class WithBroken:
-    """Another source, some images of which do not decode."""
+    """A source whose images at the indices `broken` cannot be decoded."""
 
     def __init__(self, source, broken):
         self._source, self._broken, self.class_names = source, broken, []
@@ -184,7 +182,9 @@ class WithBroken:
 
 
 @pytest.mark.parametrize("broken", [(0, 7, 19), range(COUNT)])
-def test_images_that_do_not_decode_are_left_out(run, data, tmp_path, monkeypatch, capsys, broken):
+def test_images_that_cannot_be_decoded_are_skipped(
+    run, data, tmp_path, monkeypatch, capsys, broken
+):
     real = inputs.open_data
     monkeypatch.setattr(inputs, "open_data", lambda *a: WithBroken(real(*a), broken))
     code = extract(run, data, tmp_path, "--splits", "train")
@@ -210,19 +210,22 @@ def test_a_crash_leaves_nothing_that_looks_finished(run, data, tmp_path, monkeyp
     assert not list(tmp_path.iterdir())
 
 
-def test_mistakes_are_told_in_a_line(run, data, stored, tmp_path, capsys):
+def test_error_messages(run, data, stored, tmp_path, capsys):
     assert extract(run, data, tmp_path, what="head") == 2
-    assert "--what: head, but a learner 'captioner' has no vector" in capsys.readouterr().err
-    for arguments, told in [
+    assert (
+        "--what: head, but a learner 'captioner' has no layers after its encoder"
+        in capsys.readouterr().err
+    )
+    for arguments, message in [
         ((run, data, stored.parent), "exists already; add --overwrite"),
         ((run, stored, tmp_path), "holds features of another encoder"),
         ((("nowhere",), data, tmp_path), "nowhere"),
-        ((run, data, tmp_path, "--splits", "val", "val[:3]"), "two parts of one split"),
+        ((run, data, tmp_path, "--splits", "val", "val[:3]"), "names one split twice"),
         ((run, data, tmp_path, "--fields", "pictures=image"), "--fields: 'pictures=image'"),
     ]:
         assert extract(*arguments) == 2
         captured = capsys.readouterr().err
-        assert told in captured and captured.count("\n") <= 2
+        assert message in captured and captured.count("\n") <= 2
     assert not list(tmp_path.iterdir())
 
 
@@ -254,14 +257,14 @@ def test_features_are_not_augmented(stored, field, value):
         of_features(stored, **{f"data__{field}": value})
 
 
-def test_features_and_images_are_not_taken_for_each_other(data, stored):
+def test_features_and_images_are_not_confused(data, stored):
     with pytest.raises(UserError, match="holds features of another encoder.*model.name=stored"):
         inputs.open_sources(config(stored))
     with pytest.raises(UserError, match="stored is for features, but .* holds images"):
         inputs.open_sources(config(data, model__name="stored"))
 
 
-def test_what_needs_pixels_says_so(stored, tokenizer_path, tmp_path, capsys):
+def test_evaluators_and_tools_that_need_pixels_say_so(stored, tokenizer_path, tmp_path, capsys):
     c = of_features(stored)
     tokenizer = inputs.open_tokenizer(c, tokenizer_path)
     init, _, graphdef, _, _, mesh = toy.prepared(c, tokenizer.vocab_size)
@@ -270,7 +273,7 @@ def test_what_needs_pixels_says_so(stored, tokenizer_path, tmp_path, capsys):
     assert len(result.details["samples"]) == 2 and not result.pictures
     with pytest.raises(UserError, match="for a blank image, and the run reads stored features"):
         Scoring(context, batch_size=2, pairs=4).prior(variables, np.zeros((1, 8), np.int32))
-    with pytest.raises(UserError, match="learned from stored features .* no encoder to see"):
+    with pytest.raises(UserError, match="trained on stored features .* has no image encoder"):
         captioner(Learner(c, tokenizer, graphdef, variables), Decoding(), 2, seed=0)
     assert contact_sheet.main(["--data", str(stored), "--out", str(tmp_path / "a.png")]) == 2
     assert "no images to show" in capsys.readouterr().err

@@ -1,7 +1,4 @@
-"""Exact resume: a run that was killed again and again ends like one that was not.
-
-And the tool that rehearses it, with programs in place of the trainer.
-"""
+"""Tests of exact resume after kills, and of tools/kill_and_resume.py with fake trainers."""
 
 import random
 import subprocess
@@ -10,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from cap_pretrain.cli import processes
+from cap_pretrain.cli.processes import Kill, RehearsalError, Run
 from tests import toy
 from tools import kill_and_resume
 
@@ -29,7 +28,7 @@ SMALL = {
     ("config", "more"),
     [
         (f"{PRETRAIN}:objective=cap,model=mu/8", {"evals.samples.when": "end"}),
-        (str(STATISTICS), {}),  # CapPa that also keeps statistics and an average
+        (str(STATISTICS), {}),  # CapPa with batch statistics and a moving average
         (f"{PRETRAIN}:objective=clip,model=mu/8", {}),
         (f"{PRETRAIN}:objective=siglip,model=mu/8", {}),
     ],
@@ -47,10 +46,10 @@ def test_a_run_killed_five_times_ends_as_one_that_was_not(
     )
     out, err = capfd.readouterr()
     assert code == 0, f"{out}\n{err}"
-    said = out.splitlines()
-    assert [line.split(":")[0] for line in said[1:-1]] == [f"kill {n} of 5" for n in range(1, 6)]
-    assert any("while saving" in line for line in said)
-    assert said[-1].startswith("the same: ") and f" figures of {STEPS} steps" in said[-1]
+    lines = out.splitlines()
+    assert [line.split(":")[0] for line in lines[1:-1]] == [f"kill {n} of 5" for n in range(1, 6)]
+    assert any("while saving" in line for line in lines)
+    assert lines[-1].startswith("the same: ") and f" metrics of {STEPS} steps" in lines[-1]
     killed = tmp_path / "rehearsal" / "killed"
     assert sum("data/ids" in line for line in toy.lines(killed)) >= STEPS
     assert "Going on from step " in killed.with_name("killed.log").read_text()
@@ -58,7 +57,7 @@ def test_a_run_killed_five_times_ends_as_one_that_was_not(
 
 @pytest.fixture
 def program(tmp_path, monkeypatch):
-    """Has a shell script run in place of Python; `$dir` is its workdir."""
+    """Return a function that replaces Python by a shell script; `$dir` is its workdir."""
 
     def use(script):
         path = tmp_path / "program"
@@ -69,25 +68,25 @@ def program(tmp_path, monkeypatch):
     return use
 
 
-def test_worker_processes_that_stay_behind_are_noticed_and_ended(program, tmp_path, monkeypatch):
-    monkeypatch.setattr(kill_and_resume, "GRACE", 0.1)
+def test_left_worker_processes_are_detected_and_killed(program, tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "GRACE", 0.1)
     program("sleep 60 &\n mkdir $dir; exec sleep 60")
-    with kill_and_resume.Run([], tmp_path / "run") as run:
+    with Run([], tmp_path / "run") as run:
         while not (tmp_path / "run").exists():
             assert not run.ended()
-        run.hit(kill_and_resume.Blow("step", 0, 0.0))
-        with pytest.raises(kill_and_resume.Failed, match=r"processes \[\d+\] were still running"):
+        run.kill(Kill("step", 0, 0.0))
+        with pytest.raises(RehearsalError, match=r"processes \[\d+\] were still running"):
             run.check_nothing_left()
     run.check_nothing_left()
 
 
-def test_a_save_is_told_from_what_an_earlier_process_left(program, tmp_path):
+def test_a_save_is_distinguished_from_the_remains_of_an_earlier_process(program, tmp_path):
     folders = tmp_path / "run" / "checkpoints"
     left = folders / "4.orbax-checkpoint-tmp"
     left.mkdir(parents=True)
     (folders / "2").mkdir()
     program("sleep 60")
-    with kill_and_resume.Run([], tmp_path / "run") as run:
+    with Run([], tmp_path / "run") as run:
         assert run.saving() == set()
         left.rmdir()
         assert run.saving() == set()
@@ -95,16 +94,20 @@ def test_a_save_is_told_from_what_an_earlier_process_left(program, tmp_path):
         assert run.saving() == {left.name}
 
 
-def test_kills_come_at_every_stage_and_all_along_the_run():
+def test_kills_come_at_every_stage_and_throughout_the_run():
     pace = kill_and_resume.Pace(steps=100, start=5.0, line=0.1, save=0.2)
-    blows = list(kill_and_resume.blows(30, pace, random.Random(1)))
-    assert [b.after for b in blows].count("save") == 10
-    assert [b.after for b in blows].count("start") == 5
-    for number, blow in enumerate(blows):
-        assert 3 * number - 1 <= blow.step <= 3 * (number + 1)
-        assert 0 <= blow.seconds <= 1.2 * 5
-    assert blows == list(kill_and_resume.blows(30, pace, random.Random(1)))
-    assert blows != list(kill_and_resume.blows(30, pace, random.Random(2)))
+
+    def plan(seed):
+        return list(kill_and_resume.plan_kills(30, pace, random.Random(seed)))
+
+    kills = plan(1)
+    assert [kill.after for kill in kills].count("save") == 10
+    assert [kill.after for kill in kills].count("start") == 5
+    for number, kill in enumerate(kills):
+        assert 3 * number - 1 <= kill.step <= 3 * (number + 1)
+        assert 0 <= kill.seconds <= 1.2 * 5
+    assert kills == plan(1)
+    assert kills != plan(2)
 
 
 LOG_AND_SAVE = """
@@ -120,7 +123,7 @@ def rehearse(folder, *arguments):
 
 def test_a_run_too_short_for_its_kills_is_no_proof(program, tmp_path, monkeypatch, capsys):
     program(LOG_AND_SAVE)
-    monkeypatch.setattr(kill_and_resume, "wait_for", lambda run, blow: False)
+    monkeypatch.setattr(kill_and_resume, "wait_for", lambda run, kill: False)
     monkeypatch.setattr(subprocess, "call", lambda *args, **kwargs: 0)
     assert rehearse(tmp_path / "new") == 1
     assert "the run ended after 0 of 3 kills" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The file of permutations is what the learner would make, and its figures are told."""
+"""Tests of tools/make_permutations.py: it writes the learner's permutations and their distances."""
 
 from cap_pretrain.learners import permutations
 from tools import make_permutations
@@ -10,8 +10,8 @@ def test_a_file_of_permutations(tmp_path, capsys):
     chosen = permutations.read(out)
     assert chosen == permutations.greedy(100, "min", 2)
     mean, smallest = permutations.distances(chosen)
-    told = capsys.readouterr().out
-    assert f"100 permutations; distance {mean:.4f} on average, {smallest} least" in told
+    output = capsys.readouterr().out
+    assert f"100 permutations; distance {mean:.4f} on average, {smallest} least" in output
     assert make_permutations.main(["--count", "1", "--out", str(out)]) == 2
     assert capsys.readouterr().err.startswith("error: permutations: 1 is not from 2")
     assert permutations.read(out) == chosen

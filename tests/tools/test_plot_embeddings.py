@@ -1,8 +1,7 @@
-"""tools/plot_embeddings.py: which vectors are drawn, where, and what cannot be drawn."""
+"""Tests of tools/plot_embeddings.py: embeddings, their coordinates, figures, error messages."""
 
 import collections
 import functools
-import re
 
 import numpy as np
 import pytest
@@ -17,13 +16,14 @@ from cap_pretrain.evals.inference import word_maps
 from cap_pretrain.models.layers import normalize_images
 from tests import tiny, toy
 from tests.evals import stubs
+from tests.tools.drawing import words_in
 from tools import plot_embeddings
 from tools.plot_embeddings import places, principal_components
 
 
 @pytest.fixture(scope="module")
 def runs(tokenizer_path, tmp_path_factory):
-    """Workdirs of learners of one layer, by kind."""
+    """Return workdirs of one-layer learners by kind."""
     folder = tmp_path_factory.mktemp("runs")
     for kind in ("captioner", "dual_encoder"):
         c = toy.config(kind, model__depth=1, data__scenes__length_val=12)
@@ -33,7 +33,7 @@ def runs(tokenizer_path, tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def read():
-    """Reads runs back, once."""
+    """Load each run once."""
     with pytest.MonkeyPatch.context() as patch:
         read = functools.cache(load_learner)
         patch.setattr(plot_embeddings, "load_learner", read)
@@ -41,7 +41,7 @@ def read():
 
 
 def opened(learner):
-    """The learner as a module, its tokenizer, its source."""
+    """Return the learner as a module, its tokenizer and its source."""
     config, tokenizer, graphdef, variables = learner
     return nnx.merge(graphdef, *variables), tokenizer, inputs.open_data(config, "val")
 
@@ -108,8 +108,8 @@ def test_words_are_the_most_frequent_ones(runs, read, kind):
     module, tokenizer, source = opened(learner)
     points = plot_embeddings.of_words(learner, source, 20)
     captions = [text for i in range(len(source)) for text in source[i]["captions"]]
-    heard = (word_maps.words_of(tokenizer, tokenizer.encode(text))[1] for text in captions)
-    counts = collections.Counter(word.text for words in heard for word in words)
+    texts = (word_maps.words_of(tokenizer, tokenizer.encode(text))[1] for text in captions)
+    counts = collections.Counter(word.text for words in texts for word in words)
     assert [counts[word] for word in points.words] == sorted(counts.values(), reverse=True)[:20]
     part = module.decoder if kind == "captioner" else module.text_tower
     table = np.asarray(part.embedding.embedding)
@@ -126,12 +126,11 @@ def test_words_and_class_names_are_written(runs, read, tmp_path, capsys):
     out = tmp_path / "out.svg"
     assert plot(runs["captioner"], out, "--what", "words", "--count", "9", "--method", "pca") == 0
     assert capsys.readouterr().out == f"wrote {out}: 9 words\n"
-    written = re.findall(r">([^<>\s][^<>]*)</text>", out.read_text())
+    written = words_in(out)
     assert len(written) == 9 and "a" in written
     assert plot(runs["captioner"], out, "--method", "pca") == 0
-    written = re.findall(r">([^<>\s][^<>]*)</text>", out.read_text())
     source = opened(read(runs["captioner"]))[2]
-    assert set(written) == {source.class_names[source[i]["label"]] for i in range(12)}
+    assert set(words_in(out)) == {source.class_names[source[i]["label"]] for i in range(12)}
 
 
 def test_the_same_picture_each_time_with_thumbnails(runs, tmp_path):
@@ -141,8 +140,8 @@ def test_the_same_picture_each_time_with_thumbnails(runs, tmp_path):
         assert plot(runs["captioner"], out, "--what", "captions", *arguments) == 0
         drawn.append(out.read_bytes())
     assert drawn[0] == drawn[1] != drawn[2]
-    colours = Image.open(out).convert("RGB").getcolors(1 << 20)
-    assert len(colours) > 10
+    colors = Image.open(out).convert("RGB").getcolors(1 << 20)
+    assert len(colors) > 10
 
 
 def test_images_without_labels_and_of_many_classes():
@@ -168,22 +167,22 @@ def test_learners_and_datasets_without_text(runs, read):
     source = opened(learner)[2]
     mute = learner._replace(config=toy.config("classifier"), tokenizer=tokenizers.NoText())
     for of in (plot_embeddings.of_captions, plot_embeddings.of_words):
-        with pytest.raises(UserError, match="a classifier reads no text; take --what images"):
+        with pytest.raises(UserError, match="a classifier reads no text; use --what images"):
             of(mute, source, 9)
-        with pytest.raises(UserError, match="pictures has no captions; take --what images"):
+        with pytest.raises(UserError, match="pictures has no captions; use --what images"):
             of(learner, stubs.Pictures(captions=[[]], labels=[0]), 9)
 
 
-def test_what_cannot_be_drawn_is_told(runs, tmp_path, capsys):
-    def told(*arguments, run=runs["captioner"], out="out.png"):
+def test_error_messages(runs, tmp_path, capsys):
+    def error(*arguments, run=runs["captioner"], out="out.png"):
         assert plot(run, tmp_path / out, *arguments) == 2
         captured = capsys.readouterr()
         assert not captured.out and len(captured.err.splitlines()) <= 2
         return captured.err
 
-    assert "ends in neither .png nor .svg" in told(out="out.pdf")
-    assert "is not the folder of a run" in told(run=tmp_path)
-    assert "4 points are too few; take 5 or more" in told("--count", "4")
-    assert "words have none" in told("--what", "words", "--thumbnails")
-    with pytest.raises(UserError, match="what it says is not finite"):
+    assert "must end in .png or .svg" in error(out="out.pdf")
+    assert "is not the folder of a run" in error(run=tmp_path)
+    assert "4 points are too few; use 5 or more" in error("--count", "4")
+    assert "words have no images" in error("--what", "words", "--thumbnails")
+    with pytest.raises(UserError, match="its embeddings are not finite"):
         places(np.full((9, 3), np.nan), "pca")

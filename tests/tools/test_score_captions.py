@@ -1,4 +1,4 @@
-"""The program that scores files of captions: what it prints, and what it says of wrong files."""
+"""Tests of tools/score_captions.py: its output, and its messages for invalid files."""
 
 import gzip
 import json
@@ -30,7 +30,7 @@ def with_java():
 
 @pytest.fixture
 def write(tmp_path):
-    """Writes JSON, gzipped if the name says so, and returns the path."""
+    """Return a function that writes JSON, gzipped for names in .gz, and returns the path."""
 
     def write(name, content):
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
@@ -63,15 +63,15 @@ def tokenized(captions=CAPTIONS, references=REFERENCES):
 
 
 def run(*arguments, capsys):
-    """Returns (exit code, the lines printed, the lines of errors)."""
+    """Return the exit status and the lines of stdout and stderr."""
     code = score_captions.main([str(a) for a in arguments])
     printed = capsys.readouterr()
     return code, printed.out.splitlines(), printed.err.splitlines()
 
 
-def assert_published(figures, but=()):
+def assert_published(metrics, but=()):
     expected = {name: value for name, value in PUBLISHED.items() if name not in but}
-    found = {name: value for name, value in figures.items() if name in (*PUBLISHED, "SPICE")}
+    found = {name: value for name, value in metrics.items() if name in (*PUBLISHED, "SPICE")}
     assert found == pytest.approx(expected, abs=1e-6)
 
 
@@ -129,10 +129,10 @@ def test_tokenized_text_is_compared_with_the_python_tokenizers(write, capsys):
     code, lines, _ = run(*files, capsys=capsys)
     last = json.loads(lines[-1])
     assert code == 0 and last["python_tokenizer_agreement"] == 5 / 6
-    assert_published(last, but=("METEOR",))  # it is the tokenized text that is scored
+    assert_published(last, but=("METEOR",))  # the tokenized text is scored
 
 
-def test_what_the_evaluator_wrote_is_scored_again(write, capsys):
+def test_results_of_the_evaluator_are_scored(write, capsys):
     entries = [
         {"image_id": f"image {i}", "caption": CAPTIONS[i], "references": REFERENCES[i]}
         for i in CAPTIONS
@@ -159,27 +159,27 @@ def test_a_subset_is_scored_only_if_asked(write, capsys):
     )
     code, _, errors = run(*files, capsys=capsys)
     assert code == 2 and len(errors) == 1
-    assert "r.json: no caption of image 7 of " in errors[0] and "--subset" in errors[0]
+    assert "r.json: no caption for image 7 of " in errors[0] and "--subset" in errors[0]
     code, lines, _ = run(*files, "--subset", capsys=capsys)
     assert code == 0 and json.loads(lines[-1])["images"] == 1
 
 
-MISTAKES = {  # annotations, results, what is said
-    "no references": (annotations({"a": ["x"]}), results(), "a.json: no references of image 100"),
+MISTAKES = {  # annotations, results, message
+    "no references": (annotations({"a": ["x"]}), results(), "a.json: no references for image 100"),
     "duplicate": (annotations(), results() + results(), "image 7 has more than one caption"),
-    "no list": ({"images": []}, results(), "a.json: no list of annotations in it (found: images)"),
-    "no entries": (annotations(), [], "r.json: no list of captions in it (found: [])"),
+    "no list": ({"images": []}, results(), "a.json: has no list of annotations (found: images)"),
+    "no entries": (annotations(), [], "r.json: has no list of captions (found: [])"),
     "another layout": (
         annotations(),
         {"7": "a dog"},
-        "r.json: no list of captions in it (found: 7",
+        "r.json: has no list of captions (found: 7",
     ),
     "no caption": (annotations(), [{"image_id": 7}], "{'image_id': 7} has no image_id and caption"),
     "no entry": (annotations(), ["a dog"], "r.json: 'a dog' has no image_id and caption"),
     "no text": (
         annotations(),
         [{"image_id": 7, "caption": None}],
-        "the caption None is not a text",
+        "the caption None is not text",
     ),
     "no JSON": (b'[{"image_id": 7', results(), "a.json: is not JSON"),
     "no UTF-8": (annotations(), b'["\xff\xfe"]', "r.json: is not JSON"),
@@ -188,7 +188,7 @@ MISTAKES = {  # annotations, results, what is said
 
 
 @pytest.mark.parametrize("case", MISTAKES)
-def test_mistakes_are_told_in_a_line(write, capsys, case):
+def test_error_messages_have_one_line(write, capsys, case):
     given, found, message = MISTAKES[case]
     files = ("--annotations", write("a.json", given), "--results", write("r.json", found))
     code, lines, errors = run(*files, capsys=capsys)
@@ -202,14 +202,17 @@ def test_mistakes_of_the_command_line(write, tmp_path, capsys):
     two = write("two.json", {"gts": {"7": ["x"]}, "res": {"7": ["x", "y"]}})
     a = write("a.json", annotations())
     for arguments, message in (
-        ([], "--results: name the captions"),
-        (["--annotations", r], "--results: name the captions"),
-        (["--results", r], "has no references in it; name --annotations"),
+        ([], "--results: is missing; name the captions"),
+        (["--annotations", r], "--results: is missing; name the captions"),
+        (["--results", r], "has no references; add --annotations"),
         (["--results", tmp_path / "none.json"], "none.json: no such file"),
         (["--results", tmp_path], "cannot be read"),
-        (["--tokenized", r], "no texts by image in 'gts' and 'res'"),
+        (["--tokenized", r], "'gts' and 'res' must hold texts by image"),
         (["--tokenized", two], "image 7 has 2 captions in 'res', not one"),
-        (["--annotations", a, "--results", r, "--tokenized", other], "its texts are not those of"),
+        (
+            ["--annotations", a, "--results", r, "--tokenized", other],
+            "its images or captions differ from",
+        ),
     ):
         code, _, errors = run(*arguments, capsys=capsys)
         assert (code, len(errors)) == (2, 1), arguments

@@ -1,7 +1,6 @@
-"""tools/show_attention.py: pictures of where a captioner looks, and what cannot be drawn."""
+"""Tests of tools/show_attention.py: its figures, and the messages when it cannot draw one."""
 
 import functools
-import re
 
 import jax
 import numpy as np
@@ -11,16 +10,17 @@ from PIL import Image
 
 from cap_pretrain import inputs
 from cap_pretrain.checkpoints.load import load_learner
-from cap_pretrain.cli import figures
+from cap_pretrain.cli import captioning, figures
 from cap_pretrain.data.scenes.source import Scenes
 from cap_pretrain.errors import UserError
 from tests import toy
+from tests.tools.drawing import words_in
 from tools import show_attention
 
 
 @pytest.fixture(scope="module")
 def run(tokenizer_path, tmp_path_factory):
-    """The workdir of a captioner with 4 patches and a token of the class."""
+    """Return the workdir of a captioner with 4 patches and a class token."""
     workdir = tmp_path_factory.mktemp("run")
     c = toy.config(model__depth=1, text__length=24, model__class_token=True, model__decoder_depth=2)
     toy.saved_run(c, workdir, tokenizer_path, 3)
@@ -29,22 +29,10 @@ def run(tokenizer_path, tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def read_once():
-    """Runs are read back once."""
+    """Load each run once."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(show_attention, "load_learner", functools.cache(load_learner))
+        patch.setattr(captioning, "load_learner", functools.cache(load_learner))
         yield
-
-
-@pytest.fixture
-def photo(tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
-    path = tmp_path / "a_photo_with_a_long_name.png"
-    Image.fromarray(pixels).save(path)
-    return str(path)
-
-
-def words_in(svg):
-    return re.findall(r">([^<>\s][^<>]*)</text>", svg.read_text(encoding="utf-8"))
 
 
 def test_words_over_images(run, photo, tmp_path, capsys):
@@ -56,12 +44,8 @@ def test_words_over_images(run, photo, tmp_path, capsys):
         "Two shapes: a big crimson disc, and a star",
     ]
     assert show_attention.main([*arguments, photo, photo, "--out", str(out), "--columns", "4"]) == 0
-    told = [
-        "ith_a_long_name.png",
-        *["two", "shapes", "a", "big", "crimson", "disc", "and", "a", "star"],
-    ]
-    told[0] = told[0][-18:]
-    assert words_in(out) == told * 2
+    words = ["two", "shapes", "a", "big", "crimson", "disc", "and", "a", "star"]
+    assert words_in(out) == ["ith_a_long_name.png"[-18:], *words] * 2
     assert f"wrote {out}" in capsys.readouterr().out
     first = out.read_bytes()
     assert show_attention.main([*arguments, photo, photo, "--out", str(out), "--columns", "4"]) == 0
@@ -74,7 +58,7 @@ def test_words_over_images(run, photo, tmp_path, capsys):
     assert narrow[0] * 10 == wide[0] * 4 and narrow[1] == wide[1] * 3
 
 
-def test_files_that_are_no_images_are_left_out(run, photo, tmp_path, capsys):
+def test_files_that_are_not_images_are_skipped(run, photo, tmp_path, capsys):
     text = tmp_path / "text.jpg"
     text.write_text("To whom it may concern")
     arguments = ["--checkpoint", str(run), "--out", str(tmp_path / "out.svg")]
@@ -92,20 +76,20 @@ def test_the_runs_own_data_and_captions(run, tmp_path):
 
 
 def test_maps_are_the_learners_attention(run):
-    learner = show_attention.load_learner(run)
+    learner = captioning.load_learner(run)
     config, tokenizer, graphdef, variables = learner
     source = inputs.open_data(config, "val")
     assert isinstance(source, Scenes)
-    named = show_attention.of_dataset(learner, "", "novel", 3)
+    named = captioning.dataset_images(learner, "", "novel", 3)
     assert [name for name, _ in named] == ["novel/0", "novel/1", "novel/2"]
     caption = "a red ring"
     for layer in ({}, {"layer": None}):
-        looks = show_attention.look(learner, named, caption, layer)
+        attended = show_attention.attend_words(learner, named, caption, layer)
         images = np.stack([image for _, image in named])
         text = np.tile(tokenizer.encode(caption), (3, 1))
         attend = jax.jit(lambda v, *a, layer=layer: nnx.merge(graphdef, *v).attend(*a, **layer))
-        attention = np.asarray(attend(variables, images, text))[:, :, 1:]  # but that to the class
-        for found, row, (name, image) in zip(looks, attention, named, strict=True):
+        attention = np.asarray(attend(variables, images, text))[:, :, 1:]  # without the class token
+        for found, row, (name, image) in zip(attended, attention, named, strict=True):
             assert (found.name, found.words) == (name, caption.split())
             np.testing.assert_array_equal(found.image, image)
             assert found.maps.shape == (3, 2, 2)
@@ -119,37 +103,39 @@ def test_bright_is_where_attention_is():
     quarters = hot.reshape(2, 128, 2, 128, 3).mean((1, 3, 4))
     assert quarters[0, 0] > 1.5 * quarters[1, 1] and np.argmax(quarters) == 0
     assert hot.min() >= 0 and hot.max() <= 1 and np.ptp(even[..., 0]) < 1e-6
-    assert even.max() < hot.max()  # of one scale
+    assert even.max() < hot.max()  # one color scale
     assert not show_attention.overlays(image, maps[:0])
 
 
-def test_what_cannot_be_drawn_is_told(run, photo, tokenizer_path, tmp_path, capsys):
-    def told(*arguments, checkpoint=run, out="out.png"):
+def test_error_messages(run, photo, tokenizer_path, tmp_path, capsys):
+    def error(*arguments, checkpoint=run, out="out.png"):
         arguments = ["--checkpoint", str(checkpoint), "--out", str(tmp_path / out), *arguments]
         assert show_attention.main(arguments) == 2
         captured = capsys.readouterr()
         assert not captured.out and len(captured.err.splitlines()) <= 2
         return captured.err
 
-    assert "ends in neither .png nor .svg" in told(photo, out="out.jpg")
-    assert "is not the folder of a run" in told(photo, checkpoint=tmp_path / "none")
-    assert "no checkpoint of step 4" in told(photo, "--step", "4")
-    assert "no layer 2; the decoder has 0 to 1" in told(photo, "--layer", "2")
-    assert "not for IMAGE files" in told(photo, "--data", "scenes")
-    assert "no split 'nowel'" in told("--split", "nowel")
+    assert "must end in .png or .svg" in error(photo, out="out.jpg")
+    assert "is not the folder of a run" in error(photo, checkpoint=tmp_path / "none")
+    assert "no checkpoint of step 4" in error(photo, "--step", "4")
+    assert "no layer 2; the decoder has 0 to 1" in error(photo, "--layer", "2")
+    assert "cannot be combined with IMAGE files" in error(photo, "--data", "scenes")
+    assert "no split 'nowel'" in error("--split", "nowel")
     toy.saved_run(toy.config("dual_encoder", model__depth=1), tmp_path / "clip", tokenizer_path, 1)
-    assert "a DualEncoder has no attention from words" in told(photo, checkpoint=tmp_path / "clip")
+    assert "a DualEncoder has no attention from words" in error(photo, checkpoint=tmp_path / "clip")
 
 
-def test_stored_features_are_no_images(run, monkeypatch):
+def test_stored_features_are_not_images(run, monkeypatch):
     class Stored(list):
         def __str__(self):
             return "stored"
 
     source = Stored([{"image": np.zeros(512, np.float32), "id": "0"}])
     monkeypatch.setattr(inputs, "open_data", lambda *_: source)
-    with pytest.raises(UserError, match="stored has stored features, and no images to draw on"):
-        show_attention.of_dataset(show_attention.load_learner(run), "", "", 1)
+    with pytest.raises(
+        UserError, match="--data: stored holds stored features; choose one with images"
+    ):
+        captioning.dataset_images(captioning.load_learner(run), "", "", 1)
 
 
 def test_without_matplotlib(monkeypatch):

@@ -1,4 +1,4 @@
-"""sweep: trials in slots, tried again, gone on with, locked; what is told and drawn of them."""
+"""Tests of tools/sweep.py: slots, retries, resuming, locking, status, tables and plots."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from tools import sweep
 ROOT = Path(__file__).resolve().parent.parent.parent
 QUICKSTART = toy.CONFIGS / "quickstart.py"
 
-# Behaves as the name of its trial says, and leaves what it did in its folder.
+# A program in place of training: behaves as its trial is named, and records its starts and end.
 PROGRAM = """
 import json, signal, sys, time
 from pathlib import Path
@@ -64,7 +64,7 @@ def sweep(arg):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """Runs a sweep of trials by their names, with the program above; returns the exit status."""
+    """Return a function that sweeps named trials with PROGRAM and returns the exit status."""
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     file = tmp_path / "sweep.py"
@@ -101,7 +101,7 @@ def test_runs_as_many_as_there_are_slots(run, out, capsys):
     assert "napping_4: finished (5 of 5)" in capsys.readouterr().out
 
 
-def test_what_crashes_is_tried_again_and_the_others_go_on(run, out, capsys):
+def test_crashed_trials_are_retried_and_the_others_run(run, out, capsys):
     names = ["crash", "hopeless", "mistake", "fine"]
     assert run(names) == 1
     assert [starts(out / name) for name in names] == [3, 3, 1, 1]
@@ -110,7 +110,7 @@ def test_what_crashes_is_tried_again_and_the_others_go_on(run, out, capsys):
     assert "mistake: failed, exit status 2: cap_pretrain: your fault" in said
     assert "2 of 4 trials failed: mistake, hopeless" in said
 
-    # What failed is tried anew, what is finished is not.
+    # Failed trials are run again, finished ones are not.
     assert run(names, "--retries=0") == 1
     assert [starts(out / name) for name in names] == [3, 4, 2, 1]
     assert "2 of 4 trials are finished already." in capsys.readouterr().out
@@ -122,7 +122,7 @@ def test_what_crashes_is_tried_again_and_the_others_go_on(run, out, capsys):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_all_after_saving_and_the_next_run_goes_on(run, out, capsys, number):
+def test_a_signal_stops_all_after_saving_and_the_next_run_resumes(run, out, capsys, number):
     names = ["fine", "slow_a", "slow_b", "slow_c"]
 
     def interrupt():
@@ -144,17 +144,17 @@ def test_a_signal_stops_all_after_saving_and_the_next_run_goes_on(run, out, caps
     assert [line.split()[1] for line in lines[:4]] == ["finished", "stopped", "stopped", "waiting"]
     assert lines[1].split()[2:4] == ["50", "1:05"]
 
-    assert run([*names[:3], "fast"], "--slots=2") == 0  # and another one beside them
+    assert run([*names[:3], "fast"], "--slots=2") == 0  # with one trial more
     assert [starts(out / n) for n in (*names, "fast")] == [1, 2, 2, 0, 1]
 
 
 def test_a_finished_trial_must_not_change(run, out, capsys):
     assert run(["fine", "mistake"]) == 1
     assert run(["fine", "mistake"], "--", "--config.optim.b1=0.5") == 2
-    told = capsys.readouterr().err
-    assert "fine" in told and "optim.b1 was 0.0, is now 0.5" in told
+    error = capsys.readouterr().err
+    assert "fine" in error and "optim.b1 was 0.0, is now 0.5" in error
     assert [starts(out / n) for n in ("fine", "mistake")] == [1, 1]  # nothing was started
-    # What is told and kept of it may; so may one of which nothing is saved.
+    # Logging options may change, and so may a trial that saved nothing.
     assert run(["fine"], "--", "--config.log.every_steps=7") == 0
     assert run(["mistake"], "--", "--config.optim.b1=0.5") == 1
     assert [starts(out / n) for n in ("fine", "mistake")] == [1, 2]
@@ -215,33 +215,33 @@ def test_tables_and_plots(run, out, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "trial,optim.lr,val/loss" and lines[1].startswith("d,0.4,3.16")
     picture = tmp_path / "plot.svg"
-    asked = ["plot", str(out), "--x=optim.lr", "--y=val/loss"]
-    assert sweep.main([*asked, f"--out={picture}"]) == 0
+    arguments = ["plot", str(out), "--x=optim.lr", "--y=val/loss"]
+    assert sweep.main([*arguments, f"--out={picture}"]) == 0
     assert capsys.readouterr().out.startswith("val/loss: 2 x^-0.5  (4 points; b in [0.5, 0.5])")
     assert "optim.lr" in picture.read_text()
-    for wrong, told in {
-        "--out=plot.gif": "ends in neither .png nor .svg",
+    for wrong, message in {
+        "--out=plot.gif": "must end in .png or .svg",
         "--y=val/los": "has the metric 'val/los'. Did you mean 'val/loss'",
         "--by=objectiv": "--by: a has no field 'objectiv'",
     }.items():
-        assert sweep.main([*asked, f"--out={picture}", wrong]) == 2
-        assert told in capsys.readouterr().err
+        assert sweep.main([*arguments, f"--out={picture}", wrong]) == 2
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["status", "DIR"], "not the folder of a sweep"),
         (["run", "no_such_sweep.py", "--out=DIR"], "there is no file 'no_such_sweep.py'"),
     ],
 )
-def test_mistakes_are_told(arguments, told, tmp_path, capsys):
+def test_error_messages(arguments, message, tmp_path, capsys):
     assert sweep.main([a.replace("DIR", str(tmp_path)) for a in arguments]) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_a_real_sweep_is_interrupted_and_goes_on(tmp_path):
+def test_a_real_sweep_is_interrupted_and_resumes(tmp_path):
     out = tmp_path / "out"
     command = [
         *(sys.executable, str(ROOT / "tools" / "sweep.py"), "run", f"--out={out}", "--slots=2"),
@@ -260,9 +260,9 @@ def test_a_real_sweep_is_interrupted_and_goes_on(tmp_path):
     assert first["state"] in ("stopped", "finished")
     assert subprocess.call(command, cwd=ROOT) == 0
     assert subprocess.call(command, cwd=ROOT) == 0  # which does nothing
-    told = [json.loads(path.read_text()) for path in sorted(out.glob("*/trial.json"))]
-    assert [t["state"] for t in told] == ["finished"] * 4
-    assert max(t["starts"] for t in told) == 2 and min(t["starts"] for t in told) == 1
+    records = [json.loads(path.read_text()) for path in sorted(out.glob("*/trial.json"))]
+    assert [r["state"] for r in records] == ["finished"] * 4
+    assert max(r["starts"] for r in records) == 2 and min(r["starts"] for r in records) == 1
     for trial in trials.read(out):
         steps = [line["step"] for line in toy.losses(out / trial.name)]
         assert steps == sorted(set(steps)) and steps[-1] == 50

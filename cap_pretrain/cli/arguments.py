@@ -1,0 +1,73 @@
+"""Command-line arguments and exit statuses that the tools have in common."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from cap_pretrain.errors import UserError
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def documented_parser(doc: str | None) -> argparse.ArgumentParser:
+    """Return a parser whose --help shows a module's docstring, layout included."""
+    summary, _, rest = (doc or "").partition("\n")
+    return argparse.ArgumentParser(
+        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def positive_int(text: str) -> int:
+    """Convert an argument to an integer of at least 1, as argparse's `type`."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Add --checkpoint, a run's workdir, and --step, one of its checkpoints."""
+    parser.add_argument("--checkpoint", required=True, type=Path, help="workdir of a run")
+    parser.add_argument("--step", type=int, help="step of the checkpoint; default: the newest")
+
+
+def add_figure(parser: argparse.ArgumentParser) -> None:
+    """Add --out, the file of a figure."""
+    parser.add_argument("--out", required=True, type=Path, help="output file, *.png or *.svg")
+
+
+def add_dataset(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Add --data and --split, which default to the run's own evaluation data."""
+    parser.add_argument("--data", default="", help="dataset or its path; default: the run's own")
+    parser.add_argument("--split", default="", help="default: the run's evaluation split")
+
+
+def add_images(parser: argparse.ArgumentParser) -> None:
+    """Add IMAGE files, and the dataset to take images from if there are none."""
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help="image file")
+    group = parser.add_argument_group("without IMAGE")
+    add_dataset(group)
+    group.add_argument("--count", type=positive_int, default=4, help="number of images; default: 4")
+
+
+def run(
+    command: Command,
+    args: argparse.Namespace,
+    catch: tuple[type[Exception], ...] = (UserError, OSError),
+) -> int:
+    """Run a command and turn the user's mistakes into a message and exit status 2.
+
+    Args:
+        command: Takes the parsed arguments and returns an exit status.
+        args: The parsed arguments.
+        catch: Exceptions to report on stderr, as "error: MESSAGE", without a traceback.
+
+    Returns:
+        The command's exit status, or 2 if it raised one of `catch`.
+    """
+    try:
+        return command(args)
+    except catch as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2

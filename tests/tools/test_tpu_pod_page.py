@@ -1,0 +1,103 @@
+"""Tests of docs/tpu_pod.md: runs its commands from top to bottom, with fakes and dry launchers."""
+
+import importlib.util
+import re
+import shlex
+import subprocess
+
+import pytest
+import yaml
+
+from tests.tools.launchers import ROOT, Bench
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """Run the commands of docs/tpu_pod.md; return the fakes and what was printed."""
+    bench = Bench(tmp_path_factory.mktemp("page"))
+    names = ("pip", "python", "ssh-keygen", "ssh-add", "ssh-agent", "docker", "kubectl")
+    bench.record(*names, "scontrol", "scancel", "gcloud")
+    recorded = (bench.bin / "gcloud").read_text().replace("sys.exit(0)", "print('10.0.0.2')")
+    bench.put("gcloud", recorded)
+    # Like Slurm: runs the script with the arguments behind it.
+    bench.put("sbatch", '#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\nexec bash "$@"\n')
+    text = (ROOT / "docs/tpu_pod.md").read_text()
+    blocks = re.findall(r"^```sh\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    script, count = re.subn(
+        r"(tools/launch_\S+\.(?:sh|sbatch)) ", r"\1 --dry_run ", "".join(blocks)
+    )
+    assert count == 4
+    done = subprocess.run(
+        ["bash", "-euc", script],
+        cwd=ROOT,
+        env=bench.env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    return bench, done.stdout
+
+
+def test_launchers_run_what_the_page_says(page):
+    _, printed = page
+    lines = printed.splitlines()
+    (create,) = [line for line in lines if " queued-resources create " in line]
+    assert create.startswith("gcloud compute tpus queued-resources create cap --node-id=cap ")
+    assert "--accelerator-type=v5litepod-256 --spot --zone=us-west4-a" in create
+    assert any(line.endswith("install 10.0.0.2:/runs' --zone=us-west4-a") for line in lines)
+    assert any("launch_tpu_worker.sh stop" in line for line in lines)
+    assert "        parallelism: 64" in lines
+    (srun,) = [line for line in lines if line.startswith("srun ")]
+    assert "--config=configs/pretrain.py:objective=cap" in srun
+
+
+def test_names_on_the_page_reach_the_cloud_programs(page):
+    bench, _ = page
+    commands = [" ".join(call) for call in bench.calls("gcloud")]
+    assert "config set project my-project" in commands
+    assert any(
+        c.startswith("filestore instances create cap-runs --zone=us-west4-a") for c in commands
+    )
+    assert any("--location=us-west4 " in c for c in commands)  # the zone's region
+    assert any("--member=serviceAccount:10.0.0.2-compute@" in c for c in commands)
+    pool = next(c for c in commands if c.startswith("container node-pools create"))
+    assert "--tpu-topology=16x16 --num-nodes=64" in pool
+
+
+def test_configs_and_fields_exist(page):
+    bench, printed = page
+    manifest = printed[printed.index("apiVersion:") :].partition("\nsrun ")[0]
+    (job,) = yaml.safe_load(manifest)["spec"]["replicatedJobs"]
+    (main,) = job["template"]["spec"]["template"]["spec"]["containers"]
+    shell = [
+        shlex.split(part)
+        for line in printed.splitlines()
+        if "--config=" in line and not line.startswith(" ")
+        for part in (shlex.split(line) if line.startswith("gcloud") else [line])
+        if "--config=" in part
+    ]
+    for flags in (main["args"], *shell, *bench.calls("python")):
+        (chosen,) = [flag for flag in flags if flag.startswith("--config=")]
+        path, _, argument = chosen.removeprefix("--config=").partition(":")
+        spec = importlib.util.spec_from_file_location("page_config", ROOT / path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        config = module.get_config(argument).copy_and_resolve_references()
+        for flag in flags:
+            if flag.startswith("--config."):
+                field, _, value = flag.removeprefix("--config.").partition("=")
+                config.update_from_flattened_dict({field: type(_at(config, field))(value)})
+    assert len(shell) == 2  # TPU VMs and Slurm
+
+
+def test_files_exist():
+    text = (ROOT / "docs/tpu_pod.md").read_text()
+    for path in set(re.findall(r"(?<!/)\b(?:tools|configs)/[\w.]+\w", text)):
+        assert (ROOT / path).is_file(), path
+
+
+def _at(config, field):
+    for part in field.split("."):
+        config = config[part]
+    return config
