@@ -1,12 +1,13 @@
 """Composition: whether a true caption scores above hard negatives, which differ little from it."""
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from cap_pretrain.data.hard_negatives import OrderQuestions, Question, SceneQuestions
 from cap_pretrain.data.scenes.source import Scenes
+from cap_pretrain.data.sources.base import Source
 from cap_pretrain.data.sugarcrepe import SugarCrepe
 from cap_pretrain.errors import UserError, did_you_mean
 from cap_pretrain.evals.base import Context, Result, ScoringOptions
@@ -64,7 +65,9 @@ class Composition:
         self._context, self._options = context, options
         self._scoring = Scoring(context, batch_size=options.batch_size, pairs=options.pairs)
         self._set = question_set(context, options)
-        count = min(len(self._set.source), options.limit or len(self._set.source))
+        # A cast, since mypy takes the property `class_names` of Scenes for another type.
+        self._source = cast(Source, self._set.source)
+        count = min(len(self._source), options.limit or len(self._source))
         self._questions = [self._set.questions(index) for index in range(count)]
         number: dict[str, int] = {}  # distinct text -> its index
         self._texts = [
@@ -72,7 +75,7 @@ class Composition:
             for questions in self._questions
         ]
         if not number:
-            raise UserError(f"evals: composition: {self._set.source} yields no questions.")
+            raise UserError(f"evals: composition: {self._source} yields no questions.")
         self._tokens = self._scoring.encode(list(number))
 
     def __call__(self, variables: Any) -> Result:
@@ -81,7 +84,7 @@ class Composition:
         features = scoring.text_features(variables, self._tokens)
         prior = scoring.prior(variables, self._tokens) if scoring.has_prior else None
         tally, images = Tally(scoring.tolerance), 0
-        for where, pictures in scoring.batches(variables, self._set.source, self._options.limit):
+        for where, pictures in scoring.batches(variables, self._source, self._options.limit):
             texts = [self._texts[index] for index in where["index"]]
             padded = np.zeros((len(texts), max(1, *map(len, texts))), int)
             for row, own in zip(padded, texts, strict=True):
