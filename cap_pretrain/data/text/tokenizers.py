@@ -196,25 +196,8 @@ def train_sentencepiece(
             failure = error
             raise
 
-    model = io.BytesIO()
-    sentencepiece.set_random_generator_seed(seed)
     try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=sentences(),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            hard_vocab_limit=False,
-            character_coverage=_CHARACTER_COVERAGE,
-            input_sentence_size=_TRAIN_CAPTIONS,
-            shuffle_input_sentence=True,
-            num_threads=1,  # sums over several threads depend on their timing
-            pad_id=0,
-            eos_id=1,
-            unk_id=2,
-            bos_id=-1,
-            minloglevel=2,
-        )
+        model = _train_byte_pairs(sentences(), vocab_size, seed)
     except RuntimeError as error:
         if failure:
             raise failure from None
@@ -226,12 +209,35 @@ def train_sentencepiece(
                 "characters in the captions; increase it."
             ) from error
         raise
-    size = len(sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()))
+    size = len(sentencepiece.SentencePieceProcessor(model_proto=model))
     made = {"captions": used, "lower": lower, "vocab_size": size, "asked": vocab_size, "seed": seed}
     path = Path(out_dir) / "tokenizer.model"
     files.write_text(path.with_suffix(".json"), json.dumps(made, indent=2) + "\n")
-    files.write_bytes(path, model.getvalue())
+    files.write_bytes(path, model)
     return path
+
+
+def _train_byte_pairs(sentences: Iterator[str], vocab_size: int, seed: int) -> bytes:
+    """Train a sentencepiece model and return its file."""
+    model = io.BytesIO()
+    sentencepiece.set_random_generator_seed(seed)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=sentences,
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        hard_vocab_limit=False,
+        character_coverage=_CHARACTER_COVERAGE,
+        input_sentence_size=_TRAIN_CAPTIONS,
+        shuffle_input_sentence=True,
+        num_threads=1,  # sums over several threads depend on their timing
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    return model.getvalue()
 
 
 def source_captions(source: Source, limit: int | None = None) -> Iterator[str]:
