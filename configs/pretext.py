@@ -40,7 +40,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         arg, task=tuple(tasks), encoder="resnet50", data="scenes", recipe="", evals="loss"
     )
     recipes = tasks[args.task].RECIPES
-    recipe = args.recipe or next(iter(recipes))
+    recipe = learners.RECIPE_ALIASES.get(args.recipe, args.recipe) or next(iter(recipes))
     if recipe not in recipes:
         raise UserError(
             f"--config: recipe={recipe!r} is not a recipe of {args.task}: {', '.join(recipes)}."

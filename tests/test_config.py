@@ -58,7 +58,7 @@ def test_unknown_arguments(text, said):
         ({"model__decoder_width": 33}, "model.decoder_heads: 2 does not divide the width 33"),
         ({"model__decoder_heads": 5}, "model.decoder_heads: 5 does not divide the width 64"),
         ({"model__decoder_mlp": -4}, "model.decoder_mlp: -4 must not be negative"),
-        ({"data__image_size": 20}, "data.image_size: 20 is no multiple of the patch size 8"),
+        ({"data__image_size": 20}, "data.image_size: 20 is not a multiple of the patch size 8"),
         ({"batch_size": 0}, "batch_size: 0 must be at least 1"),
         ({"text__length": 0}, "text.length: 0 must be at least 1"),
         ({"accumulate": 3}, "accumulate: 3 parts do not divide batch_size=8"),

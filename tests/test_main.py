@@ -59,7 +59,7 @@ def command(monkeypatch, capsys):
         ([PRETRAIN + ":data=no_such_data"], "no_such_data"),
         ([PRETRAIN + ":data=/no/such/folder"], "/no/such/folder"),
         ([PRETRAIN, "--config.data.split=tset"], "no split 'tset'. Did you mean 'test'?"),
-        ([PRETRAIN, "--config.data.image_size=100"], "data.image_size: 100 is no multiple"),
+        ([PRETRAIN, "--config.data.image_size=100"], "data.image_size: 100 is not a multiple"),
         ([PRETRAIN, "--config.total_steps=0"], "total_steps: the length of the run is not set"),
         ([PRETRAIN, "--config.text.tokenizer=no.model"], "text.tokenizer: there is no file"),
         ([QUICKSTART, "--config.mesh.data=3"], "mesh.data=3"),

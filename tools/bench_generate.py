@@ -32,7 +32,7 @@ def ours(size: Size, encoded: Any, args: argparse.Namespace) -> Generate:
     import jax
     from flax import nnx
 
-    from cap_pretrain.models.decoding import beam_search
+    from cap_pretrain.models.decoding import CaptionSpec, beam_search
     from cap_pretrain.models.layers import Compute
     from cap_pretrain.models.text import Decoder
     from cap_pretrain.training.step import split_learner
@@ -50,11 +50,8 @@ def ours(size: Size, encoded: Any, args: argparse.Namespace) -> Generate:
         return beam_search(
             lambda tokens, position, cache: decoder.step(tokens, position, positions, cache),
             decoder.init_cache(encoded, args.length, args.beams),
+            CaptionSpec(batch=len(encoded), length=args.length, start=0, eos=-1),
             beams=args.beams,
-            batch=len(encoded),
-            length=args.length,
-            start=0,
-            eos=-1,
         )
 
     inputs = params, positions, jax.numpy.asarray(encoded)

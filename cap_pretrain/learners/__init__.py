@@ -1,32 +1,35 @@
-"""Learners: modules that own an encoder and say how to learn.
+"""Learners: modules that own an image encoder and define how it is trained.
 
 A learner is an `nnx.Module` class with
 
-  Options                              a frozen dataclass: its documented settings and defaults
-  reads                                the parts of a batch it learns from, as ("image", "text")
-  encoder                              the part that is kept, an `ImageEncoder`
-  from_config(config, vocab_size, rngs) classmethod that builds it
-  loss(batch, key, train)              -> (scalar loss, metrics: dict of scalars), a mean over
-                                       examples, so that of a batch in parts it is that of theirs
+    Options                 frozen dataclass of its documented settings and their defaults
+    reads                   the parts of a batch it reads, for example ("image", "text")
+    encoder                 the part that is kept after pretraining, an `ImageEncoder`
+    from_config(config, vocab_size, rngs)
+                            classmethod that builds it
+    loss(batch, key, train) -> (scalar loss, metrics: dict of scalars). The loss is a mean over
+                            examples, so that gradient accumulation can average it over parts.
 
-or, if the loss compares examples with each other, as a `contrastive.Contrastive`
+A learner whose loss compares the examples of a batch is a `contrastive.Contrastive` and implements
 
-  embed(batch, key, train)             -> what is compared, a tree of arrays [B, …]
-  contrast(embedded)                   -> (scalar loss, metrics)
+    embed(batch, key, train) -> a tree of arrays [B, ...] to compare
+    contrast(embedded)       -> (scalar loss, metrics)
 
-and, for the evaluators and tools that look for it, any of the methods in `protocols`:
-`WritesCaptions`, `ScoresTexts`, `EmbedsText`, `Attends`, `Classifies`, `Colorizes`, `Featurizes`.
+Evaluators and tools look for further methods, which `protocols` lists: `WritesCaptions`,
+`ScoresTexts`, `EmbedsText`, `Attends`, `Classifies`, `Colorizes` and `Featurizes`.
 
-`metrics` may hold "loss_weight": what a part of a batch weighs against another (default: equal).
-What else of its options the training data are to settle, as a run begins, is told by
+`metrics` may contain "loss_weight", the weight of a part of a batch in gradient accumulation
+(default: equal weights). A learner whose options depend on the training data implements
 
-  settled(config, mixture)             -> fields of `config.learner`; see `inputs.completed`
+    settled(config, mixture) -> fields of `config.learner` to set at the start of a run; see
+                            `inputs.completed`
 
-A pretext, which learns from images alone, has besides
+A pretext task, which learns from images alone, also has
 
-  RECIPES                              its settings as published: fields of the config by recipe
+    RECIPES                 its published settings: config fields and values by recipe name
 
-To add a learner, write its file and register it here; `configs/pretext.py` then knows a pretext.
+To add a learner, write a module and register its class below. `configs/pretext.py` finds pretext
+tasks by itself.
 """
 
 import dataclasses
@@ -57,52 +60,65 @@ REGISTRY = {
 }
 
 
-def learner_class(name: str) -> type[nnx.Module]:
-    """Returns the class registered as `name`; raises UserError for an unknown name."""
+# Former names of recipes, which are still accepted.
+RECIPE_ALIASES = {"seed000": "elhagry", "seed002": "demidov"}
+
+
+def learner_class(name: str) -> Any:
+    """Return the class registered as `name`.
+
+    Raises:
+        UserError: The name is unknown.
+    """
     if name not in REGISTRY:
         raise UserError(f"learner.name: no learner {name!r}.{did_you_mean(name, REGISTRY)}")
     module, _, cls = REGISTRY[name].partition(":")
     return getattr(importlib.import_module(module), cls)
 
 
-def pretexts() -> dict[str, type[nnx.Module]]:
-    """Returns the registered learners that have RECIPES, by name."""
+def pretexts() -> dict[str, Any]:
+    """Return the registered pretext tasks, those with RECIPES, by name."""
     classes = {name: learner_class(name) for name in REGISTRY}
     return {name: cls for name, cls in classes.items() if hasattr(cls, "RECIPES")}
 
 
 def defaults(name: str, **overrides: Any) -> ConfigDict:
-    """Returns the `learner` section of a config: the learner's name and its options."""
+    """Return the `learner` section of a config: the learner's name and its options."""
     options = learner_class(name).Options(**overrides)
     return ConfigDict({"name": name, **dataclasses.asdict(options)}).lock()
 
 
 def options(config: ConfigDict) -> Any:
-    """Returns the `Options` of the learner that `config.learner` describes."""
+    """Return the `Options` of the learner that `config.learner` describes."""
     fields = config.learner.to_dict()
     return learner_class(fields.pop("name")).Options(**fields)
 
 
 def build(config: ConfigDict, vocab_size: int, key: jax.Array) -> nnx.Module:
-    """Builds the learner of `config`, with fresh parameters drawn from `key`.
+    """Build the learner of `config`, with parameters initialized from `key`.
 
-    Its encoder, and every BatchNorm in it, is told whether `optim.lr_rules` leave all of its
-    parameters as they are. If so it is `frozen`, and computes as in evaluation in training, too:
-    nothing is dropped, and the statistics are those it came with and do not move.
+    The encoder, and every BatchNorm in it, is `frozen` if `optim.lr_rules` freeze all of its
+    parameters. A frozen module computes as in evaluation during training, too: without dropout,
+    and without using or updating batch statistics.
+
+    Args:
+        config: The config of the run.
+        vocab_size: Number of tokens; 0 for learners that read no text.
+        key: Random key for the parameters.
 
     Raises:
-      UserError: the config cannot be built.
+        UserError: The config is invalid.
     """
     cls = learner_class(config.learner.name)
     if config.model.name == STORED and hasattr(cls, "RECIPES"):
         raise UserError(
-            f"model.name: {STORED} features are no images, which {config.learner.name} learns "
-            "from; name an encoder and a dataset of images."
+            f"model.name: {config.learner.name} learns from images, not from {STORED} features; "
+            "choose an encoder and a dataset of images."
         )
     learner = cls.from_config(config, vocab_size, nnx.Rngs(params=key))
     for path, module in nnx.iter_modules(learner):
         if isinstance(module, (ImageEncoder, BatchNorm)):
-            weights = nnx.to_pure_dict(nnx.state(module, nnx.Param))
+            weights: dict[Any, Any] = nnx.to_pure_dict(nnx.state(module, nnx.Param))
             for name in reversed(path):
                 weights = {name: weights}
             module.frozen = optimizers.is_frozen(config.optim, weights)

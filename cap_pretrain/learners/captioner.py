@@ -1,4 +1,4 @@
-"""Cap and CapPa: learning an encoder by captioning (Tschannen et al. 2023, arXiv 2306.07915)."""
+"""Cap and CapPa: pretraining an encoder by captioning (Tschannen et al. 2023, 2306.07915)."""
 
 import dataclasses
 from typing import Any
@@ -11,24 +11,32 @@ from ml_collections import ConfigDict
 from cap_pretrain import learners
 from cap_pretrain.errors import UserError
 from cap_pretrain.models.build import build_encoder, compute, decoder_size, encoder_width
-from cap_pretrain.models.layers import in_chunks, normalize_images
+from cap_pretrain.models.encoder import ImageEncoder
+from cap_pretrain.models.layers import EncoderOutput, in_chunks, normalize_images
 from cap_pretrain.models.text import PAD, Cache, Decoder
 
 
 def shift_right(text: jax.Array) -> jax.Array:
-    """[B, T] -> [B, T]: what each position may have read last; the first reads padding."""
+    """Return the decoder inputs [B, T] for text int32 [B, T]: the previous token, padding first."""
     return jnp.pad(text, ((0, 0), (1, 0)), constant_values=PAD)[:, :-1]
 
 
 class Captioner(nnx.Module):
-    """An encoder and a transformer decoder that predicts the caption from its tokens.
+    """An encoder and a transformer decoder that predicts the caption from the encoder's tokens.
 
-    With CapPa, each training example is, with probability `parallel_fraction`, predicted in
-    parallel: every input is the mask token and there is no causal mask, so each token must come
-    from the image and its position. Otherwise, and always in evaluation, it is autoregressive.
+    With CapPa, each training example is predicted in parallel with probability
+    `parallel_fraction`: every input is the mask token and there is no causal mask, so each token
+    must be inferred from the image and its position. All other predictions, including all of
+    evaluation, are autoregressive.
 
-    Texts may begin with a prompt, such as a question, which is given: it is read, also where the
-    rest is predicted in parallel, and is no part of any loss, accuracy or likelihood.
+    A text may begin with a prompt, such as a question. The decoder always reads the prompt, also
+    in parallel prediction. Prompt tokens do not count in losses, accuracies and likelihoods.
+
+    Args:
+        encoder: image encoder.
+        decoder: transformer decoder.
+        length: number of position embeddings, the longest text.
+        options: see `Options`.
     """
 
     @dataclasses.dataclass(frozen=True)
@@ -36,10 +44,10 @@ class Captioner(nnx.Module):
         """Settings of `config.learner`.
 
         Attributes:
-          parallel_fraction: probability of parallel prediction; 0 is Cap, 0.75 the paper's CapPa.
-          label_smoothing: mass spread evenly over the vocabulary.
-          average: "example" averages over the tokens of each caption, then over captions (the
-            recipe); "token" averages over all tokens of the batch.
+            parallel_fraction: Probability of parallel prediction. 0 is Cap, 0.75 the paper's CapPa.
+            label_smoothing: Probability mass spread evenly over the vocabulary.
+            average: "example" averages over the tokens of each caption, then over captions (as in
+                the paper). "token" averages over all tokens of the batch.
         """
 
         parallel_fraction: float = 0.0
@@ -64,7 +72,7 @@ class Captioner(nnx.Module):
 
     def __init__(
         self,
-        encoder: nnx.Module,
+        encoder: ImageEncoder,
         decoder: Decoder,
         *,
         length: int,
@@ -80,6 +88,7 @@ class Captioner(nnx.Module):
 
     @classmethod
     def from_config(cls, config: ConfigDict, vocab_size: int, rngs: nnx.Rngs) -> "Captioner":
+        """Build the learner that `config` describes."""
         decoder = Decoder(
             decoder_size(config),
             vocab_size=vocab_size,
@@ -95,13 +104,15 @@ class Captioner(nnx.Module):
             rngs=rngs,
         )
 
-    def encode(self, images: jax.Array, *, train: bool = False, key: jax.Array | None = None):
-        """uint8 images [B, H, W, 3] -> EncoderOutput."""
+    def encode(
+        self, images: jax.Array, *, train: bool = False, key: jax.Array | None = None
+    ) -> EncoderOutput:
+        """Encode uint8 images [B, H, W, 3]; `key` is for dropout in training."""
         images = normalize_images(images, self.decoder.compute.dtype)
         return self.encoder(images, train=train, key=key)
 
-    def predict(self, *args, **kwargs) -> jax.Array:
-        """Logits float32 [B * C, T, V] of every token of a text; arguments as for `states`."""
+    def predict(self, *args: Any, **kwargs: Any) -> jax.Array:
+        """Return logits float32 [B * C, T, V] of every token; arguments as for `states`."""
         return self.decoder.to_logits(self.states(*args, **kwargs))
 
     def states(
@@ -113,19 +124,19 @@ class Captioner(nnx.Module):
         prompt: jax.Array | int = 0,
         key: jax.Array | None = None,
     ) -> jax.Array:
-        """What the logits of every token of `text` int32 [B * C, T] are made of, [B * C, T, D].
+        """Return the final hidden states [B * C, T, D] from which each token is predicted.
 
         Args:
-          encoded: [B, N, D] tokens of the encoder.
-          text: the tokens to be predicted, C texts for each image, side by side.
-          parallel: bool [B], which examples are predicted in parallel (default: none).
-          prompt: int32 [B], the leading tokens of each text that these read nevertheless.
-          key: for dropout.
+            encoded: Encoder tokens [B, N, D].
+            text: Target tokens int32 [B * C, T]. The C texts of an image are adjacent rows.
+            parallel: bool [B], which examples are predicted in parallel. None means none.
+            prompt: int32 [B], prompt lengths. Prompt tokens are read in parallel prediction, too.
+            key: Random key for dropout. None disables dropout.
         """
         inputs = shift_right(text)
         mask = causal(text.shape[1])
         if parallel is not None:
-            # Inputs are shifted: the last token of the prompt is read at its end.
+            # Inputs are shifted by one: position `prompt` reads the last prompt token.
             prompt = jnp.reshape(prompt, (-1, 1))
             read = (jnp.arange(text.shape[1]) <= prompt) & (prompt > 0)
             masked = parallel[:, None] & ~read
@@ -134,34 +145,47 @@ class Captioner(nnx.Module):
         positions = self.text_positions[: text.shape[1]]
         return self.decoder.states(inputs, positions, encoded, mask, key=key)
 
-    def judged(
+    def token_losses(
         self, states: jax.Array, text: jax.Array, smoothing: float = 0.0
     ) -> tuple[jax.Array, jax.Array]:
-        """The loss of each token of `text` int32 [B, T], and whether it is the likeliest.
+        """Compute the loss of each token, and whether the prediction is correct.
 
-        With `model.logit_chunks` the logits are made for one part of the positions after the other,
-        and again in the backward pass.
+        With `model.logit_chunks`, the logits are computed for one chunk of positions at a time,
+        and recomputed in the backward pass.
 
         Args:
-          states: [B, T, D], what the logits are made of.
-          text: the tokens to be predicted.
-          smoothing: mass spread evenly over the vocabulary.
+            states: Final hidden states [B, T, D].
+            text: Target tokens int32 [B, T].
+            smoothing: Probability mass spread evenly over the vocabulary.
 
         Returns:
-          float32 and bool [B, T].
+            Cross-entropy float32 [B, T], and bool [B, T], True where the target is the argmax.
         """
-        graphdef, kernels, others = nnx.split(self.decoder, is_kernel_of_logits, ...)
+        graphdef, *parts = nnx.split(self.decoder, is_kernel_of_logits, ...)
+        kernels, others = parts
 
-        def judge(kernels, states, text):
+        def loss_and_correct(kernels, states, text):
             logits = nnx.merge(graphdef, kernels, others).to_logits(states)
             return token_loss(logits, text, smoothing), jnp.argmax(logits, -1) == text
 
-        return in_chunks(judge, self.decoder.compute.logit_chunks, kernels, states, text)
+        return in_chunks(loss_and_correct, self.decoder.compute.logit_chunks, kernels, states, text)
 
     def loss(
         self, batch: dict[str, jax.Array], key: jax.Array, train: bool
     ) -> tuple[jax.Array, dict[str, Any]]:
-        """Cross-entropy of the captions; prompts, padding and masked examples do not count."""
+        """Compute the cross-entropy of the captions.
+
+        Prompts, padding and masked examples do not count.
+
+        Args:
+            batch: "image" uint8 [B, H, W, 3], "text" int32 [B, T]; optionally "prompt" int32 [B]
+                (prompt lengths) and "mask" bool [B] (False for padding examples).
+            key: Random key for parallel prediction and dropout.
+            train: Whether to compute the training loss.
+
+        Returns:
+            The scalar loss and a dict of scalar metrics.
+        """
         text, prompt = batch["text"], batch.get("prompt", 0)
         parallel_key, encoder_key, decoder_key = jax.random.split(key, 3)
         encoded = self.encode(batch["image"], train=train, key=encoder_key).tokens
@@ -169,26 +193,22 @@ class Captioner(nnx.Module):
         if train and self.options.parallel_fraction:
             p = self.options.parallel_fraction
             parallel = jax.random.bernoulli(parallel_key, p, (len(text),))
-        key = decoder_key if train else None
-        states = self.states(encoded, text, parallel, prompt=prompt, key=key)
+        dropout_key = decoder_key if train else None
+        states = self.states(encoded, text, parallel, prompt=prompt, key=dropout_key)
 
-        learned = is_learned(text, prompt)
-        weights = learned.astype(jnp.float32)
+        targets = is_target(text, prompt)
         examples = batch.get("mask", jnp.ones(len(text), bool)).astype(jnp.float32)
-        examples = examples * jnp.any(learned, axis=1)
-        weights = weights * examples[:, None]
+        examples = examples * jnp.any(targets, axis=1)
         smoothing = self.options.label_smoothing if train else 0.0
-        nll, right = self.judged(states, text, smoothing)
-        by_token = self.options.average == "token"
-        per_caption = weights / jnp.maximum(jnp.sum(weights, 1, keepdims=True), 1)
-        shares = weights if by_token else per_caption  # what each token counts
-        weight = jnp.sum(weights) if by_token else jnp.sum(examples)
-        loss = jnp.sum(nll * shares) / jnp.maximum(weight, 1)
+        nll, correct = self.token_losses(states, text, smoothing)
+        per_caption = token_weights(targets, examples, "example")
+        if self.options.average == "token":
+            weights = token_weights(targets, examples, "token")
+            total = jnp.sum(weights)
+        else:
+            weights, total = per_caption, jnp.sum(examples)
+        loss, metrics = weighted_loss(nll, correct, weights, total)
 
-        metrics = {
-            "loss_weight": weight,
-            "token_accuracy": jnp.sum(right * shares) / jnp.maximum(weight, 1),
-        }
         per_example = jnp.sum(nll * per_caption, 1)
         if parallel is not None:
             metrics["parallel_share"] = jnp.mean(parallel.astype(jnp.float32))
@@ -197,53 +217,57 @@ class Captioner(nnx.Module):
         return loss, metrics
 
     def image_features(self, images: jax.Array) -> jax.Array:
-        """uint8 images [B, H, W, 3] -> what `compare` wants of them: the tokens [B, N, D]."""
+        """Encode uint8 images [B, H, W, 3] as tokens [B, N, D] for `compare`."""
         return self.encode(images).tokens
 
     def text_features(self, text: jax.Array) -> jax.Array:
-        """text int32 [..., T] -> what `compare` wants of it: the text itself."""
+        """Return text int32 [..., T] unchanged, as `compare` reads it."""
         return text
 
     def compare(
         self, encoded: jax.Array, text: jax.Array, prompt: jax.Array | int = 0
     ) -> jax.Array:
-        """Log-likelihoods [B, C] float32, in nats, of texts as captions of encoded images.
+        """Compute the log-likelihoods of texts as captions of encoded images.
 
-        Summed over the tokens of a text, EOS included, padding not; always autoregressive.
+        The likelihood is autoregressive and sums over the tokens of a text, including EOS and
+        excluding padding and the prompt.
 
         Args:
-          encoded: [B, N, D] tokens of the encoder.
-          text: int32 [C, T], the same texts for each image, or [B, C, T], its own.
-          prompt: int32 [C] or [B, C], how many leading tokens of each text are given.
+            encoded: Result of `image_features`.
+            text: int32 [C, T], the same texts for each image, or [B, C, T], its own texts.
+            prompt: int32 [C] or [B, C], prompt lengths.
+
+        Returns:
+            float32 [B, C], in nats.
         """
         text = jnp.broadcast_to(text, (len(encoded), *text.shape[-2:]))
         flat = text.reshape(-1, text.shape[-1])
-        nll = self.judged(self.states(encoded, flat), flat)[0].reshape(text.shape)
-        return -jnp.sum(nll * is_learned(text, prompt), axis=-1)
+        nll = self.token_losses(self.states(encoded, flat), flat)[0].reshape(text.shape)
+        return -jnp.sum(nll * is_target(text, prompt), axis=-1)
 
     def score(self, images: jax.Array, text: jax.Array) -> jax.Array:
-        """uint8 images [B, H, W, 3], text int32 [B, C, T] -> log-likelihoods [B, C]."""
+        """Return log-likelihoods [B, C] of text int32 [B, C, T] for uint8 images [B, H, W, 3]."""
         return self.compare(self.image_features(images), self.text_features(text))
 
     def attend(self, images: jax.Array, text: jax.Array, layer: int | None = -1) -> jax.Array:
-        """How much is seen of each part of the image for each token of its caption.
+        """Return the cross-attention weights of each caption token over the encoder tokens.
 
         Args:
-          images: uint8 [B, H, W, 3].
-          text: int32 [B, T], read as in training; what is seen for padding means nothing.
-          layer: of the decoder, whose heads are averaged; None averages over all layers, too. The
-            last one is the default: in trained models, it tells objects apart best.
+            images: uint8 [B, H, W, 3].
+            text: int32 [B, T], read with teacher forcing. Weights at padding are meaningless.
+            layer: Decoder layer; its heads are averaged. None averages over all layers, too. The
+                default is the last layer, which separates objects best in trained models.
 
         Returns:
-          float32 [B, T, N], of which every [N] sums to 1: the encoder's tokens.
+            float32 [B, T, N]; each row [N] sums to 1.
 
         Raises:
-          UserError: there is no such layer.
+            UserError: There is no such layer.
         """
         depth, length = self.decoder.size.depth, text.shape[1]
         if layer is not None and not -depth <= layer < depth:
             raise UserError(
-                f"attention: there is no layer {layer}; the decoder has 0 to {depth - 1}."
+                f"attention: there is no layer {layer}; the decoder has layers 0 to {depth - 1}."
             )
         encoded, positions = self.encode(images).tokens, self.text_positions[:length]
         args = (shift_right(text), positions, encoded, causal(length))
@@ -251,35 +275,67 @@ class Captioner(nnx.Module):
         return jnp.mean(by_layer, axis=0) if layer is None else by_layer[layer]
 
     def init_decoding(self, images: jax.Array, beams: int = 1) -> Cache:
-        """uint8 images [B, H, W, 3] -> the cache that `decoding` carries along."""
+        """Encode uint8 images [B, H, W, 3] and return the cache of `models.decoding`."""
         return self.decoder.init_cache(self.encode(images).tokens, len(self.text_positions), beams)
 
     def decode_step(
         self, tokens: jax.Array, position: jax.Array, cache: Cache
     ) -> tuple[jax.Array, Cache]:
-        """Logits [B * beams, V] of what follows `tokens` int32 [B * beams] at `position`; cache."""
+        """Read tokens int32 [B * beams]; return the next logits [B * beams, V] and the cache."""
         return self.decoder.step(tokens, position, self.text_positions[...], cache)
 
 
 def is_kernel_of_logits(path: tuple[Any, ...], _: Any) -> bool:
-    """A filter of `nnx.split`: the matrix that makes logits of states."""
+    """Filter for `nnx.split` that selects the kernel of the output layer."""
     return path == ("logits", "kernel")
 
 
 def causal(length: int) -> jax.Array:
-    """Which positions may look at which: bool [1, 1, T, T], each at itself and those before."""
+    """Return the causal mask bool [1, 1, T, T]: each position attends to itself and the past."""
     return jnp.tril(jnp.ones((length, length), bool))[None, None]
 
 
-def is_learned(text: jax.Array, prompt: jax.Array | int = 0) -> jax.Array:
-    """Which tokens of text [..., T] are predicted: neither padding nor of the prompt, [...]."""
+def is_target(text: jax.Array, prompt: jax.Array | int = 0) -> jax.Array:
+    """Return bool [..., T]: which tokens of `text` are predicted, neither prompt nor padding."""
     return (text != PAD) & (jnp.arange(text.shape[-1]) >= jnp.expand_dims(prompt, -1))
 
 
+def token_weights(targets: jax.Array, mask: jax.Array | None, average: str) -> jax.Array:
+    """Return the weight of each token in a loss, float32 [B, T].
+
+    Args:
+        targets: bool [B, T], the predicted tokens.
+        mask: bool or float32 [B], the examples that count. None means all.
+        average: "token" gives each token weight 1. "example" gives each caption weight 1, divided
+            evenly between its tokens.
+    """
+    weights = targets.astype(jnp.float32)
+    if mask is not None:
+        weights = weights * mask[:, None]
+    if average == "example":
+        weights = weights / jnp.maximum(jnp.sum(weights, axis=1, keepdims=True), 1)
+    return weights
+
+
+def weighted_loss(
+    nll: jax.Array, correct: jax.Array, weights: jax.Array, total: jax.Array
+) -> tuple[jax.Array, dict[str, Any]]:
+    """Return the mean of token losses [B, T] by `weights` [B, T] of sum `total`, and metrics."""
+    loss = jnp.sum(nll * weights) / jnp.maximum(total, 1)
+    accuracy = jnp.sum(correct * weights) / jnp.maximum(total, 1)
+    return loss, {"loss_weight": total, "token_accuracy": accuracy}
+
+
 def token_loss(logits: jax.Array, labels: jax.Array, smoothing: float) -> jax.Array:
-    """Cross-entropy of each token, [B, T], with label smoothing."""
-    # Picked by comparing, which joins the other loops over the vocabulary: indexing has a scatter
-    # for its gradient, which fills an array as large as the logits and is not exact on GPUs.
+    """Return the cross-entropy with label smoothing, [...], of logits [..., V], labels int32 [...].
+
+    Args:
+        logits: float32 [..., V].
+        labels: int32 [...].
+        smoothing: Probability mass spread evenly over the V classes.
+    """
+    # The comparison fuses with the other loops over the vocabulary. The gradient of indexing is a
+    # scatter, which writes an array as large as the logits and is not deterministic on GPUs.
     own = jnp.arange(logits.shape[-1]) == labels[..., None]
     nll = jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(own, logits, 0.0), axis=-1)
     if not smoothing:
@@ -289,5 +345,5 @@ def token_loss(logits: jax.Array, labels: jax.Array, smoothing: float) -> jax.Ar
 
 
 def mean_where(values: jax.Array, where: jax.Array) -> jax.Array:
-    """Mean of `values` weighted by `where`; 0 where nothing is selected."""
+    """Return the mean of `values` weighted by `where`, or 0 if nothing is selected."""
     return jnp.sum(values * where) / jnp.maximum(jnp.sum(where), 1)

@@ -1,4 +1,4 @@
-"""Supervised classification on an encoder: linear probes with augmentation, and fine-tuning."""
+"""Supervised classification: linear probes with augmentation, and fine-tuning."""
 
 import dataclasses
 from typing import Any
@@ -19,19 +19,27 @@ from cap_pretrain.models.layers import normalize_images
 
 
 class Classifier(nnx.Module):
-    """An encoder and a linear layer on one vector an image."""
+    """An encoder and a linear layer on one vector per image.
+
+    Args:
+        encoder: image encoder.
+        options: see `Options`; `classes` must be set.
+
+    Raises:
+        UserError: The encoder has no such layer.
+    """
 
     @dataclasses.dataclass(frozen=True)
     class Options:
         """Settings of `config.learner`.
 
         Attributes:
-          classes: how many; 0: as many as the dataset has names for.
-          layer: what the linear layer reads: pooled, tokens (their mean), or a layer of the encoder
-            by its name, as block_6 (its mean).
-          batch_norm: whether features are normalised first, by a BatchNorm that learns no scale and
-            shift, as linear probes of VISSL are.
-          label_smoothing: mass spread evenly over the classes.
+            classes: Number of classes. 0 is the number of class names of the dataset.
+            layer: Input of the linear layer: "pooled", "tokens" (their mean), or the name of an
+                encoder layer such as "block_6" (its mean).
+            batch_norm: Whether to normalize the features by a BatchNorm without scale and shift,
+                as VISSL's linear probes do.
+            label_smoothing: Probability mass spread evenly over the classes.
         """
 
         classes: int = 0
@@ -50,7 +58,6 @@ class Classifier(nnx.Module):
     reads = ("image", "label")
 
     def __init__(self, encoder: ImageEncoder, *, options: Options, rngs: nnx.Rngs):
-        """Of `options`, `classes` must be set; raises UserError if there is no such layer."""
         self.encoder = encoder
         width = readout.width(encoder, options.layer)
         if options.batch_norm:
@@ -60,19 +67,25 @@ class Classifier(nnx.Module):
         self.options = options
 
     @classmethod
-    def from_config(cls, config: ConfigDict, vocab_size: int, rngs: nnx.Rngs) -> "Classifier":
+    def from_config(
+        cls,
+        config: ConfigDict,
+        vocab_size: int,  # noqa: ARG003  # every learner takes it
+        rngs: nnx.Rngs,
+    ) -> "Classifier":
+        """Build the learner that `config` describes."""
         options = learners.options(config)
         if not options.classes:
             raise UserError(
-                "learner.classes: the dataset does not name its classes; give "
-                "--config.learner.classes, how many there are."
+                "learner.classes: the dataset does not name its classes; set their number with "
+                "--config.learner.classes."
             )
         return cls(build_encoder(config, rngs), options=options, rngs=rngs)
 
     def classify(
         self, images: jax.Array, *, train: bool = False, key: jax.Array | None = None
     ) -> jax.Array:
-        """uint8 images [B, H, W, 3] -> logits float32 [B, classes]."""
+        """Return logits float32 [B, classes] for uint8 images [B, H, W, 3]."""
         x = readout.read(
             self.encoder,
             self.options.layer,
@@ -87,7 +100,7 @@ class Classifier(nnx.Module):
     def loss(
         self, batch: dict[str, jax.Array], key: jax.Array, train: bool
     ) -> tuple[jax.Array, dict[str, Any]]:
-        """Mean cross-entropy; examples that are masked or have no label do not count."""
+        """Compute the mean cross-entropy of the examples that are not masked and have a label."""
         labels = batch["label"]
         logits = self.classify(batch["image"], train=train, key=key)
         counts = (labels >= 0) & batch.get("mask", True)
@@ -99,17 +112,20 @@ class Classifier(nnx.Module):
 def classification(
     logits: jax.Array, labels: jax.Array, counts: jax.Array, smoothing: float = 0.0
 ) -> tuple[jax.Array, dict[str, Any]]:
-    """Mean cross-entropy over the examples that count, and what a loss tells with it.
+    """Compute the mean cross-entropy over the examples that count.
 
     Args:
-      logits: float32 [B, classes].
-      labels: int32 [B].
-      counts: bool [B].
-      smoothing: mass spread evenly over the classes.
+        logits: float32 [B, classes].
+        labels: int32 [B].
+        counts: bool [B].
+        smoothing: Probability mass spread evenly over the classes.
+
+    Returns:
+        The loss, and the metrics "loss_weight" and "accuracy".
     """
     weight = jnp.sum(counts).astype(jnp.float32)
-    right = jnp.argmax(logits, axis=1) == labels
+    correct = jnp.argmax(logits, axis=1) == labels
     return mean_where(token_loss(logits, labels, smoothing), counts), {
         "loss_weight": weight,
-        "accuracy": mean_where(right, counts),
+        "accuracy": mean_where(correct, counts),
     }

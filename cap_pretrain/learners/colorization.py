@@ -1,10 +1,9 @@
-"""Learning an encoder by telling the colours of a gray image (Zhang et al. 2016, 1603.08511).
+"""Colorization: pretraining an encoder by predicting colors (Zhang et al. 2016, 1603.08511).
 
-The encoder sees nothing but lightness, as an image that is gray in all three channels. From its
-tokens a linear layer tells, for each part of the image, which bin of the ab plane (see lab.py)
-its colour is in, the mean over the part. Bins that are rare in the training images count more, and
-images without colour do not count. Recipes set `model.colours`, so that whatever else is done with
-the encoder, it goes on seeing lightness alone.
+The encoder sees only lightness, as a gray image in all three channels. A linear layer on its tokens
+predicts, for each part of the image, the bin of the ab plane (see models/lab.py) of its mean color.
+Bins that are rare in the training images have larger weights, and images without color do not
+count. Recipes set `model.colours`, so the encoder sees only lightness in all later uses, too.
 """
 
 import dataclasses
@@ -29,29 +28,34 @@ from cap_pretrain.models.encoder import ImageEncoder
 from cap_pretrain.models.layers import normalize_images
 from cap_pretrain.models.sizes import STORED
 
-# An image is gray if neither a nor b of any part of it is beyond this (the authors' code). That is
-# half a bin: all of it would be in the bin of gray, and what is there is the noise of JPEG.
+# An image is gray if |a| and |b| of all its parts are at most this value (the authors' code). It is
+# half a bin: all parts fall into the gray bin, and their remaining color is JPEG noise.
 GRAY = 5.0
 UNIFORM = "uniform"
-# Of how many training images the colours are counted, and at which size.
+# Number of training images whose colors are counted, and their side in pixels for this.
 PRIOR_IMAGES, PRIOR_SIDE = 1000, 16
 
 
 class Colorization(nnx.Module):
-    """An encoder and a linear layer that tells the colours of what each token sees."""
+    """An encoder and a linear layer that predicts the colors of each token's part of the image.
+
+    Args:
+        encoder: image encoder.
+        options: see `Options`.
+    """
 
     @dataclasses.dataclass(frozen=True)
     class Options:
         """Settings of `config.learner`.
 
         Attributes:
-          upsample: each token tells the colours of so many times so many parts of its patch. The
-            authors predict at a quarter of the image's side, which is 8 for a ResNet, 4 for patches
-            of 16; the linear layer grows with its square.
-          prior: how many colours of each bin the training images have, 261 counts with blanks
-            between them, by which the bins are weighted; "uniform": all bins count alike. "" counts
-            1000 of them as a run begins, and what it finds takes the place of "" (where there are
-            no data, "" is as uniform).
+            upsample: Each token predicts `upsample` x `upsample` parts of its patch. The authors
+                predict at a quarter of the image's side, which is 8 for a ResNet and 4 for patches
+                of 16. The linear layer grows with the square of `upsample`.
+            prior: Color counts of the training images that determine the weights of the bins: 261
+                numbers separated by blanks. "uniform" weights all bins equally. "" counts the
+                colors of 1000 training images at the start of a run and is replaced by the result
+                (without data, "" is the same as "uniform").
         """
 
         upsample: int = 4
@@ -69,19 +73,19 @@ class Colorization(nnx.Module):
             ):
                 raise UserError(
                     f"learner.prior: {self.prior[:20]!r} is not {lab.BINS} counts of bins; "
-                    f"leave it empty, or say {UNIFORM!r}."
+                    f"leave it empty, or set it to {UNIFORM!r}."
                 )
 
         @property
         def counts(self) -> np.ndarray | None:
-            """`prior` as numbers [Q]; None if all bins count alike."""
+            """`prior` as an array [Q]; None if all bins have equal weights."""
             return None if self.prior in ("", UNIFORM) else np.array(self.prior.split(), float)
 
     RECIPES: ClassVar[dict[str, dict[str, Any]]] = {
-        # The authors' code (train/solver.prototxt, models/colorization_train_val_v2.prototxt). Its
-        # rate is x.1 after 225,000 of 500,000 steps, and a cosine here; its windows are 176 of 256
-        # pixels, and 7/8 of the image here; its weight decay is part of the gradient. VISSL judges
-        # such encoders, but publishes no settings of their training.
+        # The authors' code (train/solver.prototxt, models/colorization_train_val_v2.prototxt), with
+        # three differences. The learning rate is x.1 after 225,000 of 500,000 steps there, a cosine
+        # here. Crops are 176 of 256 pixels there, 7/8 of the image here. Weight decay is part of
+        # the gradient there. VISSL evaluates such encoders, but publishes no training settings.
         "reference": {
             "batch_size": 40,
             "total_epochs": 15.6,  # 500,000 batches of ImageNet's 1,281,167 images
@@ -101,19 +105,25 @@ class Colorization(nnx.Module):
 
     def __init__(self, encoder: ImageEncoder, *, options: Options, rngs: nnx.Rngs):
         self.encoder = encoder
-        # Zeros, so that learning begins with all bins alike.
+        # Zeros, so that training starts from the uniform distribution over bins.
         zeros = nnx.initializers.zeros
         outputs = lab.BINS * options.upsample**2
         self.head = nnx.Linear(encoder.width, outputs, kernel_init=zeros, rngs=rngs)
         self.options = options
 
     @classmethod
-    def from_config(cls, config: ConfigDict, vocab_size: int, rngs: nnx.Rngs) -> "Colorization":
+    def from_config(
+        cls,
+        config: ConfigDict,
+        vocab_size: int,  # noqa: ARG003  # every learner takes it
+        rngs: nnx.Rngs,
+    ) -> "Colorization":
+        """Build the learner that `config` describes."""
         return cls(build_encoder(config, rngs), options=learners.options(config), rngs=rngs)
 
     @staticmethod
     def settled(config: ConfigDict, mixture: Sequence[tuple[Source, float]]) -> dict[str, Any]:
-        """The fields of `config.learner` that the training images settle."""
+        """Return the fields of `config.learner` that depend on the training images."""
         if config.learner.prior or config.model.name == STORED:
             return {}
         counts = count_colours(mixture)
@@ -122,10 +132,18 @@ class Colorization(nnx.Module):
     def predict(
         self, images: jax.Array, *, train: bool = False, key: jax.Array | None = None
     ) -> jax.Array:
-        """uint8 images [B, S, S, 3] -> logits float32 [B, G, G, Q], for G x G parts of each.
+        """Predict the distribution over bins.
+
+        Args:
+            images: uint8 [B, S, S, 3].
+            train: Whether the encoder is in training mode.
+            key: Random key for dropout.
+
+        Returns:
+            Logits float32 [B, G, G, Q], for G x G parts of each image.
 
         Raises:
-          UserError: the encoder's tokens are no square grid.
+            UserError: The encoder's tokens do not form a square grid.
         """
         gray = 2 * lab.gray(_unit(images)) - 1
         x = self.encoder(gray, train=train, key=key).tokens.astype(jnp.float32)
@@ -133,10 +151,10 @@ class Colorization(nnx.Module):
         side, r = math.isqrt(count), self.options.upsample
         if count - side**2 > 1:
             raise UserError(
-                f"model.name: the {count} tokens of this encoder are no square grid, whose parts "
-                "could be coloured."
+                f"model.name: the {count} tokens of this encoder do not form a square grid; "
+                "colorization needs one."
             )
-        # A token before those of the grid is that of the class.
+        # A token before those of the grid is the class token.
         x = self.head(x[:, count - side**2 :])
         x = x.reshape(batch, side, side, r, r, lab.BINS).swapaxes(2, 3)
         return x.reshape(batch, side * r, side * r, lab.BINS)
@@ -144,12 +162,15 @@ class Colorization(nnx.Module):
     def loss(
         self, batch: dict[str, jax.Array], key: jax.Array, train: bool
     ) -> tuple[jax.Array, dict[str, Any]]:
-        """Mean weighted cross-entropy over the parts of images; gray and masked ones do not count.
+        """Compute the mean weighted cross-entropy over the parts of images.
 
-        Metrics: `cross_entropy`, without weights; `accuracy`, how often the likeliest bin is the
-        right one, and `chance`, how often the commonest of the training images is; `ab_error`, how
-        far the annealed mean is from the colour in the ab plane, and `ab_error_gray`, how far gray
-        is.
+        Gray and masked images do not count. The metrics are
+
+            cross_entropy  without weights
+            accuracy       how often the most likely bin is the correct one
+            chance         how often the most common bin of the training images is correct
+            ab_error       mean distance of the annealed mean from the color, in the ab plane
+            ab_error_gray  mean distance of gray from the color
         """
         images = batch["image"]
         logits = self.predict(images, train=train, key=key)
@@ -158,32 +179,33 @@ class Colorization(nnx.Module):
         weight = jnp.sum(coloured).astype(jnp.float32)
 
         def mean(values: jax.Array) -> jax.Array:
-            """Over the parts of images that count, [B, G, G] -> scalar."""
+            """Average [B, G, G] over the parts of the images that count."""
             by_image = jnp.mean(values.astype(jnp.float32), axis=(1, 2))
             return jnp.sum(jnp.where(coloured, by_image, 0)) / jnp.maximum(weight, 1)
 
-        numbers, shares = lab.encode(ab)
-        # Compared with every bin: indexing has a scatter for its gradient, not exact on GPUs.
+        numbers, probabilities = lab.encode(ab)
+        # Compared with every bin, because the gradient of indexing is a scatter, which is not
+        # deterministic on GPUs.
         own = numbers[..., None] == jnp.arange(logits.shape[-1])
-        target = jnp.sum(jnp.where(own, shares[..., None], 0), axis=-2)
+        target = jnp.sum(jnp.where(own, probabilities[..., None], 0), axis=-2)
         entropy = -jnp.sum(target * jax.nn.log_softmax(logits), axis=-1)
-        right, counts = numbers[..., 0], self.options.counts
+        nearest, counts = numbers[..., 0], self.options.counts
         if counts is None:
             loss, commonest = mean(entropy), int(lab.nearest_bin(np.zeros(2)))
         else:
-            loss = mean(entropy * jnp.asarray(lab.weights(counts))[right])
+            loss = mean(entropy * jnp.asarray(lab.weights(counts))[nearest])
             commonest = int(np.argmax(counts))
         return loss, {
             "loss_weight": weight,
             "cross_entropy": mean(entropy),
-            "accuracy": mean(jnp.argmax(logits, axis=-1) == right),
-            "chance": mean(right == commonest),
+            "accuracy": mean(jnp.argmax(logits, axis=-1) == nearest),
+            "chance": mean(nearest == commonest),
             "ab_error": mean(_length(lab.annealed_mean(logits) - ab)),
             "ab_error_gray": mean(_length(ab)),
         }
 
     def colourize(self, images: jax.Array) -> jax.Array:
-        """uint8 images [B, S, S, 3] -> uint8 of their lightness and the colours it makes of it."""
+        """Keep the lightness of uint8 images [B, S, S, 3] and replace their colors."""
         ab = lab.annealed_mean(self.predict(images))
         ab = jax.image.resize(ab, (*images.shape[:3], 2), "bilinear")
         lightness = lab.lab(_unit(images))[..., :1]
@@ -192,10 +214,16 @@ class Colorization(nnx.Module):
 
 
 def count_colours(mixture: Sequence[tuple[Source, float]]) -> np.ndarray:
-    """Counts the colours of images of each bin, int [Q], but of those that are gray.
+    """Count the colors of training images by bin, excluding gray images.
 
-    PRIOR_IMAGES of a mixture are looked at, of each of its members as many as its weight says and
-    evenly spread over it. It is done in float64 by numpy, so that any machine finds the same.
+    Uses PRIOR_IMAGES images in total, divided between the sources by their weights and evenly
+    spaced in each source. It computes in float64 with numpy, so all machines get the same counts.
+
+    Args:
+        mixture: Sources and their weights.
+
+    Returns:
+        int [Q].
     """
     total = sum(weight for _, weight in mixture)
     counts = np.zeros(lab.BINS, int)
@@ -214,12 +242,12 @@ def count_colours(mixture: Sequence[tuple[Source, float]]) -> np.ndarray:
 
 
 def _unit(images: jax.Array) -> jax.Array:
-    """uint8 -> float32 in [0, 1]."""
+    """Convert uint8 images to float32 in [0, 1]."""
     return (normalize_images(images, jnp.float32) + 1) / 2
 
 
 def _parts(ab: jax.Array, cells: int) -> jax.Array:
-    """[B, S, S, 2] -> [B, cells, cells, 2]: means over the parts of a grid."""
+    """Average [B, S, S, 2] over the parts of a grid: [B, cells, cells, 2]."""
     means = lab.area_means(ab.shape[1], cells)
     return jnp.einsum("gs,bstc,ht->bghc", means, ab, means, precision="highest")
 

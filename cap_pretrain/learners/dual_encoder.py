@@ -1,7 +1,7 @@
-"""CLIP and SigLIP: learning an encoder by telling which caption belongs to which image.
+"""CLIP and SigLIP: pretraining an encoder by matching images with their captions.
 
 CLIP: Radford et al. 2021 (2103.00020), softmax over the batch in both directions. SigLIP: Zhai et
-al. 2023 (2303.15343), a sigmoid for every pair. Both see the global batch, however it is sharded.
+al. 2023 (2303.15343), a sigmoid for every pair. Both use the global batch, however it is sharded.
 """
 
 import dataclasses
@@ -18,18 +18,22 @@ from cap_pretrain.errors import UserError
 from cap_pretrain.learners import pairs
 from cap_pretrain.learners.contrastive import Contrastive
 from cap_pretrain.models.build import build_encoder, compute, text_size
+from cap_pretrain.models.encoder import ImageEncoder
 from cap_pretrain.models.layers import XAVIER, normalize_images
 from cap_pretrain.models.text import TextTower
 
-# log of the initial logit scale, and the initial logit bias: 1 / 0.07 as in CLIP (section 2.5),
+# Log of the initial logit scale, and the initial logit bias: 1 / 0.07 as in CLIP (section 2.5),
 # 10 and -10 as in SigLIP (section 3.2).
 INITIAL_SCALE_AND_BIAS = {"softmax": (math.log(1 / 0.07), None), "sigmoid": (math.log(10), -10.0)}
 
 
 class DualEncoder(Contrastive):
-    """An image and a text tower, each with a linear projection of the same width.
+    """An image and a text tower, each with a linear projection to the same width.
 
-    A ViT's text tower is of its size.
+    Args:
+        encoder: image encoder.
+        text_tower: text encoder; its width is that of the embeddings.
+        options: see `Options`.
     """
 
     @dataclasses.dataclass(frozen=True)
@@ -37,11 +41,11 @@ class DualEncoder(Contrastive):
         """Settings of `config.learner`.
 
         Attributes:
-          contrast: "softmax" (CLIP) or "sigmoid" (SigLIP).
-          ring: whether, for "sigmoid", texts go around the devices instead of being gathered on
-            each: a device then holds as many texts and [b, b] logits as it has examples, instead of
-            all B and [b, B]. Nothing else changes. It is one message after the other, as many as
-            there are devices, so it pays where those arrays are what does not fit.
+            contrast: "softmax" (CLIP) or "sigmoid" (SigLIP).
+            ring: For "sigmoid": whether to pass the texts around the devices instead of gathering
+                them. A device with b examples then holds b texts and logits [b, b] instead of all
+                B texts and logits [b, B]. The result is the same. It takes as many sequential
+                messages as there are devices, so it pays off only if those arrays do not fit.
         """
 
         contrast: str = "softmax"
@@ -54,15 +58,15 @@ class DualEncoder(Contrastive):
                 )
             if self.ring and self.contrast != "sigmoid":
                 raise UserError(
-                    f"learner.ring: {self.contrast!r} needs all texts of the batch at once; only "
-                    "'sigmoid' can take them in turns."
+                    f"learner.ring: contrast={self.contrast!r} needs all texts of the batch at "
+                    "once; use contrast='sigmoid' or ring=False."
                 )
 
     reads = ("image", "text")
 
     def __init__(
         self,
-        encoder: nnx.Module,
+        encoder: ImageEncoder,
         text_tower: TextTower,
         *,
         options: Options,
@@ -82,6 +86,7 @@ class DualEncoder(Contrastive):
 
     @classmethod
     def from_config(cls, config: ConfigDict, vocab_size: int, rngs: nnx.Rngs) -> "DualEncoder":
+        """Build the learner that `config` describes."""
         tower = TextTower(
             text_size(config),
             vocab_size=vocab_size,
@@ -91,18 +96,22 @@ class DualEncoder(Contrastive):
         )
         return cls(build_encoder(config, rngs), tower, options=learners.options(config), rngs=rngs)
 
-    def embed_images(self, images: jax.Array, *, train: bool = False, key=None) -> jax.Array:
-        """uint8 images [B, H, W, 3] -> unit vectors [B, D] float32."""
+    def embed_images(
+        self, images: jax.Array, *, train: bool = False, key: jax.Array | None = None
+    ) -> jax.Array:
+        """Embed uint8 images [B, H, W, 3] as unit vectors float32 [B, D]."""
         images = normalize_images(images, self.text_tower.compute.dtype)
         pooled = self.encoder(images, train=train, key=key).pooled
         return unit(self.image_projection(pooled))
 
-    def embed_text(self, text: jax.Array, *, train: bool = False, key=None) -> jax.Array:
-        """text int32 [B, T] -> unit vectors [B, D] float32."""
+    def embed_text(
+        self, text: jax.Array, *, train: bool = False, key: jax.Array | None = None
+    ) -> jax.Array:
+        """Embed text int32 [B, T] as unit vectors float32 [B, D]."""
         return unit(self.text_projection(self.text_tower(text, train=train, key=key)))
 
     def logits(self, images: jax.Array, texts: jax.Array) -> jax.Array:
-        """Unit vectors [B, D] and [C, D] -> similarities [B, C] as the loss reads them."""
+        """Return the logits [B, C] of the loss for unit vectors [B, D] and [C, D]."""
         return pairs.similarities(images, texts, self._scale_and_bias())
 
     def _scale_and_bias(self) -> dict[str, jax.Array]:
@@ -110,36 +119,36 @@ class DualEncoder(Contrastive):
         return scale | ({"bias": self.bias[...]} if self.options.contrast == "sigmoid" else {})
 
     def features(self, images: jax.Array) -> jax.Array:
-        """uint8 images [B, H, W, 3] -> unit vectors [B, D] float32, as they meet those of texts."""
+        """Return the embeddings of `embed_images`, float32 [B, D]."""
         return self.embed_images(images)
 
     def image_features(self, images: jax.Array) -> jax.Array:
-        """uint8 images [B, H, W, 3] -> what `compare` wants of them: unit vectors [B, D]."""
+        """Encode uint8 images [B, H, W, 3] as unit vectors [B, D] for `compare`."""
         return self.embed_images(images)
 
     def text_features(self, text: jax.Array) -> jax.Array:
-        """text int32 [..., T] -> what `compare` wants of it: unit vectors [..., D]."""
+        """Encode text int32 [..., T] as unit vectors [..., D] for `compare`."""
         vectors = self.embed_text(text.reshape(-1, text.shape[-1]))
         return vectors.reshape(*text.shape[:-1], -1)
 
     def compare(self, images: jax.Array, texts: jax.Array) -> jax.Array:
-        """Cosines [B, C] float32 of unit vectors.
+        """Return the cosine similarities float32 [B, C] of unit vectors.
 
         Args:
-          images: [B, D].
-          texts: [C, D], the same for each image, or [B, C, D], its own.
+            images: [B, D].
+            texts: [C, D], the same texts for each image, or [B, C, D], its own texts.
         """
         product = "bd,cd->bc" if texts.ndim == 2 else "bd,bcd->bc"
         return jnp.einsum(product, images, texts, precision="highest")
 
     def score(self, images: jax.Array, text: jax.Array) -> jax.Array:
-        """uint8 images [B, H, W, 3], text int32 [B, C, T] -> cosines [B, C]."""
+        """Return cosines [B, C] of text int32 [B, C, T] and uint8 images [B, H, W, 3]."""
         return self.compare(self.image_features(images), self.text_features(text))
 
     def embed(
         self, batch: dict[str, jax.Array], key: jax.Array, train: bool
     ) -> dict[str, jax.Array]:
-        """Unit vectors of `images` and `texts`, [B, D] each, and which are `valid`."""
+        """Return unit vectors `images` and `texts` [B, D], and `valid` bool [B] (the mask)."""
         image_key, text_key = jax.random.split(key)
         images = self.embed_images(batch["image"], train=train, key=image_key)
         texts = self.embed_text(batch["text"], train=train, key=text_key)
@@ -147,7 +156,7 @@ class DualEncoder(Contrastive):
         return {"images": images, "texts": texts, "valid": valid}
 
     def contrast(self, embedded: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, Any]]:
-        """The contrastive loss; of the metrics, accuracies are of retrieval within the batch."""
+        """Compute the contrastive loss, and metrics with the accuracy of in-batch retrieval."""
         images, texts, valid = (embedded[k] for k in ("images", "texts", "valid"))
         shared, count = self._scale_and_bias(), jnp.maximum(jnp.sum(valid), 1)
         ring = self.options.ring and not jax.sharding.get_abstract_mesh().empty
@@ -163,6 +172,6 @@ class DualEncoder(Contrastive):
 
 
 def unit(x: jax.Array) -> jax.Array:
-    """Scales vectors [B, D] to length one, in float32."""
+    """Scale vectors [B, D] to unit length, in float32."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-12)

@@ -1,35 +1,45 @@
-"""An encoder alone, which learns nothing: for evaluation."""
+"""A learner that only holds an encoder, for evaluation. It cannot be trained."""
 
 import dataclasses
 from typing import Any
 
-import jax
 from flax import nnx
 from ml_collections import ConfigDict
 
 from cap_pretrain.errors import UserError
 from cap_pretrain.models.build import build_encoder
+from cap_pretrain.models.encoder import ImageEncoder
 
 
 class Encoder(nnx.Module):
-    """Nothing but an encoder."""
+    """An encoder without a training objective."""
 
     @dataclasses.dataclass(frozen=True)
     class Options:
-        """There are none."""
+        """There are no options."""
 
     reads = ("image",)
 
-    def __init__(self, encoder: nnx.Module):
+    def __init__(self, encoder: ImageEncoder):
         self.encoder = encoder
 
     @classmethod
-    def from_config(cls, config: ConfigDict, vocab_size: int, rngs: nnx.Rngs) -> "Encoder":
+    def from_config(
+        cls,
+        config: ConfigDict,
+        vocab_size: int,  # noqa: ARG003  # every learner takes it
+        rngs: nnx.Rngs,
+    ) -> "Encoder":
+        """Build the learner that `config` describes."""
         return cls(build_encoder(config, rngs))
 
-    def loss(self, batch: dict[str, jax.Array], key: jax.Array, train: bool) -> Any:
-        raise UserError("learner: an encoder alone learns nothing; set total_steps=0 to evaluate.")
+    def loss(self, *args: Any, **kwargs: Any) -> Any:
+        """Raise UserError: there is no loss."""
+        del args, kwargs
+        raise UserError(
+            "learner.name: an encoder alone cannot be trained; set total_steps=0 to evaluate."
+        )
 
 
 class Pretrained(Encoder):
-    """Stands for what `config.encoder` holds, until `initial.resolve` has put that in its place."""
+    """Placeholder for the learner in `config.encoder`, which `warm_start.resolve` replaces."""

@@ -1,11 +1,11 @@
-"""Learning an encoder by telling in which order the nine tiles of an image lie.
+"""Jigsaw puzzles: pretraining an encoder by recognizing the order of the nine tiles of an image.
 
-Noroozi & Favaro 2016 (1603.09246): of a 3 x 3 grid of cells each gives a tile, the tiles are laid
-in one of N orders, one tower sees each of them alone, and layers on all nine vectors tell which
-order it is. So that content has to tell: tiles lie anywhere in their cells, and so do not continue
-each other; each is normalised by itself; images are gray at times, or lose their colours to a
-jitter; and the colour channels of a tile are shifted against each other, since else chromatic
-aberration shows how far from the centre a tile is.
+Noroozi & Favaro 2016 (1603.09246): each cell of a 3 x 3 grid yields a tile. The tiles are arranged
+in one of N orders, one tower encodes each tile separately, and layers on all nine vectors predict
+the order. Several measures prevent shortcuts. Tiles have random positions in their cells, so their
+edges do not continue each other. Each tile is normalized separately. Images are converted to gray
+at times, or their colors are jittered. The color channels of a tile are shifted against each other,
+because chromatic aberration would otherwise reveal the distance of a tile from the image center.
 """
 
 import dataclasses
@@ -30,43 +30,46 @@ from cap_pretrain.models.encoder import ImageEncoder
 from cap_pretrain.models.layers import constrain, dropout, split_optional
 from cap_pretrain.models.sizes import ALEXNET, CONVNETS, parse_name
 
-GRID = 3  # cells a side
-# Brightness, contrast, saturation and hue, of SimCLR (appendix A).
-JITTER = (0.8, 0.8, 0.8, 0.2)
+GRID = 3  # cells per side
 
 
 class Jigsaw(nnx.Module):
-    """A tower for tiles, and layers on what it makes of nine of them."""
+    """A tower that encodes tiles, and layers that predict the order of nine tiles.
+
+    Args:
+        encoder: the tower.
+        options: see `Options`.
+        orders: the classes; each lists the cells in the order of their tiles.
+    """
 
     @dataclasses.dataclass(frozen=True)
     class Options:
         """Settings of `config.learner`.
 
-        The defaults are for images of 256 pixels. Of smaller ones, tiles must stay large enough for
-        the tower: one of which its last stage makes a map of one position (a ResNet, of up to 32
-        pixels) trains no more of the kernels there than their middle, and on whole images the rest
-        speaks up. So enlarge small images (`data.image_size`); a ResNet wants tiles of 33 or more.
+        The defaults are for images of 256 pixels. With smaller images, tiles must stay large enough
+        for the tower. If its last stage reduces a tile to a single position (a ResNet does so up
+        to 32 pixels), only the center of the kernels there is trained, and the untrained rest
+        contributes on whole images. So enlarge small images (`data.image_size`); a ResNet needs
+        tiles of at least 33 pixels.
 
         Attributes:
-          crop: side in pixels of the square that is cut into cells, at random in training and from
-            the middle in evaluation, of an image that is no smaller.
-          cell: a third of it.
-          tile: side of what is cut of a cell, likewise. It moves by up to cell - tile pixels.
-          permutations: how many orders there are to tell apart.
-          rule: by which they are chosen, "mean" or "min" (see learners/permutations.py).
-          file: takes the first of a file of them instead.
-          normalize: whether each channel of a tile is moved and scaled to the mean and deviation
-            that it has in ImageNet.
-          gray: probability that a training image is gray.
-          colour: strength of the colour jitter in training, 0 for none: at 1, brightness, contrast
-            and saturation change by up to .8, the hue by .2 (as for SimCLR: Chen et al. 2020,
-            2002.05709, appendix A).
-          shift: by up to how many pixels, either way, each colour channel of a training tile is
-            shifted by itself, within its cell.
-          tower: width of a layer that each tile's vector goes through first, with BatchNorm and
-            ReLU; 0 is none.
-          hidden: widths of the layers on the nine vectors, each with ReLU.
-          dropout: rate behind each of these.
+            crop: Side in pixels of the square that is divided into cells: a random crop in
+                training, the center crop in evaluation. It must fit in the image.
+            cell: Side of a cell, a third of `crop`.
+            tile: Side of the tile, a random or center crop of its cell.
+            permutations: Number of orders, the classes.
+            rule: How the orders are chosen, "mean" or "min" (see learners/permutations.py).
+            file: File of permutations whose first lines are used instead.
+            normalize: Whether to normalize each channel of a tile to ImageNet's mean and standard
+                deviation of that channel.
+            gray: Probability of converting a training image to gray.
+            colour: Strength of the color jitter in training. 0 disables it; 1 is SimCLR's, which
+                changes brightness, contrast and saturation by up to .8 and the hue by up to .2.
+            shift: Maximum shift in pixels, in either direction, of each color channel of a training
+                tile, within its cell.
+            tower: Width of a layer with BatchNorm and ReLU on each tile's vector. 0 omits it.
+            hidden: Widths of the ReLU layers on the nine vectors.
+            dropout: Dropout rate after each of these layers.
         """
 
         crop: int = 225
@@ -88,7 +91,7 @@ class Jigsaw(nnx.Module):
             if self.crop != GRID * self.cell:
                 raise UserError(
                     f"learner.crop: {self.crop} is not {GRID} cells of learner.cell={self.cell}; "
-                    f"choose {GRID * self.cell}."
+                    f"set it to {GRID * self.cell}."
                 )
             if not 1 <= self.tile <= self.cell:
                 raise UserError(
@@ -108,10 +111,10 @@ class Jigsaw(nnx.Module):
                 raise UserError(f"learner.hidden: {self.hidden} are not all positive.")
 
     RECIPES: ClassVar[dict[str, dict[str, Any]]] = {
-        # VISSL, config/pretrain/jigsaw/jigsaw_8gpu_resnet: all but the decay of the learning rate,
-        # which is x.1 after epochs 30, 60, 90 and 100 there, and a cosine here. Its momentum is not
-        # Nesterov's. It normalises images, not tiles, and resizes the shorter side to 256; squares
-        # are cut before that here.
+        # VISSL, config/pretrain/jigsaw/jigsaw_8gpu_resnet, except for the learning-rate schedule:
+        # x.1 after epochs 30, 60, 90 and 100 there, a cosine here. Its momentum is not Nesterov's.
+        # It normalizes images, not tiles, and resizes the shorter side to 256; here, images are
+        # cropped to squares before resizing.
         "reference": {
             "batch_size": 256,
             "total_epochs": 105.0,
@@ -136,10 +139,11 @@ class Jigsaw(nnx.Module):
             "optim.weight_decay": 1e-4,
             "optim.warmup_epochs": 5.0,
         },
-        # The merge captioner on jigsaw features, with the code that it builds on; channels are
-        # shifted in that code and in the paper, which has the share of gray images, too. Strength
-        # of the jitter and dropout are ours, nothing is said of them.
-        "seed002": {
+        # github.com/demidovd98/image_captioning_with_SSL, the merge captioner on jigsaw features,
+        # with the code that it builds on. The channel shift is from that code and the jigsaw paper,
+        # the fraction of gray images from the paper. The jitter strength and the dropout rate are
+        # ours, as the sources do not state them.
+        "demidov": {
             "batch_size": 32,
             "total_epochs": 50.0,
             "data.image_size": 256,
@@ -172,7 +176,6 @@ class Jigsaw(nnx.Module):
         orders: tuple[tuple[int, ...], ...],
         rngs: nnx.Rngs,
     ):
-        """`orders`: what there is to tell apart, each the cells in the order of their tiles."""
         self.encoder = encoder
         width = encoder.width
         if options.tower:
@@ -187,7 +190,13 @@ class Jigsaw(nnx.Module):
         self.options, self.orders = options, orders
 
     @classmethod
-    def from_config(cls, config: ConfigDict, vocab_size: int, rngs: nnx.Rngs) -> "Jigsaw":
+    def from_config(
+        cls,
+        config: ConfigDict,
+        vocab_size: int,  # noqa: ARG003  # every learner takes it
+        rngs: nnx.Rngs,
+    ) -> "Jigsaw":
+        """Build the learner that `config` describes."""
         options = learners.options(config)
         _check(options, config.model.name, config.data.image_size)
         orders = _orders(options, config.seed)
@@ -196,23 +205,23 @@ class Jigsaw(nnx.Module):
     def loss(
         self, batch: dict[str, jax.Array], key: jax.Array, train: bool
     ) -> tuple[jax.Array, dict[str, Any]]:
-        """Mean cross-entropy over images; masked ones do not count."""
-        of_labels, of_tiles, of_layers = jax.random.split(key, 3)
+        """Compute the mean cross-entropy over images; masked examples do not count."""
+        labels_key, tiles_key, layers_key = jax.random.split(key, 3)
         images = batch["image"]
         count = len(images)
         draw = jax.vmap(lambda key: jax.random.randint(key, (), 0, len(self.orders)))
-        labels = draw(augment.keys(of_labels, count))
+        labels = draw(augment.keys(labels_key, count))
         orders = jnp.array(self.orders)[labels]
-        tiles = self._tiles(images, orders, of_tiles, train)
-        logits = self.head(self._read(tiles, train=train, key=of_layers if train else None))
+        tiles = self._tiles(images, orders, tiles_key, train)
+        logits = self.head(self._read(tiles, train=train, key=layers_key if train else None))
         counts = batch.get("mask", jnp.ones(count, bool))
         loss, metrics = classification(logits, labels, counts)
         return loss, metrics | {"chance": jnp.float32(1 / len(self.orders))}
 
     def features(self, images: jax.Array) -> jax.Array:
-        """uint8 images [B, H, W, 3] -> float32 [B, D], what the last layer reads of their tiles.
+        """Return the input of the last layer, float32 [B, D], for uint8 images [B, H, W, 3].
 
-        The tiles are those of evaluation, in their own order.
+        The tiles are those of evaluation, in their original order.
         """
         orders = jnp.tile(jnp.arange(TILES), (len(images), 1))
         return self._read(self._tiles(images, orders, jax.random.key(0), False))
@@ -220,48 +229,58 @@ class Jigsaw(nnx.Module):
     def _tiles(
         self, images: jax.Array, orders: jax.Array, key: jax.Array, train: bool
     ) -> jax.Array:
-        """uint8 images and orders int32 [B, TILES] -> [B, TILES, tile, tile, 3] in [-1, 1]."""
+        """Cut uint8 images by orders int32 [B, TILES]: [B, TILES, tile, tile, 3] in [-1, 1]."""
         cut = functools.partial(cut_tiles, options=self.options, train=train)
         return augment.each(cut, key, augment.unit_range(images), orders) * 2 - 1
 
     def _read(
         self, tiles: jax.Array, *, train: bool = False, key: jax.Array | None = None
     ) -> jax.Array:
-        """Tiles -> what the last layer reads."""
-        of_encoder, *of_hidden = split_optional(key, 1 + len(self.names))
-        each = constrain(tiles.reshape(-1, *tiles.shape[2:]))
-        x = self.encoder(each, train=train, key=of_encoder).pooled.astype(jnp.float32)
+        """Return the input of the last layer, [B, D]."""
+        encoder_key, *hidden_keys = split_optional(key, 1 + len(self.names))
+        separate = constrain(tiles.reshape(-1, *tiles.shape[2:]))
+        x = self.encoder(separate, train=train, key=encoder_key).pooled.astype(jnp.float32)
         if self.options.tower:
             x = nnx.relu(self.tower_norm(self.tower(x), train=train))
         x = constrain(x.reshape(len(tiles), -1))
-        for name, drop in zip(self.names, of_hidden, strict=True):
-            x = dropout(nnx.relu(getattr(self, name)(x)), self.options.dropout, drop)
+        for name, hidden_key in zip(self.names, hidden_keys, strict=True):
+            x = dropout(nnx.relu(getattr(self, name)(x)), self.options.dropout, hidden_key)
         return x
 
 
 def cut_tiles(
     key: jax.Array, image: jax.Array, order: jax.Array, *, options: Jigsaw.Options, train: bool
 ) -> jax.Array:
-    """image float32 [S, S, 3] in [0, 1] -> its tiles [TILES, tile, tile, 3], from cells `order`.
+    """Cut an image into tiles.
 
-    In evaluation nothing is drawn: crop and tiles are central, and colours stay.
+    In evaluation nothing is random: the crop and the tiles are centered, and colors are unchanged.
+
+    Args:
+        key: Random key for training.
+        image: float32 [S, S, 3] in [0, 1].
+        order: int32 [TILES], the cell of each tile.
+        options: Options of the learner.
+        train: Whether to augment.
+
+    Returns:
+        float32 [TILES, tile, tile, 3].
     """
-    of_colour, of_gray, of_crop, of_places, of_shifts = jax.random.split(key, 5)
-    room, loose = image.shape[0] - options.crop, options.cell - options.tile
+    color_key, gray_key, crop_key, places_key, shifts_key = jax.random.split(key, 5)
+    margin, slack = image.shape[0] - options.crop, options.cell - options.tile
     if train:
         if options.colour:
-            amounts = (options.colour * amount for amount in JITTER)
-            image = augment.colour_jitter(of_colour, image, *amounts)
+            jitter = {name: options.colour * x for name, x in augment.SIMCLR_JITTER.items()}
+            image = augment.colour_jitter(color_key, image, **jitter)
         if options.gray:
-            image = augment.grayscale(of_gray, image, options.gray)
-        crop = jax.random.randint(of_crop, 2, 0, room + 1)
-        places = jax.random.randint(of_places, (TILES, 1, 2), 0, loose + 1)
+            image = augment.grayscale(gray_key, image, options.gray)
+        crop = jax.random.randint(crop_key, (2,), 0, margin + 1)
+        places = jax.random.randint(places_key, (TILES, 1, 2), 0, slack + 1)
         reach = (-options.shift, options.shift + 1)
-        shifts = jax.random.randint(of_shifts, (TILES, 3, 2), *reach)
-        # No channel leaves its cell, so that no two tiles ever share a pixel.
-        places = jnp.clip(places + shifts, 0, loose)
+        shifts = jax.random.randint(shifts_key, (TILES, 3, 2), *reach)
+        # No channel leaves its cell, so no two tiles ever share a pixel.
+        places = jnp.clip(places + shifts, 0, slack)
     else:
-        crop, places = room // 2, jnp.full((TILES, 3, 2), loose // 2)
+        crop, places = jnp.full(2, margin // 2), jnp.full((TILES, 3, 2), slack // 2)
     cells = options.cell * jnp.stack(jnp.divmod(order, GRID), axis=1)
     starts = crop + cells[:, None] + places
 
@@ -274,10 +293,10 @@ def cut_tiles(
 
 
 def _normalized(tiles: jax.Array) -> jax.Array:
-    """Moves and scales each channel of [TILES, tile, tile, 3] to ImageNet's mean and deviation.
+    """Normalize each channel of [TILES, tile, tile, 3] to ImageNet's mean and deviation.
 
-    What a convolutional tower then sees, behind its own normalisation, has mean 0 and deviation 1.
-    A deviation of less than one level of 255, as of a patch of one colour, is not blown up.
+    After its own normalization, a convolutional tower then sees mean 0 and deviation 1. Deviations
+    are taken as at least one level of 255, so patches of a single color are not amplified.
     """
     mean = jnp.mean(tiles, axis=(1, 2), keepdims=True)
     deviation = jnp.std(tiles, axis=(1, 2), keepdims=True)
@@ -291,14 +310,14 @@ def _orders(options: Jigsaw.Options, seed: int) -> tuple[tuple[int, ...], ...]:
     found = permutations.read(options.file)
     if len(found) < options.permutations:
         raise UserError(
-            f"learner.permutations: {options.permutations} are more than the {len(found)} of "
+            f"learner.permutations: {options.permutations} is more than the {len(found)} in "
             f"{options.file}."
         )
     return found[: options.permutations]
 
 
 def _check(options: Jigsaw.Options, model: str, side: int) -> None:
-    """Raises UserError if images or tiles are too small, or the tower does not take such tiles."""
+    """Raise UserError if images or tiles are too small, or tiles do not suit the tower."""
     if side < options.crop:
         raise UserError(f"learner.crop: {options.crop} is larger than data.image_size={side}.")
     if model == ALEXNET and options.tile < alexnet.SMALLEST:
@@ -308,5 +327,5 @@ def _check(options: Jigsaw.Options, model: str, side: int) -> None:
         )
     if model not in CONVNETS and options.tile % parse_name(model)[1]:
         raise UserError(
-            f"learner.tile: {options.tile} is no multiple of the patch size of {model}."
+            f"learner.tile: {options.tile} is not a multiple of the patch size of {model}."
         )

@@ -7,7 +7,7 @@ Each protocol is tested on the learner's class, before anything is built or comp
 A learner takes part by having the methods; it does not inherit from the protocol.
 """
 
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from flax import nnx
@@ -15,7 +15,8 @@ from flax import nnx
 
 def learner_type(graphdef: nnx.GraphDef) -> type[nnx.Module]:
     """Return the class of the learner that `graphdef` describes."""
-    return cast(type[nnx.Module], graphdef.nodes[0].type)
+    root: Any = graphdef.nodes[0]
+    return root.type
 
 
 @runtime_checkable

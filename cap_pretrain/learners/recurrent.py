@@ -1,4 +1,4 @@
-"""Recurrent captioners: an encoder and an LSTM, GRU, attention or merge decoder."""
+"""Recurrent captioners: an encoder with an LSTM, GRU, attention or merge decoder."""
 
 import dataclasses
 from typing import Any
@@ -11,34 +11,50 @@ from ml_collections import ConfigDict
 from cap_pretrain import learners
 from cap_pretrain.distributed.sharding import gathered
 from cap_pretrain.errors import UserError
-from cap_pretrain.learners.captioner import Captioner, is_learned, shift_right
+from cap_pretrain.learners.captioner import (
+    Captioner,
+    is_target,
+    shift_right,
+    token_weights,
+    weighted_loss,
+)
 from cap_pretrain.models import recurrent
 from cap_pretrain.models.build import build_encoder, compute
+from cap_pretrain.models.encoder import ImageEncoder
 
 
 class Recurrent(Captioner):
     """A captioner with a recurrent decoder, which predicts the caption word by word.
 
-    Padding is what is read first, as `<start>`; a caption ends with EOS. What a decoder wants of
-    the image is the encoder's tokens if it attends to them, else the pooled vector.
+    The padding token serves as `<start>`; a caption ends with EOS. A decoder with attention reads
+    the encoder's tokens, every other decoder reads the pooled vector.
+
+    Args:
+        encoder: image encoder.
+        decoder: recurrent decoder.
+        options: see `Options`.
     """
+
+    decoder: recurrent.Decoder  # type: ignore[assignment]  # replaces the transformer decoder
+    options: Any  # `Recurrent.Options`, which are not those of a `Captioner`
 
     @dataclasses.dataclass(frozen=True)
     class Options(recurrent.Options):
-        """Settings of `config.learner`: the decoder's (see `models.recurrent.Options`), and
+        """Settings of `config.learner`, besides those of the decoder (`models.recurrent.Options`).
 
         Attributes:
-          penalty: weight of the doubly stochastic penalty (Xu et al. 2015, 1502.03044, equation
-            14): over a caption, every part of the image should be seen for one word in all. It is
-            (1 - sum of its weights over the words)^2 for each part; in training only it is added to
-            the loss, averaged over captions as that is.
-          penalty_scale: "mean" of the parts of the image, or their "sum", as in the paper.
-          label_smoothing: mass spread evenly over the vocabulary.
-          scheduled_sampling: probability, in training, that a word is read not as it is in the
-            caption but as the decoder, after what it has read so far, draws it (Bengio et al. 2015,
-            1506.03099). Theirs grows from 0; a loss does not know its step, so this is constant.
-          average: "token" averages over all tokens of the batch, as the sources do; "example" over
-            the tokens of each caption, then over captions.
+            penalty: Weight of the doubly stochastic penalty (Xu et al. 2015, 1502.03044, equation
+                14), which encourages the attention weights of each image part to sum to 1 over
+                the words of a caption. It is (1 - sum of weights over the words)^2 per part,
+                averaged over captions like the loss, and is added to the loss in training only.
+            penalty_scale: "mean" over the parts of the image, or their "sum" as in the paper.
+            label_smoothing: Probability mass spread evenly over the vocabulary.
+            scheduled_sampling: Probability, in training, that the decoder reads a word drawn from
+                its own prediction instead of the word of the caption (Bengio et al. 2015,
+                1506.03099). In the paper it grows from 0. Here it is constant, because a loss
+                does not know the training step.
+            average: "token" averages over all tokens of the batch, as the sources do. "example"
+                averages over the tokens of each caption, then over captions.
         """
 
         penalty: float = 0.0
@@ -51,8 +67,8 @@ class Recurrent(Captioner):
             super().__post_init__()
             if self.penalty < 0 or (self.penalty and self.decoder != "attention"):
                 raise UserError(
-                    f"learner.penalty: {self.penalty} is not for a decoder {self.decoder!r}; it "
-                    "weighs what attention sees, and is not negative."
+                    f"learner.penalty: {self.penalty} is invalid for decoder={self.decoder!r}; it "
+                    "must not be negative, and 0 without decoder=attention."
                 )
             for field, choices in (
                 ("penalty_scale", ("mean", "sum")),
@@ -72,13 +88,14 @@ class Recurrent(Captioner):
                     f"learner.scheduled_sampling: {self.scheduled_sampling} is not in [0, 1]."
                 )
 
-    def __init__(self, encoder: nnx.Module, decoder: recurrent.Decoder, *, options: Options):
+    def __init__(self, encoder: ImageEncoder, decoder: recurrent.Decoder, *, options: Options):
         self.encoder = encoder
         self.decoder = decoder
         self.options = options
 
     @classmethod
     def from_config(cls, config: ConfigDict, vocab_size: int, rngs: nnx.Rngs) -> "Recurrent":
+        """Build the learner that `config` describes."""
         options = learners.options(config)
         encoder = build_encoder(config, rngs)
         decoder = recurrent.DECODERS[options.decoder](
@@ -90,109 +107,97 @@ class Recurrent(Captioner):
         )
         return cls(encoder, decoder, options=options)
 
-    def states(self, encoded: jax.Array, text: jax.Array) -> jax.Array:
-        """What the logits of `text` int32 [B * C, T] are made of, as a `Captioner`'s."""
-        return gathered(self.decoder).states(encoded, shift_right(text))[0]
+    def states(  # type: ignore[override]  # there is no parallel prediction
+        self, encoded: jax.Array, text: jax.Array
+    ) -> jax.Array:
+        """Return the final hidden states [B * C, T, H] for text int32 [B * C, T]."""
+        decoder: Any = gathered(self.decoder)
+        return decoder.states(encoded, shift_right(text))[0]
 
     def loss(
         self, batch: dict[str, jax.Array], key: jax.Array, train: bool
     ) -> tuple[jax.Array, dict[str, Any]]:
-        """Cross-entropy of the captions; prompts, padding and masked examples do not count."""
-        text, options, decoder = batch["text"], self.options, gathered(self.decoder)
+        """Compute the cross-entropy of the captions, see `Captioner.loss`, and the penalty."""
+        text, options = batch["text"], self.options
+        decoder: Any = gathered(self.decoder)
         encoder_key, words_key, decoder_key = jax.random.split(key, 3)
-        encoded = self.encode(batch["image"], train=train, key=encoder_key)
-        encoded = getattr(encoded, self.decoder.reads)
+        output = self.encode(batch["image"], train=train, key=encoder_key)
+        encoded = getattr(output, self.decoder.reads)
         inputs, prompt = shift_right(text), batch.get("prompt", 0)
         if train and options.scheduled_sampling:
-            rates = options.scheduled_sampling * is_learned(inputs, prompt + 1)
+            rates = options.scheduled_sampling * is_target(inputs, prompt + 1)
             inputs = sampled_inputs(decoder, encoded, inputs, rates, words_key)
-        key = decoder_key if train else None
-        states, attention = decoder.states(encoded, inputs, key=key)
+        dropout_key = decoder_key if train else None
+        states, attention = decoder.states(encoded, inputs, key=dropout_key)
 
-        learned = is_learned(text, prompt)
-        shares, weight = token_shares(learned, batch.get("mask"), options.average)
-        nll, right = self.judged(states, text, options.label_smoothing if train else 0.0)
-        loss = jnp.sum(nll * shares) / jnp.maximum(weight, 1)
-        metrics = {
-            "loss_weight": weight,
-            "token_accuracy": jnp.sum(right * shares) / jnp.maximum(weight, 1),
-        }
+        targets = is_target(text, prompt)
+        weights = token_weights(targets, batch.get("mask"), options.average)
+        total = jnp.sum(weights)
+        smoothing = options.label_smoothing if train else 0.0
+        nll, correct = self.token_losses(states, text, smoothing)
+        loss, metrics = weighted_loss(nll, correct, weights, total)
         if attention is not None:
-            uneven = unevenness(attention, learned, options.penalty_scale)
-            penalty = jnp.sum(uneven * jnp.sum(shares, axis=1)) / jnp.maximum(weight, 1)
+            uneven = attention_penalty(attention, targets, options.penalty_scale)
+            penalty = jnp.sum(uneven * jnp.sum(weights, axis=1)) / jnp.maximum(total, 1)
             metrics["penalty"] = penalty
             if train:
                 loss = loss + options.penalty * penalty
         return loss, metrics
 
     def image_features(self, images: jax.Array) -> jax.Array:
-        """uint8 images [B, H, W, 3] -> what the decoder reads, [B, D] or [B, N, D]."""
+        """Encode uint8 images [B, H, W, 3] as the decoder reads them, [B, D] or [B, N, D]."""
         return getattr(self.encode(images), self.decoder.reads)
 
-    def attend(self, images: jax.Array, text: jax.Array) -> jax.Array:
-        """How much was seen of each part of the image for each token of its caption.
+    def attend(  # type: ignore[override]  # there is one attention, not one per layer
+        self, images: jax.Array, text: jax.Array
+    ) -> jax.Array:
+        """Return the attention weights of each caption token over the parts of the image.
 
         Args:
-          images: uint8 [B, H, W, 3].
-          text: int32 [B, T]; what is seen for padding means nothing.
+            images: uint8 [B, H, W, 3].
+            text: int32 [B, T]. Weights at padding are meaningless.
 
         Returns:
-          float32 [B, T, N], of which every [N] sums to 1: the encoder's tokens, or the parts of
-          `learner.grid`, row by row.
+            float32 [B, T, N]; each row [N] sums to 1. The parts are the encoder's tokens, or the
+            cells of `learner.grid` in row-major order.
 
         Raises:
-          UserError: the decoder has no attention.
+            UserError: The decoder has no attention.
         """
         if not self.decoder.attends:
             raise UserError(
-                f"learner.decoder: a decoder {self.options.decoder!r} has no attention to look at; "
-                "take a run with decoder=attention."
+                f"learner.decoder: decoder={self.options.decoder!r} has no attention; use a run "
+                "with decoder=attention."
             )
-        return self.decoder(self.image_features(images), shift_right(text))[1]
+        weights = self.decoder(self.image_features(images), shift_right(text))[1]
+        assert weights is not None  # because of `attends`
+        return weights
 
     def init_decoding(self, images: jax.Array, beams: int = 1) -> recurrent.Cache:
-        """uint8 images [B, H, W, 3] -> the cache that `decoding` carries along."""
+        """Encode uint8 images [B, H, W, 3] and return the cache of `models.decoding`."""
         return self.decoder.begin(self.image_features(images), beams)
 
     def decode_step(
-        self, tokens: jax.Array, position: jax.Array, cache: recurrent.Cache
+        self,
+        tokens: jax.Array,
+        position: jax.Array,  # noqa: ARG002  # part of the decoding interface; the state has it
+        cache: recurrent.Cache,
     ) -> tuple[jax.Array, recurrent.Cache]:
-        """Logits [B * beams, V] of what follows `tokens` int32 [B * beams]; cache."""
+        """Read tokens int32 [B * beams]; return the next logits [B * beams, V] and the cache."""
         return self.decoder.step(tokens, cache)
 
 
-def token_shares(
-    learned: jax.Array, mask: jax.Array | None, average: str
-) -> tuple[jax.Array, jax.Array]:
-    """What each token counts in a loss, and what all of them count together.
+def attention_penalty(attention: jax.Array, targets: jax.Array, scale: str) -> jax.Array:
+    """Return the doubly stochastic penalty of each caption, [B]; see `Recurrent.Options.penalty`.
 
     Args:
-      learned: bool [B, T], which tokens are predicted.
-      mask: bool [B], which examples count; None: all.
-      average: "token": every token 1; "example": those of a caption 1 together.
-
-    Returns:
-      float32 [B, T], and their sum.
+        attention: Attention weights [B, T, N].
+        targets: bool [B, T], the predicted tokens.
+        scale: "mean" or "sum" over the parts of the image.
     """
-    shares = learned.astype(jnp.float32)
-    if mask is not None:
-        shares = shares * mask[:, None]
-    if average == "example":
-        shares = shares / jnp.maximum(jnp.sum(shares, axis=1, keepdims=True), 1)
-    return shares, jnp.sum(shares)
-
-
-def unevenness(weights: jax.Array, learned: jax.Array, scale: str) -> jax.Array:
-    """The doubly stochastic penalty of each caption, [B]; see `Recurrent.Options.penalty`.
-
-    Args:
-      weights: attention [B, T, N].
-      learned: bool [B, T], which tokens are predicted.
-      scale: "mean" or "sum", over parts of the image.
-    """
-    seen = jnp.sum(weights * learned[..., None], axis=1)
+    per_part = jnp.sum(attention * targets[..., None], axis=1)
     over_parts = jnp.mean if scale == "mean" else jnp.sum
-    return over_parts((1 - seen) ** 2, axis=-1)
+    return over_parts((1 - per_part) ** 2, axis=-1)
 
 
 def sampled_inputs(
@@ -202,23 +207,32 @@ def sampled_inputs(
     rates: jax.Array,
     key: jax.Array,
 ) -> jax.Array:
-    """What is read where some words are the decoder's own, [B, T], of inputs int32 [B, T].
+    """Replace some input words by words that the decoder draws (scheduled sampling).
 
-    Each word but the first is, with its probability of `rates` [B, T], drawn from what the decoder
-    predicts after the words before it as they are read here. It does so without dropout, and
-    nothing is learned from the choice.
+    A replaced word is drawn from the prediction after the inputs before it, themselves possibly
+    replaced. This prediction has no dropout, and no gradient flows through it.
+
+    Args:
+        decoder: Recurrent decoder.
+        encoded: What the decoder reads of the images.
+        inputs: int32 [B, T]; the first word is kept.
+        rates: Probability of replacing each word, [B, T].
+        key: Random key.
+
+    Returns:
+        int32 [B, T].
     """
-    own, shared = decoder.begin(encoded)
+    state, shared = decoder.begin(encoded)
 
     def read(carry, now):
-        own, drawn = carry
+        state, drawn = carry
         word, rate, key = now
         coin_key, draw_key = jax.random.split(key)
         word = jnp.where(jax.random.bernoulli(coin_key, rate), drawn, word)
-        logits, (own, _) = decoder.step(word, (own, shared))
+        logits, (state, _) = decoder.step(word, (state, shared))
         drawn = jax.random.categorical(draw_key, logits).astype(word.dtype)
-        return (jax.lax.stop_gradient(own), drawn), word
+        return (jax.lax.stop_gradient(state), drawn), word
 
-    carry = (jax.lax.stop_gradient(own), inputs[:, 0])
+    carry = (jax.lax.stop_gradient(state), inputs[:, 0])
     keys = jax.random.split(key, inputs.shape[1])
     return jax.lax.scan(read, carry, (inputs.T, rates.T, keys))[1].T

@@ -1,10 +1,10 @@
-"""Learning an encoder by telling how far an image was turned.
+"""Rotation prediction: pretraining an encoder by recognizing how an image was rotated.
 
-Gidaris et al. 2018 (1803.07728): an image is turned by 0, 90, 180 or 270 degrees, and a linear
-layer on the pooled vector tells by which. What is turned is a square that has been cropped and
-mirrored before, so a turn moves pixels and makes none: no bars, no interpolation, nothing but the
-content tells. Images must be cropped to that square, not squeezed into it (`data.crop`): a squeezed
-image shows which of its sides was the longer one.
+Gidaris et al. 2018 (1803.07728): an image is rotated by 0, 90, 180 or 270 degrees, and a linear
+layer on the pooled vector predicts the angle. The image is cropped to a square and flipped before
+the rotation, so a rotation only moves pixels: there are no bars and no interpolation, and nothing
+but the content reveals the angle. Images must be cropped to that square, not squeezed into it
+(`data.crop`), because a squeezed image reveals which side was longer.
 """
 
 import dataclasses
@@ -28,15 +28,20 @@ COPIES = ("four", "one")
 
 
 class Rotation(nnx.Module):
-    """An encoder and a linear layer that tells 0, 90, 180 and 270 degrees apart."""
+    """An encoder and a linear layer that predicts the rotation: 0, 90, 180 or 270 degrees.
+
+    Args:
+        encoder: image encoder.
+        options: see `Options`.
+    """
 
     @dataclasses.dataclass(frozen=True)
     class Options:
         """Settings of `config.learner`.
 
         Attributes:
-          copies: "four": each image is seen turned by each of the angles, so the encoder sees four
-            times `batch_size`; "one": by one of them, at random. Evaluation always sees four.
+            copies: "four" uses each image at all four angles, so the encoder processes four times
+                `batch_size` images. "one" draws one angle per image. Evaluation always uses four.
         """
 
         copies: str = "four"
@@ -47,21 +52,21 @@ class Rotation(nnx.Module):
                 raise UserError(f"learner.copies: {self.copies!r} is unknown.{guess}")
 
     RECIPES: ClassVar[dict[str, dict[str, Any]]] = {
-        # The authors' code for ImageNet (config/ImageNet_RotNet_AlexNet.py): all but the decay of
-        # the learning rate, which is x.1 after epochs 15, 30 and 45 there, and a cosine here.
+        # The authors' code for ImageNet (config/ImageNet_RotNet_AlexNet.py), except for the
+        # learning-rate schedule: x.1 after epochs 15, 30 and 45 there, a cosine here.
         "reference": {
             "batch_size": 192,
             "total_epochs": 50.0,
             "data.crop": "random",
             "data.flip": True,
             "learner.copies": "four",
-            "optim.name": "sgd",  # momentum .9, of Nesterov
+            "optim.name": "sgd",  # Nesterov momentum .9
             "optim.lr": 0.1,
             "optim.weight_decay": 5e-4,
         },
-        # VISSL, config/pretrain/rotnet/rotnet_8gpu_resnet: all but the decay, which is x.1 after
-        # epochs 30, 60, 90 and 100 there; its momentum is not Nesterov's, and it mirrors after
-        # turning, which makes 90 degrees of 270.
+        # VISSL, config/pretrain/rotnet/rotnet_8gpu_resnet, except for the schedule: x.1 after
+        # epochs 30, 60, 90 and 100 there. Its momentum is not Nesterov's, and it flips after the
+        # rotation, which turns 90 degrees into 270.
         "vissl": {
             "batch_size": 256,
             "total_epochs": 105.0,
@@ -73,9 +78,10 @@ class Rotation(nnx.Module):
             "optim.lr_batch": 256,
             "optim.weight_decay": 1e-4,
         },
-        # A captioner on self-supervised features (recipe rotation_lstm): 100 epochs, batches of 32;
-        # of its optimizer nothing is said, so that is the reference's.
-        "seed000": {
+        # github.com/elhagry1/SSL_ImageCaptioning_RotationPrediction, a captioner on
+        # self-supervised features (configs/recurrent.py: rotation_lstm): 100 epochs, batches of
+        # 32. Its optimizer is not documented, so this is the reference's.
+        "elhagry": {
             "batch_size": 32,
             "total_epochs": 100.0,
             "data.crop": "window",
@@ -96,14 +102,20 @@ class Rotation(nnx.Module):
         self.options = options
 
     @classmethod
-    def from_config(cls, config: ConfigDict, vocab_size: int, rngs: nnx.Rngs) -> "Rotation":
+    def from_config(
+        cls,
+        config: ConfigDict,
+        vocab_size: int,  # noqa: ARG003  # every learner takes it
+        rngs: nnx.Rngs,
+    ) -> "Rotation":
+        """Build the learner that `config` describes."""
         return cls(build_encoder(config, rngs), options=learners.options(config), rngs=rngs)
 
     def loss(
         self, batch: dict[str, jax.Array], key: jax.Array, train: bool
     ) -> tuple[jax.Array, dict[str, Any]]:
-        """Mean cross-entropy over images and angles; masked examples do not count."""
-        of_turns, of_encoder = jax.random.split(key)
+        """Compute the mean cross-entropy over images and angles; masked examples do not count."""
+        turns_key, encoder_key = jax.random.split(key)
         images = batch["image"]
         copies = TURNS if self.options.copies == "four" or not train else 1
         if copies == TURNS:
@@ -111,19 +123,19 @@ class Rotation(nnx.Module):
             images = jnp.repeat(images, TURNS, axis=0)
         else:
             draw = jax.vmap(lambda key: jax.random.randint(key, (), 0, TURNS))
-            turns = draw(keys(of_turns, len(images)))
-        images = constrain(jax.vmap(turned)(images, turns))
-        found = self.encoder(normalize_images(images, jnp.float32), train=train, key=of_encoder)
-        logits = self.head(found.pooled.astype(jnp.float32))
+            turns = draw(keys(turns_key, len(images)))
+        images = constrain(jax.vmap(rotate)(images, turns))
+        output = self.encoder(normalize_images(images, jnp.float32), train=train, key=encoder_key)
+        logits = self.head(output.pooled.astype(jnp.float32))
         counts = jnp.repeat(batch.get("mask", jnp.ones(len(batch["image"]), bool)), copies)
         loss, metrics = classification(logits, turns, counts)
         return loss, metrics | {"chance": jnp.float32(1 / TURNS)}
 
 
-def turned(image: jax.Array, turns: jax.Array) -> jax.Array:
-    """[S, S, 3] -> the same pixels, turned counter-clockwise by 90 degrees so many times, 0 to 3.
+def rotate(image: jax.Array, turns: jax.Array) -> jax.Array:
+    """Rotate image [S, S, 3] counterclockwise by `turns` (0 to 3) times 90 degrees.
 
-    It is put together of a quarter and a half, so that a batch of different turns is two choices.
+    The rotation combines a quarter and a half turn, so a batch of mixed angles takes two selects.
     """
     image = jnp.where(turns % 2 == 1, jnp.rot90(image), image)
     return jnp.where(turns >= 2, image[::-1, ::-1], image)

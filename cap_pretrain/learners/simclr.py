@@ -1,7 +1,7 @@
-"""SimCLR: learning an encoder by telling which two views are of one image.
+"""SimCLR: pretraining an encoder by matching two augmented views of one image.
 
-Chen et al. 2020 (2002.05709). Both views are augmented, each with draws of its own (section 2.1,
-appendix A). All views of the global batch are compared, however it is sharded.
+Chen et al. 2020 (2002.05709). Both views are augmented independently (section 2.1, appendix A). All
+views of the global batch are compared, however it is sharded.
 """
 
 import dataclasses
@@ -24,21 +24,30 @@ from cap_pretrain.models.layers import constrain
 
 
 class SimCLR(Contrastive):
-    """An encoder and, on its pooled vector, an MLP of two layers that is dropped afterwards."""
+    """An encoder and a two-layer projection MLP, which is discarded after pretraining.
+
+    Args:
+        encoder: image encoder.
+        options: see `Options`.
+        rngs: random keys for the MLP.
+
+    Raises:
+        UserError: The size of the views is not a multiple of the encoder's patch size.
+    """
 
     @dataclasses.dataclass(frozen=True)
     class Options:
-        """Settings of `config.learner`; numbers not said otherwise are of the paper's appendix A.
+        """Settings of `config.learner`.
 
         Attributes:
-          temperature: what cosines are divided by; 0.1 in the paper's section 5 and in VISSL.
-          hidden: width of the MLP between its layers; 0: the encoder's (2048 of a ResNet-50).
-          outputs: width of what is compared (section 2.3).
-          size: side of the views in pixels; 0: that of the images. Views are a part of the image,
-            so images that are larger (`data.image_size`) keep details in them.
-          colour: strength of the changes of colour; 0 leaves colours, and never makes them gray.
-          blur: whether half of the views are blurred. The paper leaves it out for small images
-            (appendix B.9).
+            temperature: Divisor of the cosines; 0.1 in the paper's section 5 and in VISSL.
+            hidden: Hidden width of the MLP. 0 is the encoder's width (2048 for a ResNet-50).
+            outputs: Width of the compared vectors (section 2.3).
+            size: Side of the views in pixels. 0 is the side of the images. Views are crops, so
+                larger images (`data.image_size`) preserve details in them.
+            colour: Strength of the color jitter (appendix A). 0 disables jitter and grayscale.
+            blur: Whether to blur half of the views (appendix A). The paper omits it for small
+                images (appendix B.9).
         """
 
         temperature: float = 0.1
@@ -59,8 +68,8 @@ class SimCLR(Contrastive):
 
     RECIPES: ClassVar[dict[str, dict[str, Any]]] = {
         # The paper's default setting (section 2.3) and VISSL's, simclr/simclr_8node_resnet, whose
-        # ResNet-50 reaches 64.4% on ImageNet. VISSL's also decays biases and BatchNorm and scales
-        # their steps by the trust ratio, where the paper does neither; its warm-up begins at 0.6.
+        # ResNet-50 reaches 64.4% on ImageNet. Unlike the paper, VISSL applies weight decay and the
+        # trust ratio to biases and BatchNorm as well; its warmup starts at 0.6.
         "reference": {
             "batch_size": 4096,
             "total_epochs": 100.0,
@@ -76,11 +85,10 @@ class SimCLR(Contrastive):
     reads = ("image",)
 
     def __init__(self, encoder: ImageEncoder, *, options: Options, rngs: nnx.Rngs):
-        """Raises UserError if views are no whole number of the encoder's patches."""
         patch = getattr(encoder, "patch", 1)
         if options.size % patch:
             raise UserError(
-                f"learner.size: {options.size} is no multiple of the patch size {patch}."
+                f"learner.size: {options.size} is not a multiple of the patch size {patch}."
             )
         self.encoder = encoder
         hidden = options.hidden or encoder.width
@@ -89,11 +97,25 @@ class SimCLR(Contrastive):
         self.options = options
 
     @classmethod
-    def from_config(cls, config: ConfigDict, vocab_size: int, rngs: nnx.Rngs) -> "SimCLR":
+    def from_config(
+        cls,
+        config: ConfigDict,
+        vocab_size: int,  # noqa: ARG003  # every learner takes it
+        rngs: nnx.Rngs,
+    ) -> "SimCLR":
+        """Build the learner that `config` describes."""
         return cls(build_encoder(config, rngs), options=learners.options(config), rngs=rngs)
 
     def views(self, images: jax.Array, key: jax.Array) -> jax.Array:
-        """uint8 images [B, H, W, 3] -> [2 B, S, S, 3] in [-1, 1], each image's views in a row."""
+        """Return two views per image, in adjacent rows.
+
+        Args:
+            images: uint8 [B, H, W, 3].
+            key: Random key.
+
+        Returns:
+            float32 [2 B, S, S, 3] in [-1, 1].
+        """
 
         def two(key, image):
             return jax.vmap(self._view, (0, None))(jax.random.split(key), image)
@@ -102,49 +124,46 @@ class SimCLR(Contrastive):
         return constrain(2 * views.reshape(-1, *views.shape[2:]) - 1)
 
     def _view(self, key: jax.Array, image: jax.Array) -> jax.Array:
-        """Appendix A: crop, flip, colours, gray, blur, in this order."""
+        """Apply crop, flip, color jitter, grayscale and blur, in this order (appendix A)."""
         options = self.options
-        of_crop, of_flip, of_colour, of_gray, of_blur = jax.random.split(key, 5)
+        crop_key, flip_key, color_key, gray_key, blur_key = jax.random.split(key, 5)
         size = options.size or image.shape[0]
-        image = augment.random_resized_crop(of_crop, image, size)
-        image = augment.flip(of_flip, image)
+        image = augment.random_resized_crop(crop_key, image, size)
+        image = augment.flip(flip_key, image)
         if options.colour:
-            most = (0.8, 0.8, 0.8, 0.2)  # of brightness, contrast, saturation, hue
-            amounts = (options.colour * amount for amount in most)
-            image = augment.colour_jitter(of_colour, image, *amounts, probability=0.8)
-            image = augment.grayscale(of_gray, image)
+            jitter = {name: options.colour * x for name, x in augment.SIMCLR_JITTER.items()}
+            image = augment.colour_jitter(color_key, image, **jitter, probability=0.8)
+            image = augment.grayscale(gray_key, image)
         if options.blur:
-            image = augment.gaussian_blur(of_blur, image)
+            image = augment.gaussian_blur(blur_key, image)
         return image
 
     def project(
         self, views: jax.Array, *, train: bool = False, key: jax.Array | None = None
     ) -> jax.Array:
-        """Views [2 B, S, S, 3] in [-1, 1] -> unit vectors [2 B, D] float32."""
+        """Return unit vectors float32 [2 B, D] for views [2 B, S, S, 3] in [-1, 1]."""
         pooled = self.encoder(views, train=train, key=key).pooled
         return unit(self.projection(nnx.relu(self.hidden(pooled.astype(jnp.float32)))))
 
     def embed(
         self, batch: dict[str, jax.Array], key: jax.Array, train: bool
     ) -> dict[str, jax.Array]:
-        """Unit `vectors` of two views of each image, [B, 2, D], and which are `valid`.
+        """Return unit `vectors` of two views per image, [B, 2, D], and `valid` bool [B] (the mask).
 
-        Evaluation has views, too: drawn as in training, from a key that is always the same.
+        Evaluation uses augmented views, too, drawn with a key that is always the same.
         """
-        of_views, of_encoder = jax.random.split(key)
-        views = self.views(batch["image"], of_views)
-        vectors = self.project(views, train=train, key=of_encoder)
+        views_key, encoder_key = jax.random.split(key)
+        views = self.views(batch["image"], views_key)
+        vectors = self.project(views, train=train, key=encoder_key)
         count = len(batch["image"])
         valid = batch.get("mask", jnp.ones(count, bool))
         return {"vectors": vectors.reshape(count, 2, -1), "valid": valid}
 
     def contrast(self, embedded: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, Any]]:
-        """The normalised temperature-scaled cross-entropy (section 2.1), its mean over views.
+        """Compute the mean normalized temperature-scaled cross-entropy over views (section 2.1).
 
-        Views of masked examples are neither asked about nor to be chosen.
-
-        Of the metrics, `accuracy` is the share of views to which, of all others, their partner is
-        nearest.
+        Views of masked examples are neither queries nor candidates. The metric `accuracy` is the
+        fraction of views whose nearest view is their partner.
         """
         vectors = embedded["vectors"].reshape(-1, embedded["vectors"].shape[-1])
         counts = jnp.repeat(embedded["valid"], 2)
@@ -154,15 +173,15 @@ class SimCLR(Contrastive):
 
 
 def choices(vectors: jax.Array, counts: jax.Array, temperature: float) -> jax.Array:
-    """Logits [N, N] of which view is each view's partner.
+    """Return logits [N, N] over the candidate partners of each view.
 
-    They are cosines over the temperature; next to nothing for the view itself and for those that do
-    not count.
+    The logits are cosines divided by the temperature, and -1e9 for the view itself and for views
+    that do not count.
 
     Args:
-      vectors: [N, D] of length one.
-      counts: bool [N].
-      temperature: positive.
+        vectors: Unit vectors [N, D].
+        counts: bool [N], the views that count.
+        temperature: Positive divisor.
     """
     logits = jnp.matmul(vectors, vectors.T, precision="highest") / temperature
     return jnp.where(counts & ~jnp.eye(len(vectors), dtype=bool), logits, -1e9)

@@ -1,0 +1,1 @@
+"""Neural networks: image encoders, text decoders and towers, and decoding."""

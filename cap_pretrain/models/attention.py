@@ -1,17 +1,17 @@
-"""Attention that keeps no weights for the backward pass: it computes them again.
+"""Attention that recomputes its weights in the backward pass.
 
-Autodiff of `jax.nn.dot_product_attention` keeps the weights [B, heads, T, S], in float32 and again
-rounded, of every layer: with 196 tokens more than all that the layer has besides, and on a TPU the
-traffic takes longer than the arithmetic. Here queries, keys, values and the result are kept, and
-the gradient is written out (as Dao et al. 2022, 2205.14135, appendix B.2, but in one piece: the
-sequences are short).
+Autodiff of `jax.nn.dot_product_attention` stores the weights [B, heads, T, S] of every layer, in
+float32 and again rounded. With 196 tokens these exceed all other activations of the layer, and on a
+TPU the memory traffic takes longer than the arithmetic. This implementation stores queries, keys,
+values and the result, and has an explicit gradient (Dao et al. 2022, 2205.14135, appendix B.2, but
+without tiling, as the sequences are short).
 """
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-# What rematerialisation may keep of it by name.
+# Name under which rematerialization policies can keep the result.
 ATTENDED = "attended"
 
 
@@ -19,22 +19,22 @@ ATTENDED = "attended"
 def recomputing_attention(
     query: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array | None = None
 ) -> jax.Array:
-    """What `jax.nn.dot_product_attention` gives.
+    """Compute the same as `jax.nn.dot_product_attention`.
 
     Args:
-      query: [B, T, heads, D].
-      keys: [B, S, heads, D].
-      values: [B, S, heads, D].
-      mask: bool [B | 1, 1, T, S], True where a query may look; each must look at something.
+        query: [B, T, heads, D].
+        keys: [B, S, heads, D].
+        values: [B, S, heads, D].
+        mask: bool [B | 1, 1, T, S], True where a query attends; each query needs at least one key.
 
     Returns:
-      [B, T, heads, D] of the queries' dtype.
+        [B, T, heads, D] in the dtype of the queries.
     """
     return _forward(query, keys, values, mask)[0]
 
 
 def _weights(query: jax.Array, keys: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """[B, heads, T, S] float32. XLA joins product and softmax to one loop if this is written so."""
+    """Return weights float32 [B, heads, T, S], written so that XLA fuses product and softmax."""
     product = jnp.einsum("bthd,bshd->bhts", query, keys, preferred_element_type=jnp.float32)
     logits = product * query.shape[-1] ** -0.5
     if mask is not None:
@@ -48,20 +48,22 @@ def _forward(query, keys, values, mask):
     return out, (query, keys, values, mask, out)
 
 
-def _backward(kept, gradient):
-    query, keys, values, mask, out = kept
+def _backward(residuals, gradient):
+    query, keys, values, mask, out = residuals
     weights = _weights(query, keys, mask)
     rounded = weights.astype(query.dtype)
-    of_values = jnp.einsum("bhts,bthd->bshd", rounded, gradient)
-    of_weights = jnp.einsum("bthd,bshd->bhts", gradient, values, preferred_element_type=jnp.float32)
-    # The sum over S of weights x of_weights, by way of the result.
+    value_gradient = jnp.einsum("bhts,bthd->bshd", rounded, gradient)
+    weight_gradient = jnp.einsum(
+        "bthd,bshd->bhts", gradient, values, preferred_element_type=jnp.float32
+    )
+    # The sum over S of weights x weight_gradient, computed from the result.
     mean = jnp.sum(gradient.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
     mean = jnp.swapaxes(mean, 1, 2)[..., None]
     scale = query.shape[-1] ** -0.5
-    of_logits = (weights * ((of_weights - mean) * scale)).astype(query.dtype)
-    of_query = jnp.einsum("bhts,bshd->bthd", of_logits, keys)
-    of_keys = jnp.einsum("bhts,bthd->bshd", of_logits, query)
-    return of_query, of_keys, of_values, None
+    logit_gradient = (weights * ((weight_gradient - mean) * scale)).astype(query.dtype)
+    query_gradient = jnp.einsum("bhts,bshd->bthd", logit_gradient, keys)
+    key_gradient = jnp.einsum("bhts,bthd->bshd", logit_gradient, query)
+    return query_gradient, key_gradient, value_gradient, None
 
 
 recomputing_attention.defvjp(_forward, _backward)

@@ -1,4 +1,4 @@
-"""Builds models from the `model` section of a config."""
+"""Construction of models from the `model` section of a config."""
 
 import dataclasses
 from typing import Any
@@ -29,10 +29,10 @@ from cap_pretrain.models.vit import Options, ViT
 
 
 def check(config: ConfigDict) -> None:
-    """Checks what `config.model` says against itself and the images.
+    """Check `config.model` for consistency, also with the image size.
 
     Raises:
-      UserError: an unknown name, or fields that do not go together.
+        UserError: A name is unknown, or fields are incompatible.
     """
     model, side = config.model, config.data.image_size
     if model.name == STORED:
@@ -48,7 +48,7 @@ def check(config: ConfigDict) -> None:
         if size.width % size.heads:
             raise UserError(
                 f"model.{prefix}heads: {size.heads} does not divide the width {size.width}; "
-                "choose another."
+                "choose a divisor."
             )
 
 
@@ -61,7 +61,7 @@ def _check_vit(model: ConfigDict, side: int) -> None:
         raise UserError(f"model.norm_eps: {model.norm_eps} must be positive.")
     if side % patch:
         raise UserError(
-            f"data.image_size: {side} is no multiple of the patch size {patch} "
+            f"data.image_size: {side} is not a multiple of the patch size {patch} "
             f"of {model.name}; choose {max(1, side // patch) * patch}."
         )
 
@@ -76,8 +76,8 @@ def _check_stored(config: ConfigDict) -> None:
     for field, usual in {"crop": "none", "flip": False}.items():
         if config.data[field] != usual:
             raise UserError(
-                f"data.{field}: {config.data[field]!r} is for images, and model.name is {STORED}: "
-                f"features cannot be augmented; leave it at {usual!r}."
+                f"data.{field}: {config.data[field]!r} needs images, but model.name is {STORED}: "
+                f"features cannot be augmented; set it to {usual!r}."
             )
 
 
@@ -93,28 +93,28 @@ def _check_convnet(model: ConfigDict, side: int) -> None:
     _refuse(model, {"stem": "imagenet"}, "for a ResNet")
     if side < alexnet.SMALLEST:
         raise UserError(
-            f"data.image_size: {side} is too small for {ALEXNET}, which needs {alexnet.SMALLEST}."
+            f"data.image_size: {side} is too small for {ALEXNET}; use {alexnet.SMALLEST} or more."
         )
 
 
 def _refuse(model: ConfigDict, usual: dict[str, Any], meant: str) -> None:
-    """Raises UserError for a field that says other than usual, and nothing to this encoder."""
+    """Raise UserError if a field that this encoder ignores is not at its default."""
     for field, value in usual.items():
         if model[field] != value:
             raise UserError(
-                f"model.{field}: {model[field]!r} is {meant}, and model.name is {model.name}; "
-                f"leave it at {value!r}."
+                f"model.{field}: {model[field]!r} is {meant}, but model.name is {model.name}; "
+                f"set it to {value!r}."
             )
 
 
 def encoder_size(config: ConfigDict) -> Size:
-    """A ViT's size: that of `model.name`, with any of its numbers overridden."""
+    """Return a ViT's size: that of `model.name` with the overrides in `config.model`."""
     size, _ = parse_name(config.model.name)
     return _overridden(size, config)
 
 
 def encoder_width(config: ConfigDict) -> int:
-    """How wide the encoder's tokens and pooled vector are."""
+    """Return the width of the encoder's tokens and pooled vector."""
     name = config.model.name
     if name == STORED:
         return config.model.width
@@ -124,17 +124,17 @@ def encoder_width(config: ConfigDict) -> int:
 
 
 def resnet_stages(config: ConfigDict) -> Stages:
-    """A ResNet's shape: that of `model.name`, its base overridden by `model.width`."""
+    """Return a ResNet's shape: that of `model.name`, with its base overridden by `model.width`."""
     stages = RESNETS[config.model.name]
     return dataclasses.replace(stages, base=config.model.width or stages.base)
 
 
 def text_size(config: ConfigDict) -> Size:
-    """The size of a transformer that reads text beside the encoder.
+    """Return the size of the text transformer that accompanies the encoder.
 
-    Beside a ViT its own. Beside anything else that of CLIP's beside a ResNet-50 (Radford et al.
-    2021, section 2.4: 512 wide, 12 deep, 8 heads), our M, any number overridden by
-    `model.decoder_…`.
+    With a ViT it is the ViT's size. With any other encoder it is the size of CLIP's text tower
+    (Radford et al. 2021, section 2.4: width 512, depth 12, 8 heads), our M, with the overrides
+    `model.decoder_*`.
     """
     if config.model.name in (*CONVNETS, STORED):
         return _overridden(SIZES["M"], config, "decoder_")
@@ -142,7 +142,7 @@ def text_size(config: ConfigDict) -> Size:
 
 
 def decoder_size(config: ConfigDict) -> Size:
-    """The caption decoder's size: that of `text_size`, half as deep; any number overridden."""
+    """Return the caption decoder's size: `text_size` at half depth, with overrides."""
     size = text_size(config)
     half = dataclasses.replace(size, depth=max(1, size.depth // 2))
     return _overridden(half, config, "decoder_")
@@ -154,7 +154,7 @@ def _overridden(size: Size, config: ConfigDict, prefix: str = "") -> Size:
 
 
 def compute(config: ConfigDict) -> Compute:
-    """How the model computes: precision, attention kernel, rematerialisation, dropout."""
+    """Return how the model computes: precision, attention kernel, rematerialization, dropout."""
     model = config.model
     auto = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return Compute(
@@ -170,19 +170,20 @@ def compute(config: ConfigDict) -> Compute:
 
 
 def encoder_options(config: ConfigDict) -> Options:
-    """A ViT's options, which have the names of the config's fields."""
+    """Return a ViT's options, which have the names of the config's fields."""
     return Options(**{f.name: config.model[f.name] for f in dataclasses.fields(Options)})
 
 
 def build_encoder(config: ConfigDict, rngs: nnx.Rngs) -> ImageEncoder:
-    """Builds the image encoder of a config."""
+    """Build the image encoder of a config."""
     encoder = _encoder(config, rngs)
     encoder.colours = config.model.colours
     return encoder
 
 
 def _encoder(config: ConfigDict, rngs: nnx.Rngs) -> ImageEncoder:
-    name, kwargs = config.model.name, dict(compute=compute(config), rngs=rngs)
+    name = config.model.name
+    kwargs: dict[str, Any] = dict(compute=compute(config), rngs=rngs)
     if name == STORED:
         return Stored(config.model.width)
     if name == ALEXNET:

@@ -1,6 +1,6 @@
-"""Recurrent layers: LSTM and GRU, in torch's order of gates, and the loop over positions.
+"""Recurrent layers: LSTM and GRU with torch's gate order, and the loop over positions.
 
-Parameters are float32, products are computed in `Compute.dtype`; states and gates are float32.
+Parameters are float32 and products are computed in `Compute.dtype`. States and gates are float32.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from cap_pretrain.models.layers import REMAT_POLICIES, Compute
 
 ORTHOGONAL = nnx.initializers.orthogonal()
 
-State = Any  # leaves [R, ...], a row a caption
+State = Any  # leaves [R, ...], one row per caption
 
 
 def over_time(
@@ -23,12 +23,18 @@ def over_time(
     inputs: jax.Array,
     compute: Compute,
 ) -> tuple[Any, State]:
-    """Runs `advance(state, input [R, G]) -> (state, output [R, ...])` over inputs [R, T, G].
+    """Scan `advance(state, input [R, G]) -> (state, output [R, ...])` over inputs [R, T, G].
+
+    Args:
+        advance: Function of one position.
+        state: Initial state.
+        inputs: [R, T, G].
+        compute: Its rematerialization policy applies to each position.
 
     Returns:
-      The outputs, [R, T, ...] each, and the last state.
+        The outputs, [R, T, ...] each, and the last state.
     """
-    if compute.remat not in ("none", "auto", "lean"):  # lean names parts of transformers
+    if compute.remat not in ("none", "auto", "lean"):  # "lean" names activations of transformers
         policy = REMAT_POLICIES[compute.remat]
         advance = jax.checkpoint(advance, policy=policy, prevent_cse=False)
     state, outputs = jax.lax.scan(advance, state, jnp.moveaxis(inputs, 1, 0))
@@ -36,14 +42,19 @@ def over_time(
 
 
 class LSTM(nnx.Module):
-    """A layer of an LSTM; gates in the order of torch: input, forget, candidate, output.
+    """An LSTM layer with torch's gate order: input, forget, candidate, output.
 
-    The forget gate begins open, with a bias of 1 (Jozefowicz et al. 2015; Keras): what is read
-    first, such as the image, is to be remembered.
+    The forget gate starts open, with a bias of 1 (Jozefowicz et al. 2015; Keras), to retain early
+    inputs such as the image.
+
+    Args:
+        width: D, width of the input.
+        hidden: H, width of the state.
+        compute: precision and rematerialization.
     """
 
     def __init__(self, width: int, hidden: int, *, compute: Compute, rngs: nnx.Rngs):
-        def open_forget_gate(key, shape, dtype=jnp.float32):
+        def open_forget_gate(_key, shape, dtype=jnp.float32):
             return jnp.zeros(shape, dtype).at[hidden : 2 * hidden].set(1)
 
         kwargs = dict(dtype=compute.dtype, rngs=rngs)
@@ -54,11 +65,11 @@ class LSTM(nnx.Module):
         self.hidden, self.compute = hidden, compute
 
     def zero(self, rows: int) -> State:
-        """The state before anything was read: h and c, [rows, H] each."""
+        """Return the zero state: h and c, [rows, H] each."""
         return (jnp.zeros((rows, self.hidden)),) * 2
 
     def advance(self, state: State, gates: jax.Array) -> State:
-        """One position, given what its input gives to the gates, [R, 4 H]."""
+        """Advance by one position; `gates` [R, 4 H] is the contribution of the input."""
         h, c = state
         gates = gates.astype(jnp.float32) + self.recurrent(h).astype(jnp.float32)
         i, f, g, o = jnp.split(gates, 4, axis=-1)
@@ -66,7 +77,7 @@ class LSTM(nnx.Module):
         return jax.nn.sigmoid(o) * jnp.tanh(c), c
 
     def __call__(self, x: jax.Array, state: State) -> tuple[jax.Array, State]:
-        """x [R, T, D] -> h at every position, [R, T, H], and the last state."""
+        """Read x [R, T, D]; return h at every position, [R, T, H], and the last state."""
 
         def advance(state, gates):
             state = self.advance(state, gates)
@@ -76,7 +87,14 @@ class LSTM(nnx.Module):
 
 
 class GRU(nnx.Module):
-    """A GRU; gates in the order of torch: reset, update, candidate; `reset` is `Options.reset`."""
+    """A GRU layer with torch's gate order: reset, update, candidate.
+
+    Args:
+        width: D, width of the input.
+        hidden: H, width of the state.
+        reset: "after" or "before"; see `models.recurrent.Options`.
+        compute: precision and rematerialization.
+    """
 
     def __init__(self, width: int, hidden: int, *, reset: str, compute: Compute, rngs: nnx.Rngs):
         kwargs = dict(dtype=compute.dtype, rngs=rngs)
@@ -84,17 +102,19 @@ class GRU(nnx.Module):
         self.recurrent = nnx.Linear(
             hidden, 2 * hidden, use_bias=False, kernel_init=ORTHOGONAL, **kwargs
         )
-        # Before the product, its bias would be the input's once more; after it, it is reset, too.
+        # With reset "before", a bias here would duplicate that of the input. With "after", the
+        # reset gate scales the bias, too.
         self.candidate = nnx.Linear(
             hidden, hidden, use_bias=reset == "after", kernel_init=ORTHOGONAL, **kwargs
         )
         self.hidden, self.reset, self.compute = hidden, reset, compute
 
     def advance(self, h: jax.Array, gates: jax.Array) -> jax.Array:
-        """One position, given what its input gives to the gates, [R, 3 H]: the new h [R, H]."""
+        """Return the new h [R, H]; `gates` [R, 3 H] is the contribution of the input."""
         gates = gates.astype(jnp.float32)
-        more = self.recurrent(h).astype(jnp.float32)
-        reset, update = jnp.split(jax.nn.sigmoid(gates[:, : 2 * self.hidden] + more), 2, axis=-1)
+        recurrent = self.recurrent(h).astype(jnp.float32)
+        both = jax.nn.sigmoid(gates[:, : 2 * self.hidden] + recurrent)
+        reset, update = jnp.split(both, 2, axis=-1)
         if self.reset == "after":
             past = reset * self.candidate(h).astype(jnp.float32)
         else:
@@ -103,7 +123,7 @@ class GRU(nnx.Module):
         return (1 - update) * candidate + update * h
 
     def __call__(self, x: jax.Array, state: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """x [R, T, D] -> h at every position, [R, T, H], and the last one."""
+        """Read x [R, T, D]; return h at every position, [R, T, H], and the last one."""
 
         def advance(h, gates):
             h = self.advance(h, gates)

@@ -1,10 +1,10 @@
-"""What convolutional encoders have in common: ImageNet's colours, padding and BatchNorm of torch.
+"""Base of convolutional encoders: ImageNet normalization, torch's padding and BatchNorm.
 
-They take images of any size, and compute what torchvision's do, so that weights can travel (see
-convert). Their blocks are no scanned stack as those of transformers: convolutions compile to calls
-of a library, so that a ResNet-101 of 23 equal blocks compiles no slower written out, and in a loop
-its backward pass took five times as long on CPU. So `model.remat` and `model.unroll` are nothing to
-them.
+The encoders accept images of any size and compute the same as torchvision's, so weights can be
+converted (see `cap_pretrain.convert`). Unlike the transformers, they do not scan over a stack of
+blocks. Convolutions compile to library calls, so the 23 equal blocks of a ResNet-101 compile no
+slower unrolled, and in a loop its backward pass took five times as long on CPU. `model.remat` and
+`model.unroll` therefore do not apply.
 """
 
 import functools
@@ -19,52 +19,59 @@ from flax import nnx
 from cap_pretrain.models.encoder import ImageEncoder
 from cap_pretrain.models.layers import EncoderOutput
 
-# Of red, green and blue in [0, 1], over ImageNet's training images: what every model of torchvision
-# (its documentation, "Models and pre-trained weights") and of VISSL subtracts and divides by.
+# Mean and standard deviation of red, green and blue in [0, 1] over ImageNet's training images, used
+# by all models of torchvision (documentation, "Models and pre-trained weights") and VISSL.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
-# He et al. 2015 (1502.01852), for the backward pass, as torchvision's ResNets begin.
+# He et al. 2015 (1502.01852), fan-out mode, the initialization of torchvision's ResNets.
 _HE = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 class ConvNet(ImageEncoder):
-    """An encoder whose tokens are its last feature map, row by row, and pooled the mean of them."""
+    """An encoder whose tokens are its last feature map in row-major order, with mean pooling."""
 
     def _maps(self, images: jax.Array, train: bool) -> Iterator[jax.Array]:
-        """Feature maps [B, H', W', D'] of each of `layers`, and what else there is behind them.
+        """Yield the feature maps [B, H', W', D'] of `layers`, and optionally one more.
+
+        The last map becomes the tokens.
 
         Args:
-          images: [B, H, W, 3], as `imagenet` makes them.
-          train: whether BatchNorm is in training.
+            images: [B, H, W, 3] in [-1, 1].
+            train: Whether BatchNorm is in training mode.
         """
         raise NotImplementedError
 
-    def _encode(self, images: jax.Array, *, train: bool, key: jax.Array | None) -> EncoderOutput:
+    def _encode(
+        self,
+        images: jax.Array,
+        *,
+        train: bool,
+        key: jax.Array | None,  # noqa: ARG002  # there is no dropout
+    ) -> EncoderOutput:
         *_, last = self._maps(images, train)
         tokens = _rows(last)
         return EncoderOutput(tokens, jnp.mean(tokens, axis=1))
 
     def _tokens_at(self, layer: str, images: jax.Array) -> jax.Array:
-        for name, found in zip(self.layers, self._maps(images, train=False), strict=False):
+        for name, feature_map in zip(self.layers, self._maps(images, train=False), strict=False):
             if name == layer:
-                return _rows(found)
+                return _rows(feature_map)
         raise KeyError(layer)
 
 
 def imagenet(images: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """[..., 3] in [-1, 1] -> as networks of ImageNet take them.
+    """Normalize images [..., 3] in [-1, 1] as ImageNet models expect.
 
-    The first convolution could not do this along with its own work, as a ViT's can: its padding is
-    zeros behind the normalisation.
+    Unlike a ViT's patch embedding, the first convolution cannot absorb the normalization, because
+    it pads with zeros after it.
     """
     unit = (images.astype(jnp.float32) + 1) / 2
     return ((unit - jnp.array(MEAN)) / jnp.array(STD)).astype(dtype)
 
 
 def convolution(
-    inputs: int,
-    outputs: int,
+    channels: tuple[int, int],
     kernel: int,
     *,
     stride: int = 1,
@@ -73,10 +80,19 @@ def convolution(
     dtype: jnp.dtype,
     rngs: nnx.Rngs,
 ) -> nnx.Conv:
-    """A convolution with a square kernel, and `padding` zeros on each side, as torch has it."""
+    """Return a convolution with a square kernel and `padding` zeros on each side, as in torch.
+
+    Args:
+        channels: Input and output channels.
+        kernel: Side of the kernel.
+        stride: Stride in both directions.
+        padding: Zeros on each side.
+        bias: Whether there is a bias.
+        dtype: Computation dtype.
+        rngs: Random keys for the parameters.
+    """
     return nnx.Conv(
-        inputs,
-        outputs,
+        *channels,
         (kernel, kernel),
         strides=stride,
         padding=((padding, padding),) * 2,
@@ -95,11 +111,11 @@ def convolved(
     padding: Sequence[tuple[int, int]],
     **kwargs: Any,
 ) -> jax.Array:
-    """What `jax.lax.conv_general_dilated` gives, of x [B, H, W, D] and kernel [h, w, D, D'].
+    """Compute `jax.lax.conv_general_dilated` of x [B, H, W, D] and kernel [h, w, D, D'].
 
-    Where the kernel is larger than the map it makes, as in the last stage of small images, it is a
-    matrix product: XLA's compiler for CPUs exchanges the two there, in one of the passes, which
-    takes ten times as long.
+    If the kernel is larger than the output map, as in the last stage on small images, the
+    convolution is computed as a matrix product. XLA's CPU compiler would swap kernel and map in one
+    of the passes, which takes ten times as long.
     """
     ends = [
         size + sum(pads) - side
@@ -113,25 +129,29 @@ def convolved(
         [slice(n, n + stride * (count - 1) + 1, stride) for n in range(side)]
         for side, stride, count in zip(kernel.shape, strides, counts, strict=False)
     )
-    seen = [x[:, row, column] for row in rows for column in columns]
-    return jnp.concatenate(seen, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
+    patches = [x[:, row, column] for row in rows for column in columns]
+    return jnp.concatenate(patches, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
 
 
 class BatchNorm(nnx.BatchNorm):
-    """Batch normalisation with the constants of torch: momentum 0.1 (of the new), epsilon 1e-5.
+    """Batch normalization with torch's constants: momentum 0.1 (of the new value), epsilon 1e-5.
 
-    As there, the running variance is of the unbiased estimate. A batch is the global one, however
-    it lies on the mesh. Statistics are float32, as is what is computed from them.
+    As in torch, the running variance uses the unbiased estimate. Statistics are those of the global
+    batch, however it is sharded. Statistics and normalization are computed in float32.
+
+    Args:
+        width: number of channels.
+        affine: whether there is a learned scale and shift.
+        rngs: required by `nnx.BatchNorm`.
 
     Attributes:
-      frozen: whether it computes as in evaluation in training, too, its statistics unmoved;
-        `learners.build` sets it.
+        frozen: Whether to compute as in evaluation during training, too, without updating the
+            statistics. Set by `learners.build`.
     """
 
     frozen = False
 
     def __init__(self, width: int, *, affine: bool = True, rngs: nnx.Rngs):
-        """`affine`: whether it learns a scale and a shift."""
         super().__init__(
             width,
             momentum=0.9,
@@ -142,8 +162,8 @@ class BatchNorm(nnx.BatchNorm):
             rngs=rngs,
         )
 
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """x [..., D] -> [..., D]; statistics are over all other axes."""
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:  # type: ignore[override]  # torch
+        """Normalize x [..., D] with statistics over all axes but the last."""
         train = train and not self.frozen
         kept = self.momentum * self.var[...]
         y = super().__call__(x, use_running_average=not train)
@@ -154,20 +174,20 @@ class BatchNorm(nnx.BatchNorm):
 
 
 def max_pool(x: jax.Array, *, padding: int = 0) -> jax.Array:
-    """[B, H, W, D]: the largest of 3 x 3, every second; beyond the edges there is nothing.
+    """Max-pool x [B, H, W, D] with window 3 x 3 and stride 2, padding with -inf.
 
-    Rows first, then columns, of slices: the gradient of `nnx.max_pool` is several times as slow on
-    CPUs. Where the largest are equal, they share the gradient.
+    It takes the maximum of slices, first over rows, then over columns, because the gradient of
+    `nnx.max_pool` is several times as slow on CPUs. Equal maxima share the gradient.
     """
     edges = (padding, padding)
     x = jnp.pad(x, ((0, 0), edges, edges, (0, 0)), constant_values=-jnp.inf)
     for axis in (1, 2):
-        end = x.shape[axis] - 2  # of the windows' beginnings
+        end = x.shape[axis] - 2  # of the first element of each window
         parts = (jax.lax.slice_in_dim(x, n, end + n, 2, axis) for n in range(3))
         x = functools.reduce(jnp.maximum, parts)
     return x
 
 
 def _rows(x: jax.Array) -> jax.Array:
-    """[B, H, W, D] -> [B, H * W, D]."""
+    """Flatten [B, H, W, D] to [B, H * W, D]."""
     return x.reshape(len(x), -1, x.shape[-1])

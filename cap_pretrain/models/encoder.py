@@ -1,4 +1,4 @@
-"""What an image encoder is, whatever it is made of."""
+"""Base class of all image encoders."""
 
 from collections.abc import Mapping
 
@@ -13,14 +13,16 @@ COLOURS = ("rgb", "lightness")
 
 
 class ImageEncoder(nnx.Module):
-    """Images in, tokens and one pooled vector out.
+    """A network that maps images to tokens and one pooled vector.
+
+    Subclasses implement `_encode` and `_tokens_at`.
 
     Attributes:
-      width: D, of tokens and pooled vector.
-      layers: those whose output `tokens_at` gives, first to last: the width of each by its name.
-      frozen: whether it computes as in evaluation in training, too; `learners.build` sets it.
-      colours: what it sees of images, one of COLOURS: all, or "lightness", the gray of the same
-        lightness in all three channels, whatever it is given; `build_encoder` sets it.
+        width: D, width of the tokens and the pooled vector.
+        layers: Widths of the layers that `tokens_at` accepts, by name, from first to last.
+        frozen: Whether to compute as in evaluation during training, too. Set by `learners.build`.
+        colours: Colors that the encoder sees, one of COLOURS: "rgb", or "lightness", which replaces
+            each pixel by the gray of the same lightness. Set by `build_encoder`.
     """
 
     width: int
@@ -31,12 +33,15 @@ class ImageEncoder(nnx.Module):
     def __call__(
         self, images: jax.Array, *, train: bool = False, key: jax.Array | None = None
     ) -> EncoderOutput:
-        """images [B, H, W, 3] float in [-1, 1] -> tokens [B, N, D], pooled [B, D].
+        """Encode images.
 
         Args:
-          images: normalised.
-          train: whether to compute as in training, with dropout and the batch's own statistics.
-          key: for what is random then; None leaves it out.
+            images: float [B, H, W, 3] in [-1, 1].
+            train: Whether to use dropout and batch statistics.
+            key: Random key for dropout in training. None disables dropout.
+
+        Returns:
+            tokens [B, N, D] and pooled [B, D].
         """
         train = train and not self.frozen
         return self._encode(self._seen(images), train=train, key=key if train else None)
@@ -45,7 +50,7 @@ class ImageEncoder(nnx.Module):
         raise NotImplementedError
 
     def tokens_at(self, layer: str, images: jax.Array) -> jax.Array:
-        """images as for `__call__` -> [B, N, D'] as they leave a layer; those above do not run."""
+        """Return the output [B, N, D'] of a layer, without computing later layers."""
         return self._tokens_at(layer, self._seen(images))
 
     def _tokens_at(self, layer: str, images: jax.Array) -> jax.Array:

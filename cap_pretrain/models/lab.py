@@ -1,14 +1,15 @@
-"""Colours as CIE L*a*b* and as a distribution over bins of the ab plane (Zhang et al. 2016).
+"""Colors as CIE L*a*b* and as distributions over bins of the ab plane (Zhang et al. 2016).
 
-L is lightness, 0 to 100; a (green to red) and b (blue to yellow) are colour, both 0 for gray. Zhang
-et al. ("Colorful Image Colorization", 1603.08511, section 2.1) cut the ab plane into squares of
-side 10 and predict which of them a pixel is in. Of these there are as many as occur: here those in
-which there is any colour of sRGB, 261. They count 313; which those are, no simple rule gives.
+L is lightness, from 0 to 100. a (green to red) and b (blue to yellow) are color, both 0 for gray.
+Zhang et al. ("Colorful Image Colorization", 1603.08511, section 2.1) divide the ab plane into
+squares of side 10 and predict the square of a pixel. Only squares that occur are used: here the 261
+that contain any color of sRGB. The authors use 313, which no simple rule reproduces.
 
-Conversions take arrays of numpy or JAX and compute in that library and in the precision they get.
+The conversions accept numpy and JAX arrays, and compute in that library and in the input precision.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,41 +25,41 @@ XYZ = np.array(
 )
 # XYZ of that white (CIE 1931, 2 degrees).
 WHITE = np.array([0.95047, 1.0, 1.08883])
-# Where the cube root of CIE 1976 becomes a straight line.
+# Below this value, CIE 1976 replaces the cube root by a linear function.
 _KNEE = 6 / 29
 
 STEP = 10
-"""Side of a bin (Zhang et al. 2016, section 2.1)."""
+"""Side of a bin in ab units (Zhang et al. 2016, section 2.1)."""
 
 BINS = 261
-"""How many bins there are, Q."""
+"""Number of bins, Q."""
 
 NEIGHBOURS, SIGMA = 10, 5.0
-"""A colour is shared out to so many bins, by a Gaussian of so many units (section 2.1)."""
+"""Number of bins of the soft encoding, and its Gaussian's width in ab units (section 2.1)."""
 
 TEMPERATURE = 0.38
-"""Of the annealed mean (section 2.3)."""
+"""Temperature of the annealed mean (section 2.3)."""
 
 
-def decode_srgb(rgb):
-    """sRGB in [0, 1] -> linear, in [0, 1] (IEC 61966-2-1)."""
+def decode_srgb(rgb: Any) -> Any:
+    """Convert sRGB in [0, 1] to linear RGB in [0, 1] (IEC 61966-2-1)."""
     xp = rgb.__array_namespace__()
     power = ((xp.maximum(rgb, 0.04045) + 0.055) / 1.055) ** 2.4
     return xp.where(rgb <= 0.04045, rgb / 12.92, power)
 
 
-def encode_srgb(linear):
-    """Linear in [0, 1] -> sRGB in [0, 1]; what lies outside is cut."""
+def encode_srgb(linear: Any) -> Any:
+    """Convert linear RGB to sRGB in [0, 1], clipping values outside [0, 1]."""
     xp = linear.__array_namespace__()
     linear = xp.clip(linear, 0, 1)
     root = xp.maximum(linear, 0.0031308) ** (1 / 2.4)
     return xp.where(linear <= 0.0031308, linear * 12.92, 1.055 * root - 0.055)
 
 
-def lab(rgb):
-    """sRGB [..., 3] in [0, 1] -> L*a*b* [..., 3] under D65 (CIE 1976)."""
+def lab(rgb: Any) -> Any:
+    """Convert sRGB [..., 3] in [0, 1] to L*a*b* [..., 3] under D65 (CIE 1976)."""
     xp = rgb.__array_namespace__()
-    # Three products and two sums: matrix units of accelerators would round to bfloat16.
+    # An explicit sum of products: the matrix units of accelerators would round to bfloat16.
     linear = decode_srgb(rgb)[..., None, :]
     xyz = (linear * xp.asarray(XYZ / WHITE[:, None], dtype=rgb.dtype)).sum(-1)
     root = xp.cbrt(xp.maximum(xyz, _KNEE**3))
@@ -67,8 +68,8 @@ def lab(rgb):
     return xp.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=-1)
 
 
-def rgb(lab):
-    """L*a*b* [..., 3] -> sRGB [..., 3] in [0, 1]; colours that sRGB has not are cut to it."""
+def rgb(lab: Any) -> Any:
+    """Convert L*a*b* [..., 3] to sRGB [..., 3] in [0, 1], clipping colors outside its gamut."""
     xp = lab.__array_namespace__()
     y = (lab[..., 0] + 16) / 116
     f = xp.stack([y + lab[..., 1] / 500, y, y - lab[..., 2] / 200], axis=-1)
@@ -77,10 +78,10 @@ def rgb(lab):
     return encode_srgb((xyz[..., None, :] * inverse).sum(-1))
 
 
-def gray(rgb):
-    """sRGB [..., 3] in [0, 1] -> the gray of the same lightness L, as sRGB [..., 3].
+def gray(rgb: Any) -> Any:
+    """Return the gray of the same lightness L as sRGB [..., 3] in [0, 1], as sRGB [..., 3].
 
-    It holds L and nothing else, and a gray image stays as it is.
+    The result contains only L. A gray image is unchanged.
     """
     xp = rgb.__array_namespace__()
     luminance = (decode_srgb(rgb) * xp.asarray(XYZ[1] / XYZ[1].sum(), dtype=rgb.dtype)).sum(-1)
@@ -89,11 +90,11 @@ def gray(rgb):
 
 @functools.cache
 def bins() -> np.ndarray:
-    """The centres of the bins: float32 [Q, 2], multiples of STEP, in the order of a, then b.
+    """Return the bin centers float32 [Q, 2], multiples of STEP, sorted by a, then b.
 
-    Those to which a colour of sRGB is nearest, of any lightness. It is enough to look at the faces
-    of the cube of RGB, as a line of equal ab that meets the cube also meets a face, and there at
-    every third of 256 levels: all of them give the same.
+    The bins are those nearest to some color of sRGB, of any lightness. It suffices to sample the
+    faces of the RGB cube, because a line of constant ab that meets the cube also meets a face.
+    Every third of 256 levels suffices: sampling all of them gives the same bins.
     """
     side = np.arange(0, 256, 3) / 255
     free = np.stack(np.meshgrid(side, side), axis=-1).reshape(-1, 2)
@@ -102,50 +103,52 @@ def bins() -> np.ndarray:
     return STEP * np.unique(nearest + 0.0, axis=0).astype(np.float32)
 
 
-def nearest_bin(ab):
-    """ab [..., 2] -> int [...], the number of the nearest bin."""
+def nearest_bin(ab: Any) -> Any:
+    """Return the index of the nearest bin, int [...], of colors ab [..., 2]."""
     xp = ab.__array_namespace__()
     return xp.argmin(_squares(ab), axis=-1)
 
 
 def encode(ab: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """ab [..., 2] -> numbers and shares of its nearest bins, [..., NEIGHBOURS], nearest first.
+    """Return the soft encoding of colors ab [..., 2].
 
-    The shares of a colour add up to 1.
+    Returns:
+        Indices and probabilities of the nearest bins, [..., NEIGHBOURS] each, nearest first. The
+        probabilities of a color sum to 1.
     """
     squares, numbers = jax.lax.top_k(-_squares(ab), NEIGHBOURS)
     return numbers, jax.nn.softmax(squares / (2 * SIGMA**2), axis=-1)
 
 
 def annealed_mean(logits: jax.Array, temperature: float = TEMPERATURE) -> jax.Array:
-    """Logits [..., Q] -> ab [..., 2]: the mean of the distribution after it is sharpened."""
-    shares = jax.nn.softmax(logits / temperature, axis=-1)
-    return jnp.matmul(shares, bins(), precision="highest")
+    """Return the mean color ab [..., 2] of logits [..., Q], sharpened by the temperature."""
+    probabilities = jax.nn.softmax(logits / temperature, axis=-1)
+    return jnp.matmul(probabilities, bins(), precision="highest")
 
 
 def weights(counts: np.ndarray, uniform: float = 0.5) -> np.ndarray:
-    """How much a colour of each bin counts, so that rare ones are learned, too (section 2.2).
+    """Return loss weights of the bins that balance rare and frequent colors (section 2.2).
 
-    Inverse to its share, smoothed by the Gaussian of the encoding and mixed with even shares, and 1
-    on average.
+    The weights are inverse to the empirical distribution, smoothed by the Gaussian of the encoding
+    and mixed with the uniform distribution. Their mean under the smoothed distribution is 1.
 
     Args:
-      counts: [Q], how many colours were seen of each bin.
-      uniform: how much of the mixture are even shares; lambda in the paper.
+        counts: [Q], number of colors in each bin.
+        uniform: Weight of the uniform distribution in the mixture; lambda in the paper.
 
     Returns:
-      float32 [Q].
+        float32 [Q].
     """
     kernel = np.exp(-_squares(bins().astype(np.float64)) / (2 * SIGMA**2))
-    shares = (counts / np.sum(counts)) @ (kernel / kernel.sum(1, keepdims=True))
-    found = 1 / ((1 - uniform) * shares + uniform / len(counts))
-    return (found / np.sum(shares * found)).astype(np.float32)
+    smoothed = (counts / np.sum(counts)) @ (kernel / kernel.sum(1, keepdims=True))
+    inverse = 1 / ((1 - uniform) * smoothed + uniform / len(counts))
+    return (inverse / np.sum(smoothed * inverse)).astype(np.float32)
 
 
 def area_means(side: int, cells: int) -> np.ndarray:
-    """float32 [cells, side]: the matrix that averages `side` numbers over cells of equal length.
+    """Return the matrix float32 [cells, side] that averages `side` numbers over equal cells.
 
-    A number on the border of two cells counts for both by how much of it is in each.
+    A number on the border of two cells contributes to both in proportion to its overlap.
     """
     edges = np.arange(cells + 1) * (side / cells)
     ends = np.minimum(edges[1:, None], np.arange(1, side + 1))
@@ -153,7 +156,7 @@ def area_means(side: int, cells: int) -> np.ndarray:
     return (inside * (cells / side)).astype(np.float32)
 
 
-def _squares(ab):
-    """ab [..., 2] -> squared distances to all bins, [..., Q]."""
-    centres = bins().astype(ab.dtype)
-    return (ab[..., None, 0] - centres[:, 0]) ** 2 + (ab[..., None, 1] - centres[:, 1]) ** 2
+def _squares(ab: Any) -> Any:
+    """Return the squared distances [..., Q] of colors ab [..., 2] to all bins."""
+    centers = bins().astype(ab.dtype)
+    return (ab[..., None, 0] - centers[:, 0]) ** 2 + (ab[..., None, 1] - centers[:, 1]) ** 2

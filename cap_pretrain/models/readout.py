@@ -1,4 +1,4 @@
-"""What probes read of an encoder: one vector an image, of any layer."""
+"""Features that probes read from an encoder: one vector per image, from any layer."""
 
 import jax
 import jax.numpy as jnp
@@ -10,24 +10,35 @@ POOLED, TOKENS = "pooled", "tokens"
 
 
 def width(encoder: ImageEncoder, layer: str) -> int:
-    """D of what `read` gives; arguments and errors as there."""
-    known = dict.fromkeys((POOLED, TOKENS), encoder.width) | encoder.layers
+    """Return the width D of the result of `read`, with its arguments and errors."""
+    known = dict.fromkeys((POOLED, TOKENS), encoder.width) | dict(encoder.layers)
     if layer not in known:
         raise UserError(f"the encoder has no layer {layer!r}.{did_you_mean(layer, known)}")
     return known[layer]
 
 
-def read(encoder: ImageEncoder, layer: str, images: jax.Array, *, train: bool = False, key=None):
-    """images [B, H, W, 3] in [-1, 1] -> float32 [B, D].
+def read(
+    encoder: ImageEncoder,
+    layer: str,
+    images: jax.Array,
+    *,
+    train: bool = False,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """Compute one vector per image.
 
     Args:
-      encoder: what is read of.
-      layer: "pooled"; "tokens", their mean; or one of the encoder's `layers`, its mean.
-      images: normalised.
-      train, key: for the encoder; a layer below the last is read as in evaluation.
+        encoder: The encoder to read from.
+        layer: "pooled"; "tokens" (their mean); or one of the encoder's `layers` (its mean).
+        images: float [B, H, W, 3] in [-1, 1].
+        train: Whether the encoder is in training mode. Named layers always use evaluation mode.
+        key: Random key for dropout in training.
+
+    Returns:
+        float32 [B, D].
 
     Raises:
-      UserError: the encoder has no such layer.
+        UserError: The encoder has no such layer.
     """
     width(encoder, layer)  # raises
     if layer == POOLED:

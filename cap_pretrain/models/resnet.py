@@ -1,9 +1,10 @@
-"""ResNets (He et al. 2015, 1512.03385) as torchvision has them.
+"""ResNets (He et al. 2015, 1512.03385) as in torchvision.
 
-That is "v1.5": of a bottleneck, the 3 x 3 convolution has the stride, not the first 1 x 1.
+This is "v1.5": the stride of a bottleneck is in its 3 x 3 convolution, not in the first 1 x 1.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 from flax import nnx
@@ -12,18 +13,27 @@ from cap_pretrain.models.convnet import BatchNorm, ConvNet, convolution, imagene
 from cap_pretrain.models.layers import Compute, constrain
 from cap_pretrain.models.sizes import Stages
 
-# What the images enter by: the side of the kernel, its stride, whether a max pooling follows.
-# "imagenet" leaves a quarter of each side. "small" leaves all, for images as of CIFAR (Chen et al.
-# 2020, 2002.05709, appendix B.9).
+# First convolution: side of the kernel, stride, and whether max pooling follows. "imagenet" reduces
+# each side to a quarter. "small" keeps the resolution, for images as in CIFAR (Chen et al. 2020,
+# 2002.05709, appendix B.9).
 STEMS = {"imagenet": (7, 2, True), "small": (3, 1, False)}
 
 
 class Unit(nnx.Module):
-    """A convolution, as much padding as leaves the size (but for the stride), and a BatchNorm."""
+    """A convolution with "same" padding, followed by BatchNorm.
 
-    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, **kwargs):
+    Args:
+        inputs: input channels.
+        outputs: output channels.
+        kernel: side of the kernel.
+        stride: stride of the convolution.
+        **kwargs: dtype and rngs.
+    """
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, **kwargs: Any):
         self.conv = convolution(
-            *(inputs, outputs, kernel),
+            (inputs, outputs),
+            kernel,
             stride=stride,
             padding=kernel // 2,
             bias=False,
@@ -32,21 +42,22 @@ class Unit(nnx.Module):
         self.norm = BatchNorm(outputs, rngs=kwargs["rngs"])
 
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Map x [B, H, W, inputs] to [B, H / stride, W / stride, outputs]."""
         return self.norm(self.conv(x), train=train)
 
 
 class Block(nnx.Module):
-    """Two 3 x 3 convolutions, or three as a bottleneck, and what they are added to.
+    """A residual block of two 3 x 3 convolutions, or of three convolutions as a bottleneck.
 
     Args:
-      inputs: channels that come in.
-      width: channels of the 3 x 3 convolution; a bottleneck gives four times as many.
-      stride: of the block.
-      bottleneck: whether it is one.
-      kwargs: dtype and rngs.
+        inputs: input channels.
+        width: channels of the 3 x 3 convolution; a bottleneck has four times as many outputs.
+        stride: stride of the block.
+        bottleneck: whether it is a bottleneck.
+        **kwargs: dtype and rngs.
     """
 
-    def __init__(self, inputs: int, width: int, stride: int, *, bottleneck: bool, **kwargs):
+    def __init__(self, inputs: int, width: int, stride: int, *, bottleneck: bool, **kwargs: Any):
         if bottleneck:
             outputs = 4 * width
             self.unit_1 = Unit(inputs, width, 1, **kwargs)
@@ -61,7 +72,7 @@ class Block(nnx.Module):
             self.shortcut = Unit(inputs, outputs, 1, stride, **kwargs)
 
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """x [B, H, W, inputs] -> [B, H / stride, W / stride, outputs]."""
+        """Map x [B, H, W, inputs] to [B, H / stride, W / stride, outputs]."""
         y = self.unit_2(nnx.relu(self.unit_1(x, train)), train)
         if self.bottleneck:
             y = self.unit_3(nnx.relu(y), train)
@@ -69,9 +80,17 @@ class Block(nnx.Module):
 
 
 class Stage(nnx.Module):
-    """Blocks of one width, of which the first may have a stride: block_1, block_2, …"""
+    """A sequence of blocks of one width, named block_1, block_2 and so on.
 
-    def __init__(self, inputs: int, width: int, stride: int, *, depth: int, **kwargs):
+    Args:
+        inputs: input channels.
+        width: width of the blocks.
+        stride: stride of the first block.
+        depth: number of blocks.
+        **kwargs: bottleneck, dtype and rngs.
+    """
+
+    def __init__(self, inputs: int, width: int, stride: int, *, depth: int, **kwargs: Any):
         outputs = 4 * width if kwargs["bottleneck"] else width
         self.names = tuple(f"block_{n + 1}" for n in range(depth))
         for n, name in enumerate(self.names):
@@ -79,6 +98,7 @@ class Stage(nnx.Module):
             setattr(self, name, Block(*(outputs, width, 1) if n else first, **kwargs))
 
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Map x [B, H, W, inputs] to [B, H / stride, W / stride, outputs]."""
         for name in self.names:
             x = getattr(self, name)(x, train)
         return x
@@ -88,9 +108,9 @@ class ResNet(ConvNet):
     """A ResNet without its classifier; its layers are stage_1 to stage_4.
 
     Args:
-      stages: see `Stages`.
-      stem: one of STEMS.
-      compute: of which the dtype counts.
+        stages: see `Stages`.
+        stem: one of STEMS.
+        compute: only its dtype is used.
     """
 
     def __init__(self, stages: Stages, *, stem: str, compute: Compute, rngs: nnx.Rngs):
@@ -110,11 +130,13 @@ class ResNet(ConvNet):
             inputs = outputs
 
     @property
-    def width(self) -> int:
+    def width(self) -> int:  # type: ignore[override]  # read-only here
+        """Channels of the last stage."""
         return self.stages.width
 
     @property
-    def layers(self) -> dict[str, int]:
+    def layers(self) -> dict[str, int]:  # type: ignore[override]  # read-only here
+        """Channels of each stage, by name."""
         return {f"stage_{n + 1}": width for n, width in enumerate(self.stages.widths)}
 
     def _maps(self, images: jax.Array, train: bool) -> Iterator[jax.Array]:

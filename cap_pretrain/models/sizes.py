@@ -1,4 +1,4 @@
-"""Named sizes, of transformers and of convolutional networks."""
+"""Named sizes of transformers and convolutional networks."""
 
 import dataclasses
 
@@ -7,7 +7,14 @@ from cap_pretrain.errors import UserError, did_you_mean
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """Shape of a transformer: `width` D, `depth` layers, `mlp` hidden units, attention `heads`."""
+    """Shape of a transformer.
+
+    Attributes:
+        width: D, width of the tokens.
+        depth: Number of layers.
+        mlp: Hidden units of the MLP.
+        heads: Number of attention heads.
+    """
 
     width: int
     depth: int
@@ -15,7 +22,7 @@ class Size:
     heads: int
 
 
-# mu is ours, for tests. B, L, H: Dosovitskiy et al. 2020 (2010.11929); Ti, S: Touvron et al. 2020
+# mu: ours, for tests. B, L, H: Dosovitskiy et al. 2020 (2010.11929); Ti, S: Touvron et al. 2020
 # (2012.12877); M: Tschannen et al. 2023 (2306.07915); So400m: Alabdulmohsin et al. 2023
 # (2305.13035); g: Zhai et al. 2021 (2106.04560).
 SIZES = {
@@ -33,10 +40,13 @@ SIZES = {
 
 @dataclasses.dataclass(frozen=True)
 class Stages:
-    """Shape of a ResNet: how many blocks each of its four stages has, and of which kind.
+    """Shape of a ResNet.
 
-    `base` is how many channels its first convolution and the 3 x 3 ones of its first stage have;
-    every further stage has twice as many.
+    Attributes:
+        depths: Number of blocks of each stage.
+        bottleneck: Whether the blocks are bottlenecks.
+        base: Channels of the first convolution and of the 3 x 3 convolutions of the first stage.
+            Each further stage has twice as many.
     """
 
     depths: tuple[int, int, int, int]
@@ -45,13 +55,13 @@ class Stages:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Channels that leave each stage."""
+        """Output channels of each stage."""
         first = 4 * self.base if self.bottleneck else self.base
         return tuple(first * 2**n for n in range(len(self.depths)))
 
     @property
     def width(self) -> int:
-        """Channels that leave the last."""
+        """Output channels of the last stage."""
         return self.widths[-1]
 
 
@@ -65,11 +75,15 @@ RESNETS = {
 }
 ALEXNET = "alexnet"
 CONVNETS = (*RESNETS, ALEXNET)
-STORED = "stored"  # no encoder: the dataset holds features
+STORED = "stored"  # no encoder: the dataset contains features
 
 
 def parse_name(name: str) -> tuple[Size, int]:
-    """`"B/16"` -> (the size B, patch size 16). Raises UserError for what names no ViT."""
+    """Parse the name of a ViT: `"B/16"` is (the size B, patch size 16).
+
+    Raises:
+        UserError: The name is not that of a ViT.
+    """
     variant, _, patch = name.partition("/")
     if variant not in SIZES:
         near = did_you_mean(variant, (*SIZES, *CONVNETS, STORED))

@@ -1,4 +1,6 @@
-"""An encoder that has encoded already: its images are features that another one has stored."""
+"""A stand-in encoder for datasets of stored features instead of images."""
+
+from types import MappingProxyType
 
 import jax
 
@@ -8,30 +10,34 @@ from cap_pretrain.models.layers import EncoderOutput
 
 
 class Stored(ImageEncoder):
-    """Passes stored features on (see tools/extract_features.py). It has no parameters.
+    """Returns stored features unchanged (see tools/extract_features.py). It has no parameters.
 
     Args:
-      width: D, of the features.
+        width: D, width of the features.
     """
+
+    layers = MappingProxyType({})
 
     def __init__(self, width: int):
         self.width = width
 
-    layers = {}
-
     def _encode(
-        self, images: jax.Array, *, train: bool, key: jax.Array | None = None
+        self,
+        images: jax.Array,
+        *,
+        train: bool,  # noqa: ARG002  # nothing is computed
+        key: jax.Array | None = None,  # noqa: ARG002  # nothing is computed
     ) -> EncoderOutput:
-        """images [B, 1 + N, D], the pooled vector and N tokens -> both.
+        """Split stored features [B, 1 + N, D] into the pooled vector and N tokens.
 
-        Where only the pooled vector is stored (N = 0), it is the one token, too.
+        If only the pooled vector is stored (N = 0), it also serves as the only token.
 
         Raises:
-          UserError: these are images.
+            UserError: The input is images.
         """
         if images.ndim != 3:
             raise UserError(
-                "model.name: what was learned from stored features has no encoder to see images "
-                "with; take a run that was given the encoder itself."
+                "model.name: a model trained on stored features has no encoder for images; use a "
+                "run that was trained with the encoder itself."
             )
         return EncoderOutput(images[:, 1:] if images.shape[1] > 1 else images, images[:, 0])

@@ -1,4 +1,4 @@
-"""Transformers over text: the caption decoder and the tower of the dual encoders."""
+"""Text transformers: the caption decoder and the text tower of dual encoders."""
 
 from typing import Any
 
@@ -22,24 +22,30 @@ from cap_pretrain.models.layers import (
 )
 from cap_pretrain.models.sizes import Size
 
-PAD = 0  # the padding token; it also stands before the first token of a caption
+PAD = 0  # the padding token, which also serves as the start token
 
 Cache = tuple[jax.Array, Any]
 
 
 def embed(embedding: nnx.Embed, tokens: jax.Array, compute: Compute) -> jax.Array:
-    """The embeddings [B, T, D] of tokens int32 [B, T]."""
+    """Return the embeddings [B, T, D] of tokens int32 [B, T]."""
     if not compute.deterministic:
         return embedding(tokens)
     return rows_of(embedding.embedding[...].astype(compute.dtype), tokens)
 
 
 class DecoderBlock(nnx.Module):
-    """Pre-norm self-attention, cross-attention and MLP, without biases."""
+    """Pre-norm self-attention, cross-attention and MLP, without biases.
+
+    Args:
+        size: shape of the transformer.
+        encoder_width: E, width of the encoder tokens. None is D.
+        compute: precision, kernels and dropout.
+    """
 
     def __init__(self, size: Size, *, encoder_width: int | None, compute: Compute, rngs: nnx.Rngs):
         norm = dict(use_bias=False, dtype=compute.dtype, rngs=rngs)
-        kwargs = dict(bias=False, compute=compute, rngs=rngs)
+        kwargs: dict[str, Any] = dict(bias=False, compute=compute, rngs=rngs)
         self.norm1 = nnx.LayerNorm(size.width, **norm)
         self.self_attention = Attention(size.width, size.heads, **kwargs)
         self.norm2 = nnx.LayerNorm(size.width, **norm)
@@ -53,19 +59,25 @@ class DecoderBlock(nnx.Module):
     def __call__(
         self, x: jax.Array, encoded: jax.Array, mask: jax.Array, key: jax.Array | None
     ) -> jax.Array:
-        """x [B * C, T, D], encoded [B, N, E], mask bool [B * C | 1, 1, T, T] -> [B * C, T, D].
+        """Map hidden states to hidden states, [B * C, T, D].
 
-        The C texts of an image ask it in one go, so its keys and values are made once.
+        The C texts of an image attend to it together, so its keys and values are computed once.
+
+        Args:
+            x: [B * C, T, D].
+            encoded: Encoder tokens [B, N, E].
+            mask: bool [B * C | 1, 1, T, T], True where a position attends.
+            key: Random key for dropout. None in evaluation.
         """
         k1, k2, k3 = split_optional(key, 3)
         x = constrain(x + dropout(self.self_attention(self.norm1(x), mask=mask), self.rate, k1))
         queries = self.norm2(x).reshape(len(encoded), -1, x.shape[-1])
-        seen = self.cross_attention(queries, encoded).reshape(x.shape)
-        x = constrain(x + dropout(seen, self.rate, k2))
+        context = self.cross_attention(queries, encoded).reshape(x.shape)
+        x = constrain(x + dropout(context, self.rate, k2))
         return constrain(x + dropout(self.mlp(self.norm3(x)), self.rate, k3))
 
     def attention(self, x: jax.Array, encoded: jax.Array, mask: jax.Array) -> jax.Array:
-        """How `__call__` looks at the image where there is one text for each: [B, heads, T, N]."""
+        """Return the cross-attention weights [B, heads, T, N], for one text per image."""
         x = x + self.self_attention(self.norm1(x), mask=mask)
         return self.cross_attention.weights(self.norm2(x), encoded)
 
@@ -77,17 +89,17 @@ class DecoderBlock(nnx.Module):
         own: tuple[jax.Array, jax.Array],
         cross: tuple[jax.Array, jax.Array],
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """One position of the C captions of each image.
+        """Process one position of the C captions of each image.
 
         Args:
-          x: [B, C, D].
-          mask: bool [B, 1, C, S], which of S keys each caption may see.
-          at: which layer this is, and where in S the keys of this position go.
-          own: keys and values of all layers' self-attention, [layers, …] of `for_queries`.
-          cross: keys and values of the image for this layer, of `for_queries`.
+            x: [B, C, D].
+            mask: bool [B, 1, C, S], which of the S keys each caption attends to.
+            at: Index of this layer, and index in S for the keys of this position.
+            own: Self-attention keys and values of all layers, [layers, ...] of `for_queries`.
+            cross: Keys and values of the image for this layer, of `for_queries`.
 
         Returns:
-          [B, C, D], and `own` with the keys and values of this position put in.
+            [B, C, D], and `own` updated with the keys and values of this position.
         """
         layer, start = at
         y = self.norm1(x)
@@ -96,29 +108,29 @@ class DecoderBlock(nnx.Module):
             jax.lax.dynamic_update_slice(own[0], keys[None], (layer, 0, 0, 0, start)),
             jax.lax.dynamic_update_slice(own[1], values[None], (layer, 0, 0, start, 0)),
         )
-        seen = (jax.lax.dynamic_index_in_dim(part, layer, keepdims=False) for part in own)
-        x = x + ask(self.self_attention, y, *seen, mask)
-        x = x + ask(self.cross_attention, self.norm2(x), *cross)
+        keys, values = (jax.lax.dynamic_index_in_dim(part, layer, keepdims=False) for part in own)
+        x = x + attend_cached(self.self_attention, y, keys, values, mask)
+        x = x + attend_cached(self.cross_attention, self.norm2(x), *cross)
         return x + self.mlp(self.norm3(x)), own
 
 
 def for_queries(keys: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """[B, S, heads, D / heads] each -> [B, heads, D / heads, S] and [B, heads, S, D / heads].
+    """Transpose [B, S, heads, D / heads] to [B, heads, D / heads, S] and [B, heads, S, D / heads].
 
-    As the two products of attention read them: what is asked at every position need not be turned
-    around at every position.
+    These are the layouts of the two products of attention, so decoding does not transpose the cache
+    at every position.
     """
     return keys.transpose(0, 2, 3, 1), values.transpose(0, 2, 1, 3)
 
 
-def ask(
+def attend_cached(
     attention: Attention,
     x: jax.Array,
     keys: jax.Array,
     values: jax.Array,
     mask: jax.Array | None = None,
 ) -> jax.Array:
-    """What `attention` gives to x [B, C, D], with keys and values of `for_queries`: [B, C, D]."""
+    """Apply `attention` to x [B, C, D] with keys and values of `for_queries`: [B, C, D]."""
     query = attention.query(x).reshape(*x.shape[:2], attention.heads, -1)
     weights = jnp.einsum("bchd,bhds->bhcs", query, keys, preferred_element_type=jnp.float32)
     weights = weights * query.shape[-1] ** -0.5
@@ -135,9 +147,10 @@ class Decoder(nnx.Module):
     The output layer starts at zero, keeps its bias and is not tied to the embedding.
 
     Args:
-      size: width D, depth, mlp, heads of the decoder.
-      vocab_size: V, the number of tokens that can be predicted.
-      encoder_width: E, of the encoder's tokens; None is D.
+        size: shape of the decoder.
+        vocab_size: V, number of tokens that can be predicted.
+        encoder_width: E, width of the encoder tokens. None is D.
+        compute: precision, kernels and dropout.
     """
 
     def __init__(
@@ -182,14 +195,7 @@ class Decoder(nnx.Module):
         *,
         key: jax.Array | None = None,
     ) -> jax.Array:
-        """Predicts every position at once (teacher forcing).
-
-        Args:
-          tokens, positions, encoded, mask, key: as for `states`.
-
-        Returns:
-          logits [B * C, T, V] float32.
-        """
+        """Return logits float32 [B * C, T, V] of every position; arguments as for `states`."""
         return self.to_logits(self.states(tokens, positions, encoded, mask, key=key))
 
     def states(
@@ -201,15 +207,15 @@ class Decoder(nnx.Module):
         *,
         key: jax.Array | None = None,
     ) -> jax.Array:
-        """What `to_logits` makes the logits of every position of, [B * C, T, D].
+        """Return the final hidden states [B * C, T, D], for `to_logits`.
 
         Args:
-          tokens: int32 [B * C, T] inputs, already shifted or masked; the C texts of an image (in
-            training one) lie side by side.
-          positions: [T, D] position embeddings.
-          encoded: [B, N, E] tokens of the encoder.
-          mask: bool [B * C | 1, 1, T, T], True where a position may look.
-          key: for dropout; None in evaluation.
+            tokens: Input tokens int32 [B * C, T], already shifted or masked. The C texts of an
+                image (one in training) are adjacent rows.
+            positions: Position embeddings [T, D].
+            encoded: Encoder tokens [B, N, E].
+            mask: bool [B * C | 1, 1, T, T], True where a position attends.
+            key: Random key for dropout. None in evaluation.
         """
         x = self._read(tokens, positions)
         keys, _ = layer_randomness(key, self.size.depth, self.compute)
@@ -224,48 +230,47 @@ class Decoder(nnx.Module):
         return self.norm(x)
 
     def to_logits(self, states: jax.Array) -> jax.Array:
-        """States [..., D] -> logits [..., V] float32."""
+        """Return logits float32 [..., V] of hidden states [..., D]."""
         return self.logits(states).astype(jnp.float32)
 
     def attention(
         self, tokens: jax.Array, positions: jax.Array, encoded: jax.Array, mask: jax.Array
     ) -> jax.Array:
-        """How each layer looks at the image where there is one text for each.
+        """Return the cross-attention weights of every layer, for one text per image.
 
-        Args:
-          tokens, positions, encoded, mask: as for `states`.
+        The arguments are those of `states`.
 
         Returns:
-          float32 [depth, B, heads, T, N], of which every [N] sums to 1.
+            float32 [depth, B, heads, T, N]; each row [N] sums to 1.
         """
 
         def look(block, x, _):
             return block(x, encoded, mask, None), block.attention(x, encoded, mask)
 
         x = self._read(tokens, positions)
-        kwargs = dict(depth=self.size.depth, compute=self.compute)
-        return scan_layers(self.blocks, look, x, None, **kwargs)[1]
+        depth, compute = self.size.depth, self.compute
+        return scan_layers(self.blocks, look, x, None, depth=depth, compute=compute)[1]
 
     def _read(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
-        """tokens int32 [B, T], positions [T, D] -> what the first layer reads, [B, T, D]."""
+        """Return the input [B, T, D] of the first layer: token plus position embeddings."""
         x = embed(self.embedding, tokens, self.compute)
         return constrain(x + positions.astype(x.dtype))
 
     def init_cache(self, encoded: jax.Array, length: int, beams: int = 1) -> Cache:
-        """Returns the cache of `length` positions for `beams` captions of each image.
+        """Return the decoding cache of `length` positions for `beams` captions per image.
 
-        Keys and values stay where they were written, also when captions change places in beam
-        search: what goes with a caption is only the table of where its past is.
+        Keys and values are never moved, even when beam search reorders captions. Only a table moves
+        with a caption, which says where the keys and values of its past tokens are.
 
         Args:
-          encoded: [B, N, E] tokens of the encoder.
-          length: T.
-          beams: C, captions of each image that are written at once.
+            encoded: Encoder tokens [B, N, E].
+            length: T, maximum number of tokens.
+            beams: C, number of captions per image.
 
         Returns:
-          What goes with a caption, int32 [B * C, T]: which of the C rows of its image wrote the
-          token that it has at this position, -1 before there is one. And what does not: keys and
-          values of the T * C tokens, position by position, and those of the image, once.
+            The part that moves with a caption, int32 [B * C, T]: which of the C rows of its image
+            wrote its token at each position, or -1 if there is none yet. And the shared part: keys
+            and values of the T * C tokens, ordered by position, and those of the image.
         """
         batch, heads, depth = len(encoded), self.size.heads, self.size.depth
 
@@ -281,13 +286,15 @@ class Decoder(nnx.Module):
     def step(
         self, tokens: jax.Array, position: jax.Array, positions: jax.Array, cache: Cache
     ) -> tuple[jax.Array, Cache]:
-        """Predicts what follows `tokens` int32 [B * C] at `position`: logits [B * C, V], cache."""
+        """Read tokens int32 [B * C] at `position`; return the next logits [B * C, V], cache."""
         writers, (own, cross) = cache
         batch = cross[0].shape[1]
         beams = len(tokens) // batch
         row = jnp.arange(beams, dtype=jnp.int32)
         writers = writers.at[:, position].set(jnp.tile(row, batch))
-        mask = writers.reshape(batch, 1, beams, -1, 1) == row  # -1, the future, is nobody
+        mask = (
+            writers.reshape(batch, 1, beams, -1, 1) == row
+        )  # -1 (future positions) matches no row
         mask = mask.reshape(batch, 1, beams, -1)
 
         x = self.embedding(tokens).reshape(batch, beams, -1)
@@ -310,11 +317,17 @@ class Decoder(nnx.Module):
 
 
 class TextTower(nnx.Module):
-    """A bidirectional text encoder that reads out at the last of its `length` positions.
+    """A bidirectional text encoder that pools the last of its `length` positions.
 
-    Padding is not masked: a text of fixed length ends in padding, whose last position serves as the
-    read-out token, as in the authors' code (big_vision `text_transformer.py`, pool "last") and in
-    SigLIP, so that weights can travel.
+    Padding is not masked. The last position of a padded text serves as the read-out token, as in
+    the authors' code (big_vision `text_transformer.py`, pool "last") and in SigLIP, so weights can
+    be converted.
+
+    Args:
+        size: shape of the transformer.
+        vocab_size: number of tokens.
+        length: T, number of positions.
+        compute: precision, kernels and dropout.
     """
 
     def __init__(
@@ -342,7 +355,7 @@ class TextTower(nnx.Module):
     def __call__(
         self, text: jax.Array, *, train: bool = False, key: jax.Array | None = None
     ) -> jax.Array:
-        """text int32 [B, T] -> [B, D]."""
+        """Encode text int32 [B, T] as vectors [B, D]."""
         x = embed(self.embedding, text, self.compute)
         x = constrain(x + self.positions[...].astype(x.dtype))
         key = key if train else None

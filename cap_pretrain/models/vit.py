@@ -1,10 +1,12 @@
-"""The Vision Transformer: patches, learned position embedding, final LayerNorm.
+"""The Vision Transformer: patches, learned position embeddings, final LayerNorm.
 
-By default as the paper has it, without a class token; its options make it the ViT of CLIP, of
-SigLIP or of the original paper (Dosovitskiy et al. 2020), so that weights can travel (see convert).
+The default is that of the captioning paper, without a class token. Options turn it into the ViT of
+CLIP, of SigLIP or of the original paper (Dosovitskiy et al. 2020), so weights can be converted (see
+`cap_pretrain.convert`).
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,16 +28,16 @@ from cap_pretrain.models.sizes import Size
 
 @dataclasses.dataclass(frozen=True)
 class Options(Details):
-    """In what ViTs of one size differ, besides the `Details` of their blocks.
+    """Options in which ViTs of one size differ, besides the `Details` of their blocks.
 
     Attributes:
-      pool: how the pooled vector is made: "gap", the mean of the patches' tokens; "map", attention
-        pooling; "class", the token of the class.
-      class_token: whether there is a learned token before those of the patches. It has no position
-        embedding of its own: another would only be added to it.
-      pre_norm: whether a LayerNorm comes before the first block (CLIP).
-      final_norm: what the last LayerNorm is applied to: "tokens", of which one is pooled then, or
-        "pooled" (CLIP), so that the tokens are as the last block leaves them.
+        pool: Pooling: "gap", the mean of the patch tokens; "map", attention pooling; "class", the
+            class token.
+        class_token: Whether there is a learned token before the patch tokens. It has no position
+            embedding, which would only be added to it.
+        pre_norm: Whether there is a LayerNorm before the first block (CLIP).
+        final_norm: Input of the last LayerNorm: "tokens", which are then pooled, or "pooled"
+            (CLIP), so that the tokens are the output of the last block.
     """
 
     pool: str = "gap"
@@ -45,10 +47,16 @@ class Options(Details):
 
 
 class MapHead(nnx.Module):
-    """Multi-head attention pooling (Zhai et al. 2021): a learned query attends to the tokens."""
+    """Multi-head attention pooling (Zhai et al. 2021): a learned query attends to the tokens.
+
+    Args:
+        size: shape of the transformer.
+        details: activation and epsilon.
+        compute: precision and kernels.
+    """
 
     def __init__(self, size: Size, *, details: Details, compute: Compute, rngs: nnx.Rngs):
-        kwargs = dict(compute=compute, rngs=rngs)
+        kwargs: dict[str, Any] = dict(compute=compute, rngs=rngs)
         self.probe = nnx.Param(XAVIER(rngs.params(), (1, size.width)))
         self.attention = Attention(size.width, size.heads, bias=True, **kwargs)
         self.norm = nnx.LayerNorm(
@@ -57,29 +65,32 @@ class MapHead(nnx.Module):
         self.mlp = Mlp(size.width, size.mlp, bias=True, activation=details.activation, **kwargs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """tokens [B, N, D] -> [B, D]."""
+        """Pool tokens [B, N, D] to [B, D]."""
         probe = jnp.broadcast_to(self.probe[...], (len(tokens), *self.probe.shape))
         x = self.attention(probe.astype(tokens.dtype), tokens)
         return (x + self.mlp(self.norm(x)))[:, 0]
 
 
-def resample_positions(positions: jax.Array, old: tuple[int, int], new: tuple[int, int]):
-    """Resizes a grid of position embeddings [H * W, D] to another grid (bilinear, antialiased)."""
+def resample_positions(
+    positions: jax.Array, old: tuple[int, int], new: tuple[int, int]
+) -> jax.Array:
+    """Resize position embeddings [H * W, D] from an old to a new grid (bilinear, antialiased)."""
     grid = positions.reshape(*old, -1)
     return jax.image.resize(grid, (*new, grid.shape[-1]), "bilinear").reshape(-1, grid.shape[-1])
 
 
 class ViT(ImageEncoder):
-    """A ViT; its layers are block_1, block_2, …
+    """A Vision Transformer; its layers are block_1, block_2 and so on.
 
-    The tokens are those of the patches, row by row, after that of the class if there is one.
+    The tokens are the optional class token, then the patch tokens in row-major order.
 
     Args:
-      size: width, depth, mlp, heads.
-      patch: patch size in pixels.
-      image_size: side of the (square) images the position embedding is made for; other sizes
-        that are multiples of `patch` are accepted and get a resampled embedding.
-      options: see `Options`.
+        size: shape of the transformer.
+        patch: patch size in pixels.
+        image_size: side in pixels of the square images for the position embeddings. Images of other
+            sizes that are multiples of `patch` get resampled position embeddings.
+        options: see `Options`.
+        compute: precision, kernels and dropout.
     """
 
     def __init__(
@@ -92,8 +103,8 @@ class ViT(ImageEncoder):
         compute: Compute,
         rngs: nnx.Rngs,
     ):
-        norm = dict(epsilon=options.norm_eps, dtype=compute.dtype, rngs=rngs)
-        kwargs = dict(details=options, compute=compute, rngs=rngs)
+        norm: dict[str, Any] = dict(epsilon=options.norm_eps, dtype=compute.dtype, rngs=rngs)
+        kwargs: dict[str, Any] = dict(details=options, compute=compute, rngs=rngs)
         self.patch_embedding = nnx.Linear(
             patch * patch * 3, size.width, dtype=compute.dtype, rngs=rngs
         )
@@ -111,7 +122,13 @@ class ViT(ImageEncoder):
         self.size, self.patch, self.grid, self.options = size, patch, grid, options
         self.compute = compute
 
-    def _encode(self, images: jax.Array, *, train: bool, key: jax.Array | None) -> EncoderOutput:
+    def _encode(
+        self,
+        images: jax.Array,
+        *,
+        train: bool,  # noqa: ARG002  # `key` decides
+        key: jax.Array | None,
+    ) -> EncoderOutput:
         x = self._embed(images)
         x = run_encoder_blocks(self.blocks, x, key, depth=self.size.depth, compute=self.compute)
         if self.options.final_norm == "pooled":
@@ -120,11 +137,13 @@ class ViT(ImageEncoder):
         return EncoderOutput(tokens, self._pool(tokens))
 
     @property
-    def width(self) -> int:
+    def width(self) -> int:  # type: ignore[override]  # read-only here
+        """Width of the tokens and the pooled vector."""
         return self.size.width
 
     @property
-    def layers(self) -> dict[str, int]:
+    def layers(self) -> dict[str, int]:  # type: ignore[override]  # read-only here
+        """Width of each block's output, by name."""
         return {f"block_{n + 1}": self.width for n in range(self.size.depth)}
 
     def _tokens_at(self, layer: str, images: jax.Array) -> jax.Array:
@@ -135,16 +154,17 @@ class ViT(ImageEncoder):
         return run_encoder_blocks(first, x, None, depth=depth, compute=self.compute)
 
     def _embed(self, images: jax.Array) -> jax.Array:
-        """images [B, H, W, 3] -> what the first block reads, [B, N, D]."""
+        """Return the input [B, N, D] of the first block for images [B, H, W, 3]."""
         x = self.patch_embedding(self._patchify(images.astype(self.compute.dtype)))
-        x = x + self._positions(images.shape[1:3]).astype(x.dtype)
+        _, height, width, _ = images.shape
+        x = x + self._positions(height, width).astype(x.dtype)
         if self.options.class_token:
             token = self.class_token[...].astype(x.dtype)
             x = jnp.concatenate([jnp.broadcast_to(token, (len(x), *token.shape)), x], axis=1)
         return self.pre_norm(x) if self.options.pre_norm else x
 
     def _pool(self, tokens: jax.Array) -> jax.Array:
-        """[B, N, D] -> [B, D]."""
+        """Pool tokens [B, N, D] to [B, D]."""
         if self.options.pool == "map":
             return self.head(tokens)
         if self.options.pool == "class":
@@ -153,14 +173,15 @@ class ViT(ImageEncoder):
         return jnp.mean(patches, axis=1)
 
     def _patchify(self, images: jax.Array) -> jax.Array:
-        """[B, H, W, 3] -> [B, N, patch * patch * 3], rows first: a convolution as a product."""
+        """Split [B, H, W, 3] into flat patches [B, N, patch * patch * 3] in row-major order."""
         b, h, w, c = images.shape
         p = self.patch
         x = images.reshape(b, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5)
         return x.reshape(b, (h // p) * (w // p), p * p * c)
 
-    def _positions(self, shape: tuple[int, int]) -> jax.Array:
-        new = (shape[0] // self.patch, shape[1] // self.patch)
+    def _positions(self, height: int, width: int) -> jax.Array:
+        """Return the position embeddings [N, D] for images of this size in pixels."""
+        new = (height // self.patch, width // self.patch)
         old = (self.grid, self.grid)
         positions = self.positions[...]
         return positions if new == old else resample_positions(positions, old, new)

@@ -8,7 +8,7 @@ from flax import nnx
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.captions import Captions
 from cap_pretrain.evals.inference.captioning import Captioning
-from cap_pretrain.models.decoding import beam_search
+from cap_pretrain.models.decoding import CaptionSpec, beam_search
 from tests.evals import stubs
 
 
@@ -59,7 +59,9 @@ def test_the_decoding_is_an_option(captioner):
         lambda images: beam_search(
             learner.decode_step,
             learner.init_decoding(images, 2),
-            **dict(beams=2, length_norm=0.5, batch=5, length=8, start=0, eos=eos),
+            CaptionSpec(batch=5, length=8, start=0, eos=eos),
+            beams=2,
+            length_norm=0.5,
         )
     )(images)
     captions = [context.tokenizer.decode(ids) for ids in np.asarray(tokens)]

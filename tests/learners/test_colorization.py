@@ -170,7 +170,7 @@ def test_the_token_of_the_class_has_no_place(whole):
     _, logits, _ = whole
     found = _predict(colorization_of(Patches(before=1)), IMAGES)
     np.testing.assert_allclose(found, logits, rtol=1e-5, atol=1e-5)
-    with pytest.raises(UserError, match="the 6 tokens of this encoder are no square grid"):
+    with pytest.raises(UserError, match="the 6 tokens of this encoder do not form a square grid"):
         nnx.eval_shape(lambda: colorization_of(Patches(before=2)).predict(IMAGES))
 
 

@@ -154,7 +154,7 @@ def test_orders_are_the_seeds_or_those_of_a_file(tmp_path):
     assert learner.orders == permutations.greedy(10, "min", 5)
     assert learner.head.kernel.shape == (24, 10)
     c.learner.permutations = 13
-    with pytest.raises(UserError, match="learner.permutations: 13 are more than the 12 of"):
+    with pytest.raises(UserError, match="learner.permutations: 13 is more than the 12 in"):
         tiny.abstract(c)
 
 
@@ -177,7 +177,7 @@ def test_convolutional_towers(name):
 @pytest.mark.parametrize(
     ("options", "model", "side", "told"),
     [
-        (dict(crop=64), "", 64, "learner.crop: 64 is not 3 cells of learner.cell=10; choose 30"),
+        (dict(crop=64), "", 64, "learner.crop: 64 is not 3 cells of learner.cell=10; set it to 30"),
         (dict(tile=11), "", 64, "learner.tile: 11 is not from 1 to learner.cell=10"),
         (dict(gray=1.5), "", 64, "learner.gray: 1.5"),
         (dict(dropout=1.0), "", 64, "learner.dropout: 1.0"),
@@ -186,7 +186,7 @@ def test_convolutional_towers(name):
         (dict(rule="men"), "", 64, "learner.rule: 'men' is unknown. Did you mean 'mean'"),
         (dict(permutations=1), "mu/2", 64, "permutations: 1 is not from 2 to 362,880"),
         (dict(), "mu/2", 16, "learner.crop: 30 is larger than data.image_size=16"),
-        (dict(), "mu/4", 32, "learner.tile: 6 is no multiple of the patch size of mu/4"),
+        (dict(), "mu/4", 32, "learner.tile: 6 is not a multiple of the patch size of mu/4"),
         (dict(), "alexnet", 64, "learner.tile: 6 is too small for alexnet, which needs 63"),
     ],
 )

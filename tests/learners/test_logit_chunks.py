@@ -57,7 +57,7 @@ def test_what_becomes_of_the_logits_is_the_same(learner, options, chunks):
     text = np.where(np.arange(tiny.LENGTH) % 2, BATCH["text"], np.argmax(logits, -1))
 
     def judge(learner, states):
-        nll, right = learner.judged(states, text, 0.1)
+        nll, right = learner.token_losses(states, text, 0.1)
         return jax.numpy.sum(nll * np.arange(1, 29).reshape(4, 7)), (nll, right)
 
     expected = jax.jit(value_and_grad(c, judge))(params, stats, states)

@@ -97,5 +97,5 @@ def test_the_ring_gives_the_same_on_any_layout(eight, mask):
 
 
 def test_the_ring_is_for_losses_of_single_pairs():
-    with pytest.raises(UserError, match="learner.ring: 'softmax' needs all texts"):
+    with pytest.raises(UserError, match="learner.ring: contrast='softmax' needs all texts"):
         learners.defaults("dual_encoder", contrast="softmax", ring=True)

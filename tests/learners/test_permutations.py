@@ -57,12 +57,15 @@ def test_files(tmp_path):
     assert path.read_text().splitlines()[0] == " ".join(map(str, chosen[0]))
     assert permutations.read(path) == chosen
     for text, told in (
-        ("0 1 2 3 4 5 6 7\n", "line 1 is '0 1 2 3 4 5 6 7' and not the numbers 0 to 8"),
+        (
+            "0 1 2 3 4 5 6 7\n",
+            "line 1 is '0 1 2 3 4 5 6 7', not a permutation of the numbers 0 to 8",
+        ),
         ("1 2 3 4 5 6 7 8 9\n", "line 1"),
-        ("0 1 2 3 4 5 6 7 8\n" * 2, "line 2 is line 1 again"),
+        ("0 1 2 3 4 5 6 7 8\n" * 2, "line 2 repeats line 1"),
     ):
         path.write_text(text)
         with pytest.raises(UserError, match=told):
             permutations.read(path)
-    with pytest.raises(UserError, match="nowhere: is no readable file of permutations"):
+    with pytest.raises(UserError, match="nowhere: not a readable file of permutations"):
         permutations.read(tmp_path / "nowhere")

@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 
 from cap_pretrain.errors import UserError
-from cap_pretrain.learners.recurrent import Recurrent, sampled_inputs, unevenness
-from cap_pretrain.models.decoding import beam_search, greedy
+from cap_pretrain.learners.recurrent import Recurrent, attention_penalty, sampled_inputs
+from cap_pretrain.models.decoding import CaptionSpec, beam_search, greedy
 from cap_pretrain.models.encoder import ImageEncoder
 from cap_pretrain.models.layers import Compute, EncoderOutput
 from cap_pretrain.models.recurrent import DECODERS
@@ -164,8 +164,8 @@ def test_the_penalty_of_known_weights():
     weights = jnp.asarray(np.stack([even, one, one]))
     learned = np.ones((3, 4), bool)
     learned[2, 1:] = False
-    np.testing.assert_allclose(unevenness(weights, learned, "sum"), [0, 9 + 3, 3])
-    np.testing.assert_allclose(unevenness(weights, learned, "mean"), [0, 3, 0.75])
+    np.testing.assert_allclose(attention_penalty(weights, learned, "sum"), [0, 9 + 3, 3])
+    np.testing.assert_allclose(attention_penalty(weights, learned, "mean"), [0, 3, 0.75])
 
 
 def test_the_penalty_is_that_of_the_weights_and_weighs_as_told():
@@ -202,11 +202,11 @@ def captions(split):
     """(images, beams, eos, length) -> captions; without beams greedily."""
 
     def decode(learner, images, beams, eos, length):
-        common = dict(batch=len(images), length=length, start=0, eos=eos)
+        spec = CaptionSpec(batch=len(images), length=length, start=0, eos=eos)
         if beams is None:
-            return greedy(learner.decode_step, learner.init_decoding(images), **common)
+            return greedy(learner.decode_step, learner.init_decoding(images), spec)
         cache = learner.init_decoding(images, beams)
-        return beam_search(learner.decode_step, cache, beams=beams, **common)
+        return beam_search(learner.decode_step, cache, spec, beams=beams)
 
     jitted = tiny.jitted(split, decode, static_argnums=(2, 4))
     return lambda images, beams=None, eos=-1, length=tiny.LENGTH: np.asarray(
@@ -246,10 +246,8 @@ def test_beam_search_finds_the_best_of_all_captions(kind):
     scores = (log_p * (np.arange(length) < lengths[:, None])).sum(-1) / lengths
 
     def search(learner, images):
-        common = dict(batch=len(images), length=length, start=0, eos=EOS)
-        return beam_search(
-            learner.decode_step, learner.init_decoding(images, 121), beams=121, **common
-        )
+        spec = CaptionSpec(batch=len(images), length=length, start=0, eos=EOS)
+        return beam_search(learner.decode_step, learner.init_decoding(images, 121), spec, beams=121)
 
     found = np.asarray(tiny.jitted(split, search)(images))
     for row, own in zip(found, scores, strict=True):
@@ -343,8 +341,8 @@ def test_overfits_and_greedy_decoding_returns_the_captions(kind):
     assert losses[0] > 1 and losses[-1] < 0.02
 
     def write(learner, images):
-        common = dict(batch=len(images), length=tiny.LENGTH, start=0, eos=EOS)
-        return greedy(learner.decode_step, learner.init_decoding(images), **common)
+        spec = CaptionSpec(batch=len(images), length=tiny.LENGTH, start=0, eos=EOS)
+        return greedy(learner.decode_step, learner.init_decoding(images), spec)
 
     found = tiny.jitted((graphdef, {**params, "decoder": decoder}, stats), write)(images)
     np.testing.assert_array_equal(found, text)
@@ -353,7 +351,7 @@ def test_overfits_and_greedy_decoding_returns_the_captions(kind):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"penalty": 1.0}, "learner.penalty: 1.0 is not for a decoder 'lstm'"),
+        ({"penalty": 1.0}, "learner.penalty: 1.0 is invalid for decoder='lstm'"),
         ({"decoder": "attention", "penalty": -1.0}, "learner.penalty: -1.0"),
         ({"penalty_scale": "max"}, "learner.penalty_scale: 'max' is neither 'mean' nor 'sum'"),
         ({"average": "word"}, "learner.average: 'word' is neither 'token' nor 'example'"),
@@ -369,5 +367,5 @@ def test_options_that_cannot_be_are_refused(options, message):
 def test_without_attention_there_is_nothing_to_look_at():
     split = random("gru")
     attend = tiny.jitted(split, lambda learner, *args: learner.attend(*args))
-    with pytest.raises(UserError, match="learner.decoder: a decoder 'gru' has no attention"):
+    with pytest.raises(UserError, match="learner.decoder: decoder='gru' has no attention"):
         attend(tiny.images(1), tiny.texts([3]))

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from cap_pretrain.errors import UserError
-from cap_pretrain.learners.rotation import Rotation, turned
+from cap_pretrain.learners.rotation import Rotation, rotate
 from tests import tiny
 from tests.learners.pixels import Pixels, Seen, accuracy, learned
 
@@ -28,10 +28,10 @@ def noise(count, seed):
 def test_a_turn_is_that_of_numpy_and_turning_back_gives_the_very_pixels(dtype):
     image = noise(1, 0)[0].astype(dtype)
     for turns in range(4):
-        got = np.asarray(turned(image, turns))
+        got = np.asarray(rotate(image, turns))
         assert got.dtype == dtype
         np.testing.assert_array_equal(got, np.rot90(image, turns))
-        np.testing.assert_array_equal(turned(got, -turns % 4), image)
+        np.testing.assert_array_equal(rotate(got, -turns % 4), image)
 
 
 @functools.partial(jax.jit, static_argnames=("copies", "train"))

@@ -131,7 +131,7 @@ def test_from_a_config():
         ({"temperature": 0.0}, "learner.temperature: 0.0 must be positive"),
         ({"outputs": 0}, "learner.outputs: 0 must be at least 1"),
         ({"colour": -1.0}, "learner.colour: -1.0 must not be negative"),
-        ({"size": 6}, "learner.size: 6 is no multiple of the patch size 4"),
+        ({"size": 6}, "learner.size: 6 is not a multiple of the patch size 4"),
     ],
 )
 def test_mistakes_are_told(options, said):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cap_pretrain.models.decoding import beam_search, greedy
+from cap_pretrain.models.decoding import CaptionSpec, beam_search, greedy
 from tests import tiny
 
 START, EOS, VOCAB, IMAGES = 0, 1, 5, 3
@@ -50,11 +50,11 @@ def recurrent_step(tokens, position, cache):
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _search(weights, beams, length, norm):
-    common = dict(batch=IMAGES, length=length, start=START, eos=EOS)
+    spec = CaptionSpec(batch=IMAGES, length=length, start=START, eos=EOS)
     if beams is None:
-        return greedy(recurrent_step, (jnp.zeros((IMAGES, 8)), weights), **common)
+        return greedy(recurrent_step, (jnp.zeros((IMAGES, 8)), weights), spec)
     cache = (jnp.zeros((IMAGES * beams, 8)), weights)
-    return beam_search(recurrent_step, cache, beams=beams, length_norm=norm, **common)
+    return beam_search(recurrent_step, cache, spec, beams=beams, length_norm=norm)
 
 
 def searched(decoder, *, beams, length, norm=1.0):
@@ -163,11 +163,11 @@ def scripted(probabilities, calls):
 def test_ends_when_no_caption_can_beat_the_best():
     # To end at once has the log-probability log 0.5, and what begins otherwise has less. Its mean
     # could still come to less than nothing; but after another token, three captions have ended.
-    script, common = [0.3, 0.5, 0.2], dict(batch=1, length=50, start=0, eos=EOS, beams=3)
+    script, spec = [0.3, 0.5, 0.2], CaptionSpec(batch=1, length=50, start=0, eos=EOS)
     cache = (jnp.zeros((3, 1)), ())
     for norm, asked in ((0.0, 1), (1.0, 2)):
         calls = []
-        out = beam_search(scripted(script, calls), cache, length_norm=norm, **common)
+        out = beam_search(scripted(script, calls), cache, spec, beams=3, length_norm=norm)
         jax.effects_barrier()
         np.testing.assert_array_equal(out[0, :2], [1, 0])
         assert sorted(calls) == list(range(asked))
@@ -182,7 +182,7 @@ def test_every_image_ends_on_its_own_and_the_last_ends_all():
         return jnp.where(ends[:, None], jnp.eye(4)[1], jnp.eye(4)[3]) * 50, cache
 
     cache = (jnp.zeros((4, 1)), ())
-    out = beam_search(step, cache, batch=2, beams=2, length=20, start=0, eos=EOS, length_norm=0.0)
+    out = beam_search(step, cache, CaptionSpec(2, 20, start=0, eos=EOS), beams=2, length_norm=0.0)
     jax.effects_barrier()
     np.testing.assert_array_equal(out[:, :7], [[3, 3, 1, 0, 0, 0, 0], [3, 3, 3, 3, 3, 1, 0]])
     assert sorted(calls) == list(range(6))
@@ -206,11 +206,11 @@ def decode(captioner):
     """(images, beams) -> captions, with the cache; without beams greedily."""
 
     def decode(learner, images, beams):
-        common = dict(batch=len(images), length=tiny.LENGTH, start=START, eos=LAST)
+        spec = CaptionSpec(batch=len(images), length=tiny.LENGTH, start=START, eos=LAST)
         if beams is None:
-            return greedy(learner.decode_step, learner.init_decoding(images), **common)
+            return greedy(learner.decode_step, learner.init_decoding(images), spec)
         cache = learner.init_decoding(images, beams)
-        return beam_search(learner.decode_step, cache, beams=beams, **common)
+        return beam_search(learner.decode_step, cache, spec, beams=beams)
 
     jitted = tiny.jitted(captioner, decode, static_argnums=2)
     return lambda images, beams: np.asarray(jitted(images, beams))

@@ -158,13 +158,13 @@ def test_flops_are_those_published_and_a_frozen_encoder_has_no_backward_pass():
     ("fields", "said"),
     [
         ({"name": "resnet-50"}, "model.name: no size 'resnet-50'. Did you mean 'resnet50'"),
-        ({"name": "resnet18", "pool": "map"}, "model.pool: 'map' is for a ViT, and model.name is"),
+        ({"name": "resnet18", "pool": "map"}, "model.pool: 'map' is for a ViT, but model.name is"),
         ({"name": "resnet18", "depth": 3}, "model.depth: 3 is for a ViT"),
         ({"name": "alexnet", "width": 64}, "model.width: 64 is for a ViT"),
         ({"name": "resnet18", "stem": "smal"}, "model.stem: 'smal' is unknown. Did you .*'small'"),
         ({"name": "alexnet", "stem": "small"}, "model.stem: 'small' is for a ResNet"),
         ({"name": "mu/8", "stem": "small"}, "model.stem: 'small' is for a ResNet"),
-        ({"name": "alexnet"}, "data.image_size: 16 is too small for alexnet, which needs 63"),
+        ({"name": "alexnet"}, "data.image_size: 16 is too small for alexnet; use 63 or more"),
         ({"name": "resnet18", "decoder_heads": 3}, "model.decoder_heads: 3 does not divide"),
     ],
 )

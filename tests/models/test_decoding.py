@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cap_pretrain.models.decoding import greedy
+from cap_pretrain.models.decoding import CaptionSpec, greedy
 from tests import tiny
 
 NEVER = -1  # an end of sentence that no token is
@@ -27,7 +27,7 @@ def scripted(script, calls=None):
 def run(script, calls=None, *, length=None, eos=1, pad=0, start=7):
     step, cache = scripted(script, calls)
     batch, longest = np.shape(script)
-    out = greedy(step, cache, batch=batch, length=length or longest, start=start, eos=eos, pad=pad)
+    out = greedy(step, cache, CaptionSpec(batch, length or longest, start, eos, pad))
     jax.effects_barrier()
     return np.asarray(out)
 
@@ -67,7 +67,7 @@ def test_ties_go_to_the_first_token():
     def step(tokens, position, cache):
         return jnp.zeros((2, 5)), cache
 
-    out = greedy(step, (), batch=2, length=3, start=0, eos=1)
+    out = greedy(step, (), CaptionSpec(batch=2, length=3, start=0, eos=1))
     np.testing.assert_array_equal(out, np.zeros((2, 3)))
 
 
@@ -91,10 +91,7 @@ def decode(captioner):
         return greedy(
             learner.decode_step,
             learner.init_decoding(images),
-            batch=len(images),
-            length=length,
-            start=0,
-            eos=eos,
+            CaptionSpec(batch=len(images), length=length, start=0, eos=eos),
         )
 
     jitted = tiny.jitted(captioner, decode, static_argnums=3)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cap_pretrain.models.decoding import Decoding, decode
+from cap_pretrain.models.decoding import CaptionSpec, Decoding, decode
 from tests import tiny
 from tests.models.test_beam_search import EOS, IMAGES, START, VOCAB, Recurrent, padded, plain
 from tests.models.test_beam_search import recurrent_step as step
@@ -17,8 +17,8 @@ from tests.models.test_beam_search import recurrent_step as step
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _decoded(weights, how, length, prompt, keys):
     cache = (jnp.zeros((IMAGES * how.rows, 8)), weights)
-    common = dict(batch=IMAGES, length=length, start=START, eos=EOS, keys=keys)
-    return decode(step, cache, how, prompt=prompt, **common)
+    spec = CaptionSpec(batch=IMAGES, length=length, start=START, eos=EOS)
+    return decode(step, cache, how, spec, keys=keys, prompt=prompt)
 
 
 def decoded(decoder, how, prompts, length, seed=0):
@@ -86,8 +86,8 @@ def test_what_is_given_costs_nothing_and_has_no_length():
     for norm in (0.0, 1.0):
         how = Decoding(method="beam", beams=4, length_norm=norm)
         prompt = np.array([[3, 3, 0, 0, 0], [3, 0, 0, 0, 0]], np.int32)
-        options = dict(batch=2, length=5, start=0, eos=EOS, prompt=prompt)
-        said[norm] = np.asarray(decode(scripted, (jnp.zeros((8, 1)), ()), how, **options))
+        spec, cache = CaptionSpec(batch=2, length=5, start=0, eos=EOS), (jnp.zeros((8, 1)), ())
+        said[norm] = np.asarray(decode(scripted, cache, how, spec, prompt=prompt))
     # log 0.3 against log (0.32 * 0.9) = log 0.288: the shorter; by the mean the longer.
     np.testing.assert_array_equal(said[0.0], [[3, 3, 1, 0, 0], [3, 1, 0, 0, 0]])
     np.testing.assert_array_equal(said[1.0], [[3, 3, 2, 1, 0], [3, 2, 1, 0, 0]])
@@ -142,8 +142,8 @@ def test_with_the_cache_as_when_all_is_predicted_anew(captioner, method):
 
     def write(learner, images, prompt):
         cache = learner.init_decoding(images, how.rows)
-        common = dict(batch=4, length=tiny.LENGTH, start=START, eos=eos)
-        return decode(learner.decode_step, cache, how, prompt=prompt, **common)
+        spec = CaptionSpec(batch=4, length=tiny.LENGTH, start=START, eos=eos)
+        return decode(learner.decode_step, cache, how, spec, prompt=prompt)
 
     found = np.asarray(tiny.jitted(captioner, write)(images, prompt))
     encoded = tiny.jitted(captioner, lambda learner, images: learner.encode(images))(images).tokens

@@ -236,7 +236,7 @@ def test_grids_are_pooled_as_torch_does(old, new):
 
 
 def test_what_is_no_square_has_no_grid():
-    with pytest.raises(UserError, match="50 tokens are no square grid; set learner.grid=0"):
+    with pytest.raises(UserError, match="50 tokens do not form a square grid; set learner.grid=0"):
         pool_grid(jnp.zeros((1, 50, 2)), 7)
 
 
@@ -245,8 +245,8 @@ def test_what_is_no_square_has_no_grid():
     [
         ({"decoder": "lsmt"}, "learner.decoder: 'lsmt' is unknown. Did you mean 'lstm'"),
         ({"hidden": 0}, "learner.hidden: 0 must be at least 1"),
-        ({"decoder": "gru", "layers": 2}, "learner.layers: a decoder 'gru' has one layer"),
-        ({"grid": 14}, "learner.grid: 14 is not for a decoder 'lstm'"),
+        ({"decoder": "gru", "layers": 2}, "learner.layers: decoder='gru' has one layer"),
+        ({"grid": 14}, "learner.grid: 14 is invalid for decoder='lstm'"),
         ({"reset": "never"}, "learner.reset: 'never'"),
         ({"dropout": 1.0}, "learner.dropout: 1.0"),
     ],

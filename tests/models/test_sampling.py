@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cap_pretrain.errors import UserError
-from cap_pretrain.models.decoding import METHODS, Decoding, decode, restrict, sample
+from cap_pretrain.models.decoding import METHODS, CaptionSpec, Decoding, decode, restrict, sample
 
 PROBABILITIES = np.array([0.1, 0.4, 0.05, 0.25, 0.2])
 LOGITS = np.log(PROBABILITIES).astype(np.float32) + 3.0
@@ -65,7 +65,7 @@ def drawn(count, length, eos=-1, seed=0, **options):
     keys = jax.random.split(jax.random.key(seed), count)
     draw = jax.jit(
         lambda keys: sample(
-            always, (), keys, batch=count, length=length, start=0, eos=eos, **options
+            always, (), keys, CaptionSpec(count, length, start=0, eos=eos), **options
         )
     )
     return np.asarray(draw(keys))
@@ -92,7 +92,7 @@ def test_a_caption_depends_on_its_own_key_alone():
     keys = jax.random.split(jax.random.key(3), 6)
 
     def captions(keys):
-        return np.asarray(sample(always, (), keys, batch=len(keys), length=9, start=0, eos=2))
+        return np.asarray(sample(always, (), keys, CaptionSpec(len(keys), 9, start=0, eos=2)))
 
     whole = captions(keys)
     assert len({tuple(row) for row in whole}) == 6
@@ -109,11 +109,11 @@ def test_the_end_is_kept_and_padding_follows():
 
 def test_decode_does_what_the_options_say():
     keys = jax.random.split(jax.random.key(0), 4)
-    common = dict(batch=4, length=5, start=0, eos=2)
+    spec = CaptionSpec(batch=4, length=5, start=0, eos=2)
 
     def captions(how, **more):
         cache = (jnp.zeros((4 * how.rows, 1)), ())
-        return np.asarray(decode(always, cache, how, **common, **more))
+        return np.asarray(decode(always, cache, how, spec, **more))
 
     greedy = captions(Decoding())
     np.testing.assert_array_equal(greedy, np.ones((4, 5)))
@@ -122,7 +122,7 @@ def test_decode_does_what_the_options_say():
     np.testing.assert_array_equal(captions(restricted, keys=keys), greedy)
     np.testing.assert_array_equal(captions(Decoding("sample", temperature=1e-4), keys=keys), greedy)
     np.testing.assert_array_equal(
-        captions(Decoding("sample"), keys=keys), sample(always, (), keys, **common)
+        captions(Decoding("sample"), keys=keys), sample(always, (), keys, spec)
     )
     assert {how: Decoding(how, beams=3).rows for how in METHODS} == dict(greedy=1, beam=3, sample=1)
 
