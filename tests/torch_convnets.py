@@ -1,4 +1,4 @@
-"""ResNets and AlexNet once more, of torch's own layers, under the names that torchvision has them.
+"""Reference ResNets and AlexNet from torch's layers, with torchvision's parameter names.
 
 Written from the description of the architectures; torchvision is not needed.
 """
@@ -43,7 +43,7 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Gives the maps of its four stages."""
+    """Return the feature maps of the four stages."""
 
     def __init__(self, name: str, small: bool = False):
         super().__init__()
@@ -70,7 +70,7 @@ class ResNet(nn.Module):
 
 
 class AlexNet(nn.Module):
-    """Gives the maps behind each ReLU, and what the last pooling leaves."""
+    """Return the maps after each ReLU, and the output of the last pooling."""
 
     def __init__(self):
         super().__init__()
@@ -94,7 +94,7 @@ class AlexNet(nn.Module):
 
 
 def make(name: str, small: bool = False) -> nn.Module:
-    """A network in which nothing is zero or one as by initialisation."""
+    """Return a network without parameters at their initial zeros and ones."""
     torch.manual_seed(0)
     model = AlexNet() if name == "alexnet" else ResNet(name, small)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The models once more, from torch's own transformer layers: what the parity tests compare with.
+"""Reference models from torch's transformer layers, for the parity tests.
 
 Written from the description of the architecture. Parameters come as the nested dict that a learner
 splits into: kernels [in, out], layers stacked along a leading axis.
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-EPSILON = 1e-6  # of every layer normalisation
+EPSILON = 1e-6  # of every layer normalization
 
 
 def tensor(array: Any) -> torch.Tensor:
@@ -23,7 +23,7 @@ def gelu(x: torch.Tensor) -> torch.Tensor:
 
 
 def load(module: nn.Module, state: dict[str, Any]) -> nn.Module:
-    """Loads all parameters of `module`: none left out, none left over."""
+    """Load all parameters of `module`, without missing or unused ones."""
     module.load_state_dict({name: tensor(value) for name, value in state.items()}, strict=True)
     return module.eval().requires_grad_(False)
 
@@ -49,7 +49,7 @@ def linear_state(prefix: str, p: dict) -> dict[str, Any]:
 
 
 def unstack(blocks: dict) -> list[dict]:
-    """Parameters of stacked layers -> those of each."""
+    """Split the parameters of stacked layers into those of each layer."""
     if isinstance(blocks, dict):
         parts = {name: unstack(part) for name, part in blocks.items()}
         depth = len(next(iter(parts.values())))
@@ -67,7 +67,7 @@ def linear(p: dict, x: torch.Tensor) -> torch.Tensor:
 
 
 def encoder_layers(blocks: dict, x: torch.Tensor, heads: int) -> torch.Tensor:
-    """Pre-norm self-attention layers with biases, x [B, N, D]."""
+    """Apply pre-norm self-attention layers with biases to x [B, N, D]."""
     for p in unstack(blocks):
         layer = nn.TransformerEncoderLayer(
             x.shape[-1],
@@ -89,9 +89,9 @@ def encoder_layers(blocks: dict, x: torch.Tensor, heads: int) -> torch.Tensor:
 def decoder_layers(
     blocks: dict, x: torch.Tensor, encoded: torch.Tensor, blocked: torch.Tensor, heads: int
 ) -> torch.Tensor:
-    """Pre-norm decoder layers without any bias; `blocked` [B, T, T] is True where none may look.
+    """Apply pre-norm decoder layers without biases to x [B, T, D] and encoded [B, N, E].
 
-    x is [B, T, D], encoded [B, N, E].
+    `blocked` [B, T, T] is True where a position must not attend.
     """
     for p in unstack(blocks):
         layer = nn.TransformerDecoderLayer(
@@ -119,7 +119,7 @@ def decoder_layers(
 
 
 def vit(params: dict, images: np.ndarray, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """uint8 images [B, H, W, 3] -> tokens [B, N, D], pooled [B, D]."""
+    """Encode uint8 images [B, H, W, 3] as tokens [B, N, D] and pooled [B, D]."""
     kernel = params["patch_embedding"]["kernel"]
     patch = round((kernel.shape[0] / 3) ** 0.5)
     weight = tensor(kernel).reshape(patch, patch, 3, -1).permute(3, 2, 0, 1)
@@ -146,7 +146,7 @@ def captioner(
     heads: int,
     decoder_heads: int | None = None,
 ) -> torch.Tensor:
-    """Logits [B, T, V]; where `parallel` [B], inputs are the mask token and nothing is hidden."""
+    """Return logits [B, T, V]; rows in `parallel` [B] read mask tokens without a causal mask."""
     decoder, length = params["decoder"], text.shape[1]
     embedding = tensor(decoder["embedding"]["embedding"])
     inputs = tensor(text).long().roll(1, dims=1)
@@ -161,7 +161,7 @@ def captioner(
 
 
 def text_tower(params: dict, text: np.ndarray, heads: int) -> torch.Tensor:
-    """Text int [B, T] -> [B, D], read at the last position."""
+    """Encode text int [B, T] as [B, D], read at the last position."""
     x = tensor(params["embedding"]["embedding"])[tensor(text).long()] + tensor(params["positions"])
     return norm(params["norm"], encoder_layers(params["blocks"], x, heads))[:, -1]
 
@@ -169,7 +169,7 @@ def text_tower(params: dict, text: np.ndarray, heads: int) -> torch.Tensor:
 def dual_encoder(
     params: dict, images: np.ndarray, text: np.ndarray, heads: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Unit vectors of images and texts, [B, D] each, and their logits [B, B]."""
+    """Return unit vectors of images and texts, [B, D] each, and their logits [B, B]."""
     _, pooled = vit(params["encoder"], images, heads)
     z_image = F.normalize(linear(params["image_projection"], pooled), dim=-1)
     read = text_tower(params["text_tower"], text, heads)

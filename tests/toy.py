@@ -1,4 +1,4 @@
-"""Configurations small enough for tests, and what they leave behind."""
+"""Configs small enough for tests, and helpers for their run directories."""
 
 import importlib.util
 import json
@@ -22,7 +22,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 def load(name: str, arg: str | None = None) -> ConfigDict:
-    """Returns `get_config` of `configs/NAME.py`, with its argument if it has one."""
+    """Return `get_config` of `configs/NAME.py`, with its argument if there is one."""
     spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -30,7 +30,7 @@ def load(name: str, arg: str | None = None) -> ConfigDict:
 
 
 def shrink(config: ConfigDict, **fields: Any) -> ConfigDict:
-    """Makes a configuration run in seconds: `fields` are `a__b=value` for `config.a.b`."""
+    """Shrink a config to run in seconds; `fields` are `a__b=value` for `config.a.b`."""
     config.total_steps = 2
     config.batch_size = 8
     config.dtype = "float32"
@@ -54,19 +54,19 @@ def shrink(config: ConfigDict, **fields: Any) -> ConfigDict:
 
 
 def config(learner: str = "captioner", options: dict | None = None, **fields: Any) -> ConfigDict:
-    """Returns the default configuration with a learner and its options, shrunk."""
+    """Return the default config with a learner and its options, shrunk."""
     c = configs.default()
     c.learner = learners.defaults(learner, **(options or {}))
     return shrink(c, **fields)
 
 
 def lines(workdir: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl."""
+    """Return the lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 def losses(workdir: Path) -> list[dict[str, float]]:
-    """What was logged of each training step, times left out."""
+    """Return the logged metrics of each training step, without times."""
     return [
         {k: v for k, v in line.items() if k == "step" or k.startswith("train/")}
         for line in lines(workdir)
@@ -75,7 +75,7 @@ def losses(workdir: Path) -> list[dict[str, float]]:
 
 
 def prepared(c: ConfigDict, vocab_size: int = 100, mesh: Any = None):
-    """Returns (initial state, its abstract form, graphdef, optimizer, learning rate, mesh)."""
+    """Return (initial state, its abstract form, graphdef, optimizer, learning rate, mesh)."""
     mesh = mesh or sharding.make_mesh(c)
     rate = schedule.learning_rate(c, schedule.make_schedule(c, epoch=200))
     init, abstract, graphdef, tx = step.init_state(
@@ -88,7 +88,7 @@ def prepared(c: ConfigDict, vocab_size: int = 100, mesh: Any = None):
 
 
 def saved_state(c: ConfigDict, workdir: Path, vocab_size: int, at: int) -> step.TrainState:
-    """The state that a run has saved at a step, on this host."""
+    """Return the state that a run has saved at a step, on this host."""
     _, abstract, *_ = prepared(c, vocab_size)
     checkpoints = Checkpoints(workdir, c, read_only=True)
     try:
@@ -98,9 +98,9 @@ def saved_state(c: ConfigDict, workdir: Path, vocab_size: int, at: int) -> step.
 
 
 def saved_run(c: ConfigDict, workdir: Path, tokenizer_path: Path, *steps: int) -> step.TrainState:
-    """Makes a workdir like one of a run, with random parameters and next to no optimizer.
+    """Create the workdir of a run with random parameters and a minimal optimizer state.
 
-    Returns the state that is saved there at all `steps`; parameters and their average differ.
+    Returns the state that is saved at all `steps`. Parameters and their average differ.
     """
     of_words = words.is_words_file(tokenizer_path)
     path = workdir / (inputs.WORDS_FILE if of_words else inputs.TOKENIZER_FILE)
@@ -109,7 +109,10 @@ def saved_run(c: ConfigDict, workdir: Path, tokenizer_path: Path, *steps: int) -
     _, abstract, *_ = prepared(c, inputs.open_tokenizer(c, path).vocab_size)
     abstract = abstract.replace(opt_state={"count": abstract.step})
     rng = np.random.default_rng(0)
-    draw = lambda leaf: (0.3 * rng.standard_normal(leaf.shape)).astype(leaf.dtype)
+
+    def draw(leaf):
+        return (0.3 * rng.standard_normal(leaf.shape)).astype(leaf.dtype)
+
     state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract).replace(
         params=jax.tree.map(draw, abstract.params), ema=jax.tree.map(draw, abstract.ema)
     )
@@ -123,7 +126,7 @@ def saved_run(c: ConfigDict, workdir: Path, tokenizer_path: Path, *steps: int) -
 
 
 def batch(c: ConfigDict, seed: int = 0, vocab_size: int = 100) -> dict[str, np.ndarray]:
-    """A batch of noise with captions of every length from 2 on."""
+    """Return a batch of noise with captions of all lengths from 2."""
     rng = np.random.default_rng(seed)
     b, s, t = c.batch_size, c.data.image_size, c.text.length
     text = rng.integers(1, vocab_size, (b, t)).astype(np.int32)
@@ -136,7 +139,7 @@ def batch(c: ConfigDict, seed: int = 0, vocab_size: int = 100) -> dict[str, np.n
 
 
 def assert_same(a: Any, b: Any) -> None:
-    """Two trees hold the same arrays, bit by bit."""
+    """Assert that two trees contain the same arrays, bit by bit."""
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for (path, x), y in zip(
         jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True

@@ -1,4 +1,4 @@
-"""An encoder that compiles in no time, and learning with it."""
+"""Encoders that compile quickly, and a short training loop for them."""
 
 import jax
 import numpy as np
@@ -11,7 +11,7 @@ from cap_pretrain.training.step import loss_and_stats, split_learner
 
 
 class Pixels(ImageEncoder):
-    """One layer on all pixels of an image."""
+    """An encoder of one linear layer on all pixels of an image."""
 
     layers = {}
 
@@ -25,7 +25,7 @@ class Pixels(ImageEncoder):
 
 
 class Seen(Pixels):
-    """What it gives are the pixels themselves."""
+    """An encoder that returns the pixels."""
 
     def __init__(self, side: int):
         self.width = side * side * 3
@@ -36,7 +36,7 @@ class Seen(Pixels):
 
 
 def learned(learner: nnx.Module, batches, rate: float = 3e-3) -> nnx.Module:
-    """The learner after a step of Adam on each batch."""
+    """Return the learner after one Adam step on each batch."""
     graphdef, params, stats = split_learner(learner)
     tx = optax.adam(rate)
     opt_state = tx.init(params)
@@ -57,5 +57,5 @@ def learned(learner: nnx.Module, batches, rate: float = 3e-3) -> nnx.Module:
 
 
 def accuracy(learner: nnx.Module, images: np.ndarray) -> float:
-    """On a batch, in evaluation."""
+    """Return the evaluation accuracy on a batch of images."""
     return float(learner.loss({"image": images}, jax.random.key(0), False)[1]["accuracy"])

@@ -1,4 +1,4 @@
-"""What a captioner's attention is said to be is what its forward pass computes."""
+"""`attend` returns the attention weights of the forward pass."""
 
 import jax
 import numpy as np
@@ -12,7 +12,7 @@ IMAGES, TEXT = tiny.images(4), tiny.texts([7, 7, 4, 0])
 
 @pytest.fixture(scope="module")
 def cap():
-    # A decoder of another size, so that nothing fits by accident.
+    # The decoder differs in size from the encoder, so that no shapes match by accident.
     split = tiny.split(tiny.config(decoder_width=12, decoder_mlp=20, decoder_heads=3))
     split[1]["decoder"]["blocks"]["cross_attention"]["query"]["kernel"] *= 8
     return split
@@ -20,11 +20,11 @@ def cap():
 
 @pytest.fixture(scope="module")
 def computed(cap):
-    """Weights [layers, B, heads, T, N] of cross-attention, overheard while logits are made."""
+    """Record the cross-attention weights [layers, B, heads, T, N] of the forward pass."""
     found, attend = [], jax.nn.dot_product_attention
 
     def overhear(query, keys, values, *, mask, implementation):
-        if query.shape[1] != keys.shape[1]:  # of the text to the image
+        if query.shape[1] != keys.shape[1]:  # cross-attention
             jax.debug.callback(lambda *args: found.append(args), query, keys, ordered=True)
         return attend(query, keys, values, mask=mask, implementation=implementation)
 
@@ -63,7 +63,7 @@ def test_attention_is_that_for_the_word_to_come(cap):
     changed[:, 3] += 1
     attend = tiny.jitted(cap, lambda learner, *args: learner.attend(*args))
     before, after = np.asarray(attend(IMAGES, TEXT)), np.asarray(attend(IMAGES, changed))
-    np.testing.assert_array_equal(before[:, :4], after[:, :4])  # for it, it is not yet read
+    np.testing.assert_array_equal(before[:, :4], after[:, :4])  # computed before it is read
     assert np.abs(before[:, 4] - after[:, 4]).max(-1).min() > 1e-3
 
 

@@ -1,4 +1,4 @@
-"""Augmentations on the device compute what torchvision's do, each image with draws of its own."""
+"""On-device augmentations match torchvision's, with separate random numbers for each image."""
 
 import colorsys
 import functools
@@ -22,7 +22,7 @@ def picture(height=12, width=12, seed=0):
 
 
 def many(function, count, image, seed=0):
-    """The function of one image with so many keys."""
+    """Apply the function to one image with many keys."""
     images = jnp.broadcast_to(image, (count, *image.shape))
     return np.asarray(
         jax.jit(augment.each, static_argnums=0)(function, jax.random.key(seed), images)
@@ -89,7 +89,7 @@ def test_a_blur_is_the_gaussian_filter_of_dm_pix_but_keeps_the_brightness_of_edg
 
 
 def test_boxes_lie_in_the_image_and_are_distributed_as_torchvision_draws_them():
-    """As often as a rule in plain Python; in so high an image, half of the time nothing fits."""
+    """Compare with plain Python; in this tall image, no draw fits half of the time."""
     shape = (300, 40)
     area, ratio = (0.08, 1.0), (3 / 4, 4 / 3)
     draw = jax.jit(jax.vmap(lambda key: jnp.stack(augment.crop_box(key, shape, area, ratio))))
@@ -104,7 +104,7 @@ def test_boxes_lie_in_the_image_and_are_distributed_as_torchvision_draws_them():
 
 
 def torchvision_box(rng, rows, columns):
-    """The rule of RandomResizedCrop.get_params with its defaults."""
+    """Reimplement RandomResizedCrop.get_params with its defaults."""
     for _ in range(10):
         pixels = rows * columns * rng.uniform(0.08, 1.0)
         ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
@@ -121,7 +121,7 @@ def torchvision_box(rng, rows, columns):
 
 
 def test_a_crop_shows_its_box():
-    """Of an image that tells each pixel's place."""
+    """Crop an image whose pixel values encode their positions."""
     rows, columns = np.meshgrid(np.arange(40), np.arange(60), indexing="ij")
     image = np.stack([rows / 40, columns / 60, rows * 0], axis=-1).astype(np.float32)
     key = jax.random.key(3)
@@ -157,7 +157,7 @@ def everything(key, image):
 
 
 def on_some_devices(count):
-    """Sixteen augmented images, split over so many devices."""
+    """Augment sixteen images, sharded over the given number of devices."""
     mesh = Mesh(jax.devices()[:count], "data")
     images = np.stack([picture(20, 20, seed) for seed in range(16)])
     images = jax.device_put(images, NamedSharding(mesh, PartitionSpec("data")))

@@ -1,4 +1,4 @@
-"""Cap and CapPa: forward against torch, losses against NumPy, what parallel prediction may see."""
+"""Cap and CapPa: forward pass against torch, losses against NumPy, masks of parallel prediction."""
 
 import jax
 import numpy as np
@@ -16,13 +16,13 @@ MIXED = np.array([True, False, True, False])
 
 @pytest.fixture(scope="module")
 def cap():
-    """(graphdef, params, stats) of a captioner."""
+    """A captioner as (graphdef, params, stats)."""
     return tiny.split(tiny.config())
 
 
 @pytest.fixture(scope="module")
 def predict(cap):
-    """(text, parallel) -> logits, for the images of the batch."""
+    """Function (text, parallel) -> logits, for the images of the batch."""
     encoded = tiny.jitted(cap, lambda learner, images: learner.encode(images))(tiny.images(4))
     logits = tiny.jitted(cap, lambda learner, *args: learner.predict(*args))
     return lambda text, parallel: np.asarray(logits(encoded.tokens, text, parallel))
@@ -30,7 +30,7 @@ def predict(cap):
 
 @pytest.fixture(scope="module")
 def batch(predict):
-    """A whole, a short, an empty and a one-token caption, some tokens as they are predicted."""
+    """Captions of full, short, zero and one-token length, with some correctly predicted tokens."""
     text = tiny.texts([7, 4, 0, 1])
     for parallel, position in ((False, 0), (True, 2)):
         predicted = predict(text, np.full(4, parallel)).argmax(-1)
@@ -40,7 +40,7 @@ def batch(predict):
 
 
 def loss_with(cap, train, **options):
-    """The loss of the same captioner with these options: (batch, key) -> loss, metrics."""
+    """Function (batch, key) -> loss, metrics, for the same captioner with these options."""
     graphdef, _, _ = tiny.abstract(tiny.config(options=options))
     return tiny.jitted((graphdef, *cap[1:]), lambda learner, *args: learner.loss(*args, train))
 
@@ -65,7 +65,7 @@ def test_a_mixed_batch_is_its_two_pure_ones_row_by_row(predict):
     assert np.abs(one - all_of_it).max() > 0.1
 
 
-# What a position may see
+# What a position attends to
 
 
 def test_parallel_prediction_sees_no_token(predict):
@@ -106,11 +106,11 @@ def test_gradients_show_the_causal_mask_and_its_absence(cap):
         assert (sees[allowed] > 1e-4).all()
 
 
-# The share of parallel examples
+# The fraction of parallel examples
 
 
 def test_share_of_parallel_examples(cap, predict):
-    # All examples are one and the same, so the mean loss tells how many were predicted in parallel.
+    # All examples are identical, so the mean loss reveals how many were predicted in parallel.
     size, keys, fraction = 8, 150, 0.75
     text = tiny.texts([5] * 4)
     sequential, together = (
@@ -124,7 +124,7 @@ def test_share_of_parallel_examples(cap, predict):
     np.testing.assert_allclose(counts, np.round(counts), atol=1e-2)
     five_deviations = 5 * (fraction * (1 - fraction) / (size * keys)) ** 0.5
     assert abs(counts.mean() / size - fraction) < five_deviations
-    # Drawn for each example, not for each batch: the deviation of a binomial, within a third.
+    # Drawn per example, not per batch: the deviation is that of a binomial, within a third.
     assert counts.std() == pytest.approx((size * fraction * (1 - fraction)) ** 0.5, rel=0.33)
     np.testing.assert_allclose(metrics["parallel_share"], counts / size, atol=1e-3)
     np.testing.assert_allclose(metrics["loss_parallel"][counts > 0.5], together, rtol=1e-4)
@@ -142,7 +142,7 @@ def log_softmax(logits):
 
 
 def average_over(values, text, average):
-    """The mean over the tokens of each caption, then over captions; or over all tokens."""
+    """Average over the tokens of each caption, then over captions; or over all tokens."""
     captions = [row[t != PAD] for row, t in zip(values, text, strict=True) if (t != PAD).any()]
     if average == "token":
         return np.concatenate(captions).mean()
@@ -150,7 +150,7 @@ def average_over(values, text, average):
 
 
 def caption_loss(logits, text, average="example", smoothing=0.0):
-    """The formula: cross-entropy with (smoothed) one-hot targets."""
+    """Cross-entropy with (smoothed) one-hot targets."""
     target = (1 - smoothing) * np.eye(logits.shape[-1])[text] + smoothing / logits.shape[-1]
     return average_over(-(target * log_softmax(logits)).sum(-1), text, average)
 
@@ -173,7 +173,7 @@ def test_loss_is_its_formula(cap, batch, predict, average, fraction, train, mask
     given = batch if mask is None else batch | {"mask": mask}
     loss, metrics = loss_with(cap, train, **options)(given, KEY)
     logits, text = predict(batch["text"], np.full(4, bool(train and fraction))), batch["text"]
-    if mask is not None:  # what the formula does not see does not count
+    if mask is not None:  # masked examples do not count
         logits, text = logits[mask], text[mask]
     expected = caption_loss(logits, text, average, 0.1 if train else 0.0)
     assert loss == pytest.approx(expected, rel=1e-5)
@@ -228,5 +228,6 @@ def test_flops_are_their_closed_form():
     forward = patches + 3 * encoder + 2 * decoder + 2 * t * d * tiny.VOCAB
     counted = plan.flops_per_example(c, tiny.VOCAB)
     assert counted["forward"] == forward
-    # Backward is twice forward, but pixels need no gradient; rematerialisation does not count.
+    # The backward pass costs twice the forward pass, but pixels need no gradient. Rematerialization
+    # does not count.
     assert counted["training"] == 3 * forward - patches

@@ -1,4 +1,4 @@
-"""The classifier: what learns and what stays as it is, and how often it is right."""
+"""The classifier: trainable and frozen parts, loss and accuracy."""
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ def batch():
 
 
 def train(c, steps):
-    """The states before and after some steps on the same batch, and the metrics of each."""
+    """Return the states before and after some steps on one batch, and the metrics of each step."""
     c.total_steps, c.batch_size, c.optim.name, c.optim.lr = steps, len(SOURCE), "adamw", 0.02
     c.optim.warmup_share, c.optim.weight_decay = 0.0, 0.0
     init, abstract, graphdef, tx, rate, _ = toy.prepared(c)
@@ -52,7 +52,9 @@ def train(c, steps):
 def test_the_loop_trains_a_linear_layer_on_a_frozen_encoder():
     c = config(optim__lr_rules=FROZEN, learner__batch_norm=True, learner__layer="tokens")
     first, last, metrics, _ = train(c, 40)
-    assert metrics[0]["loss"] == pytest.approx(np.log(6), abs=1e-5)  # the head begins with zeros
+    assert metrics[0]["loss"] == pytest.approx(
+        np.log(6), abs=1e-5
+    )  # the head is initialized with zeros
     assert metrics[-1]["accuracy"] > metrics[0]["accuracy"] + 0.3
     toy.assert_same(first.params["encoder"], last.params["encoder"])
     for leaf in jax.tree.leaves(last.params["head"]):

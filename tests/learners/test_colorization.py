@@ -1,4 +1,4 @@
-"""Colorization: what it learns from, what counts how much, and what its encoder goes on seeing."""
+"""Colorization: targets, weights, and the lightness input of its encoder."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ KEY = jax.random.key(0)
 
 
 class Patches(ImageEncoder):
-    """One layer on each of GRID x GRID patches; `before` are tokens before those of the patches."""
+    """An encoder of one layer on each of GRID x GRID patches, with `before` tokens in front."""
 
     layers = {}
 
@@ -44,7 +44,7 @@ class Patches(ImageEncoder):
 
 
 def colorization_of(encoder=None, seed=0, **options):
-    """A learner whose head says something."""
+    """A learner with a random head."""
     options = Colorization.Options(**{"upsample": 2} | options)
     learner = Colorization(encoder or Patches(), options=options, rngs=nnx.Rngs(0))
     noise = np.random.default_rng(seed).standard_normal(learner.head.kernel.shape)
@@ -57,7 +57,7 @@ _predict = nnx.jit(lambda learner, images: learner.predict(images))
 
 
 def loss(learner, images, counts=True):
-    """Loss and metrics over images of which `counts` are not masked."""
+    """Return loss and metrics over images; `counts` is the mask."""
     return _loss(learner, {"image": images, "mask": np.broadcast_to(counts, len(images))})
 
 
@@ -66,7 +66,7 @@ IMAGES = tiny.images(6)
 
 @pytest.fixture(scope="module")
 def whole():
-    """A learner, its logits of IMAGES, and the colours of their parts, [6, 4, 4, 2]."""
+    """A learner, its logits for IMAGES, and the colors of their parts, [6, 4, 4, 2]."""
     learner = colorization_of()
     logits = np.asarray(_predict(learner, IMAGES))
     ab = lab.lab(IMAGES / 255)[..., 1:].reshape(6, 4, 4, 4, 4, 2).mean((2, 4))
@@ -122,7 +122,7 @@ def test_the_encoder_sees_lightness_alone(whole):
 def test_gray_and_masked_images_do_not_count(whole):
     learner, *_ = whole
     gray = np.asarray(255 * lab.gray(IMAGES / 255)).astype(np.uint8)
-    noisy = gray + np.array([0, 3, 0], np.uint8)  # a and b of less than 5, as JPEG may leave
+    noisy = gray + np.array([0, 3, 0], np.uint8)  # a and b below 5, as JPEG noise may cause
     first = np.arange(6) < 3
     expected, of_first = loss(learner, IMAGES, first)
     mixed = np.concatenate([IMAGES[:3], gray[3:4], noisy[4:5], 255 - IMAGES[5:]])
@@ -160,7 +160,7 @@ def test_predictions_lie_where_their_pixels_are():
     head[:, 1, 0, 5] = 1  # the part below left of each token
     learner.head.kernel[...] = jnp.asarray(head.reshape(24, -1))
     images = np.zeros((1, SIDE, SIDE, 3), np.uint8)
-    images[0, :8, 8:] = 200  # of which the token above right is made
+    images[0, :8, 8:] = 200  # the patch of the upper right token
     learner.encoder.linear.kernel[...] = jnp.ones_like(learner.encoder.linear.kernel[...])
     logits = np.asarray(_predict(learner, images))[0, :, :, 5]
     assert np.unravel_index(logits.argmax(), logits.shape) == (1, 2)
@@ -175,7 +175,7 @@ def test_the_token_of_the_class_has_no_place(whole):
 
 
 def dull_and_bright(count, seed):
-    """Images of which every patch is dark and blue, or light and yellow."""
+    """Return images whose patches are either dark and blue or light and yellow."""
     rng = np.random.default_rng(seed)
     bright = rng.integers(0, 2, (count, GRID, GRID, 1))
     pixels = np.where(bright, [230, 220, 60], [30, 30, 140])
@@ -190,11 +190,11 @@ def test_it_learns_that_light_is_yellow():
     np.testing.assert_allclose(before, np.log(lab.BINS), rtol=1e-5)
     batches = [dull_and_bright(32, n) for n in range(40)]
     for images in batches:
-        images[:8] = images[:8, ..., :1]  # gray, of which nothing is learned and nothing breaks
+        images[:8] = images[:8, ..., :1]  # gray, which must be ignored
     learner = learned(fresh, batches, rate=2e-2)
     after, metrics = loss(learner, held_out)
     assert after < before - 2 and metrics["accuracy"] > 0.5 > metrics["chance"]
-    assert metrics["ab_error"] < 15 < 50 < metrics["ab_error_gray"]
+    assert metrics["ab_error"] < 15 and metrics["ab_error_gray"] > 50
     found = np.asarray(jax.jit(learner.colourize)(held_out))
     assert found.dtype == np.uint8 and found.shape == held_out.shape
     np.testing.assert_allclose(
@@ -206,7 +206,7 @@ def test_it_learns_that_light_is_yellow():
 
 
 class Numbered:
-    """Images of one colour each, and of some that do not decode or are gray."""
+    """Images of a single color, and some that do not decode or are gray."""
 
     def __init__(self, colour, count, odd=()):
         self.image = np.full((20, 30, 3), colour, np.uint8)
@@ -271,14 +271,14 @@ def test_a_run_of_two_steps(monkeypatch, tmp_path):
     assert two["train/loss"] != one["train/loss"]
     kept = json.loads((tmp_path / "config.json").read_text())
     assert len(kept["learner"]["prior"].split()) == lab.BINS
-    train.run(c, tmp_path)  # counts the same again, or the config would be refused
+    train.run(c, tmp_path)  # the same counts, otherwise the config would be rejected
     assert "ab_error" in json.loads((tmp_path / "evals" / "loss" / "2.json").read_text())
 
 
 def seen_by(encoder, images):
-    """What an encoder of lightness makes of images, and what one of all colours does, gray or not.
+    """Return features of a lightness encoder, and of a color encoder on color and gray images.
 
-    All that is vectors, pooled and of the first layer.
+    The features are the pooled vectors and those of the first layer.
     """
     layer = next(iter(encoder.layers), None)
     gray = 2 * lab.gray((images + 1) / 2) - 1

@@ -1,4 +1,4 @@
-"""CLIP and SigLIP: forward against torch, losses against NumPy, masks, parameter counts."""
+"""CLIP and SigLIP: forward pass against torch, losses against NumPy, masks, parameter counts."""
 
 import math
 
@@ -33,7 +33,7 @@ SOME = np.array([True, True, False, True, False, True])
 
 @pytest.fixture(scope="module", params=FORMULAS)
 def dual(request):
-    """(formula of its loss, what torch makes of the batch, a function of the mask)."""
+    """The loss formula, torch's result for the batch, and a function of the mask."""
     split = tiny.split(tiny.config("dual_encoder", {"contrast": request.param}))
     batch = {"image": tiny.images(6), "text": tiny.texts([7, 4, 0, 1, 6, 7])}
 
@@ -67,7 +67,7 @@ def test_loss_is_its_formula_over_the_examples_that_are_not_masked(dual, mask):
 
 
 def loss_of(name):
-    """(logits, valid) -> the sum of the loss over a batch."""
+    """Function (logits, valid) -> sum of the loss over a batch."""
     return lambda logits, valid: LOSSES[name](
         logits, np.eye(len(logits), dtype=bool), valid[:, None] & valid
     )

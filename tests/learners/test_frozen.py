@@ -1,4 +1,4 @@
-"""Frozen means frozen, and ResNets learn: every learner that has an encoder, on a ResNet-18."""
+"""Every learner with a ResNet-18: frozen encoders do not change, others are trained."""
 
 import jax
 import numpy as np
@@ -13,11 +13,11 @@ LEARNERS = {
     "dual_encoder": {},
     "classifier": {"classes": 3},
 }
-TOWER = {"depth": 1, "width": 32, "mlp": 64, "heads": 2}  # of text
+TOWER = {"depth": 1, "width": 32, "mlp": 64, "heads": 2}  # the text tower
 
 
 def two_steps(learner, **fields):
-    """The states before and behind two steps, and the losses."""
+    """Return the states before and after two steps, and the losses."""
     fields |= {f"model__decoder_{k}": v for k, v in TOWER.items()}
     fields |= {"model__name": "resnet18", "optim__name": "adamw", "optim__lr": 1e-3}
     c = toy.config(learner, LEARNERS[learner], **fields)

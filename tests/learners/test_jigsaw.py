@@ -1,4 +1,4 @@
-"""Jigsaw: where tiles are cut, what is done to them, and that their order can be learned."""
+"""Jigsaw: positions and augmentation of tiles, and whether the order can be learned."""
 
 import functools
 
@@ -37,13 +37,13 @@ def noise(count, seed, side=SIDE):
 
 
 def starts(key, **options):
-    """Where each channel of each tile begins in training, [9, 3, 2]: the pixels say where it is."""
+    """Return the position of each channel of each training tile, [9, 3, 2], from pixel values."""
     places = np.indices((SIDE, SIDE))[..., None].repeat(3, axis=-1) / 100
     found = [cutting(True, **options)(key, p.astype(np.float32), ORDER) for p in places]
     tiles = np.round(100 * np.stack(found, axis=-1)).astype(int)
     inside = np.indices((TILE, TILE)).transpose(1, 2, 0)[None, :, :, None]
     begin = tiles - inside
-    assert (begin == begin[:, :1, :1]).all()  # each is one piece of the image
+    assert (begin == begin[:, :1, :1]).all()  # each tile is contiguous
     return begin[:, 0, 0]
 
 
@@ -58,12 +58,12 @@ def test_in_evaluation_crop_and_tiles_are_central():
 
 def test_in_training_each_tile_lies_anywhere_in_its_cell():
     drawn = np.stack([starts(jax.random.key(n)) for n in range(40)])
-    assert (drawn == drawn[:, :, :1]).all()  # channels together
+    assert (drawn == drawn[:, :, :1]).all()  # all channels alike
     cells = CELL * np.stack(np.divmod(ORDER, 3), axis=1)
     inside = drawn[:, :, 0] - cells
     room, loose = SIDE - CROP, CELL - TILE
     assert inside.min() == 0 and inside.max() == room + loose
-    # The crop is shared by the tiles of an image, the place in its cell is a tile's own.
+    # The tiles of an image share its crop, but each has its own position in its cell.
     assert np.ptp(inside, axis=1).max() == loose
 
 
@@ -129,7 +129,7 @@ def test_masked_examples_do_not_count():
 
 
 def shaded(count, seed):
-    """Noise that grows lighter downwards and to the right."""
+    """Return noise that becomes brighter downwards and to the right."""
     light = np.add.outer(np.arange(SIDE), np.arange(SIDE))[..., None] * (180 / (2 * SIDE))
     return (noise(count, seed) * 0.2 + light).astype(np.uint8)
 
@@ -191,8 +191,11 @@ def test_convolutional_towers(name):
     ],
 )
 def test_mistakes_are_told(options, model, side, told):
-    with pytest.raises(UserError) as error:
+    def build():
         c = tiny.config("jigsaw", SMALL | options)
         c.model.name, c.data.image_size = model, side
         tiny.abstract(c)
+
+    with pytest.raises(UserError) as error:
+        build()
     assert told in str(error.value)

@@ -1,4 +1,4 @@
-"""`model.logit_chunks`: the same loss, gradients and scores, and never all logits at once."""
+"""`model.logit_chunks`: same loss, gradients and scores, without storing all logits at once."""
 
 import jax
 import numpy as np
@@ -19,7 +19,7 @@ RECURRENT = dict(decoder="attention", embed=8, hidden=16, attention=8, penalty=1
 
 
 def value_and_grad(c, fn, vocab=tiny.VOCAB):
-    """(params, stats, *args) -> `fn(learner, *args)` and its gradients; the first is a scalar."""
+    """Function (params, stats, *args) -> `fn(learner, *args)`, gradients of its first item."""
     graphdef, _, _ = tiny.abstract(c, vocab)
 
     def of_params(params, stats, *args):
@@ -33,7 +33,7 @@ def training_loss(learner):
 
 
 def assert_same(found, expected):
-    """Loss, metrics and gradients; these but for rounding, relative to the largest."""
+    """Compare loss, metrics, and gradients up to rounding relative to the largest gradient."""
     assert expected[0][1]
     for a, b in zip(*map(jax.tree.leaves, (found[0], expected[0])), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)

@@ -28,11 +28,11 @@ NEIGHBOURS = 8
 
 
 class RelativePosition(nnx.Module):
-    """A tower for patches, and a linear layer on what it makes of two."""
+    """A tower for patches, and a linear layer on the vectors of two patches."""
 
     @dataclasses.dataclass(frozen=True)
     class Options:
-        """Settings of `config.learner`: the sides in pixels of a patch and of what is between."""
+        """Settings of `config.learner`: sides in pixels of a patch and of the gap."""
 
         patch: int = 96
         gap: int = 48

@@ -1,4 +1,4 @@
-"""Contrastive losses on many devices: nothing is sent that need not be, the ring gives the same."""
+"""Contrastive losses on many devices: minimal communication, and the ring gives equal results."""
 
 import jax
 import numpy as np
@@ -16,7 +16,7 @@ BATCH, WIDTH = 48, SMALL["model__width"]
 
 
 def compared(layout, ring, mask):
-    """What `pairs` makes of random vectors on a layout, its gradients, and what it sends."""
+    """Return the comparison of random vectors on a layout, its gradients, and its collectives."""
     mesh = layouts.mesh(layout)
     rng = np.random.default_rng(0)
     images, texts = rng.standard_normal((2, 16, 5)).astype(np.float32)
@@ -55,21 +55,21 @@ def call(name, *args):
 
 @pytest.fixture(scope="module")
 def eight():
-    """What eight devices make of CALLS."""
+    """Results of CALLS on eight devices."""
     return dict(zip(CALLS, on_eight_devices(call, list(CALLS.values())), strict=True))
 
 
 def test_a_contrastive_step_gathers_texts_and_nothing_larger(eight):
     step = Sent(*eight["clip"])
     gathered = step.sizes("all-gather")
-    # Forward, the texts; the rest is a number or two for each example: what a softmax and an
-    # accuracy over the rows, which are on all devices, need.
+    # The forward pass gathers the texts. The rest is one or two numbers per example, which softmax
+    # and accuracy need over rows that are on all devices.
     assert gathered.count(BATCH * WIDTH) == 1
     assert all(size <= 2 * BATCH for size in gathered if size != BATCH * WIDTH)
-    # Backward, what the texts learn is summed; all other sums are of parameters and scalars.
+    # The backward pass sums text gradients; all other sums are of parameters and scalars.
     assert step.sizes("all-reduce", "reduce-scatter").count(BATCH * WIDTH) == 1
     assert not step.sizes("all-to-all", "collective-permute")
-    # A device has the logits of its own images.
+    # A device holds the logits of its own images.
     assert [BATCH // 8, BATCH] in step.computed
     assert [BATCH, BATCH] not in step.computed
 
@@ -80,7 +80,7 @@ def test_the_ring_gathers_nothing():
     ring = Sent(*on_eight_devices(of_step, [("siglip", "data", fields)])[0])
     assert not ring.sizes("all-gather", "all-to-all")
     onward = ring.sizes("collective-permute")
-    assert onward.count(BATCH // 8 * WIDTH) == 2  # texts, and what they learn
+    assert onward.count(BATCH // 8 * WIDTH) == 2  # texts and their gradients
     assert max(onward) == BATCH // 8 * WIDTH
     assert BATCH * WIDTH not in ring.sizes("all-reduce", "reduce-scatter")
     assert [BATCH // 8, BATCH] not in ring.computed

@@ -1,4 +1,4 @@
-"""Permutations that are far from each other, and files of them."""
+"""Sets of distant permutations, and their files."""
 
 import time
 
@@ -14,7 +14,7 @@ from cap_pretrain.learners import permutations
     [(100, "mean", 8.08, 2), (100, "min", 8.03, 6), (1000, "mean", 8.01, 2)],
 )
 def test_they_are_as_far_as_published_ones(count, rule, mean, smallest):
-    """The figures of sets made by the public greedy code, to two places."""
+    """Compare with the distances of sets from public greedy code, to two decimals."""
     chosen = permutations.greedy(count, rule)
     assert len(set(chosen)) == count
     assert all(sorted(permutation) == list(range(9)) for permutation in chosen)

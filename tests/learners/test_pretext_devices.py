@@ -1,4 +1,4 @@
-"""What a pretext draws is that of an image's place in the global batch, on any devices."""
+"""Random numbers of pretext tasks depend on the index in the global batch, not on devices."""
 
 import jax
 import numpy as np
@@ -18,7 +18,7 @@ CASES = {
 
 
 def loss_on(devices, task):
-    """The loss of a batch and the length of its gradient, the last example masked."""
+    """Return the loss of a batch with a masked last example, and the norm of its gradient."""
     c = tiny.config(task, CASES[task])
     c.data.image_size = SIDE
     graphdef, params, stats = tiny.split(c)

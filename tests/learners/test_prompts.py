@@ -1,4 +1,4 @@
-"""Captioners that are given the beginning of a text: what counts, and what is read."""
+"""Captioners with prompts: which tokens count, and which are read."""
 
 import jax
 import numpy as np
@@ -9,7 +9,7 @@ from tests import tiny
 from tests.learners.test_captioner import KEY, log_softmax, loss_with
 
 PROMPT = np.array([3, 0, 2, 4], np.int32)
-TEXT = tiny.texts([7, 5, 6, 4])  # of the last there is only the prompt
+TEXT = tiny.texts([7, 5, 6, 4])  # the last text is only a prompt
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def encoded(cap):
 
 @pytest.fixture(scope="module")
 def predict(cap, encoded):
-    """(text, parallel, prompt) -> logits, for the images of the batch."""
+    """Function (text, parallel, prompt) -> logits, for the images of the batch."""
     logits = tiny.jitted(
         cap,
         lambda learner, encoded, text, parallel, prompt: learner.predict(
@@ -40,14 +40,14 @@ def predict(cap, encoded):
 )
 def test_the_prompt_is_no_part_of_the_loss(cap, predict, average, train, fraction):
     logits = predict(TEXT, np.full(4, bool(train and fraction)), PROMPT)
-    # One right token in the prompt and one after it, which is all that is to be counted.
+    # One correct token in the prompt and one after it; only the latter counts.
     text = TEXT.copy()
     text[1, 2] = logits[1, 2].argmax() if train and fraction else text[1, 2]
     batch = {"image": tiny.images(4), "text": text, "prompt": PROMPT}
     options = dict(average=average, parallel_fraction=fraction)
     loss, metrics = loss_with(cap, train, **options)(batch, KEY)
     nll, right = [], []
-    for row in range(3):  # of the fourth nothing is learned
+    for row in range(3):  # the fourth has no target
         counted = (np.arange(tiny.LENGTH) >= PROMPT[row]) & (text[row] != PAD)
         scores = log_softmax(logits[row])[np.arange(tiny.LENGTH), text[row]]
         nll.append(-scores[counted])
@@ -83,7 +83,7 @@ def test_without_a_prompt_nothing_changes(cap, train, fraction):
 
 def test_likelihoods_are_those_of_what_follows_the_prompt(cap, encoded, predict):
     compare = tiny.jitted(cap, lambda learner, *args: learner.compare(*args))
-    text = np.stack([TEXT, np.roll(TEXT, 1, axis=0)], axis=1)  # two for each image
+    text = np.stack([TEXT, np.roll(TEXT, 1, axis=0)], axis=1)  # two per image
     prompt = np.array([[3, 1], [0, 2], [2, 0], [1, 4]], np.int32)
     found = np.asarray(compare(encoded, text, prompt))
     whole = np.asarray(compare(encoded, text))

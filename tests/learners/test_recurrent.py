@@ -30,7 +30,7 @@ KINDS = {
 
 
 class Patches(ImageEncoder):
-    """An encoder that compiles at once: a linear function of each patch."""
+    """An encoder that compiles quickly: a linear function of each patch."""
 
     width = 16
 
@@ -45,7 +45,7 @@ class Patches(ImageEncoder):
 
 
 def build(kind, vocab=tiny.VOCAB, **options):
-    """A learner of a kind, split, without numbers."""
+    """Return an abstract learner of a kind, split."""
 
     def make():
         rngs, settings = nnx.Rngs(0), Recurrent.Options(**SIZES | KINDS[kind] | options)
@@ -57,7 +57,7 @@ def build(kind, vocab=tiny.VOCAB, **options):
 
 
 def random(kind, **options):
-    """The same with every parameter random."""
+    """Return a learner of a kind with random parameters, split."""
     return tiny.randomised(build(kind, **options))
 
 
@@ -68,18 +68,21 @@ def kind(request):
 
 @pytest.fixture(scope="module")
 def split(kind):
-    """A learner of each kind, with every parameter random."""
+    """A learner of each kind with random parameters."""
     return random(kind)
 
 
 def predicted(split, images, text):
-    """Logits [B, T, V] of one text an image."""
-    predict = lambda learner, *args: learner.predict(learner.image_features(args[0]), args[1])
+    """Return logits [B, T, V] for one text per image."""
+
+    def predict(learner, images, text):
+        return learner.predict(learner.image_features(images), text)
+
     return np.asarray(tiny.jitted(split, predict)(images, text))
 
 
 def with_options(split, kind, **options):
-    """The same learner with other options."""
+    """Return the same learner with other options."""
     return build(kind, **options)[0], *split[1:]
 
 
@@ -91,7 +94,7 @@ def loss_of(split, train):
 
 
 def cross_entropy(logits, text, smoothing):
-    """[B, T] in float64."""
+    """Return the cross-entropy [B, T] in float64."""
     logits = logits.astype(np.float64)
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     target = (1 - smoothing) * np.eye(tiny.VOCAB)[text] + smoothing / tiny.VOCAB
@@ -159,7 +162,7 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole():
 
 
 def test_the_penalty_of_known_weights():
-    # Four parts: each seen for one word in all; one of them only; nothing counts but one word.
+    # Four parts: each attended to for one word in total; only one part; only one word counts.
     even, one = np.eye(4), np.eye(4)[[0] * 4]
     weights = jnp.asarray(np.stack([even, one, one]))
     learned = np.ones((3, 4), bool)
@@ -189,9 +192,12 @@ def test_gradients_reach_the_image(split):
     encoded = tiny.jitted(split, lambda learner, *args: learner.image_features(*args))(
         tiny.images(2)
     )
-    likelihood = lambda learner, *args: jnp.sum(learner.compare(*args))
+
+    def likelihood(learner, *args):
+        return jnp.sum(learner.compare(*args))
+
     gradient = jax.jit(jax.grad(tiny.jitted(split, likelihood)))(encoded, tiny.texts([5, 1]))
-    assert (np.abs(gradient).max(-1) > 1e-5).all()  # of each part that there is
+    assert (np.abs(gradient).max(-1) > 1e-5).all()  # for every part
 
 
 # Decoding
@@ -199,7 +205,7 @@ def test_gradients_reach_the_image(split):
 
 @pytest.fixture(scope="module")
 def captions(split):
-    """(images, beams, eos, length) -> captions; without beams greedily."""
+    """Function (images, beams, eos, length) -> captions; greedy if beams is None."""
 
     def decode(learner, images, beams, eos, length):
         spec = CaptionSpec(batch=len(images), length=length, start=0, eos=eos)
@@ -228,7 +234,7 @@ def test_beam_search_finds_the_best_of_all_captions(kind):
     vocab, length = 4, 4
     split = random(kind, vocab=vocab)
     words = [token for token in range(vocab) if token != EOS]
-    # Padding is a word here; nobody reads what comes after the end.
+    # Padding is a word here; tokens after the end are not read.
     texts = [
         (*some, EOS) for n in range(length) for some in itertools.product(words, repeat=n)
     ] + list(itertools.product(words, repeat=length))
@@ -268,7 +274,7 @@ def test_scores_are_those_of_each_text_alone(split):
 
 @pytest.fixture(scope="module")
 def sampled(split):
-    """(images, inputs, rates, key) -> what is read instead; the decoder is sure of every word."""
+    """Function (images, inputs, rates, key) -> sampled inputs; the decoder is always certain."""
     graphdef, params, stats = split
     logits = jax.tree.map(lambda p: 1e4 * p, params["decoder"]["logits"])
     sure = graphdef, {**params, "decoder": {**params["decoder"], "logits": logits}}, stats
@@ -305,13 +311,13 @@ def test_scheduled_sampling_leaves_the_words_of_a_prompt():
     split = with_options(random("gru"), "gru", scheduled_sampling=1.0)
     batch = {"image": tiny.images(4), "text": tiny.texts([7] * 4)}
     all_but_one = batch | {"prompt": np.full(4, 6, np.int32)}
-    # What is predicted, and all that is read before it, is then as without sampling.
+    # The predicted words and all words read before them are as without sampling.
     plain, _ = loss_of(random("gru"), True)(all_but_one, KEY)
     assert loss_of(split, True)(all_but_one, KEY)[0] == pytest.approx(float(plain), rel=1e-6)
     assert loss_of(split, True)(batch, KEY)[0] != loss_of(random("gru"), True)(batch, KEY)[0]
 
 
-# The whole
+# Training and decoding
 
 
 def test_overfits_and_greedy_decoding_returns_the_captions(kind):

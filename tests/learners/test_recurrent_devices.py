@@ -1,4 +1,4 @@
-"""What devices that share a recurrent captioner's parameters tell each other."""
+"""Collectives of a recurrent captioner with sharded parameters."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from tests.learners import test_recurrent
 
 
 def gathers(kind: str) -> tuple[int, int]:
-    """The all-gathers of loss and gradient on a mesh of 2 x 4: within loops, and outside."""
+    """Return the all-gathers of loss and gradient on a 2 x 4 mesh, inside loops and outside."""
     axes = ("data", "fsdp", "tensor")
     mesh = jax.make_mesh((2, 4, 1), axes, axis_types=(AxisType.Auto,) * 3)
     options = {"scheduled_sampling": 0.5}

@@ -1,4 +1,4 @@
-"""Rotation: a turn moves pixels and makes none, and content alone tells which one it was."""
+"""Rotation: pixels are only moved, and only the content reveals the angle."""
 
 import functools
 
@@ -36,7 +36,7 @@ def test_a_turn_is_that_of_numpy_and_turning_back_gives_the_very_pixels(dtype):
 
 @functools.partial(jax.jit, static_argnames=("copies", "train"))
 def shown(images, key, copies, train):
-    """What the encoder is shown, uint8, and the metrics."""
+    """Return the encoder's uint8 inputs, and the metrics."""
     seen = []
 
     class Watched(Seen):
@@ -93,14 +93,14 @@ def test_masked_examples_do_not_count():
 
 
 def lit_from_above(count, seed):
-    """Noise that is brighter in its upper half."""
+    """Return noise that is brighter in its upper half."""
     images = noise(count, seed) // 2
     images[:, : SIDE // 2] += 100
     return images
 
 
 def test_noise_without_a_direction_is_told_by_chance_and_with_one_it_is_learned():
-    """Were there a trace of the turn itself, as a bar or a blur, noise would show it."""
+    """Noise would reveal artifacts of the rotation, such as bars or blur."""
     for images, low, high in ((noise, 0.2, 0.3), (lit_from_above, 0.99, 1.0)):
         batches = (images(64, 10 + n) for n in range(60))
         learner = learned(rotation(Pixels(SIDE), copies="one"), batches)

@@ -1,4 +1,4 @@
-"""Scores of texts for images: log-likelihoods by hand, cosines, and what they do not depend on."""
+"""Scores of texts for images: log-likelihoods by hand, cosines, and invariances."""
 
 import numpy as np
 import pytest
@@ -10,14 +10,14 @@ IMAGES, TEXTS = 5, 3
 
 @pytest.fixture(scope="module")
 def text():
-    """[B, C, T] of every length from one token on."""
+    """Return texts [B, C, T] of every length from one token."""
     lengths = [1 + i % tiny.LENGTH for i in range(IMAGES * TEXTS)]
     return tiny.texts(lengths).reshape(IMAGES, TEXTS, tiny.LENGTH)
 
 
 @pytest.fixture(scope="module", params=["captioner", "dual_encoder"])
 def learner(request):
-    """(name, the learner split, its jitted `score`)."""
+    """Name, split learner and its jitted `score`."""
     split = tiny.split(tiny.config(request.param))
     return request.param, split, tiny.jitted(split, lambda learner, *args: learner.score(*args))
 
@@ -35,7 +35,7 @@ def test_captions_score_the_sum_of_their_tokens_log_softmax(text):
     )
     images = tiny.images(IMAGES)
     expected = np.zeros((IMAGES, TEXTS))
-    for c in range(TEXTS):  # one text an image at a time, as in training
+    for c in range(TEXTS):  # one text per image at a time, as in training
         logits = np.asarray(predict(images, text[:, c])).astype(np.float64)
         log_softmax = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         for b in range(IMAGES):
@@ -62,7 +62,7 @@ def test_scores_are_float32_and_each_pair_has_its_own(learner, scores, text):
     _, _, score = learner
     assert scores.shape == (IMAGES, TEXTS) and scores.dtype == np.float32
     assert len(np.unique(scores)) == scores.size
-    for b, c in ((0, 0), (IMAGES - 1, TEXTS - 1)):  # alone: the batch has no say
+    for b, c in ((0, 0), (IMAGES - 1, TEXTS - 1)):  # scored alone, without the batch
         alone = score(tiny.images(IMAGES)[b : b + 1], text[b : b + 1, c : c + 1])
         np.testing.assert_allclose(alone[0, 0], scores[b, c], rtol=1e-5, atol=1e-6)
     order = np.random.default_rng(0).permutation(TEXTS)
@@ -95,7 +95,10 @@ def test_padding_a_captioners_text_changes_nothing(text):
 def test_an_option_of_training_has_no_say_in_evaluation(text):
     split = tiny.split(tiny.config())
     other, *_ = tiny.abstract(tiny.config(options={"parallel_fraction": 0.75}))
-    score = lambda learner, *args: learner.score(*args)
+
+    def score(learner, *args):
+        return learner.score(*args)
+
     args = (tiny.images(IMAGES), text)
     np.testing.assert_array_equal(
         tiny.jitted((other, *split[1:]), score)(*args), tiny.jitted(split, score)(*args)

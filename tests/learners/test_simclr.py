@@ -1,6 +1,6 @@
-"""SimCLR: two views of an image are drawn apart, and the loss is that of optax on all of them.
+"""SimCLR: views are drawn independently, and the loss is that of optax on all of them.
 
-That layouts of the devices agree: tests/test_layouts.py.
+tests/test_layouts.py tests that device layouts agree.
 """
 
 import functools
@@ -35,7 +35,7 @@ def loss_of(vectors, counts, temperature):
 
 
 def of_optax(vectors, temperature, counts):
-    """Of the vectors that count; optax takes any length, and labels of images."""
+    """Return optax's loss of the vectors that count."""
     kept = vectors[np.flatnonzero(counts)]
     return optax.losses.ntxent(kept, jnp.arange(len(kept)) // 2, temperature)
 
@@ -51,7 +51,7 @@ def test_loss_and_gradient_are_those_of_optax_and_masked_examples_are_not_there(
                 jax.value_and_grad(functools.partial(of_optax, counts=counts)),
             )(vectors, temperature=temperature)
             np.testing.assert_allclose(got, expected[0], rtol=1e-5)
-            # Optax scales to length one itself, so its gradient has nothing along the vectors.
+            # Optax normalizes vectors itself, so its gradient is orthogonal to them.
             along = np.sum(gradient * vectors, axis=1, keepdims=True) * vectors
             np.testing.assert_allclose(gradient - along, expected[1], atol=1e-5)
             assert not np.any(gradient[~counts])
@@ -78,7 +78,7 @@ def test_views_of_an_image_stand_together_each_drawn_apart_by_its_place():
 
 
 def test_options_leave_out_colours_and_blur():
-    """Of one red, whatever is cropped and mirrored is that red."""
+    """Crops and flips of a red image are red."""
     images = np.zeros((8, SIDE, SIDE, 3), np.uint8) + np.array([204, 51, 51], np.uint8)
     plain = views(images, jax.random.key(0), (("colour", 0.0), ("blur", False), ("size", 4)))
     red = [0.6, -0.6, -0.6]
@@ -91,7 +91,7 @@ def test_options_leave_out_colours_and_blur():
 
 
 def test_metrics_and_masks_of_a_batch():
-    """An encoder that gives pixels as they are tells images of one colour apart."""
+    """An encoder that returns pixels distinguishes images of single colors."""
     learner = simclr(Seen(SIDE), colour=0.0, blur=False)
     learner.project = lambda views, **_: unit(views.mean(axis=(1, 2)))
     loss = jax.jit(lambda batch: learner.loss(batch, jax.random.key(0), False)[1])
@@ -107,9 +107,12 @@ def test_metrics_and_masks_of_a_batch():
 
 @pytest.mark.slow
 def test_it_learns_to_tell_images_apart():
-    """Fields of colour under noise, seen in part and mirrored."""
+    """Train on color fields with noise, with crops and flips only."""
     learner = simclr(Pixels(SIDE), colour=0.0, blur=False)
-    loss = lambda learner: learner.loss({"image": held_out}, jax.random.key(0), False)[0]
+
+    def loss(learner):
+        return learner.loss({"image": held_out}, jax.random.key(0), False)[0]
+
     held_out = tiny.images(32, SIDE, seed=1000)
     before = loss(learner)
     learner = learned(learner, (tiny.images(32, SIDE, seed=n) for n in range(200)))

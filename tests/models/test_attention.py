@@ -1,4 +1,4 @@
-"""Attention that computes its weights again gives the values and gradients of the plain one."""
+"""Recomputing attention has the values and gradients of standard attention."""
 
 import re
 
@@ -59,10 +59,10 @@ def gradients(remat: str, attention: str):
 def test_blocks_that_keep_little_have_the_same_gradients():
     expected, plain = gradients("none", "xla")
     got, lean = gradients("lean", "recompute")
-    # That of the keys' biases is 0 but for rounding, so what is compared with is the largest one.
+    # The gradient of the key biases is 0 up to rounding, so compare relative to the largest one.
     largest = max(float(jnp.abs(b).max()) for b in jax.tree.leaves(expected[1]))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6 * largest)
-    # No weights, [layers, batch, heads, T, T], are kept from the forward to the backward pass.
+    # No weights [layers, batch, heads, T, T] are stored for the backward pass.
     kept = re.compile(r"f32\[3,[\d,]*5,5\]")
     assert kept.search(str(plain)) and not kept.search(str(lean))

@@ -1,4 +1,4 @@
-"""Beam search: against all captions there are, against plain Python, against greedy."""
+"""Beam search against exhaustive search, plain Python and greedy decoding."""
 
 import functools
 import itertools
@@ -15,9 +15,9 @@ START, EOS, VOCAB, IMAGES = 0, 1, 5, 3
 
 
 class Recurrent:
-    """A random recurrent decoder with an own direction for each image.
+    """A random recurrent decoder with a separate direction for each image.
 
-    What it predicts depends on the whole past, so mistaking one caption's past for another's shows.
+    Its predictions depend on the whole past, so confusing the pasts of two captions is detected.
     """
 
     def __init__(self, seed, vocab=VOCAB):
@@ -29,7 +29,7 @@ class Recurrent:
         self._states = {(image, ()): np.zeros(8) for image in range(IMAGES)}
 
     def log_probs(self, image, past):
-        """In plain numpy: log-probabilities [V] of what follows the tokens `past`."""
+        """Return log-probabilities [V] of the token after `past`, in plain numpy."""
         logits = self._state(image, (START, *past)) @ self.weights["out"]
         return logits - np.log(np.sum(np.exp(logits)))
 
@@ -58,12 +58,12 @@ def _search(weights, beams, length, norm):
 
 
 def searched(decoder, *, beams, length, norm=1.0):
-    """Captions [IMAGES, length] by beam search; without beams greedily."""
+    """Return captions [IMAGES, length] by beam search; greedy if beams is None."""
     return np.asarray(_search(decoder.weights, beams, length, norm))
 
 
 def plain(log_probs, *, beams, length, norm=1.0, eos=EOS, stop_early=True):
-    """Beam search of one image in plain Python -> (score, caption)."""
+    """Search one image in plain Python; return (score, caption)."""
     followed, best, complete = [(0.0, ())], (-np.inf, ()), 0
     for n in range(1, length + 1):
         ranked = sorted(
@@ -133,7 +133,7 @@ def test_narrow_beams_are_those_of_plain_python(beams, norm):
             log_probs = functools.partial(decoder.log_probs, image)
             _, caption = plain(log_probs, beams=beams, length=7, norm=norm)
             assert found[image].tolist() == padded(caption, 7)
-            # Nothing was lost by ending early.
+            # Ending early has lost nothing.
             patient = plain(log_probs, beams=beams, length=7, norm=norm, stop_early=False)
             assert patient[1] == caption
             ends.add(len(caption))
@@ -151,7 +151,7 @@ def test_one_beam_is_greedy():
 
 
 def scripted(probabilities, calls):
-    """A step that always predicts the same, and notes at which positions it is asked."""
+    """Return a step with constant predictions that records the positions of its calls."""
 
     def step(tokens, position, cache):
         jax.debug.callback(lambda position: calls.append(int(position)), position)
@@ -161,8 +161,8 @@ def scripted(probabilities, calls):
 
 
 def test_ends_when_no_caption_can_beat_the_best():
-    # To end at once has the log-probability log 0.5, and what begins otherwise has less. Its mean
-    # could still come to less than nothing; but after another token, three captions have ended.
+    # Ending at once has log-probability log 0.5, and all other captions have less. Their mean could
+    # still improve, but after another token, three captions have ended.
     script, spec = [0.3, 0.5, 0.2], CaptionSpec(batch=1, length=50, start=0, eos=EOS)
     cache = (jnp.zeros((3, 1)), ())
     for norm, asked in ((0.0, 1), (1.0, 2)):
@@ -188,8 +188,8 @@ def test_every_image_ends_on_its_own_and_the_last_ends_all():
     assert sorted(calls) == list(range(6))
 
 
-# The captioner, whose keys and values stay where they are. Its seed and scale, and the token that
-# ends its captions, are chosen so that these differ.
+# The captioner never moves keys and values. Its seed, scale and end token are chosen so that the
+# captions differ.
 LAST = 15
 
 
@@ -203,7 +203,7 @@ def captioner():
 
 @pytest.fixture(scope="module")
 def decode(captioner):
-    """(images, beams) -> captions, with the cache; without beams greedily."""
+    """Function (images, beams) -> captions, with the cache; greedy if beams is None."""
 
     def decode(learner, images, beams):
         spec = CaptionSpec(batch=len(images), length=tiny.LENGTH, start=START, eos=LAST)

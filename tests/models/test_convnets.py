@@ -1,4 +1,4 @@
-"""BatchNorm, stems, sizes of images and of shards: what the parity tests of convert do not show."""
+"""BatchNorm, stems, image sizes and sharding, beyond the parity tests of convert."""
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ def test_batch_norm_is_torchs(dtype):
     theirs, ours = torch.nn.BatchNorm2d(5), BatchNorm(5, rngs=nnx.Rngs(0))
     images = torch.from_numpy(x.astype(np.float32)).permute(0, 3, 1, 2)
     tolerance = dict(atol=1e-5 if dtype == np.float32 else 3e-2)
-    for _ in range(3):  # twelve numbers of each kind: the unbiased variance is 9% more
+    for _ in range(3):  # twelve values per channel: the unbiased variance is 9% larger
         expected = theirs(images).detach().permute(0, 2, 3, 1)
         found = ours(jnp.asarray(x), train=True)
         assert found.dtype == dtype
@@ -46,7 +46,7 @@ def test_batch_norm_is_torchs(dtype):
 
 @pytest.mark.parametrize(("side", "stride"), [(1, 1), (2, 1), (3, 1), (4, 2), (5, 2)])
 def test_a_convolution_onto_a_small_map_is_a_convolution(side, stride):
-    """Forward and backward, whether or not the kernel is larger than the map."""
+    """Test forward and backward passes, with kernels smaller and larger than the map."""
     rng = np.random.default_rng(0)
     x, kernel = rng.normal(size=(2, side, side, 3)), rng.normal(size=(3, 3, 3, 4))
     x, kernel = x.astype(np.float32), kernel.astype(np.float32)
@@ -140,7 +140,7 @@ def test_kernels_are_split_by_their_channels_out(name):
     jax.tree.map(check, params, shardings)
 
 
-# Multiply-adds of an image of 224 pixels, as torchvision publishes them for its ResNet-18.
+# Multiply-adds for an image of 224 pixels, as published by torchvision for its ResNet-18.
 MULTIPLY_ADDS = 1.814e9
 
 
@@ -175,12 +175,17 @@ def test_fields_that_do_not_go_together_are_told(fields, said):
 
 
 def steps_on(layout):
-    """Losses of two steps, and the statistics of the last BatchNorm behind them."""
+    """Return the losses of two steps, and the statistics of the last BatchNorm after them."""
     c = toy.config(
-        *("captioner", {}),
-        **{"model__name": "resnet18", "model__stem": "small", "optim__name": "adamw"},
-        **{"batch_size": 16, "data__image_size": 8, "model__decoder_depth": 1},
-        **{"model__decoder_width": 32, "model__decoder_mlp": 64, "model__decoder_heads": 2},
+        model__name="resnet18",
+        model__stem="small",
+        optim__name="adamw",
+        batch_size=16,
+        data__image_size=8,
+        model__decoder_depth=1,
+        model__decoder_width=32,
+        model__decoder_mlp=64,
+        model__decoder_heads=2,
     )
     training = layouts.Training(c, layout)
     state, losses = training.go_on(training.init(), 2)

@@ -1,4 +1,4 @@
-"""Greedy decoding: against scripted steps, and the cached captioner against the whole forward."""
+"""Greedy decoding: scripted steps, and the cached captioner against the full forward pass."""
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +8,11 @@ import pytest
 from cap_pretrain.models.decoding import CaptionSpec, greedy
 from tests import tiny
 
-NEVER = -1  # an end of sentence that no token is
+NEVER = -1  # EOS that never occurs
 
 
 def scripted(script, calls=None):
-    """A step that wants to say row i of `script`, and a cache that checks what it is told."""
+    """Return a step that predicts row i of `script` for caption i, and its cache."""
     script = jnp.asarray(script)
 
     def step(tokens, position, heard):
@@ -76,7 +76,7 @@ def test_ties_go_to_the_first_token():
 
 @pytest.fixture(scope="module")
 def captioner():
-    """One whose captions follow the image: seed and scale are chosen so that they differ."""
+    """A captioner whose captions depend on the image; seed and scale make them differ."""
     graphdef, params, stats = tiny.split(tiny.config(), seed=57)
     params["decoder"]["blocks"]["cross_attention"]["value"]["kernel"] *= 2
     params["decoder"]["logits"]["bias"] *= 0
@@ -85,7 +85,7 @@ def captioner():
 
 @pytest.fixture(scope="module")
 def decode(captioner):
-    """(images, eos, length) -> captions, with the cache."""
+    """Function (images, eos, length) -> captions, with the cache."""
 
     def decode(learner, images, eos, length):
         return greedy(
@@ -100,7 +100,7 @@ def decode(captioner):
 
 @pytest.fixture(scope="module")
 def uncached(captioner):
-    """Four images, and their captions without end: each token from the forward of the prefix."""
+    """Four images and their captions without EOS, each token from a forward pass of its prefix."""
     images = tiny.images(4)
     encoded = tiny.jitted(captioner, lambda learner, images: learner.encode(images))(images).tokens
     predict = tiny.jitted(captioner, lambda learner, *args: learner.predict(*args))
@@ -115,7 +115,7 @@ def uncached(captioner):
 
 def test_the_cache_changes_no_token(decode, uncached):
     images, text = uncached
-    assert len({tuple(row) for row in text}) == 4  # captions worth comparing
+    assert len({tuple(row) for row in text}) == 4  # the captions differ
     np.testing.assert_array_equal(decode(images), text)
 
 

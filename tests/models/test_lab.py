@@ -1,4 +1,4 @@
-"""Colours: conversions against scikit-image, bins, and what comes back of a colour."""
+"""Colors: conversions against scikit-image, bins, and the round trip of a color."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ SOME = np.concatenate(
 
 
 def faces(levels):
-    """The surface of the cube of RGB [..., 3] at these levels of each side."""
+    """Return the surface of the RGB cube [..., 3], sampled at these levels."""
     free = np.stack(np.meshgrid(levels, levels), axis=-1).reshape(-1, 2)
     return np.concatenate([np.insert(free, k, v, axis=1) for k in range(3) for v in (0.0, 1.0)])
 
@@ -27,7 +27,7 @@ def test_lab_is_that_of_scikit_image():
     np.testing.assert_allclose(lab.lab(SOME), expected, atol=5e-4)
     any_lab = np.random.default_rng(1).uniform((0, -60, -60), (100, 60, 60), (500, 3))
     back = jax.jit(lab.rgb)(jnp.asarray(any_lab, jnp.float32))
-    inside = np.all((back > 0) & (back < 1), axis=-1)  # scikit-image cuts others in another way
+    inside = np.all((back > 0) & (back < 1), axis=-1)  # scikit-image clips other colors differently
     assert 100 < inside.sum() < 400
     np.testing.assert_allclose(back[inside], color.lab2rgb(any_lab)[inside], atol=2e-5)
 
@@ -61,7 +61,7 @@ def test_bins_are_where_colours_are():
     bins = lab.bins()
     assert bins.shape == (lab.BINS, 2) and lab.BINS == 261
     assert (bins % lab.STEP == 0).all() and len(np.unique(bins, axis=0)) == len(bins)
-    # Colours inside of the cube are of the same bins as those of its faces.
+    # Colors inside the cube have the same bins as those of its faces.
     cube = np.stack(np.meshgrid(*[np.linspace(0, 1, 24)] * 3), axis=-1).reshape(-1, 3)
     ab = lab.lab(cube)[:, 1:]
     assert np.abs(bins[lab.nearest_bin(ab)] - ab).max() <= lab.STEP / 2
@@ -109,9 +109,9 @@ def test_what_comes_back_of_a_colour():
         return jnp.linalg.norm(jnp.stack(back) - ab, axis=-1)
 
     of_mean, annealed = np.asarray(errors(ab))
-    # The mean itself, which is off where there are no bins on the other side.
+    # The mean is biased where there are no bins on the other side.
     assert of_mean.mean() < 0.6 and of_mean.max() < 5
-    # Annealed, it is drawn towards the nearest bin; that itself is off by up to 7.07.
+    # The annealed mean is drawn towards the nearest bin, which is off by up to 7.07.
     assert annealed.mean() < 2.2 and annealed.max() < 5
 
 
@@ -126,7 +126,7 @@ def test_rare_colours_count_more_and_the_mean_is_one():
     expected = 1 / (0.5 * p + 0.5 / lab.BINS)
     np.testing.assert_allclose(weights, expected / (p * expected).sum(), rtol=1e-5)
     assert (p * weights).sum() == pytest.approx(1)
-    # A colour that never occurs counts as much as the even shares let it.
+    # The weight of a color that never occurs is limited by the uniform part.
     assert weights.max() / weights[gray] == pytest.approx(1 + lab.BINS * p[gray], rel=1e-4)
     np.testing.assert_allclose(lab.weights(counts, uniform=1.0), 1, rtol=1e-6)
 

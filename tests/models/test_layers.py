@@ -1,4 +1,6 @@
-"""How a model computes must not change what: scan, rematerialisation, precision, dropout."""
+"""Scan, rematerialization and precision do not change results; dropout and stochastic depth."""
+
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +34,7 @@ BATCH = {
 
 @pytest.fixture(scope="module")
 def params():
-    """Of a captioner; how it computes is not in them."""
+    """Parameters of a captioner, which do not depend on how it computes."""
     return tiny.split(tiny.config())[1]
 
 
@@ -50,7 +52,7 @@ def of_captioner(learner, batch, key):
 
 
 def value_and_grad(loss, **fields):
-    """(params, batch, key) -> the loss and its gradients, in a captioner with these settings."""
+    """Function (params, batch, key) -> loss and gradients of a captioner with these settings."""
     graphdef, _, _ = tiny.abstract(tiny.config(**fields))
     return jax.value_and_grad(lambda p, *args: loss(nnx.merge(graphdef, p), *args))
 
@@ -63,19 +65,19 @@ def equations(jaxpr):
 
 
 def assert_same(one, other):
-    """Equal losses and gradients, but for rounding, which is relative to the largest gradient."""
+    """Assert equal losses and gradients, up to rounding relative to the largest gradient."""
     assert one[0] == pytest.approx(float(other[0]), rel=1e-5)
     scale = max(np.abs(leaf).max() for leaf in jax.tree.leaves(other[1]))
     for a, b in zip(*map(jax.tree.leaves, (one[1], other[1])), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-6 * scale)
 
 
-# Scan and rematerialisation
+# Scan and rematerialization
 
 
 @pytest.fixture(scope="module")
 def stack():
-    """Three stacked layers, split, and loss and gradients when run in a Python loop."""
+    """Three stacked layers, split, with loss and gradients from a Python loop."""
 
     def make(rngs):
         return Mlp(8, 12, bias=True, compute=Compute(), rngs=rngs)
@@ -88,7 +90,7 @@ def stack():
         x, product, keys = X, 1.0, jax.random.split(KEY, 3)
         for i in range(3):
             product *= x.sum()
-            layer = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[i], params))
+            layer = nnx.merge(graphdef, jax.tree.map(operator.itemgetter(i), params))
             x = x + SCALES[i] * dropout(layer(x), 0.3, keys[i])
         return jnp.sum(jnp.sin(x)) + product
 
@@ -96,7 +98,7 @@ def stack():
 
 
 def scanned(graphdef, **fields):
-    """params -> the same by `scan_layers`, not yet compiled."""
+    """Return the function of parameters with the same result by `scan_layers`."""
 
     def body(layer, x, inputs):
         scale, key = inputs
@@ -153,8 +155,10 @@ def test_policies_say_what_is_computed_twice(params, loss):
         for remat in REMAT_POLICIES
     }
     assert flops["full"] > 1.2 * flops["none"]
-    assert flops["dots"] == flops["none"]  # only what is cheap is computed again
-    assert flops["none"] < flops["dots_no_batch"] < flops["full"]  # that is the attention products
+    assert flops["dots"] == flops["none"]  # only cheap operations are recomputed
+    assert (
+        flops["none"] < flops["dots_no_batch"] < flops["full"]
+    )  # it recomputes the attention products
 
 
 def test_the_program_does_not_grow_with_depth():
@@ -240,7 +244,7 @@ def test_nothing_is_dropped_without_a_key(off):
 
 
 def draws(fn):
-    """Whether fn(key) draws random numbers."""
+    """Return whether fn(key) draws random numbers."""
     jaxpr = jax.make_jaxpr(fn)(KEY).jaxpr
     return any(equation.primitive.name == "random_bits" for equation in equations(jaxpr))
 
@@ -266,6 +270,6 @@ def test_every_part_takes_part(field):
     assert draws(lambda key: captioner.encode(image, train=True, key=key))
     assert draws(lambda key: dual_encoder.embed_images(image, train=True, key=key))
     assert draws(lambda key: dual_encoder.embed_text(text, train=True, key=key))
-    # Stochastic depth is the encoders' alone.
+    # Only encoders have stochastic depth.
     in_decoder = draws(lambda key: captioner.predict(BATCH["encoded"], text, key=key))
     assert in_decoder == (field == "dropout")

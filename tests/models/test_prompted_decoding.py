@@ -1,4 +1,4 @@
-"""Captions that begin with given tokens: against all there are, plain Python, the whole forward."""
+"""Prompted decoding against exhaustive search, plain Python and the full forward pass."""
 
 import functools
 import itertools
@@ -22,7 +22,7 @@ def _decoded(weights, how, length, prompt, keys):
 
 
 def decoded(decoder, how, prompts, length, seed=0):
-    """Captions [IMAGES, length] that begin with `prompts`, a list of tokens for each image."""
+    """Return captions [IMAGES, length] that begin with `prompts`, a list of tokens per image."""
     if prompts is not None:
         prompts = np.array([padded(prompt, length) for prompt in prompts], np.int32)
     keys = jax.random.split(jax.random.key(seed), IMAGES)
@@ -71,10 +71,10 @@ def test_a_narrow_beam_is_that_of_plain_python_after_the_prompt(beams, norm):
 
 
 def test_what_is_given_costs_nothing_and_has_no_length():
-    # However unlikely it is, and whatever its length: what follows is decided by itself. The first
-    # two continuations have log-probability log 0.3, the mean log 0.3 and log 0.3 / 2.
+    # Neither the probability nor the length of the prompt affects the continuation. The first two
+    # continuations have log-probability log 0.3, and means log 0.3 and log 0.3 / 2.
     table = np.full((5, 5), 1e-9)
-    table[0, 2] = 1 - 1e-6  # the prompt [3, 3] is as good as impossible
+    table[0, 2] = 1 - 1e-6  # the prompt [3, 3] is nearly impossible
     table[3] = [1e-9, 0.3, 0.32, 1e-9, 0.38]
     table[2] = [1e-9, 0.9, 0.04, 0.03, 0.03]
     table[4] = [1e-9, 0.2, 0.2, 0.3, 0.3]
@@ -88,7 +88,7 @@ def test_what_is_given_costs_nothing_and_has_no_length():
         prompt = np.array([[3, 3, 0, 0, 0], [3, 0, 0, 0, 0]], np.int32)
         spec, cache = CaptionSpec(batch=2, length=5, start=0, eos=EOS), (jnp.zeros((8, 1)), ())
         said[norm] = np.asarray(decode(scripted, cache, how, spec, prompt=prompt))
-    # log 0.3 against log (0.32 * 0.9) = log 0.288: the shorter; by the mean the longer.
+    # log 0.3 against log (0.32 * 0.9) = log 0.288: the shorter wins, but by the mean the longer.
     np.testing.assert_array_equal(said[0.0], [[3, 3, 1, 0, 0], [3, 1, 0, 0, 0]])
     np.testing.assert_array_equal(said[1.0], [[3, 3, 2, 1, 0], [3, 2, 1, 0, 0]])
 

@@ -1,4 +1,4 @@
-"""Recurrent decoders: each against torch, word by word against all at once, what is pooled."""
+"""Recurrent decoders: parity with torch, stepwise against full reading, pooling."""
 
 import dataclasses
 
@@ -35,13 +35,16 @@ FLOAT32 = Compute()
 
 
 def random_decoder(options, compute=FLOAT32):
-    """A decoder with every parameter random, and its parameters as a nested dict."""
+    """Return a decoder with random parameters, and its parameters as a nested dict."""
     decoder = DECODERS[options.decoder](
         options, vocab_size=VOCAB, width=WIDTH, compute=compute, rngs=nnx.Rngs(0)
     )
     rng = np.random.default_rng(0)
     graphdef, params = nnx.split(decoder)
-    draw = lambda p: jnp.asarray(0.5 * rng.standard_normal(p.shape), p.dtype)
+
+    def draw(p):
+        return jnp.asarray(0.5 * rng.standard_normal(p.shape), p.dtype)
+
     params = jax.tree.map(draw, params)
     return nnx.merge(graphdef, params), jax.device_get(nnx.to_pure_dict(params))
 
@@ -52,7 +55,7 @@ def whole(decoder, *args, **kwargs):
 
 
 def encoded(decoder, seed=1):
-    """What an encoder might give, of four parts if the decoder wants tokens."""
+    """Return random encoder output, four tokens per image if the decoder reads tokens."""
     shape = (IMAGES, 4, WIDTH) if decoder.reads == "tokens" else (IMAGES, WIDTH)
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
@@ -61,12 +64,12 @@ def words(seed=2):
     return np.random.default_rng(seed).integers(0, VOCAB, (IMAGES * TEXTS, LENGTH), np.int32)
 
 
-# The decoders once more, from torch's recurrent layers
+# Reference decoders from torch's recurrent layers
 
 
-def lstm_state(cell, input=None):
-    """One layer as torch names it; `input`: other kernels whose inputs come after its own."""
-    kernels = [cell["input"]["kernel"], *(input or [])]
+def lstm_state(cell, more=None):
+    """Return one layer under torch's names; `more`: kernels of further inputs."""
+    kernels = [cell["input"]["kernel"], *(more or [])]
     return {
         "weight_ih": np.concatenate(kernels).T,
         "weight_hh": cell["recurrent"]["kernel"].T,
@@ -81,7 +84,7 @@ def torch_lstm(cells, width):
 
 
 def torch_decoder(options, p, seen, text):
-    """(logits [R, T, V], attention weights [R, T, N] or None)."""
+    """Return logits [R, T, V] and attention weights [R, T, N] or None."""
     seen = tensor(seen).repeat_interleave(TEXTS, dim=0)
     x = tensor(p["embedding"]["embedding"])[tensor(text).long()]
     weights = None
@@ -216,12 +219,12 @@ def test_dropout_is_before_the_output_and_in_the_merge_model_on_what_is_read(kin
     one, other = (decoder(seen, text, key=jax.random.key(n))[0] for n in (0, 1))
     assert np.abs(one - other).max() > 0.01
     logits = decoder.logits
-    decoder.logits = lambda x: x  # what the logits are made of
+    decoder.logits = lambda x: x  # return the hidden states
     dropped, whole = (decoder(seen, text, key=key)[0] for key in (jax.random.key(0), None))
     decoder.logits = logits
     if kind == "merge":
         assert np.abs(dropped - whole).max() > 0.01
-    else:  # half of the units are zero, the others doubled; the recurrence knows nothing of it
+    else:  # half of the units are zero, the others doubled; the recurrence is unaffected
         kept = np.asarray(dropped != 0)
         assert 0.3 < kept.mean() < 0.7
         np.testing.assert_allclose(dropped, np.where(kept, 2 * whole, 0), atol=1e-6)

@@ -1,4 +1,4 @@
-"""Sampling: what the distribution is restricted to, and that captions are drawn from it."""
+"""Sampling: the restricted distribution, and captions drawn from it."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ LOGITS = np.log(PROBABILITIES).astype(np.float32) + 3.0
 
 
 def left(**options):
-    """The tokens that are left, and their probabilities."""
+    """Return the remaining tokens and their probabilities."""
     logits = np.asarray(restrict(jnp.asarray(LOGITS)[None], **options))[0]
     kept = np.flatnonzero(logits > -np.inf)
     return kept.tolist(), np.exp(logits[kept]) / np.sum(np.exp(logits[kept]))
@@ -33,7 +33,7 @@ def left(**options):
         ({"top_p": 0.64}, [1, 3]),
         ({"top_p": 0.66}, [1, 3, 4]),
         ({"top_p": 0.99}, [0, 1, 2, 3, 4]),
-        # Of what top-k leaves (4/6, 2.5/6 of the mass), not of all.
+        # The nucleus is of the tokens that top-k leaves (4/6 and 2.5/6 of the mass), not of all.
         ({"top_k": 2, "top_p": 0.6}, [1]),
         ({"top_k": 2, "top_p": 0.64}, [1, 3]),
     ],
@@ -46,7 +46,7 @@ def test_what_is_left(options, tokens):
 
 
 def test_the_temperature_comes_first():
-    cold = PROBABILITIES**2 / np.sum(PROBABILITIES**2)  # the first two have 0.84 of it
+    cold = PROBABILITIES**2 / np.sum(PROBABILITIES**2)  # the first two have 0.84 of the mass
     tokens, shares = left(temperature=0.5, top_p=0.8)
     assert tokens == [1, 3]
     np.testing.assert_allclose(shares, cold[[1, 3]] / cold[[1, 3]].sum(), rtol=1e-5)
@@ -83,7 +83,7 @@ def test_tokens_come_as_often_as_they_should(options):
         assert np.all(found[expected == 0] == 0)
         sigma = np.sqrt(expected * (1 - expected) / count)
         assert np.all(np.abs(found - expected) < 4 * sigma + 1e-12)
-    # Each position draws anew: pairs are as frequent as their tokens say.
+    # Positions are independent: pairs have the product of the frequencies of their tokens.
     pairs = np.histogram2d(*captions.T, bins=np.arange(6) - 0.5)[0] / count
     assert np.abs(pairs - np.outer(expected, expected)).max() < 0.01
 

@@ -1,4 +1,4 @@
-"""The text tower against torch; the decoder's cache and its initial parameters."""
+"""The text tower against torch; the decoder's cache and initial parameters."""
 
 import jax
 import numpy as np
@@ -10,13 +10,13 @@ from cap_pretrain.training import plan
 from cap_pretrain.training.step import split_learner
 from tests import tiny, torch_reference, toy
 
-# A decoder of another size than its encoder, and how many heads it has.
+# A decoder that differs in size from its encoder, and its number of heads.
 NARROW, NARROW_HEADS = dict(decoder_width=12, decoder_mlp=20, decoder_heads=3), 3
 
 
 @pytest.fixture(scope="module")
 def fresh():
-    """Parameters of a captioner as initialised, by path."""
+    """Initial parameters of a captioner, by path."""
     c = tiny.config(width=32)
     params = jax.jit(lambda: split_learner(learners.build(c, 500, jax.random.key(1)))[1])()
     flat, _ = jax.tree_util.tree_flatten_with_path(params)
@@ -49,7 +49,7 @@ def test_a_decoder_of_another_size_leaves_the_encoder_as_it_is():
     c.model.update(dict(decoder_width=768, decoder_depth=12, decoder_mlp=3072, decoder_heads=12))
     counts = plan.count_parameters(tiny.abstract(c, vocab=32_000)[1])
     assert f"{counts['encoder'] / 1e6:.1f}" == "303.2"
-    cross = 2 * 768 * 768 + 2 * 1024 * 768  # queries and what comes out, keys and values
+    cross = 2 * 768 * 768 + 2 * 1024 * 768  # queries and outputs, keys and values
     layer = 4 * 768 * 768 + cross + 2 * 768 * 3072 + 3 * 768
     assert counts["decoder"] == 12 * layer + 32_001 * 768 + 768 + 769 * 32_000
     assert counts["text_positions"] == 64 * 768

@@ -1,4 +1,4 @@
-"""The ViT against torch, and on images of other sizes than it was made for."""
+"""The ViT against torch, and on images of other sizes than its own."""
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +59,7 @@ def test_a_layers_tokens_are_those_that_the_blocks_up_to_it_make():
     assert list(layers) == ["block_1", "block_2", "block_3"]
     last = tiny.jitted(whole, lambda learner, x: learner.encoder.norm(x))(layers["block_3"])
     np.testing.assert_allclose(last, tiny.jitted(whole, encode)(images).tokens, atol=1e-5)
-    # Blocks above the second have no say in what leaves it, those below it have.
+    # The output of the second block depends on the blocks below it, not on those above.
     for block, changed in ((2, ["block_3"]), (1, ["block_2", "block_3"])):
         other = jax.tree.map(lambda p, n=block: p.at[n].add(0.1), params["encoder"]["blocks"])
         split = (graphdef, params | {"encoder": params["encoder"] | {"blocks": other}}, stats)
