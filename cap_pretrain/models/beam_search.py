@@ -119,7 +119,7 @@ def beam_search(
         final = jnp.where(ends, found.score, -jnp.inf) / count**length_norm
         best, best_score = _retire(now, found, final)
 
-        scores, which = top_k_of(jnp.where(ended, -jnp.inf, found.score), beams)
+        scores, which = sharded_top_k(jnp.where(ended, -jnp.inf, found.score), beams)
         parent = jnp.take_along_axis(found.parent, which, axis=1)
         tokens = _take_beams(now.tokens, parent)
         token = jnp.take_along_axis(found.token, which, axis=1)
@@ -158,10 +158,10 @@ def _expand(step: Step, now: _Beams, spec: CaptionSpec) -> tuple[_Candidates, tu
     logits, cache = step(last.reshape(-1), now.position, now.cache)
 
     # The best tokens of each caption suffice, so no array of [beams, V] is sorted or written.
-    gains, token = top_k_of(logits, min(2 * beams, logits.shape[-1]))
+    gains, token = sharded_top_k(logits, min(2 * beams, logits.shape[-1]))
     gains = gains - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     candidates = now.scores[:, :, None] + gains.reshape(batch, beams, -1)
-    score, which = top_k_of(candidates.reshape(batch, -1), 2 * beams)
+    score, which = sharded_top_k(candidates.reshape(batch, -1), 2 * beams)
     parent = which // gains.shape[-1]
     token = jnp.take_along_axis(token.reshape(batch, -1), which, axis=1)
     return _Candidates(score, parent, token), cache
@@ -192,7 +192,7 @@ def _reorder(leaf: jax.Array, parent: jax.Array) -> jax.Array:
     return _take_beams(rows, parent).reshape(leaf.shape)
 
 
-def top_k_of(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+def sharded_top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """Return `jax.lax.top_k` of x [R, V], computed where each row is sharded.
 
     Without the `shard_map`, the compiler gathers all rows.

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from cap_pretrain.distributed import sharding
 from cap_pretrain.errors import UserError, did_you_mean
-from cap_pretrain.models.beam_search import CaptionSpec, Step, beam_search, top_k_of
+from cap_pretrain.models.beam_search import CaptionSpec, Step, beam_search, sharded_top_k
 from cap_pretrain.models.text import PAD
 
 METHODS = ("greedy", "beam", "sample")
@@ -202,7 +202,7 @@ def restrict(
     """
     logits = logits / temperature
     if 0 < top_k < logits.shape[-1]:
-        least = top_k_of(logits, top_k)[0][..., -1:]
+        least = sharded_top_k(logits, top_k)[0][..., -1:]
         logits = jnp.where(logits < least, -jnp.inf, logits)
     if top_p < 1:
         descending = -jnp.sort(-logits, axis=-1)
