@@ -1,243 +1,310 @@
-"""The one loop. It drives any learner, evaluates with any evaluator, and resumes exactly.
+"""The training loop. It drives any learner, runs any evaluator and resumes exactly.
 
-Step t is a function of (config, seed, t, state): batch t comes from the pipeline by its number, the
-random key of step t from the seed. So a run that is started again only needs the saved state.
+A run has four parts. `setup.prepare` builds data, tokenizer and step; `Run.restore` loads the
+newest checkpoint; `Run.train` takes steps; `Run.evaluate` runs the evaluators. Step t is a function of
+(config, seed, t, state): the pipeline computes batch t from its number, and the random key of step
+t comes from the seed. So the saved state is all that a restarted run needs.
 """
 
 import contextlib
-import functools
+import dataclasses
 import io
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
-import numpy as np
-import optax
 from ml_collections import ConfigDict
 
 from cap_pretrain import config as configs
 from cap_pretrain import files, inputs, learners
 from cap_pretrain.checkpoints import warm_start
 from cap_pretrain.checkpoints.checkpoint import Checkpoints, saved_steps
+from cap_pretrain.checkpoints.warm_start import Initial
 from cap_pretrain.data import prefetch
 from cap_pretrain.distributed import cluster, heartbeat, sharding
 from cap_pretrain.errors import UserError
-from cap_pretrain.evals.base import Context, Interrupted, Result
-from cap_pretrain.evals.suite import Suite
-from cap_pretrain.optim import optimizers
-from cap_pretrain.optim import schedule as schedules
-from cap_pretrain.optim.plateau import Plateau
+from cap_pretrain.evals.base import Interrupted
 from cap_pretrain.telemetry import flops
 from cap_pretrain.telemetry.metrics import MetricsWriter, read_metrics
-from cap_pretrain.telemetry.progress import Progress, parameter_table
-from cap_pretrain.telemetry.timer import StepTimer
-from cap_pretrain.training import history, plan
+from cap_pretrain.telemetry.progress import Progress
+from cap_pretrain.training import setup as setups
 from cap_pretrain.training.broken import BrokenList
 from cap_pretrain.training.changes import check_unchanged, fields
-from cap_pretrain.training.step import init_state, make_train_step
+from cap_pretrain.training.evaluation import Evaluation
+from cap_pretrain.training.setup import Setup
+from cap_pretrain.training.step import TrainState
 from cap_pretrain.training.watch import Stopped, StopRequest, Watch
 
 
 def run(config: ConfigDict, workdir: Path, allow_changes: Sequence[str] = ()) -> None:
-    """Trains as `config` says, in `workdir`, from where an earlier run there stopped.
+    """Train as `config` says in `workdir`, resuming an earlier run there.
 
     Args:
-      config: see config.py.
-      workdir: the folder of everything the run writes.
-      allow_changes: fields in which `config` may differ from the one the run began with.
+        config: see config.py.
+        workdir: the folder that receives everything the run writes.
+        allow_changes: fields in which `config` may differ from the config of the earlier run.
 
     Raises:
-      UserError: the user's mistake.
-      watch.Stopped: SIGTERM or SIGINT ended the run early, after saving.
+        UserError: a mistake of the user.
+        watch.Stopped: SIGTERM or SIGINT ended the run early, after saving.
     """
     cluster.check_same(fields(json.loads(configs.to_json(config))))
-    config, beginning = warm_start.resolve(config)
-    configs.validate(config)
-    mesh = sharding.make_mesh(config)
-    is_main, hosts = jax.process_index() == 0, jax.process_count()
-    mixture = inputs.open_sources(config) if configs.trains(config) else []
-    config = inputs.completed(config, mixture)
-    files.make_workdir(workdir)
-    cluster.check_shared(workdir)
-    changes = allowed_changes(config, workdir, allow_changes)
-    tokenizer = inputs.prepare_tokenizer(config, mixture, workdir, anew=not saved_steps(workdir))
-    mixture = inputs.in_buckets(config, mixture, tokenizer)
-    epoch = inputs.examples_an_epoch(config, mixture)
-    schedule = schedules.make_schedule(config, epoch=epoch)
-    rate = schedules.learning_rate(config, schedule)
-    idle = not schedule.total and not saved_steps(workdir)  # which are read as they were saved
-    init, abstract, graphdef, tx = init_state(
-        lambda key: learners.build(config, tokenizer.vocab_size, key),
-        functools.partial(make_optimizer, config, rate, idle=idle),
-        config,
-        mesh,
-    )
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    step_fn = make_train_step(graphdef, tx, rate, config, shardings)
-    peak = flops.system_peak(jax.devices())
-    progress = Progress(
-        schedule.total, mfu_label=peak.label, stream=None if is_main else io.StringIO()
-    )
-    progress.say(parameter_table(abstract.params))
-    progress.say(f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}")
-    for line in inputs.describe(config, mixture):
-        progress.say(line)
-    step_flops = 0.0
-    if schedule.total:
-        progress.say(schedules.describe(config, schedule))
-        progress.say(f"MFU is relative to {peak.source}" if peak.flops else peak.source)
-        counted = plan.flops_per_example(config, tokenizer.vocab_size)
-        step_flops = config.batch_size * counted["training"]
-    timer = StepTimer(
-        total_steps=schedule.total,
-        batch_size=config.batch_size,
-        flops_per_step=step_flops,
-        peak_flops=peak.flops,
-    )
+    config, initial = warm_start.resolve(config)
+    resuming, changes = bool(saved_steps(workdir)), []
 
+    def check(config: ConfigDict) -> None:
+        changes.extend(allowed_changes(config, workdir, allow_changes))
+
+    setup = setups.prepare(config, workdir, check, resuming=resuming)
     with contextlib.ExitStack() as stack:
-        stack.callback(progress.close)
-        stack.enter_context(jax.set_mesh(mesh))
-        checkpoints = Checkpoints(workdir, config, identity=inputs.tokenizer_identity(workdir))
-        stack.callback(checkpoints.close)
-        with timer.pause():
-            if schedule.total:
-                checkpoints.prepare(abstract)
-            state = checkpoints.restore_newest(abstract, progress.say) or init()
-            start = int(state.step)
-            if beginning and not start:
-                state = beginning.put(state)
-                progress.say(f"Beginning with {beginning.source}.")
-        if start:
-            progress.say("\n".join([f"Going on from step {start}.", *changes]))
-        if is_main:
-            keep_config(config, workdir, start)
-        logged = read_metrics(workdir)
-        evaluated = {
-            name.rpartition("/")[0] for line in logged if line["step"] == start for name in line
-        }
-        # Without a checkpoint a run begins again, step 0's own metrics included.
-        keep_until = start if start or not schedule.total else -1
-        writer = MetricsWriter(workdir, enabled=is_main, keep_until=keep_until)
-        stack.callback(writer.close)
-        watch = Watch(config, workdir, writer, progress)
-        stop = stack.enter_context(StopRequest())
-        # Hosts of a cluster may not leave an evaluation one by one.
-        interrupt = stop.is_set if hosts == 1 else lambda: False
-        context = Context(config, graphdef, tokenizer, mesh, interrupt, workdir)
-        weights = beginning.source if beginning and not (start or schedule.total) else ""
-        suite = Suite(context, workdir, write=is_main, weights=weights)
-        plateau = Plateau.of(config)
-
-        def asked_for() -> tuple[bool, bool]:
-            """Whether to stop, and whether to save, as this host has it."""
-            return stop.is_set(), checkpoints.minutes_passed()
-
-        # Evaluators bring their figures to the host as they like.
-        @jax.transfer_guard_device_to_host("allow")
-        def evaluate(step: int, when: str, done: Collection[str] = ()) -> bool:
-            """Returns whether the run is to end, as nothing becomes better any more."""
-            nonlocal state
-            try:
-                for name, result in suite.run(step, state.variables, when=when, done=done):
-                    figures = {f"{name}/{k}": v for k, v in result.metrics.items()}
-                    state = state.replace(plateau=plateau.after(state.plateau, step, figures))
-                    _report(step, name, result, writer, progress)
-            except Interrupted:
-                if step and checkpoints.latest_step() != step:
-                    checkpoints.save(state)
-                raise Stopped(stop, step) from None
-            if is_main and schedule.total and config.evals:
-                rows = history.keep(workdir, config.evals, epoch / config.batch_size)
-                if when == "end":
-                    progress.say(history.tables(rows))
-            return plateau.ended(state.plateau)
-
-        for line in logged:
-            if line["step"] == start:
-                state = state.replace(plateau=plateau.after(state.plateau, start, line))
-        finished = start >= schedule.total
-        if finished or (start and schedule.evaluate and start % schedule.evaluate == 0):
-            # The run before may have been stopped between saving and evaluating.
-            evaluate(start, "always", done=evaluated)
-        if finished or plateau.ended(state.plateau):
-            evaluate(start, "end", done=evaluated)
-            if schedule.total:
-                progress.say(f"Already at step {start} of {schedule.total}: nothing to do.")
+        started = Run(setup, stack)
+        started.restore(initial, changes)
+        if started.catch_up():
             return
+        started.train()
+
+
+@dataclasses.dataclass(frozen=True)
+class Due:
+    """What happens after a step.
+
+    Attributes:
+        last: this is the last step of the schedule.
+        log: metrics are written.
+        evaluate: the evaluators run.
+        save: a checkpoint is written.
+        stop: a signal came to this host or, one step ago, to any host of the cluster.
+    """
+
+    last: bool
+    log: bool
+    evaluate: bool
+    save: bool
+    stop: bool
+
+
+class Run:
+    """A run in progress.
+
+    Args:
+        setup: what `prepare` built.
+        stack: closes what the run opens. The mesh is current until it unwinds.
+
+    Attributes:
+        state: the training state; None until `restore`.
+    """
+
+    state: TrainState
+
+    def __init__(self, setup: Setup, stack: contextlib.ExitStack):
+        self._setup, self._stack = setup, stack
+        self._config, self._schedule = setup.config, setup.schedule
+        self._is_main = jax.process_index() == 0
+        self._several_hosts = jax.process_count() > 1
+        peak = flops.system_peak(jax.devices())
+        self._progress = Progress(
+            setup.schedule.total,
+            mfu_label=peak.label,
+            stream=None if self._is_main else io.StringIO(),
+        )
+        setup.describe(self._progress, peak)
+        self._timer = setup.timer(peak)
+        stack.callback(self._progress.close)
+        stack.enter_context(jax.set_mesh(setup.mesh))
+        identity = inputs.tokenizer_identity(setup.workdir)
+        self._checkpoints = Checkpoints(setup.workdir, self._config, identity=identity)
+        stack.callback(self._checkpoints.close)
+
+    def restore(self, initial: Initial | None, changes: Sequence[str]) -> None:
+        """Load the newest valid checkpoint, or make the initial state; open the logs.
+
+        Args:
+            initial: weights that replace random ones at step 0.
+            changes: accepted differences of the config, which are printed.
+        """
+        config, workdir, total = self._config, self._setup.workdir, self._schedule.total
+        say = self._progress.say
+        with self._timer.pause():
+            if total:
+                self._checkpoints.prepare(self._setup.abstract)
+            restored = self._checkpoints.restore_newest(self._setup.abstract, say)
+            self.state = restored or self._setup.init()
+            start = int(self.state.step)
+            if initial and not start:
+                self.state = initial.put(self.state)
+                say(f"Initialized from {initial.source}.")
+        if start:
+            say("\n".join([f"Resuming from step {start}.", *changes]))
+        if self._is_main:
+            keep_config(config, workdir, start)
+        self._logged = [line for line in read_metrics(workdir) if line["step"] == start]
+        # Without a checkpoint a run starts over, and so do the metrics of step 0.
+        keep_until = start if start or not total else -1
+        self._writer = MetricsWriter(workdir, enabled=self._is_main, keep_until=keep_until)
+        self._stack.callback(self._writer.close)
+        self._watch = Watch(config, workdir, self._writer, self._progress)
+        self._stop = self._stack.enter_context(StopRequest())
+        weights = initial.source if initial and not (start or total) else ""
+        self._evaluation = Evaluation(
+            self._setup,
+            self._writer,
+            self._progress,
+            # The hosts of a cluster cannot leave an evaluation one by one.
+            interrupt=(lambda: False) if self._several_hosts else self._stop.is_set,
+            weights=weights,
+        )
+
+    def catch_up(self) -> bool:
+        """Run the evaluations that an earlier process owes; return whether the run is complete.
+
+        The process may have been stopped after saving a step and before evaluating it.
+        """
+        start, total, period = int(self.state.step), self._schedule.total, self._schedule.evaluate
+        done = {name.rpartition("/")[0] for line in self._logged for name in line}
+        for line in self._logged:
+            self.state = self._evaluation.remember(self.state, start, line)
+        finished = start >= total
+        if finished or (start and period and start % period == 0):
+            self.evaluate("always", done=done)
+        if finished or self._evaluation.ended(self.state):
+            self.evaluate("end", done=done)
+            if total:
+                self._progress.say(f"Already at step {start} of {total}: nothing to do.")
+            return True
+        return False
+
+    def train(self) -> None:
+        """Take the steps that are left.
+
+        Raises:
+            Stopped: a signal stopped the run, after the state was saved.
+            UserError: a loss or gradient is not finite, or too many images are broken.
+        """
+        start, step_fn = int(self.state.step), self._setup.step_fn
+        batches = self._open_batches(start)
+        self._stack.enter_context(jax.transfer_guard("disallow"))
+        self._stack.push(lambda _, error, __: heartbeat.ending(error) if error else None)
+        for step, batch in batches:
+            requests = self._requests() if self._several_hosts else None
+            if self._several_hosts and step == start + 1:
+                step_fn = cluster.compiled_everywhere(step_fn, self.state, batch, requests)
+            self.state, metrics = step_fn(self.state, batch, requests)
+            metrics = self._watch.add(step, metrics)
+            due = self._due(step)
+            if step == start + 1 or due.log or due.evaluate or due.save or due.stop:
+                self._watch.check()  # waits for the device, so that the clock is right
+            self._timer.step_done()
+            self._progress.update(step)
+            if due.log:
+                self._log(step, metrics)
+            with self._timer.pause():
+                if self._save_and_evaluate(step, due):
+                    break
+
+    def evaluate(self, when: str, done: Collection[str] = ()) -> bool:
+        """Run the evaluators; return whether the metric of `config.plateau` ends the run.
+
+        Args:
+            when: which evaluators run, "always" or "end".
+            done: names of evaluators whose results at this step exist already.
+
+        Raises:
+            Stopped: a signal interrupted the evaluation; the state was saved.
+        """
+        step = int(jax.device_get(self.state.step))
+        try:
+            for plateau in self._evaluation.run(self.state, step, when, done):
+                self.state = self.state.replace(plateau=plateau)
+        except Interrupted:
+            if step and self._checkpoints.latest_step() != step:
+                self._checkpoints.save(self.state)
+            raise Stopped(self._stop, step) from None
+        return self._evaluation.ended(self.state)
+
+    def _open_batches(self, start: int) -> Iterator[tuple[int, dict[str, jax.Array]]]:
+        """Return an iterator over the steps that are left, each with its batch on the devices."""
+        setup, config, total = self._setup, self._config, self._schedule.total
         reads = (*learners.learner_class(config.learner.name).reads, "broken")
         reads += ("index",) if config.log.ids else ()
-        rows = sharding.batch_rows(mesh, config.batch_size)
-        dataset = inputs.training_batches(config, mixture, tokenizer, rows)
-        batches = prefetch.iterate(dataset, start, schedule.total, workers=config.data.workers)
-        stack.callback(batches.close)
-        members = [source for source, _ in mixture]
-        broken = BrokenList(config.data, members, workdir, jax.process_index())
-        stack.enter_context(jax.transfer_guard("disallow"))
-        stack.push(lambda _, error, __: heartbeat.ending(error) if error else None)
+        rows = sharding.batch_rows(setup.mesh, config.batch_size)
+        dataset = inputs.training_batches(config, setup.mixture, setup.tokenizer, rows)
+        batches = prefetch.iterate(dataset, start, total, workers=config.data.workers)
+        self._stack.callback(batches.close)
+        members = [source for source, _ in setup.mixture]
+        broken = BrokenList(config.data, members, setup.workdir, jax.process_index())
 
-        for step in range(start + 1, schedule.total + 1):
-            with timer.data_wait():
-                batch = next(batches)
-                broken.see(step, batch)
-            batch = {k: batch[k] for k in reads}
-            if hosts > 1:
-                batch["asked"] = np.tile(asked_for(), (len(batch["broken"]), 1))
-            arrays = sharding.put_batch(batch, mesh)
-            if hosts > 1 and step == start + 1:
-                step_fn = cluster.compiled_everywhere(step_fn, state, arrays)
-            state, metrics = step_fn(state, arrays)
-            watch.add(step, metrics)
-            # Several hosts do what any of them asked for in the step before: all the same, at once.
-            stopped, overdue = asked_for() if hosts == 1 else watch.asked
+        def iterate() -> Iterator[tuple[int, dict[str, jax.Array]]]:
+            for step in range(start + 1, total + 1):
+                with self._timer.data_wait():
+                    batch = next(batches)
+                    broken.see(step, batch)
+                yield step, sharding.put_batch({k: batch[k] for k in reads}, setup.mesh)
 
-            last = step == schedule.total
-            log, due, save = (
-                last or bool(period and step % period == 0)
-                for period in (schedule.log, schedule.evaluate, schedule.save)
-            )
-            save |= (log and overdue) or (due and bool(config.checkpoint.best or hosts > 1))
-            save |= bool(watch.fault)
-            if step == start + 1 or log or due or save or stopped:
-                watch.check()  # which also waits for the device, so that the clock is right
-            timer.step_done()
-            progress.update(step)
-            if log:
-                for name in ("data/ids", "asked"):  # which the watch reads, of every step
-                    metrics.pop(name, None)
-                figures = {
-                    k if "/" in k else f"train/{k}": v for k, v in jax.device_get(metrics).items()
-                }
-                figures |= timer.report(step)
-                writer.write(step, figures)
-                progress.update(step, figures)
-            with timer.pause():
-                checkpoints.check()
-                if save or stopped:
-                    checkpoints.save(state)
-                if stopped and not last:
-                    raise Stopped(stop, step)
-                if watch.fault and save and not last:
-                    raise UserError(watch.fault)
-                if not due:
-                    continue
-                if evaluate(step, "always") and not last:
-                    progress.say(f"{plateau.figure} becomes no better: ending at step {step}.")
-                    if not save:
-                        checkpoints.save(state)
-                    last = True
-                if last:
-                    evaluate(step, "end")
-                    break
+        return iterate()
+
+    def _requests(self) -> jax.Array:
+        """Put this host's requests, to stop and to save, on its devices."""
+        requests = (self._stop.is_set(), self._checkpoints.minutes_passed())
+        return sharding.put_requests(requests, self._setup.mesh)
+
+    def _due(self, step: int) -> Due:
+        """Return what happens after a step. All hosts of a cluster return the same."""
+        if self._several_hosts:  # what any host requested before the previous step
+            stop, overdue = self._watch.requests
+        else:
+            stop, overdue = self._stop.is_set(), self._checkpoints.minutes_passed()
+        last = step == self._schedule.total
+        log, evaluate, save = (
+            last or bool(period and step % period == 0)
+            for period in (self._schedule.log, self._schedule.evaluate, self._schedule.save)
+        )
+        save |= log and overdue
+        save |= evaluate and bool(self._config.checkpoint.best or self._several_hosts)
+        save |= bool(self._watch.fault)
+        return Due(last, log, evaluate, save, stop)
+
+    def _log(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Write and print the metrics of a step."""
+        values = {
+            k if "/" in k else f"train/{k}": v for k, v in jax.device_get(metrics).items()
+        } | self._timer.report(step)
+        self._writer.write(step, values)
+        self._progress.update(step, values)
+
+    def _save_and_evaluate(self, step: int, due: Due) -> bool:
+        """Do what is due after a step; return whether the run is complete.
+
+        Raises:
+            Stopped: a signal came, and the state is saved.
+            UserError: too many images are broken; the state is saved.
+        """
+        self._checkpoints.check()
+        if due.save or due.stop:
+            self._checkpoints.save(self.state)
+        if due.stop and not due.last:
+            raise Stopped(self._stop, step)
+        if self._watch.fault and due.save and not due.last:
+            raise UserError(self._watch.fault)
+        if not due.evaluate:
+            return False
+        last = due.last
+        if self.evaluate("always") and not last:
+            metric = self._config.plateau.figure
+            self._progress.say(f"{metric} no longer improves: the run ends at step {step}.")
+            if not due.save:
+                self._checkpoints.save(self.state)
+            last = True
+        if last:
+            self.evaluate("end")
+        return last
 
 
 def allowed_changes(config: ConfigDict, workdir: Path, allowed: Sequence[str]) -> list[str]:
-    """Returns what has changed since the run in `workdir` began, if it may.
+    """Return the accepted differences between `config` and that of the run in `workdir`.
 
     Raises:
-      UserError: it may not.
+        UserError: a field differs that may not.
     """
     path = workdir / "config.json"
     if path.exists() and (saved_steps(workdir) or not configs.trains(config)):
@@ -246,7 +313,7 @@ def allowed_changes(config: ConfigDict, workdir: Path, allowed: Sequence[str]) -
 
 
 def keep_config(config: ConfigDict, workdir: Path, start: int) -> None:
-    """Writes config.json; the one before, if it differs, stays as config.until_STEP.json."""
+    """Write config.json. A previous, different one is kept as config.until_STEP.json."""
     path, text = workdir / "config.json", configs.to_json(config)
     if start and path.exists() and path.read_text(encoding="utf-8") != text:
         path.replace(workdir / f"config.until_{start}.json")
@@ -254,43 +321,6 @@ def keep_config(config: ConfigDict, workdir: Path, start: int) -> None:
 
 
 def dry_run(config: ConfigDict, workdir: Path) -> str:
-    """Writes `workdir/plan.json` and returns it as text; builds abstract shapes only."""
+    """Write `workdir/plan.json` and return it as text; nothing is computed or allocated."""
     config, _ = warm_start.resolve(config)
-    configs.validate(config)
-    files.make_workdir(workdir)
-    mixture = inputs.open_sources(config) if configs.trains(config) else []
-    config = inputs.completed(config, mixture)
-    tokenizer = inputs.planned_tokenizer(config, mixture)
-    mixture = inputs.in_buckets(config, mixture, tokenizer)
-    schedule = schedules.make_schedule(config, epoch=inputs.examples_an_epoch(config, mixture))
-    rate = schedules.learning_rate(config, schedule)
-    made = plan.make_plan(
-        config,
-        vocab_size=tokenizer.vocab_size if tokenizer else config.text.vocab_size,
-        total_steps=schedule.total,
-        make_optimizer=functools.partial(make_optimizer, config, rate, idle=not schedule.total),
-    )
-    return plan.write_plan(made, workdir)
-
-
-def make_optimizer(
-    config: ConfigDict, rate: optax.Schedule, params: Any, *, idle: bool
-) -> optax.GradientTransformation:
-    """The optimizer for `params`; an idle one, for no step at all, has no state."""
-    return optax.set_to_zero() if idle else optimizers.build(config.optim, params, rate)
-
-
-def _report(
-    step: int,
-    name: str,
-    result: Result,
-    writer: MetricsWriter,
-    progress: Progress,
-) -> None:
-    """Shows what an evaluator found, and keeps the figures with the metrics."""
-    writer.write(step, {f"{name}/{k}": v for k, v in result.metrics.items()})
-    figures = "  ".join(f"{k} {v:.4g}" for k, v in result.metrics.items())
-    progress.say("\n    ".join([f"step {step}  {name}: {figures}", *result.lines]))
-    if result.pictures:
-        images, captions = zip(*result.pictures, strict=True)
-        writer.images(step, name, np.stack(images), captions)
+    return setups.dry_run(config, workdir)

@@ -72,7 +72,7 @@ def test_unknown_arguments(text, said):
 )
 def test_mistakes_are_told_by_field_before_anything_is_built(fields, said):
     with pytest.raises(UserError, match=said) as error:
-        configs.validate(toy.config(**fields))
+        validate(toy.config(**fields))
     assert len(str(error.value).splitlines()) == 1
 
 
@@ -92,7 +92,7 @@ def test_options_of_learners_are_checked_however_they_are_given(learner, options
     for name, value in options.items():
         c.learner[name] = value
     with pytest.raises(UserError, match=said):
-        configs.validate(c)
+        validate(c)
 
 
 def test_unknown_learners():
@@ -101,7 +101,7 @@ def test_unknown_learners():
     c = toy.config()
     c.learner.name = "clip"
     with pytest.raises(UserError, match="learner.name: no learner 'clip'. Choose from: captioner"):
-        configs.validate(c)
+        validate(c)
 
 
 def stored(tmp_path, config):
@@ -184,6 +184,6 @@ def test_the_best_checkpoint_needs_an_evaluator_of_the_config():
     c = toy.config(checkpoint__best="vall/loss")
     c.evals = {"val": evals.defaults("loss")}
     with pytest.raises(UserError, match="checkpoint.best: 'vall/loss' .*Did you mean 'val'"):
-        configs.validate(c)
+        validate(c)
     c.checkpoint.best = "val/loss"
-    configs.validate(c)
+    validate(c)

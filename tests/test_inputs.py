@@ -75,7 +75,7 @@ def test_a_plan_counts_words(words_config, tmp_path):
 )
 def test_invalid_fields_are_refused(field, value, message):
     with pytest.raises(UserError, match=message):
-        configs.validate(toy.config(**{field: value}))
+        validate(toy.config(**{field: value}))
 
 
 def labels(source):

@@ -21,7 +21,7 @@ from cap_pretrain.distributed import sharding
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.base import Context
 from cap_pretrain.telemetry.metrics import MetricsWriter
-from cap_pretrain.training import watch
+from cap_pretrain.training import setup, watch
 from tests import toy
 
 STEPS = 4
@@ -100,7 +100,7 @@ def test_a_run_that_was_stopped_goes_on_exactly(
     assert [line["step"] for line in toy.losses(tmp_path)] == list(range(1, at + 1))
     capsys.readouterr()
     train.run(config, tmp_path)
-    assert f"Going on from step {goes_on_from}." in capsys.readouterr().out
+    assert f"Resuming from step {goes_on_from}." in capsys.readouterr().out
 
     assert toy.losses(tmp_path) == toy.losses(whole)
     states = [toy.saved_state(config, w, vocab_size(w), STEPS) for w in (whole, tmp_path)]
@@ -168,7 +168,7 @@ def test_what_is_not_finite_stops_the_run_and_spares_the_checkpoints(
 ):
     """The parameters are ruined before or after the third step; the step is the loop's own."""
     config = make_config(CAPPA, tokenizer_path, checkpoint__every_steps=1)
-    make, calls = train.make_train_step, []
+    make, calls = setup.make_train_step, []
 
     def ruin(params):
         with jax.transfer_guard("allow"):
@@ -188,7 +188,7 @@ def test_what_is_not_finite_stops_the_run_and_spares_the_checkpoints(
 
         return take_and_ruin
 
-    monkeypatch.setattr(train, "make_train_step", make_train_step)
+    monkeypatch.setattr(setup, "make_train_step", make_train_step)
     with pytest.raises(UserError, match=f"step 3: {name} is nan") as error:
         train.run(config, tmp_path)
     assert str(tmp_path / "checkpoints") in str(error.value)
@@ -248,7 +248,7 @@ def test_a_run_goes_on_with_another_config_only_if_told(straight, tokenizer_path
         train.run(config, workdir)
     assert (workdir / "config.json").read_bytes() == before
     train.run(config, workdir, ["total_steps"])
-    assert "Going on from step 4.\ntotal_steps was 4, is now 5" in capsys.readouterr().out
+    assert "Resuming from step 4.\ntotal_steps was 4, is now 5" in capsys.readouterr().out
     assert toy.losses(workdir)[-1]["step"] == STEPS + 1
     assert (workdir / f"config.until_{STEPS}.json").read_bytes() == before
     assert json.loads((workdir / "config.json").read_text())["total_steps"] == STEPS + 1
@@ -325,5 +325,5 @@ def test_sigterm_ends_the_program_with_143_after_saving(tokenizer_path, tmp_path
     again.append("--allow_changes=total_steps")
     done = subprocess.run(again, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert f"Going on from step {stopped_at}." in done.stdout
+    assert f"Resuming from step {stopped_at}." in done.stdout
     assert [line["step"] for line in toy.losses(tmp_path)] == list(range(1, steps + 1))

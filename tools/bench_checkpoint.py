@@ -36,7 +36,7 @@ def main(_: list[str]) -> None:
     """Run the benchmark and print its results."""
     logging.set_verbosity(logging.WARNING)
     config = CONFIG.value
-    configs.validate(config)
+    validate(config)
     mesh = sharding.make_mesh(config)
     rate = schedule.learning_rate(config, schedule.make_schedule(config, epoch=config.batch_size))
     init, abstract, graphdef, tx = init_state(

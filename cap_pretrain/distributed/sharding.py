@@ -162,6 +162,15 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
         }
 
 
+def put_requests(requests: Sequence[bool], mesh: Mesh) -> jax.Array:
+    """Put this host's requests on its devices: a global array, bool [devices, len(requests)]."""
+    rows = NamedSharding(mesh, P(mesh.axis_names))
+    with jax.transfer_guard_host_to_device("allow"):
+        return jax.make_array_from_callback(
+            (mesh.size, len(requests)), rows, lambda _: np.array([requests], bool)
+        )
+
+
 def param_shardings(params: Any, mesh: Mesh | AbstractMesh, extra_rules: Sequence = ()) -> Any:
     """Return the sharding of every parameter (or abstract shape), in a tree like `params`.
 

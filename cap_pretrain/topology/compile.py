@@ -163,7 +163,7 @@ def prepare(config: ConfigDict) -> tuple[ConfigDict, int]:
         UserError: the config is invalid, or it depends on data that is not available.
     """
     config, _ = warm_start.resolve(config)
-    configs.validate(config)
+    validate(config)
     config = copy.deepcopy(config)
     if config.dtype == "auto":
         config.dtype = "bfloat16"  # the choices for TPUs; "auto" would detect this machine

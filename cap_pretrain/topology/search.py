@@ -100,7 +100,7 @@ def _is_possible(
     """Return whether the changed config is valid on the devices."""
     try:
         changed = _changed(config, changes)
-        configs.validate(changed)
+        validate(changed)
         sharding.mesh_shape(changed, devices)
     except UserError:
         return False

@@ -21,19 +21,18 @@ from cap_pretrain.optim import optimizers
 from cap_pretrain.optim.plateau import Plateau
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
     """Everything that training changes.
 
     Attributes:
-      step: int32 scalar, the number of steps taken.
-      params: parameters of the learner, nested dict by path.
-      stats: other variables of the learner, such as BatchNorm statistics.
-      opt_state: state of the optimizer.
-      counts: int32 scalars since step 0: `broken`, images that did not decode; `skipped`, steps
-        whose update was left out because it was not finite.
-      ema: moving average of `params`, or None.
-      plateau: what is remembered of evaluations (see plateau.py), or None.
+        step: int32 scalar, the number of steps taken.
+        params: parameters of the learner, nested dict by path.
+        stats: other variables of the learner, such as BatchNorm statistics.
+        opt_state: state of the optimizer.
+        counts: int32 scalars since step 0: `broken`, images that did not decode; `skipped`, steps
+            whose update was discarded because it was not finite.
+        ema: moving average of `params`, or None.
+        plateau: the memory of the plateau rule (see plateau.py), or None.
     """
 
     step: jax.Array
@@ -46,12 +45,12 @@ class TrainState:
 
     @property
     def variables(self) -> tuple[Any, Any]:
-        """What evaluation reads: averaged parameters if there are any, and the statistics."""
+        """The variables to evaluate: averaged parameters if there are any, and `stats`."""
         return (self.params if self.ema is None else self.ema), self.stats
 
 
 def split_learner(learner: nnx.Module) -> tuple[nnx.GraphDef, Any, Any]:
-    """Returns the learner's structure, its parameters and its other variables as nested dicts."""
+    """Return the learner's structure, its parameters and its other variables as nested dicts."""
     graphdef, params, stats = nnx.split(learner, nnx.Param, ...)
     return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
 
@@ -62,17 +61,17 @@ def init_state(
     config: ConfigDict,
     mesh: Mesh,
 ) -> tuple[Callable[[], TrainState], TrainState, nnx.GraphDef, optax.GradientTransformation]:
-    """Prepares the initial state without making it.
+    """Prepare the initial state without computing it.
 
     Args:
-      build: makes the learner from a key.
-      make_optimizer: makes the optimizer from the (abstract) parameters.
-      config: gives seed, EMA and sharding rules.
-      mesh: where the state is to lie.
+        build: makes the learner from a random key.
+        make_optimizer: makes the optimizer from the abstract parameters.
+        config: provides seed, EMA and sharding rules.
+        mesh: the devices that hold the state.
 
     Returns:
-      A function that makes the state on the mesh, its abstract form with shardings, the learner's
-      structure, and the optimizer.
+        A function that computes the state on the mesh, the abstract state with shardings, the
+        learner's structure, and the optimizer.
     """
     key = rng.key(config.seed, 0, "init")
     graphdef, abstract_params, _ = split_learner(nnx.eval_shape(lambda: build(key)))
@@ -104,7 +103,7 @@ def init_state(
 def loss_and_stats(
     graphdef: nnx.GraphDef, params: Any, stats: Any, batch: Any, key: jax.Array
 ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Any]]:
-    """The training loss, with metrics and the learner's updated other variables."""
+    """Return the training loss, and a pair of its metrics and the updated other variables."""
     learner = nnx.merge(graphdef, params, stats)
     loss, metrics = learner.loss(batch, key, train=True)
     return loss, (metrics, split_learner(learner)[2])
@@ -119,13 +118,19 @@ def accumulated_gradients(
     parts: int,
     hold: Callable[[Any], Any] = lambda params: params,
 ) -> tuple[Any, dict[str, jax.Array], Any]:
-    """Gradient of the loss of the whole batch, computed in `parts`, one after the other.
+    """Compute the gradient of the loss of a batch, by gradient accumulation over `parts`.
 
-    The other variables become the mean of what each part makes of them. `hold` is applied to the
-    parameters before the loss, inside what is differentiated.
+    Args:
+        graphdef: structure of the learner.
+        params: its parameters.
+        stats: its other variables. They become the mean of their values after each part.
+        batch: arrays with a leading batch axis, which `parts` divides.
+        key: random key of the step.
+        parts: number of sequential parts; 1 computes the whole batch at once.
+        hold: applied to the parameters inside the differentiated function, to freeze some of them.
 
     Returns:
-      Gradients, metrics with the loss, other variables.
+        Gradients, metrics including the loss, other variables.
     """
     if parts == 1:
 
@@ -137,10 +142,10 @@ def accumulated_gradients(
 
     split = jax.tree.map(functools.partial(_split, parts=parts), batch)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(parts))
-    compares = issubclass(learner_type(graphdef), Contrasts)
-    gradients = _compared if compares else _averaged
+    contrastive = issubclass(learner_type(graphdef), Contrasts)
+    gradients = _cached_gradients if contrastive else _averaged_gradients
     grads, metrics, moved = gradients(graphdef, hold, params, stats, split, keys)
-    return grads, metrics, jax.tree.map(lambda old, sum: old + sum / parts, stats, moved)
+    return grads, metrics, jax.tree.map(lambda old, total: old + total / parts, stats, moved)
 
 
 def _split(x: jax.Array, parts: int) -> jax.Array:
@@ -149,12 +154,12 @@ def _split(x: jax.Array, parts: int) -> jax.Array:
 
 
 def _joined(x: jax.Array) -> jax.Array:
-    """What `_split` has split, in its order again."""
+    """Invert `_split`."""
     return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
 
 
-def _averaged(graphdef, hold, params, stats, split, keys):
-    """Of a loss that is a mean: the mean over parts, each by its "loss_weight"."""
+def _averaged_gradients(graphdef, hold, params, stats, split, keys):
+    """Average the gradients of the parts, weighted by their metric "loss_weight"."""
 
     def gradient(batch, key):
         def loss_of(params):
@@ -169,12 +174,12 @@ def _averaged(graphdef, hold, params, stats, split, keys):
     return *jax.tree.map(lambda x: x / jnp.maximum(total, 1e-9), weighted), moved
 
 
-def _compared(graphdef, hold, params, stats, split, keys):
-    """Of a `Contrastive` learner: that of the whole batch (Gao et al. 2021, 2101.06983, section 3).
+def _cached_gradients(graphdef, hold, params, stats, split, keys):
+    """Compute the gradient of a contrastive loss over the whole batch by gradient caching.
 
-    All examples are embedded, and nothing kept but what is compared. The loss of that has a
-    gradient in each embedding, which then goes back into the parameters as each part is embedded
-    again, with the same keys.
+    GradCache (Gao et al. 2021, 2101.06983, section 3): all examples are embedded, and only the
+    embeddings are kept. The gradient of the loss by each embedding is then propagated to the
+    parameters while each part is embedded a second time, with the same random keys.
     """
 
     def embed(params, batch, key):
@@ -182,24 +187,20 @@ def _compared(graphdef, hold, params, stats, split, keys):
         return learner.embed(batch, key, train=True), split_learner(learner)[2]
 
     parts = jax.lax.map(lambda part: embed(params, *part)[0], (split, keys))
-    leaves, tree = jax.tree.flatten(parts)
-    differ = [n for n, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
 
     def contrast(params, embeddings):
-        learned = dict(zip(differ, embeddings, strict=True))
-        joined = [constrain(_joined(learned.get(n, leaf))) for n, leaf in enumerate(leaves)]
-        together = jax.tree.unflatten(tree, joined)
-        return nnx.merge(graphdef, hold(params), stats).contrast(together)
+        joined = jax.tree.map(lambda x: constrain(_joined(x)), _with_floats(parts, embeddings))
+        return nnx.merge(graphdef, hold(params), stats).contrast(joined)
 
     (loss, metrics), (direct, pulls) = jax.value_and_grad(contrast, (0, 1), has_aux=True)(
-        params, [leaves[n] for n in differ]
+        params, _floats(parts)
     )
 
     def gradient(batch, key, pulls):
         def pulled(params):
             embedded, seen = embed(params, batch, key)
-            leaves = jax.tree.leaves(embedded)
-            return sum(jnp.sum(leaves[n] * p) for n, p in zip(differ, pulls, strict=True)), seen
+            products = jax.tree.map(lambda x, p: jnp.sum(x * p), _floats(embedded), pulls)
+            return sum(jax.tree.leaves(products)), seen
 
         grads, seen = jax.grad(pulled, has_aux=True)(params)
         return grads, jax.tree.map(jnp.subtract, seen, stats)
@@ -208,8 +209,20 @@ def _compared(graphdef, hold, params, stats, split, keys):
     return jax.tree.map(jnp.add, direct, grads), {"loss": loss, **metrics}, moved
 
 
+def _floats(tree: Any) -> Any:
+    """Return `tree` with None in place of leaves that are not floating point."""
+    return jax.tree.map(lambda x: x if jnp.issubdtype(x.dtype, jnp.inexact) else None, tree)
+
+
+def _with_floats(tree: Any, floats: Any) -> Any:
+    """Return `tree` with its floating-point leaves taken from `floats`, as `_floats` returns."""
+    return jax.tree.map(
+        lambda new, old: old if new is None else new, floats, tree, is_leaf=lambda x: x is None
+    )
+
+
 def _sum_over_parts(fn: Callable[..., Any], *parts: Any) -> Any:
-    """The sum of `fn(*part)`, a tree of arrays, over the leading axis of all `parts`."""
+    """Return the sum of `fn(*part)`, a tree of arrays, over the leading axis of all `parts`."""
     first = jax.tree.map(lambda x: x[0], parts)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(fn, *first))
 
@@ -219,7 +232,7 @@ def _sum_over_parts(fn: Callable[..., Any], *parts: Any) -> Any:
     return jax.lax.scan(add, zeros, parts)[0]
 
 
-# What must be finite for a step to count as a good one.
+# A step is valid if these metrics are finite.
 FINITE = ("loss", "grad_norm", "update_norm", "param_norm")
 
 
@@ -229,28 +242,30 @@ def make_train_step(
     rate: optax.Schedule,
     config: ConfigDict,
     shardings: TrainState,
-) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
-    """Returns the jitted `(state, batch) -> (state, metrics)`; the state passed in is given up.
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """Return the jitted training step `(state, batch, requests=None) -> (state, metrics)`.
 
-    Besides what the learner reads, a batch may hold `broken` (bool [B], counted), `index` (uint32
-    [B], the examples' numbers, whose fingerprint becomes the metric `data/ids`) and `asked` (bool
-    [B, n], what hosts ask for; the metric is what any of them does, [n]).
+    The state passed in is donated. Besides what the learner reads, a batch may hold `broken` (bool
+    [B], counted) and `index` (uint32 [B], the examples' numbers; the metric `data/ids` is their
+    fingerprint). `requests` (bool [devices, n], see `sharding.put_requests`) is what the hosts of a
+    cluster request; the metric `requests`, bool [n], is what any of them does.
 
     Args:
-      graphdef: the learner's structure.
-      tx: the optimizer.
-      rate: the learning rate, for the log.
-      config: gives seed, accumulation, EMA, and what becomes of steps that are not finite.
-      shardings: where the state lies.
+        graphdef: structure of the learner.
+        tx: the optimizer.
+        rate: the learning rate, for the log.
+        config: provides seed, accumulation, EMA, and how many invalid steps may be skipped.
+        shardings: of the state.
     """
 
     def hold(params: Any) -> Any:
         return optimizers.hold_frozen(config.optim, params)
 
-    def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+    def train_step(
+        state: TrainState, batch: Any, requests: jax.Array | None = None
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
         batch = dict(batch)
         broken, index = batch.pop("broken", jnp.zeros(1, bool)), batch.pop("index", None)
-        asked = batch.pop("asked", None)
         key = rng.key(config.seed, state.step, "train")
         grads, metrics, stats = accumulated_gradients(
             graphdef, state.params, state.stats, batch, key, config.accumulate, hold
@@ -274,16 +289,16 @@ def make_train_step(
         counts = {**state.counts, "broken": state.counts["broken"] + jnp.sum(broken)}
         new = TrainState(state.step + 1, params, stats, opt_state, counts, ema, state.plateau)
         if config.optim.skip_bad_steps:
-            good = jnp.all(jnp.isfinite(jnp.stack([metrics[name] for name in FINITE])))
-            left_out = state.replace(step=new.step, counts=counts)
-            new = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, left_out)
-            new.counts["skipped"] += ~good
+            valid = jnp.all(jnp.isfinite(jnp.stack([metrics[name] for name in FINITE])))
+            skipped = state.replace(step=new.step, counts=counts)
+            new = jax.tree.map(lambda a, b: jnp.where(valid, a, b), new, skipped)
+            new.counts["skipped"] += ~valid
             metrics["skipped"] = new.counts["skipped"]
         metrics["data/broken"] = new.counts["broken"]
         if index is not None:
             metrics["data/ids"] = fingerprint(index)
-        if asked is not None:
-            metrics["asked"] = jnp.any(asked, axis=0)
+        if requests is not None:
+            metrics["requests"] = jnp.any(requests, axis=0)
         return new, metrics
 
     return jax.jit(

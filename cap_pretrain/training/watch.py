@@ -1,4 +1,4 @@
-"""What the loop keeps an eye on: the figures of every step, and signals that ask it to stop."""
+"""Watch the metrics of every step, and the signals that ask a run to stop."""
 
 import collections
 import math
@@ -16,68 +16,74 @@ from cap_pretrain.telemetry.metrics import MetricsWriter
 from cap_pretrain.telemetry.progress import Progress
 from cap_pretrain.training.step import FINITE
 
-# Loss spikes are judged by so many steps before, once there are some.
+# A loss is compared with the losses of so many previous steps, once there are at least that many.
 SPIKE_WINDOW, SPIKE_MINIMUM = 100, 20
-# Broken images are judged by so many examples, or a few more, as steps are whole.
+# The fraction of broken images is taken over so many examples, rounded up to whole steps.
 BROKEN_WINDOW = 10_000
-# What hosts may ask for, and none does: to stop, to save.
-NOTHING = (False, False)
-# The standard deviation of a normal distribution, in median absolute deviations.
+# What a host may request: to stop, and to save.
+NO_REQUESTS = (False, False)
+# The standard deviation of a normal distribution in units of its median absolute deviation.
 NORMAL_MAD = 1.4826
 
 
 class Watch:
-    """Looks at the figures of each step: not finite, a spike, broken images, which examples came.
+    """Checks the metrics of each step for non-finite values, loss spikes and broken images.
 
-    The device runs one step ahead of the check, and nothing is saved unchecked.
+    The device runs one step ahead of the check. Nothing is saved unchecked.
 
     Args:
-      config: gives how many bad steps may be skipped and images broken, what a spike is, whether
-        ids are logged.
-      workdir: for the message.
-      writer, progress: where it is told.
+        config: provides how many invalid steps may be skipped, the allowed fraction of broken
+            images, and the threshold of a spike.
+        workdir: named in messages.
+        writer: receives spikes, and `data/ids` of every step.
+        progress: prints spikes and skipped steps.
 
     Attributes:
-      fault: why the run is to end once it has saved; "" while it may go on. On all hosts the same.
-      asked: whether any host has asked to stop, and to save, in the last step checked. Likewise.
+        fault: why the run must end after saving; "" while it may continue. Equal on all hosts.
+        requests: whether any host requested to stop, and to save, before the last step checked.
+            Equal on all hosts.
     """
 
     def __init__(
-        self,
-        config: ConfigDict,
-        workdir: Path,
-        writer: MetricsWriter,
-        progress: Progress,
+        self, config: ConfigDict, workdir: Path, writer: MetricsWriter, progress: Progress
     ):
         self._may_skip = config.optim.skip_bad_steps
         self._spikes = config.log.spikes
         self._workdir, self._writer, self._progress = workdir, writer, progress
-        self._losses = collections.deque(maxlen=SPIKE_WINDOW)
-        # The count of broken images after each step of the window, and before it.
-        self._broken = collections.deque(maxlen=-(-BROKEN_WINDOW // config.batch_size) + 1)
+        self._losses: collections.deque[float] = collections.deque(maxlen=SPIKE_WINDOW)
+        self._window = -(-BROKEN_WINDOW // config.batch_size)  # steps
+        # The count of broken images before the window and after each of its steps.
+        self._broken: collections.deque[int] = collections.deque(maxlen=self._window + 1)
         self._may_break = config.data.max_broken
         self._batch_size = config.batch_size
         self.fault = ""
-        self.asked = NOTHING
+        self.requests = NO_REQUESTS
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
 
-    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Checks the step before, and remembers this one."""
-        self.check()
-        names = (*FINITE, "skipped", "data/ids", "data/broken", "asked")
-        self._pending = (step, {name: metrics[name] for name in names if name in metrics})
-
-    def check(self) -> None:
-        """Checks the step remembered, waiting for it if need be.
+    def add(self, step: int, metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Check the previous step and keep this one; return the metrics for the log.
 
         Raises:
-          UserError: it is not finite, and no more may be skipped.
+            UserError: as `check`.
+        """
+        self.check()
+        own = ("data/ids", "requests")  # read at every step, not only when metrics are logged
+        names = (*FINITE, "skipped", "data/broken", *own)
+        self._pending = (step, {name: metrics[name] for name in names if name in metrics})
+        return {name: value for name, value in metrics.items() if name not in own}
+
+    def check(self) -> None:
+        """Check the step that was added last, waiting for the device to finish it.
+
+        Raises:
+            UserError: a metric is not finite, and no more steps may be skipped.
         """
         if self._pending is None:
             return
         (step, metrics), self._pending = self._pending, None
         values = jax.device_get(metrics)
-        self.asked = tuple(map(bool, values.get("asked", NOTHING)))
+        stop, save = values.get("requests", NO_REQUESTS)
+        self.requests = (bool(stop), bool(save))
         if "data/ids" in values:
             self._writer.write(step, {"data/ids": values["data/ids"]})
         self._count_broken(step, int(values.get("data/broken", 0)))
@@ -87,9 +93,9 @@ class Watch:
             return
         skipped = int(values.get("skipped", 1))
         if skipped > self._may_skip:
-            allowed = f" ({skipped - 1} such steps were skipped)" if self._may_skip else ""
+            already = f" ({skipped - 1} such steps were skipped)" if self._may_skip else ""
             raise UserError(
-                f"step {step}: {bad} is {values[bad]}{allowed}; nothing was saved since. Lower "
+                f"step {step}: {bad} is {values[bad]}{already}; nothing was saved since. Lower "
                 "optim.lr or optim.clip_norm and start again: "
                 f"{self._workdir / 'checkpoints'} is intact."
             )
@@ -100,14 +106,14 @@ class Watch:
     def _count_broken(self, step: int, count: int) -> None:
         self._broken.append(count)
         recent = count - self._broken[0]
-        # Of a whole window even if it is not over, so that a few at the beginning end no run.
-        window = (self._broken.maxlen - 1) * self._batch_size
+        # The whole window counts even at the beginning, so that a few early ones end no run.
+        window = self._window * self._batch_size
         if recent > self._may_break * window:
             self.fault = (
                 f"step {step}: {recent:,} of the last {window:,} examples did not decode, more "
                 f"than data.max_broken={self._may_break:g} allows; they are listed in "
                 f"{self._workdir / 'broken.jsonl'}."
-                "\nThe run is saved: mend the dataset or allow more, and start again."
+                "\nThe run is saved: repair the dataset or allow more, and start again."
             )
 
     def _look_for_spike(self, step: int, loss: float) -> None:
@@ -123,7 +129,7 @@ class Watch:
 
 
 class StopRequest:
-    """Remembers SIGTERM or SIGINT while active, instead of dying of it; the second one kills."""
+    """A context that records SIGTERM or SIGINT. A second signal ends the process at once."""
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -131,6 +137,7 @@ class StopRequest:
         self.signal: signal.Signals | None = None
 
     def is_set(self) -> bool:
+        """Return whether a signal came."""
         return self.signal is not None
 
     def __enter__(self) -> "StopRequest":
@@ -149,11 +156,11 @@ class StopRequest:
             signal.signal(each, signal.SIG_DFL)
 
 
-class Stopped(Exception):
-    """A signal asked the run to stop, and what it had learned has been saved.
+class Stopped(Exception):  # noqa: N818 - not an error
+    """A signal stopped the run after it had saved.
 
     Attributes:
-      exit_code: 128 + the signal's number, as shells have it.
+        exit_code: 128 + the number of the signal, as in shells.
     """
 
     def __init__(self, request: StopRequest, step: int):

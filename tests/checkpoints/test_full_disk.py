@@ -176,7 +176,7 @@ def test_a_checkpoint_that_does_not_fit(small_disk):
     assert len(err.splitlines()) <= 2
     code, out, err = second
     assert (code, err) == (0, "")
-    assert "Going on from step 6." in out
+    assert "Resuming from step 6." in out
     assert saved(workdir) == ["12", "3", "6", "9"]
     assert [line["step"] for line in toy.losses(workdir)] == list(range(1, 13))
 

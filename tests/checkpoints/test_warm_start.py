@@ -17,7 +17,7 @@ from cap_pretrain.errors import UserError
 from cap_pretrain.evals.base import Interrupted
 from cap_pretrain.evals.probes import features
 from cap_pretrain.evals.suite import Suite
-from cap_pretrain.training import watch
+from cap_pretrain.training import setup, watch
 from tests import toy
 
 SMALL = dict(model__depth=1, model__width=32, model__mlp=64)
@@ -45,7 +45,7 @@ def evaluation(path, **fields):
 
 def test_evaluating_a_run_again_gives_its_own_results(workdir, tmp_path, capsys):
     train.run(evaluation(workdir), tmp_path)
-    assert "Beginning with step 2 of" in capsys.readouterr().out
+    assert "Initialized from step 2 of" in capsys.readouterr().out
     own, again = (
         json.loads((folder / "evals" / "val" / f"{step}.json").read_text())
         for folder, step in ((workdir, 2), (tmp_path, 0))
@@ -97,8 +97,8 @@ def test_what_only_evaluates_has_no_optimizer(workdir, bare, tmp_path, monkeypat
         made.append(train_init_state(*args))
         return made[-1]
 
-    train_init_state = train.init_state
-    monkeypatch.setattr(train, "init_state", init_state)
+    train_init_state = setup.init_state
+    monkeypatch.setattr(setup, "init_state", init_state)
     for name, path in (("run", workdir), ("folder", bare)):
         train.run(probe(path), tmp_path / name)
         result = json.loads((tmp_path / name / "evals" / "knn" / "0.json").read_text())

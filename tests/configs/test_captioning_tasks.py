@@ -48,7 +48,7 @@ def test_captions_and_questions_in_one_run(datasets, tmp_path):
     assert {"scores", "answers_2"} < {*c.evals}
     for name in ("samples", "scores", "samples_2"):  # as in tests/test_initial.py
         del c.evals[name]
-    configs.validate(c)
+    validate(c)
     train.run(c, tmp_path)
 
     assert [line["step"] for line in toy.losses(tmp_path)] == [1, 2]

@@ -75,7 +75,7 @@ def test_resolves_to_the_golden_config(case, request):
 @pytest.mark.parametrize("case", [*CASES, *RECURRENT, *PRETEXT])
 def test_is_valid_and_locked(case):
     c = toy.load(*ALL[case])
-    configs.validate(c)
+    validate(c)
     assert c.is_locked
     for section in (c, c.optim, c.learner, *c.evals.values()):
         with pytest.raises(AttributeError):
@@ -103,7 +103,7 @@ def test_trains_two_steps_and_writes_its_files(case, tokenizer_path, tmp_path):
             section.count = 8
         if section.evaluator == "scene_captions":
             section.batch_size = 8
-    configs.validate(c)
+    validate(c)
     train.run(c, tmp_path)
 
     assert json.loads((tmp_path / "config.json").read_text()) == json.loads(configs.to_json(c))

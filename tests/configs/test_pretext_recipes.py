@@ -50,7 +50,7 @@ def test_stored_features_are_rejected(task):
 @pytest.mark.parametrize("task", TASKS)
 def test_resumes_bit_for_bit_with_batch_statistics(task, tmp_path):
     c = small(task)
-    configs.validate(c)
+    validate(c)
     whole, halved = tmp_path / "whole", tmp_path / "halved"
     train.run(c, whole)
     # The files of a run that was killed after its second step.

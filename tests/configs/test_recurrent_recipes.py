@@ -88,7 +88,7 @@ def test_arguments_override_the_recipe(tmp_path):
     assert (c.learner.decoder, c.model.name, c.data.name) == ("lstm", "S/16", "coco")
     # Options that an LSTM lacks have their defaults, the others are those of the recipe.
     assert (c.learner.grid, c.learner.penalty, c.learner.dropout) == (0, 0.0, 0.5)
-    configs.validate(c)
+    validate(c)
     assert toy.load("recurrent", "decoder=attention") == toy.load(
         "recurrent", "recipe=show_attend_tell"
     )
@@ -118,7 +118,7 @@ def test_takes_two_steps(recipe):
 
 def evaluated_run(c, workdir):
     """Train a config, check that every evaluator ran at the end, and return the losses."""
-    configs.validate(c)
+    validate(c)
     train.run(c, workdir)
     assert (workdir / "tokenizer" / "words.tsv").is_file()
     results = {

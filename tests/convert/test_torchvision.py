@@ -30,7 +30,7 @@ def imported(pretrained):
 
 
 def rows(maps):
-    """torch's [B, D, H, W] -> [B, H * W, D]."""
+    """Torch's [B, D, H, W] -> [B, H * W, D]."""
     return maps.flatten(2).transpose(1, 2).numpy()
 
 

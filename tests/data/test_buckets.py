@@ -207,4 +207,4 @@ def test_epochs_are_of_captions(tmp_path):
 def test_data_without_batches_of_one_length_raises(learner, data, message):
     c = toy.config(learner, data__buckets=True, data__name=data)
     with pytest.raises(UserError, match=message):
-        configs.validate(c)
+        validate(c)

@@ -129,7 +129,7 @@ def test_a_lost_host_ends_the_others_and_four_hosts_resume(tmp_path):
     assert re.search(message, printed[0]), printed[0]
     codes, printed = ended(start(tmp_path / "lost", 4, **{"mesh.data": 4, "mesh.fsdp": 2}))
     assert codes == [0] * 4, printed
-    assert "Going on from step 2" in printed[0]
+    assert "Resuming from step 2" in printed[0]
     assert_same(metrics(tmp_path / "lost"), metrics(tmp_path / "one"))
 
 

@@ -255,7 +255,7 @@ def test_what_is_counted_becomes_part_of_the_config(monkeypatch):
 
 def test_the_recipe_is_the_papers():
     c = toy.load("pretext", "task=colorization,encoder=vit,data=scenes")
-    configs.validate(c)
+    validate(c)
     assert (c.data.image_size, c.model.colours, c.batch_size) == (176, "lightness", 40)
     assert (c.optim.lr, c.optim.b1, c.optim.b2, c.optim.weight_decay) == (3e-5, 0.9, 0.99, 1e-3)
 
@@ -264,7 +264,7 @@ def test_the_recipe_is_the_papers():
 def test_a_run_of_two_steps(monkeypatch, tmp_path):
     monkeypatch.setattr(colorization, "PRIOR_IMAGES", 12)
     c = pretext()
-    configs.validate(c)
+    validate(c)
     train.run(c, tmp_path)
     one, two = toy.losses(tmp_path)
     assert one["train/cross_entropy"] == pytest.approx(np.log(lab.BINS), rel=1e-4)
@@ -324,9 +324,9 @@ def test_what_cannot_be_is_told():
     with pytest.raises(UserError, match="sees lightness alone.*cannot be exported"):
         form(tiny.config(colours="lightness"))
     with pytest.raises(UserError, match="model.colours: 'grey' is unknown"):
-        configs.validate(toy.config(model__colours="grey"))
+        validate(toy.config(model__colours="grey"))
     with pytest.raises(UserError, match="model.colours: 'lightness' is for images"):
-        configs.validate(toy.config(model__name="stored", model__colours="lightness"))
+        validate(toy.config(model__name="stored", model__colours="lightness"))
     for wrong in ("1 2 3", "x " * lab.BINS, "0 " * lab.BINS, "-1 " * lab.BINS):
         with pytest.raises(UserError, match="learner.prior: .* is not 261 counts of bins"):
             Colorization.Options(prior=wrong)

@@ -89,7 +89,7 @@ def test_its_recipes_are_those_of_the_config_file():
     assert (c.learner.patch, c.batch_size, c.data.image_size) == (96, 64, 384)
     c = small()
     assert c.learner.name == "relative_position" and c.learner.patch == 8
-    config.validate(c)
+    validate(c)
     with pytest.raises(UserError, match="recipe='smal' is none of relative_position.*'small'"):
         toy.load("pretext", "task=relative_position,recipe=smal")
     with pytest.raises(UserError, match="Did you mean 'relative_position'"):

@@ -170,7 +170,7 @@ def test_flops_are_those_published_and_a_frozen_encoder_has_no_backward_pass():
 )
 def test_fields_that_do_not_go_together_are_told(fields, said):
     with pytest.raises(UserError, match=said) as error:
-        configs.validate(toy.config(**{f"model__{k}": v for k, v in fields.items()}))
+        validate(toy.config(**{f"model__{k}": v for k, v in fields.items()}))
     assert len(str(error.value).splitlines()) == 1
 
 

@@ -91,7 +91,7 @@ def test_a_run_lowers_its_rate_stops_early_and_is_then_complete(
     assert rates[9] == rates[10] == pytest.approx(5e-4)
     assert [x["step"] for x in lines if "end/loss" in x] == [10]
     assert checkpoint.saved_steps(tmp_path) == [10]
-    assert "val/loss becomes no better: ending at step 10" in capsys.readouterr().out
+    assert "val/loss no longer improves: the run ends at step 10" in capsys.readouterr().out
     train.run(c, tmp_path)
     assert "Already at step 10 of 20" in capsys.readouterr().out
     assert toy.lines(tmp_path) == lines
@@ -145,4 +145,4 @@ def test_invalid_settings_are_refused(fields, message):
     c = toy.config("captioner")
     c.plateau.update(fields)
     with pytest.raises(UserError, match=message):
-        configs.validate(c)
+        validate(c)

@@ -39,7 +39,7 @@ def test_every_trial_has_a_valid_config_of_its_own(root, sweep, count):
     assert len(found) == count
     assert len({str(trial.fields) for trial in found}) == count
     for trial in (found[0], found[-1]):
-        configs.validate(trial.resolved())
+        validate(trial.resolved())
 
 
 def test_a_recurrent_trial_is_the_recipe_but_for_what_is_swept(root):

@@ -76,7 +76,7 @@ def of_features(stored, **fields):
     """Return the config of the same captioner on stored features."""
     c = config(stored, model__name="stored", optim__lr_rules=FROZEN, **fields)
     c.model.update(dict(decoder_width=64, decoder_depth=1, decoder_mlp=256, decoder_heads=2))
-    configs.validate(c)
+    validate(c)
     return inputs.completed(c, inputs.open_sources(c))
 
 

@@ -52,7 +52,7 @@ def test_a_run_killed_five_times_ends_as_one_that_was_not(
     assert lines[-1].startswith("the same: ") and f" metrics of {STEPS} steps" in lines[-1]
     killed = tmp_path / "rehearsal" / "killed"
     assert sum("data/ids" in line for line in toy.lines(killed)) >= STEPS
-    assert "Going on from step " in killed.with_name("killed.log").read_text()
+    assert "Resuming from step " in killed.with_name("killed.log").read_text()
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from cap_pretrain import evals, train
 from cap_pretrain.checkpoints.checkpoint import Checkpoints
+from cap_pretrain.training import setup
 from cap_pretrain.training.watch import Watch
 from tests import toy
 from tests.layouts import LAYOUTS, SMALL, on_eight_devices
@@ -81,7 +82,7 @@ def guarded_as_on_a_gpu():
 def compiled(workdir, tokenizer, layout):
     """What JAX traces or compiles in a guarded run, as pairs (step, function); 0 is before all."""
     step, found = 0, set()
-    make = train.make_train_step
+    make = setup.make_train_step
 
     def counting(*args):
         take = make(*args)
@@ -99,7 +100,7 @@ def compiled(workdir, tokenizer, layout):
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        with mock.patch.object(train, "make_train_step", counting), guarded_as_on_a_gpu():
+        with mock.patch.object(setup, "make_train_step", counting), guarded_as_on_a_gpu():
             run(workdir, tokenizer, layout)
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)

@@ -1,0 +1,90 @@
+"""Run the evaluators during a run, and report and remember what they find."""
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+
+import jax
+import numpy as np
+
+from cap_pretrain.evals.base import Context, Result
+from cap_pretrain.evals.suite import Suite
+from cap_pretrain.optim.plateau import Memory, Plateau
+from cap_pretrain.telemetry.metrics import MetricsWriter
+from cap_pretrain.telemetry.progress import Progress
+from cap_pretrain.training import history
+from cap_pretrain.training.setup import Setup
+from cap_pretrain.training.step import TrainState
+
+
+class Evaluation:
+    """The evaluators of a run, and its plateau rule.
+
+    Args:
+        setup: what `prepare` built.
+        writer: receives the metrics.
+        progress: the console.
+        interrupt: called before each batch; True stops the evaluation.
+        weights: where weights come from that were not trained in this run, for the results.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        writer: MetricsWriter,
+        progress: Progress,
+        *,
+        interrupt: Callable[[], bool],
+        weights: str,
+    ):
+        self._setup, self._writer, self._progress = setup, writer, progress
+        self._plateau = Plateau.of(setup.config)
+        self._is_main = jax.process_index() == 0
+        context = Context(
+            *(setup.config, setup.graphdef, setup.tokenizer, setup.mesh, interrupt, setup.workdir)
+        )
+        self._suite = Suite(context, setup.workdir, write=self._is_main, weights=weights)
+
+    def run(
+        self, state: TrainState, step: int, when: str, done: Collection[str] = ()
+    ) -> Iterator[Memory | None]:
+        """Run the evaluators; yield the plateau's memory after each.
+
+        Args:
+            state: evaluated with its averaged parameters, if there are any.
+            step: the step of the state.
+            when: which evaluators run, "always" or "end".
+            done: names of evaluators whose results at this step exist already.
+
+        Raises:
+            evals.base.Interrupted: `interrupt` returned True.
+        """
+        memory = state.plateau
+        # Evaluators transfer their results to the host.
+        with jax.transfer_guard_device_to_host("allow"):
+            for name, result in self._suite.run(step, state.variables, when=when, done=done):
+                metrics = {f"{name}/{k}": v for k, v in result.metrics.items()}
+                memory = self._plateau.after(memory, step, metrics)
+                self._report(step, name, result)
+                yield memory
+            config, schedule = self._setup.config, self._setup.schedule
+            if self._is_main and schedule.total and config.evals:
+                epoch_steps = self._setup.epoch / config.batch_size
+                rows = history.keep(self._setup.workdir, config.evals, epoch_steps)
+                if when == "end":
+                    self._progress.say(history.tables(rows))
+
+    def remember(self, state: TrainState, step: int, metrics: Mapping[str, float]) -> TrainState:
+        """Return the state after the plateau rule has seen metrics logged by an earlier process."""
+        return state.replace(plateau=self._plateau.after(state.plateau, step, metrics))
+
+    def ended(self, state: TrainState) -> bool:
+        """Return whether the plateau rule ends the run."""
+        return self._plateau.ended(state.plateau)
+
+    def _report(self, step: int, name: str, result: Result) -> None:
+        """Write the metrics of an evaluator and print them."""
+        self._writer.write(step, {f"{name}/{k}": v for k, v in result.metrics.items()})
+        metrics = "  ".join(f"{k} {v:.4g}" for k, v in result.metrics.items())
+        self._progress.say("\n    ".join([f"step {step}  {name}: {metrics}", *result.lines]))
+        if result.pictures:
+            images, captions = zip(*result.pictures, strict=True)
+            self._writer.images(step, name, np.stack(images), captions)

@@ -1,0 +1,158 @@
+"""Prepare a run: from its config to data, tokenizer, abstract state and compiled training step."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from cap_pretrain import config as configs
+from cap_pretrain import files, inputs, learners
+from cap_pretrain.data.sources.base import Source
+from cap_pretrain.distributed import cluster, sharding
+from cap_pretrain.optim import optimizers
+from cap_pretrain.optim import schedule as schedules
+from cap_pretrain.telemetry import flops
+from cap_pretrain.telemetry.progress import Progress, parameter_table
+from cap_pretrain.telemetry.timer import StepTimer
+from cap_pretrain.training import plan
+from cap_pretrain.training.step import TrainState, init_state, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """Everything that a run computes before its first step and never changes.
+
+    Attributes:
+        config: the complete config.
+        workdir: the folder of the run.
+        mesh: the devices.
+        mixture: training datasets with their weights; empty for a run that only evaluates.
+        tokenizer: encodes and decodes text.
+        schedule: durations in steps.
+        epoch: examples in one epoch.
+        init: makes the initial state on the mesh.
+        abstract: the shapes, dtypes and shardings of the state.
+        graphdef: the structure of the learner.
+        step_fn: the jitted training step, see `make_train_step`.
+    """
+
+    config: ConfigDict
+    workdir: Path
+    mesh: Mesh
+    mixture: list[tuple[Source, float]]
+    tokenizer: Any
+    schedule: schedules.Schedule
+    epoch: int
+    init: Callable[[], TrainState]
+    abstract: TrainState
+    graphdef: nnx.GraphDef
+    step_fn: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+
+    def describe(self, progress: Progress, peak: flops.Peak) -> None:
+        """Print the parameters, the devices, the data and the schedule."""
+        progress.say(parameter_table(self.abstract.params))
+        devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+        progress.say(f"{devices}, mesh {dict(self.mesh.shape)}")
+        for line in inputs.describe(self.config, self.mixture):
+            progress.say(line)
+        if self.schedule.total:
+            progress.say(schedules.describe(self.config, self.schedule))
+            progress.say(f"MFU is relative to {peak.source}" if peak.flops else peak.source)
+
+    def timer(self, peak: flops.Peak) -> StepTimer:
+        """Return the timer of the run. The clock starts here."""
+        step_flops = 0.0
+        if self.schedule.total:
+            counted = plan.flops_per_example(self.config, self.tokenizer.vocab_size)
+            step_flops = self.config.batch_size * counted["training"]
+        return StepTimer(
+            total_steps=self.schedule.total,
+            batch_size=self.config.batch_size,
+            flops_per_step=step_flops,
+            peak_flops=peak.flops,
+        )
+
+
+def prepare(
+    config: ConfigDict,
+    workdir: Path,
+    check: Callable[[ConfigDict], None],
+    *,
+    resuming: bool,
+) -> Setup:
+    """Prepare a run without computing anything on the devices.
+
+    Args:
+        config: the config, with the fields of `config.encoder` filled in.
+        workdir: created if it does not exist.
+        check: called with the complete config before anything is written to the workdir; raises
+            UserError to refuse it.
+        resuming: whether the workdir holds checkpoints. If not, its tokenizer is trained again.
+
+    Raises:
+        UserError: a mistake in the config, the data or the workdir.
+    """
+    validate(config)
+    mesh = sharding.make_mesh(config)
+    mixture = inputs.open_sources(config) if configs.trains(config) else []
+    config = inputs.completed(config, mixture)
+    files.make_workdir(workdir)
+    cluster.check_shared(workdir)
+    check(config)
+    tokenizer = inputs.prepare_tokenizer(config, mixture, workdir, anew=not resuming)
+    mixture = inputs.in_buckets(config, mixture, tokenizer)
+    epoch = inputs.examples_an_epoch(config, mixture)
+    schedule = schedules.make_schedule(config, epoch=epoch)
+    rate = schedules.learning_rate(config, schedule)
+    # Checkpoints are read as they were saved, so a run that only evaluates keeps the optimizer.
+    idle = not schedule.total and not resuming
+    init, abstract, graphdef, tx = init_state(
+        lambda key: learners.build(config, tokenizer.vocab_size, key),
+        functools.partial(make_optimizer, config, rate, idle=idle),
+        config,
+        mesh,
+    )
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    step_fn = make_train_step(graphdef, tx, rate, config, shardings)
+    return Setup(
+        *(config, workdir, mesh, mixture, tokenizer, schedule, epoch),
+        *(init, abstract, graphdef, step_fn),
+    )
+
+
+def dry_run(config: ConfigDict, workdir: Path) -> str:
+    """Write `workdir/plan.json` and return it as text, from abstract shapes only.
+
+    Args:
+        config: the config, with the fields of `config.encoder` filled in.
+        workdir: created if it does not exist.
+    """
+    validate(config)
+    files.make_workdir(workdir)
+    mixture = inputs.open_sources(config) if configs.trains(config) else []
+    config = inputs.completed(config, mixture)
+    tokenizer = inputs.planned_tokenizer(config, mixture)
+    mixture = inputs.in_buckets(config, mixture, tokenizer)
+    schedule = schedules.make_schedule(config, epoch=inputs.examples_an_epoch(config, mixture))
+    rate = schedules.learning_rate(config, schedule)
+    made = plan.make_plan(
+        config,
+        vocab_size=tokenizer.vocab_size if tokenizer else config.text.vocab_size,
+        total_steps=schedule.total,
+        make_optimizer=functools.partial(make_optimizer, config, rate, idle=not schedule.total),
+    )
+    return plan.write_plan(made, workdir)
+
+
+def make_optimizer(
+    config: ConfigDict, rate: optax.Schedule, params: Any, *, idle: bool
+) -> optax.GradientTransformation:
+    """Return the optimizer for `params`; `idle` returns one without state, for runs of no steps."""
+    return optax.set_to_zero() if idle else optimizers.build(config.optim, params, rate)

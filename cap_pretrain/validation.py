@@ -1,0 +1,150 @@
+"""The checks of a configuration, and which fields may change while a run is resumed."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from cap_pretrain import evals, learners
+from cap_pretrain.config import get, trains
+from cap_pretrain.data.sources.base import parse_mixture
+from cap_pretrain.data.text import words
+from cap_pretrain.errors import UserError, did_you_mean
+from cap_pretrain.models import build
+from cap_pretrain.models.encoder import COLOURS
+from cap_pretrain.models.layers import ACTIVATIONS, REMAT_POLICIES
+from cap_pretrain.models.sizes import STORED, Size
+from cap_pretrain.optim import optimizers
+from cap_pretrain.optim.plateau import Plateau
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """What is known of a field besides its default.
+
+    Attributes:
+        choices: the accepted values; empty accepts any.
+        minimum: the smallest accepted value; None accepts any.
+        free: the field may change between one start of a run and the next: it affects where and
+            how fast the run computes, or what is logged and kept, but not what is learned.
+    """
+
+    choices: tuple[str, ...] = ()
+    minimum: int | None = None
+    free: bool = False
+
+
+FIELDS = {
+    "accumulate": Field(minimum=1),
+    "batch_size": Field(minimum=1),
+    "checkpoint.best_mode": Field(("min", "max")),
+    "checkpoint.every_minutes": Field(minimum=0),
+    "data.cache": Field(free=True),
+    "data.class_max": Field(minimum=0),
+    "data.class_min": Field(minimum=0),
+    "data.crop": Field(("none", "random", "window")),
+    "data.dir": Field(free=True),
+    "data.eval_split": Field(free=True),
+    "data.max_broken": Field(minimum=0, free=True),
+    "data.workers": Field(minimum=0, free=True),
+    "deterministic": Field(free=True),
+    "dtype": Field(DTYPES),
+    "learner.ring": Field(free=True),
+    "log.spikes": Field(minimum=0),
+    "model.activation": Field(tuple(ACTIVATIONS)),
+    "model.attention": Field(("auto", "xla", "cudnn", "recompute"), free=True),
+    "model.colours": Field(COLOURS),
+    "model.final_norm": Field(("tokens", "pooled")),
+    "model.logit_chunks": Field(minimum=1, free=True),
+    "model.pool": Field(("gap", "map", "class")),
+    "model.remat": Field(("auto", *REMAT_POLICIES), free=True),
+    "model.unroll": Field(minimum=0, free=True),
+    "optim.clip_norm": Field(minimum=0),
+    "optim.clip_value": Field(minimum=0),
+    "optim.decay": Field(tuple(optimizers.DECAYS)),
+    "optim.lr": Field(minimum=0),
+    "optim.lr_batch": Field(minimum=0),
+    "optim.moment_dtype": Field(("", "float32", "bfloat16")),
+    "optim.name": Field(tuple(optimizers.OPTIMIZERS)),
+    "optim.skip_bad_steps": Field(minimum=0),
+    "optim.weight_decay": Field(minimum=0),
+    "text.kind": Field(("sentencepiece", "words")),
+    "text.length": Field(minimum=1),
+    "text.vocab_size": Field(minimum=1),
+}
+for _size in dataclasses.fields(Size):
+    FIELDS[f"model.{_size.name}"] = FIELDS[f"model.decoder_{_size.name}"] = Field(minimum=0)
+
+# Sections and fields that may change between one start of a run and the next.
+FREE = (
+    *("checkpoint", "log", "eval", "evals", "mesh"),
+    *(name for name, field in FIELDS.items() if field.free),
+)
+
+
+def validate(config: ConfigDict) -> None:
+    """Check everything that can be checked before anything is built.
+
+    Raises:
+        UserError: a field has a value that is not accepted, or fields contradict each other.
+    """
+    for name, field in FIELDS.items():
+        if name != "learner.ring":  # of one learner only, whose Options check it
+            _check_field(name, field, get(config, name))
+    build.check(config)
+    if config.batch_size % config.accumulate:
+        raise UserError(
+            f"accumulate: {config.accumulate} parts do not divide batch_size={config.batch_size}."
+        )
+    if not trains(config) and not (config.encoder and len(config.evals)):
+        raise UserError("total_steps: the length of the run is not set; give --config.total_steps.")
+    if not 0 <= config.optim.ema < 1:
+        raise UserError(f"optim.ema: {config.optim.ema} is not in [0, 1).")
+    if config.text.tokenizer and not Path(config.text.tokenizer).is_file():
+        raise UserError(f"text.tokenizer: there is no file {config.text.tokenizer!r}.")
+    words.Rules(**config.text.words)
+    _check_learner(config)
+    _check_evals(config)
+
+
+def _check_field(name: str, field: Field, value: Any) -> None:
+    if field.choices and value not in field.choices:
+        raise UserError(f"{name}: {value!r} is unknown.{did_you_mean(value, field.choices)}")
+    if field.minimum is not None and value < field.minimum:
+        bound = "must not be negative" if not field.minimum else f"must be at least {field.minimum}"
+        raise UserError(f"{name}: {value} {bound}.")
+
+
+def _check_learner(config: ConfigDict) -> None:
+    """Check the learner's options against the data and the encoder."""
+    members = parse_mixture(config.data.name)
+    cls = learners.learner_class(config.learner.name)
+    learners.options(config)
+    if config.data.buckets and (len(members) > 1 or "text" not in cls.reads):
+        what = f"the mixture {config.data.name}" if len(members) > 1 else config.learner.name
+        raise UserError(
+            f"data.buckets: works with the captions of one dataset, not with {what}; set "
+            "data.buckets=False."
+        )
+    frozen = [rule[0] for rule in config.optim.lr_rules if tuple(rule[1:]) == (0,)]
+    has_encoder = config.encoder or config.model.name == STORED
+    if not has_encoder and any(rule.startswith("encoder/") for rule in frozen):
+        raise UserError(
+            "encoder: is empty, but optim.lr_rules freezes it; give --config.encoder=PATH."
+        )
+
+
+def _check_evals(config: ConfigDict) -> None:
+    """Check the evaluators' options and the metrics that other fields name."""
+    for name, section in config.evals.items():
+        evals.options(name, section)
+    Plateau.of(config)
+    best = config.checkpoint.best
+    if best and best.rpartition("/")[0] not in config.evals:
+        raise UserError(
+            f"checkpoint.best: {best!r} is not a metric of an evaluator of this config; write "
+            f"EVALUATOR/METRIC.{did_you_mean(best.rpartition('/')[0], config.evals)}"
+        )
