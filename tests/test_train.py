@@ -177,11 +177,11 @@ def test_what_is_not_finite_stops_the_run_and_spares_the_checkpoints(
     def make_train_step(*args):
         take = make(*args)
 
-        def take_and_ruin(state, batch):
+        def take_and_ruin(state, batch, requests=None):
             calls.append(1)
             if len(calls) == 3 and when == "before":
                 state = state.replace(params=ruin(state.params))
-            state, metrics = take(state, batch)
+            state, metrics = take(state, batch, requests)
             if len(calls) == 3 and when == "after":
                 metrics["param_norm"] = ruin(metrics["param_norm"])
             return state, metrics
