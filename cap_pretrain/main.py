@@ -1,9 +1,10 @@
-"""python -m cap_pretrain.main --config=configs/NAME.py[:key=value,…] --workdir=DIR
+"""The command line of a run: `python -m cap_pretrain.main --config=configs/NAME.py --workdir=DIR`.
 
-Any field of the config is set with `--config.some.field=value`. Run again with the same workdir, it
-goes on where it stopped. `--dry_run` writes WORKDIR/plan.json and prints it.
+`--config=FILE:key=value,…` passes arguments to the config file. `--config.some.field=value` sets
+any field of the config. Starting again with the same workdir resumes the run. `--dry_run` writes
+WORKDIR/plan.json and prints it.
 
-Exit status: 0 done, 2 the user's mistake, 143 stopped by SIGTERM after saving, 130 by Ctrl-C, 75
+Exit status: 0 done; 2 a mistake of the user; 143 stopped by SIGTERM after saving, 130 by Ctrl-C; 75
 another host of the cluster is lost (start again).
 """
 
@@ -18,21 +19,31 @@ from ml_collections import config_flags
 from cap_pretrain.errors import UserError, did_you_mean, disk_error
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/NAME.py[:key=value,…]")
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: everything it writes.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of everything that the run writes.")
 ALLOW_CHANGES = flags.DEFINE_list(
-    "allow_changes", [], "Fields in which --config may differ from the one the run began with."
+    "allow_changes", [], "Fields in which --config may differ from the config of the earlier start."
 )
 COORDINATOR = flags.DEFINE_string(
-    "coordinator_address", None, "HOST:PORT of process 0, where the cluster is not recognised."
+    "coordinator_address", None, "HOST:PORT of process 0, where the cluster is not recognized."
 )
-PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes train together.")
-PROCESS = flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.")
-DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only plan: sizes, arithmetic, memory.")
+PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes of the cluster.")
+PROCESS = flags.DEFINE_integer("process_id", None, "Index of this process, from 0.")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only write the plan: sizes, FLOPs, memory.")
 
 
 def parse(argv: list[str]) -> list[str]:
-    """Parses the command line, with mistakes told as the user's."""
-    logging.set_verbosity(logging.WARNING)  # libraries need not tell; --verbosity=0 lets them
+    """Parse the command line.
+
+    Args:
+        argv: the program and its arguments.
+
+    Returns:
+        `argv` without the flags.
+
+    Raises:
+        UserError: a flag, file or field does not exist, or has a wrong value.
+    """
+    logging.set_verbosity(logging.WARNING)  # of libraries; --verbosity=0 shows more
     for arg in argv:
         if arg.startswith("--config="):
             file = arg.removeprefix("--config=").split(":")[0]
@@ -41,41 +52,45 @@ def parse(argv: list[str]) -> list[str]:
                 raise UserError(f"--config: there is no file {file!r}.{near}")
     try:
         rest = flags.FLAGS(argv)
-    except flags.UnrecognizedFlagError as e:
-        near = did_you_mean(e.flagname, ("config", "workdir", "allow_changes", "dry_run"))
-        raise UserError(f"--{e.flagname}: there is no such flag.{near}") from e
-    except flags.Error as e:
-        lines = [line for line in str(e).splitlines() if line.strip()]
-        # A config file that fails gives its traceback; what counts is in its last line.
-        raise UserError(" ".join([lines[0], *lines[1:][-1:]])) from e
-    except (AttributeError, KeyError) as e:  # from the locked config
-        message = e.args[0]
-        while isinstance(message, Exception):
-            message = message.args[0]
-        name, _, hint = str(message).partition("\n")
-        raise UserError(f"--config: no field {name}. {hint}".rstrip()) from e
-    except (TypeError, ValueError) as e:
-        raise UserError(f"--config: {str(e).splitlines()[0]}") from e
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as e:
+        raise config_error(e) from e
     if CONFIG.value is None or not WORKDIR.value:
         missing = "--config" if CONFIG.value is None else "--workdir"
-        raise UserError(f"{missing} is missing; say --config=configs/NAME.py --workdir=DIR.")
+        raise UserError(f"{missing} is missing; give --config=configs/NAME.py --workdir=DIR.")
     if "://" in WORKDIR.value:
         raise UserError(
-            f"--workdir: {WORKDIR.value} is a URL; give a folder, such as one of a file system "
-            "that is mounted (data is read from URLs, see docs/tpu_pod.md)."
+            f"--workdir: {WORKDIR.value} is a URL; give a folder, for example of a mounted file "
+            "system (data is read from URLs, see docs/tpu_pod.md)."
         )
     if len(rest) > 1:
-        raise UserError(f"{rest[1]!r} is no flag; write --config.some.field=value.")
+        raise UserError(f"{rest[1]!r} is not a flag; write --config.some.field=value.")
     return rest
 
 
+def config_error(error: Exception) -> UserError:
+    """Return the message for an exception that absl or ml_collections raised for a flag."""
+    if isinstance(error, flags.UnrecognizedFlagError):
+        near = did_you_mean(error.flagname, ("config", "workdir", "allow_changes", "dry_run"))
+        return UserError(f"--{error.flagname}: there is no such flag.{near}")
+    if isinstance(error, flags.Error):
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        # A config file that fails brings its traceback; the last line says why.
+        return UserError(" ".join([lines[0], *lines[1:][-1:]]))
+    if isinstance(error, AttributeError | KeyError):  # from the locked config, wrapped or not
+        while error.args and isinstance(error.args[0], Exception):
+            error = error.args[0]
+        name, _, hint = str(error.args[0]).partition("\n")
+        return UserError(f"--config: no field {name}. {hint}".rstrip())
+    return UserError(f"--config: {str(error).splitlines()[0]}")
+
+
 def main(_: list[str]) -> None:
-    """Dispatches, after the flags are parsed."""
+    """Run the program after the flags are parsed."""
     from cap_pretrain import train
     from cap_pretrain.distributed import cluster, determinism, heartbeat
 
     determinism.set_environment(CONFIG.value)
-    workdir = Path(WORKDIR.value)
+    workdir = Path(WORKDIR.value or "")  # `parse` requires it
     if DRY_RUN.value:
         print(train.dry_run(CONFIG.value, workdir))
         return
@@ -85,7 +100,7 @@ def main(_: list[str]) -> None:
 
 
 def entry() -> int:
-    """Runs `main` and turns its ends into exit codes."""
+    """Run `main` and return the exit status."""
     try:
         app.run(main, flags_parser=parse)
     except UserError as e:
@@ -95,32 +110,34 @@ def entry() -> int:
         if not reason:
             raise
         where = f"{e.filename}: " if e.filename else ""
-        return say(f"{where}{reason}. Mend that and run again: the checkpoints are intact.", 2)
+        return say(f"{where}{reason}. Fix this and start again: the checkpoints are intact.", 2)
     except KeyboardInterrupt:
         return say("interrupted before the first step of this start; nothing is lost.", 130)
     except SystemExit as e:  # as app.run always ends
-        return e.code or 0
+        return int(e.code or 0)
     except Exception as e:
-        if not hasattr(e, "exit_code"):  # of watch.Stopped, which is not imported for a mistake
+        if not hasattr(e, "exit_code"):  # watch.Stopped has one; a mistake must not import it
             raise
         return say(e, e.exit_code)
 
 
 def say(message: object, code: int) -> int:
-    """Tells why the program ends; returns the exit code."""
+    """Print why the program ends; return the exit status."""
     print(f"cap_pretrain: {message}", file=sys.stderr)
     return code
 
 
 def leave() -> NoReturn:
-    """Runs `entry` and ends the process with its exit code."""
+    """Run `entry` and end the process with its exit status."""
     try:
         code = entry()
     except Exception:
         traceback.print_exc()
         code = 1
-    heartbeat = sys.modules.get("cap_pretrain.distributed.heartbeat")  # not imported for a mistake
-    (heartbeat.leave if heartbeat else sys.exit)(code)
+    heartbeat = sys.modules.get("cap_pretrain.distributed.heartbeat")  # only imported by a run
+    if heartbeat:
+        heartbeat.leave(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

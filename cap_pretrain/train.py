@@ -1,9 +1,9 @@
 """The training loop. It drives any learner, runs any evaluator and resumes exactly.
 
-A run has four parts. `setup.prepare` builds data, tokenizer and step; `Run.restore` loads the
-newest checkpoint; `Run.train` takes steps; `Run.evaluate` runs the evaluators. Step t is a function of
-(config, seed, t, state): the pipeline computes batch t from its number, and the random key of step
-t comes from the seed. So the saved state is all that a restarted run needs.
+A run has four parts: `setup.prepare` builds data, tokenizer and training step, `Run.restore` loads
+the newest checkpoint, `Run.train` takes steps and `Run.evaluate` runs the evaluators. Step t is a
+function of (config, seed, t, state): the pipeline computes batch t from its number, and the random
+key of step t comes from the seed. So the saved state is all that a restarted run needs.
 """
 
 import contextlib

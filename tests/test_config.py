@@ -8,6 +8,7 @@ from cap_pretrain import config as configs
 from cap_pretrain import evals, learners
 from cap_pretrain.errors import UserError
 from cap_pretrain.training.changes import check_unchanged
+from cap_pretrain.validation import validate
 from tests import toy
 
 

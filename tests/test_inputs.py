@@ -2,11 +2,11 @@
 
 import pytest
 
-from cap_pretrain import config as configs
 from cap_pretrain import inputs, train
 from cap_pretrain.checkpoints.load import load_learner
 from cap_pretrain.data.text.words import Rules, WordTokenizer, write_words
 from cap_pretrain.errors import UserError
+from cap_pretrain.validation import validate
 from tests import toy
 
 

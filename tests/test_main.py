@@ -51,7 +51,7 @@ def command(monkeypatch, capsys):
             "optim.lr_rules: 'a' is not a pair",
         ),
         ([QUICKSTART, "--dryrun"], "--dryrun: there is no such flag. Did you mean 'dry_run'?"),
-        ([QUICKSTART, "config.seed=1"], "'config.seed=1' is no flag"),
+        ([QUICKSTART, "config.seed=1"], "'config.seed=1' is not a flag"),
         ([QUICKSTART + ":data=coco"], "takes 0 positional arguments"),
         ([PRETRAIN + ":objective=capa"], "objective='capa' is unknown. Did you mean 'cappa'?"),
         ([PRETRAIN + ":objectiv=cap"], "no argument 'objectiv' in 'objectiv=cap'. Did you mean"),
@@ -65,7 +65,7 @@ def command(monkeypatch, capsys):
         ([QUICKSTART, "--config.mesh.data=3"], "mesh.data=3"),
         ([QUICKSTART, "--config.batch_size=9", "--config.accumulate=2"], "accumulate: 2 parts"),
         (["--config=configs/quickstar.py"], "there is no file 'configs/quickstar.py'"),
-        ([], "--config is missing; say --config=configs/NAME.py --workdir=DIR."),
+        ([], "--config is missing; give --config=configs/NAME.py --workdir=DIR."),
     ],
 )
 def test_mistakes_are_told_in_a_line_or_two(args, said, command, tmp_path):

@@ -19,6 +19,7 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from cap_pretrain.validation import validate
 from cap_pretrain import config as configs
 from cap_pretrain import learners
 from cap_pretrain.checkpoints.checkpoint import Checkpoints

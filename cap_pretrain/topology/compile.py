@@ -22,7 +22,6 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from cap_pretrain import config as configs
 from cap_pretrain import inputs, learners, train
 from cap_pretrain.checkpoints import warm_start
 from cap_pretrain.distributed import sharding
@@ -30,6 +29,7 @@ from cap_pretrain.errors import UserError, did_you_mean
 from cap_pretrain.optim import schedule as schedules
 from cap_pretrain.training import plan
 from cap_pretrain.training.step import init_state, make_train_step
+from cap_pretrain.validation import validate
 
 # Prefixes of topology names, and how libtpu should set up the chips. The two cores of a v4 chip act
 # as one device, as on Cloud TPU; those of later chips always do.

@@ -8,12 +8,12 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from cap_pretrain import config as configs
 from cap_pretrain.distributed import sharding
 from cap_pretrain.errors import UserError
 from cap_pretrain.models.layers import REMAT_POLICIES
 from cap_pretrain.topology.compile import open_topology
 from cap_pretrain.topology.report import Report, check, gib, milli
+from cap_pretrain.validation import validate
 
 # Slices of these chips are 2D tori of at most `LARGEST_PLANE` chips (16 x 16; Google Cloud
 # documentation, "TPU v5e" and "TPU v6e"). Slices of other chips are 3D tori.

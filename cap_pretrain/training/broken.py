@@ -1,4 +1,4 @@
-"""Which examples did not decode, so that neighbours stood in for them: a list in the workdir."""
+"""The list of examples that did not decode and were replaced by neighbors, `broken.jsonl`."""
 
 import bisect
 import contextlib
@@ -16,21 +16,21 @@ from cap_pretrain.data.prefetch import Batch
 from cap_pretrain.data.sources.base import Source
 
 LIMIT = 10_000
-"""Lines of the list; who has that many needs another dataset, not a longer list."""
+"""Maximum number of lines. A dataset with more broken examples needs repair, not a longer list."""
 
 
 class BrokenList:
-    """Appends to `broken.jsonl` a line for each example that does not decode, as it first comes.
+    """Appends a line to `broken.jsonl` when an example that does not decode occurs first.
 
-    A batch says which positions are broken, whoever prepared it. Their names and reasons are found
-    by reading them again, here. Every host lists its own slices, others than the first in
-    `broken.HOST.jsonl`. A line is {"step", "dataset", "index", "id", "reason"}.
+    A batch marks broken positions. The ids and reasons come from reading these examples again.
+    Every host lists its own slices, hosts other than the first in `broken.HOST.jsonl`. A line is
+    {"step", "dataset", "index", "id", "reason"}.
 
     Args:
-        data: the section of the config.
-        sources: what the batches are drawn from.
-        workdir: where the list is, and goes on.
-        host: whose it is.
+        data: the `data` section of the config.
+        sources: the datasets of the mixture, in order.
+        workdir: the folder of the list; an existing list is continued.
+        host: index of this process.
     """
 
     def __init__(self, data: ConfigDict, sources: Sequence[Source], workdir: Path, host: int = 0):
@@ -40,11 +40,11 @@ class BrokenList:
         self._known = {(line["dataset"], line["index"]) for line in _lines(self._path)}
 
     def see(self, step: int, batch: Batch) -> None:
-        """Lists what is broken in this host's slice of a batch, unless it is listed or it is full.
+        """List the broken examples of this host's slice of a batch that are not listed yet.
 
         Raises:
-            OSError: the disk does not take it.
-            UserError: a file of the dataset cannot be read any more.
+            OSError: writing fails.
+            UserError: a file of the dataset can no longer be read.
         """
         for position in batch["index"][batch["broken"]].tolist():
             member = bisect.bisect_right(self._bounds, position) - 1
@@ -74,7 +74,7 @@ class BrokenList:
 
 
 def _lines(path: Path) -> list[dict]:
-    """The lines of a list, which is mended where a kill tore its last one."""
+    """Return the lines of a list. A last line that is incomplete after a kill is removed."""
     if not path.exists():
         return []
     lines = []

@@ -1,4 +1,4 @@
-"""Whether a run goes on with the config that it began with, and which changes it may have."""
+"""Compare the config of a resumed run with that of its earlier start."""
 
 import json
 from collections.abc import Sequence
@@ -10,57 +10,60 @@ from ml_collections import ConfigDict
 from cap_pretrain import config as configs
 from cap_pretrain import learners
 from cap_pretrain.errors import UserError
+from cap_pretrain.validation import FREE
 
 
 def check_unchanged(config: ConfigDict, path: Path, allowed: Sequence[str] = ()) -> list[str]:
-    """Compares a config with the one stored at `path`, with which the run in that folder began.
+    """Compare a config with the one stored at `path` by an earlier start of the run.
 
-    Fields in `config.FREE` may differ. Fields that one of the two lacks count with their default.
+    Fields in `validation.FREE` may differ. A field missing on one side counts with its default.
 
     Args:
-      config: the present one.
-      path: a config.json.
-      allowed: fields or sections that may differ too; "all" stands for every one.
+        config: the present config.
+        path: a config.json.
+        allowed: fields or sections that may differ too; "all" allows every field.
 
     Returns:
-      What has changed and was allowed to, a line each.
+        The allowed changes, one line each.
 
     Raises:
-      UserError: another field differs, or the file is no JSON object.
+        UserError: another field differs, or the file is not a JSON object.
     """
     try:
         then = fields(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, AttributeError) as e:
         raise UserError(
-            f"{path}: is not readable JSON, so what the run began with is not known. Put it back, "
-            "or remove it to go on with the present config."
+            f"{path}: is not readable JSON, so the config of the run is unknown. Restore the file, "
+            "or remove it to resume with the present config."
         ) from e
     now = fields(json.loads(configs.to_json(config)))
-    usual = configs.default()
-    with usual.unlocked():
-        usual.learner = learners.defaults(config.learner.name)
-    usual = fields(json.loads(configs.to_json(usual)))
+    default = configs.default()
+    with default.unlocked():
+        default.learner = learners.defaults(config.learner.name)
+    defaults = fields(json.loads(configs.to_json(default)))
     changed = {}
     for field in sorted({*then, *now}):
-        values = [side.get(field, usual.get(field)) for side in (then, now)]
-        if values[0] != values[1] and not _covered(field, configs.FREE):
-            changed[field] = f"{field} was {values[0]!r}, is now {values[1]!r}"
-    refused = [f for f in changed if not (_covered(f, allowed) or "all" in allowed)]
+        old, new = (side.get(field, defaults.get(field)) for side in (then, now))
+        if old != new and not _covered(field, FREE):
+            changed[field] = f"{field} was {old!r}, is now {new!r}"
+    refused = {f: c for f, c in changed.items() if not (_covered(f, allowed) or "all" in allowed)}
     if refused:
         raise UserError(
-            f"{path}: the run began with another config: {'; '.join(map(changed.get, refused))}.\n"
-            "Put it back, use another --workdir, or go on with "
+            f"{path}: the run began with another config: {'; '.join(refused.values())}.\n"
+            "Restore it, use another --workdir, or resume with "
             f"--allow_changes={','.join(refused)}."
         )
     return list(changed.values())
 
 
 def fields(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The fields of a config read from JSON: {"optim": {"lr": 1}} -> {"optim.lr": 1}."""
-    found = {}
+    """Flatten a config read from JSON: {"optim": {"lr": 1}} -> {"optim.lr": 1}."""
+    found: dict[str, Any] = {}
     for name, value in section.items():
-        inside = fields(value, f"{prefix}{name}.") if isinstance(value, dict) else None
-        found |= {prefix + name: value} if inside is None else inside
+        if isinstance(value, dict):
+            found |= fields(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value
     return found
 
 

@@ -1,4 +1,4 @@
-"""What evaluators found in the course of a run, as tables: a row for each time."""
+"""The evaluations of a run as tables, one row per evaluated step."""
 
 import csv
 import io
@@ -16,15 +16,15 @@ Row = dict[str, float]
 def evaluations(
     lines: Iterable[Mapping[str, Any]], names: Collection[str], epoch: float
 ) -> list[Row]:
-    """Puts the figures of each step side by side.
+    """Collect the evaluators' metrics by step.
 
     Args:
-      lines: of metrics.jsonl.
-      names: of the evaluators.
-      epoch: steps in one.
+        lines: of metrics.jsonl.
+        names: of the evaluators.
+        epoch: steps per epoch.
 
     Returns:
-      {"step": …, "epoch": …, "EVALUATOR/FIGURE": …, …} for each step with any, ascending.
+        {"step": …, "epoch": …, "EVALUATOR/METRIC": …, …} for each evaluated step, ascending.
     """
     rows: dict[int, Row] = {}
     for line in lines:
@@ -37,10 +37,10 @@ def evaluations(
 
 
 def keep(workdir: Path, names: Collection[str], epoch: float) -> list[Row]:
-    """Writes all evaluations of a run to evals/table.csv; returns them, see `evaluations`.
+    """Write all evaluations of a run to evals/table.csv, and return them as `evaluations` does.
 
     Raises:
-      OSError: as `files.write_text`.
+        OSError: as `files.write_text`.
     """
     rows = evaluations(read_metrics(workdir), names, epoch)
     columns = list(dict.fromkeys(column for row in rows for column in row))
@@ -53,7 +53,7 @@ def keep(workdir: Path, names: Collection[str], epoch: float) -> list[Row]:
 
 
 def tables(rows: Sequence[Row]) -> str:
-    """A Markdown table for each evaluator that found something more than once, for people."""
+    """Return a Markdown table for each evaluator that ran more than once."""
     names = dict.fromkeys(c.rpartition("/")[0] for row in rows for c in row if "/" in c)
     shown = []
     for name in names:

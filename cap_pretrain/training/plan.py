@@ -1,4 +1,4 @@
-"""What a run would take, from abstract shapes alone: nothing is computed or allocated."""
+"""The plan of a run, from abstract shapes alone: nothing is computed or allocated."""
 
 import copy
 import json
@@ -23,7 +23,7 @@ from cap_pretrain.training.step import init_state, loss_and_stats, split_learner
 
 
 def abstract_batch(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of the global batch as the learner gets it."""
+    """Return the shapes of the global batch that the learner reads."""
     b, s, t = config.batch_size, config.data.image_size, config.text.length
     image = jax.ShapeDtypeStruct((b, s, s, 3), np.uint8)
     if config.model.name == STORED:
@@ -38,9 +38,9 @@ def abstract_batch(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def flops_per_example(config: ConfigDict, vocab_size: int) -> dict[str, float]:
-    """Counted FLOPs of an example: `forward`, and `training` (forward and backward).
+    """Count the FLOPs per example: `forward`, and `training` (forward and backward).
 
-    Rematerialisation is not counted: model FLOPs, whatever is computed twice to save memory.
+    These are model FLOPs: what rematerialization computes a second time is not counted.
     """
     plain = copy.deepcopy(config)
     plain.model.remat, plain.model.attention = "none", "xla"
@@ -63,7 +63,7 @@ def flops_per_example(config: ConfigDict, vocab_size: int) -> dict[str, float]:
 
 
 def count_parameters(params: Any) -> dict[str, int]:
-    """Parameters in all and by part, the first step of their paths."""
+    """Return the number of parameters, in total and by the first part of their paths."""
     sizes = {part: sum(map(_size, jax.tree.leaves(tree))) for part, tree in params.items()}
     return {"total": sum(sizes.values()), **sizes}
 
@@ -71,14 +71,14 @@ def count_parameters(params: Any) -> dict[str, int]:
 def make_plan(
     config: ConfigDict, *, vocab_size: int, total_steps: int, make_optimizer: Callable
 ) -> dict[str, Any]:
-    """Returns the plan of a run, as `plan.json` holds it.
+    """Return the plan of a run, the content of `plan.json`.
 
     Args:
-      config: the resolved config. If its mesh names a number of devices other than there are here,
-        the plan is for that number.
-      vocab_size: of the tokenizer.
-      total_steps: length of the run; with 0, which only evaluates, there are no FLOPs of training.
-      make_optimizer: parameters -> optimizer.
+        config: the resolved config. The plan is for as many devices as its mesh names, which may
+            be another number than there are here.
+        vocab_size: of the tokenizer.
+        total_steps: length of the run; with 0, which only evaluates, there are no training FLOPs.
+        make_optimizer: parameters -> optimizer.
     """
     named = [config.mesh[axis] for axis in ("data", "fsdp", "tensor")]
     if -1 in named or (0 in named and jax.default_backend() == "tpu"):
@@ -112,10 +112,10 @@ def make_plan(
 
 
 def write_plan(plan: dict[str, Any], workdir: Path) -> str:
-    """Writes `plan.json` and returns the plan as tables for people."""
+    """Write `plan.json`, and return the plan as tables of text."""
     files.write_text(workdir / "plan.json", json.dumps(plan, indent=2) + "\n")
     parameters = [(part, n, f"{n / 1e6:.1f}M") for part, n in plan["parameters"].items()]
-    told = [
+    tables = [
         f"{plan['learner']} {plan['model']}, vocabulary {plan['vocab_size']:,}",
         format_table(parameters, ("parameters", "number", "")),
     ]
@@ -128,16 +128,16 @@ def write_plan(plan: dict[str, Any], workdir: Path) -> str:
             ("training, one step", f"{training * plan['batch_size'] / 1e12:.3f} TFLOP"),
             (f"training, {plan['total_steps']:,} steps", f"{whole / 1e18:.4g} EFLOP"),
         ]
-        told.append(format_table(cost, ("arithmetic", "")))
-    memory = [(what, f"{n / 2**20:,.1f} MiB") for what, n in plan["bytes_per_device"].items()]
+        tables.append(format_table(cost, ("arithmetic", "")))
+    memory = [(name, f"{n / 2**20:,.1f} MiB") for name, n in plan["bytes_per_device"].items()]
     mesh = " x ".join(f"{axis} {n}" for axis, n in plan["mesh"].items())
-    told += [
+    tables += [
         format_table(memory, (f"per device ({mesh})", "")),
         f"batch {plan['batch_size']:,}: {plan['batch_per_device']:g} examples per device; "
         "activations come on top (model.remat lowers them)",
         f"written to {workdir / 'plan.json'}",
     ]
-    return "\n\n".join(told)
+    return "\n\n".join(tables)
 
 
 def _size(leaf: jax.ShapeDtypeStruct) -> int:

@@ -23,6 +23,7 @@ from cap_pretrain.telemetry.progress import Progress, parameter_table
 from cap_pretrain.telemetry.timer import StepTimer
 from cap_pretrain.training import plan
 from cap_pretrain.training.step import TrainState, init_state, make_train_step
+from cap_pretrain.validation import validate
 
 
 @dataclasses.dataclass(frozen=True)

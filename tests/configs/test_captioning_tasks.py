@@ -6,9 +6,9 @@ import cv2
 import numpy as np
 import pytest
 
-from cap_pretrain import config as configs
 from cap_pretrain import inputs, train
 from cap_pretrain.errors import UserError
+from cap_pretrain.validation import validate
 from tests import toy
 from tests.data.test_question_formats import coco_photos, vqa_files, write_json
 from tests.tools.test_build_dataset import jpeg, run, write_captions, write_files

@@ -12,6 +12,7 @@ import pytest
 
 from cap_pretrain import config as configs
 from cap_pretrain import learners, train
+from cap_pretrain.validation import validate
 from tests import toy
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from cap_pretrain import config as configs
 from cap_pretrain import learners, train
 from cap_pretrain.errors import UserError
+from cap_pretrain.validation import validate
 from tests import toy
 
 TASKS = ("rotation", "jigsaw", "colorization", "simclr")

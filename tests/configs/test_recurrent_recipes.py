@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from cap_pretrain import config as configs
 from cap_pretrain import train
 from cap_pretrain.data.text import words
 from cap_pretrain.errors import UserError
 from cap_pretrain.training import plan, step
+from cap_pretrain.validation import validate
 from tests import tiny, toy
 
 RECIPES = (

@@ -6,13 +6,13 @@ import contextlib
 import numpy as np
 import pytest
 
-from cap_pretrain import config as configs
 from cap_pretrain import inputs, train
 from cap_pretrain.data.pipeline import ImageOptions, train_dataset
 from cap_pretrain.data.prefetch import iterate
 from cap_pretrain.data.sources import buckets
 from cap_pretrain.data.text.words import Rules, WordTokenizer, write_words
 from cap_pretrain.errors import UserError
+from cap_pretrain.validation import validate
 from tests import toy
 from tests.data.numbers import rows_of_host
 

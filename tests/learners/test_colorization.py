@@ -10,7 +10,6 @@ import optax
 import pytest
 from flax import nnx
 
-from cap_pretrain import config as configs
 from cap_pretrain import inputs, train
 from cap_pretrain.convert.export import form
 from cap_pretrain.errors import UserError
@@ -20,6 +19,7 @@ from cap_pretrain.models import lab
 from cap_pretrain.models.build import build_encoder
 from cap_pretrain.models.encoder import COLOURS, ImageEncoder
 from cap_pretrain.models.layers import EncoderOutput
+from cap_pretrain.validation import validate
 from tests import tiny, toy
 from tests.learners.pixels import learned
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from cap_pretrain import config, learners, train
+from cap_pretrain import learners, train
 from cap_pretrain.checkpoints import warm_start
 from cap_pretrain.errors import UserError
 from cap_pretrain.learners import augment
@@ -22,6 +22,7 @@ from cap_pretrain.learners.classifier import classification
 from cap_pretrain.models.build import build_encoder
 from cap_pretrain.models.layers import constrain
 from cap_pretrain.training import plan
+from cap_pretrain.validation import validate
 from tests import toy
 
 NEIGHBOURS = 8

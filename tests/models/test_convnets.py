@@ -8,7 +8,6 @@ import torch
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from cap_pretrain import config as configs
 from cap_pretrain import learners
 from cap_pretrain.convert import export, open_encoder
 from cap_pretrain.distributed import sharding
@@ -17,6 +16,7 @@ from cap_pretrain.models import build
 from cap_pretrain.models.convnet import BatchNorm, convolved, max_pool
 from cap_pretrain.models.layers import normalize_images
 from cap_pretrain.training import plan
+from cap_pretrain.validation import validate
 from tests import layouts, tiny, torch_convnets, toy
 from tests.convert.test_torchvision import MEAN, STD, close, imported, rows
 from tests.convert.torch_models import pixels

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from cap_pretrain import config as configs
 from cap_pretrain import evals, train
 from cap_pretrain.checkpoints import checkpoint
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.base import Result
 from cap_pretrain.evals.suite import Suite
 from cap_pretrain.optim.plateau import Plateau
+from cap_pretrain.validation import validate
 from tests import toy
 
 

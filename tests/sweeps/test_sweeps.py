@@ -12,6 +12,7 @@ from cap_pretrain.sweeps import power_law, results, trials
 from cap_pretrain.sweeps.trials import Trial
 from cap_pretrain.telemetry import tables
 from cap_pretrain.training import plan
+from cap_pretrain.validation import validate
 from tests import tiny, toy
 
 SWEEPS = toy.CONFIGS / "sweeps"

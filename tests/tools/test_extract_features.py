@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import pytest
 
-from cap_pretrain import config as configs
 from cap_pretrain import inputs
 from cap_pretrain.checkpoints.load import Learner
 from cap_pretrain.cli.captioning import captioner
@@ -21,6 +20,7 @@ from cap_pretrain.evals.inference.scoring import Scoring
 from cap_pretrain.models.decoding import Decoding
 from cap_pretrain.training import plan
 from cap_pretrain.training.step import make_train_step
+from cap_pretrain.validation import validate
 from tests import toy
 from tests.tools import test_build_dataset as images
 from tools import contact_sheet, extract_features
