@@ -19,13 +19,12 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from cap_pretrain.validation import validate
-from cap_pretrain import config as configs
 from cap_pretrain import learners
 from cap_pretrain.checkpoints.checkpoint import Checkpoints
 from cap_pretrain.distributed import sharding
 from cap_pretrain.optim import optimizers, schedule
 from cap_pretrain.training.step import init_state, make_train_step
+from cap_pretrain.validation import validate
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/NAME.py[:key=value,…]")
 EVERY = flags.DEFINE_integer("every", 50, "Steps between two saves.", lower_bound=1)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx, struct
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
 from cap_pretrain import rng
@@ -51,7 +51,8 @@ class TrainState(struct.PyTreeNode):
 
 def split_learner(learner: nnx.Module) -> tuple[nnx.GraphDef, Any, Any]:
     """Return the learner's structure, its parameters and its other variables as nested dicts."""
-    graphdef, params, stats = nnx.split(learner, nnx.Param, ...)
+    graphdef, *states = nnx.split(learner, nnx.Param, ...)
+    params, stats = states
     return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
 
 
@@ -59,7 +60,7 @@ def init_state(
     build: Callable[[jax.Array], nnx.Module],
     make_optimizer: Callable[[Any], optax.GradientTransformation],
     config: ConfigDict,
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
 ) -> tuple[Callable[[], TrainState], TrainState, nnx.GraphDef, optax.GradientTransformation]:
     """Prepare the initial state without computing it.
 

@@ -1,0 +1,73 @@
+"""The structure of the repository: layers of imports, no cycles, short files and functions."""
+
+import ast
+import graphlib
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import grimp
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LINT = Path(sys.executable).with_name("lint-imports")
+SOURCES = [p for d in ("cap_pretrain", "tools", "configs") for p in (ROOT / d).rglob("*.py")]
+
+
+def lint_imports(folder):
+    """Run import-linter with the contracts of pyproject.toml on the package in `folder`."""
+    command = [LINT, "--no-cache", "--config", ROOT / "pyproject.toml"]
+    return subprocess.run(
+        command, cwd=folder, env={"PYTHONPATH": str(folder)}, capture_output=True, text=True
+    )
+
+
+def test_imports_follow_the_layers():
+    done = lint_imports(ROOT)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("module", "forbidden"),
+    [
+        ("errors.py", "import cap_pretrain.files"),
+        ("models/vit.py", "from cap_pretrain.learners import captioner"),
+        ("training/step.py", "def f():\n    import cap_pretrain.train"),
+        ("data/pipeline.py", "from cap_pretrain.data.builders import base"),
+        ("a_new_module.py", ""),
+    ],
+)
+def test_a_forbidden_import_is_found(module, forbidden, tmp_path):
+    ignore = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "cap_pretrain", tmp_path / "cap_pretrain", ignore=ignore)
+    with (tmp_path / "cap_pretrain" / module).open("a") as file:
+        file.write(f"\n{forbidden}\n")
+    done = lint_imports(tmp_path)
+    assert done.returncode == 1 and "BROKEN" in done.stdout + done.stderr, done.stdout
+
+
+def test_no_modules_import_each_other():
+    graph = grimp.build_graph("cap_pretrain", cache_dir=None)
+    imports = {m: graph.find_modules_directly_imported_by(m) for m in graph.modules}
+    graphlib.TopologicalSorter(imports).prepare()  # raises CycleError
+
+
+def test_the_root_of_the_package_is_small():
+    assert len(list((ROOT / "cap_pretrain").glob("[!_]*.py"))) <= 12
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *(ROOT / "tests").rglob("*.py")], ids=str)
+def test_files_have_at_most_400_lines(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+
+
+def test_functions_have_at_most_80_lines():
+    long = [
+        f"{path}:{node.lineno} {node.name}"
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and node.end_lineno - node.lineno >= 80
+    ]
+    assert not long
