@@ -204,8 +204,8 @@ def _optim() -> ConfigDict:
     c.clip_value = 0.0
     # Decoupled weight decay, times the learning rate: p -= lr * weight_decay * p.
     c.weight_decay = 0.1
-    # Moments and epsilon; 0 keeps the optimizer's own default and -1 means zero (see
-    # optim/optimizers.py).
+    # Decay rates of the moments, and epsilon. 0 keeps the optimizer's own default (see
+    # optim/optimizers.py); -1 means zero, so optim.name=sgd with b1=-1 has no momentum.
     c.b1 = 0.0
     c.b2 = 0.0
     c.eps = 0.0
