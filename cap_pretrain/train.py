@@ -20,7 +20,7 @@ from cap_pretrain import config as configs
 from cap_pretrain import files, inputs, learners
 from cap_pretrain.checkpoints import warm_start
 from cap_pretrain.checkpoints.checkpoint import Checkpoints, saved_steps
-from cap_pretrain.checkpoints.warm_start import Initial
+from cap_pretrain.checkpoints.warm_start import PretrainedWeights
 from cap_pretrain.data import prefetch
 from cap_pretrain.distributed import cluster, heartbeat, sharding
 from cap_pretrain.errors import UserError
@@ -116,7 +116,7 @@ class Run:
         self._checkpoints = Checkpoints(setup.workdir, self._config, identity=identity)
         stack.callback(self._checkpoints.close)
 
-    def restore(self, initial: Initial | None, changes: Sequence[str]) -> None:
+    def restore(self, initial: PretrainedWeights | None, changes: Sequence[str]) -> None:
         """Load the newest valid checkpoint, or make the initial state; open the logs.
 
         Args:

@@ -87,10 +87,10 @@ def compiled(workdir, tokenizer, layout):
     def counting(*args):
         take = make(*args)
 
-        def counted(state, batch):
+        def counted(state, batch, requests=None):
             nonlocal step
             step += 1
-            return take(state, batch)
+            return take(state, batch, requests)
 
         return counted
 
@@ -140,6 +140,7 @@ def test_what_nobody_asked_for_is_refused_in_the_loop(tokenizer_path, tmp_path):
 
     def add(self, step, metrics):
         move(metrics["loss"])
+        return metrics
 
     def save(self, state):
         move(state.step)
