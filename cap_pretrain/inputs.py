@@ -283,7 +283,7 @@ def training_batches(
     config: ConfigDict,
     mixture: TrainingMixture,
     tokenizer: tokenizers.Tokenizer,
-    rows: Sequence[int] | None = None,
+    rows: Sequence[int] | np.ndarray | None = None,
 ) -> grain.MapDataset:
     """Return an endless dataset whose element t is batch t, or the given `rows` of it."""
     return pipeline.train_dataset(

@@ -62,7 +62,7 @@ def train_dataset(
     batch_size: int,
     seed: int,
     order: Callable[[int], int] | None = None,
-    rows: Sequence[int] | None = None,
+    rows: Sequence[int] | np.ndarray | None = None,
 ) -> grain.MapDataset:
     """Return an endless dataset whose element t is this host's part of global batch t.
 
@@ -127,7 +127,7 @@ def eval_batches(
     batch_size: int,
     crop: Literal["none", "center"] = "none",
     limit: int | None = None,
-    rows: Sequence[int] | None = None,
+    rows: Sequence[int] | np.ndarray | None = None,
 ) -> grain.MapDataset:
     """Return the batches that show every example exactly once, in order, as a sequence.
 
@@ -159,7 +159,7 @@ def _batched(
     load: Callable[[list[int]], Iterable[Row]],
     count: int,
     batch_size: int,
-    rows: Sequence[int] | None,
+    rows: Sequence[int] | np.ndarray | None,
 ) -> grain.MapDataset:
     """Return the dataset of `count` batches, or of `rows` of each, whose rows `load` loads."""
     own = range(batch_size) if rows is None else [int(row) for row in rows]
@@ -170,7 +170,10 @@ class _Batch:
     """A function from the number of a batch to the batch."""
 
     def __init__(
-        self, load: Callable[[list[int]], Iterable[Row]], batch_size: int, rows: Sequence[int]
+        self,
+        load: Callable[[list[int]], Iterable[Row]],
+        batch_size: int,
+        rows: Sequence[int] | np.ndarray,
     ):
         self._load, self._batch_size, self._rows = load, batch_size, rows
 

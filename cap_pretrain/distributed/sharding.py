@@ -208,7 +208,7 @@ def gathered(module: nnx.Module) -> nnx.Module:
     return nnx.merge(graphdef, whole, *others)
 
 
-def state_shardings(state: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
+def state_shardings(state: Any, params: Any, shardings: Any, mesh: Mesh | AbstractMesh) -> Any:
     """Return the sharding of each leaf of a state, such as an optimizer's.
 
     A leaf whose path ends in a parameter's path is sharded like that parameter. A factored moment,

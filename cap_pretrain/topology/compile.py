@@ -22,12 +22,13 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from cap_pretrain import inputs, learners, train
+from cap_pretrain import inputs, learners
 from cap_pretrain.checkpoints import warm_start
 from cap_pretrain.distributed import sharding
 from cap_pretrain.errors import UserError, did_you_mean
 from cap_pretrain.optim import schedule as schedules
 from cap_pretrain.training import plan
+from cap_pretrain.training.setup import make_optimizer
 from cap_pretrain.training.step import init_state, make_train_step
 from cap_pretrain.validation import validate
 
@@ -222,7 +223,7 @@ def abstract_step(config: ConfigDict, vocab_size: int, mesh: Mesh):
     rate = schedules.learning_rate(config, schedule)
     _, state, graphdef, tx = init_state(
         lambda key: learners.build(config, vocab_size, key),
-        functools.partial(train.make_optimizer, config, rate, idle=False),
+        functools.partial(make_optimizer, config, rate, idle=False),
         config,
         mesh,
     )

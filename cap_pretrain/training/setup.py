@@ -14,7 +14,6 @@ from ml_collections import ConfigDict
 
 from cap_pretrain import config as configs
 from cap_pretrain import files, inputs, learners
-from cap_pretrain.data.sources.base import Source
 from cap_pretrain.distributed import cluster, sharding
 from cap_pretrain.optim import optimizers
 from cap_pretrain.optim import schedule as schedules
@@ -47,7 +46,7 @@ class Setup:
     config: ConfigDict
     workdir: Path
     mesh: Mesh
-    mixture: list[tuple[Source, float]]
+    mixture: inputs.TrainingMixture
     tokenizer: Any
     schedule: schedules.Schedule
     epoch: int
@@ -102,13 +101,13 @@ def prepare(
     """
     validate(config)
     mesh = sharding.make_mesh(config)
-    mixture = inputs.open_sources(config) if configs.trains(config) else []
-    config = inputs.completed(config, mixture)
+    sources = inputs.open_sources(config) if configs.trains(config) else []
+    config = inputs.completed(config, sources)
     files.make_workdir(workdir)
     cluster.check_shared(workdir)
     check(config)
-    tokenizer = inputs.prepare_tokenizer(config, mixture, workdir, anew=not resuming)
-    mixture = inputs.in_buckets(config, mixture, tokenizer)
+    tokenizer = inputs.prepare_tokenizer(config, sources, workdir, anew=not resuming)
+    mixture = inputs.in_buckets(config, sources, tokenizer)
     epoch = inputs.examples_an_epoch(config, mixture)
     schedule = schedules.make_schedule(config, epoch=epoch)
     rate = schedules.learning_rate(config, schedule)
@@ -137,10 +136,10 @@ def dry_run(config: ConfigDict, workdir: Path) -> str:
     """
     validate(config)
     files.make_workdir(workdir)
-    mixture = inputs.open_sources(config) if configs.trains(config) else []
-    config = inputs.completed(config, mixture)
-    tokenizer = inputs.planned_tokenizer(config, mixture)
-    mixture = inputs.in_buckets(config, mixture, tokenizer)
+    sources = inputs.open_sources(config) if configs.trains(config) else []
+    config = inputs.completed(config, sources)
+    tokenizer = inputs.planned_tokenizer(config, sources)
+    mixture = inputs.in_buckets(config, sources, tokenizer)
     schedule = schedules.make_schedule(config, epoch=inputs.examples_an_epoch(config, mixture))
     rate = schedules.learning_rate(config, schedule)
     made = plan.make_plan(
