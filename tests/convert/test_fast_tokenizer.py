@@ -1,4 +1,4 @@
-"""`tokenizer.json` gives the ids of the sentencepiece model it is made of."""
+"""The exported `tokenizer.json` gives the ids of the sentencepiece model."""
 
 import io
 import random
@@ -62,7 +62,7 @@ def test_the_ids_are_those_of_the_training(kind, lower, tokenizer_path, tmp_path
     assert theirs.decode(ours.encode(captions[0]).tolist()) == ours.decode(ours.encode(captions[0]))
 
 
-def test_the_special_pieces_are_told(tokenizer_path):
+def test_special_ids_are_those_of_the_model(tokenizer_path):
     ids = fast_tokenizer.special_ids(tokenizer_path.read_bytes())
     assert ids == {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
 

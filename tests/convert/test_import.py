@@ -1,4 +1,4 @@
-"""Encoders made elsewhere compute here what they compute there; what cannot be read is told."""
+"""Imported encoders compute the same as the originals; unreadable input is reported."""
 
 import json
 import pickle
@@ -36,7 +36,7 @@ def vit_classifier():
     return transformers.ViTForImageClassification(config)
 
 
-# Each with the part of it that sees.
+# Each with a function that returns its vision model.
 MODELS = {
     "CLIPModel": (clip, lambda model: model.vision_model),
     "CLIPVisionModel": (
@@ -58,11 +58,11 @@ MODELS = {
 
 
 def expected(vision, images, pretrained):
-    """Tokens and pooled vector by torch."""
+    """Return tokens and pooled vector, computed by torch."""
     out = vision(torch_models.pixels(images, pretrained.mean, pretrained.std))
     tokens = out.last_hidden_state
     if isinstance(vision, transformers.ViTModel):
-        return tokens, tokens[:, 0]  # its pooler is no part of the encoder
+        return tokens, tokens[:, 0]  # the pooler is not part of the encoder
     return tokens, tokens.mean(1) if out.pooler_output is None else out.pooler_output
 
 
@@ -81,7 +81,7 @@ def test_a_model_of_transformers_computes_the_same(case, tmp_path):
 
 
 def openai_state(model):
-    """The weights of a CLIPModel under the names that OpenAI's code has for them."""
+    """Return the weights of a CLIPModel under the names in OpenAI's code."""
     vision = {
         k.removeprefix("vision_model."): v
         for k, v in model.state_dict().items()
@@ -122,7 +122,7 @@ def openai_state(model):
 
 @pytest.fixture(scope="module")
 def openai_model():
-    """A CLIP whose heads are as wide as all of OpenAI's, and its state dict in their layout."""
+    """Return a CLIP with the head width of OpenAI's, and its state dict in their layout."""
     wide = VISION | {"hidden_size": 128, "num_attention_heads": 2}
     config = transformers.CLIPConfig(text_config=TEXT, vision_config=wide)
     model = torch_models.randomised(transformers.CLIPModel(config))
@@ -219,8 +219,8 @@ def test_defaults_that_published_configs_leave_out_are_those_of_transformers():
         ("siglip", transformers.SiglipVisionConfig()),
         ("vit", transformers.ViTConfig()),
     ):
-        said = huggingface.DEFAULTS | dict(huggingface.FAMILIES[kind].defaults)
-        assert said == {k: getattr(config, k) for k in said}
+        defaults = huggingface.DEFAULTS | dict(huggingface.FAMILIES[kind].defaults)
+        assert defaults == {k: getattr(config, k) for k in defaults}
 
 
 def test_the_second_section_of_old_clip_configs_counts(tmp_path):
@@ -234,7 +234,7 @@ def test_the_second_section_of_old_clip_configs_counts(tmp_path):
 
 
 class Hostile:
-    """What pickle would execute."""
+    """Code that unpickling would execute."""
 
     def __init__(self, path):
         self.path = path
@@ -270,7 +270,7 @@ def test_a_torchscript_archive_is_refused_with_the_way_out(tmp_path):
 
 
 def changed(folder, change):
-    """Rewrites the weights of a folder."""
+    """Rewrite the weights of a folder."""
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -294,7 +294,7 @@ def of_another_model(tensors):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (without_a_bias, "lacks encoder.layers.1.mlp.fc1.bias, head.attention.in_proj_weight.$"),
         (with_an_adapter, "has the unknown encoder.layers.0.adapter.weight.$"),
@@ -302,16 +302,16 @@ def of_another_model(tensors):
         (of_another_model, "lacks .* and 58 more, and has the unknown roberta.weight"),
     ],
 )
-def test_missing_and_unknown_weights_are_named(change, said, tmp_path):
+def test_missing_and_unknown_weights_are_named(change, message, tmp_path):
     torch_models.save(siglip(), tmp_path)
     changed(tmp_path, change)
-    with pytest.raises(UserError, match=said) as error:
+    with pytest.raises(UserError, match=message) as error:
         open_encoder(tmp_path)
     assert len(str(error.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         (
             {"model_type": "siglp"},
@@ -322,15 +322,15 @@ def test_missing_and_unknown_weights_are_named(change, said, tmp_path):
         ({"image_size": [24, 32]}, r"image_size is \[24, 32\]; only squares"),
     ],
 )
-def test_what_is_no_vit_of_ours_is_told_by_field(fields, said, tmp_path):
+def test_unsupported_config_fields_are_named(fields, message, tmp_path):
     torch_models.save(siglip(), tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         open_encoder(tmp_path)
 
 
-def test_what_is_not_there_or_broken_is_told(tmp_path):
+def test_missing_and_corrupt_files_are_reported(tmp_path):
     with pytest.raises(UserError, match="is not a file, nor a folder with a config.json"):
         open_encoder("openai/clip-vit-base-patch32")
     with pytest.raises(UserError, match="has neither a config.json"):

@@ -1,4 +1,4 @@
-"""ResNets and AlexNet compute here what they compute in torch; what cannot be read is told."""
+"""Imported ResNets and AlexNet compute the same as in torch; unreadable input is reported."""
 
 import jax
 import numpy as np
@@ -23,19 +23,19 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def imported(pretrained):
-    """The encoder's graph, and its parameters and statistics."""
+    """Return the encoder's graph, and its parameters and statistics."""
     c = toy.config("encoder", **{f"model__{k}": v for k, v in pretrained.model.items()})
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: build_encoder(c, nnx.Rngs(0))))
     return graphdef, pretrained.params, pretrained.stats
 
 
 def rows(maps):
-    """Torch's [B, D, H, W] -> [B, H * W, D]."""
+    """Convert a torch tensor [B, D, H, W] to tokens [B, H * W, D]."""
     return maps.flatten(2).transpose(1, 2).numpy()
 
 
 def close(ours, theirs):
-    """Within 1e-4 of the size of the numbers; they grow with depth."""
+    """Compare within 1e-4 of the largest value, since values grow with depth."""
     assert ours.shape == theirs.shape
     np.testing.assert_allclose(ours, theirs, atol=1e-4 * max(1, np.abs(theirs).max()))
 
@@ -78,7 +78,7 @@ def test_tokens_of_every_layer_and_the_pooled_vector_are_those_of_torch(
 
 
 def layouts(state):
-    """Files that hold a state dict of ResNet-18, by name."""
+    """Return file contents that hold a state dict of ResNet-18, by file name."""
     trunk = {f"_feature_blocks.{k}": v for k, v in state.items() if not k.startswith("fc.")}
     whole = {f"trunk.{k}": v for k, v in trunk.items()} | {"heads.0.clf.0.weight": torch.ones(2, 2)}
     model = {"trunk": trunk, "heads": {"0.clf.0.weight": torch.ones(2, 2)}}
@@ -103,7 +103,7 @@ def test_a_state_dict_is_read_from_any_file_that_people_keep_it_in(tmp_path):
         folder.mkdir()
         save = save_file if name.endswith("safetensors") else torch.save
         save(content, folder / name)
-        pretrained = open_encoder(folder)  # with nothing else in it
+        pretrained = open_encoder(folder)  # the only file in it
         whole = {"params": pretrained.params, "stats": pretrained.stats}
         toy.assert_same(first or whole, whole)
         first = first or whole
@@ -115,7 +115,7 @@ def test_a_state_dict_is_read_from_any_file_that_people_keep_it_in(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda s: s.pop("layer3.1.bn2.running_var"), "lacks layer3.1.bn2.running_var.$"),
         (lambda s: s.update({"layer1.0.se.weight": s["fc.bias"]}), "unknown layer1.0.se.weight.$"),
@@ -126,11 +126,11 @@ def test_a_state_dict_is_read_from_any_file_that_people_keep_it_in(tmp_path):
         ),
     ],
 )
-def test_what_does_not_fit_is_named(change, said, tmp_path):
+def test_weights_that_do_not_fit_are_named(change, message, tmp_path):
     state = torch_convnets.make("resnet18").state_dict()
     change(state)
     torch.save(state, tmp_path / "weights.pth")
-    with pytest.raises(UserError, match=said) as error:
+    with pytest.raises(UserError, match=message) as error:
         open_encoder(tmp_path / "weights.pth")
     assert len(str(error.value).splitlines()) == 1
 
@@ -150,12 +150,12 @@ def test_a_run_begins_with_its_statistics_and_on_images_of_any_size(tmp_path):
     np.testing.assert_array_equal(kernel, model.conv1.weight.permute(2, 3, 1, 0))
 
 
-# With the classifier of 1000 classes; published by torchvision for each of its models.
+# Including the classifier of 1000 classes; as published by torchvision for each model.
 COUNTS = {
     "resnet18": (11_689_512, 9_600),
     "resnet34": (21_797_672, 17_024),
     "resnet50": (25_557_032, 53_120),
-    "resnet101": (44_549_160, 105_344),  # 44,654,504 in all
+    "resnet101": (44_549_160, 105_344),  # 44,654,504 in total
     "resnet152": (60_192_808, 151_424),
 }
 
@@ -188,7 +188,7 @@ def test_clips_vit_b_32_has_as_many_parameters_as_the_published_one():
     c = toy.config("encoder", model__name="B/32", data__image_size=224)
     c.model.update(fields)
     learner = nnx.eval_shape(lambda: learners.build(c, 0, jax.random.key(0)))
-    # 87,849,216 with the projection to 512, which is left behind. Ours has a bias of the patch
-    # embedding, and no position of the class token.
+    # 87,849,216 includes the projection to 512, which is not imported. Our ViT has a bias in the
+    # patch embedding, and no position embedding of the class token.
     ours = count(split_learner(learner)[1])
     assert ours == sum(p.numel() for p in theirs.parameters()) == 87_849_216 - 768 * 512

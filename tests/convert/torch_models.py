@@ -1,4 +1,4 @@
-"""Small models of `transformers` with every parameter random, and what they compute."""
+"""Small models of `transformers` with random parameters, and their outputs."""
 
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ TEXT = VISION | {"vocab_size": 50, "max_position_embeddings": 8}
 
 
 def randomised(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Leaves nothing zero or one as by initialisation, so that no parameter goes unnoticed."""
+    """Randomize parameters initialized to zero or one, so that each affects the output."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -37,19 +37,19 @@ def randomised(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 
 def save(model: torch.nn.Module, folder: Path, **options: Any) -> Path:
-    """Saves a model of transformers."""
+    """Save a model of transformers."""
     model.save_pretrained(folder, **options)
     return folder
 
 
 def pixels(images: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
-    """uint8 [B, H, W, 3] -> what models of transformers take, [B, 3, H, W]."""
+    """Convert [B, H, W, 3] uint8 images to the input of transformers, [B, 3, H, W]."""
     values = (images.astype(np.float64) / 255 - mean) / std
     return torch.from_numpy(values.transpose(0, 3, 1, 2).astype(np.float32))
 
 
 def encode(pretrained: Pretrained, images: np.ndarray):
-    """EncoderOutput of an imported encoder, built from its config fields."""
+    """Return the EncoderOutput of an imported encoder, built from its config fields."""
     config = tiny.config(**pretrained.model)
     config.data.image_size = pretrained.image_size
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: build_encoder(config, nnx.Rngs(0))))

@@ -1,4 +1,4 @@
-"""The same datasets by Apache Beam, where it is installed (the extra `beam`)."""
+"""Builds with Apache Beam (the extra `beam`) give the same datasets."""
 
 import sys
 
@@ -19,7 +19,7 @@ def test_beam_builds_the_same(tmp_path):
     assert contents(build(tmp_path, "webdataset", *by_beam)) == whole
 
 
-def test_what_is_missing_is_told(tmp_path, capsys, monkeypatch):
+def test_a_missing_beam_is_reported(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "apache_beam", None)
     arguments = ("--name", "mine", "--out", tmp_path / "out", *numbered(tmp_path, 3))
     assert run("csv", *arguments, "--beam=") == 2

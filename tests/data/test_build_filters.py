@@ -1,4 +1,4 @@
-"""What a build leaves out or changes when it is asked to, and what its reports say of it."""
+"""Filters of builds: what is dropped, resized and reported."""
 
 import html.parser
 import io
@@ -18,7 +18,7 @@ from tools import held_out
 
 
 def picture(seed, width, height, quality=90):
-    """A photograph, as it were: smooth, and unlike those of other seeds."""
+    """Return a JPEG that is smooth like a photograph, and different for each seed."""
     rng = np.random.default_rng(seed)
     image = Image.fromarray(rng.integers(0, 256, (6, 6, 3), np.uint8))
     file = io.BytesIO()
@@ -27,7 +27,7 @@ def picture(seed, width, height, quality=90):
 
 
 def shards(tmp_path, examples):
-    """A tar of (image, caption, fields of the json)."""
+    """Write a tar of (image, caption, JSON fields); return the options that name it."""
     members = []
     for number, (data, caption, more) in enumerate(examples):
         members += sample(f"{number:04}", data, caption, **more)
@@ -71,11 +71,11 @@ def test_every_filter_is_counted_by_its_reason(tmp_path, capsys):
     }
     named = {reason: [f"s/{n:04}" for n in numbers] for reason, numbers in expected.items()}
     assert lost(folder, "train") == named
-    told = report(folder)["train"]
+    found = report(folder)["train"]
     stored = len(examples[0][0]) + len(examples[12][0])
-    assert told["bytes"] == {"read": stored, "stored": stored}
-    assert told["caption_words"] == {"5": 2}
-    assert sorted(one["id"] for one in told["samples"]) == ["s/0000", "s/0012"]
+    assert found["bytes"] == {"read": stored, "stored": stored}
+    assert found["caption_words"] == {"5": 2}
+    assert sorted(one["id"] for one in found["samples"]) == ["s/0000", "s/0012"]
     assert "2 of 13 kept; dropped: 1 too small, " in capsys.readouterr().out
     lines = (folder / "1.0.0" / "dropped.jsonl").read_text().splitlines()
     listed = [json.loads(line) for line in lines]
@@ -116,8 +116,8 @@ def test_a_caption_that_is_dropped_does_not_cost_the_others(tmp_path):
     folder = build(tmp_path, "karpathy", *paths, "--images", photos, "--min_words", "2")
     (example,) = read(folder, "train").values()
     assert example["captions"] == ["a dog", "the dog"]
-    told = report(folder)["train"]
-    assert told["captions"] == {"kept": 2, "dropped": {"caption too short": 1}}
+    found = report(folder)["train"]
+    assert found["captions"] == {"kept": 2, "dropped": {"caption too short": 1}}
 
 
 def test_larger_images_are_resized(tmp_path):
@@ -125,7 +125,7 @@ def test_larger_images_are_resized(tmp_path):
     files = {f"c/{name}.jpg": picture(k, *size) for k, (name, size) in enumerate(sizes.items())}
     turned = Image.open(io.BytesIO(files["c/turned.jpg"]))
     exif, file = turned.getexif(), io.BytesIO()
-    exif[0x0112] = 6  # wants to be turned by a quarter
+    exif[0x0112] = 6  # rotated by 90 degrees
     turned.save(file, "JPEG", exif=exif)
     files["c/turned.jpg"] = file.getvalue()
     photos = write_files(
@@ -141,9 +141,9 @@ def test_larger_images_are_resized(tmp_path):
         "c/turned.jpg": (128, 64, 3),
     }
     assert stored["c/small.jpg"] == files["c/small.jpg"]
-    told = report(folder)["train"]
-    assert told["resized"] == 3 and told["reencoded"]["count"] == 0
-    assert told["bytes"]["stored"] == sum(map(len, stored.values())) < told["bytes"]["read"]
+    found = report(folder)["train"]
+    assert found["resized"] == 3 and found["reencoded"]["count"] == 0
+    assert found["bytes"]["stored"] == sum(map(len, stored.values())) < found["bytes"]["read"]
     assert lost(folder, "train") == {"broken": ["c/broken.jpg"]}
     for key, data in stored.items():
         small = Image.fromarray(images.decode(files[key])).resize(images.decode(data).shape[1::-1])
@@ -151,7 +151,7 @@ def test_larger_images_are_resized(tmp_path):
 
 
 def test_images_that_are_held_out(tmp_path, capsys):
-    """By what another dataset holds, and by ids."""
+    """Held out are the images of another dataset, and ids from a handwritten list."""
     test = {f"c/{k}.jpg": picture(k, 160, 120) for k in range(2)}
     where = write_files(tmp_path / "test", test)
     arguments = ("--name", "coco", "--out", tmp_path / "out", "--images", f"test={where}")
@@ -178,12 +178,12 @@ def test_images_that_are_held_out(tmp_path, capsys):
 def test_a_copy_has_nearly_the_same_perceptual_hash_and_others_have_not(scale, quality):
     originals = [images.decode(picture(seed, 200, 150)) for seed in range(30)]
     own = np.array([hashes.perceptual(pixels) for pixels in originals], np.uint64)
-    for pixels, hash in zip(originals, own, strict=True):
+    for pixels, expected in zip(originals, own, strict=True):
         size = round(200 * scale), round(150 * scale)
         file = io.BytesIO()
         Image.fromarray(pixels).resize(size).save(file, "JPEG", quality=quality)
         copy = hashes.perceptual(images.decode(file.getvalue()))
-        assert np.bitwise_count(hash ^ np.uint64(copy)) <= hashes.NEAR
+        assert np.bitwise_count(expected ^ np.uint64(copy)) <= hashes.NEAR
     apart = np.bitwise_count(own[:, None] ^ own[None])[~np.eye(30, dtype=bool)]
     assert apart.min() > 2 * hashes.NEAR
 
@@ -270,7 +270,7 @@ def test_the_page_shows_ten_of_what_is_kept(tmp_path):
         ("--where x>1", "no usable image (0 of 1 kept; dropped: 1 without x)"),
     ],
 )
-def test_mistakes_are_told(tmp_path, monkeypatch, capsys, options, message):
+def test_mistakes_are_reported(tmp_path, monkeypatch, capsys, options, message):
     monkeypatch.chdir(tmp_path)
     photos = write_files(tmp_path / "photos", {"c/1.jpg": jpeg(1)})
     (tmp_path / "bad.txt").write_text("id 5\nexat 00ff\n")

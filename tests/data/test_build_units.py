@@ -1,4 +1,4 @@
-"""Builds in several processes, killed and gone on with: always the same dataset."""
+"""Builds in several processes, killed and resumed, give the same dataset."""
 
 import errno
 import os
@@ -21,14 +21,14 @@ from tools.rehearse_build import contents
 
 
 def numbered(tmp_path, count):
-    """Arguments for a csv of images; every seventh is broken, every fifth lacks its caption."""
+    """Return options for a CSV; every seventh image is corrupt, every fifth lacks a caption."""
     files = {f"{k}.jpg": b"x" if k % 7 == 0 else jpeg(k) for k in range(count)}
     lines = [f"{k}.jpg,{'' if k % 5 == 0 else f'caption {k}'}" for k in range(count)]
     (tmp_path / "t.csv").write_text("\n".join(["image,caption", *lines]))
     return "--tables", tmp_path / "t.csv", "--images", write_files(tmp_path / "photos", files)
 
 
-def test_how_a_build_is_cut_and_worked_on_does_not_show(tmp_path, monkeypatch):
+def test_units_and_workers_do_not_affect_the_dataset(tmp_path, monkeypatch):
     arguments = numbered(tmp_path, 40)
     whole = contents(build(tmp_path, "csv", *arguments))
     monkeypatch.setattr(units, "_LEAST", 7)
@@ -86,7 +86,7 @@ def die(unit):
     os._exit(9)
 
 
-def test_a_worker_that_dies_is_told_and_gone_on_after(tmp_path, capsys, monkeypatch):
+def test_a_dead_worker_is_reported_and_the_build_resumes(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(units, "_work", die)
     for shard in range(2):
         tar(tmp_path / "s" / f"{shard}.tar", samples(2, start=2 * shard))
@@ -98,7 +98,7 @@ def test_a_worker_that_dies_is_told_and_gone_on_after(tmp_path, capsys, monkeypa
     assert run(*arguments) == 0
 
 
-def test_a_full_disk_is_told_and_gone_on_after(tmp_path, capsys, monkeypatch):
+def test_a_full_disk_is_reported_and_the_build_resumes(tmp_path, capsys, monkeypatch):
     def full(*arguments):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -154,7 +154,7 @@ with open("/proc/self/status") as file:
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
-    """More images than are put in order in memory, and four times as many."""
+    """The builds have more images than are shuffled in memory, and four times as many."""
     noise = np.random.default_rng(0).integers(0, 256, (4, 200, 200, 3), np.uint8)
     files = [simplejpeg.encode_jpeg(pixels, 95) for pixels in noise]
     peaks = []

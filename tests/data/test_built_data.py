@@ -32,7 +32,7 @@ from tests.tools.test_build_dataset import jpeg, write_captions, write_files
 SIZES = {"train": {"cat": 12, "dog": 7, "emu": 2}, "val": {"cat": 2, "dog": 3, "emu": 4}}
 
 
-# The arguments of builds whose tests have no fixture, by format.
+# Build options of formats whose tests have no fixture.
 
 
 def coco_captions(tmp_path):
@@ -115,7 +115,7 @@ def test_all_formats_are_tried():
 
 
 class Trainer:
-    """Takes steps of a toy learner, compiled once, on whatever dataset is named."""
+    """Run steps of a toy learner, compiled once, on the named dataset."""
 
     def __init__(self, learner, options, tokenizer):
         self._config = c = tiny.config(learner, options, depth=1, decoder_depth=1)
@@ -128,7 +128,7 @@ class Trainer:
         self._state = jax.device_get(tiny.state(c, tx, vocab))
 
     def two_steps(self, folder):
-        """Returns the batches and losses of two steps from the same beginning."""
+        """Return the batches and losses of two steps from the same initial state."""
         c = self._config
         c.data.name = str(folder)
         mixture = inputs.open_sources(c)
@@ -155,7 +155,7 @@ def classifier(tokenizer_path):
 
 
 def built(name, recipe, tmp_path, request):
-    """Builds a format from its fixture; returns the dataset's folder."""
+    """Build a dataset from the fixture of its format; return its folder."""
     named = isinstance(recipe, str)
     arguments = request.getfixturevalue(recipe) if named else recipe(tmp_path)
     return build(tmp_path, name.partition(",")[0], *arguments)
@@ -185,7 +185,7 @@ def test_labels_of_every_format_are_trained_on(name, recipe, tmp_path, request, 
 
 
 def classes_that_differ_in_size(tmp_path):
-    """A dataset whose classes differ in size."""
+    """Return a dataset whose classes differ in size."""
     arguments = {"--labels": [], "--images": []}
     names = {name: f"/m/0{name}" for name in SIZES["train"]}
     for split, sizes in SIZES.items():

@@ -1,4 +1,4 @@
-"""Flickr8k and Flickr30k, in the layout of their files."""
+"""The formats of Flickr8k and Flickr30k."""
 
 import pytest
 
@@ -10,7 +10,7 @@ NAMES = [f"{k}000_{k}a.jpg" for k in range(4)]
 
 @pytest.fixture
 def published(tmp_path):
-    """Two captions for each of three images, and for one that does not exist, as in Flickr8k."""
+    """Write two captions for each of three images, and one of a missing image, as in Flickr8k."""
     lines = [f"{name}#{k}\tCaption {k} of {name[0]} ." for name in NAMES[:3] for k in range(2)]
     lines.append("2258277193_586949ec62.jpg.1#0\tsome people")
     (tmp_path / "Flickr8k.token.txt").write_text("\n".join(lines) + "\n")

@@ -1,4 +1,4 @@
-"""Open Images, in the layout of its files."""
+"""The format of Open Images."""
 
 import gzip
 
@@ -33,7 +33,7 @@ VAL = """00aa,verification,/m/0crane2,1
 
 @pytest.fixture
 def published(tmp_path):
-    """Arguments for two splits, one of them packed."""
+    """Return options for two splits, one of them gzipped and zipped."""
     (tmp_path / "class-descriptions.csv").write_text(CLASSES)
     (tmp_path / "train-labels.csv").write_text(HEADER + TRAIN)
     (tmp_path / "val-labels.csv.gz").write_bytes(gzip.compress((HEADER + VAL).encode()))
@@ -63,7 +63,7 @@ def test_an_image_gets_its_surest_and_then_rarest_label(tmp_path, published):
 
 
 def test_the_classes_wanted_and_the_least_confidence_are_chosen(tmp_path, published):
-    part = tmp_path / "part.csv"  # with the header that the files of V6 have
+    part = tmp_path / "part.csv"  # with a header, like the files of V6
     part.write_text("LabelName,DisplayName\n/m/0dog,Dog\n/m/0crane2,Crane\n")
     folder = build(tmp_path, "openimages", *published[:-1], part, "--confidence", "0.2")
     assert named(folder, "train") == {"000a": "Dog", "000c": "Dog"}
@@ -79,7 +79,7 @@ def test_the_classes_wanted_and_the_least_confidence_are_chosen(tmp_path, publis
         ("val-labels.csv.gz", "no gzip", "val-labels.csv.gz: cannot be read"),
     ],
 )
-def test_mistakes_are_told(tmp_path, published, capsys, which, text, message):
+def test_mistakes_are_reported(tmp_path, published, capsys, which, text, message):
     (tmp_path / "val-labels.csv.gz").write_bytes(gzip.compress(HEADER.encode()))
     (tmp_path / which).write_text(text)
     assert run("openimages", "--name", "mine", "--out", tmp_path / "out", *published) == 2

@@ -1,4 +1,4 @@
-"""Karpathy's splits, VQAv2, GQA and NLVR2, in the layout of their files."""
+"""The formats of Karpathy's splits, VQAv2, GQA and NLVR2."""
 
 import gzip
 import json
@@ -19,14 +19,14 @@ def write_json(path, content):
     return path
 
 
-def build(tmp_path, format, *arguments):
-    """Builds a dataset that works out; returns its folder."""
-    assert run(format, "--name", "mine", "--out", tmp_path / "out", *arguments) == 0
+def build(tmp_path, name, *arguments):
+    """Build a dataset, which must succeed; return its folder."""
+    assert run(name, "--name", "mine", "--out", tmp_path / "out", *arguments) == 0
     return tmp_path / "out" / "mine"
 
 
 def lost(folder, split):
-    """What was dropped, by reason."""
+    """Return the ids that were dropped, by reason."""
     dropped = report(folder)[split]["dropped"]
     return {reason: [e["id"] for e in drop["examples"]] for reason, drop in dropped.items()}
 
@@ -51,7 +51,7 @@ def coco_image(number, split, folder, captions=2, **more):
 
 @pytest.fixture
 def karpathy(tmp_path):
-    """COCO's file and its two archives; one image is missing, one broken, one without captions."""
+    """COCO's file and two zips; one image is missing, one corrupt, one without captions."""
     listed = [
         coco_image(101, "train", "train2014"),
         coco_image(102, "val", "val2014"),
@@ -123,7 +123,7 @@ KINDS = {"yes/no": ["yes"] * 9 + ["no"], "number": ["2"] * 10, "other": ["net", 
 
 
 def vqa_files(tmp_path, split, numbers, answered=True):
-    """Files of VQAv2 with a question of each kind about each image: (questions, annotations)."""
+    """Return (questions, annotations) of VQAv2 with a question of each type about each image."""
     asked, given = [], []
     for number in numbers:
         for k, (kind, answers) in enumerate(KINDS.items()):
@@ -157,7 +157,7 @@ def coco_photos(tmp_path, split, numbers):
 
 @pytest.fixture
 def vqav2(tmp_path):
-    """Arguments of two splits and of one whose answers are secret."""
+    """Return options for two splits, and for one whose answers are secret."""
     train, train_answers = vqa_files(tmp_path, "train2014", (9, 12))
     val, val_answers = vqa_files(tmp_path, "val2014", (13,))
     (test,) = vqa_files(tmp_path, "test-dev2015", (14,), answered=False)
@@ -322,7 +322,7 @@ def test_two_images_of_other_shapes_have_halves_of_one_size():
 # Mistakes
 
 
-def test_several_files_of_one_base_name_are_none(tmp_path):
+def test_an_ambiguous_base_name_matches_no_file(tmp_path):
     files = open_files(
         write_files(tmp_path / "p", {"a/1.jpg": b"1", "b/1.jpg": b"2", "2.jpg": b"3"})
     )
@@ -350,7 +350,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("command", "message"), MISTAKES)
-def test_mistakes_are_told_in_a_line(tmp_path, monkeypatch, capsys, command, message):
+def test_mistakes_are_reported_in_one_line(tmp_path, monkeypatch, capsys, command, message):
     monkeypatch.chdir(tmp_path)
     write_files(tmp_path / "photos", {"1.jpg": jpeg(1)})
     contents = {
@@ -364,7 +364,7 @@ def test_mistakes_are_told_in_a_line(tmp_path, monkeypatch, capsys, command, mes
     for name, content in contents.items():
         write_json(tmp_path / f"{name}.json", content)
     (tmp_path / "text.json").write_text("no json")
-    format, *arguments = command.split()
-    assert run(format, "--name", "mine", "--out", "out", *arguments) == 2
+    name, *arguments = command.split()
+    assert run(name, "--name", "mine", "--out", "out", *arguments) == 2
     error = capsys.readouterr().err
     assert message in error and len(error.strip().splitlines()) == 1

@@ -1,4 +1,4 @@
-"""Images and captions in TSV, CSV and Parquet."""
+"""Tables of images and captions in TSV, CSV and Parquet."""
 
 import gzip
 import io
@@ -26,7 +26,7 @@ def photos(tmp_path, names=("1.jpg", "2.jpg", "3.jpg")):
 
 @pytest.mark.parametrize("name", ["captions.csv", "captions.csv.gz"])
 def test_rows_of_one_image_are_one_example(tmp_path, name):
-    """As the captions of Flickr8k and Flickr30k are passed on."""
+    """Read a CSV as redistributed for Flickr8k and Flickr30k, for example on Kaggle."""
     data = KAGGLE.encode()
     (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
     folder = build(tmp_path, "csv", "--tables", tmp_path / name, "--images", photos(tmp_path))
@@ -61,15 +61,15 @@ def test_columns_are_chosen_and_tsv_has_no_quotes(tmp_path):
 
 
 def parquet(path, **columns):
-    import pyarrow
+    import pyarrow as pa
     from pyarrow import parquet
 
     path.parent.mkdir(exist_ok=True)
-    parquet.write_table(pyarrow.table(columns), path)
+    parquet.write_table(pa.table(columns), path)
 
 
 def test_parquet_may_hold_the_images(tmp_path):
-    """As of img2dataset, one file a shard, or as Hugging Face's datasets do."""
+    """Read images stored as by img2dataset (one file per shard) or as by Hugging Face datasets."""
     for shard in range(2):
         keys = [2 * shard, 2 * shard + 1]
         parquet(
@@ -108,7 +108,7 @@ def test_parquet_may_hold_the_images(tmp_path):
         ("--tables broken.csv.gz --images Images", "broken.csv.gz: cannot be read"),
     ],
 )
-def test_mistakes_are_told(tmp_path, monkeypatch, capsys, arguments, message):
+def test_mistakes_are_reported(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     photos(tmp_path)
     (tmp_path / "t.csv").write_text(KAGGLE)

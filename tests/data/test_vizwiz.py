@@ -1,4 +1,4 @@
-"""VizWiz-Captions, in the layout of its files."""
+"""The format of VizWiz-Captions."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from tests.tools.test_build_dataset import jpeg, read, run, write_files
 
 @pytest.fixture
 def published(tmp_path):
-    """Three images: with plain captions, with marked ones among them, with marked ones only."""
+    """Write three images: without marked captions, with some, and with only marked ones."""
     name = "VizWiz_train_{:08d}.jpg"
     url = "https://ivc.ischool.utexas.edu/VizWiz_visualization_img/"
     images = [

@@ -1,4 +1,4 @@
-"""Tars in the layout of img2dataset, whole and damaged; Conceptual Captions by both routes."""
+"""Tars of img2dataset, intact and damaged; Conceptual Captions from tars and from lists."""
 
 import gzip
 import io
@@ -14,11 +14,11 @@ from tests.data.test_question_formats import build, lost
 from tests.tools.test_build_dataset import jpeg, read, report, run, write_files
 
 
-def tar(path, members, format=tarfile.GNU_FORMAT):
-    """Writes (name, content) of files; returns where each one's header begins."""
+def tar(path, members, tar_format=tarfile.GNU_FORMAT):
+    """Write (name, content) of files to a tar; return the offset of each header."""
     path.parent.mkdir(parents=True, exist_ok=True)
     starts = {}
-    with tarfile.open(path, "w", format=format) as archive:
+    with tarfile.open(path, "w", format=tar_format) as archive:
         for name, data in members:
             starts[name] = archive.offset
             info = tarfile.TarInfo(name)
@@ -28,7 +28,7 @@ def tar(path, members, format=tarfile.GNU_FORMAT):
 
 
 def sample(key, image, caption, url="", **more):
-    """What img2dataset writes of a download, in its order."""
+    """Return the files that img2dataset writes for a download, in its order."""
     about = {"url": url, "caption": caption, "key": key, "status": "success"} | more
     return [
         (f"{key}.jpg", image),
@@ -46,8 +46,10 @@ def captions(folder, split="train"):
     return sorted(example["captions"][0] for example in read(folder, split).values())
 
 
-@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
-def test_members_are_grouped_by_key(tmp_path, format):
+@pytest.mark.parametrize(
+    "tar_format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT]
+)
+def test_members_are_grouped_by_key(tmp_path, tar_format):
     members = samples(2)
     members += [
         ("more/a.b.jpg", jpeg(5)),  # the key ends at the first dot
@@ -56,7 +58,7 @@ def test_members_are_grouped_by_key(tmp_path, format):
         ("more/b.json", b'{"caption": " by json "}'),
         ("._hidden.jpg", b"x"),
     ]
-    tar(tmp_path / "shards" / "00000.tar", members, format)
+    tar(tmp_path / "shards" / "00000.tar", members, tar_format)
     (tmp_path / "shards" / "00000_stats.json").write_text("{}")
     folder = build(tmp_path, "webdataset", "--shards", tmp_path / "shards")
     examples = read(folder, "train")
@@ -79,7 +81,7 @@ def test_a_broken_member_costs_one_example(tmp_path):
     starts = tar(path, members)
     data = bytearray(path.read_bytes())
     header = starts["000000003.jpg"]
-    data[header : header + 512] = bytes(range(256)) * 2  # it no longer says where its file ends
+    data[header : header + 512] = bytes(range(256)) * 2  # the size of its file is lost
     path.write_bytes(data)
     folder = build(tmp_path, "webdataset", "--shards", path)
     assert captions(folder) == ["caption 4", "caption 5"]
@@ -108,11 +110,12 @@ def test_a_tar_that_is_cut_off_costs_what_follows(tmp_path, where, packed):
     folder = build(tmp_path, "webdataset", "--shards", tmp_path / "tars")
     count = 4 if where == "at the end" else 2
     assert captions(folder) == [f"caption {k}" for k in [*range(count), 9]]
-    (told,) = report(folder)["train"]["dropped"]["rest of a tar that is cut off"]["examples"]
-    assert told["id"] == "00000" and f"after 00000000{count - 1}" in told["file"]
+    (example,) = report(folder)["train"]["dropped"]["rest of a tar that is cut off"]["examples"]
+    assert example["id"] == "00000"
+    assert f"after 00000000{count - 1}" in example["file"]
 
 
-def test_what_is_cut_within_gzip_is_told(tmp_path):
+def test_a_truncated_gzip_is_reported(tmp_path):
     tar(tmp_path / "s.tar", samples(8))
     data = gzip.compress((tmp_path / "s.tar").read_bytes())
     (tmp_path / "s.tar.gz").write_bytes(data[: len(data) // 2])
@@ -129,7 +132,7 @@ def test_tars_are_read_without_seeking(tmp_path, monkeypatch):
     reading = io.BytesIO((tmp_path / "s.tar").read_bytes())
 
     class Pipe:
-        """All that a pipe can do."""
+        """A file that can do no more than a pipe."""
 
         def __enter__(self):
             return self
@@ -157,7 +160,7 @@ def test_tars_are_read_without_seeking(tmp_path, monkeypatch):
         ("no.tar", "no usable image (0 of 1 kept; dropped: 1 rest of a tar that is cut off)"),
     ],
 )
-def test_mistakes_are_told(tmp_path, capsys, path, message):
+def test_mistakes_are_reported(tmp_path, capsys, path, message):
     (tmp_path / "empty").mkdir()
     (tmp_path / "no.tar").write_bytes(b"no tar" * 1000)
     arguments = ("--name", "mine", "--out", tmp_path / "out", "--shards", tmp_path / path)
@@ -178,7 +181,7 @@ NAMES = {
 
 
 def by_img2dataset(tmp_path):
-    """Three images a shard, the later shard first."""
+    """Write three images per shard, the later shard first."""
     for shard in (0, 1):
         members = [
             member
@@ -202,8 +205,8 @@ def by_list(tmp_path, columns, named_by, header=False):
 
 
 def by_files(tmp_path):
-    """What img2dataset writes with --output_format files: a Parquet file beside each folder."""
-    import pyarrow
+    """Write what img2dataset does with --output_format files: a Parquet file beside each folder."""
+    import pyarrow as pa
     from pyarrow import parquet
 
     where = tmp_path / "files"
@@ -212,26 +215,26 @@ def by_files(tmp_path):
         if k in KEPT:
             write_files(where / "00000", dict(sample(key, jpeg(k), CAPTIONS[k], URLS[k])))
     columns = {"url": URLS, "caption": CAPTIONS, "key": list(kept)}
-    parquet.write_table(pyarrow.table(columns), where / "00000.parquet")
+    parquet.write_table(pa.table(columns), where / "00000.parquet")
     return ["--tables", where, "--images", where, "--image", "key", "--named_by", "stem"]
 
 
 def files(folder):
-    """The dataset apart from its report and from what names its origin."""
+    """Return the dataset's files without its report and the metadata that names its origin."""
     return {p.name: p.read_bytes() for p in folder.glob("1.0.0/*array_record*")}
 
 
 @pytest.mark.parametrize("named_by", NAMES)
-@pytest.mark.parametrize("format", ["cc3m", "cc12m"])
-def test_both_routes_give_the_same_dataset(tmp_path, format, named_by):
-    columns = ("caption", "url") if format == "cc3m" else ("url", "caption")
-    folder = build(tmp_path, format, *by_img2dataset(tmp_path))
+@pytest.mark.parametrize("name", ["cc3m", "cc12m"])
+def test_both_routes_give_the_same_dataset(tmp_path, name, named_by):
+    columns = ("caption", "url") if name == "cc3m" else ("url", "caption")
+    folder = build(tmp_path, name, *by_img2dataset(tmp_path))
     examples = read(folder, "train")
     assert set(examples) == {pair_id(URLS[k], [CAPTIONS[k]]) for k in KEPT}
     assert examples[pair_id(URLS[4], [CAPTIONS[4]])]["image"] == jpeg(4)
     expected = files(folder)
     listed = by_list(tmp_path, columns, named_by, header=named_by == "row")
-    assert files(build(tmp_path, format, *listed, "--overwrite")) == expected != {}
+    assert files(build(tmp_path, name, *listed, "--overwrite")) == expected != {}
     assert len(lost(folder, "train")["missing"]) == 2
 
 
