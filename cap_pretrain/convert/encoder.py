@@ -91,16 +91,7 @@ def assemble(
     std: Iterable[float],
     source: str,
 ) -> Pretrained:
-    """Read the parameters of a ViT.
-
-    Args:
-        form: its architecture.
-        weights: the torch tensors.
-        table: see `to_ours`.
-        ignored: see `to_ours`.
-        mean: see `Pretrained`.
-        std: see `Pretrained`.
-        source: what it is, for messages.
+    """Read the parameters of a ViT of this form; arguments as for `to_ours` and `Pretrained`.
 
     Raises:
         UserError: the weights do not fit; see `to_ours`.

@@ -39,13 +39,14 @@ class ImageDataset(tfds.core.GeneratorBasedBuilder):
     unchanged if all decoders agree on it, and re-encoded otherwise (`images.to_plain`). A
     candidate that cannot be used is dropped and counted in `report`; it does not stop the build.
 
-    A subclass implements `add_arguments`, `from_arguments`, `splits`, `features`, `description` and
-    either `candidates` or `parts`.
+    A subclass implements `add_arguments`, `from_arguments`, `splits` and either `candidates` or
+    `parts`; those without captions also `features` and `description`.
 
     Args:
         name: the dataset's name in TFDS.
         data_dir: the folder that `build` works in.
         filters: what to keep; default: everything that is usable.
+        origin: names of the input files, for the description.
 
     Raises:
         UserError: there are filters for captions but the format has no captions.
@@ -62,8 +63,9 @@ class ImageDataset(tfds.core.GeneratorBasedBuilder):
         """Keep formats out of the registry of TFDS, where all would be called "dataset"."""
         super().__init_subclass__(skip_registration=skip_registration, **kwargs)
 
-    def __init__(self, name: str, data_dir: Path, filters: Filters | None = None):
+    def __init__(self, name: str, data_dir: Path, filters: Filters | None = None, *, origin: str):
         self.name = name
+        self._origin = origin
         self.report: dict[str, SplitReport] = {}
         self._folder, self._filters = Path(data_dir), filters or Filters()
         features = self.features()
@@ -84,7 +86,7 @@ class ImageDataset(tfds.core.GeneratorBasedBuilder):
 
         Args:
             args: the options that `add_arguments` declares.
-            **kwargs: arguments of `ImageDataset`: name, data_dir, filters.
+            **kwargs: name, data_dir and filters.
 
         Raises:
             UserError: a file is missing or not in the expected format.
@@ -110,12 +112,12 @@ class ImageDataset(tfds.core.GeneratorBasedBuilder):
         return [units.Part(functools.partial(self.candidates, split), count)]
 
     def features(self) -> dict[str, Any]:
-        """Return the TFDS features besides "image" and "id"."""
-        raise NotImplementedError
+        """Return the TFDS features besides "image" and "id"; by default the captions."""
+        return {"captions": tfds.features.Sequence(tfds.features.Text())}
 
     def description(self) -> str:
         """Return one sentence about the dataset, for its metadata."""
-        raise NotImplementedError
+        return f"Images with captions, built from {self._origin}."
 
     def _info(self) -> tfds.core.DatasetInfo:
         features = {"image": tfds.features.Image(), "id": tfds.features.Text(), **self.features()}

@@ -46,7 +46,7 @@ class Annotated(base.ImageDataset):
         entries: annotations by split.
         images: where to find the images, by split; the images of "" serve all other splits.
         origin: names of the input files, for the description.
-        **kwargs: arguments of `ImageDataset`.
+        **kwargs: of `ImageDataset`.
     """
 
     def __init__(
@@ -56,9 +56,9 @@ class Annotated(base.ImageDataset):
         origin: str,
         **kwargs: Any,
     ):
-        self._entries, self._images, self._origin = entries, images, origin
+        self._entries, self._images = entries, images
         self._kinds = sorted({e.kind for split in entries.values() for e in split if e.kind})
-        super().__init__(**kwargs)
+        super().__init__(**kwargs, origin=origin)
 
     def splits(self) -> dict[str, int]:
         """Return the number of entries by split."""
@@ -85,14 +85,6 @@ class Annotated(base.ImageDataset):
         """Return the features of an entry, JSON-serializable."""
         return {"captions": list(entry.captions)}
 
-    def features(self) -> dict[str, Any]:
-        """Return the feature "captions"."""
-        return {"captions": tfds.features.Sequence(tfds.features.Text())}
-
-    def description(self) -> str:
-        """Return one sentence that names the input files."""
-        return f"Images with captions, built from {self._origin}."
-
 
 class SharedImages(Annotated):
     """Images with captions where all splits share the folders and zips of images.
@@ -101,7 +93,7 @@ class SharedImages(Annotated):
         entries: annotations by split.
         images: folders and zips; if several have a file of the same name, the first wins.
         origin: names of the input files.
-        **kwargs: arguments of `ImageDataset`.
+        **kwargs: of `ImageDataset`.
     """
 
     def __init__(
@@ -113,11 +105,6 @@ class SharedImages(Annotated):
     ):
         finder = Finder([open_files(path) for path in images])
         super().__init__(entries, {"": finder}, origin, **kwargs)
-
-    @staticmethod
-    def add_file(parser: argparse.ArgumentParser, flag: str, metavar: str, what: str) -> None:
-        """Declare the option of the file of annotations."""
-        parser.add_argument(flag, required=True, type=Path, metavar=metavar, help=what)
 
     @staticmethod
     def add_images(parser: argparse.ArgumentParser, example: str = "") -> None:
@@ -166,7 +153,7 @@ class QuestionFiles(Questions):
     Args:
         questions: a file by split.
         images: a folder or zip by split; the images of "" serve all other splits.
-        **kwargs: arguments of `ImageDataset`.
+        **kwargs: of `ImageDataset`.
 
     Attributes:
         QUESTIONS_HELP: help text of the option --questions.

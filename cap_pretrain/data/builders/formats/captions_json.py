@@ -21,7 +21,7 @@ class Dataset(annotated.Annotated):
         annotations: a file by split.
         images: a folder or zip by split; the images of "" serve all other splits.
         keep: whether to keep a caption, given its entry in "annotations"; default: keep all.
-        **kwargs: arguments of `ImageDataset`.
+        **kwargs: of `ImageDataset`.
     """
 
     HOMEPAGE = "https://cocodataset.org/#format-data"

@@ -23,7 +23,7 @@ class Conceptual(pairs.Pairs):
         images: a folder or zip by split, for `lists`; the images of "" serve all other splits.
         shards: a tar or folder of tars by split, instead of `lists` and `images`.
         named_by: how image files are named, a key of `table.NAMES`.
-        **kwargs: arguments of `ImageDataset`.
+        **kwargs: of `ImageDataset`.
 
     Attributes:
         COLUMNS: the columns of the list, which has no header.

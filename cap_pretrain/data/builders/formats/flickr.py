@@ -25,7 +25,7 @@ class Dataset(annotated.SharedImages):
         captions: the file of captions.
         splits: a list of images by split; empty: all images are in the split "train".
         images: folders and zips of images.
-        **kwargs: arguments of `ImageDataset`.
+        **kwargs: of `ImageDataset`.
     """
 
     HOMEPAGE = "https://shannon.cs.illinois.edu/DenotationGraph/"
@@ -41,7 +41,8 @@ class Dataset(annotated.SharedImages):
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
         """Declare --captions, --splits and --images."""
-        cls.add_file(parser, "--captions", "FILE", "Flickr8k.token.txt or results_20130124.token")
+        what = "Flickr8k.token.txt or results_20130124.token"
+        parser.add_argument("--captions", required=True, type=Path, metavar="FILE", help=what)
         what = "list of a split's images, as val=Flickr_8k.devImages.txt; default: all are train"
         annotated.add_paths(parser, "--splits", what, required=False)
         cls.add_images(parser)

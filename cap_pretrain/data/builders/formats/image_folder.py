@@ -23,22 +23,20 @@ class Dataset(base.ImageDataset):
     Args:
         images: a folder or zip by split.
         classes: a JSON file of readable class names by folder; None: use the folder names.
-        **kwargs: arguments of `ImageDataset`.
+        **kwargs: of `ImageDataset`.
     """
 
     def __init__(self, images: Mapping[str, Path], classes: Path | None = None, **kwargs: Any):
-        self._origin = ", ".join(path.name for path in images.values())
+        origin = ", ".join(path.name for path in images.values())
         self._files = {split: open_files(path) for split, path in images.items()}
         self._members = {
             split: classified(image_names(files), split) for split, files in self._files.items()
         }
         self._folders = sorted({c for members in self._members.values() for _, c in members})
         if not any(self._folders):
-            raise UserError(
-                f"{self._origin}: the images are not in class folders (CLASS/NAME.jpg)."
-            )
+            raise UserError(f"{origin}: the images are not in class folders (CLASS/NAME.jpg).")
         self._names = class_names([f for f in self._folders if f], classes)
-        super().__init__(**kwargs)
+        super().__init__(**kwargs, origin=origin)
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:

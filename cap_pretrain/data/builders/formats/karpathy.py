@@ -26,7 +26,7 @@ class Dataset(annotated.SharedImages):
         annotations: the JSON file.
         images: folders and zips of images, searched in this order.
         restval: the split that the images of "restval" join.
-        **kwargs: arguments of `ImageDataset`.
+        **kwargs: of `ImageDataset`.
     """
 
     HOMEPAGE = "https://cs.stanford.edu/people/karpathy/deepimagesent/"
@@ -41,7 +41,7 @@ class Dataset(annotated.SharedImages):
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
         """Declare --annotations, --images and --restval."""
         what = "dataset_coco.json, dataset_flickr8k.json, …, also as .json.gz"
-        cls.add_file(parser, "--annotations", "JSON", what)
+        parser.add_argument("--annotations", required=True, type=Path, metavar="JSON", help=what)
         cls.add_images(parser, ", as train2014.zip val2014.zip")
         what = "the split that COCO's restval images join; default: train, as is usual"
         parser.add_argument("--restval", default="train", metavar="SPLIT", help=what)

@@ -42,7 +42,7 @@ class Dataset(base.ImageDataset):
         images: a folder or zip by split.
         classes: a file of class names; labels of other classes are ignored.
         confidence: minimum confidence of a label.
-        **kwargs: arguments of `ImageDataset`.
+        **kwargs: of `ImageDataset`.
 
     Raises:
         UserError: a file is missing or invalid, or a split has only labels or only images.
@@ -61,7 +61,7 @@ class Dataset(base.ImageDataset):
         for split in set(labels) ^ set(images):
             flag = "--images" if split in labels else "--labels"
             raise UserError(f"{flag}: none for split {split!r}; add {split}=PATH.")
-        self._origin = ", ".join(path.name for path in labels.values())
+        origin = ", ".join(path.name for path in labels.values())
         self._files = {split: open_files(path) for split, path in images.items()}
         self._images = {split: image_names(files) for split, files in self._files.items()}
         names = read_classes(classes)
@@ -74,7 +74,7 @@ class Dataset(base.ImageDataset):
         )
         if not counts:
             raise UserError(
-                f"--labels {self._origin}: no image present has a label of a class in {classes}; "
+                f"--labels {origin}: no image present has a label of a class in {classes}; "
                 "images must be named by their ids, as 000060e3121c7305.jpg."
             )
         self._labels = {
@@ -83,7 +83,7 @@ class Dataset(base.ImageDataset):
         }
         used = {label for own in self._labels.values() for label in own.values()}
         self._names = disambiguated({label: names[label] for label in sorted(used)})
-        super().__init__(**kwargs)
+        super().__init__(**kwargs, origin=origin)
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,8 +4,6 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import tensorflow_datasets as tfds
-
 from cap_pretrain.data.builders import base
 from cap_pretrain.data.builders.candidates import Candidate
 from cap_pretrain.data.builders.units import Part
@@ -17,12 +15,12 @@ class Pairs(base.ImageDataset):
     Args:
         parts: the parts that hold the candidates, by split.
         origin: names of the input files, for the description.
-        **kwargs: arguments of `ImageDataset`.
+        **kwargs: of `ImageDataset`.
     """
 
     def __init__(self, parts: Mapping[str, Sequence[Part]], origin: str, **kwargs: Any):
-        self._parts, self._origin = parts, origin
-        super().__init__(**kwargs)
+        self._parts = parts
+        super().__init__(**kwargs, origin=origin)
 
     def splits(self) -> dict[str, None]:
         """Return None by split: the number of candidates is not known in advance."""
@@ -31,14 +29,6 @@ class Pairs(base.ImageDataset):
     def parts(self, split: str) -> Sequence[Part]:
         """Return the parts of a split."""
         return self._parts[split]
-
-    def features(self) -> dict[str, Any]:
-        """Return the feature "captions"."""
-        return {"captions": tfds.features.Sequence(tfds.features.Text())}
-
-    def description(self) -> str:
-        """Return one sentence that names the input files."""
-        return f"Images with captions, built from {self._origin}."
 
 
 def pair_id(url: str, captions: Sequence[str]) -> str:

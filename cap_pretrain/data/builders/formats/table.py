@@ -99,7 +99,7 @@ class Dataset(pairs.Pairs):
         images: a folder or zip by split; the images of "" serve all other splits. Empty if the
             tables hold the images.
         columns: the columns of the tables.
-        **kwargs: arguments of `ImageDataset`.
+        **kwargs: of `ImageDataset`.
 
     Raises:
         UserError: a file is missing or invalid, or lacks a column.
@@ -152,13 +152,8 @@ def parts(
 ) -> dict[str, list[Part]]:
     """Return the parts of each split: one per table if tables hold images, else one in all.
 
-    Skipping rows is slow if they hold images, so such a table is never divided into units.
-
-    Args:
-        tables: see `Dataset`.
-        images: see `Dataset`.
-        columns: see `Dataset`.
-        flag: the option of the tables, for messages.
+    Skipping rows is slow if they hold images, so such a table is never divided into units. The
+    arguments are those of `Dataset`; `flag` is the option of the tables, for messages.
     """
     files = {split: table_files(path) for split, path in tables.items()}
     for path in itertools.chain(*files.values()):

@@ -26,7 +26,7 @@ class Dataset(annotated.Questions):
         questions: a file by split.
         annotations: a file of answers by split, for splits whose answers are public.
         images: a folder or zip by split; the images of "" serve all other splits.
-        **kwargs: arguments of `ImageDataset`.
+        **kwargs: of `ImageDataset`.
     """
 
     HOMEPAGE = "https://visualqa.org"

@@ -28,7 +28,7 @@ class Dataset(pairs.Pairs):
 
     Args:
         shards: a tar, or a folder of tars, by split.
-        **kwargs: arguments of `ImageDataset`.
+        **kwargs: of `ImageDataset`.
 
     Raises:
         UserError: there is no tar.
