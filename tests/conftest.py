@@ -23,7 +23,7 @@ if not flags.FLAGS.is_parsed():
 # of a workdir need not compile again. A folder that the environment names outlasts the session.
 CACHE = {
     "jax_compilation_cache_dir": os.environ.get("JAX_COMPILATION_CACHE_DIR", ""),
-    "jax_persistent_cache_min_compile_time_secs": 0.2,
+    "jax_persistent_cache_min_compile_time_secs": 0,
     "jax_persistent_cache_min_entry_size_bytes": -1,
 }
 
@@ -36,6 +36,33 @@ def pytest_configure(config):
     for name, value in CACHE.items():
         jax.config.update(name, value)
         os.environ[name.upper()] = str(value)
+
+
+# A file runs in one process (--dist loadfile): the longest start first, so that all end together.
+LONGEST = (
+    "test_train.py",
+    "checkpoints/test_warm_start.py",
+    "training/test_step.py",
+    "configs/test_golden_configs.py",
+    "optim/test_plateau.py",
+    "configs/test_recurrent_recipes.py",
+    "tools/test_caption.py",
+    "evals/test_loss.py",
+    "learners/test_pairs.py",
+    "evals/test_caption_metrics.py",
+    "data/test_pipeline.py",
+    "learners/test_recurrent.py",
+    "distributed/test_layouts.py",
+    "evals/test_probes.py",
+    "models/test_recurrent.py",
+    "learners/test_frozen.py",
+)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Move the longest files to the front."""
+    ranks = {config.rootpath / "tests" / name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
 
 
 def pytest_addoption(parser):

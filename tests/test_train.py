@@ -84,7 +84,7 @@ def straight(tmp_path_factory, tokenizer_path):
     [
         (CAPPA, sigterm_in, 1, 1),  # saved where it was stopped
         (CAPPA, power_cut_after, 3, 2),  # from the last save; step 3 is done again
-        (CLIP, sigterm_in, 3, 3),
+        pytest.param(CLIP, sigterm_in, 3, 3, marks=pytest.mark.slow),
     ],
     ids=["cappa-sigterm", "cappa-power-cut", "clip-sigterm"],
 )
@@ -136,6 +136,7 @@ def test_an_evaluation_that_a_stop_prevented_is_made_up_for_once(
     assert (result.stat().st_mtime_ns, len(toy.lines(workdir))) == before
 
 
+@pytest.mark.slow
 def test_of_two_evaluations_only_the_one_that_a_kill_prevented_is_made_up_for(
     straight, tokenizer_path, tmp_path, monkeypatch
 ):

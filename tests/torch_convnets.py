@@ -3,8 +3,10 @@
 Written from the description of the architectures; torchvision is not needed.
 """
 
-import torch
-from torch import nn
+from tests.parity import require
+
+torch = require("torch")
+nn = torch.nn
 
 RESNETS = {
     "resnet18": (False, (2, 2, 2, 2)),

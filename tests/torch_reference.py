@@ -7,9 +7,11 @@ splits into: kernels [in, out], layers stacked along a leading axis.
 from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
-from torch.nn import functional as F
+
+from tests.parity import require
+
+torch = require("torch")
+nn, F = torch.nn, torch.nn.functional
 
 EPSILON = 1e-6  # of every layer normalization
 

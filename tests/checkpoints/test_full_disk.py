@@ -78,6 +78,7 @@ def test_metrics_resume_where_the_disk_was_full(metrics, file, tmp_path):
     assert toy.lines(tmp_path) == [{"step": step} | metrics for step in (1, 2, 3, 4)]
 
 
+@pytest.mark.slow  # three processes
 @full_device
 def test_a_result_that_does_not_fit_stops_a_run_that_can_go_on(tokenizer_path, tmp_path):
     config = make_config(CAPPA, tokenizer_path, checkpoint__every_steps=1, eval__every_steps=1)

@@ -133,6 +133,7 @@ def test_the_plan_of_an_evaluation_has_no_training(bare, tmp_path):
     assert made["flops_per_example"] == {} and "FLOP" not in printed
 
 
+@pytest.mark.slow
 def test_features_are_computed_once_and_kept_in_the_workdir(tokenizer_path, tmp_path, monkeypatch):
     c = toy.config("captioner", text__tokenizer=str(tokenizer_path), eval__every_steps=1, **SMALL)
     c.evals = ConfigDict({name: evals.defaults(name) for name in ("knn", "linear_probe")})
@@ -149,6 +150,7 @@ def test_features_are_computed_once_and_kept_in_the_workdir(tokenizer_path, tmp_
     assert len(list((tmp_path / "features").glob("*.npz"))) == 2
 
 
+@pytest.mark.slow  # the whole recipe coco_captioning
 def test_another_learner_takes_the_encoder_and_nothing_else(workdir, tokenizer_path, tmp_path):
     fields = dict(text__tokenizer=str(tokenizer_path), data__image_size=24, model__name="S/8")
     c = toy.shrink(

@@ -25,6 +25,9 @@ CASES = {
     },
 }
 
+# The default run trains these two; the others differ from them in the objective only.
+FAST = ("quickstart", "pretrain-siglip")
+
 # Configs initialized from an encoder.
 WITH_ENCODER = {
     "evaluate": ("evaluate", "evals=loss+captions"),
@@ -92,7 +95,10 @@ def test_only_the_objective_differs():
     assert rest("cappa") == rest("cap") == rest("clip") == rest("siglip")
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [c if c in FAST else pytest.param(c, marks=pytest.mark.slow) for c in CASES],
+)
 def test_trains_two_steps_and_writes_its_files(case, tokenizer_path, tmp_path):
     c = toy.shrink(toy.load(*CASES[case]), optim__warmup_share=0.0)
     if case != "quickstart":  # quickstart trains its own tokenizer

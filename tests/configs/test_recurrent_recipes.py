@@ -19,6 +19,8 @@ RECIPES = (
     *("cnn_lstm", "gru", "show_attend_tell", "merge", "merge_jigsaw", "rotation_lstm"),
     *("clip_lstm", "clip_attention"),
 )
+# The default run takes two steps of these, and runs `show_attend_tell` with its evaluators.
+FAST = ("gru", "merge_jigsaw")
 
 
 def small(recipe, **fields):
@@ -99,7 +101,10 @@ def test_arguments_override_the_recipe(tmp_path):
         toy.load("recurrent", "encoder=resent50")
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    "recipe",
+    [r if r in FAST else pytest.param(r, marks=pytest.mark.slow) for r in RECIPES],
+)
 def test_takes_two_steps(recipe):
     c = small(recipe, model__depth=1, model__width=16, model__mlp=32, model__heads=2)
     init, abstract, graphdef, tx, rate, mesh = toy.prepared(c)

@@ -11,8 +11,11 @@ from cap_pretrain.convert import fast_tokenizer
 from cap_pretrain.data.scenes.source import Scenes
 from cap_pretrain.data.text.tokenizers import SentencePieceTokenizer, source_captions
 from cap_pretrain.errors import UserError
+from tests.parity import require
 
-tokenizers = pytest.importorskip("tokenizers")
+tokenizers = require("tokenizers")
+
+pytestmark = pytest.mark.parity
 
 LENGTH = 24
 ODD = [

@@ -5,16 +5,18 @@ import pickle
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
 from cap_pretrain.convert import encoder, open_encoder
 from cap_pretrain.errors import UserError
 from tests import tiny
 from tests.convert import torch_models
 from tests.convert.torch_models import SIDE, TEXT, VISION
+from tests.parity import require
 
-transformers = pytest.importorskip("transformers")
+torch, transformers = require("torch"), require("transformers")
+safetensors = require("safetensors.torch")
+
+pytestmark = pytest.mark.parity
 
 
 def clip():
@@ -135,7 +137,7 @@ def test_openais_layout_computes_the_same_in_any_file(kind, openai_model, tmp_pa
     path = tmp_path / "clip.pt"
     if kind == "safetensors":
         path = tmp_path / "clip.safetensors"
-        save_file(state, path)
+        safetensors.save_file(state, path)
     elif kind == "pt":
         torch.save(state, path)
     elif kind == "training":
@@ -143,7 +145,7 @@ def test_openais_layout_computes_the_same_in_any_file(kind, openai_model, tmp_pa
         torch.save({"epoch": 3, "state_dict": state, "optimizer": {"lr": 0.1}}, path)
     else:
         path = tmp_path
-        save_file(state, path / "open_clip_model.safetensors")
+        safetensors.save_file(state, path / "open_clip_model.safetensors")
         vision = {"image_size": SIDE, "layers": 3, "width": 128, "patch_size": 8, "head_width": 64}
         config = {"model_cfg": {"quick_gelu": True, "vision_cfg": vision}}
         (path / "open_clip_config.json").write_text(json.dumps(config))
@@ -157,7 +159,7 @@ def test_openais_layout_computes_the_same_in_any_file(kind, openai_model, tmp_pa
 
 def test_openclips_config_says_what_the_weights_do_not(openai_model, tmp_path):
     _, state = openai_model
-    save_file(state, tmp_path / "open_clip_model.safetensors")
+    safetensors.save_file(state, tmp_path / "open_clip_model.safetensors")
 
     def opened(vision=None, **fields):
         config = {"model_cfg": {"vision_cfg": vision or {}, **fields}, "preprocess_cfg": {}}
@@ -271,9 +273,9 @@ def test_a_torchscript_archive_is_refused_with_the_way_out(tmp_path):
 
 def changed(folder, change):
     """Rewrite the weights of a folder."""
-    tensors = load_file(folder / "model.safetensors")
+    tensors = safetensors.load_file(folder / "model.safetensors")
     change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    safetensors.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def without_a_bias(tensors):
@@ -344,6 +346,8 @@ def test_missing_and_corrupt_files_are_reported(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"<html>")
     with pytest.raises(UserError, match="cannot be read as safetensors"):
         open_encoder(tmp_path)
-    save_file({"layer1.0.conv1.weight": torch.zeros(1)}, tmp_path / "resnet.safetensors")
+    safetensors.save_file(
+        {"layer1.0.conv1.weight": torch.zeros(1)}, tmp_path / "resnet.safetensors"
+    )
     with pytest.raises(UserError, match="no ViT in the layout of OpenAI's CLIP.*it holds layer1"):
         open_encoder(tmp_path / "resnet.safetensors")

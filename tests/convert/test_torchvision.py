@@ -4,9 +4,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-import torch
 from flax import nnx
-from safetensors.torch import save_file
 
 from cap_pretrain import learners, rules
 from cap_pretrain.checkpoints import warm_start
@@ -17,6 +15,12 @@ from cap_pretrain.models.layers import normalize_images
 from cap_pretrain.training.step import split_learner
 from tests import tiny, torch_convnets, toy
 from tests.convert.torch_models import pixels
+from tests.parity import require
+
+torch = require("torch")
+safetensors = require("safetensors.torch")
+
+pytestmark = pytest.mark.parity
 
 SLOW = pytest.mark.slow
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -101,7 +105,7 @@ def test_a_state_dict_is_read_from_any_file_that_people_keep_it_in(tmp_path):
     for name, content in layouts(state).items():
         folder = tmp_path / name
         folder.mkdir()
-        save = save_file if name.endswith("safetensors") else torch.save
+        save = safetensors.save_file if name.endswith("safetensors") else torch.save
         save(content, folder / name)
         pretrained = open_encoder(folder)  # the only file in it
         whole = {"params": pretrained.params, "stats": pretrained.stats}
@@ -181,7 +185,7 @@ def test_alexnet_is_all_that_is_before_its_classifier():
 
 
 def test_clips_vit_b_32_has_as_many_parameters_as_the_published_one():
-    transformers = pytest.importorskip("transformers")
+    transformers = require("transformers")
     with torch.device("meta"):
         theirs = transformers.CLIPVisionModel(transformers.CLIPVisionConfig())
     fields = dict(pool="class", class_token=True, pre_norm=True, final_norm="pooled")

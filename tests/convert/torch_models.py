@@ -5,13 +5,15 @@ from typing import Any
 
 import jax
 import numpy as np
-import torch
 from flax import nnx
 
 from cap_pretrain.convert import Pretrained
 from cap_pretrain.models.build import build_encoder
 from cap_pretrain.models.layers import normalize_images
 from tests import tiny
+from tests.parity import require
+
+torch = require("torch")
 
 SIDE, PATCH = 24, 8
 VISION = {

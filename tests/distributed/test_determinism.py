@@ -35,6 +35,7 @@ def test_a_step_has_no_scatter_which_gpus_would_serialize(objective):
     assert "stablehlo.dot_general" in program and "stablehlo.scatter" not in program
 
 
+@pytest.mark.slow
 def test_the_switch_changes_nothing_but_rounding():
     """Only rounding differs. The compiler refuses unknown options, so the names are valid."""
     norms = []

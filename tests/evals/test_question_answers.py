@@ -190,9 +190,8 @@ def measured(tokenizer_path, shape, methods, batch_size):
     return found
 
 
-@pytest.mark.parametrize(
-    "methods", [["beam"], pytest.param(["greedy", "sample"], marks=pytest.mark.slow)]
-)
+@pytest.mark.slow  # captions are decoded likewise in test_captions_devices.py
+@pytest.mark.parametrize("methods", [["beam"], ["greedy", "sample"]])
 def test_one_device_and_eight_answer_the_same(tokenizer_path, monkeypatch, methods):
     monkeypatch.setattr(stubs.Context, "source", stubs.Context.source)  # put back afterwards
     path = str(tokenizer_path)

@@ -8,7 +8,7 @@ from flax import nnx
 from cap_pretrain.models.text import PAD
 from cap_pretrain.training import plan
 from cap_pretrain.training.step import loss_and_stats
-from tests import tiny, torch_reference, toy
+from tests import tiny, toy
 
 KEY = jax.random.key(3)
 MIXED = np.array([True, False, True, False])
@@ -48,8 +48,11 @@ def loss_with(cap, train, **options):
 # Forward
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("parallel", [MIXED, ~MIXED], ids=["mixed", "the other way"])
 def test_logits_are_those_of_torch(cap, predict, parallel):
+    from tests import torch_reference
+
     text = tiny.texts([7, 7, 4, 2])
     expected = torch_reference.captioner(cap[1], tiny.images(4), text, parallel, tiny.HEADS)
     logits = predict(text, parallel)

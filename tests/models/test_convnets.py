@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
@@ -17,13 +16,14 @@ from cap_pretrain.models.convnet import BatchNorm, convolved, max_pool
 from cap_pretrain.models.layers import normalize_images
 from cap_pretrain.training import plan
 from cap_pretrain.validation import validate
-from tests import layouts, tiny, torch_convnets, toy
-from tests.convert.test_torchvision import MEAN, STD, close, imported, rows
-from tests.convert.torch_models import pixels
+from tests import layouts, tiny, toy
+from tests.parity import require
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
 def test_batch_norm_is_torchs(dtype):
+    torch = require("torch")
     x = np.random.default_rng(0).normal(3, 2, (3, 2, 2, 5)).astype(dtype)
     theirs, ours = torch.nn.BatchNorm2d(5), BatchNorm(5, rngs=nnx.Rngs(0))
     images = torch.from_numpy(x.astype(np.float32)).permute(0, 3, 1, 2)
@@ -71,8 +71,14 @@ def test_max_pooling_is_flaxs_and_equals_share_a_gradient(padding):
     assert np.sum(share) == 1 and np.max(share) <= 0.25
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("name", ["resnet18", pytest.param("resnet50", marks=pytest.mark.slow)])
 def test_in_training_output_and_statistics_are_those_of_torch(name, tmp_path):
+    torch = require("torch")
+    from tests import torch_convnets
+    from tests.convert.test_torchvision import MEAN, STD, close, imported, rows
+    from tests.convert.torch_models import pixels
+
     model = torch_convnets.make(name)
     torch.save(model.state_dict(), tmp_path / "weights.pth")
     images = tiny.images(6, side=48)

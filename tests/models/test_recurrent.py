@@ -6,15 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from flax import nnx
-from torch import nn
-from torch.nn import functional as F
 
 from cap_pretrain.errors import UserError
 from cap_pretrain.models.layers import Compute
 from cap_pretrain.models.recurrent import DECODERS, Options, pool_grid
-from tests.torch_reference import linear, linear_state, load, tensor
 
 WIDTH, VOCAB, IMAGES, TEXTS, LENGTH = 10, 13, 3, 2, 6
 SIZES = dict(embed=7, hidden=8, attention=5)
@@ -64,91 +60,11 @@ def words(seed=2):
     return np.random.default_rng(seed).integers(0, VOCAB, (IMAGES * TEXTS, LENGTH), np.int32)
 
 
-# Reference decoders from torch's recurrent layers
-
-
-def lstm_state(cell, more=None):
-    """Return one layer under torch's names; `more`: kernels of further inputs."""
-    kernels = [cell["input"]["kernel"], *(more or [])]
-    return {
-        "weight_ih": np.concatenate(kernels).T,
-        "weight_hh": cell["recurrent"]["kernel"].T,
-        "bias_ih": cell["input"]["bias"],
-        "bias_hh": np.zeros_like(cell["input"]["bias"]),
-    }
-
-
-def torch_lstm(cells, width):
-    state = {f"{k}_l{n}": v for n, cell in enumerate(cells) for k, v in lstm_state(cell).items()}
-    return load(nn.LSTM(width, SIZES["hidden"], len(cells), batch_first=True), state)
-
-
-def torch_decoder(options, p, seen, text):
-    """Return logits [R, T, V] and attention weights [R, T, N] or None."""
-    seen = tensor(seen).repeat_interleave(TEXTS, dim=0)
-    x = tensor(p["embedding"]["embedding"])[tensor(text).long()]
-    weights = None
-    if options.decoder == "lstm":
-        first = linear(p["image"], seen)
-        lstm = torch_lstm([p["layers"][str(n)] for n in range(options.layers)], x.shape[-1])
-        x = lstm(torch.cat([first[:, None], x], dim=1))[0][:, 1:]
-    elif options.decoder == "gru":
-        x = torch_gru(p["gru"], x, linear(p["image"], seen), options.reset)
-    elif options.decoder == "merge":
-        x = torch_lstm([p["lstm"]], x.shape[-1])(x)[0]
-        x = F.relu(linear(p["merged"], x + F.relu(linear(p["image"], seen))[:, None]))
-    else:
-        x, weights = torch_attention(p, x, seen, options)
-    return linear(p["logits"], x), weights
-
-
-def torch_gru(p, x, h, reset):
-    if reset == "after":
-        state = {
-            "weight_ih_l0": p["input"]["kernel"].T,
-            "weight_hh_l0": np.concatenate(
-                [p["recurrent"]["kernel"], p["candidate"]["kernel"]], 1
-            ).T,
-            "bias_ih_l0": p["input"]["bias"],
-            "bias_hh_l0": np.concatenate([np.zeros(2 * len(h[0])), p["candidate"]["bias"]]),
-        }
-        return load(nn.GRU(x.shape[-1], h.shape[-1], batch_first=True), state)(x, h[None])[0]
-    outputs = []
-    recurrent, candidate = (tensor(p[name]["kernel"]) for name in ("recurrent", "candidate"))
-    for now in linear(p["input"], x).unbind(1):
-        r, z, n = now.chunk(3, dim=-1)
-        more_r, more_z = (h @ recurrent).chunk(2, dim=-1)
-        r, z = torch.sigmoid(r + more_r), torch.sigmoid(z + more_z)
-        h = (1 - z) * torch.tanh(n + (r * h) @ candidate) + z * h
-        outputs.append(h)
-    return torch.stack(outputs, 1)
-
-
-def torch_attention(p, x, parts, options):
-    if options.grid:
-        grid = parts.reshape(len(parts), 2, 2, -1).permute(0, 3, 1, 2)
-        parts = F.adaptive_avg_pool2d(grid, options.grid).flatten(2).transpose(1, 2)
-    size = SIZES["attention"]
-    of_part = load(nn.Linear(WIDTH, size), linear_state("", p["key"]))
-    of_state = load(nn.Linear(SIZES["hidden"], size), linear_state("", p["query"]))
-    full = load(nn.Linear(size, 1, bias=False), linear_state("", p["score"]))
-    cell = nn.LSTMCell(x.shape[-1] + WIDTH, SIZES["hidden"])
-    load(cell, lstm_state(p["lstm"], [p["context"]["kernel"]]))
-    h, c = linear(p["image"], parts.mean(1)).chunk(2, dim=-1)
-    outputs, weights = [], []
-    for word in x.unbind(1):
-        scores = full(F.relu(of_part(parts) + of_state(h)[:, None]))[..., 0]
-        weights.append(scores.softmax(-1))
-        context = (weights[-1][..., None] * parts).sum(1)
-        if options.gate:
-            context = torch.sigmoid(linear(p["gate"], h)) * context
-        h, c = cell(torch.cat([word, context], dim=-1), (h, c))
-        outputs.append(h)
-    return torch.stack(outputs, 1), torch.stack(weights, 1)
-
-
+@pytest.mark.parity
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_and_attention_are_those_of_torch(kind):
+    from tests.models.torch_decoders import torch_decoder
+
     decoder, params = random_decoder(KINDS[kind])
     seen, text = encoded(decoder), words()
     logits, weights = whole(decoder, seen, text)
@@ -230,8 +146,11 @@ def test_dropout_is_before_the_output_and_in_the_merge_model_on_what_is_read(kin
         np.testing.assert_allclose(dropped, np.where(kept, 2 * whole, 0), atol=1e-6)
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize(("old", "new"), [(8, 14), (7, 14), (14, 7), (5, 5), (4, 3), (1, 2)])
 def test_grids_are_pooled_as_torch_does(old, new):
+    from tests.torch_reference import F, tensor
+
     tokens = np.random.default_rng(0).standard_normal((2, old * old, 3)).astype(np.float32)
     grid = tensor(tokens).reshape(2, old, old, 3).permute(0, 3, 1, 2)
     expected = F.adaptive_avg_pool2d(grid, new).flatten(2).transpose(1, 2)

@@ -4,19 +4,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from torch.nn import functional as F
 
 from cap_pretrain.models.layers import normalize_images
 from cap_pretrain.models.vit import resample_positions
-from tests import tiny, torch_reference
+from tests import tiny
 
 
 def encode(learner, images):
     return learner.encode(images)
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("pool", ["gap", "map"])
 def test_tokens_and_pooled_vector_are_those_of_torch(pool):
+    from tests import torch_reference
+
     split = tiny.split(tiny.config(pool=pool))
     images = tiny.images(4)
     out = tiny.jitted(split, encode)(images)
@@ -78,11 +80,14 @@ def test_constant_positions_stay_constant():
     np.testing.assert_allclose(out, np.tile(grid[:1], (64, 1)), rtol=1e-6)
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("new", [(8, 8), (3, 3), (6, 2)])
 def test_positions_are_resampled_as_torch_resizes_an_image(new):
+    from tests import torch_reference
+
     grid = np.random.default_rng(0).standard_normal((16, 5)).astype(np.float32)
     image = torch_reference.tensor(grid).reshape(1, 4, 4, 5).permute(0, 3, 1, 2)
-    expected = F.interpolate(image, new, mode="bilinear", antialias=True)
+    expected = torch_reference.F.interpolate(image, new, mode="bilinear", antialias=True)
     expected = expected.permute(0, 2, 3, 1).reshape(-1, 5)
     np.testing.assert_allclose(resample_positions(grid, (4, 4), new), expected, atol=1e-5)
 

@@ -66,8 +66,8 @@ def make_config(tokenizer_path, **plateau):
     return c
 
 
-@pytest.fixture
-def falling_then_flat(monkeypatch):
+@pytest.fixture(scope="module")
+def falling_then_flat():
     """Make evaluators return losses of 3, 1, 1, 1 and so on at steps 2, 4, 6, 8 and so on."""
     whole = Suite.run
 
@@ -75,7 +75,9 @@ def falling_then_flat(monkeypatch):
         for name, _ in whole(suite, step, variables, **kwargs):
             yield name, Result({"loss": max(5.0 - step, 1.0)})
 
-    monkeypatch.setattr(Suite, "run", run)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Suite, "run", run)
+        yield
 
 
 def test_a_run_lowers_its_rate_stops_early_and_is_then_complete(
@@ -97,17 +99,25 @@ def test_a_run_lowers_its_rate_stops_early_and_is_then_complete(
     assert toy.lines(tmp_path) == lines
 
 
-@pytest.fixture
-def whole_run(tokenizer_path, falling_then_flat, tmp_path):
+@pytest.fixture(scope="module")
+def whole_run(tokenizer_path, falling_then_flat, tmp_path_factory):
     """The config and workdir of a run that stopped at step 10, halving its rate each time."""
     c = make_config(tokenizer_path, factor=0.5, patience=1, stop=3)
     c.checkpoint.keep_last = 20
-    train.run(c, tmp_path / "whole")
-    return c, tmp_path / "whole"
+    workdir = tmp_path_factory.mktemp("whole")
+    train.run(c, workdir)
+    return c, workdir
 
 
-@pytest.mark.parametrize("last", [6, 10])
-@pytest.mark.parametrize("logged", [True, False])
+@pytest.mark.parametrize(
+    ("last", "logged"),
+    [
+        (6, False),
+        (10, True),
+        pytest.param(6, True, marks=pytest.mark.slow),
+        pytest.param(10, False, marks=pytest.mark.slow),
+    ],
+)
 def test_an_interrupted_run_resumes_with_the_same_results(whole_run, tmp_path, last, logged):
     """It stops after saving the checkpoint of a step, before or after logging its evaluation."""
     c, whole = whole_run

@@ -6,11 +6,13 @@ import sys
 import pytest
 
 from tests import toy
+from tests.parity import require
 
 
 @pytest.mark.slow
+@pytest.mark.parity
 def test_measures_both(tmp_path):
-    pytest.importorskip("transformers")
+    require("transformers")
     # In a subprocess, because it restricts itself to one core.
     command = [sys.executable, "-m", "tools.bench_generate", "--model=mu/16", "--vocab_size=50"]
     command += ["--tokens=4", "--batch_size=2", "--beams=3", "--length=5", "--rounds=1"]

@@ -6,7 +6,6 @@ import shutil
 import jax
 import numpy as np
 import pytest
-import torch
 
 from cap_pretrain import config as configs
 from cap_pretrain import rules
@@ -17,9 +16,12 @@ from cap_pretrain.data.text.tokenizers import SentencePieceTokenizer
 from cap_pretrain.errors import UserError
 from cap_pretrain.training.step import TrainState
 from tests import tiny
+from tests.parity import require
 from tools import export_encoder
 
-transformers = pytest.importorskip("transformers")
+torch, transformers = require("torch"), require("transformers")
+
+pytestmark = pytest.mark.parity
 
 
 def make_run(workdir, tokenizer_path, learner="captioner", options=None, steps=(5,), **fields):

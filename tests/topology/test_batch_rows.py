@@ -8,8 +8,10 @@ from jax.sharding import AxisType
 from cap_pretrain.distributed import sharding
 from cap_pretrain.errors import UserError
 from cap_pretrain.topology import compile as compiling
+from tests.parity import require
 
-pytest.importorskip("libtpu", reason="the TPU compiler is not installed: pip install -e '.[tpu]'")
+require("libtpu")
+pytestmark = pytest.mark.parity
 compiling.set_environment()
 
 

@@ -15,10 +15,12 @@ from cap_pretrain.errors import UserError
 from cap_pretrain.telemetry.flops import chip_of
 from cap_pretrain.topology import compile as compiling
 from cap_pretrain.topology import cost, hlo, report, search
+from tests.parity import require
 from tests.topology.programs import program
 from tools import check_topology
 
-pytest.importorskip("libtpu", reason="the TPU compiler is not installed: pip install -e '.[tpu]'")
+require("libtpu")
+pytestmark = pytest.mark.parity
 compiling.set_environment()
 
 TINY = [
