@@ -1,14 +1,11 @@
 """Evaluators, which measure a learner during training or after it.
 
-To add an evaluator:
-
-1. Write a file here with a class that has the members of `base.Evaluator`: `Options`, a nested
-   frozen dataclass of documented settings with defaults; `__init__(context, options)`, which
-   prepares what all evaluations share; and `__call__(variables)`, which returns a `base.Result`.
-2. Register it in `REGISTRY` under the name that `config.evals` uses.
-
-The training loop needs no change: a result is logged to metrics.jsonl, the console and TensorBoard,
-and written to `evals/NAME/STEP.json`.
+To add one, write a file here with a class that has the members of `base.Evaluator`: `Options`, a
+nested frozen dataclass of documented settings with defaults; `__init__(context, options)`, which
+prepares what all evaluations share; and `__call__(variables)`, which returns a `base.Result`.
+Register it in `REGISTRY` under the name that `config.evals` uses. The training loop needs no
+change: a result is logged to metrics.jsonl, the console and TensorBoard, and written to
+`evals/NAME/STEP.json`.
 
 The evaluators are the classes in `REGISTRY`, one per file, here and in `probes/`. The other files:
 
@@ -47,11 +44,7 @@ REGISTRY = {
 
 
 def evaluator_class(name: str) -> Any:
-    """Return the class registered as `name`, a `base.Evaluator`.
-
-    Raises:
-        UserError: no evaluator has this name.
-    """
+    """Return the `base.Evaluator` registered as `name`; raises UserError if there is none."""
     if name not in REGISTRY:
         raise UserError(f"evals: no evaluator {name!r}.{did_you_mean(name, REGISTRY)}")
     module, _, cls = REGISTRY[name].partition(":")
@@ -61,10 +54,8 @@ def evaluator_class(name: str) -> Any:
 def defaults(name: str, **overrides: Any) -> ConfigDict:
     """Return an entry of `config.evals`: the evaluator's name and its options.
 
-    Args:
-        name: a key of `REGISTRY`.
-        overrides: options that differ from their defaults; besides the evaluator's own, `when`,
-            which is "always" or "end" (of the run only).
+    `overrides` are options that differ from their defaults; besides the evaluator's own, `when`,
+    which is "always" or "end" (of the run only).
     """
     when = overrides.pop("when", "always")
     options = evaluator_class(name).Options(**overrides)
@@ -74,8 +65,7 @@ def defaults(name: str, **overrides: Any) -> ConfigDict:
 def options(name: str, section: ConfigDict) -> Any:
     """Return the `Options` that the entry `name` of `config.evals` describes.
 
-    Raises:
-        UserError: `when`, the evaluator or an option has an invalid value.
+    Raises UserError if `when`, the evaluator or an option has an invalid value.
     """
     fields = section.to_dict()
     if fields.pop("when") not in ("always", "end"):

@@ -16,20 +16,12 @@ class Accuracy:
 
     @dataclasses.dataclass(frozen=True)
     class Options(DataOptions):
-        """Settings; the dataset needs labels.
-
-        Attributes:
-            batch_size: images per batch; does not affect the metrics.
-        """
+        """Settings; the dataset needs labels. `batch_size` does not affect the metrics."""
 
         batch_size: int = 256
 
     def __init__(self, context: Context, options: Options):
-        """Build the evaluator.
-
-        Raises:
-            UserError: the learner is not a classifier.
-        """
+        """Build the evaluator; raises UserError if the learner is not a classifier."""
         kind = learner_type(context.graphdef)
         if not issubclass(kind, Classifies):
             raise UserError(
@@ -47,8 +39,7 @@ class Accuracy:
     def __call__(self, variables: Any) -> Result:
         """Classify every image of the split.
 
-        Raises:
-            UserError: no image can be decoded, or a label is not a class of the learner.
+        Raises UserError if no image can be decoded, or a label is not a class of the learner.
         """
         better, tied, labels = self._count(variables, self._source)
         classes = self._context.config.learner.classes

@@ -21,13 +21,11 @@ KINDS = ("colour", "shape")
 
 
 class Measured(NamedTuple):
-    """What is measured at a word.
+    """What is measured at a word of a kind of `KINDS`.
 
-    Attributes:
-        kind: one of `KINDS`.
-        shares: fraction of the attention in the box of the object it refers to, then in the box of
-            each other object.
-        areas: of the same boxes, as fractions of the image.
+    `shares` are the fractions of the attention in the box of the object that the word refers to,
+    then in the box of each other object; `areas` are the areas of the same boxes, as fractions of
+    the image.
     """
 
     kind: str
@@ -54,13 +52,7 @@ class AttentionMass:
 
     @dataclasses.dataclass(frozen=True)
     class Options:
-        """Settings.
-
-        Attributes:
-            split: the split of `scenes`; "" is `data.eval_split`.
-            count: only the first so many images.
-            batch_size: images per batch.
-        """
+        """Settings; the first `count` images of a split of `scenes` ("": `data.eval_split`)."""
 
         split: str = ""
         count: int = 500
@@ -69,8 +61,8 @@ class AttentionMass:
     def __init__(self, context: Context, options: Options):
         """Build the evaluator.
 
-        Raises:
-            UserError: the learner has no attention over the image, or the dataset is not `scenes`.
+        Raises UserError if the learner has no attention over the image or the dataset is not
+        `scenes`.
         """
         word_maps.check_attends(learner_type(context.graphdef))
         self._context, self._options = context, options
@@ -86,11 +78,7 @@ class AttentionMass:
         self._attend = context.jit(attend)
 
     def __call__(self, variables: Any) -> Result:
-        """Measure attention at every word that refers to one object.
-
-        Raises:
-            UserError: no caption names an object.
-        """
+        """Measure attention at words for one object; raises UserError if no caption has any."""
         measured: list[Measured] = []
         images = 0
         for scene, text, words, attention in self._attention(variables):
@@ -127,7 +115,6 @@ class AttentionMass:
 def _measure(
     scene: Scene, text: str, words: list[word_maps.Word], attention: np.ndarray
 ) -> Iterator[Measured]:
-    """Measure each word that refers to one object."""
     by_start = {word.start: word for word in words}
     for mention in find_mentions(text):
         things = [thing for thing in scene.things if mention.fits(thing)]
@@ -145,14 +132,9 @@ def _measure(
 
 
 def covered(box: Box, side: int) -> np.ndarray:
-    """Return the fraction of each cell of a square grid that is inside a box.
+    """Return the fraction of each cell of a square grid that is inside a box: float64 [side, side].
 
-    Args:
-        box: left, top, right and bottom, as fractions of the image.
-        side: cells along a side.
-
-    Returns:
-        float64 [side, side] in [0, 1].
+    `box` is left, top, right and bottom, as fractions of the image.
     """
     cells = np.arange(side)
 

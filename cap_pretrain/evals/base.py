@@ -19,13 +19,10 @@ from cap_pretrain.distributed import sharding
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """The result of an evaluation.
+    """The result of an evaluation: metrics by name, and what else is recorded or shown.
 
-    Attributes:
-        metrics: scalars by name.
-        details: anything else that can be written as JSON.
-        lines: text for the console.
-        pictures: uint8 images [H, W, 3] of one size with their captions, for TensorBoard.
+    `details` can be written as JSON; `lines` are text for the console; `pictures`, for TensorBoard,
+    are uint8 images [H, W, 3] of one size with their captions.
     """
 
     metrics: dict[str, float]
@@ -86,13 +83,8 @@ class Context:
     ) -> Iterator[tuple[dict[str, jax.Array], dict[str, np.ndarray]]]:
         """Iterate over `(batch on the devices, the same batch on this host)`, each example once.
 
-        Args:
-            source: the examples.
-            batch_size: examples per batch; rounded up to a multiple of the data-parallel devices.
-            limit: only the first so many examples.
-
-        Raises:
-            Interrupted: the run is stopping.
+        `batch_size` is rounded up to a multiple of the data-parallel devices; `limit` takes only
+        the first so many examples. Raises Interrupted if the run is stopping.
         """
         batch_size = round_up(batch_size, data_parallel(self.mesh))
         dataset = pipeline.eval_batches(
@@ -120,8 +112,7 @@ class Context:
 class Evaluator(Protocol):
     """What a class in `evals.REGISTRY` has.
 
-    Attributes:
-        Options: a frozen dataclass, the settings in `config.evals` and their defaults.
+    `Options` is a frozen dataclass, the settings in `config.evals` and their defaults.
     """
 
     Options: ClassVar[type]
@@ -135,12 +126,7 @@ class Evaluator(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class DataOptions:
-    """Options of evaluators that read a dataset.
-
-    Attributes:
-        data: the dataset; "" is the run's own.
-        split: "" is `data.eval_split`.
-    """
+    """The dataset ("" is the run's own) and split ("" is `data.eval_split`) that is read."""
 
     data: str = ""
     split: str = ""
@@ -148,12 +134,7 @@ class DataOptions:
 
 @dataclasses.dataclass(frozen=True)
 class BatchOptions(DataOptions):
-    """Options of evaluators that read examples in batches.
-
-    Attributes:
-        batch_size: examples per batch.
-        limit: only the first so many examples; 0 is all.
-    """
+    """Options for reading examples in batches; `limit` takes only the first so many, 0 all."""
 
     batch_size: int = 128
     limit: int = 0
@@ -161,10 +142,9 @@ class BatchOptions(DataOptions):
 
 @dataclasses.dataclass(frozen=True)
 class ScoringOptions(BatchOptions):
-    """Options of evaluators that score texts for images (see `inference.scoring`).
+    """Options for scoring texts (see `inference.scoring`).
 
-    Attributes:
-        pairs: (image, text) pairs that a captioner scores at once.
+    A captioner scores `pairs` (image, text) pairs at once.
     """
 
     batch_size: int = 64

@@ -43,9 +43,8 @@ class CaptionScores:
     def __init__(self, context: Context, options: Options):
         """Build the evaluator.
 
-        Raises:
-            UserError: the learner cannot write captions, the dataset has none, an option is
-                invalid, or pycocoevalcap is not installed.
+        Raises UserError if the learner cannot write captions, the dataset has none, an option is
+        invalid, or pycocoevalcap is not installed.
         """
         config = context.config
         self._context, self._options = context, options
@@ -69,9 +68,8 @@ class CaptionScores:
     def __call__(self, variables: Any) -> Result:
         """Caption every image and score the captions.
 
-        Raises:
-            UserError: an image has no references, or PTBTokenizer was asked for and cannot run.
-            Interrupted: the run is stopping.
+        Raises UserError if an image has no references or PTBTokenizer was asked for and cannot run,
+        and Interrupted if the run is stopping.
         """
         captions = dict(self._captioning(variables))
         # Host 0 scores for all: only it needs Java, and all hosts get the same metrics.

@@ -16,12 +16,7 @@ class Captions:
 
     @dataclasses.dataclass(frozen=True)
     class Options(DataOptions, Decoding):
-        """Settings, in addition to how captions are decoded.
-
-        Attributes:
-            count: number of images to caption.
-            shown: how many of them to show on the console.
-        """
+        """Decoding, the number of images to caption, and how many are `shown` on the console."""
 
         count: int = 32
         shown: int = 5

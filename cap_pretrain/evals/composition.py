@@ -59,8 +59,7 @@ class Composition:
     def __init__(self, context: Context, options: Options):
         """Build the evaluator.
 
-        Raises:
-            UserError: the learner does not score texts, or the set cannot be read or is empty.
+        Raises UserError if the learner does not score texts, or the set cannot be read or is empty.
         """
         self._context, self._options = context, options
         self._scoring = Scoring(context, batch_size=options.batch_size, pairs=options.pairs)
@@ -119,11 +118,7 @@ class Composition:
 class Tally:
     """Accumulates results by rule (a metric's name) and by kind of false caption.
 
-    Args:
-        tolerance: scores that differ by no more are equal.
-
-    Attributes:
-        questions: how many were added.
+    Scores that differ by no more than `tolerance` are equal; `questions` counts what was added.
     """
 
     def __init__(self, tolerance: float):
@@ -136,12 +131,7 @@ class Tally:
         self._chance_of_all: list[float] = []
 
     def add(self, questions: list[Question], rules: dict[str, np.ndarray]) -> None:
-        """Add the questions about an image.
-
-        Args:
-            questions: the questions.
-            rules: rule -> scores of `candidates(questions)`, in their order.
-        """
+        """Add an image's questions; `rules`: rule -> scores of `candidates(questions)` in order."""
         place = {text: k for k, text in enumerate(candidates(questions))}
         for question in questions:
             true, false = place[question.true], [place[text] for text in question.false.values()]

@@ -24,11 +24,9 @@ class Loss:
 
     @dataclasses.dataclass(frozen=True)
     class Options(BatchOptions):
-        """Settings.
+        """Settings; `unigram` also reports the loss of a unigram model, which captioners must beat.
 
-        Attributes:
-            unigram: also report the loss of a unigram model, which ignores image and context: the
-                token frequencies of the training captions. A captioner must beat it.
+        It ignores image and context: its token frequencies are those of the training captions.
         """
 
         unigram: bool = False

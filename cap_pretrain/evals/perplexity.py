@@ -29,8 +29,7 @@ class Perplexity:
     def __init__(self, context: Context, options: Options):
         """Build the evaluator.
 
-        Raises:
-            UserError: the learner is not a captioner, or the dataset has no captions.
+        Raises UserError if the learner is not a captioner, or the dataset has no captions.
         """
         self._context, self._options = context, options
         self._scoring = Scoring(context, batch_size=options.batch_size, pairs=options.pairs)
@@ -47,11 +46,7 @@ class Perplexity:
             )
 
     def __call__(self, variables: Any) -> Result:
-        """Score every caption.
-
-        Raises:
-            UserError: no image can be decoded, or none has a caption.
-        """
+        """Score every caption; raises UserError if no image can be decoded or has a caption."""
         nats, tokens, texts, images, full = [], [], [], 0, 0
         for where, encoded in self._scoring.batches(variables, self._source, self._options.limit):
             rows = np.flatnonzero(where["mask"])

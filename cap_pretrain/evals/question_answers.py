@@ -28,9 +28,7 @@ class QuestionAnswers:
     class Options(BatchOptions, Decoding):
         """Settings, in addition to how answers are decoded; an example is a question.
 
-        Attributes:
-            samples: number of questions recorded with the answer and all references; the console
-                shows some of them.
+        `samples` questions are recorded with answer and references; the console shows some of them.
         """
 
         samples: int = 32
@@ -38,8 +36,7 @@ class QuestionAnswers:
     def __init__(self, context: Context, options: Options):
         """Build the evaluator.
 
-        Raises:
-            UserError: the learner cannot write text, or the dataset has no questions.
+        Raises UserError if the learner cannot write text, or the dataset has no questions.
         """
         self._context, self._options = context, options
         self._source = context.source(options.split, options.data)
@@ -57,11 +54,7 @@ class QuestionAnswers:
         )
 
     def __call__(self, variables: Any) -> Result:
-        """Answer every question.
-
-        Raises:
-            UserError: no image can be decoded.
-        """
+        """Answer every question; raises UserError if no image can be decoded."""
         judged: dict[str, list[float]] = {}  # accuracies by kind; "" is the kind of unlabeled ones
         answers: list[dict[str, Any]] = []
         samples: list[dict[str, Any]] = []

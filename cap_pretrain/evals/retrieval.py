@@ -29,10 +29,9 @@ class Retrieval:
     class Options(ScoringOptions):
         """Settings; the dataset needs captions.
 
-        Attributes:
-            limit: the candidates are the first so many images with all of their captions; 0 is all,
-                as in the usual protocols on COCO (5,000) and Flickr30k (1,000). Captioners run
-                their decoder for every pair, so the time grows with the square of this.
+        The candidates are the first `limit` images with all of their captions; 0 is all, as in the
+        usual protocols on COCO (5,000) and Flickr30k (1,000). Captioners run their decoder for
+        every pair, so the time grows with the square of this.
         """
 
         limit: int = 1000
@@ -40,8 +39,7 @@ class Retrieval:
     def __init__(self, context: Context, options: Options):
         """Build the evaluator.
 
-        Raises:
-            UserError: the learner does not score texts, or the dataset has no captions.
+        Raises UserError if the learner does not score texts, or the dataset has no captions.
         """
         self._context, self._options = context, options
         self._scoring = Scoring(context, batch_size=options.batch_size, pairs=options.pairs)
@@ -99,14 +97,9 @@ class Retrieval:
 class Counts:
     """Counts which candidates score above the right ones, from rows of the score matrix.
 
-    Args:
-        owner: int [M], the image of each text.
-        own_scores: float32 [M], the score of each text for its image.
-        tolerance: scores that differ by no more are equal.
-
-    Attributes:
-        images: number of images with captions so far.
-        captions: number of texts, M.
+    `owner`, int [M], is the image of each text, and `own_scores`, float32 [M], its score for that
+    image; scores that differ by no more than `tolerance` are equal. `images` counts the images with
+    captions so far, `captions` the M texts.
     """
 
     def __init__(self, owner: np.ndarray, own_scores: np.ndarray, tolerance: float):
@@ -116,13 +109,9 @@ class Counts:
         self.images, self.captions = 0, len(owner)
 
     def add(self, index: np.ndarray, scores: np.ndarray, offsets: dict[str, Any]) -> None:
-        """Count rows of the score matrix.
+        """Count rows float32 [b, M] of the score matrix, of the images `index`, int [b].
 
-        Args:
-            index: int [b], the images of the rows.
-            scores: float32 [b, M].
-            offsets: suffix of a metric -> what to subtract from a row before ranking it, [M] or a
-                number.
+        `offsets` maps suffixes of a metric to what is subtracted before ranking: [M] or a number.
         """
         wrong = index[:, None] != self._owner
         captioned = ~wrong.all(1)

@@ -18,10 +18,7 @@ class SceneCaptions:
     class Options(Decoding):
         """Settings, in addition to how captions are decoded.
 
-        Attributes:
-            split: of `scenes`: val, test, or novel (color-shape pairs that training never shows).
-            count: number of images to caption.
-            batch_size: images per batch.
+        `split` of `scenes` is val, test, or novel (color-shape pairs that training never shows).
         """
 
         split: str = "val"
@@ -31,8 +28,7 @@ class SceneCaptions:
     def __init__(self, context: Context, options: Options):
         """Build the evaluator.
 
-        Raises:
-            UserError: the learner cannot write captions, or the dataset is not `scenes`.
+        Raises UserError if the learner cannot write captions, or the dataset is not `scenes`.
         """
         source = context.source(options.split, "scenes")
         if not isinstance(source, Scenes):

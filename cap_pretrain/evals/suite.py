@@ -14,12 +14,9 @@ from cap_pretrain.evals.base import Context, Result
 class Suite:
     """The evaluators of a run, each built on first use.
 
-    Args:
-        context: what evaluators work with.
-        workdir: the run's folder; results are written to `evals/NAME/STEP.json` in it.
-        write: whether this host writes results.
-        weights: where the weights come from if they were not trained in this run, as "step 300 of
-            runs/cappa"; recorded in the results.
+    Results are written to `evals/NAME/STEP.json` in `workdir`, if `write` (whether this host does).
+    They record `weights`, which says where the weights come from if they were not trained in this
+    run, as "step 300 of runs/cappa".
     """
 
     def __init__(self, context: Context, workdir: Path, *, write: bool = True, weights: str = ""):
@@ -32,12 +29,9 @@ class Suite:
     ) -> Iterator[tuple[str, Result]]:
         """Run the evaluators that are due; yield each name and result as soon as it is there.
 
-        Args:
-            step: the training step that the results are written under.
-            variables: the learner's variables.
-            when: which evaluators: those with `when` "always" or, afterwards, "end" (of the run).
-            done: names of evaluators that have run at this step. They are skipped if their file
-                has a result for the current options and weights.
+        Those due have the given `when`: "always" or, afterwards, "end" (of the run). The evaluators
+        in `done` have run at this step and are skipped if their file has a result for the current
+        options and weights.
         """
         for name, section in self._context.config.evals.items():
             path = self._workdir / "evals" / name / f"{step}.json"
@@ -61,17 +55,10 @@ class Suite:
 
 
 def write_result(path: Path, section: ConfigDict, step: int, result: Result, **about: str) -> None:
-    """Write a result as JSON, atomically.
+    """Write a result as JSON, atomically; raises OSError if that fails.
 
-    Args:
-        path: the file.
-        section: the evaluator's entry in `config.evals`.
-        step: the training step.
-        result: what the evaluator returned; its metrics and details become keys of the file.
-        about: further keys, as `weights`.
-
-    Raises:
-        OSError: the file cannot be written.
+    `section` is the evaluator's entry in `config.evals`. The metrics and details of the result
+    become keys of the file, and so does `about`, as `weights`.
     """
     content = {"step": step, "options": section.to_dict(), **about}
     content |= {**result.metrics, **result.details}

@@ -60,11 +60,7 @@ class ZeroShot:
         templates: str = ""
 
     def __init__(self, context: Context, options: Options):
-        """Build the evaluator.
-
-        Raises:
-            UserError: the learner does not score texts; or see `prompts`.
-        """
+        """Build the evaluator; raises UserError as `prompts`, or if a learner scores no text."""
         self._context, self._options = context, options
         self._scoring = Scoring(context, batch_size=options.batch_size, pairs=options.pairs)
         source = context.source(options.split, options.data)
@@ -78,8 +74,7 @@ class ZeroShot:
     def __call__(self, variables: Any) -> Result:
         """Classify the images.
 
-        Raises:
-            UserError: no image can be decoded or has a label, or a label has no class name.
+        Raises UserError if no image can be decoded or has a label, or a label has no class name.
         """
         rule = self._captioner_rules if self._scoring.has_prior else self._dual_encoder_rule
         texts, scores_of = rule(variables)
@@ -152,9 +147,8 @@ def prompts(
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the class names and the templates; the arguments are as in `ZeroShot.Options`.
 
-    Raises:
-        UserError: the dataset has no class names, or WordNet ids instead; a file cannot be read;
-            the number of names is not that of the classes; a template has no {}.
+    Raises UserError if the dataset has no class names, or WordNet ids instead; a file cannot be
+    read; the number of names is not that of the classes; or a template has no {}.
     """
     own = tuple(source.class_names)
     if classes:
@@ -192,14 +186,10 @@ def prompts(
 
 
 def read_list(field: str, path: str) -> Sequence[str]:
-    """Read a JSON list of strings, or one string per line; empty strings are left out.
+    """Read nonempty strings: a JSON list if the file's name ends in .json, else one per line.
 
-    Args:
-        field: the option that names the file, for messages.
-        path: the file; JSON if its name ends in .json.
-
-    Raises:
-        UserError: the file cannot be read, is not such a list, or is empty.
+    `field` is the option that names the file, for messages. Raises UserError if the file cannot be
+    read, is not such a list, or is empty.
     """
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8")

@@ -18,15 +18,8 @@ from cap_pretrain.models.text import PAD
 class Captioning:
     """Writes captions of the examples of a source, or answers to their questions, in batches.
 
-    Args:
-        context: what evaluators work with.
-        source: the examples.
-        batch_size: images per batch.
-        limit: only the first so many examples; None is all.
-        how: the decoding. Samples depend on the run's seed and the example's index alone.
-
-    Raises:
-        UserError: the learner cannot write captions.
+    `limit` takes only the first so many examples; None is all. Samples depend on the run's seed and
+    the example's index alone. Raises UserError if the learner cannot write captions.
     """
 
     def __init__(
@@ -55,10 +48,7 @@ class Captioning:
         self._gather = context.jit(lambda _, arrays: arrays)
 
     def __call__(self, variables: Any) -> Iterator[tuple[int, str]]:
-        """Yield (index in the source, caption without the question), in order.
-
-        Images that cannot be decoded are left out.
-        """
+        """Yield (index, caption without the question) in order, for images that can be decoded."""
         for batch, _ in self._context.batches(self._source, self._batch_size, self._limit):
             tokens = self._caption(variables, batch)
             where = self._gather(variables, [batch[k] for k in ("index", "prompt", "mask")])

@@ -1,9 +1,8 @@
 """A learner's outputs for every image of a source, bit-identical on any mesh and batch size.
 
-The order in which a matrix product is summed depends on its shape. So the last bits of an output
-depend on how many images a device computes at once and on how parameters are sharded, and now and
-then a metric changes with them. Here every device holds all parameters and runs the same program on
-PORTION images at a time.
+The order in which a matrix product is summed depends on its shape. So the last bits of an output,
+and now and then a metric, depend on how many images a device computes at once and on how parameters
+are sharded. Here every device holds all parameters and computes PORTION images at a time.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,11 +28,8 @@ Arrays = tuple[np.ndarray, ...]
 class EveryImage:
     """Computes `fn(learner, images, labels)` for all images of a source.
 
-    Args:
-        context: what evaluators work with.
-        fn: maps images uint8 [b, H, W, 3] and labels int32 [b] to a tuple of arrays [b, …], each
-            image independently of the others.
-        batch_size: images in a global batch; affects only memory and speed.
+    `fn` maps images uint8 [b, H, W, 3] and labels int32 [b] to a tuple of arrays [b, …], each image
+    independently of the others. `batch_size`, of the global batch, affects only memory and speed.
     """
 
     def __init__(
@@ -55,13 +51,9 @@ class EveryImage:
         self._whole = context.jit(lambda _, arrays: arrays)
 
     def __call__(self, variables: Any, source: Source) -> Arrays:
-        """Return the arrays [N, …] on every host, in the order of the source.
+        """Return the arrays [N, …] of the images that can be decoded, in order, on every host.
 
-        Images that cannot be decoded are left out.
-
-        Raises:
-            UserError: no image can be decoded.
-            Interrupted: the run is stopping.
+        Raises UserError if no image can be decoded, and Interrupted if the run is stopping.
         """
         parts = [arrays for _, arrays in self.batches(variables, source)]
         arrays = tuple(np.concatenate(part) for part in zip(*parts, strict=True))
@@ -87,11 +79,9 @@ class EveryImage:
 def in_portions(fn: Callable[[Any], Any], batch: Any, mesh: Mesh) -> Any:
     """Return `fn(batch)`, computed portion by portion; for use under `jax.jit`.
 
-    Args:
-        fn: maps arrays [b, …] to arrays [b, …], each example independently of the others.
-        batch: arrays [B, …] sharded as by `sharding.put_batch`, with a multiple of PORTION examples
-            on each device.
-        mesh: the devices of the batch.
+    `fn` maps arrays [b, …] to arrays [b, …], each example independently of the others. The arrays
+    [B, …] of `batch` are sharded as by `sharding.put_batch`, with a multiple of PORTION examples on
+    each device of the mesh.
     """
     ways = data_parallel(mesh)
     spread = NamedSharding(mesh, P(None, sharding.BATCH_AXES))

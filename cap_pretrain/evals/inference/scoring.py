@@ -41,17 +41,11 @@ LENGTHS = 8
 class Scoring:
     """Scores (image, text) pairs by a learner; the scores are on every host.
 
-    Args:
-        context: what evaluators work with.
-        batch_size: images per batch.
-        pairs: (image, text) pairs that a captioner scores at once.
+    A captioner scores `pairs` pairs at once. Raises UserError if the learner does not score texts.
 
     Attributes:
         has_prior: whether the learner is a captioner.
         tolerance: scores that differ by no more are equal.
-
-    Raises:
-        UserError: the learner does not score texts for images.
     """
 
     def __init__(self, context: Context, *, batch_size: int, pairs: int):
@@ -85,11 +79,7 @@ class Scoring:
     def encode_answers(
         self, questions: Sequence[str], answers: Sequence[str]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the tokens of each question and answer, and the lengths of the questions.
-
-        Returns:
-            int32 [n, T] as `encode`, and int32 [n]: how many leading tokens are the question's.
-        """
+        """Return tokens int32 [n, T], as `encode`, and how many the question has, int32 [n]."""
         pairs = zip(questions, answers, strict=True)
         rows, given = zip(*(encode_answer(self._context.tokenizer, *p) for p in pairs), strict=True)
         return self._trim(np.stack(rows)), np.array(given, np.int32)
@@ -107,16 +97,9 @@ class Scoring:
         """Yield batches of images as (their identity, their features for `compare`).
 
         The identity is a dict of `index` and `label` int [B], and `mask` bool [B], which is False
-        for padding and for images that cannot be decoded. Every host has it in whole.
-
-        Args:
-            variables: the learner's.
-            source: the images.
-            limit: only the first so many images; 0 is all.
-
-        Raises:
-            UserError: at the end, if no image could be decoded.
-            Interrupted: the run is stopping.
+        for padding and for images that cannot be decoded. Every host has it in whole. `limit` takes
+        only the first so many images; 0 is all. Raises UserError, at the end, if no image could be
+        decoded, and Interrupted if the run is stopping.
         """
         none_decoded = True
         for batch, _ in self._context.batches(source, self._images, limit or None):
@@ -147,15 +130,9 @@ class Scoring:
     ) -> np.ndarray:
         """Return the scores of each image with each text, float32 [B, C].
 
-        Args:
-            variables: the learner's.
-            images: features [B, ...] of a batch.
-            texts: features, [C, ...] if all images have the same texts, else [B, C, ...].
-            prompts: int32 [C] or [B, C], for captioners: how many leading tokens are given and not
-                scored.
-
-        Raises:
-            Interrupted: the run is stopping.
+        `images` are features [B, ...] of a batch; `texts` are features [C, ...] if all images have
+        the same texts, else [B, C, ...]. For captioners, `prompts`, int32 [C] or [B, C], says how
+        many leading tokens are given and not scored. Raises Interrupted if the run is stopping.
         """
         axis = texts.ndim - 2
         count = texts.shape[axis]
@@ -174,8 +151,7 @@ class Scoring:
     def prior(self, variables: Any, tokens: np.ndarray) -> np.ndarray:
         """Return the scores float32 [n] of texts int32 [n, T] for the blank image.
 
-        Raises:
-            UserError: the run reads stored features.
+        Raises UserError if the run reads stored features.
         """
         if self._context.config.model.name == STORED:
             raise UserError(
@@ -192,12 +168,7 @@ class Scoring:
         return self.compare(variables, features, own).reshape(-1)[: len(tokens)]
 
     def details(self, data: str, split: str) -> dict[str, str]:
-        """Return what `Result.details` says of the dataset and of the scores.
-
-        Args:
-            data: the option; "" is the run's own.
-            split: the option; "" is the run's own.
-        """
+        """Return what `Result.details` says of the scores and the dataset ("" is the run's own)."""
         return self._context.named(split, data) | {
             "score": "log-likelihood, nats" if self.has_prior else "cosine",
             "blank_image": f"grey, {BLANK} of 255" if self.has_prior else "none",

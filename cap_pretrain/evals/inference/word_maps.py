@@ -16,13 +16,7 @@ _WORD = re.compile(r"\w+(?:['’-]\w+)*")
 
 
 class Word(NamedTuple):
-    """A word of a text.
-
-    Attributes:
-        text: the word.
-        start: index of its first character in the text.
-        tokens: indices of the tokens that overlap it.
-    """
+    """A word, the index of its first character, and the indices of the tokens that overlap it."""
 
     text: str
     start: int
@@ -53,17 +47,11 @@ def words_of(tokenizer: Tokenizer, ids: Iterable[int]) -> tuple[str, list[Word]]
 
 
 def on_grid(attention: np.ndarray) -> np.ndarray:
-    """Arrange attention over encoder tokens as maps over the image.
+    """Arrange attention [..., N] over encoder tokens as maps float32 [..., H, W] that sum to 1.
 
-    Args:
-        attention: float [..., N]. The tokens form a square grid, row by row, which a class token
-            may precede; the class token is not part of the image and is left out.
-
-    Returns:
-        float32 [..., H, W]; each map sums to 1.
-
-    Raises:
-        UserError: the tokens do not form a square grid, or there is only one.
+    The tokens form a square grid, row by row, which a class token may precede; the class token is
+    not part of the image and is left out. Raises UserError if they form no grid or there is only
+    one.
     """
     count = attention.shape[-1]
     side = math.isqrt(count)
@@ -78,14 +66,9 @@ def on_grid(attention: np.ndarray) -> np.ndarray:
 
 
 def word_maps(attention: np.ndarray, words: Sequence[Word]) -> np.ndarray:
-    """Return a map for each word, the mean over its tokens.
+    """Return a map for each word, the mean over its tokens: float32 [len(words), H, W].
 
-    Args:
-        attention: float [T, N], of each text token over the encoder's tokens.
-        words: from `words_of`.
-
-    Returns:
-        float32 [len(words), H, W].
+    `attention`, [T, N], is that of each text token over the encoder's; `words` are of `words_of`.
     """
     maps = on_grid(attention)
     return np.array([maps[list(word.tokens)].mean(0) for word in words]).reshape(
@@ -94,15 +77,7 @@ def word_maps(attention: np.ndarray, words: Sequence[Word]) -> np.ndarray:
 
 
 def check_attends(learner: type, *, by_layer: bool = False) -> None:
-    """Check that learners of a class have attention over the image.
-
-    Args:
-        learner: the class.
-        by_layer: whether attention of a single layer is needed.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Raise UserError if a learner has no attention over images (`by_layer`: of single layers)."""
     if not issubclass(learner, Attends):
         raise UserError(
             f"attention: a {learner.__name__} has no attention from words to parts of the image; "

@@ -67,11 +67,9 @@ def accuracy(answer: str, references: Sequence[str]) -> float:
     """Return the accuracy in [0, 1] of an answer, given the answers of one or several people.
 
     With several references, the accuracy is min(1, matches / 3), averaged over all subsets that
-    leave out one person; answers are compared `normalized`. With one reference, it is 1 for the
-    same text up to case and spaces, else 0.
-
-    The challenge's program, in contrast, does not normalize where all people give the exact same
-    answer.
+    leave out one person; answers are compared `normalized` (the challenge's program does not
+    normalize where all people give the exact same answer). With one reference, it is 1 for the same
+    text up to case and spaces, else 0.
     """
     if len(references) == 1:
         return float(_plain(answer) == _plain(references[0]))

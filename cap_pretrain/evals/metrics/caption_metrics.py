@@ -1,8 +1,7 @@
 """Caption metrics: BLEU, METEOR, ROUGE-L, CIDEr-D and SPICE, as in the COCO evaluation.
 
-The scorers are pycocoevalcap's, called one by one: a scorer that cannot run on a machine is skipped
-and reported as skipped. Nothing is downloaded unless asked for, printed, or written next to their
-code.
+The scorers are pycocoevalcap's, called one by one; one that cannot run on a machine is skipped and
+reported so. Nothing is downloaded unless asked for, printed, or written next to their code.
 
     BLEU     Papineni et al. 2002    METEOR   Denkowski and Lavie 2014 (version 1.5)
     ROUGE-L  Lin 2004                SPICE    Anderson et al. 2016
@@ -114,11 +113,11 @@ def score(
     protocol: str = "coco",
     check: Callable[[], None] = lambda: None,
 ) -> Scores:
-    """Score captions against the references of the same images.
+    """Score captions, one for each image, against the references, at least one for each.
 
     Args:
-        references: at least one for each image.
-        captions: one for each image.
+        references: by image.
+        captions: by image.
         tokenizer: one of `TOKENIZERS`.
         spice: one of `SPICE`: whether to compute it.
         protocol: one of `PROTOCOLS`; "brownlee" has its own tokenizer and only BLEU.
@@ -167,11 +166,7 @@ def score(
 
 
 def check_options(tokenizer: str, spice: str, protocol: str = "coco") -> None:
-    """Check the options of `score`.
-
-    Raises:
-        UserError: an option is invalid, or pycocoevalcap is not installed.
-    """
+    """Raise UserError if an option of `score` is invalid, or pycocoevalcap is not installed."""
     for name, value, options in (
         ("tokenizer", tokenizer, TOKENIZERS),
         ("spice", spice, SPICE),
@@ -241,11 +236,7 @@ def _listed(captions: Captions) -> dict[Any, list[str]]:
 
 
 def _meteor(references: References, captions: Captions) -> Found:
-    """Compute METEOR with the Java program in pycocoevalcap.
-
-    The protocol is spoken here, since pycocoevalcap's own wrapper hangs in its destructor after the
-    program has failed.
-    """
+    """Compute METEOR by Java, without pycocoevalcap's wrapper: its destructor hangs on failure."""
     jar = package_folder() / "meteor" / "meteor-1.5.jar"
     program = ("-Xmx2G", "-jar", str(jar), "-", "-", "-stdio", "-l", "en", "-norm")
     with java(*program, images=len(captions)) as process:

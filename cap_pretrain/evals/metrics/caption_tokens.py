@@ -32,11 +32,7 @@ class UnavailableError(Exception):
 
 
 def package_folder() -> Path:
-    """Return the folder of pycocoevalcap.
-
-    Raises:
-        UserError: it is not installed.
-    """
+    """Return the folder of pycocoevalcap; raises UserError if it is not installed."""
     try:
         import pycocoevalcap
     except ImportError as error:
@@ -47,11 +43,7 @@ def package_folder() -> Path:
 
 
 def find_java() -> str:
-    """Return the path of Java.
-
-    Raises:
-        UnavailableError: there is no `java` on the PATH.
-    """
+    """Return the path of Java; raises UnavailableError if there is no `java` on the PATH."""
     command = shutil.which("java")
     if command is None:
         raise UnavailableError("there is no java on the PATH")
@@ -62,13 +54,9 @@ def find_java() -> str:
 def java(*arguments: str, images: int) -> Iterator[subprocess.Popen]:
     """Run a Java program that reads and writes UTF-8 text; it is killed at the end of the block.
 
-    Args:
-        arguments: of the command line.
-        images: number of images, for the time limit.
-
-    Raises:
-        UnavailableError: there is no Java, the program exceeded the time limit, or the block could
-            not parse its output, that is, raised OSError, LookupError or ValueError.
+    The number of `images` sets the time limit. Raises UnavailableError if there is no Java, the
+    program exceeded the time limit, or the block could not parse its output, that is, raised
+    OSError, LookupError or ValueError.
     """
     command = find_java()
     seconds = START_SECONDS + IMAGE_SECONDS * images
@@ -114,9 +102,8 @@ def java(*arguments: str, images: int) -> Iterator[subprocess.Popen]:
 def ptb(captions: Sequence[str]) -> list[str]:
     """Tokenize captions with the PTBTokenizer; words are joined by single spaces.
 
-    Raises:
-        UnavailableError: Java does not run here.
-        UserError: pycocoevalcap, which contains the PTBTokenizer, is not installed.
+    Raises UnavailableError if Java does not run here, and UserError if pycocoevalcap, which
+    contains the PTBTokenizer, is not installed.
     """
     jar = package_folder() / "tokenizer" / "stanford-corenlp-3.4.1.jar"
     tokenizer = ("-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer")

@@ -11,16 +11,10 @@ from cap_pretrain.evals.metrics import ranking
 
 @jax.jit
 def count_better_and_tied(scores: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Count the wrong classes that score above the true class, and those that tie with it.
+    """Count the wrong classes that score above the true one, and those that tie: int32 [N] each.
 
-    A NaN counts as a higher score, so that a diverged classifier is never correct.
-
-    Args:
-        scores: float [N, K], one score for each class.
-        labels: int [N], the true classes.
-
-    Returns:
-        Two int32 [N]: how many classes score higher, and how many others score the same.
+    Scores are float [N, K], labels int [N]. A NaN counts as a higher score, so that a diverged
+    classifier is never correct.
     """
     own = jnp.take_along_axis(scores, labels[:, None], axis=1)
     tied = jnp.sum(scores == own, axis=1) - 1
@@ -28,12 +22,10 @@ def count_better_and_tied(scores: jax.Array, labels: jax.Array) -> tuple[jax.Arr
 
 
 def accuracies(better: np.ndarray, tied: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Return `top1`, `top5` and `mean_per_class`, the mean over classes of top-1.
+    """Return `top1`, `top5` and `mean_per_class`, the mean of top-1 over classes with images.
 
-    Args:
-        better: int [N], how many wrong classes score higher than the true class.
-        tied: int [N], how many wrong classes score the same.
-        labels: int [N], the true classes. Classes without images do not count.
+    `better` and `tied`, int [N], are from `count_better_and_tied`; `labels`, int [N], are the true
+    classes.
     """
     top1 = ranking.probability_in_top(1, better, tied)
     per_class = [top1[labels == k].mean() for k in np.unique(labels)]

@@ -2,8 +2,7 @@
 
 Candidates of equal score have no order, so a metric is its expectation over all orders in which
 they could come: a learner that tells nothing apart gets exactly the metrics of guessing. Scores
-count as equal within a tolerance, since the score of the same text rounds differently in a batch of
-another shape.
+within a tolerance are equal, since rounding depends on the shape of the batch.
 """
 
 from typing import Any
@@ -17,16 +16,10 @@ TIES = "scores that tie count as what they are worth in a random order"
 def compare(
     scores: np.ndarray, reference: np.ndarray, tolerance: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Compare scores with a reference; the shapes broadcast.
+    """Return where scores are higher than a reference and where equal, bool; the shapes broadcast.
 
-    Args:
-        scores: float [...].
-        reference: float [...].
-        tolerance: scores that differ by no more are equal.
-
-    Returns:
-        Two bool [...]: where `scores` are higher, and where they are equal. A NaN counts as higher,
-        so that a diverged learner is never correct.
+    Scores that differ by no more than `tolerance` are equal. A NaN counts as higher, so that a
+    diverged learner is never correct.
     """
     difference = scores - reference
     equal = np.abs(difference) <= tolerance
@@ -34,19 +27,16 @@ def compare(
 
 
 def probability_in_top(k: int, better: Any, wrong: Any, right: Any = 1) -> np.ndarray:
-    """Return the probability that a right candidate is among the first `k`.
+    """Return the probability, float64, that a right candidate is among the first `k`.
 
-    All arguments broadcast.
+    It is one minus the probability that wrong candidates fill all of the places below the better
+    ones, drawn without replacement. All arguments broadcast.
 
     Args:
         k: how many candidates count.
         better: number of wrong candidates that score higher than the best right one.
         wrong: number of wrong candidates that tie with it.
         right: number of right candidates that tie with it, itself included.
-
-    Returns:
-        float64 in [0, 1]: one minus the probability that wrong candidates fill all of the places
-        below the better ones, drawn without replacement.
     """
     better, wrong, right = np.broadcast_arrays(better, wrong, right)
     missed = np.ones(better.shape)

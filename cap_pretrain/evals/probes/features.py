@@ -2,8 +2,7 @@
 
 They are exact: every image counts once, and on one kind of device they are bit-identical whatever
 the batch size and the mesh (on GPUs if the same kernels are chosen). Probes are small and are
-fitted on one device of each host (`on_one_device`), so that their metrics do not depend on the mesh
-either.
+fitted on one device of each host (`on_one_device`), so their metrics do not depend on the mesh.
 """
 
 import contextlib
@@ -38,12 +37,7 @@ _SAMPLED = 16  # examples whose content identifies a dataset
 
 
 class Labelled(NamedTuple):
-    """Labeled features.
-
-    Attributes:
-        features: float32 [N, D].
-        labels: int32 [N].
-    """
+    """Labeled features: float32 [N, D], and int32 [N]."""
 
     features: np.ndarray
     labels: np.ndarray
@@ -52,22 +46,14 @@ class Labelled(NamedTuple):
 class Features:
     """Computes the features of a labeled source, in its order.
 
-    Images that cannot be decoded or have no label are left out.
+    Images that cannot be decoded or have no label are left out. `WORKDIR/features/` has one file
+    for each source and layer, with the features of the latest weights and all that they depend on.
+    `batch_size` affects only memory and speed.
 
-    `WORKDIR/features/` has one file for each source and layer, with the features of the latest
-    weights and all that they depend on.
-
-    Args:
-        context: what evaluators work with.
-        source: labeled images.
-        layer: "pooled"; "tokens", the mean of the encoder's tokens; one of the encoder's `layers`,
-            as "block_6", the mean of its output tokens; or "pixels", without the encoder: the
-            image, resized to 16 x 16 pixels.
-        batch_size: images per batch; affects only memory and speed.
-
-    Raises:
-        UserError: the first image has no label, or the layer is "pixels" and the dataset holds
-            features.
+    `layer` is "pooled"; "tokens", the mean of the encoder's tokens; one of the encoder's `layers`,
+    as "block_6", the mean of its output tokens; or "pixels", without the encoder: the image,
+    resized to 16 x 16 pixels. Raises UserError if the first image has no label, or for "pixels" of
+    stored features.
     """
 
     def __init__(self, context: Context, source: Source, *, layer: str, batch_size: int):
@@ -97,11 +83,8 @@ class Features:
     def __call__(self, variables: Any) -> Labelled:
         """Return the features for these weights, on every host.
 
-        Raises:
-            UserError: the layer does not exist, no image can be decoded, or features are not
-                finite.
-            Interrupted: the run is stopping.
-            OSError: the file cannot be written.
+        Raises UserError if the layer does not exist, no image can be decoded, or features are not
+        finite; Interrupted if the run is stopping; OSError if the file cannot be written.
         """
         path, key = self._path(), self._key(variables)
         cached = _read(path, key) if path else None
@@ -187,7 +170,6 @@ def _read(path: Path, key: str) -> Labelled | None:
 
 
 def _write(path: Path, key: str, found: Labelled) -> None:
-    """Write the file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(path.name + ".tmp")
     with files.naming(path):

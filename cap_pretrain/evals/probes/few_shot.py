@@ -115,15 +115,11 @@ class FewShot:
 
 
 class Ridge(NamedTuple):
-    """The part of the solution that all strengths share; D features, K classes.
+    """What all strengths share (D features, K classes), float32; `bias` is [K].
 
-    Attributes:
-        mean: float32 [D], of the features.
-        deviation: float32 [D], likewise; features are standardized by these.
-        values: float32 [R], eigenvalues of X X^T or X^T X, whichever is smaller.
-        left: float32 [D, R]; the kernel for strength l2 is left / (values + l2) @ right.
-        right: float32 [R, K].
-        bias: float32 [K].
+    Features are standardized by their mean and deviation, [D]. `values`, [R], are the eigenvalues
+    of X X^T or X^T X, whichever is smaller; with `left`, [D, R], and `right`, [R, K], the kernel
+    for strength l2 is left / (values + l2) @ right.
     """
 
     mean: jax.Array
@@ -159,7 +155,6 @@ def predict(ridge: Ridge, features: jax.Array, l2: jax.Array) -> jax.Array:
 
 
 def _top1(fits: list[Ridge], data: Labelled, l2: float) -> list[float]:
-    """Return the top-1 of each fit."""
     strength = jax.device_put(np.float32(l2))
     return [
         classification.metrics(predict(fit, data.features, strength), data.labels)["top1"]

@@ -29,9 +29,7 @@ class KNearestNeighbours:
     class Options(probing.Options):
         """Settings, in addition to those of every probe.
 
-        Attributes:
-            k: number of neighbors.
-            temperature: of the votes; the smaller, the more the nearest neighbors decide.
+        The smaller the temperature of the votes, the more the nearest neighbors decide.
         """
 
         k: int = 20
@@ -70,15 +68,9 @@ def votes(
     k: int,
     classes: int,
 ) -> jax.Array:
-    """Return the fraction of the votes for each class, float32 [M, K].
+    """Return the fraction of the votes for each class, float32 [M, K], for features `test` [M, D].
 
-    Args:
-        train: float32 [N, D], training features.
-        labels: int [N], their classes.
-        test: float32 [M, D], features to classify.
-        temperature: a scalar.
-        k: number of neighbors.
-        classes: number of classes, K.
+    `train`, float32 [N, D], and `labels`, int [N], are the training features and their classes.
     """
     train = _unit(train)
 
@@ -94,5 +86,4 @@ def votes(
 
 
 def _unit(x: jax.Array) -> jax.Array:
-    """Normalize the rows."""
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)

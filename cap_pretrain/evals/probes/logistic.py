@@ -39,14 +39,10 @@ _dot = functools.partial(jnp.matmul, precision="highest")
 
 
 class Problem(NamedTuple):
-    """Labeled features with what is computed once for all solutions.
+    """Labeled features (labels int32 [N]) and what is computed once for all solutions, float32.
 
-    Attributes:
-        x: float32 [N, D], the features minus `mean`.
-        labels: int32 [N].
-        mean: float32 [D], of the features.
-        axes: float32 [D, D], eigenvectors of the covariance, in columns.
-        variances: float32 [D], its eigenvalues.
+    `x`, [N, D], is the features minus their `mean`, [D]; `axes`, [D, D], are the eigenvectors of
+    the covariance, in columns, and `variances`, [D], its eigenvalues.
     """
 
     x: jax.Array
@@ -91,13 +87,10 @@ def pose(features: jax.Array, labels: jax.Array) -> Problem:
 
 @jax.jit
 def minimize(problem: Problem, weights: jax.Array, c: jax.Array, start: jax.Array) -> Solution:
-    """Return the minimum of the objective.
+    """Return the minimum of the objective for a problem from `pose` and the scalar C.
 
-    Args:
-        problem: from `pose`.
-        weights: float32 [N], of the rows; 0 leaves a row out.
-        c: the scalar C.
-        start: float32 [D + 1, K], the initial theta: zeros, or that of another solution.
+    `weights`, float32 [N], are those of the rows; 0 leaves a row out. `start`, float32 [D + 1, K],
+    is the initial theta: zeros, or that of another solution.
     """
     x, classes = problem.x, start.shape[1]
     own = jax.nn.one_hot(problem.labels, classes, dtype=bool)
@@ -219,13 +212,9 @@ def _line_search(
 ) -> jax.Array:
     """Return the step size t at which the slope has fallen to a tenth, by safeguarded Newton steps.
 
-    Args:
-        z: float32 [N, K], the logits at t = 0.
-        along: float32 [N, K], their change per unit of t.
-        own: bool [N, K], the one-hot classes of the rows.
-        weights: float32 [N], of the rows, times C.
-        penalty: the penalty's slope at t is penalty[0] + t * penalty[1].
-        slope: of the objective at t = 0.
+    `z` are the logits at t = 0 and `along` their change per unit of t, float32 [N, K]; `own`, bool
+    [N, K], the one-hot classes; `weights`, float32 [N], of the rows, times C; `slope` is that at
+    the start. The penalty's slope at t is penalty[0] + t * penalty[1].
     """
     along = along - _pick(own, along)
 

@@ -39,13 +39,8 @@ class Options(DataOptions):
 class Data(NamedTuple):
     """The features that a probe is fitted to and tested on.
 
-    Attributes:
-        train: N images to train on and to choose settings on.
-        choose: bool [N], the rows of `train` to choose settings on; the probe is then fitted to the
-            other rows of `final`.
-        final: bool [N], the rows of `train` that the final probe is fitted to.
-        test: the images of the test split.
-        classes: number of classes.
+    Settings are chosen on the rows `choose`, bool [N], of the N training images, after fitting to
+    the other rows of `final`, bool [N]; the final probe is fitted to all rows of `final`.
     """
 
     train: Labelled
@@ -58,14 +53,9 @@ class Data(NamedTuple):
 class Splits:
     """Computes the features of a probe's splits.
 
-    Args:
-        context: what evaluators work with.
-        options: the probe's.
-        validation: the split to choose settings on; "" holds out HELD_OUT of every class of the
-            training split; None: nothing is chosen.
-
-    Raises:
-        UserError: a dataset or split is missing or has no labels.
+    `validation` is the split to choose settings on; "" holds out HELD_OUT of every class of the
+    training split; None: nothing is chosen. Raises UserError if a dataset or split is missing or
+    has no labels.
     """
 
     def __init__(self, context: Context, options: Options, validation: str | None = None):
@@ -89,11 +79,7 @@ class Splits:
             )
 
     def __call__(self, variables: Any) -> Data:
-        """Return the features for these weights.
-
-        Raises:
-            UserError: there is only one class; or see `Features`.
-        """
+        """Return features for these weights; raises UserError as `Features`, or for one class."""
         found = {part: features(variables) for part, features in self._features.items()}
         train, test = found["train"], found["test"]
         choose = np.zeros(len(train.labels), bool)
@@ -129,11 +115,7 @@ class Splits:
 
 
 def held_out(labels: np.ndarray, seed: int) -> np.ndarray:
-    """Return the indices of HELD_OUT of every class, to choose settings on.
-
-    Raises:
-        UserError: there are too few images.
-    """
+    """Return indices of HELD_OUT of every class; raises UserError if there are too few images."""
     rows = subset.per_class(labels, lambda count: int(HELD_OUT * count + 0.5), seed)
     if not len(rows):
         raise UserError(
