@@ -13,16 +13,11 @@ CONFIDENCE = 0.95
 
 @dataclasses.dataclass(frozen=True)
 class PowerLaw:
-    """y = a x^-b + c, fitted by least squares of log y.
+    """y = a x^-b + c, fitted to `points` points by least squares of log y.
 
-    Attributes:
-        a: the coefficient.
-        b: the exponent.
-        c: the irreducible part; 0 if it was not fitted.
-        covariance: of those of (log a, b, c) that were fitted; float64 [2, 2] or [3, 3].
-        spread: half-width of the band in standard errors (Student's t); infinite if there are no
-            more points than parameters.
-        points: number of points it was fitted to.
+    `c`, the irreducible part, is 0 if it was not fitted. `covariance` is of those of (log a, b, c)
+    that were fitted, float64 [2, 2] or [3, 3]. `spread` is the half-width of the band in standard
+    errors (Student's t), infinite if there are no more points than parameters.
     """
 
     a: float
@@ -68,18 +63,11 @@ def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
 
 
 def fit(x: np.ndarray, y: np.ndarray, *, offset: bool = False) -> PowerLaw:
-    """Fit a power law.
+    """Fit a power law to positive x [n] and y [n]; `offset` fits c, too, from 0 to the least y.
 
     The band comes from the covariance of the least-squares fit (linearized if there is an offset),
-    with the noise estimated from the residuals of log y.
-
-    Args:
-        x: positive, [n].
-        y: positive, [n].
-        offset: whether to fit c, too, between 0 and the least y.
-
-    Raises:
-        UserError: there are too few points, or some are not positive.
+    with the noise estimated from the residuals of log y. Raises UserError if there are too few
+    points, or some are not positive.
     """
     from scipy import optimize, special
 

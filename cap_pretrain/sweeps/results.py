@@ -52,13 +52,7 @@ class Status(NamedTuple):
 
 
 def status(trial: Trial, out: Path, running: bool) -> Status:
-    """Return the progress of a trial.
-
-    Args:
-        trial: the trial.
-        out: the folder of the sweep.
-        running: whether the sweep is running (see `runner.is_locked`).
-    """
+    """Return a trial's progress; `running`: whether its sweep is (see `runner.is_locked`)."""
     folder = out / trial.name
     recorded, lines = record(folder), read_metrics(folder)
     step, total = max((int(line["step"]) for line in lines), default=0), _total_steps(folder)
@@ -90,14 +84,9 @@ def _total_steps(folder: Path) -> int:
 def rows(trials: Sequence[Trial], out: Path, metrics: Sequence[str]) -> list[Row]:
     """Return a row for each trial: its name, the fields in which trials differ, the metrics.
 
-    Args:
-        trials: the trials.
-        out: the folder of the sweep.
-        metrics: names in metrics.jsonl, as "val/loss", optionally with ":min", ":max" or ":last",
-            which is the default; "1-probe/top1" is the error of an accuracy.
-
-    Raises:
-        UserError: no trial has one of the metrics.
+    `out` is the folder of the sweep. Metrics are names in metrics.jsonl, as "val/loss", optionally
+    with ":min", ":max" or ":last", which is the default; "1-probe/top1" is the error of an
+    accuracy. Raises UserError if no trial has one of them.
     """
     varying = _varying([trial.fields for trial in trials])
     lines = [read_metrics(out / trial.name) for trial in trials]
@@ -129,14 +118,9 @@ def _value(lines: Sequence[Mapping[str, Any]], metric: str, names: set[str]) -> 
 
 
 def ordered(table: Sequence[Row], column: str) -> list[Row]:
-    """Return rows sorted by a column; rows without a value come last.
+    """Return rows sorted by a column, descending if "-" precedes its name; missing values are last.
 
-    Args:
-        table: from `rows`.
-        column: its name; with "-" before it, the order is descending.
-
-    Raises:
-        UserError: there is no such column.
+    Raises UserError if there is no such column.
     """
     name = column.removeprefix("-")
     _check_column(table, name, "--sort")
@@ -148,17 +132,9 @@ def ordered(table: Sequence[Row], column: str) -> list[Row]:
 def pivot(table: Sequence[Row], down: str, across: str, metric: str) -> list[Row]:
     """Return a pivot table of one metric; trials that differ only in their seed are averaged.
 
-    Other fields in which trials differ become columns before these, with a row for each combination
-    of values, unless the two fields determine them.
-
-    Args:
-        table: from `rows`.
-        down: the field whose values are rows.
-        across: the field whose values are columns.
-        metric: the column whose values fill the cells.
-
-    Raises:
-        UserError: there is no such column.
+    The values of the field `down` are rows, those of `across` columns. Other fields in which trials
+    differ become columns before these, with a row for each combination of values, unless the two
+    fields determine them. Raises UserError if there is no such column.
     """
     for field in (down, across):
         _check_column(table, field, "--pivot")
@@ -199,12 +175,9 @@ def _check_column(table: Sequence[Row], name: str, flag: str) -> None:
 def costs(folder: Path) -> dict[str, float]:
     """Return what a run has cost, for the x axis of a plot; counts are cached in its folder.
 
-    Returns:
-        `parameters` and `parameters/PART`; `examples` seen so far, repeated ones counted again;
-        `flops` of training on them, counted as in `training.plan`.
-
-    Raises:
-        UserError: the run has not started.
+    The keys are `parameters` and `parameters/PART`; `examples` seen so far, repeated ones counted
+    again; `flops` of training on them, as in `training.plan`. Raises UserError if the run has not
+    started.
     """
     path = folder / COSTS_FILE
     if not path.exists():

@@ -33,10 +33,7 @@ def lock(out: Path) -> Iterator[IO[str]]:
     """Lock the folder of a sweep against other runners; yield the lock file.
 
     Processes that inherit the file hold the lock, too: if a runner is killed, its surviving trials
-    keep other runners out.
-
-    Raises:
-        UserError: another runner, or a trial that it left, holds the lock.
+    keep other runners out. Raises UserError if another runner, or a trial that it left, holds it.
     """
     files.make_workdir(out)
     with (out / LOCK_FILE).open("a") as file:
@@ -63,14 +60,7 @@ def is_locked(out: Path) -> bool:
 
 
 class _Process:
-    """A process that runs a trial; construction starts it.
-
-    Args:
-        trial: the trial.
-        out: the folder of the sweep.
-        program: the training program, without its arguments.
-        lock_file: from `lock`; the process holds the lock, too.
-    """
+    """A process that runs a trial; construction starts it. It holds the lock of the sweep, too."""
 
     def __init__(self, trial: Trial, out: Path, program: Sequence[str], lock_file: IO[str]):
         self.trial, self._folder = trial, out / trial.name
@@ -118,7 +108,6 @@ class _Process:
         files.write_text(self._folder / RECORD_FILE, json.dumps(status, indent=2) + "\n")
 
     def _last_line(self) -> str:
-        """Return the last line that this process has printed."""
         with (self._folder / LOG_FILE).open("rb") as log:
             log.seek(self._log_start)
             lines = log.read().decode(errors="replace").split("\n")
@@ -142,20 +131,11 @@ def run(
 ) -> int:
     """Run all trials that are not finished, in their order, and report how each ends.
 
-    A trial that crashes is retried after the others; it resumes from its last checkpoint. SIGTERM
-    or SIGINT stops all trials, each after saving.
-
-    Args:
-        trials: the trials; their folders exist.
-        out: the folder of the sweep.
-        lock_file: from `lock`.
-        slots: how many trials run at a time.
-        retries: how often a trial that crashed is started again.
-        program: the training program, without its arguments.
-        say: called with each message.
-
-    Returns:
-        The exit status: 0 if all are finished, 1 if some failed, 143 or 130 if a signal stopped it.
+    A trial that crashes is retried after the others, `retries` times; it resumes from its last
+    checkpoint. SIGTERM or SIGINT stops all trials, each after saving. The trials' folders exist in
+    `out`. `slots` trials run at a time; `program` is the training program without its arguments.
+    Returns the exit status: 0 if all are finished, 1 if some failed, 143 or 130 if a signal stopped
+    it.
     """
     waiting = deque(t for t in trials if record(out / t.name).get("state") != "finished")
     if done := len(trials) - len(waiting):

@@ -34,12 +34,10 @@ NAME = re.compile(r"[\w.=+-]+")
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """One run of a sweep.
+    """One run of a sweep, in the folder `name`.
 
-    Attributes:
-        name: the name of its folder.
-        config: a config file with its arguments, FILE[:key=value,…].
-        overrides: values of fields of that config, by name, as "optim.lr".
+    `config` is a config file with its arguments, FILE[:key=value,…]; `overrides` are values of
+    fields of that config, by name, as "optim.lr".
     """
 
     name: str
@@ -53,11 +51,7 @@ class Trial:
         return {key: value for key, _, value in arguments if key} | dict(self.overrides)
 
     def resolved(self) -> ConfigDict:
-        """Return the config of the trial.
-
-        Raises:
-            UserError: the config file is missing, or an override does not fit it.
-        """
+        """Return the config; raises UserError if its file is missing or an override is invalid."""
         file, _, arg = self.config.partition(":")
         get_config = _function(Path(file), "get_config")
         config = get_config(arg) if arg else get_config()
@@ -78,14 +72,9 @@ class Trial:
 
 
 def load(sweep: str, extra: Mapping[str, Any]) -> list[Trial]:
-    """Return the trials of a sweep file, each with further overrides.
+    """Return the trials of a sweep, FILE[:key=value,…]; the fields `extra` take precedence in all.
 
-    Args:
-        sweep: FILE[:key=value,…].
-        extra: fields to set in all trials; they take precedence over the sweep's.
-
-    Raises:
-        UserError: the file is missing, or has no trials, invalid names, or a name twice.
+    Raises UserError if the file is missing, or has no trials, invalid names, or a name twice.
     """
     file, _, arg = sweep.partition(":")
     function = _function(Path(file), "sweep")
@@ -107,11 +96,7 @@ def load(sweep: str, extra: Mapping[str, Any]) -> list[Trial]:
 
 
 def parse_overrides(arguments: Iterable[str]) -> dict[str, Any]:
-    """Parse ["--config.optim.lr=0.01"] as {"optim.lr": 0.01}.
-
-    Raises:
-        UserError: an argument has another form.
-    """
+    """Parse ["--config.optim.lr=0.01"] as {"optim.lr": 0.01}; raises UserError for other forms."""
     overrides: dict[str, Any] = {}
     for argument in arguments:
         field, equals, text = argument.removeprefix("--config.").partition("=")
@@ -125,11 +110,7 @@ def parse_overrides(arguments: Iterable[str]) -> dict[str, Any]:
 
 
 def matching(trials: Sequence[Trial], pattern: str) -> list[Trial]:
-    """Return the trials whose names match a shell pattern.
-
-    Raises:
-        UserError: none matches.
-    """
+    """Return the trials whose names match a shell pattern; raises UserError if none does."""
     found = [trial for trial in trials if fnmatchcase(trial.name, pattern)]
     if not found:
         near = did_you_mean(pattern, (trial.name for trial in trials))
@@ -141,10 +122,8 @@ def prepare(trials: Sequence[Trial], out: Path) -> None:
     """Write the list of trials and their configs to `out`, after checking that none has changed.
 
     Trials of earlier sweeps that have a folder in `out` stay on the list. A trial may change as
-    long as it has no checkpoint.
-
-    Raises:
-        UserError: the config of a trial is invalid, or differs from the one it was started with.
+    long as it has no checkpoint. Raises UserError if a config is invalid, or differs from the one
+    it was started with.
     """
     resolved = {trial.name: trial.resolved() for trial in trials}
     for name, config in resolved.items():
@@ -164,11 +143,7 @@ def prepare(trials: Sequence[Trial], out: Path) -> None:
 
 
 def read(out: Path) -> list[Trial]:
-    """Return the trials of the sweep in a folder.
-
-    Raises:
-        UserError: the folder has no list of trials, or it is not valid.
-    """
+    """Return the trials of the sweep in a folder; raises UserError without a valid list of them."""
     path = out / SWEEP_FILE
     if not path.exists():
         raise UserError(f"{out}: not the folder of a sweep (it has no {SWEEP_FILE}).")
