@@ -1,8 +1,8 @@
 """Compiling the training step of a config for a TPU pod, on a machine without TPUs.
 
 The compiler is that of the `libtpu` wheel; `get_topology_desc` returns devices that exist only for
-the compiler. The step is the same as in a run: same learner, optimizer, shardings and buffer
-donation, with abstract shapes instead of arrays.
+it. The step is as in a run, in learner, optimizer, shardings and buffer donation, with abstract
+shapes instead of arrays.
 """
 
 import copy
@@ -65,14 +65,10 @@ def set_environment() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes of HBM on one chip.
+    """Bytes of HBM on one chip, of which the compiler may use `limit`.
 
-    Attributes:
-        limit: what the compiler may use.
-        arguments: state and batch.
-        outputs: results that do not reuse the memory of an argument.
-        temporaries: activations, gradients and everything else that lives within the step.
-        code: the program.
+    `arguments` are state and batch; `outputs` results that do not reuse the memory of an argument;
+    `temporaries` activations, gradients and everything else within the step; `code` the program.
     """
 
     limit: int
@@ -90,9 +86,8 @@ class Memory:
 class OutOfMemoryError(Exception):
     """The step does not fit into HBM.
 
-    Attributes:
-        needed: bytes of HBM that it would need on one chip, as far as the compiler reports.
-        limit: bytes of HBM that the compiler may use.
+    On one chip, it would need `needed` bytes, as far as the compiler reports, of the usable
+    `limit`.
     """
 
     def __init__(self, needed: int, limit: int):
@@ -102,13 +97,7 @@ class OutOfMemoryError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A compiled training step.
-
-    Attributes:
-        text: the optimized HLO.
-        memory: its memory on one chip.
-        seconds: the time spent compiling.
-    """
+    """A compiled training step: its optimized HLO, memory on one chip, and seconds of compiling."""
 
     text: str
     memory: Memory
@@ -118,8 +107,7 @@ class Compiled:
 def open_topology(name: str, slices: int = 1) -> Sequence[jax.Device]:
     """Return the devices of `slices` slices of a topology such as "v5e:16x16".
 
-    Raises:
-        UserError: there is no such topology, or libtpu is not installed.
+    Raises UserError if there is no such topology, or libtpu is not installed.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("libtpu, the TPU compiler, is not installed: pip install -e '.[tpu]'")
@@ -153,15 +141,10 @@ def hbm_limit(device: jax.Device) -> int:
 
 
 def prepare(config: ConfigDict) -> tuple[ConfigDict, int]:
-    """Resolve what a config leaves to the data and the platform.
+    """Resolve what a config leaves to data and platform; return it and its vocabulary size.
 
-    Captions need not be available, because their shape follows from the config.
-
-    Returns:
-        The config, and the vocabulary size of its tokenizer.
-
-    Raises:
-        UserError: the config is invalid, or it depends on data that is not available.
+    Captions need not be available, because their shape follows from the config. Raises UserError if
+    the config is invalid, or depends on data that is not available.
     """
     config, _ = warm_start.resolve(config)
     validate(config)
@@ -190,9 +173,8 @@ def prepare(config: ConfigDict) -> tuple[ConfigDict, int]:
 def compile_step(config: ConfigDict, vocab_size: int, devices: Sequence[jax.Device]) -> Compiled:
     """Compile the training step of a config from `prepare` for devices from `open_topology`.
 
-    Raises:
-        UserError: the mesh does not fit the devices, or the batch does not fit the mesh.
-        OutOfMemoryError: the step does not fit into HBM.
+    Raises UserError if the mesh does not fit the devices or the batch the mesh, and
+    OutOfMemoryError if the step does not fit into HBM.
     """
     mesh = sharding.make_mesh(config, devices)
     step, state, batch = abstract_step(config, vocab_size, mesh)

@@ -5,10 +5,9 @@ around it, over the clock. The compiler gives no estimate for collectives and fo
 starts early (between HBM and the core's memory), so these take their bytes over the bandwidth. Of
 the bandwidth of a chip's links, a collective gets what its rings use, two links each.
 
-Operations run sequentially in the order of the schedule. What is started and ended by a pair of
-operations runs beside those in between, and the core waits for what has not ended by then. The same
-holds for a collective that the compiler has split over several operations, from the first of them
-to the last.
+Operations run sequentially in the order of the schedule. What a pair of operations starts and ends
+runs beside those in between, and the core waits for what has not ended by then. The same holds for
+a collective that the compiler has split over several operations, from the first to the last.
 """
 
 import collections
@@ -25,12 +24,9 @@ _FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "afte
 class Collective:
     """The collectives of one kind in one step.
 
-    Attributes:
-        count: how many run.
-        bytes: their input on one chip.
-        sent: bytes that one chip sends: in a ring of n, (n - 1) / n of the input for reduce-scatter
-            and all-to-all, twice that for all-reduce, n - 1 inputs for all-gather.
-        seconds: their total time if run one by one.
+    `bytes` are their input on one chip. `sent` are the bytes that one chip sends: in a ring of n,
+    (n - 1) / n of the input for reduce-scatter and all-to-all, twice that for all-reduce, n - 1
+    inputs for all-gather. `seconds` is their total time if run one by one.
     """
 
     count: int = 0
@@ -50,8 +46,7 @@ class Cost:
     Attributes:
         cycles: the sum of the compiler's estimates.
         seconds: the time until the last operation ends.
-        waited: seconds of these in which the core waits, by cause: collectives ("ici") or copies
-            ("hbm").
+        waited: seconds of these that the core waits for collectives ("ici") or copies ("hbm").
         cycles_of: cycles by operation, (opcode, op_name).
         collectives: by kind.
         hbm_bytes: bytes that operations and early copies read from and write to HBM.
@@ -96,13 +91,9 @@ _Piece = tuple[str, Operation]
 class _Timeline:
     """The state of walking through one computation.
 
-    Attributes:
-        name: the name of the computation.
-        pieces: collectives, or pieces of them, by the name of the operation that holds them.
-        last: the operation that holds the last piece of a collective, by chain.
-        cost: what was run so far.
-        free: the time at which the links ("ici") and the HBM copies ("hbm") become free.
-        ends: cause and end of what was started, by the name of the operation or the chain.
+    `pieces` are collectives, or pieces of them, by the operation that holds them; `last` is the
+    operation with the last piece, by chain; `free` when the links ("ici") and HBM copies ("hbm")
+    become free; `ends` the cause and end of what was started, by operation or chain.
     """
 
     name: str
@@ -225,16 +216,12 @@ class _Walk:
         return min(1.0, 2 * rings / self.links)
 
     def _input_bytes(self, computation: str, op: Operation) -> int:
-        """Return the bytes of an operation's inputs."""
         inputs = [self.module.operation(computation, name) for name in op.operands]
         return sum(one.size for one in inputs if one)
 
     @staticmethod
     def _copied(op: Operation) -> int:
-        """Return the bytes that a copy moves.
-
-        The result holds the copy, the array that it is taken from, and a semaphore.
-        """
+        """Return the bytes a copy moves; its result holds the copy, its source and a semaphore."""
         return min((array.size for array in op.results if array.size > 4), default=0)
 
 

@@ -57,12 +57,9 @@ COLLECTIVES = (
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """One array of an operation's result.
+    """One array of an operation's result, as on one device; `dtype` is the name in HLO, as "bf16".
 
-    Attributes:
-        dtype: the name in HLO, such as "bf16".
-        shape: its dimensions on one device.
-        layout: the text in braces; `S(1)` in it means that the array lies in the core's own memory.
+    `S(1)` in `layout`, the text in braces, means that the array lies in the core's own memory.
     """
 
     dtype: str
@@ -140,19 +137,13 @@ class _Scope(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """A program.
-
-    Attributes:
-        computations: by name, the operations in order.
-        entry: the name of the computation that runs first.
-    """
+    """A program: the operations of each computation, in order, and the name of the first to run."""
 
     computations: dict[str, tuple[Operation, ...]]
     entry: str
 
     @functools.cached_property
     def _by_name(self) -> dict[str, dict[str, Operation]]:
-        """Operations by computation and name."""
         return {c: {op.name: op for op in ops} for c, ops in self.computations.items()}
 
     def operation(self, computation: str, name: str) -> Operation | None:
@@ -250,8 +241,7 @@ class Module:
     def groups(self, op: Operation, devices: int) -> int:
         """Return the size of the groups, out of all `devices`, in which a collective runs.
 
-        Raises:
-            UserError: the notation of the groups is unknown.
+        Raises UserError if the notation of the groups is unknown.
         """
         if found := _IOTA_GROUPS.search(op.line):
             return int(found[2])
@@ -280,11 +270,7 @@ def _search(pattern: str | re.Pattern, text: str) -> re.Match:
 
 
 def parse(text: str) -> Module:
-    """Parse the text of a program.
-
-    Raises:
-        UserError: it is not HLO.
-    """
+    """Parse the text of a program; raises UserError if it is not HLO."""
     computations: dict[str, tuple[Operation, ...]] = {}
     operations: list[Operation] = []
     entry, name = "", ""

@@ -25,13 +25,11 @@ Report = dict[str, Any]
 def check(
     config: ConfigDict, vocab_size: int, topology: str, devices: Sequence[jax.Device]
 ) -> Report:
-    """Compile the step of a config and report its memory and predicted time.
+    """Compile the step of a config from `compile.prepare` and report its memory and predicted time.
 
-    `config` and `vocab_size` are those of `compile.prepare`. `topology` is the name of `devices`.
-    If the step does not fit into HBM, the report ends with the keys `fits`, `needed` and `limit`.
-
-    Raises:
-        UserError: see `compile.compile_step`; or the performance of these chips is unknown.
+    `topology` is the name of `devices`. If the step does not fit into HBM, the report ends with the
+    keys `fits`, `needed` and `limit`. Raises UserError as `compile.compile_step`, or if the
+    performance of these chips is unknown.
     """
     chip = flops.chip_of(devices[0])
     if not (chip and chip.peak and chip.clock and chip.hbm_bandwidth and chip.ici_bandwidth):
@@ -118,7 +116,6 @@ def operations(cost: Cost, clock: float, count: int = 40) -> list[dict[str, Any]
 
 
 def _part(name: str) -> str:
-    """Return the part of the step that an operation belongs to."""
     if "rematted_computation" in name:
         return "forward, again"
     if "transpose(jvp" in name:
@@ -127,7 +124,6 @@ def _part(name: str) -> str:
 
 
 def _kind(opcode: str, name: str) -> str:
-    """Return the kind of work that an operation does."""
     if opcode in ("copy", "transpose", "reshape", "bitcast-convert"):
         return "layout"
     if re.search(

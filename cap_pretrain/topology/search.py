@@ -36,24 +36,16 @@ def fit(
     everything: bool,
     say: Say,
 ) -> list[Report]:
-    """Try settings that change how a step is computed but not its result.
+    """Try settings that change how a step is computed but not its result; return the reports.
 
     For each rematerialization policy, gradients are accumulated over as few parts of the batch as
     fit, then over more parts as long as that is faster, because smaller arrays may stay in the
     core's own memory. If accumulation is not possible, the batch is reduced instead. If nothing
     fits, parameters are sharded over all chips.
 
-    Args:
-        config: from `compile.prepare`.
-        vocab_size: of the tokenizer.
-        topology: the name of the topology.
-        devices: its devices.
-        first: the report of `check` on the unchanged config.
-        everything: whether to try all rematerialization policies, not only `USUAL_POLICIES`.
-        say: receives lines about progress.
-
-    Returns:
-        A report for each setting tried; its key `changes` has the changed fields.
+    `config` is from `compile.prepare`, and `first` the report of `check` on it unchanged;
+    `everything` tries all policies, not only `USUAL_POLICIES`; `say` receives lines about progress.
+    The key `changes` of a report has the changed fields.
     """
     tried: list[Report] = []
     for policy in REMAT_POLICIES if everything else USUAL_POLICIES:
@@ -145,27 +137,18 @@ def advice(first: Report, tried: Sequence[Report]) -> str:
 
 
 def _rate(report: Report) -> float:
-    """Return the predicted examples per second."""
     return report["predicted"]["examples_per_second"]
 
 
 def scan(
     config: ConfigDict, vocab_size: int, topology: str, chips: Sequence[int], *, say: Say
 ) -> list[Report]:
-    """Predict weak scaling: the step on several numbers of chips, with a fixed batch per chip.
+    """Predict weak scaling: reports on several numbers of chips, with a fixed batch per chip.
 
-    Args:
-        config: from `compile.prepare`; its batch size is for `topology`.
-        vocab_size: of the tokenizer.
-        topology: the topology that determines the kind of chip and the batch per chip.
-        chips: numbers of chips, each a power of two.
-        say: receives lines about progress.
-
-    Returns:
-        A report for each number of chips.
-
-    Raises:
-        UserError: there is no slice of so many chips, or the batch does not divide by them.
+    `config` is from `compile.prepare`, its batch size for `topology`, which determines the kind of
+    chip and the batch per chip; each number of chips is a power of two; `say` receives lines about
+    progress. Raises UserError if there is no slice of so many chips, or the batch does not divide
+    by them.
     """
     kind = topology.partition(":")[0]
     base = len(open_topology(topology))
@@ -185,8 +168,7 @@ def scan(
 def slice_of(kind: str, chips: int) -> tuple[str, int]:
     """Return topology and number of slices for `chips` chips in all of a kind such as "v5e".
 
-    Raises:
-        UserError: `chips` is not a power of two of at least 4.
+    Raises UserError if `chips` is not a power of two of at least 4.
     """
     if chips < 4 or chips & (chips - 1):
         raise UserError(f"--scan: {chips} chips is not a power of two of at least 4.")
