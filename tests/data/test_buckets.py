@@ -202,7 +202,7 @@ def test_epochs_are_of_captions(tmp_path):
 
 @pytest.mark.parametrize(
     ("learner", "data", "message"),
-    [("captioner", "scenes+other", "not for the mixture"), ("classifier", "scenes", "classifier")],
+    [("captioner", "scenes+other", "not with the mixture"), ("classifier", "scenes", "classifier")],
 )
 def test_data_without_batches_of_one_length_raises(learner, data, message):
     c = toy.config(learner, data__buckets=True, data__name=data)
