@@ -151,7 +151,7 @@ def test_recurrent_attention_is_measured_alike(tokenizer_path):
     metrics = AttentionMass(context, AttentionMass.Options())(variables).metrics
     assert 0.2 < metrics["ratio"] < 5
     context, variables = stubs.small("recurrent", tokenizer_path, learner__decoder="lstm", **sizes)
-    with pytest.raises(UserError, match="a decoder 'lstm' has no attention"):
+    with pytest.raises(UserError, match="decoder='lstm' has no attention"):
         AttentionMass(context, AttentionMass.Options())(variables)
 
 

@@ -69,5 +69,5 @@ def test_attention_is_that_for_the_word_to_come(cap):
 
 @pytest.mark.parametrize("layer", [2, -3])
 def test_a_layer_that_is_not_there(cap, layer):
-    with pytest.raises(UserError, match=f"no layer {layer}; the decoder has 0 to 1"):
+    with pytest.raises(UserError, match=f"no layer {layer}; the decoder has layers 0 to 1"):
         attended(cap, layer=layer)

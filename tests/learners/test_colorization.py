@@ -321,7 +321,7 @@ def test_the_config_says_what_the_encoder_sees():
 
 
 def test_what_cannot_be_is_told():
-    with pytest.raises(UserError, match="sees lightness alone.*cannot be exported"):
+    with pytest.raises(UserError, match="takes lightness only.*cannot be exported"):
         form(tiny.config(colours="lightness"))
     with pytest.raises(UserError, match="model.colours: 'grey' is unknown"):
         validate(toy.config(model__colours="grey"))

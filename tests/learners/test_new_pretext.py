@@ -91,7 +91,9 @@ def test_its_recipes_are_those_of_the_config_file():
     c = small()
     assert c.learner.name == "relative_position" and c.learner.patch == 8
     validate(c)
-    with pytest.raises(UserError, match="recipe='smal' is none of relative_position.*'small'"):
+    with pytest.raises(
+        UserError, match="recipe='smal' is not a recipe of relative_position.*'small'"
+    ):
         toy.load("pretext", "task=relative_position,recipe=smal")
     with pytest.raises(UserError, match="Did you mean 'relative_position'"):
         toy.load("pretext", "task=relativ_position")
