@@ -245,5 +245,5 @@ def test_what_a_run_took(tmp_path, tokenizer_path, monkeypatch):
     assert (costs["examples"], costs["flops"]) == (24, 24 * 100.5)
     monkeypatch.delattr(plan, "flops_per_example")  # counts are cached
     assert results.costs(tmp_path) == costs
-    with pytest.raises(UserError, match="no folder of a run"):
+    with pytest.raises(UserError, match="is not the folder of a run"):
         results.costs(tmp_path / "nothing")
