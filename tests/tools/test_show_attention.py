@@ -118,7 +118,7 @@ def test_error_messages(run, photo, tokenizer_path, tmp_path, capsys):
     assert "must end in .png or .svg" in error(photo, out="out.jpg")
     assert "is not the folder of a run" in error(photo, checkpoint=tmp_path / "none")
     assert "no checkpoint of step 4" in error(photo, "--step", "4")
-    assert "no layer 2; the decoder has 0 to 1" in error(photo, "--layer", "2")
+    assert "no layer 2; the decoder has layers 0 to 1" in error(photo, "--layer", "2")
     assert "cannot be combined with IMAGE files" in error(photo, "--data", "scenes")
     assert "no split 'nowel'" in error("--split", "nowel")
     toy.saved_run(toy.config("dual_encoder", model__depth=1), tmp_path / "clip", tokenizer_path, 1)
