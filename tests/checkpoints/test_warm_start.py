@@ -138,13 +138,13 @@ def test_features_are_computed_once_and_kept_in_the_workdir(tokenizer_path, tmp_
     c = toy.config("captioner", text__tokenizer=str(tokenizer_path), eval__every_steps=1, **SMALL)
     c.evals = ConfigDict({name: evals.defaults(name) for name in ("knn", "linear_probe")})
     computed = []
-    whole = features.Features._computed
+    whole = features.Features._compute
 
     def compute(self, variables):
         computed.append(self)
         return whole(self, variables)
 
-    monkeypatch.setattr(features.Features, "_computed", compute)
+    monkeypatch.setattr(features.Features, "_compute", compute)
     train.run(c, tmp_path)
     assert len(computed) == 4  # of two splits, after each of two steps, for both probes
     assert len(list((tmp_path / "features").glob("*.npz"))) == 2
