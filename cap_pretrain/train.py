@@ -92,7 +92,7 @@ class Run:
         stack: closes what the run opens. The mesh is current until it unwinds.
 
     Attributes:
-        state: the training state; None until `restore`.
+        state: the training state; set by `restore`.
     """
 
     state: TrainState
