@@ -1,15 +1,13 @@
 """Atomic writes of a run's files, append-only logs, and reading JSON with clear errors."""
 
 import contextlib
-import gzip
-import json
 import tempfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from cap_pretrain.errors import UserError
+from cap_pretrain.untrusted import parse_json, read_bounded
 
 
 def make_workdir(workdir: Path) -> None:
@@ -49,33 +47,14 @@ def read_json(path: Path) -> Any:
     """Return the content of a JSON file, which may be gzipped.
 
     Raises:
-        UserError: the file is missing, cannot be read or is not JSON.
+        UserError: the file is missing, cannot be read, is not JSON or decompresses to too much.
     """
-    return _parse(path, _read(path))
+    return parse_json(read_bounded(path), path)
 
 
 def read_json_lines(path: Path) -> list[Any]:
     """Return the values of a JSON Lines file, skipping empty lines; see `read_json`."""
-    return [_parse(path, line) for line in _read(path).splitlines() if line.strip()]
-
-
-def _read(path: Path) -> bytes:
-    """Return the content of a file, decompressed if it is gzipped."""
-    try:
-        data = path.read_bytes()
-        return gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file.") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read ({error}).") from error
-
-
-def _parse(path: Path, data: bytes) -> Any:
-    """Parse JSON read from `path`; raise UserError if it is invalid."""
-    try:
-        return json.loads(data)
-    except ValueError as error:  # also for an invalid text encoding
-        raise UserError(f"{path}: is not JSON ({error}).") from error
+    return [parse_json(line, path) for line in read_bounded(path).splitlines() if line.strip()]
 
 
 class Appended:

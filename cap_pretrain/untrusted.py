@@ -1,0 +1,195 @@
+"""Reading and parsing of files that come from strangers, with limits and one kind of error.
+
+Every parser of such files is called inside `parsing`, so that whatever it raises becomes a
+UserError that names the file. docs/security.md lists the limits.
+"""
+
+import contextlib
+import gzip
+import io
+import json
+import os
+import stat
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+from cap_pretrain.errors import UserError
+
+T = TypeVar("T")
+
+MAX_RATIO = 200
+"""Largest ratio of decompressed to compressed bytes beyond FREE_BYTES.
+
+Text of captions and annotations compresses 3 to 20 times, gzip's maximum is 1032 (zlib's manual).
+"""
+
+FREE_BYTES = 2**26
+"""Bytes that may be decompressed from any file, whatever its size."""
+
+MAX_NAME = 100
+"""Longest name of a split, dataset or class that becomes part of a file name, in bytes of UTF-8.
+
+File systems allow 255 bytes; TFDS adds a suffix and temporary names.
+"""
+
+
+class TooLargeError(OSError):
+    """A file decompresses to more than its size justifies."""
+
+
+@contextlib.contextmanager
+def parsing(where: object) -> Iterator[None]:
+    """Turn every exception of a parser into a UserError that begins with `where`.
+
+    Only parsing belongs inside: mistakes of this program would be hidden, too.
+
+    Args:
+        where: the file, and the place in it if it is known.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{where}: cannot be read ({_reason(error)}).") from error
+
+
+def _reason(error: BaseException) -> str:
+    """Return the first line of an error's message, at most 200 characters, or what it is."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    lines = str(error).strip().splitlines()
+    text = lines[0] if lines else type(error).__name__
+    return text if len(text) <= 200 else text[:199] + "…"
+
+
+def parse_json(data: bytes | str, where: object) -> Any:
+    """Parse JSON; raises UserError if it is invalid, nested too deeply or not UTF-8."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        raise UserError(f"{where}: is not JSON ({_reason(error)}).") from error
+
+
+def entry(values: Any, name: str, kind: type[T] | tuple[type[T], ...], where: object) -> T:
+    """Return `values[name]` after checking that `values` is a dict and the entry of type `kind`.
+
+    True and False do not count as int. Raises UserError: "WHERE: NAME must be …, found …".
+    """
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: must be an object with {name!r}, found {_shown(values)}.")
+    if name not in values:
+        raise UserError(f"{where}: {name!r} is missing.")
+    return checked(values[name], name, kind, where)
+
+
+def checked(value: Any, name: str, kind: type[T] | tuple[type[T], ...], where: object) -> T:
+    """Return `value` if it is of type `kind`, else raise UserError; see `entry`."""
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        expected = " or ".join(k.__name__ for k in kinds)
+        raise UserError(f"{where}: {name!r} must be {expected}, found {_shown(value)}.")
+    return value
+
+
+def _shown(value: Any) -> str:
+    text = repr(value) if not isinstance(value, (dict, list)) else f"a {type(value).__name__}"
+    return text if len(text) <= 80 else text[:79] + "…"
+
+
+def path_part(name: Any, what: str, where: object) -> str:
+    """Return a name from data that is safe as one part of a path.
+
+    Args:
+        name: the name, of any type.
+        what: what it names, for the message ("split").
+        where: the file it comes from.
+
+    Raises:
+        UserError: it is not a string, is empty, "." or "..", starts with a dot or a dash, has a
+            slash, backslash, control character or lone surrogate, or is longer than MAX_NAME bytes.
+    """
+    problem = ""
+    if not isinstance(name, str):
+        problem = "must be a string"
+    elif not name.strip() or name[0] in ".-~":
+        problem = "must not be empty or start with . - ~"
+    elif any(c in '/\\:*?"<>|' or not c.isprintable() for c in name):
+        problem = 'must not contain / \\ : * ? " < > | or unprintable characters'
+    elif len(name.encode()) > MAX_NAME:
+        problem = f"must have at most {MAX_NAME} bytes"
+    if problem:
+        raise UserError(f"{where}: {what} {_shown(name)} {problem}.")
+    return name
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file for reading; raises OSError for a FIFO, device, socket or folder.
+
+    The file is opened without blocking and checked afterwards, so it cannot be exchanged between.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(f"not a regular file: {path}")
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def open_bounded(path: Path) -> BinaryIO:
+    """Open a regular file for reading, decompressing gzip under the limits above.
+
+    Returns:
+        A binary file. Reading it raises TooLargeError once more has been decompressed than
+        FREE_BYTES plus MAX_RATIO times the size of the file.
+    """
+    file = open_regular(path)
+    if file.peek(2)[:2] != b"\x1f\x8b":  # type: ignore[attr-defined]  # a BufferedReader
+        return file
+    limit = FREE_BYTES + MAX_RATIO * os.fstat(file.fileno()).st_size
+    return io.BufferedReader(_Bounded(gzip.GzipFile(fileobj=file), file, limit, path), 2**16)
+
+
+class _Bounded(io.RawIOBase):
+    """A decompressed stream that ends in TooLargeError after `limit` bytes."""
+
+    def __init__(self, stream: gzip.GzipFile, file: BinaryIO, limit: int, path: Path):
+        self._stream, self._file, self._left, self._path = stream, file, limit, path
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._stream.read1(len(buffer))
+        self._left -= len(data)
+        if self._left < 0:
+            raise TooLargeError(
+                f"{self._path.name} decompresses to over {MAX_RATIO} times its size"
+            )
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        if not self.closed:
+            self._stream.close()
+            self._file.close()
+        super().close()
+
+
+def read_bounded(path: Path) -> bytes:
+    """Return the content of a regular file, decompressed under the limits of `open_bounded`.
+
+    Raises:
+        UserError: it is missing, not a regular file, damaged, or decompresses to too much.
+    """
+    try:
+        with open_bounded(path) as file:
+            return file.read()
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file.") from error
+    except (OSError, EOFError, zlib.error, MemoryError) as error:
+        raise UserError(f"{path}: cannot be read ({_reason(error)}).") from error
