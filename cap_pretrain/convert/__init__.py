@@ -1,10 +1,4 @@
-"""Import and export of vision encoders in the formats of other libraries.
-
-`open_encoder` reads folders that `transformers` wrote (CLIP, SigLIP, ViT; tools/export_encoder.py
-writes SigLIP), checkpoints in the layout of OpenAI's CLIP, and ResNets and AlexNet under
-torchvision's names, such as VISSL's. Each of these has a module with a table of names. Nothing is
-downloaded, and no pickle is executed.
-"""
+"""Import and export of vision encoders in other libraries' formats, each with a table of names."""
 
 from pathlib import Path
 
@@ -17,23 +11,13 @@ __all__ = ["Pretrained", "open_encoder"]
 
 
 def open_encoder(path: str | Path) -> Pretrained:
-    """Read a vision encoder.
+    """Read a vision encoder; raises UserError if there is none or its weights do not fit.
 
-    Args:
-        path: one of
-
-            - a folder with config.json and model.safetensors (or shards with their index, or
-              pytorch_model.bin) of a CLIP, SigLIP or ViT of `transformers`, or of its vision model
-              alone;
-            - a folder with open_clip_config.json and open_clip_model.safetensors (or
-              open_clip_pytorch_model.bin);
-            - a file (.safetensors, .pt or .pth) in the layout of OpenAI's CLIP, or with the state
-              dict of a ResNet or AlexNet under torchvision's names;
-            - a folder with one such file.
-
-    Raises:
-        UserError: the path does not exist or is none of these; weights are missing or unknown,
-            which the message names; or reading a file would execute code.
+    `path` is a file (.safetensors, .pt or .pth) in the layout of OpenAI's CLIP, or with the state
+    dict of a ResNet or AlexNet under torchvision's names, such as VISSL's; a folder with one such
+    file; or a folder that `transformers` wrote, with a CLIP, SigLIP or ViT or its vision model
+    alone, or OpenCLIP. Nothing is downloaded, and a file whose reading would execute code is
+    refused.
     """
     path = Path(path)
     for config, opens in (

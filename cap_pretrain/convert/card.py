@@ -1,7 +1,4 @@
-"""The model card of an exported encoder: how to load it, and how it was trained and evaluated.
-
-The card is meant to be published, so it contains no folder names of the machine it was written on.
-"""
+"""The model card of an exported encoder; it may be published, so it shows no local folders."""
 
 import dataclasses
 import json
@@ -29,33 +26,18 @@ _POOLED = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Exported:
-    """An export, as far as the card describes it.
+    """An export, as far as the card describes it."""
 
-    Attributes:
-        step: training step of the checkpoint.
-        parameters: number of parameters of the encoder.
-        averaged: whether they are the moving average of the trained parameters.
-        evaluations: results by evaluation, from `read_evaluations`.
-        dual: the folder of the SiglipModel inside the export; "" if there is none.
-        left_out: what could not be exported, and why; "" if nothing.
-    """
-
-    step: int
-    parameters: int
-    averaged: bool
-    evaluations: Mapping[str, Mapping[str, Any]]
-    dual: str
-    left_out: str
+    step: int  # training step of the checkpoint
+    parameters: int  # number of parameters of the encoder
+    averaged: bool  # whether they are the moving average of the trained parameters
+    evaluations: Mapping[str, Mapping[str, Any]]  # by name, from `read_evaluations`
+    dual: str  # folder of the SiglipModel inside the export; "" if there is none
+    left_out: str  # what could not be exported, and why; "" if nothing
 
 
 def write_card(path: Path, config: ConfigDict, exported: Exported) -> None:
-    """Write a README.md in the form of the Hugging Face hub.
-
-    Args:
-        path: the file to write.
-        config: config of the run.
-        exported: what was exported.
-    """
+    """Write a README.md in the form of the Hugging Face hub."""
     name, side = config.model.name, config.data.image_size
     paragraphs = [
         "---\nlibrary_name: transformers\npipeline_tag: image-feature-extraction\n---",

@@ -1,8 +1,4 @@
-"""CLIP of `transformers`: CLIPModel and CLIPVisionModel (Radford et al. 2021, arXiv 2103.00020).
-
-The pooled vector is the input of CLIP's projection to the space shared with text; the projection
-itself is not imported.
-"""
+"""CLIP's vision model of `transformers`, unprojected (Radford et al. 2021, arXiv 2103.00020)."""
 
 from typing import Any
 

@@ -22,27 +22,17 @@ OURS = ((0.5,) * 3, (0.5,) * 3)
 class Pretrained:
     """An encoder imported from elsewhere.
 
-    Attributes:
-        model: the fields of `config.model` from which `build_encoder` builds it, other than
-            defaults.
-        image_size: side of its training images in pixels, a multiple of the patch size; None if it
-            takes any size.
-        mean: per-channel (RGB) mean that its own preprocessing subtracts from pixels in [0, 1].
-        std: per-channel standard deviation that its own preprocessing divides by. Our version of
-            the encoder takes pixels in [-1, 1] and includes this normalization: a ViT in the patch
-            embedding of `params`.
-        params: nested dict of float32 arrays.
-        source: what it is, for messages.
-        stats: other variables, nested like `params`.
+    Our version takes pixels in [-1, 1] and includes the normalization with `mean` and `std` of its
+    own preprocessing: a ViT in the patch embedding of `params`.
     """
 
-    model: dict[str, Any]
-    image_size: int | None
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    params: dict[str, Any]
-    source: str
-    stats: dict[str, Any] = dataclasses.field(default_factory=dict)
+    model: dict[str, Any]  # fields of `config.model` for `build_encoder`, other than defaults
+    image_size: int | None  # side of training images in pixels, whole patches; None: any size
+    mean: tuple[float, ...]  # per channel (RGB), subtracted from pixels in [0, 1]
+    std: tuple[float, ...]  # per channel, by which the difference is divided
+    params: dict[str, Any]  # nested, float32
+    source: str  # what it is, for messages
+    stats: dict[str, Any] = dataclasses.field(default_factory=dict)  # other variables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,11 +81,7 @@ def assemble(
     std: Iterable[float],
     source: str,
 ) -> Pretrained:
-    """Read the parameters of a ViT of this form; arguments as for `to_ours` and `Pretrained`.
-
-    Raises:
-        UserError: the weights do not fit; see `to_ours`.
-    """
+    """Read the parameters of a ViT; arguments and errors as for `to_ours` and `Pretrained`."""
     flat = to_ours(weights, table, form.shapes(), ignored)
     mean, std = tuple(mean), tuple(std)
     if (mean, std) != OURS:
@@ -120,18 +106,10 @@ def fold_normalization(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Fold normalization into a patch embedding, so that it takes pixels in [-1, 1].
 
-    The embedding of (p - mean) / std, for pixels p in [0, 1], becomes one of 2 p - 1. Both are
-    affine, so the result is exact except for rounding the new parameters to float32 (a relative
-    error of 2^-24). In return no encoder needs a normalization of its own, wherever it is used.
-
-    Args:
-        kernel: [patch * patch * 3, D], channels last.
-        bias: [D].
-        mean: per channel, 3 numbers.
-        std: per channel, 3 numbers.
-
-    Returns:
-        The new kernel and bias, float32.
+    The embedding (kernel [patch * patch * 3, D], channels last, and bias [D]) of (p - mean) / std,
+    for pixels p in [0, 1], becomes one of 2 p - 1. Both are affine, so the result is exact except
+    for rounding to float32 (a relative error of 2^-24), and no encoder needs a normalization of its
+    own.
     """
     mean, std = (np.array(list(numbers), np.float64) for numbers in (mean, std))
     by_channel = kernel.astype(np.float64).reshape(-1, 3, kernel.shape[-1])

@@ -1,11 +1,9 @@
 """Export of our models as folders that `transformers` loads: SiglipVisionModel and SiglipModel.
 
-Our vision encoder is the same as SigLIP's. So is a dual encoder with `pool=gap` (the mean of the
-tokens): SiglipModel lacks a linear projection of the image vector, but its pooling head, attention
-of one query to the tokens, can express it. With query and key zero the attention is the mean; the
-value is the identity; the output projection is ours; and the MLP after it adds zero. A `map` head
-ends in such an MLP with a residual connection, so there is no place for the projection after it:
-with `pool=map` only the vision encoder is exported.
+Our vision encoder is the same as SigLIP's. SiglipModel lacks our linear projection of the image
+vector, but with `pool=gap` (the mean) its pooling head can express it: with query and key zero its
+attention is the mean, the value is the identity, the output projection is ours, and the MLP adds
+zero. A `map` head ends in such an MLP, so with it only the vision encoder is exported.
 """
 
 import json
@@ -32,11 +30,7 @@ _BILINEAR = 2  # of PIL, as in the files of image processors
 
 
 def form(config: ConfigDict) -> Form:
-    """Return the architecture of a config's encoder.
-
-    Raises:
-        UserError: it cannot be expressed as a SiglipVisionModel.
-    """
+    """Return the architecture of an encoder; raises UserError if SigLIP cannot express it."""
     if config.model.name in CONVNETS:
         raise UserError(
             f"model.name: {config.model.name} is not a SiglipVisionModel, and cannot be "
@@ -59,15 +53,9 @@ def form(config: ConfigDict) -> Form:
 
 
 def write_vision_model(folder: Path, config: ConfigDict, encoder: Params) -> None:
-    """Write the files of a SiglipVisionModel: weights, config.json, preprocessor_config.json.
+    """Write weights, config.json and preprocessor_config.json of a SiglipVisionModel.
 
-    Args:
-        folder: output folder.
-        config: config of the run.
-        encoder: parameters of the encoder by path.
-
-    Raises:
-        UserError: the encoder cannot be expressed, or is not the one that the config describes.
+    Raises UserError if it cannot express the encoder, or if `config` describes another one.
     """
     shapes = form(config).shapes()
     if {path: array.shape for path, array in encoder.items()} != shapes:
@@ -98,15 +86,9 @@ def why_not_whole(config: ConfigDict) -> str:
 def write_dual_encoder(
     folder: Path, config: ConfigDict, params: Params, tokenizer_model: bytes
 ) -> None:
-    """Write the files of a SiglipModel: those of the vision model and of the tokenizer.
+    """Write the files of a SiglipModel and its tokenizer, given a sentencepiece model.
 
-    A run with CLIP's softmax loss has no bias of the logits; zero is written for it.
-
-    Args:
-        folder: output folder.
-        config: config of the run; `why_not_whole` must return "" for it.
-        params: parameters of the `DualEncoder` by path.
-        tokenizer_model: the run's sentencepiece model.
+    `why_not_whole` must return "". CLIP's softmax loss has no bias of the logits; zero is written.
     """
 
     def inside(module: str) -> dict[str, np.ndarray]:
@@ -160,10 +142,7 @@ def vision_config(config: ConfigDict) -> dict[str, Any]:
 
 
 def preprocessor_config(config: ConfigDict) -> dict[str, Any]:
-    """Return the preprocessing of images, like that of our evaluation.
-
-    transformers interpolates where this package averages areas, so pixels differ slightly.
-    """
+    """Return preprocessing as in our evaluation, but interpolating, not averaging areas."""
     side, (mean, std) = config.data.image_size, OURS
     square = {"height": side, "width": side}
     geometry: dict[str, Any]
@@ -192,10 +171,7 @@ def preprocessor_config(config: ConfigDict) -> dict[str, Any]:
 def mean_head(width: int, mlp: int, projection: Params) -> dict[str, np.ndarray]:
     """Return parameters of a pooling head that computes `projection` of the mean of its tokens.
 
-    Args:
-        width: dimension of the tokens.
-        mlp: hidden units of the head's MLP.
-        projection: kernel [width, width] and bias [width].
+    Tokens have `width` dimensions, and the kernel of `projection` is [width, width].
     """
 
     def zeros(*shape: int) -> np.ndarray:

@@ -26,21 +26,14 @@ BLOCKS: dict[str, Entry] = {
 class Family:
     """How `transformers` describes and names the vision models of one kind.
 
-    Attributes:
-        name: for messages.
-        prefix: prefix of the vision model's weights, where it is part of a larger model.
-        describe: maps the config of the vision model to its options (except activation and
-            epsilon) and the table of its weights.
-        ignored: prefixes of the names of weights that belong to other parts.
-        defaults: fields that the config may omit, in addition to `huggingface.DEFAULTS`.
-        mean: per-channel mean of the preprocessing, unless a file gives it.
-        std: per-channel standard deviation of the preprocessing, unless a file gives it.
+    `describe` maps a vision model's config to options, except activation and epsilon, and its
+    table.
     """
 
-    name: str
-    prefix: str
+    name: str  # for messages
+    prefix: str  # of the vision model's weights inside a larger model
     describe: Callable[[dict[str, Any]], tuple[Options, Table]]
-    ignored: tuple[str, ...]
-    defaults: Mapping[str, Any]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    ignored: tuple[str, ...]  # prefixes of the names of weights that belong to other parts
+    defaults: Mapping[str, Any]  # fields that the config may omit, besides `huggingface.DEFAULTS`
+    mean: tuple[float, ...]  # per channel, of the preprocessing, unless a file gives it
+    std: tuple[float, ...]  # likewise

@@ -1,10 +1,8 @@
 """Export of a sentencepiece model as `tokenizer.json` of Hugging Face tokenizers.
 
-The SiglipTokenizer of `transformers` could read a sentencepiece model directly. But it removes
-punctuation first, as SigLIP's training did and ours does not, so its ids differ. These files give
-the ids of `SentencePieceTokenizer`, with two exceptions: the name of a special piece in a text,
-such as "</s>", becomes that piece; and capital sigmas at the end of Greek words are lower-cased
-differently.
+SiglipTokenizer of `transformers` removes punctuation, as SigLIP's training did and ours does not.
+These files give the ids of `SentencePieceTokenizer`, except that the name of a special piece in a
+text, such as "</s>", becomes that piece, and sigmas that end Greek words are lower-cased otherwise.
 """
 
 import base64
@@ -15,15 +13,10 @@ from cap_pretrain.errors import UserError
 
 
 def files(model: bytes, *, length: int, lower: bool) -> dict[str, bytes]:
-    """Return the content of a tokenizer's files by name: two JSON files and the model itself.
+    """Return the content of a tokenizer's two JSON files and of its model, by file name.
 
-    Args:
-        model: a sentencepiece model (the bytes of its file) of type BPE or unigram.
-        length: maximum number of ids per text.
-        lower: whether texts are lower-cased first.
-
-    Raises:
-        UserError: the model is of another type, or splits text in a way that `tokenizers` lacks.
+    `length` is the maximum number of ids per text. Raises UserError if the sentencepiece model is
+    not of type BPE or unigram, or splits text in a way that `tokenizers` lacks.
     """
     proto = _parse(model)
     content = {
@@ -93,11 +86,7 @@ def _tokenizer(proto: Any, lower: bool) -> dict[str, Any]:
 
 
 def _config(trained: Any, length: int) -> dict[str, Any]:
-    """Return the content of `tokenizer_config.json`.
-
-    The tokenizer returns no attention mask, since the text towers of SigLIP and of this package
-    treat padding like any other token.
-    """
+    """Return `tokenizer_config.json`; padding is not masked, since text towers attend to it."""
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": length,

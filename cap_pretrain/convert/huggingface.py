@@ -15,8 +15,7 @@ from cap_pretrain.models.sizes import Size
 CONFIG = "config.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 
-# By `model_type` in config.json.
-FAMILIES: dict[str, Family] = {
+FAMILIES: dict[str, Family] = {  # by `model_type` in config.json
     "clip": clip.FAMILY,
     "clip_vision_model": clip.FAMILY,
     "siglip": siglip.FAMILY,
@@ -24,8 +23,7 @@ FAMILIES: dict[str, Family] = {
     "vit": vit.FAMILY,
 }
 
-# Defaults of fields that config.json may omit, common to all families, from transformers.
-DEFAULTS = {
+DEFAULTS = {  # of transformers, for fields that config.json of any family may omit
     "hidden_size": 768,
     "num_hidden_layers": 12,
     "intermediate_size": 3072,
@@ -34,8 +32,7 @@ DEFAULTS = {
     "num_channels": 3,
 }
 
-# Names of activations in transformers, and ours.
-ACTIVATIONS = {
+ACTIVATIONS = {  # names in transformers, and ours
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",

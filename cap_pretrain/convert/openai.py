@@ -1,8 +1,4 @@
-"""Import of checkpoints in the layout of OpenAI's CLIP, which OpenCLIP writes, too.
-
-The weights determine the whole architecture except for the activation. Without a config, it is
-assumed to be OpenAI's.
-"""
+"""Import of checkpoints in the layout of OpenAI's CLIP, which OpenCLIP writes, too."""
 
 import dataclasses
 import re
@@ -20,8 +16,7 @@ from cap_pretrain.models.sizes import Size
 CONFIG = "open_clip_config.json"
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
-# The same in every CLIP of OpenAI: `vision_heads = vision_width // 64` and the default epsilon of
-# torch (model.py).
+# Of OpenAI's CLIP (model.py): `vision_heads = vision_width // 64`, and torch's default epsilon.
 HEAD_WIDTH = 64
 NORM_EPS = 1e-5
 
@@ -53,14 +48,13 @@ IGNORED = (
     *("input_resolution", "context_length", "vocab_size"),
 )
 
-# Fields of OpenCLIP's vision_cfg: those that follow from the shapes of the weights, and the one
-# that does not.
+# Fields of OpenCLIP's vision_cfg that the shapes of the weights imply, and the one they do not.
 _IN_SHAPES = ("image_size", "layers", "width", "patch_size", "mlp_ratio")
 _HEAD_WIDTH = "head_width"
 
 
 def read(weights: Weights) -> Pretrained:
-    """Read the vision encoder of weights without a config; see `convert.open_encoder`."""
+    """Read weights without a config, with OpenAI's activation; see `convert.open_encoder`."""
     return _read(weights, "quick_gelu", HEAD_WIDTH, clip.MEAN, clip.STD, "OpenAI's CLIP")
 
 

@@ -1,8 +1,4 @@
-"""SigLIP of `transformers`: SiglipModel and SiglipVisionModel (Zhai et al. 2023, arXiv 2303.15343).
-
-Its vision model is the same as our ViT: with `pool=map` it has its attention pooling head; with
-`pool=gap` it has no head, and the user averages the tokens. So our ViTs are exported as SigLIP.
-"""
+"""SigLIP of `transformers`, whose vision model is our ViT (Zhai et al. 2023, arXiv 2303.15343)."""
 
 from typing import Any
 
@@ -34,7 +30,7 @@ TEXT_NAMES: dict[str, Entry] = BLOCKS | {
 
 
 def describe(config: dict[str, Any]) -> tuple[Options, Table]:
-    """Return the options of a vision model and the names of its weights."""
+    """Return options (with `gap` there is no head, and users average tokens) and names."""
     return Options(pool="map" if config.get("vision_use_head", True) else "gap"), NAMES
 
 

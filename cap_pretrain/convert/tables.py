@@ -1,9 +1,8 @@
 """Conversion between the tensors of torch models and our parameters, by tables of names.
 
-In torch, a linear layer's weight is [out, in] and a convolution's is [out, in, height, width], and
-every layer has its number in its name. Here they are [in, out] and [height, width, in, out]; a
-patch embedding is a matrix [height * width * in, out]; and the layers of a transformer are stacked
-along a leading axis.
+A linear weight of torch is [out, in], a convolution's [out, in, height, width], and layers are
+numbered in names. Ours are [in, out] and [height, width, in, out]; a patch embedding is a matrix
+[height * width * in, out]; and a transformer's layers are stacked along a leading axis.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -23,23 +22,17 @@ _LISTED = 6  # names in a message
 
 
 class Fused(NamedTuple):
-    """A third of a fused projection to query, key and value.
+    """A third of a fused projection: 0 for the query, 1 for the key, 2 for the value."""
 
-    Attributes:
-        name: its tensors are NAME_weight and NAME_bias.
-        third: 0 for the query, 1 for the key, 2 for the value.
-    """
-
-    name: str
+    name: str  # its tensors are NAME_weight and NAME_bias
     third: int
 
 
 Entry = str | Fused | Callable[[Callable[[str], np.ndarray]], np.ndarray] | None
 """What a table gives for a module of ours, or for a single parameter.
 
-It is one of: the torch name, with {} for the number of the layer; a `Fused`; a function that
-computes the parameter, given a function that returns a tensor by name; or None if the torch model
-has none and the parameter is zero.
+A torch name, with {} for the layer's number; a `Fused`; a function that computes the parameter,
+given one that returns a tensor by name; or None for a parameter that is zero, as torch has none.
 """
 
 Table = Mapping[str, Entry]
@@ -49,19 +42,10 @@ Table = Mapping[str, Entry]
 def to_ours(
     weights: Weights, table: Table, shapes: Mapping[str, tuple[int, ...]], ignored: Iterable[str]
 ) -> dict[str, np.ndarray]:
-    """Convert torch tensors to our parameters (and statistics, if `shapes` has them).
+    """Convert torch tensors to our parameters (and statistics), float32, for `shapes` by path.
 
-    Args:
-        weights: the torch tensors.
-        table: where each module of ours is in the torch model.
-        shapes: the shape of each parameter of ours by path.
-        ignored: prefixes of torch names that belong to other parts of the model.
-
-    Returns:
-        float32 arrays by path.
-
-    Raises:
-        UserError: a tensor is missing, unknown, or has another shape.
+    `ignored` are prefixes of torch names that belong to other parts of the model. Raises UserError
+    if a tensor is missing, unknown, or has another shape.
     """
     params: dict[str, np.ndarray] = {}
     missing: dict[str, None] = {}  # an ordered set
@@ -93,15 +77,7 @@ def to_ours(
 
 
 def to_torch(params: Mapping[str, np.ndarray], table: Table) -> dict[str, np.ndarray]:
-    """Convert our parameters to the tensors of a state dict: the inverse of `to_ours`.
-
-    Args:
-        params: our parameters by path.
-        table: the torch name of each module; entries must be names or `Fused`.
-
-    Returns:
-        Contiguous arrays by torch name.
-    """
+    """Convert parameters to contiguous tensors by torch name, for names and `Fused` in `table`."""
     tensors: dict[str, np.ndarray] = {}
     thirds: dict[str, list[Any]] = {}
     for path, array in params.items():

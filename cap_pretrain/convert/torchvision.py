@@ -1,8 +1,4 @@
-"""Import of ResNets and AlexNet under torchvision's names, and of VISSL's ResNets.
-
-The architecture follows from the state dict. Weights after the last feature map, such as a
-classifier, are not imported.
-"""
+"""Import of ResNets and AlexNet, without classifiers, under the names of torchvision or VISSL."""
 
 import collections
 from collections.abc import Callable
@@ -33,12 +29,7 @@ ALEXNET_NAMES: dict[str, Entry] = {
 
 
 def read(weights: Weights) -> Pretrained | None:
-    """Return the encoder in a state dict, or None if it is of another architecture.
-
-    Raises:
-        UserError: it is a ResNet or AlexNet, but of an unknown size, or weights are missing or
-            unknown.
-    """
+    """Return the encoder, or None if it is another; raises UserError if it does not fit."""
     for prefix in TRUNKS:
         weights = weights.without(prefix)
     names = set(weights.names)
@@ -69,7 +60,6 @@ def resnet_names(stages: Stages) -> Table:
 
 
 def _resnet(weights: Weights) -> Pretrained:
-    """Return the encoder in a state dict of a ResNet."""
     blocks = {tuple(name.split(".")[:2]) for name in weights.names if name.startswith("layer")}
     counts = collections.Counter(stage for stage, _ in blocks)
     depths = counts["layer1"], counts["layer2"], counts["layer3"], counts["layer4"]

@@ -1,7 +1,6 @@
-"""The original ViT of `transformers`: ViTModel and ViTForImageClassification.
+"""ViTModel and ViTForImageClassification of `transformers`, without classifier and pooler.
 
-Dosovitskiy et al. 2020 (arXiv 2010.11929). The pooled vector is the normalized class token, which
-is the classifier's input; classifier and pooler are not imported.
+Dosovitskiy et al. 2020 (arXiv 2010.11929). The pooled vector is the normalized class token.
 """
 
 from typing import Any

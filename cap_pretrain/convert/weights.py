@@ -1,7 +1,4 @@
-"""Reads tensors by name from safetensors (one file or shards) and from files of torch.
-
-The latter are read with `weights_only`: no pickle is executed.
-"""
+"""Reads tensors by name from safetensors (a file or shards) and, without pickle, torch's files."""
 
 import functools
 import json
@@ -15,7 +12,6 @@ import numpy as np
 
 from cap_pretrain.errors import UserError
 
-# Suffixes of torch's files, and of all files of weights.
 _TORCH = (".pt", ".pth", ".bin")
 SUFFIXES = (".safetensors", *_TORCH)
 # Paths of the state dict in a training checkpoint: of OpenCLIP and many others, and of VISSL.
@@ -31,14 +27,8 @@ class MissingTensorError(KeyError):
 class Weights:
     """Tensors by name, each read when it is taken.
 
-    Args:
-        read: by name, a function that reads the tensor.
-        where: the file or folder, for messages.
-
-    Attributes:
-        where: the file or folder.
-        names: names of all tensors.
-        taken: names of those that were taken.
+    `read` has a function for each name that reads the tensor; `where` is the file or folder, for
+    messages; `names` are the names of all tensors, and `taken` of those that were taken.
     """
 
     def __init__(self, read: Mapping[str, Callable[[], Any]], where: Path):
@@ -60,23 +50,14 @@ class Weights:
 
 
 def open_file(path: Path) -> Weights:
-    """Open a .safetensors file, or a file of torch that holds only tensors.
-
-    Raises:
-        UserError: the file is missing or corrupt, or reading it would execute code.
-    """
+    """Open a file that holds only tensors; raises UserError if it is none or would execute code."""
     return Weights(_tensors(path), path)
 
 
 def open_folder(folder: Path, *files: str) -> Weights:
-    """Open the first of `files` that exists in a folder.
+    """Open the first of `files` that exists; one that ends in .index.json lists the shards.
 
-    Args:
-        folder: the folder.
-        *files: names of files; one that ends in .index.json lists the shards.
-
-    Raises:
-        UserError: none of the files exists; or see `open_file`.
+    Raises UserError if there is none; see also `open_file`.
     """
     for name in files:
         path = folder / name
