@@ -1,11 +1,9 @@
 """Measure the cost of saving a checkpoint every N training steps.
 
-    python tools/bench_checkpoint.py --config=configs/quickstart.py
     python tools/bench_checkpoint.py --config=configs/pretrain.py:model=S/16 --config.batch_size=64
 
-Blocks of training steps with and without a save alternate. A block with a save includes all of it:
-fingerprints, the copy from the devices, and writing in the background, for whose end it waits.
-Batches are noise that is on the devices from the start.
+Blocks of steps with and without a save alternate. A save counts in full: fingerprints, the copy
+from the devices, and the end of writing in the background. Batches are noise on the devices.
 """
 
 import statistics

@@ -1,18 +1,14 @@
 """Measure the speed of a config's data pipeline and of its stages.
 
-    python tools/bench_data.py --config=configs/pretrain.py:data=DATASET
     python tools/bench_data.py --config=configs/pretrain.py --generated=2000 --compare=torch,tf.data
 
-The data are those of the config, or with --generated that many JPEGs generated in a temporary
-folder: 500 x 375, quality 90, with the spectrum of photographs. Use 1000 or more, because Grain
-takes up to 0.16 ms per image to shuffle fewer. The candidates alternate, with --threads threads or
-workers each, and the tables show medians. Images/s per core use the CPU time of all threads and
-workers, so they are also valid on a busy machine. All candidates do the same work on the same
-JPEGs: read, decode, crop (data.crop), resize with antialiasing, flip (data.flip), batch.
-
-    torch           a DataLoader with worker processes and Pillow
-    tf.data         fused decode and crop; needs TensorFlow in this or another Python (--tf_python)
-    tf.data:aliased the same without antialiasing, tf.data's default, which gives worse images
+Data are those of the config, or with --generated that many JPEGs: 500 x 375, quality 90, with the
+spectrum of photographs (Grain takes up to 0.16 ms per image to shuffle fewer than 1000). Candidates
+alternate, with --threads threads or workers each, and do the same on the same JPEGs: read, decode,
+crop, resize with antialiasing, flip, batch. Tables show medians; images/s per core use the CPU time
+of all threads and workers, so they are also valid on a busy machine. --compare takes torch (a
+DataLoader with Pillow), tf.data (fused decode and crop; needs TensorFlow, here or in --tf_python)
+and tf.data:aliased (without antialiasing, tf.data's default, which gives worse images).
 """
 
 import argparse
@@ -118,15 +114,9 @@ def ours(dataset: grain.MapDataset, workers: int) -> Callable[[], Round]:
 
 @contextlib.contextmanager
 def rival(kind: str, folder: Path, config: ConfigDict) -> Iterator[Callable[[], Round]]:
-    """Give a function that measures a round of one of RIVALS, in a subprocess.
+    """Give a function that measures a round of one of RIVALS on a folder, in a subprocess.
 
-    Args:
-        kind: One of RIVALS.
-        folder: A folder of JPEGs.
-        config: Gives image size, crop, flip and batch size.
-
-    Raises:
-        UserError: Its library is not installed, or the subprocess failed.
+    Raises UserError if its library is not installed, or the subprocess failed.
     """
     python = sys.executable if kind == "torch" else TF_PYTHON.value
     options = {

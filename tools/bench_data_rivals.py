@@ -1,9 +1,7 @@
 """Load the batches of tools/bench_data.py with torch and Pillow, or with tf.data.
 
-    python tools/bench_data_rivals.py '{"kind": "torch", "folder": "JPEGS", …}'
-
-It imports nothing of this project, so it can run in another Python that has TensorFlow. For each
-line of its input it measures one round and prints the result as JSON.
+It takes options as JSON and imports nothing of this project, so it can run in another Python that
+has TensorFlow. For each line of its input it measures one round and prints the result as JSON.
 """
 
 import io
@@ -32,16 +30,7 @@ def cpu_seconds() -> float:
 
 
 def measure(batches: Iterator, count: int, ready: int) -> dict[str, float]:
-    """Measure the time of `count` batches.
-
-    Args:
-        batches: Yields batches of images.
-        count: Number of batches to measure.
-        ready: Number of prefetched batches to discard first.
-
-    Returns:
-        "images", the number of images; "wall" and "cpu", seconds.
-    """
+    """Return the number of images and the seconds of `count` batches after `ready` others."""
     for _ in range(ready):
         next(batches)
     wall, cpu, images = time.perf_counter(), cpu_seconds(), 0
@@ -55,13 +44,9 @@ def measure(batches: Iterator, count: int, ready: int) -> dict[str, float]:
 
 
 class Photographs:
-    """An endless torch dataset of square images, uint8 [S, S, 3], drawn with the index as seed.
+    """An endless torch dataset of images, uint8 [size, size, 3], drawn with the index as seed.
 
-    Args:
-        paths: JPEG files.
-        size: Side S of the images, in pixels.
-        crop: "random" for random crops; otherwise whole images are resized.
-        flip: Flip images horizontally with probability 0.5.
+    `crop` "random" crops at random, otherwise whole images are resized; `flip` flips half of them.
     """
 
     def __init__(self, paths: list[str], size: int, crop: str, flip: bool):
@@ -112,10 +97,7 @@ def torch_batches(paths: list[str], options: dict) -> Iterator:
 
 
 def tf_batches(paths: list[str], options: dict) -> Iterator:
-    """Return batches of tf.data with `threads` threads, which decodes only the crop of an image.
-
-    Images are rounded to uint8 as in this project. Antialiasing takes most of the time.
-    """
+    """Return uint8 batches of tf.data, which decodes crops only; antialiasing takes longest."""
     import tensorflow as tf
 
     size = options["size"]

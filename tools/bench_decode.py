@@ -1,12 +1,10 @@
 """Compare the speed of JPEG decoders, alone and with the resizing of the training pipeline.
 
-    python tools/bench_decode.py                                generated, 500 x 375, quality 90
-    python tools/bench_decode.py --images photos.zip --size 224
+    python tools/bench_decode.py [--images photos.zip] --size 224
 
-The candidates alternate, and the table shows medians over rounds. Times are CPU times of the single
-thread of each candidate, so they are also valid on a busy machine. `error` is the mean absolute
-difference, in gray levels of 255, to full decoding with Pillow and resizing with its bilinear
-filter, which is antialiased.
+Without --images they are generated, 500 x 375, quality 90. Candidates alternate; tables show
+medians of the CPU time of one thread, also valid on a busy machine. `error` is the mean absolute
+difference, in gray levels of 255, to full decoding and antialiased bilinear resizing with Pillow.
 """
 
 import argparse

@@ -2,14 +2,11 @@
 
     python tools/bench_generate.py --model S/16 --batch_size 8 --beams 4 --length 32
 
-Both decoders attend to the same number of encoder tokens and have the same width, depth, heads,
-hidden units and vocabulary. Hugging Face's is MBart's, which has cross-attention and, like ours,
-layer norm before its layers. Weights are random and no caption ends, so both take all steps. They
-alternate in every round, in float32 on the same CPU cores; medians are printed. Times exclude the
-encoder, compilation and a first run of each.
-
-On a busy machine, torch on several cores is slowed disproportionately, because OpenMP waits for
-each of its threads at every operation. --threads 1 compares single cores.
+Both decoders have the same width, depth, heads, hidden units, vocabulary and encoder tokens.
+Hugging Face's is MBart's, which has cross-attention and, like ours, layer norm before its layers.
+Weights are random and no caption ends, so both take all steps. They alternate, in float32 on the
+same CPU cores; medians exclude the encoder, compilation and a first run. --threads 1 is fairer on a
+busy machine, where torch is slowed because OpenMP waits for each of its threads at every operation.
 """
 
 import argparse
@@ -99,11 +96,7 @@ def hugging_face(size: Size, encoded: Any, args: argparse.Namespace) -> Generate
 
 
 def measure(candidates: dict[str, Generate], shape: tuple[int, ...], rounds: int) -> dict:
-    """Return the median seconds of each candidate; they alternate in every round.
-
-    Raises:
-        RuntimeError: A candidate's captions do not have this shape.
-    """
+    """Return median seconds by candidate; raises RuntimeError for captions of another shape."""
     for name, generate in candidates.items():
         if generate() != shape:
             raise RuntimeError(f"{name} did not write captions of shape {shape}")

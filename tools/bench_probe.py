@@ -1,11 +1,10 @@
 """Compare the probe's logistic regression with scikit-learn's on the same features and C.
 
-    python tools/bench_probe.py                              generated features, 10,000 x 768
-    python tools/bench_probe.py --train runs/probed/features/A.npz --test runs/probed/features/B.npz
+    python tools/bench_probe.py [--train runs/a/features/A.npz --test runs/a/features/B.npz]
 
-The files are features saved by a probe. Both minimize the same objective. They alternate, and the
-table shows medians over rounds. Our time includes the transfer of the features to the device, their
-preparation and the fit, as in a probe. Compilation, once for each shape, is reported separately.
+Without files of a probe, features are generated, 10,000 x 768. Both minimize the same objective and
+alternate; the table shows medians. Our time includes the transfer to the device, preparation and
+fit, as in a probe. Compilation, once for each shape, is reported separately.
 """
 
 import argparse
@@ -28,17 +27,11 @@ from cap_pretrain.evals.probes.features import Labelled
 
 
 class Fit(NamedTuple):
-    """A fitted classifier.
+    """A fitted classifier."""
 
-    Attributes:
-        kernel: Weights, float [D, K].
-        bias: Biases, float [K].
-        iterations: Number of optimizer iterations.
-    """
-
-    kernel: np.ndarray
-    bias: np.ndarray
-    iterations: int
+    kernel: np.ndarray  # float [D, K]
+    bias: np.ndarray  # float [K]
+    iterations: int  # of the optimizer
 
 
 def generated(count: int, width: int, classes: int, seed: int) -> Labelled:

@@ -1,7 +1,4 @@
-"""Measure how fast the dataset `scenes` renders and captions images on one core.
-
-python tools/bench_scenes.py --image_size=64
-"""
+"""Measure how fast the dataset `scenes` renders and captions images on one core."""
 
 import argparse
 import sys

@@ -1,16 +1,15 @@
 r"""Build a dataset in TFDS format (ArrayRecord) from images and captions, or from class folders.
 
-    python tools/build_dataset.py captions_json --name my_data --out data \\
-        --annotations train=captions_train.json.gz val=captions_val.json.gz \\
+    python tools/build_dataset.py captions_json --name my_data --out data \
+        --annotations train=captions_train.json.gz val=captions_val.json.gz \
         --images train=images_train.zip val=images_val.zip
-    python tools/build_dataset.py image_folder --name my_classes --out data \\
+    python tools/build_dataset.py image_folder --name my_classes --out data \
         --images train=train.zip val=val.zip --classes classes.json
     python tools/build_dataset.py webdataset --name my_data --out data --shards tars
     python tools/build_dataset.py csv --name my_data --out data --tables a.csv --images photos
 
-Training reads it by its path: `data=data/my_data`. report.html and report.json next to the data
-count the dropped examples, and dropped.jsonl lists them. Running the same command again resumes an
-interrupted build.
+Training reads it by its path, `data=data/my_data`. report.html and report.json there count dropped
+examples, and dropped.jsonl lists them. The same command resumes an interrupted build.
 """
 
 import argparse

@@ -1,16 +1,12 @@
 """Caption image files with the learner of a run, one output line per file.
 
-    python tools/caption.py --checkpoint runs/cappa photo.jpg scan.tif
-    python tools/caption.py --checkpoint runs/cappa --method beam --json *.jpg
+    python tools/caption.py --checkpoint runs/cappa --method beam --json photo.jpg scan.tif
     python tools/caption.py --checkpoint runs/vqa --question "How many dogs are there?" photo.jpg
 
-A line is "NAME: CAPTION" or, for an unreadable file, "NAME: not captioned: REASON". With --json it
-is an object with "image" and "caption" or "error". With --question the run answers the question
-about each image; it must have been trained on questions (see configs/coco_captioning.py). The
-newest valid checkpoint is used, with averaged parameters if it has them.
-
-Exit status: 0 every file has a caption; 1 some have none; 2 there is no captioner to use, or an
-option is wrong, and nothing was captioned.
+A line is "NAME: CAPTION" or "NAME: not captioned: REASON"; with --json, an object with "image" and
+"caption" or "error". --question needs a run trained on questions (see configs/coco_captioning.py).
+The newest valid checkpoint is used, with averaged parameters if it has them. Exit status: 0 all
+have captions; 1 some have none; 2 there is no captioner, or an option is wrong.
 """
 
 import argparse

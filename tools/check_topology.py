@@ -1,24 +1,21 @@
 r"""Predict memory and step time of a config on a TPU slice with the TPU compiler, without TPUs.
 
-    python tools/check_topology.py --config=configs/pretrain.py:objective=cap,model=B/16 \\
+    python tools/check_topology.py --config=configs/pretrain.py:objective=cap,model=B/16 \
         --topology=v5e:16x16 [--config.batch_size=16384 …]
 
-Compiles the training step of the config for the chips of a slice and prints HBM per chip,
-collectives and a predicted step time. Nothing is measured. It needs `pip install -e '.[tpu]'`, some
-minutes and a few GiB of memory.
-
-The predicted time is the sum over operations of the compiler's estimated cycles, times the trip
-counts of enclosing loops, divided by the chip's clock rate; plus, where the core waits for
-collectives or copies from HBM, their bytes divided by the bandwidth. Model FLOPs, and thus MFU, are
-counted from the traced program without rematerialization. Peaks, bandwidths and clock rates are in
-cap_pretrain/telemetry/flops.py.
+Compiles the training step for the chips of a slice and prints HBM per chip, collectives and a
+predicted step time. Nothing is measured. It needs `pip install -e '.[tpu]'`, some minutes and a few
+GiB of memory. The time is the sum over operations of the compiler's estimated cycles, times the
+trip counts of enclosing loops, by the clock rate; plus, where the core waits for collectives or
+copies from HBM, their bytes by the bandwidth. Model FLOPs, and thus MFU, are counted from the
+traced program without rematerialization. cap_pretrain/telemetry/flops.py has peaks, bandwidths and
+clocks.
 
 If the config does not fit, the tool reports by how much, tries options that reduce memory, and
-names the fastest one that fits; --fit tries them in any case. --scan=16,64,256,1024 keeps the batch
-per chip and grows the slice (weak scaling). A v5e or v6e slice has at most 256 chips; more chips
-are several slices, and the predicted time excludes the data center network between them.
-
-Exit status: 0 it fits; 1 it does not; 2 the user's mistake.
+names the fastest one that fits; --fit tries them in any case. --scan=16,64,256,1024 grows the slice
+with the same batch per chip (weak scaling). A v5e or v6e slice has at most 256 chips; more are
+several slices, and the predicted time excludes the data center network between them. Exit status: 0
+it fits; 1 it does not; 2 the user's mistake.
 """
 
 import argparse

@@ -3,12 +3,10 @@
     python tools/colorize.py --checkpoint runs/colorization photo.jpg scan.tif --out colors.png
     python tools/colorize.py --checkpoint runs/colorization --data scenes --count 3 --out scenes.png
 
-Each row shows an image, its lightness, which is all that the model sees, and the same lightness
-with the predicted colors (the annealed mean of the predicted distribution). Images are resized to
-squares as in the run. The newest valid checkpoint is used, with averaged parameters if it has them.
-
-Exit status: 0 all images are drawn; 1 some files are not images, the others are drawn; 2 there is
-nothing to draw, or an option is wrong.
+A row shows an image, its lightness, which is all that the model sees, and that lightness with the
+predicted colors (annealed mean of the distribution). Images are resized to squares as in the run.
+The newest valid checkpoint is used, with averaged parameters if it has them. Exit status: 0 all are
+drawn; 1 some files are no images; 2 nothing to draw, or an option is wrong.
 """
 
 import sys
@@ -31,18 +29,7 @@ PANEL = 1.8  # inches
 
 
 def colorized(learner: Learner, pixels: np.ndarray) -> np.ndarray:
-    """Return images with their own lightness and predicted colors.
-
-    Args:
-        learner: A restored colorization learner.
-        pixels: Images, uint8 [B, S, S, 3].
-
-    Returns:
-        Images, uint8 [B, S, S, 3].
-
-    Raises:
-        UserError: The learner does not predict colors.
-    """
+    """Return images, uint8 [B, S, S, 3], in predicted colors; raises UserError if it has none."""
     if not issubclass(learner_type(learner.graphdef), Colorizes):
         raise UserError(
             f"--checkpoint: a {learner.config.learner.name} does not predict colors; "
@@ -61,8 +48,7 @@ def draw(named: Sequence[Named], predicted: np.ndarray) -> Any:
     figure = figures.new_figure(3 * PANEL, (PANEL + 0.2) * len(named))
     axes = figure.subplots(len(named), 3, squeeze=False)
     for row, (name, image), colored in zip(axes, named, predicted, strict=True):
-        # File names may be long; they differ at the end.
-        titles = [name[-18:], "lightness", "colorized"]
+        titles = [name[-18:], "lightness", "colorized"]  # long file names differ at the end
         panels = [image, lab.gray(image / 255), colored]
         for axis, title, panel in zip(row, titles, panels, strict=True):
             axis.set_axis_off()

@@ -1,16 +1,11 @@
 """Check that two workdirs hold bit-identical checkpoints and the same logged metrics.
 
-    python tools/compare_runs.py runs/a runs/b
+    python tools/compare_runs.py runs/a runs/b [--only_losses_within 1e-4]
 
-Compares metrics.jsonl (except times and `spike/…`) and every array of the checkpoints that both
-runs have: parameters, other variables, moving average, optimizer state.
-
-Exit status: 0 the same; 1 different, with the first metric and the first array that differ, and by
-how much; 2 they cannot be compared.
-
-A run on another mesh or another machine rounds differently. To compare its losses alone:
-
-    python tools/compare_runs.py runs/a runs/b --only_losses_within 1e-4
+Compares metrics.jsonl (except times and `spike/…`) and every array of the checkpoints in common:
+parameters, other variables, moving average, optimizer state; or losses alone, for a run on another
+mesh or machine, which rounds differently. Exit status: 0 the same; 1 different, with the first
+metric and the first array that differ, and by how much; 2 they cannot be compared.
 """
 
 import argparse
@@ -36,28 +31,16 @@ Metrics = dict[int, dict[str, float | None]]
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """The result of comparing two runs.
+    """The result of comparing two runs."""
 
-    Attributes:
-        differences: One line per kind of difference; empty if the runs are the same.
-        compared: How much was compared, in words.
-    """
-
-    differences: tuple[str, ...]
-    compared: str
+    differences: tuple[str, ...]  # one line per kind; empty if the runs are the same
+    compared: str  # how much was compared, in words
 
 
 def compare(a: Path, b: Path, only_losses_within: float | None = None) -> Comparison:
-    """Compare two workdirs.
+    """Compare workdirs; raises UserError if one is corrupt or no checkpoint is in common.
 
-    Args:
-        a: The first workdir.
-        b: The second workdir.
-        only_losses_within: If given, compare only the losses, up to this relative difference, and
-            metrics of the data (`data/…`), exactly; otherwise compare everything exactly.
-
-    Raises:
-        UserError: A folder is not a workdir, a file is corrupt, or no checkpoint is in common.
+    `only_losses_within`, a relative difference, is for losses only; metrics `data/…` stay exact.
     """
     metrics = [read_metrics(workdir) for workdir in (a, b)]
     if only_losses_within is not None:
@@ -70,12 +53,9 @@ def compare(a: Path, b: Path, only_losses_within: float | None = None) -> Compar
 
 
 def read_metrics(workdir: Path) -> Metrics:
-    """Read the metrics that a run logged, except times and spikes.
+    """Read a run's metrics except times and spikes; raises UserError if absent or corrupt.
 
     A metric logged twice at one step appears the second time as "NAME again".
-
-    Raises:
-        UserError: `workdir` has no metrics.jsonl, or a line of it is corrupt.
     """
     path = workdir / "metrics.jsonl"
     if not path.is_file():

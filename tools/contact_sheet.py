@@ -3,8 +3,7 @@
     python tools/contact_sheet.py --data scenes --split novel --image_size 96 --out scenes.png
     python tools/contact_sheet.py --workdir runs/quickstart --out captions.png
 
-With --workdir, the images and captions are those of the run's latest sample captions (the evaluator
-`samples` in configs/).
+A run's are its latest sample captions (the evaluator `samples` in configs/).
 """
 
 import argparse
@@ -37,11 +36,7 @@ def of_dataset(data: str, split: str, size: int) -> Iterator[Picture]:
 
 
 def of_run(workdir: Path, evaluation: str) -> Iterator[Picture]:
-    """Yield the preprocessed images and the captions of a run's latest evaluation.
-
-    Raises:
-        UserError: The run has no results of this evaluation.
-    """
+    """Yield images and captions of a run's latest evaluation; raises UserError if it has none."""
     results = sorted(
         (workdir / "evals" / evaluation).glob("*.json"), key=lambda path: int(path.stem)
     )

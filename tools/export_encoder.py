@@ -2,10 +2,9 @@
 
     python tools/export_encoder.py --checkpoint runs/cappa --out exported/cappa
 
-The folder contains weights (safetensors), config.json, preprocessor_config.json and a model card
-(README.md) with the training config and the metrics in evals/. Parameters are the averaged ones if
-the run averages them. The whole model of a CLIP or SigLIP run, with its tokenizer, goes to
-OUT/siglip, which loads as SiglipModel. --config.encoder=OUT loads the exported encoder.
+The folder has weights (safetensors; averaged ones, if any), config.json, preprocessor_config.json
+and a model card (README.md) with the config and the metrics in evals/. A CLIP or SigLIP run is also
+written whole, with its tokenizer, to OUT/siglip, a SiglipModel. --config.encoder=OUT loads OUT.
 """
 
 import argparse
@@ -27,13 +26,8 @@ DUAL = "siglip"  # folder of the SiglipModel
 def write(workdir: Path, step: int | None, out: Path) -> str:
     """Write the folder `out`, completely or not at all, and return a report.
 
-    Args:
-        workdir: Workdir of the run.
-        step: Step of the checkpoint; None is the newest valid one.
-        out: The folder to create.
-
-    Raises:
-        UserError: There is nothing to export, or `out` exists.
+    `step` None is the newest valid one. Raises UserError if nothing can be exported or `out`
+    exists.
     """
     config = read_config(workdir)
     step, averaged, params, _ = read_weights(workdir, step)

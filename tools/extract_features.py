@@ -1,18 +1,15 @@
 r"""Store an encoder's features of the images of a dataset, as a dataset to train on.
 
-    python tools/extract_features.py --encoder runs/cappa --data data/my_data --splits train val \\
+    python tools/extract_features.py --encoder runs/cappa --data data/my_data --splits train val \
         --out data --name my_features --what tokens
-    python -m cap_pretrain.main --config=configs/coco_captioning.py:data=data/my_features \\
+    python -m cap_pretrain.main --config=configs/coco_captioning.py:data=data/my_features \
         --workdir=runs/captions --config.model.name=stored
 
-Training on it equals training with a frozen encoder and no augmentation, without decoding and
-encoding the images in every epoch. Captions, labels, ids and questions are copied in the same
-order; images that cannot be decoded are skipped and listed. --encoder takes the same values as
---config.encoder. OUT/NAME/1.0.0/made.json describes the encoder.
-
---what head stores the output of layers after the encoder instead of the pooled vector: for a
-workdir of clip or siglip, the projected embedding; for jigsaw, the last layer before the output of
-the network that sees nine tiles.
+Training on it equals training with a frozen encoder and no augmentation, without encoding in every
+epoch. Captions, labels, ids and questions are copied in order; images that cannot be decoded are
+skipped and listed. --encoder is like --config.encoder. OUT/NAME/1.0.0/made.json describes it.
+--what head stores the output of layers after the encoder: for a workdir of clip or siglip, the
+projected embedding; for jigsaw, the last layer before the output of the network of nine tiles.
 """
 
 import argparse
@@ -52,16 +49,9 @@ DTYPES = ("float32", "float16")
 
 
 def encode(learner: nnx.Module, images: jax.Array, what: str, dtype: Any) -> jax.Array:
-    """Encode images.
+    """Encode images, uint8 [B, H, W, 3], as `dtype` [B, 1 + N, D]: a vector and N tokens.
 
-    Args:
-        learner: A learner with an encoder, or with `features` for "head".
-        images: Images, uint8 [B, H, W, 3].
-        what: One of WHAT.
-        dtype: Type of the result.
-
-    Returns:
-        Features, `dtype` [B, 1 + N, D]: one vector and, for "tokens", N tokens, otherwise N = 0.
+    N is 0 unless `what` is "tokens". For "head" the learner needs `features`.
     """
     if what == "head":
         rows = [learner.features(images)[:, None]]
@@ -72,11 +62,7 @@ def encode(learner: nnx.Module, images: jax.Array, what: str, dtype: Any) -> jax
 
 
 def extract(args: argparse.Namespace) -> Iterator[str]:
-    """Write the dataset, completely or not at all, and yield lines of a report.
-
-    Raises:
-        UserError: Options are wrong, or a split has no image that can be decoded.
-    """
+    """Write the dataset or nothing, yielding a report; raises UserError if no image is readable."""
     from cap_pretrain.data.builders.build import only_finished
     from cap_pretrain.data.builders.features import FeatureDataset
 

@@ -1,10 +1,9 @@
 """List the images of a dataset to exclude them from others (build_dataset --held_out).
 
     python tools/held_out.py data/coco --splits val test --to coco.held_out
-    python tools/build_dataset.py cc3m … --held_out coco.held_out
 
-Lines of the list are "exact HASH" (of the file), "perceptual HASH" (of the image content, which
-also finds copies of another size or quality) and, with --ids, "id ID".
+Lines are "exact HASH" (of the file), "perceptual HASH" (of the content, which also finds copies of
+another size or quality) and, with --ids, "id ID".
 """
 
 import argparse
@@ -42,7 +41,6 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _lines(dataset: str, splits: Sequence[str], ids: bool) -> Iterator[list[str]]:
-    """Yield the lines of each image."""
     from cap_pretrain.data import images
     from cap_pretrain.data.builders import hashes
     from cap_pretrain.data.sources.open import open_source

@@ -1,25 +1,21 @@
 r"""Check that a run that is killed and resumed repeatedly ends exactly like an uninterrupted one.
 
-    python tools/kill_and_resume.py --kills 5 --workdir runs/rehearsal -- \\
+    python tools/kill_and_resume.py --kills 5 --workdir runs/rehearsal -- \
         --config=configs/pretrain.py:objective=cap,model=mu/8 --config.total_steps=200 …
 
 Runs `python -m cap_pretrain.main` with the arguments after `--` twice: without interruption in
-WORKDIR/straight, and in WORKDIR/killed, where SIGKILL stops it at random moments and it is
-restarted each time: between steps, while a checkpoint is being saved (a third of the kills), and
-during startup (a sixth). Output goes to WORKDIR/straight.log and WORKDIR/killed.log, that of
-further processes to WORKDIR/killed.1.log and so on.
+WORKDIR/straight, and in WORKDIR/killed, restarted after each SIGKILL: at random moments between
+steps, while a checkpoint is being saved (a third) and during startup (a sixth). Logs are
+WORKDIR/straight.log and WORKDIR/killed.log, of further processes WORKDIR/killed.1.log and so on.
 
---processes 2 runs a cluster of CPU processes on this machine, and --devices 2 gives each process
-two virtual devices. Each kill then hits one process or all, and the others must exit by themselves.
-With --processes 1 2 4, each start draws the number of processes. --signals KILL TERM draws the
-signal.
+--processes 2 runs a cluster of CPU processes, and --devices 2 gives each two virtual devices. A
+kill then hits one or all, and the others must exit by themselves. With --processes 1 2 4, each
+start draws the number of processes; --signals KILL TERM draws the signal. Finally
+tools/compare_runs.py compares the runs: bit for bit, or, if the number of processes changed, losses
+to a relative 1e-4 and, with --config.log.ids=True, the examples of each step.
 
-At the end tools/compare_runs.py compares the two runs: bit for bit if the number of processes was
-constant; otherwise losses to a relative 1e-4 and, with --config.log.ids=True, the examples of each
-step.
-
-Exit status: 0 the runs agree; 1 they differ, or there were fewer kills than requested, or processes
-were left running; 2 the command does not run, or the user's mistake.
+Exit status: 0 the runs agree; 1 they differ, or there were too few kills, or processes were left
+running; 2 the command does not run, or the user's mistake.
 """
 
 import argparse
@@ -51,19 +47,12 @@ TOLERANCE = 1e-4
 
 @dataclasses.dataclass(frozen=True)
 class Pace:
-    """Timing of the uninterrupted run.
+    """Timing of the uninterrupted run, in seconds."""
 
-    Attributes:
-        steps: Its last step.
-        start: Seconds until the first step was logged.
-        line: Median seconds between logged steps.
-        save: Seconds of the fastest save.
-    """
-
-    steps: int
-    start: float
-    line: float
-    save: float
+    steps: int  # its last step
+    start: float  # until the first step was logged
+    line: float  # median, between logged steps
+    save: float  # of the fastest save
 
 
 def run_through(run: Run) -> Pace:
@@ -126,16 +115,10 @@ def wait_for(run: Run, kill: Kill) -> bool:
 
 
 class Cluster:
-    """Starts runs with a fixed or random number of processes.
+    """Starts runs with a number of processes drawn from `processes`, the first one unless killed.
 
-    Args:
-        processes: Numbers to draw from; the first one is that of the uninterrupted run.
-        devices: Virtual devices of each process; 0 keeps the default.
-        rng: Random generator of the draws.
-
-    Attributes:
-        alone: Whether runs always have one process.
-        size: The number of processes of the latest run, in words.
+    Each has `devices` virtual devices (0: the default). `alone` tells whether there is always one
+    process; `size` is the number of processes of the latest run, in words.
     """
 
     def __init__(self, processes: Sequence[int], devices: int, rng: random.Random):
@@ -157,10 +140,9 @@ class Cluster:
 def kill_and_resume(
     command: list[str], workdir: Path, kills: Sequence[Kill], cluster: Cluster, pace: Pace
 ) -> int:
-    """Run in `workdir` until the training is done, with kills; return the number of kills.
+    """Run to the end with kills and return their number.
 
-    Raises:
-        RehearsalError: The run did not resume, or left processes running.
+    Raises RehearsalError if the run did not resume, or left processes running.
     """
     done, lost = 0, 0
     while True:

@@ -1,10 +1,8 @@
 r"""Generate permutations of nine tiles for the jigsaw task, far from each other.
 
     python tools/make_permutations.py --count 100 --rule min --out data/permutations_100.txt
-    python -m cap_pretrain.main --config=configs/pretext.py:task=jigsaw,data=data/my_images \\
-        --workdir=runs/jigsaw --config.learner.file=data/permutations_100.txt
 
-Without a file, training generates them as `learner.permutations` and `learner.rule` say.
+Training reads the file `learner.file`, or generates them by `learner.permutations` and `.rule`.
 """
 
 import argparse

@@ -1,19 +1,13 @@
 """Plot a run's embeddings of images, captions or words in two dimensions.
 
     python tools/plot_embeddings.py --checkpoint runs/cap --out images.png --thumbnails --count 300
-    python tools/plot_embeddings.py --checkpoint runs/clip --what captions --out captions.svg
     python tools/plot_embeddings.py --checkpoint runs/cap --what words --method pca --out words.svg
 
-  images    the encoder's pooled features
-  captions  the first caption of each image: a dual encoder's text embedding, else the mean of the
-            caption's token embeddings
-  words     the most frequent words of the captions: the mean of a word's token embeddings
-
-Points are colored by the images' labels, if there are any. Dimensions are reduced by t-SNE (van der
-Maaten and Hinton 2008) or PCA, deterministically. The newest valid checkpoint is used, with
-averaged parameters if it has them.
-
-Exit status: 0 done, 2 the user's mistake.
+images are the encoder's pooled features; captions are the first ones, by a dual encoder's text
+embedding, else the mean of token embeddings; words are the most frequent ones of the captions, by
+the mean of token embeddings. Colors are the images' labels, if any. Dimensions are reduced by t-SNE
+(van der Maaten and Hinton 2008) or PCA, deterministically. The newest valid checkpoint is used,
+with averaged parameters if it has them. Exit status: 0 done, 2 the user's mistake.
 """
 
 import argparse
@@ -51,19 +45,12 @@ EXAMPLES = 2000  # number of examples whose captions give the word frequencies
 
 
 class Points(NamedTuple):
-    """Embeddings and what to draw for each of them.
+    """Embeddings and what to draw for each of them."""
 
-    Attributes:
-        vectors: Embeddings, float32 [n, D].
-        labels: Indices into the source's class names, int [n]; -1 is no label.
-        images: Thumbnails, uint8 [n, S, S, 3], or [0, …] without them.
-        words: n words, or none.
-    """
-
-    vectors: np.ndarray
-    labels: np.ndarray
-    images: np.ndarray
-    words: Sequence[str] = ()
+    vectors: np.ndarray  # float32 [n, D]
+    labels: np.ndarray  # indices into the source's class names, int [n]; -1 is no label
+    images: np.ndarray  # thumbnails, uint8 [n, S, S, 3], or [0, …] without them
+    words: Sequence[str] = ()  # n words, or none
 
 
 def of_images(learner: Learner, source: Source, count: int) -> Points:
@@ -78,11 +65,7 @@ def of_images(learner: Learner, source: Source, count: int) -> Points:
 
 
 def of_captions(learner: Learner, source: Source, count: int) -> Points:
-    """Return embeddings of the first captions of the first `count` images of a source.
-
-    Raises:
-        UserError: The learner reads no text, or the source has no captions.
-    """
+    """Return embeddings of first captions; raises UserError if there is no text."""
     tokenizer = learner.tokenizer
     _check_text(learner, source)
 
@@ -99,11 +82,7 @@ def of_captions(learner: Learner, source: Source, count: int) -> Points:
 
 
 def of_words(learner: Learner, source: Source, count: int) -> Points:
-    """Return embeddings of the `count` most frequent words, most frequent first.
-
-    Raises:
-        UserError: The learner reads no text, or the source has no captions.
-    """
+    """Return the most frequent words, in order; raises UserError if there is no text."""
     tokenizer = learner.tokenizer
     _check_text(learner, source)
     counts: collections.Counter[str] = collections.Counter()
@@ -161,11 +140,7 @@ SOURCES = {"images": of_images, "captions": of_captions, "words": of_words}
 
 
 def places(vectors: np.ndarray, method: str) -> np.ndarray:
-    """Reduce vectors [n, D] to coordinates [n, 2] by "tsne" or "pca".
-
-    Raises:
-        UserError: There are fewer than MIN_POINTS vectors, or some are not finite.
-    """
+    """Reduce vectors [n, D] to coordinates [n, 2]; raises UserError if too few or not finite."""
     if len(vectors) < MIN_POINTS:
         raise UserError(f"--count: {len(vectors)} points are too few; use {MIN_POINTS} or more.")
     if not np.isfinite(vectors).all():

@@ -3,16 +3,12 @@
     python tools/rehearse_build.py --images 20000 --kills 5 --folder rehearsal
 
 Writes tars like img2dataset's, of `scenes` at 500 x 375 pixels, with planted faults: truncated
-images, files that are not images, empty captions, images that occur again with the same or another
-quality, and a truncated last tar. Then runs tools/build_dataset.py with perceptual deduplication:
-without interruption in FOLDER/straight; on a tenth of the images in FOLDER/tenth; and in
-FOLDER/killed, where SIGKILL stops it at random moments and it is restarted each time.
-
-Prints the number of dropped examples by reason, seconds, and the peak memory (VmHWM) of the main
-process and of its workers.
-
-Exit status: 0 all counts equal the planted ones, and both datasets have the same bytes, reports
-included; 1 they differ; 2 the user's mistake.
+images, other files, empty captions, copies of the same or another quality, and a truncated last
+tar. Builds them with perceptual deduplication in FOLDER/straight; a tenth of them in FOLDER/tenth;
+and in FOLDER/killed, restarted after SIGKILL at random moments. Prints dropped examples by reason,
+seconds, and the peak memory (VmHWM) of the main process and of its workers. Exit status: 0 all
+counts equal the planted ones, and both datasets have the same bytes, reports included; 1 they
+differ; 2 the user's mistake.
 """
 
 import collections
@@ -76,10 +72,7 @@ def example(number: int, size: tuple[int, int]) -> tuple[bytes, str, str]:
 
 
 def write_tar(path: Path, numbers: range, size: tuple[int, int], cut: bool = False) -> list[str]:
-    """Write the examples of `numbers` and return the reason each will be dropped, or "".
-
-    With `cut` the tar has the first half of them and ends in the middle of a header.
-    """
+    """Write examples (with `cut`, half, and half a header); return why each is dropped, or ""."""
     reasons = []
     with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
         for number in numbers[: len(numbers) // 2] if cut else numbers:
@@ -120,16 +113,9 @@ def write_tars(
 
 
 class Build:
-    """A run of tools/build_dataset.py on tars, with the peak memory of its processes.
+    """A run of tools/build_dataset.py from tars in `shards` to `out`, with `workers` processes.
 
-    Args:
-        shards: Folder of the tars.
-        out: Where the dataset `mine` is built.
-        workers: Number of worker processes.
-
-    Attributes:
-        peaks: Peak memory in KiB, by process id.
-        process: The main process.
+    `process` is the main process, and `peaks` has the peak memory in KiB by process id.
     """
 
     def __init__(self, shards: Path, out: Path, workers: int):
@@ -145,10 +131,9 @@ class Build:
         )
 
     def run(self, seconds: float = float("inf")) -> bool:
-        """Wait for the end of the build or kill it after `seconds`; return whether it was killed.
+        """Wait for the end or kill it after `seconds`, and return whether it was killed.
 
-        Raises:
-            subprocess.CalledProcessError: The build failed.
+        Raises CalledProcessError if it failed.
         """
         while self.process.poll() is None:
             if self.seconds > seconds:

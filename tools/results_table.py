@@ -1,11 +1,10 @@
 r"""Print evaluation results of several runs as a Markdown table.
 
-    python tools/results_table.py runs/cap runs/cappa runs/clip \\
+    python tools/results_table.py runs/cap runs/cappa runs/clip \
         --figures linear_probe/top1 retrieval/image_to_text_r1 order:composition/accuracy
 
-A row is a folder. A column is EVALUATOR/METRIC of the run in the folder, or
-FOLDER:EVALUATOR/METRIC of a run in a subfolder; the newest result is shown. --titles renames the
-columns. Cells of missing results are empty. --percent prints fractions as percentages.
+A row is a folder; a column the newest EVALUATOR/METRIC of its run, or FOLDER:EVALUATOR/METRIC of a
+run in a subfolder, empty if missing. --titles renames columns; --percent prints percentages.
 """
 
 import argparse
@@ -19,11 +18,7 @@ from cap_pretrain.telemetry import tables
 
 
 def newest_result(workdir: Path, evaluator: str) -> dict:
-    """Return the newest result of an evaluator in a run; {} if there is none.
-
-    Raises:
-        UserError: The result cannot be read.
-    """
+    """Return the newest result, {} if there is none; raises UserError if it is unreadable."""
     folder = workdir / "evals" / evaluator
     steps = [path for path in folder.glob("*.json") if path.stem.isdecimal()]
     if not steps:
@@ -36,11 +31,7 @@ def newest_result(workdir: Path, evaluator: str) -> dict:
 
 
 def look_up(runs: list[Path], column: str) -> list[float | None]:
-    """Return the metric `[FOLDER:]EVALUATOR/METRIC` of each run; None where it is missing.
-
-    Raises:
-        UserError: No run has it, or `column` is not of this form.
-    """
+    """Return `[FOLDER:]EVALUATOR/METRIC` by run, or None; raises UserError if no run has it."""
     folder, _, name = column.rpartition(":")
     evaluator, slash, metric = name.partition("/")
     if not slash:
@@ -61,17 +52,7 @@ def look_up(runs: list[Path], column: str) -> list[float | None]:
 
 
 def table(runs: list[Path], columns: list[str], titles: list[str], percent: bool) -> str:
-    """Return a Markdown table with one row per run.
-
-    Args:
-        runs: Folders of the runs.
-        columns: Metrics as `look_up` takes them.
-        titles: Titles of the columns.
-        percent: Print fractions as percentages.
-
-    Raises:
-        UserError: As for `look_up`.
-    """
+    """Return a Markdown table, a row per run; columns and errors are those of `look_up`."""
     found = zip(*(look_up(runs, column) for column in columns), strict=True)
 
     def formatted(value: float | None) -> str:

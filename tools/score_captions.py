@@ -4,11 +4,10 @@
     python tools/score_captions.py --results runs/captioning/evals/test/5000.json
     python tools/score_captions.py --tokenized tokenized.json.gz
 
-Annotations have COCO's format: {"annotations": [{"image_id": 1, "caption": "a dog"}, …]}. Results
-are a list of {"image_id": 1, "caption": "a dog"}, or a file of the evaluator `caption_scores`,
-which includes references. Tokenized text is {"gts": {"1": ["a dog", …]}, "res": {"1": ["a dog"]}};
-given together with annotations and results, it is compared with the output of the Python tokenizer.
-All files may be gzipped. The last line of the output is JSON.
+Annotations are COCO's {"annotations": [{"image_id": 1, "caption": "a dog"}, …]}; results a list of
+such entries, or a file of the evaluator `caption_scores`, which has references. Tokenized text is
+{"gts": {"1": ["a dog", …]}, "res": {"1": ["a dog"]}}; with annotations and results, it checks the
+Python tokenizer. All files may be gzipped. The last line of the output is JSON.
 """
 
 import argparse
@@ -85,7 +84,6 @@ def agreement(captions: Texts, references: Texts, tokenized: tuple[Texts, Texts]
 
 
 def _read(args: argparse.Namespace) -> tuple[Texts, Texts, dict[str, Any]]:
-    """Return captions, references, and additional metrics."""
     pair = None
     if args.results:
         captions, references = read_results(args.results)

@@ -1,15 +1,12 @@
 """Draw which parts of an image a captioner attends to for each word of its caption.
 
-    python tools/show_attention.py --checkpoint runs/cappa photo.jpg scan.tif --out attention.png
     python tools/show_attention.py --checkpoint runs/cappa photo.jpg --caption "a dog" --out dog.svg
     python tools/show_attention.py --checkpoint runs/cappa --data scenes --count 3 --out scenes.png
 
-Each image is followed by one heat map per word of its caption, which is the run's own (greedy) or
-given with --caption. The map of a word is the mean over its tokens and, for a transformer, over the
-heads of one decoder layer. All maps of an image share one color scale, which ends at their maximum.
-The newest valid checkpoint is used, with averaged parameters if it has them.
-
-Exit status: 0 all images are drawn; 1 some files are not images, the others are drawn; 2 there is
+A heat map per word of the caption, the run's own (greedy) or --caption, follows each image: the
+mean over the word's tokens and, for a transformer, over the heads of one decoder layer. Maps of an
+image share a color scale, which ends at their maximum. The newest valid checkpoint is used, with
+averaged parameters if it has them. Exit status: 0 all are drawn; 1 some files are no images; 2
 nothing to draw, or an option is wrong.
 """
 
@@ -36,35 +33,21 @@ SIDE = 256  # minimum pixels of a panel
 
 
 class Attended(NamedTuple):
-    """An image and the attention map of each word of its caption.
-
-    Attributes:
-        name: Name of the image.
-        image: Pixels, uint8 [S, S, 3].
-        words: Words of the caption.
-        maps: Attention maps, float32 [len(words), H, W].
-    """
+    """An image and the attention map of each word of its caption."""
 
     name: str
-    image: np.ndarray
+    image: np.ndarray  # uint8 [S, S, 3]
     words: list[str]
-    maps: np.ndarray
+    maps: np.ndarray  # float32 [len(words), H, W]
 
 
 def attend_words(
     learner: Learner, named: Sequence[Named], caption: str, layer: dict[str, int | None]
 ) -> list[Attended]:
-    """Compute attention maps of the words of a caption.
+    """Compute attention maps of words of a caption, or, for "", of each image's own.
 
-    Args:
-        learner: The restored learner.
-        named: Images, uint8 [S, S, 3], with their names.
-        caption: Caption of all images; "" has the learner caption each of them.
-        layer: {"layer": index}, where None is the mean over layers, or {} for the learner's
-            default.
-
-    Raises:
-        UserError: The learner does not attend to parts of images, or has no such layer.
+    `layer` is {"layer": index}, where None is the mean, or {} for the learner's default. Raises
+    UserError if the learner does not attend to parts of images, or has no such layer.
     """
     _, tokenizer, graphdef, variables = learner
     word_maps.check_attends(learner_type(graphdef), by_layer=bool(layer))
@@ -99,8 +82,7 @@ def draw(attended: Sequence[Attended], columns: int) -> Any:
         panels = axes[first : first + rows].flat
         first += rows
         heated = overlays(found.image, found.maps)
-        # File names may be long; they differ at the end.
-        titles = [found.name[-18:], *found.words]
+        titles = [found.name[-18:], *found.words]  # long file names differ at the end
         for axis, title, panel in zip(panels, titles, [found.image, *heated], strict=False):
             axis.imshow(panel)
             axis.set_title(title, fontsize=9)
@@ -108,14 +90,10 @@ def draw(attended: Sequence[Attended], columns: int) -> Any:
 
 
 def overlays(image: np.ndarray, maps: np.ndarray) -> list[np.ndarray]:
-    """Return heat maps over the grayscale image, smoothly enlarged to at least SIDE pixels.
+    """Return maps, float [n, H, W], as heat maps over the image, uint8 [S, S, 3], in gray.
 
-    Args:
-        image: Pixels, uint8 [S, S, 3].
-        maps: Attention maps, float [n, H, W].
-
-    Returns:
-        n panels, float [max(S, SIDE), max(S, SIDE), 3] in [0, 1].
+    They are float [n][side, side, 3] in [0, 1], smoothly enlarged to a side of at least SIDE
+    pixels.
     """
     colors = figures.imported("matplotlib").colormaps["inferno"]
     side = max(SIDE, len(image))

@@ -6,17 +6,14 @@
     python tools/sweep.py table runs/sweep --figures val/loss:min --pivot optim.lr learner.layers
     python tools/sweep.py plot runs/sweep --x parameters --y val/loss --by objective --out loss.svg
 
-`run` starts each trial in the folder OUT/TRIAL and writes its output to log.txt there. Running the
-same command again resumes the sweep: finished trials are skipped, interrupted ones resume exactly.
-Overrides after `--`, such as --config.seed=1, apply to all trials. --print only prints the command
-of each trial, to be run on a cluster; the other commands read the results of those as well.
-
+`run` starts each trial in OUT/TRIAL, with its output in log.txt. The same command resumes a sweep:
+finished trials are skipped, interrupted ones resume exactly. Overrides after `--`, such as
+--config.seed=1, apply to all trials. --print prints the command of each, to run it on a cluster.
 `table` shows metrics of metrics.jsonl: the last value, or the best with ":min" or ":max"; 1-NAME is
-the error of an accuracy, as in 1-accuracy/top1. `plot` draws one metric against parameters,
-parameters/PART, examples, flops or any numeric field on logarithmic axes, and fits the power law
-y = a x^-b, or y = a x^-b + c with --offset. Bands are 95% intervals from the fit's covariance.
-
-Exit status: 0 done; 1 trials failed after all retries; 2 the user's mistake; 143 stopped by SIGTERM
+the error of an accuracy, as in 1-accuracy/top1. `plot` draws a metric against parameters,
+parameters/PART, examples, flops or any numeric field on logarithmic axes, and fits the power law y
+= a x^-b, or y = a x^-b + c with --offset; bands are 95% intervals from the fit's covariance. Exit
+status: 0 done; 1 trials failed after all retries; 2 the user's mistake; 143 stopped by SIGTERM
 after all trials saved a checkpoint (130 by Ctrl-C).
 """
 
@@ -127,14 +124,7 @@ def draw(
     x_name: str,
     y_name: str,
 ) -> Any:
-    """Return a figure of each group's points, power law and 95% band.
-
-    Args:
-        points: (x, y) of the trials, by group.
-        laws: Fitted power laws, by group; a group may have none.
-        x_name: Label of the x axis.
-        y_name: Label of the y axis.
-    """
+    """Return a figure of each group's points (x, y), power law, if fitted, and 95% band."""
     figure = figures.new_figure(7, 5)
     axis = figure.subplots()
     axis.set_xscale("log")

@@ -1,6 +1,5 @@
 """Train a tokenizer on the captions of a dataset: sentencepiece, or whole words.
 
-    python tools/train_tokenizer.py --data data/my_data --out data/my_tokenizer
     python tools/train_tokenizer.py --data scenes --vocab_size 300 --limit 9999 --out data/tokenizer
     python tools/train_tokenizer.py --data data/my_data --kind words --min_count 6 --out data/words
 
