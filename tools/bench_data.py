@@ -198,8 +198,7 @@ def measure_all(config: ConfigDict) -> tuple[ConfigDict, dict[str, float], dict[
         tokenizer = inputs.prepare_tokenizer(config, mixture, folder, anew=True)
         grouped = inputs.in_buckets(config, mixture, tokenizer)
         dataset = inputs.training_batches(config, grouped, tokenizer)
-        # In a thread like the pipeline's, where the allocator keeps its memory.
-        with ThreadPoolExecutor(1) as thread:
+        with ThreadPoolExecutor(1) as thread:  # where memory is kept as in the pipeline
             parts = thread.submit(stages, mixture, tokenizer, config, dataset).result()
         candidates = {"cap_pretrain": ours(dataset, config.data.workers)}
         if COMPARE.value:

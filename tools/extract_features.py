@@ -118,8 +118,7 @@ def _examples(
     source: Source, batches: Iterator[tuple[np.ndarray, tuple]], seen: np.ndarray, name: str
 ) -> Iterator[Example]:
     """Yield the examples with their features and mark them in `seen`, bool [len(source)]."""
-    # disable=None shows the bar only in a terminal.
-    with tqdm(desc=name, total=len(source), unit="img", disable=None) as bar:
+    with tqdm(desc=name, total=len(source), unit="img", disable=None) as bar:  # None: terminals
         for indices, (features,) in batches:
             seen[indices] = True
             for index, array in zip(indices.tolist(), features, strict=True):
@@ -157,7 +156,6 @@ def _tokenizer(config: ConfigDict, what: str) -> Tokenizer:
 
 
 def _made(args: argparse.Namespace, config: ConfigDict, encoder: str, variables: Any) -> dict:
-    """Return a description of the encoder and its inputs, for made.json."""
     weights = dict(zip(("params", "stats"), variables, strict=True))
     prints = jax.device_get(jax.jit(fingerprint.fingerprints)(weights))
     text = json.dumps({path: int(value) for path, value in sorted(prints.items())})

@@ -88,8 +88,7 @@ def plan_kills(
     # A start in the middle of a run may take longer, because it restores a checkpoint.
     longest = {"save": pace.save, "start": 1.2 * pace.start, "step": pace.line}
     for number, kind in enumerate(kinds):
-        # No kills in the last tenth, so that the run does not end before its last kill.
-        spacing = 0.9 * pace.steps / kills
+        spacing = 0.9 * pace.steps / kills  # so that the run does not end before the last kill
         step, latest = int(spacing * (number + rng.random())), spacing * (number + 1.5)
         which = rng.choice(list(signals)) if signals else signal.SIGKILL
         seconds, everyone = rng.random() * longest[kind], rng.random() < 0.5
@@ -140,10 +139,7 @@ class Cluster:
 def kill_and_resume(
     command: list[str], workdir: Path, kills: Sequence[Kill], cluster: Cluster, pace: Pace
 ) -> int:
-    """Run to the end with kills and return their number.
-
-    Raises RehearsalError if the run did not resume, or left processes running.
-    """
+    """Run with kills and return their number; raises RehearsalError if it does not resume."""
     done, lost = 0, 0
     while True:
         try:

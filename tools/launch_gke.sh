@@ -1,10 +1,8 @@
 #!/usr/bin/env bash
 # Trains on a TPU slice of a GKE cluster with a JobSet, which restarts it. See docs/tpu_pod.md.
-#
 #   tools/launch_gke.sh --name=NAME --image=IMAGE --accelerator=tpu-v5-lite-podslice \
 #       --topology=16x16 --mount=NFS_HOST:/SHARE [FLAGS] \
 #       -- --config=configs/pretrain.py --workdir=/mnt/runs/cap [--config.some.field=value]
-#
 # Arguments after -- go to `python -m cap_pretrain.main` in every pod. Flags:
 #   --mount=WHAT          NFS_HOST:/SHARE or gs://BUCKET, mounted at /mnt/runs in every pod
 #   --chips_per_host=4    chips of the node pool's machine type: 4 for ct5lp-hightpu-4t
@@ -12,7 +10,6 @@
 #   --service_account=SA  Kubernetes service account with access to gs:// paths
 #   --max_restarts=10     give up after this many crashes, not counting preemptions
 #   --dry_run             print the manifest instead of applying it
-#
 # An existing JobSet of that name is stopped, which saves a checkpoint, and replaced. The run resumes.
 set -euo pipefail
 

@@ -1,9 +1,7 @@
 #!/usr/bin/env bash
 # Creates a slice of TPU VMs and trains on it to the end of the run. See docs/tpu_pod.md.
-#
 #   tools/launch_tpu.sh --name=NAME --zone=ZONE --type=v5litepod-256 --version=v2-alpha-tpuv5-lite \
 #       [FLAGS] -- --config=configs/pretrain.py --workdir=/mnt/runs/cap [--config.some.field=value]
-#
 # Arguments after -- go to `python -m cap_pretrain.main` on every worker. Flags:
 #   --project=ID       Google Cloud project; default: that of gcloud
 #   --spot             create a preemptible slice, at a lower price
@@ -14,9 +12,8 @@
 #   --poll=30          seconds between checks of a slice that is not ready
 #   --dry_run          print every command instead of running it
 #   --stop             only stop the program on the slice, which saves a checkpoint first
-#
-# The program keeps running on the workers without this script: Ctrl-C only stops following its log,
-# and the same command follows it again. The slice is not deleted at the end of the run: delete it.
+# The program runs on without this script: Ctrl-C only stops following its log, and the same command
+# follows it again. The slice is not deleted at the end of the run: delete it.
 # Exit status: that of the run (0 done, 2 user's mistake, 143 stopped), or 1 if it is unknown.
 set -euo pipefail
 

@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
 # Commands that tools/launch_tpu.sh runs on each TPU VM, from ~/cap_pretrain/tools.
-#
 #   install [MOUNT]   install Python, this package and its dependencies; mount gs://BUCKET or HOST:/SHARE
 #   start FLAGS…      start `python -m cap_pretrain.main FLAGS…`, unless it is running
 #   state             print "running" or "idle"
@@ -33,9 +32,8 @@ mount_runs() {
   if [[ $1 == gs://* ]]; then
     command -v gcsfuse >/dev/null || install_gcsfuse
     sudo chown "$(id -un)" "$mount_point"
-    # Hosts must see each other's writes at once, so file metadata is not cached; by default it is
-    # cached for a minute, and on large machines forever. Folders are renamed only where this is
-    # atomic (in a bucket with a hierarchical namespace), because checkpoints rely on it.
+    # Metadata is not cached (by default for a minute or forever), to see others' writes at once.
+    # Folders are renamed only where this is atomic (hierarchical namespace), as checkpoints need it.
     local bucket=${1#gs://}
     gcsfuse --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 \
       --rename-dir-limit=0 "${bucket%/}" "$mount_point"

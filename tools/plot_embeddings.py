@@ -158,8 +158,7 @@ def principal_components(vectors: np.ndarray, count: int) -> np.ndarray:
     """Project vectors [n, D] onto their first principal components: [n, min(count, n, D)]."""
     centered = vectors.astype(np.float64) - vectors.mean(0, dtype=np.float64)
     u, s, axes = np.linalg.svd(centered, full_matrices=False)
-    # Fix the sign of each axis: its largest entry is positive.
-    rows = np.arange(len(axes))
+    rows = np.arange(len(axes))  # the largest entry of each axis becomes positive
     signs = np.sign(axes[rows, np.argmax(np.abs(axes), axis=1)])
     return (u * s * signs)[:, :count]
 

@@ -37,8 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SIZE = 500, 375
 PER_TAR = 1000
 POLL = 0.05  # seconds between two looks at the memory of processes
-# Reasons for which examples are dropped, by the last digit of their number.
-FAULTS = {1: "broken", 2: "broken", 3: "without captions"}
+FAULTS = {1: "broken", 2: "broken", 3: "without captions"}  # by the last digit of examples
 COPIES = {4: "duplicate image", 5: "near-duplicate image"}
 
 
@@ -131,10 +130,7 @@ class Build:
         )
 
     def run(self, seconds: float = float("inf")) -> bool:
-        """Wait for the end or kill it after `seconds`, and return whether it was killed.
-
-        Raises CalledProcessError if it failed.
-        """
+        """Return whether it was killed after `seconds`; raises CalledProcessError if it failed."""
         while self.process.poll() is None:
             if self.seconds > seconds:
                 self.process.send_signal(signal.SIGKILL)

@@ -120,8 +120,7 @@ def _entries(path: Path, key: str) -> list[tuple[str, dict[str, Any]]]:
     for entry in entries:
         if not isinstance(entry, dict) or not {"image_id", "caption"} <= entry.keys():
             raise UserError(f"{path}: {repr(entry)[:50]} has no image_id and caption.")
-    # Some files have numeric ids as text.
-    return [(str(entry["image_id"]), entry) for entry in entries]
+    return [(str(entry["image_id"]), entry) for entry in entries]  # some files have text ids
 
 
 def _texts(path: Path, texts: Any) -> list[str]:

@@ -90,11 +90,7 @@ def draw(attended: Sequence[Attended], columns: int) -> Any:
 
 
 def overlays(image: np.ndarray, maps: np.ndarray) -> list[np.ndarray]:
-    """Return maps, float [n, H, W], as heat maps over the image, uint8 [S, S, 3], in gray.
-
-    They are float [n][side, side, 3] in [0, 1], smoothly enlarged to a side of at least SIDE
-    pixels.
-    """
+    """Return maps [n, H, W] as n smooth heat maps [side, side, 3] in [0, 1] over a gray image."""
     colors = figures.imported("matplotlib").colormaps["inferno"]
     side = max(SIDE, len(image))
     gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32)[..., None] / 255

@@ -66,7 +66,6 @@ def write_card(path: Path, config: ConfigDict, exported: Exported) -> None:
 
 
 def _dual_encoder(folder: str, contrast: str) -> list[str]:
-    """Return the paragraphs about the SiglipModel in `folder`."""
     probabilities = (
         "`logits_per_image.softmax(-1)` over the texts"
         if contrast == "softmax"
@@ -101,7 +100,6 @@ def without_folders(value: Any) -> Any:
 
 
 def _shown(config: ConfigDict) -> dict[str, Any]:
-    """Return the part of a config that the card shows."""
     shown = {k: v for k, v in config.to_dict().items() if k not in _NOT_SHOWN}
     shown["data"] = {k: v for k, v in shown["data"].items() if k not in _NOT_SHOWN_OF_DATA}
     return without_folders(shown)

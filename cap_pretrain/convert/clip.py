@@ -10,8 +10,7 @@ _POSITIONS = "embeddings.position_embedding.weight"
 
 OPTIONS = Options(pool="class", class_token=True, pre_norm=True, final_norm="pooled")
 
-# From OpenAI's code, `_transform` in clip.py.
-MEAN = (0.48145466, 0.4578275, 0.40821073)
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # like STD from OpenAI's clip.py, `_transform`
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 NAMES: dict[str, Entry] = BLOCKS | {

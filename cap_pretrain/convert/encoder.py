@@ -14,8 +14,7 @@ from cap_pretrain.models.layers import Compute
 from cap_pretrain.models.sizes import SIZES, Size
 from cap_pretrain.models.vit import Options, ViT
 
-# Mean and standard deviation that map pixels in [0, 1] to [-1, 1], the input of our models.
-OURS = ((0.5,) * 3, (0.5,) * 3)
+OURS = ((0.5,) * 3, (0.5,) * 3)  # mean and std that map pixels in [0, 1] to our [-1, 1]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -204,8 +204,7 @@ def _sizes(config: ConfigDict) -> dict[str, int]:
 
 
 def _vision_tensors(encoder: Params) -> dict[str, np.ndarray]:
-    # transformers before version 5 needs the prefix even for a vision model alone.
-    prefix = siglip.FAMILY.prefix
+    prefix = siglip.FAMILY.prefix  # which transformers 4 needs even for a vision model alone
     return {prefix + name: tensor for name, tensor in to_torch(encoder, siglip.NAMES).items()}
 
 

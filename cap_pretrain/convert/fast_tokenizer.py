@@ -34,7 +34,6 @@ def special_ids(model: bytes) -> dict[str, int | None]:
 
 
 def _parse(model: bytes) -> Any:
-    """Return the ModelProto of a sentencepiece model."""
     from sentencepiece import sentencepiece_model_pb2
 
     # Protobuf adds the messages of a module at run time.
@@ -42,7 +41,6 @@ def _parse(model: bytes) -> Any:
 
 
 def _tokenizer(proto: Any, lower: bool) -> dict[str, Any]:
-    """Return the content of `tokenizer.json`."""
     trained, normalizer = proto.trainer_spec, proto.normalizer_spec
     if (
         trained.model_type not in (trained.BPE, trained.UNIGRAM)
@@ -122,8 +120,7 @@ def _unigram(proto: Any) -> dict[str, Any]:
 
 def _bpe(proto: Any) -> dict[str, Any]:
     ids = {piece.piece: n for n, piece in enumerate(proto.pieces)}
-    # Sentencepiece merges whichever pair makes the piece with the best score.
-    merges = [
+    merges = [  # sentencepiece merges whichever pair makes the piece with the best score
         (piece[:cut], piece[cut:])
         for piece in sorted(ids, key=lambda piece: -proto.pieces[ids[piece]].score)
         for cut in range(1, len(piece))

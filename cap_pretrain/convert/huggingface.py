@@ -53,8 +53,7 @@ def open_folder(folder: Path) -> Pretrained:
     family = FAMILIES[kind]
     vision = DEFAULTS | dict(family.defaults)
     if kind in ("clip", "siglip"):
-        # Old CLIP configs have a second section, which takes precedence.
-        for section in ("vision_config", "vision_config_dict"):
+        for section in ("vision_config", "vision_config_dict"):  # the second of old CLIP configs
             vision |= config.get(section) or {}
     else:
         vision |= config

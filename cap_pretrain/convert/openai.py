@@ -41,8 +41,7 @@ NAMES: dict[str, Entry] = {
     "norm": "visual.ln_post",
 }
 
-# The projection, the text tower, and what OpenAI's archives hold besides weights.
-IGNORED = (
+IGNORED = (  # projection, text tower, and what OpenAI's archives hold besides weights
     *("visual.proj", "transformer.", "token_embedding.", "positional_embedding", "ln_final."),
     *("text_projection", "text.", "attn_mask", "logit_scale", "logit_bias"),
     *("input_resolution", "context_length", "vocab_size"),

@@ -20,8 +20,7 @@ NAMES: dict[str, Entry] = BLOCKS | {
     "head/mlp/down": "head.mlp.fc2",
 }
 
-# Of our text tower; "projection" is the linear layer after it.
-TEXT_NAMES: dict[str, Entry] = BLOCKS | {
+TEXT_NAMES: dict[str, Entry] = BLOCKS | {  # of our text tower and the "projection" after it
     "embedding/embedding": "embeddings.token_embedding.weight",
     "positions": "embeddings.position_embedding.weight",
     "norm": "final_layer_norm",

@@ -152,7 +152,6 @@ def _to_theirs(path: str, array: np.ndarray) -> np.ndarray:
 
 
 def _few(names: Iterable[str]) -> str:
-    """Return the first names, and the number of the others."""
     names = list(names)
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(names[:_LISTED]) + more

@@ -17,13 +17,11 @@ from cap_pretrain.models.layers import Compute
 from cap_pretrain.models.resnet import ResNet
 from cap_pretrain.models.sizes import ALEXNET, RESNETS, Stages
 
-# Prefixes of VISSL's names: in the whole model, and in its trunk.
-TRUNKS = ("trunk._feature_blocks.", "_feature_blocks.")
+TRUNKS = ("trunk._feature_blocks.", "_feature_blocks.")  # of VISSL's model, and of its trunk
 HEADS = ("fc.", "classifier.", "heads.")
 _COUNTER = ".num_batches_tracked"  # of torch's BatchNorm, which uses it only without momentum
 
-# The convolutions in the sequence `features` of torchvision's AlexNet.
-ALEXNET_NAMES: dict[str, Entry] = {
+ALEXNET_NAMES: dict[str, Entry] = {  # convolutions in the sequence `features` of torchvision
     f"conv{n}": f"features.{place}" for n, place in enumerate((0, 3, 6, 8, 10), 1)
 }
 

@@ -1,7 +1,4 @@
-"""ViTModel and ViTForImageClassification of `transformers`, without classifier and pooler.
-
-Dosovitskiy et al. 2020 (arXiv 2010.11929). The pooled vector is the normalized class token.
-"""
+"""The ViT of `transformers`, without classifier (Dosovitskiy et al. 2020, arXiv 2010.11929)."""
 
 from typing import Any
 

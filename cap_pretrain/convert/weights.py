@@ -16,8 +16,7 @@ _TORCH = (".pt", ".pth", ".bin")
 SUFFIXES = (".safetensors", *_TORCH)
 # Paths of the state dict in a training checkpoint: of OpenCLIP and many others, and of VISSL.
 _INSIDE = (("state_dict",), ("classy_state_dict", "base_model", "model", "trunk"))
-# In older versions a crafted file could execute code in spite of weights_only (CVE-2025-32434).
-_SAFE_TORCH = (2, 6)
+_SAFE_TORCH = (2, 6)  # before, a file could run code in spite of weights_only (CVE-2025-32434)
 
 
 class MissingTensorError(KeyError):
@@ -89,7 +88,6 @@ def _tensors(path: Path) -> dict[str, Callable[[], Any]]:
 
 
 def _safetensors_file(path: Path) -> dict[str, Callable[[], Any]]:
-    """Return readers of the tensors in a .safetensors file."""
     import safetensors
 
     try:
@@ -101,7 +99,6 @@ def _safetensors_file(path: Path) -> dict[str, Callable[[], Any]]:
 
 
 def _torch_file(path: Path) -> dict[str, Callable[[], Any]]:
-    """Return readers of the tensors in a file of torch."""
     try:
         import torch
     except ImportError as e:
@@ -136,8 +133,7 @@ def _torch_file(path: Path) -> dict[str, Callable[[], Any]]:
         content = inside if isinstance(inside, dict) else content
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__} instead of a state dict.")
-    # DistributedDataParallel adds the prefix "module.".
-    return {
+    return {  # DistributedDataParallel adds the prefix "module."
         name.removeprefix("module."): functools.partial(_to_numpy, tensor)
         for name, tensor in content.items()
         if isinstance(tensor, torch.Tensor)
@@ -149,6 +145,5 @@ def _to_numpy(tensor: Any) -> np.ndarray:
 
 
 def _is_program(path: Path) -> bool:
-    """Return whether a zip file of torch holds TorchScript."""
     with zipfile.ZipFile(path) as file:
         return any(name.endswith("/constants.pkl") for name in file.namelist())
