@@ -31,23 +31,11 @@ _THING_TINT, _BACKGROUND_TINT = 12.0, 10.0  # largest change of color, in gray l
 
 _FINER = 4  # sub-pixels per pixel and axis
 _SHIFT = 4  # fractional bits of the polygon corners
-
-_NOISE_WINDOWS = (
-    1 << 16
-)  # number of positions in the noise table at which the noise of an image can start
+_NOISE_WINDOWS = 1 << 16  # positions in the noise table where the noise of an image can start
 
 
 def render(scene: Scene, size: int, noise: float) -> np.ndarray:
-    """Render a scene.
-
-    Args:
-        scene: what to draw.
-        size: image side in pixels.
-        noise: the largest standard deviation of the pixel noise, as a fraction of full scale.
-
-    Returns:
-        uint8 [size, size, 3], RGB.
-    """
+    """Return RGB uint8 [size, size, 3]; `noise` is the largest standard deviation / full scale."""
     image = _backdrop(scene.background, size)
     for thing in scene.things:
         _paint(image, thing)

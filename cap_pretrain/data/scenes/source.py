@@ -41,23 +41,19 @@ class ScenesOptions:
         colours: number of colors (the first ones of `COLOURS`), 2 to 8.
         shapes: number of shapes (the first ones of `SHAPES`), 2 to 8.
         patterns: whether half of the objects are striped, dotted or checkered.
-        backgrounds: whether backgrounds vary in brightness, tint and shading; if False, they are
-            medium gray.
+        backgrounds: whether backgrounds vary in brightness, tint and shading; if not, medium gray.
         noise: largest standard deviation of the pixel noise as a fraction of full scale, 0 to 0.5.
             Each image draws its own up to this.
         plain_captions: whether captions only list the color and shape of every object ("a red
-            circle and a blue ring"). The following caption options then have no effect, except
-            `synonyms`.
+            circle and a blue ring"). Of the other caption options, only `synonyms` then has an
+            effect.
         partial_captions: whether some captions leave out objects, colors or shapes. If False, all
             five name every object's color and shape.
         relations: whether some captions state the relative position of objects.
         synonyms: whether captions use several words for the same concept.
         label: meaning of an example's `label`: shape or colour of the main (largest) object, count,
             or relation (of the main object to the second largest).
-        length_train: number of examples in split train.
-        length_val: number of examples in split val.
-        length_test: number of examples in split test.
-        length_novel: number of examples in split novel.
+        length_train: number of examples in split train; likewise the following ones.
     """
 
     min_objects: int = 1
@@ -114,19 +110,10 @@ class ScenesOptions:
 class Scenes:
     """The dataset as a random-access sequence of examples: a `Source`.
 
-    Args:
-        split: train, val, test or novel.
-        image_size: image side in pixels, at least 16; the scenes are the same at every size.
-        **options: fields of `ScenesOptions`.
-
-    Attributes:
-        split: as above.
-        image_size: as above.
-        options: the `ScenesOptions`.
-
-    Raises:
-        UserError: a split or option is unknown, or a value is out of range; or, for novel, the
-            colors and shapes have fewer held-out pairs than a scene has objects.
+    The scenes are the same at every `image_size`, the side in pixels, at least 16. `options` are
+    fields of `ScenesOptions`, held by the attribute of that name. Raises UserError if a split or
+    option is unknown, or a value is out of range; or, for novel, if the colors and shapes have
+    fewer held-out pairs than a scene has objects.
     """
 
     Options = ScenesOptions
@@ -227,8 +214,8 @@ class Scenes:
     def negatives(self, index: int) -> dict[str, tuple[str, str]]:
         """Return hard negatives of example `index`: kind -> (true caption, false caption).
 
-        Except in `novel`, false captions mention only color-shape pairs that occur in training. In
-        all splits, they mention only numbers of objects that occur. See `text.negatives`.
+        Except in `novel`, false captions mention only color-shape pairs that occur in training; in
+        all splits, only numbers of objects that occur. See `text.negatives`.
         """
         options = self.options
         counts = range(options.min_objects, options.max_objects + 1)

@@ -1,8 +1,7 @@
 """Captions of scenes: write true and false ones, and parse any caption.
 
 The content of a caption (a `Claim`) is separate from its words (a `Wording`). A hard negative is a
-changed claim in the same wording. It is known to be false because the claim, not the text, is
-checked against the scene.
+changed claim in the same wording, known to be false because the claim is checked against the scene.
 """
 
 import re
@@ -55,8 +54,7 @@ _WORDS = {
     "light": ("light", "bright"),
     "thing": ("shape", "object"),
 }
-# Opposite relations have the same number of forms in the same order, so reversing one changes no
-# other word.
+# Opposites have their forms in the same order, so reversing a relation changes no other word.
 _RELATION_FORMS = {
     "left": ("left of", "to the left of"),
     "right": ("right of", "to the right of"),
@@ -96,13 +94,10 @@ class Phrase:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """The content of a caption. It has a relation or a count, not both.
+    """The content of a caption: phrases that describe objects, and what is said of the scene.
 
-    Attributes:
-        phrases: descriptions of objects.
-        relation: position of the first object relative to the second.
-        count: number of objects in the scene.
-        background: brightness of the background.
+    It has a count of all objects or a relation, the position of the first object relative to the
+    second, not both. `background` is the brightness of the background.
     """
 
     phrases: tuple[Phrase, ...]
@@ -124,12 +119,7 @@ class Claim:
 
 
 class Wording:
-    """A choice of words, which stays the same for all captions written with it.
-
-    Args:
-        rng: source of all choices.
-        synonyms: whether to use more than one word for a concept.
-    """
+    """A choice of words, with or without synonyms, the same in all captions written with it."""
 
     def __init__(self, rng: Random, synonyms: bool) -> None:
         self._rng = rng
@@ -191,15 +181,10 @@ def captions(
 ) -> list[str]:
     """Return five true captions that differ in lead, order, details and words.
 
-    Args:
-        scene: the scene to describe.
-        rng: source of all random choices.
-        plain: only list each object's color and shape ("a red circle and a blue ring"). Then only
-            the order varies (and the words, with `synonyms`), so captions may be equal.
-        partial: let about two in five captions leave something out, as people do. Otherwise, each
-            names every object's color and shape.
-        relations: let some captions state the relative position of objects.
-        synonyms: use several words for the same concept.
+    With `plain`, they only list each object's color and shape ("a red circle and a blue ring").
+    Then only the order varies (and the words, with `synonyms`), so captions may be equal. With
+    `partial`, about two in five leave something out, as people do; otherwise, each names every
+    object's color and shape. With `relations`, some state the relative position of objects.
     """
     written = []
     for lead in shuffled(rng, _LEADS)[:CAPTIONS_PER_IMAGE]:  # different leads, so captions differ
@@ -223,24 +208,16 @@ def negatives(
     relations: bool,
     synonyms: bool,
 ) -> dict[str, tuple[str, str]]:
-    """Return pairs of a true caption and a false one with a minimal change.
+    """Return pairs of a true caption and a false one with a minimal change: kind -> (true, false).
 
-    Args:
-        scene: the scene that the captions describe.
-        rng: source of all random choices.
-        pairs: the color-shape pairs that a false caption may mention. Pairs that never occur in
-            training would make it easy to recognize.
-        counts: likewise, the numbers of objects.
-        plain: only list each object's color and shape, as in `captions`.
-        relations: whether captions state relations; if not, there are no negatives of them.
-        synonyms: use several words for the same concept.
+    `colour_replaced` and `shape_replaced` change one object; `attributes_swapped` swaps the colors
+    of two objects; `relation_reversed` exchanges left and right or above and below;
+    `objects_exchanged` swaps the two sides of the relation; `count_changed` changes a caption that
+    only states the number of objects. Kinds that do not apply are left out.
 
-    Returns:
-        kind -> (true, false), without the kinds that do not apply. `colour_replaced` and
-        `shape_replaced` change one object; `attributes_swapped` swaps the colors of two objects;
-        `relation_reversed` exchanges left and right or above and below; `objects_exchanged` swaps
-        the two sides of the relation; `count_changed` changes a caption that only states the number
-        of objects.
+    False captions mention only the given `pairs` of color and shape and `counts` of objects:
+    others, which never occur in training, would make them easy to recognize. The further options
+    are those of `captions`; without `relations` there are no negatives of relations.
     """
     if plain:
         phrases = (Phrase(thing.colour, thing.shape) for thing in shuffled(rng, scene.things))
@@ -287,14 +264,7 @@ def label_caption(label: str, name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Mention:
-    """An object that a caption mentions. An attribute that is None is not mentioned.
-
-    Attributes:
-        colour: one of `COLOURS`.
-        shape: one of `SHAPES`.
-        colour_at: index of the first character of the color's word in the caption.
-        shape_at: the same of the shape's word.
-    """
+    """An object in a caption, and where its words start; None for what is not mentioned."""
 
     colour: str | None = None
     shape: str | None = None

@@ -21,9 +21,7 @@ MAX_OBJECTS = 3
 # not depend on the options, so an encoder trained on six colors has not seen these either.
 HELD_OUT = frozenset((c, SHAPES[(k + 1) % len(SHAPES)]) for k, c in enumerate(COLOURS))
 
-SMALLEST = (
-    0.115  # radius; a diameter of 11 pixels in images of 48, where shapes are still distinguishable
-)
+SMALLEST = 0.115  # radius; 11 pixels across in images of 48, where shapes can be distinguished
 _LARGEST = (0.30, 0.25, 0.21)  # radius of the main object among one, two, three objects
 _STEP = 1.2  # ratio of radii from one object to the next at least, so the main one stands out
 _SMALL, _BIG = 0.135, 0.18  # radii below and above which captions may name the size
@@ -57,17 +55,10 @@ def shuffled(rng: Random, items: Sequence[T]) -> list[T]:
 
 @dataclass(frozen=True, slots=True)
 class Thing:
-    """An object of a scene.
+    """An object of a scene: one of `COLOURS`, of `SHAPES` and of `PATTERNS`.
 
-    Attributes:
-        colour: one of `COLOURS`.
-        shape: one of `SHAPES`.
-        pattern: one of `PATTERNS`.
-        x: center of the circumscribed circle, from the left.
-        y: the same, from the top.
-        radius: of the circumscribed circle.
-        angle: rotation, in radians.
-        tint: added to the RGB color, each in [-1, 1] of the renderer's range.
+    `x` (from the left), `y` (from the top) and `radius` are of the circumscribed circle; `angle` is
+    the rotation, in radians; `tint` is added to RGB, each in [-1, 1] of the renderer's range.
     """
 
     colour: str
@@ -100,11 +91,8 @@ class Thing:
 class Background:
     """Smooth tones: a grid of gray levels that is stretched over the image.
 
-    Attributes:
-        level: mean gray level, 0 to 255.
-        cells: side of the grid.
-        tones: gray levels [cells * cells].
-        tint: added to the RGB color, each in [-1, 1] of the renderer's range.
+    `level` is the mean gray level, 0 to 255; `tones` are the gray levels [cells * cells]; `tint` is
+    added to the RGB color, each in [-1, 1] of the renderer's range.
     """
 
     level: float
@@ -125,12 +113,9 @@ PLAIN = Background(level=128.0, cells=1, tones=(128.0,), tint=(0.0, 0.0, 0.0))
 class Scene:
     """One to three objects that do not overlap, on a background.
 
-    Attributes:
-        things: the objects, the largest (the main one) first. Their color-shape pairs differ, so a
-            pair identifies an object.
-        background: what is behind them.
-        noise: strength of the noise as a fraction of the largest (`ScenesOptions.noise`).
-        noise_seed: in [0, 1), chooses the noise pattern.
+    The largest object, the main one, is first. Color-shape pairs differ, so a pair identifies an
+    object. `noise` is a fraction of the largest strength (`ScenesOptions.noise`); `noise_seed`, in
+    [0, 1), chooses the pattern of the noise.
     """
 
     things: tuple[Thing, ...]
@@ -144,11 +129,7 @@ class Scene:
         return [thing.pair for thing in self.things]
 
     def labels(self) -> dict[str, str]:
-        """Return the class of the scene by kind of label.
-
-        The kinds are `shape` and `colour` of the main object, `count`, and `relation`, the position
-        of the main object relative to the second largest.
-        """
+        """Return the main object's shape, colour, relation to the second largest, and the count."""
         main = self.things[0]
         relation = clear_relation(main, self.things[1]) if len(self.things) > 1 else None
         return {
@@ -191,17 +172,10 @@ def draw_scene(
     patterns: bool,
     backgrounds: bool,
 ) -> Scene:
-    """Draw a scene.
+    """Draw a scene of objects with different pairs, of which `pairs` has at least `max_objects`.
 
-    Args:
-        rng: source of all random numbers.
-        pairs: the color-shape pairs to choose from, at least `max_objects`; objects get different
-            ones.
-        min_objects: smallest number of objects.
-        max_objects: largest number of objects.
-        smallest: smallest radius of an object, at most `largest_smallest(max_objects)`.
-        patterns: whether half of the objects have a pattern.
-        backgrounds: whether the background varies.
+    `smallest` is the smallest radius of an object, at most `largest_smallest(max_objects)`.
+    `patterns` gives half of the objects a pattern; `backgrounds` lets the background vary.
     """
     count = min_objects + int(rng.random() * (max_objects - min_objects + 1))
     named: list[Pair] = []
