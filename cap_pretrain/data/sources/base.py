@@ -9,11 +9,10 @@ A source is a picklable sequence. `source[i]` is one example, as it is stored:
     id: str
     question: str, which the captions answer; missing or "" if there is none. The label and the
         class names then are those of question types.
-    weights: list[float], relative probabilities of drawing each caption; missing or empty if all
-        are equally likely
+    weights: list[float], relative probabilities of drawing each caption; missing or empty if equal
 
-`source.class_names` lists the names of the labels and is empty if there are none. A source may
-have `without_image(i)`, which returns an example without its image where that is faster.
+`source.class_names` lists the names of the labels and is empty if there are none. A source may have
+`without_image(i)`, which returns an example without its image where that is faster.
 
 To add a generated dataset, write a class like this in a new file and register it in
 `open.GENERATED`. All stored datasets are read by `tfds.TfdsSource`.
@@ -27,13 +26,11 @@ from cap_pretrain.errors import UserError
 
 Example = dict[str, Any]
 
-
 DEFAULT_FIELDS = {name: name for name in ("image", "captions", "label", "id", "question")}
 """Field -> feature of a stored dataset that holds it; "a/b" is feature b inside feature a.
 
 Captions may come from several features, as in "caption:2+alt_text": first a feature is drawn by its
 weight (1 if omitted), then one of its captions. Empty strings are not captions."""
-
 
 INFO_FILE = "dataset_info.json"
 
@@ -57,14 +54,8 @@ def parse_mixture(text: str, field: str = "data.name") -> list[tuple[str, float]
     """Split "a:0.2+b:0.8" into [("a", 0.2), ("b", 0.8)]; an omitted weight is 1.
 
     The text after the last colon is a weight only if it is a number, so paths and versions
-    ("coco_captions:1.1.0") may contain colons. Paths must not contain "+".
-
-    Args:
-        text: the mixture.
-        field: name of the config field, for error messages.
-
-    Raises:
-        UserError: a name is empty, or a weight is not positive and finite.
+    ("coco_captions:1.1.0") may contain colons. Paths must not contain "+". Raises UserError, which
+    names the config field, if a name is empty, or a weight is not positive and finite.
     """
     return [_parse_weighted(part.strip(), f"{field} {text!r}") for part in text.split("+")]
 

@@ -1,8 +1,8 @@
 """Batches in which all captions have the same length, for recurrent captioners without padding.
 
-Lengths occur in proportion to their frequency, and each (image, caption) pair is seen at most once
-in an epoch. The pairs of each length are shuffled and cut into batches, and then the batches of all
-lengths are shuffled. As elsewhere in the pipeline, the pairs of batch t are computed from t alone.
+Lengths occur in proportion to their frequency, and an epoch shows each (image, caption) pair at
+most once. The pairs of each length are shuffled and cut into batches, and then all batches are
+shuffled. As elsewhere in the pipeline, the pairs of batch t are computed from t alone.
 """
 
 import functools
@@ -20,10 +20,8 @@ _PAIRS, _BATCHES = 2, 3  # purposes of derived seeds; `pipeline` has 0 and 1
 class PairsOfOneLength:
     """The (image, caption) pairs of a source whose captions have one length. A `Source`.
 
-    Args:
-        source: where the images and captions come from.
-        pairs: int [n, 2], each the index of an example in `source` and of one of its captions.
-        length: number of tokens of these captions, EOS included.
+    `pairs`, int [n, 2], lists the index of an example and that of one of its captions. `length` is
+    the number of tokens of these captions, EOS included.
     """
 
     def __init__(self, source: Source, pairs: np.ndarray, length: int):
@@ -45,13 +43,10 @@ class PairsOfOneLength:
 
 
 def by_length(source: Source, tokenizer: Tokenizer) -> list[PairsOfOneLength]:
-    """Group the captions of a source by length, in ascending order.
+    """Group the captions of a source by length, in ascending order; every record is read once.
 
     The length is the number of tokens after truncation, including EOS and the question before the
-    caption, if any. Every record is read once.
-
-    Raises:
-        UserError: the source has no captions.
+    caption, if any. Raises UserError if there are no captions.
     """
     found = np.array(list(_lengths(source, tokenizer)), np.int64).reshape(-1, 3)
     if not len(found):
@@ -76,18 +71,10 @@ def _lengths(source: Source, tokenizer: Tokenizer) -> Iterator[tuple[int, int, i
 class Order:
     """A function from rows of the run to pairs, where row j belongs to batch j // batch_size.
 
-    The pairs of a length that do not fill a batch are left out of an epoch; different ones in each.
-
-    Args:
-        groups: the pairs by length. Pairs are numbered by position in the concatenation of these.
-        batch_size: B, rows of a batch.
-        seed: not negative.
-
-    Attributes:
-        batches: number of batches in an epoch, the same in every epoch.
-
-    Raises:
-        UserError: no length has enough pairs for a batch.
+    Pairs are numbered by position in the concatenation of `groups`. Those of a length that do not
+    fill a batch are left out of an epoch; different ones in each. `batches` is the number of
+    batches in an epoch, the same in every one; raises UserError if no length has enough pairs for a
+    batch.
     """
 
     def __init__(self, groups: Sequence[PairsOfOneLength], batch_size: int, seed: int):
@@ -111,10 +98,7 @@ class Order:
 def _epoch(
     counts: tuple[tuple[int, int], ...], batch_size: int, seed: int, epoch: int
 ) -> np.ndarray:
-    """Return the pairs of an epoch in the order of its rows, int [batches * batch_size].
-
-    `counts` lists (length, number of pairs) of each length.
-    """
+    """Return the pairs of an epoch by row, int [n]; `counts` lists (length, number of pairs)."""
     batches, start = [], 0
     for length, count in counts:
         order = np.random.default_rng([seed, _PAIRS, epoch, length]).permutation(count)

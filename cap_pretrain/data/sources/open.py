@@ -31,22 +31,21 @@ def open_source(
     """Open a dataset by name, path or URL.
 
     Args:
-        name: one of three things: a name in `GENERATED`; the path or URL ("gs://bucket/coco") of a
-            dataset in TFDS format, which is the folder with dataset_info.json or a parent of it
-            with only one version or config; or the name of a prepared TFDS dataset, such as
-            "coco_captions/2014" or "coco_captions:1.1.0".
+        name: a name in `GENERATED`; the path or URL ("gs://bucket/coco") of a dataset in TFDS
+            format, which is the folder with dataset_info.json or a parent of it with only one
+            version or config; or the name of a prepared TFDS dataset, such as "coco_captions/2014"
+            or "coco_captions:1.1.0".
         split: "train", "train[:90%]", "train+test", … in the syntax of TFDS. "val" and "validation"
             are aliases of each other when only one of them exists.
         image_size: side of generated images, in pixels. Stored images keep their own size.
         data_dir: folder in which TFDS datasets are looked up by name; empty: TFDS's default.
         cache: folder for local copies of remote files (see `storage`).
         fields: overrides of `DEFAULT_FIELDS`.
-        generated: dataset name -> options, for the datasets in `GENERATED`. Datasets left out have
-            their default options.
+        generated: options of the datasets in `GENERATED`, by name, where they are not the defaults.
 
     Raises:
-        UserError: there is no such dataset, split or field; the split is empty; the file format
-            has no random access; or a file is missing or found to be corrupt when opened.
+        UserError: there is no such dataset, split or field; the split is empty; the file format has
+            no random access; or a file is missing or found to be corrupt when opened.
     """
     if name in GENERATED:
         return _generated_class(name)(
@@ -68,11 +67,8 @@ def find_dataset(name: str, data_dir: str = "") -> Path | storage.Remote:
     """Return the folder that holds the dataset_info.json of a dataset.
 
     A path or URL is used as it is. A name is looked up as `data_dir/name`, where
-    "name/config:version" selects a config and a version. Without a version, the newest is used, as
-    in TFDS.
-
-    Raises:
-        UserError: there is no such dataset, or there are several configs to choose from.
+    "name/config:version" selects a config and a version, by default the newest version, as in TFDS.
+    Raises UserError if there is no such dataset, or there are several configs to choose from.
     """
     path = storage.locate(name)
     if path.is_dir():

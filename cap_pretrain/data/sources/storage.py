@@ -1,12 +1,12 @@
 """Dataset locations: local disks, and remote storage through fsspec (gs://, s3://, …).
 
 ArrayRecord is read by C++ code with its own file systems: local ones and, since its pull request
-172, Google's, for which we found no way to retry. It supports none of fsspec's. Reading ranges of
-its files through fsspec would require reimplementing Riegeli's chunks, compression and hashes
-(without which corruption goes unnoticed). Also, training reads records of some 50 KB in random
-order, and each would be one request. Therefore a file is copied as a whole, when its first record
-is needed, to a local folder that all processes of a machine share (`Copies`). Because the whole
-dataset is shuffled, soon all files are copied, so free disk space is checked first.
+172, Google's, for which we found no way to retry; none of fsspec's. Reading ranges of its files
+through fsspec would mean reimplementing Riegeli's chunks, compression and hashes (without which
+corruption goes unnoticed), and one request for each of the records of some 50 KB that training
+reads in random order. So a file is copied as a whole, when its first record is needed, to a local
+folder that all processes of a machine share (`Copies`). Because the whole dataset is shuffled, soon
+all files are copied, so free disk space is checked first.
 
 Credentials and endpoints are configured as for fsspec: by its environment variables
 (FSSPEC_S3_ENDPOINT_URL, …), its files (~/.config/fsspec/), and those of s3fs, gcsfs and adlfs.
@@ -30,18 +30,12 @@ from cap_pretrain.errors import UserError, disk_error
 
 T = TypeVar("T")
 
-TRIES = 8
-"""Tries of every read. With the delays below they take 16 seconds on average, at most 32."""
-
+TRIES = 8  # of every read; with the delays below they take 16 seconds on average, at most 32
+# Upper bound in seconds of the delay before the second try; it doubles with every try. The delay is
+# uniform between 0 and the bound ("full jitter", Brooker 2015, Exponential Backoff And Jitter, AWS
+# Architecture Blog), so hosts that failed together do not retry together.
 FIRST_DELAY = 0.25
-"""Upper bound in seconds of the delay before the second try; it doubles with every try.
-
-The delay is drawn uniformly between 0 and the bound ("full jitter", Brooker 2015, Exponential
-Backoff And Jitter, AWS Architecture Blog), so that hosts that failed together do not retry
-together."""
-
-CHUNK = 16 << 20
-"""Bytes of a remote file in one request, and so in one retry."""
+CHUNK = 16 << 20  # bytes of a remote file in one request, and so in one retry
 
 _PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 # Errors that may be transient: those of a network disk or of the network.
@@ -61,11 +55,7 @@ _JITTER = random.Random()  # separate from the random streams of a run
 
 
 def retried(read: Callable[[], T]) -> T:
-    """Return `read()`, retrying transient errors with exponential backoff.
-
-    Raises:
-        Exception: the error of the last of `TRIES` calls, or the first permanent one.
-    """
+    """Return `read()`, retrying transient errors up to `TRIES` calls with exponential backoff."""
     for tries in range(1, TRIES):
         try:
             return read()
@@ -101,8 +91,7 @@ def locate(name: str) -> "Path | Remote":
 class Remote:
     """A remote folder or file, with the part of pathlib's interface that is used here.
 
-    All reads are retried (see `retried`). When that fails, they raise UserError with the URL and
-    the reason.
+    Reads are retried (see `retried`). When that fails, they raise UserError with URL and reason.
     """
 
     url: str
@@ -183,17 +172,10 @@ class Copies:
     """A remote dataset folder whose files are copied to a local folder when they are needed.
 
     Copies are atomic, and each is made once for all processes of a machine. A dataset that changes
-    gets another local folder. Pickling keeps the listing of the remote folder.
-
-    Args:
-        remote: the folder of the dataset.
-        cache: folder below which copies are kept; by default the user's cache folder.
-
-    Attributes:
-        path: the local folder. From the start it holds all files except the shards.
-
-    Raises:
-        UserError: the remote folder cannot be read, or the cache cannot be written.
+    gets another local folder. Pickling keeps the listing of the remote folder. The local folder,
+    `path`, lies below `cache` (by default the user's cache folder) and from the start holds all
+    files except the shards. Raises UserError if the remote cannot be read, or the cache cannot be
+    written.
     """
 
     def __init__(self, remote: Remote, cache: str = ""):
@@ -239,11 +221,7 @@ class Copies:
             )
 
     def fetch(self, name: str) -> Path:
-        """Return the local copy of a file, after making it if there is none.
-
-        Raises:
-            UserError: the file cannot be read, or the copy cannot be written.
-        """
+        """Return the local copy of a file, made if there is none; raises UserError if it fails."""
         if not self.has(name):
             with self._writing():
                 self._copy(name)

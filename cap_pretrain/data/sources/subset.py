@@ -1,8 +1,4 @@
-"""Seeded parts of a dataset.
-
-A part is a fraction of every class, a number of random examples, at most a number of examples of
-each class, or only the classes that are large enough.
-"""
+"""Seeded parts of a dataset: random examples, parts of every class, or large enough classes."""
 
 import copy
 import dataclasses
@@ -18,13 +14,7 @@ _READING_THREADS = 16  # the records may lie on a network disk
 
 
 class Subset:
-    """The examples of a source at given indices, in that order. A `Source`.
-
-    Args:
-        source: the whole dataset.
-        indices: int [n], positions in `source`.
-        description: says which examples these are; `str` appends it to the name of the source.
-    """
+    """The examples of a source at `indices`, int [n]; `str` adds `description`. A `Source`."""
 
     def __init__(self, source: Source, indices: np.ndarray, description: str):
         self._source, self._indices, self._description = source, indices, description
@@ -76,10 +66,7 @@ def fraction_of(source: Source, fraction: float, seed: int) -> Source:
 
     Stored datasets are often sorted by class, so that the first 10% hold only a tenth of the
     classes. A smaller fraction with the same seed is part of a larger one. Every record is read
-    once for its label.
-
-    Raises:
-        UserError: an example has no label, or the fraction is not in (0, 1].
+    once. Raises UserError if an example has no label, or the fraction is not in (0, 1].
     """
     if not 0 < fraction <= 1:
         raise UserError(f"data.fraction: {fraction} is not in (0, 1].")
@@ -98,12 +85,10 @@ def fraction_of(source: Source, fraction: float, seed: int) -> Source:
 
 @dataclasses.dataclass(frozen=True)
 class ClassSizes:
-    """Bounds on the number of training examples of a class.
+    """Bounds on the number of training examples of a class; 0 means no bound.
 
-    Attributes:
-        least: classes with fewer examples in the training split are dropped; 0 keeps all.
-        most: at most this many examples of each class are drawn from the training split; 0 keeps
-            all.
+    Classes with fewer than `least` in the training split are dropped, and at most `most` of each
+    class are drawn from the training split.
     """
 
     least: int = 0
@@ -117,16 +102,10 @@ class ClassSizes:
     ) -> Source:
         """Return the examples of the classes that are kept, with labels renumbered from 0.
 
-        A smaller `most` with the same seed draws part of what a larger one draws.
-
-        Args:
-            source: any split.
-            labels: int [N], labels of `source`; examples with -1 (no label) are left out.
-            training: int [M], labels of the training split, which decide what classes are kept.
-            drawn: seed for drawing `most` examples of each class from `source`; None keeps all.
-
-        Raises:
-            UserError: no class is kept, or `source` has no example of those that are.
+        `labels`, int [N], are those of `source`, any split; examples with -1 (no label) are left
+        out. `training`, int [M], are those of the training split, which decide what classes are
+        kept. `drawn` is the seed for drawing `most` of each class, for which a smaller `most` draws
+        part of a larger one; None keeps all. Raises UserError if no class or example is kept.
         """
         sizes = np.bincount(training[training >= 0])
         classes = np.flatnonzero(sizes >= max(self.least, 1))
@@ -155,17 +134,9 @@ def labels_of(source: Source) -> np.ndarray:
 
 
 def per_class(labels: np.ndarray, take: Callable[[int], int], seed: int) -> np.ndarray:
-    """Draw `take(n)` of the n examples of each class.
+    """Draw `take(n)` of the n examples of each class; return their indices, ascending, int [n].
 
     The order of drawing does not depend on `take`, so a smaller draw is part of a larger one.
-
-    Args:
-        labels: int [N].
-        take: number of examples of a class -> number to draw.
-        seed: not negative.
-
-    Returns:
-        int [n], the indices drawn, ascending.
     """
     drawn = []
     for label in np.unique(labels):

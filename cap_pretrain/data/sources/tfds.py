@@ -26,20 +26,10 @@ _OPENING_THREADS = 16  # the files may lie on a network disk
 class TfdsSource:
     """A split of a prepared TFDS dataset: a `Source` that needs no TensorFlow.
 
-    Only its location is pickled; a worker process opens the files again, without checking them
-    all. Reading an example from a corrupt file raises UserError. Transient errors are retried (see
-    `storage.retried`).
-
-    Args:
-        folder: the folder with dataset_info.json, or local copies of a remote one.
-        split: as for `open_source`.
-        fields: overrides of `DEFAULT_FIELDS`.
-
-    Attributes:
-        class_names: names of the labels; empty if there are none.
-
-    Raises:
-        UserError: as for `open_source`.
+    `folder` holds dataset_info.json, or local copies of a remote one; `split`, `fields` and errors
+    are as for `open_source`. Only the arguments are pickled; a worker process opens the files
+    again, without checking them all. Reading an example from a corrupt file raises UserError.
+    Transient errors are retried (see `storage.retried`).
     """
 
     def __init__(self, folder: Path | Copies, split: str, fields: Mapping[str, str] | None = None):
@@ -110,14 +100,11 @@ class TfdsSource:
             raise
 
     def check_files(self) -> None:
-        """Open every file of the split without reading the examples.
+        """Open every file of the split, without reading the examples.
 
-        Remote files are only looked up, and the disk is checked for room for their copies: each
-        file is opened after it has been copied.
-
-        Raises:
-            UserError: a file is missing, corrupt, not readable, or its number of examples differs
-                from dataset_info.json.
+        Remote files, which are opened when they have been copied, are only looked up, and the disk
+        is checked for room. Raises UserError if a file is missing, corrupt, not readable, or its
+        number of examples differs from dataset_info.json.
         """
         if self._copies:
             names = [Path(shard.filename).name for shard in self._shards]
@@ -160,10 +147,9 @@ class TfdsSource:
 class _Layout:
     """Where a dataset stores the fields of an example.
 
-    Attributes:
-        paths: field -> path of its feature, for the fields that the dataset has; not captions.
-        captions: (path, weight) of the features that hold captions.
-        leaves: path -> feature, of every feature of the dataset.
+    `paths` maps each field that the dataset has, but captions, to its feature; `captions` lists
+    (path, weight) of the features that hold captions; `leaves` maps the path of every feature to
+    it.
     """
 
     paths: dict[str, str]
@@ -260,11 +246,7 @@ def _find_fields(features: Any, chosen: Mapping[str, str], where: str) -> _Layou
 
 
 def _open_split(builder: Any, split: str, encoded_path: str | None, where: str) -> _Split:
-    """Open a split without checking its files.
-
-    `encoded_path` is the feature of encoded images, which are not decoded here; None if the
-    dataset holds arrays.
-    """
+    """Open a split without checking files; images at `encoded_path` (None: arrays) stay encoded."""
     import tensorflow_datasets as tfds
 
     known = builder.info.splits
@@ -324,10 +306,7 @@ def _leaves(features: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _is_plain(feature: Any) -> bool:
-    """Return whether records store a feature as a list of values that need no decoding.
-
-    That holds for a scalar and for a sequence. Nested sequences are stored under other names.
-    """
+    """Return whether records store a feature as plain values: a scalar or sequence, not nested."""
     import tensorflow_datasets as tfds
 
     plain = (tfds.features.Image, tfds.features.Text, tfds.features.ClassLabel)
