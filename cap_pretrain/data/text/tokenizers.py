@@ -14,10 +14,8 @@ from cap_pretrain import files
 from cap_pretrain.data.sources.base import Source, without_image
 from cap_pretrain.errors import UserError
 
-# Larger corpora are sampled down to this many captions. They suffice for 32k pieces, and the
-# trainer holds all of them in memory.
+# Larger corpora are sampled down to this, enough for 32k pieces: the trainer holds all in memory.
 _TRAIN_CAPTIONS = 1_000_000
-
 # Rarer characters (the last 0.01% of the text) become the unknown piece, so that a few emoji do
 # not take the place of words. The default, 0.9995, would drop letters in small corpora.
 _CHARACTER_COVERAGE = 0.9999
@@ -26,11 +24,8 @@ _CHARACTER_COVERAGE = 0.9999
 class TextEncoder(Protocol):
     """The part of a tokenizer that turns captions into fixed-length rows of ids; picklable.
 
-    Attributes:
-        vocab_size: number of different ids.
-        pad_id: always 0; it also precedes the first token as the decoder's start token.
-        eos_id: the id that ends every text.
-        max_len: T, length of an encoded row.
+    `vocab_size` is the number of different ids; `pad_id`, always 0, is also the decoder's start
+    token; `eos_id` ends every text; `max_len` is T, the length of an encoded row, EOS included.
     """
 
     vocab_size: int
@@ -64,24 +59,11 @@ class NoText:
 
 
 class SentencePieceTokenizer:
-    """A sentencepiece model with fixed-length output: id 0 pads, EOS ends every text.
+    """A sentencepiece model as a `Tokenizer`; pickles hold only its arguments, not the model.
 
-    Only its arguments are pickled, so a worker process reads the model file again.
-
-    Args:
-        model_path: a sentencepiece model file.
-        max_len: number of ids in an encoded row, EOS included.
-        lower: lower-case the text before encoding, as in the Cap recipe.
-
-    Attributes:
-        vocab_size: number of pieces.
-        pad_id: always 0.
-        eos_id: the id that ends a text.
-        max_len: length of an encoded row.
-
-    Raises:
-        UserError: the file is missing, is not a sentencepiece model, does not pad with id 0 or has
-            no end-of-sentence piece; or `max_len` leaves no room for text.
+    `lower` lower-cases the text before encoding, as in the Cap recipe. Raises UserError if the file
+    is missing, is not a sentencepiece model, does not pad with id 0 or has no end-of-sentence
+    piece; or if `max_len` leaves no room for text.
     """
 
     pad_id = 0
@@ -128,14 +110,9 @@ def encode_answer(
 ) -> tuple[np.ndarray, int]:
     """Encode a question, which is given to the model, and the answer that it learns to predict.
 
-    Args:
-        tokenizer: any tokenizer; `encode` must end a text with EOS and pad it.
-        question: truncated to half of the row; "" encodes the answer alone.
-        answer: None encodes the question alone, without EOS.
-
-    Returns:
-        A row, int32 [max_len], and the number of its ids that belong to the question. The row holds
-        the question's ids without EOS, the answer's with EOS (kept when truncated), and padding.
+    Returns a row, int32 [max_len], and the number of its ids that belong to the question. The row
+    holds the question's ids without EOS, truncated to half of the row, the answer's with EOS (kept
+    when truncated), and padding. The question "" has no ids, nor has the answer None, not even EOS.
     """
     pad, length = tokenizer.pad_id, tokenizer.max_len
     ids = np.zeros(length, np.int32) if answer is None else tokenizer.encode(answer)
@@ -156,30 +133,21 @@ def train_sentencepiece(
     lower: bool = True,
     seed: int = 0,
 ) -> Path:
-    """Train a byte-pair model; write it to `tokenizer.model` and its settings to `tokenizer.json`.
+    """Train a byte-pair model; write it, `tokenizer.model`, and `tokenizer.json`, its settings.
 
     We use byte pairs because sentencepiece's unigram trainer only proposes pieces that occur in
     several different words. In a small corpus with few words it therefore spells words out: on
     `scenes`, captions have 19.8 unigram pieces on average but 9.5 byte-pair pieces; on Flickr8k
     with 8000 pieces, 13.9 and 12.2.
 
-    The same captions in the same order, vocabulary size and seed give the same file. A corpus too
-    small for `vocab_size` pieces gives a smaller vocabulary. Ids: pad 0, EOS 1, unknown 2, no BOS.
+    The same captions in the same order, vocabulary size and seed give the same file. Empty captions
+    are skipped; of more than a million, `seed` chooses those to train on. With `lower`, they are
+    lower-cased; encode with the same setting. A corpus too small for `vocab_size` pieces gives a
+    smaller vocabulary. Ids: pad 0, EOS 1, unknown 2, no BOS.
 
-    Args:
-        captions: texts; empty ones are skipped.
-        out_dir: folder to write to; created if missing.
-        vocab_size: requested number of pieces.
-        lower: lower-case the captions first; encode with the same setting.
-        seed: chooses the captions to train on when there are more than a million.
-
-    Returns:
-        The path of `tokenizer.model`, which is written atomically.
-
-    Raises:
-        UserError: there are no captions, or they have more different characters than `vocab_size`.
-        OSError: the file cannot be written, for example because the disk is full; it is named.
-        Exception: any error that `captions` raises.
+    Returns the path of the model, which is written atomically. Raises UserError if there are no
+    captions, or they have more different characters than `vocab_size`; OSError, with the file's
+    name, if a file cannot be written; and any error of `captions`.
     """
     used = 0
     failure: Exception | None = None
@@ -241,10 +209,7 @@ def _train_byte_pairs(sentences: Iterator[str], vocab_size: int, seed: int) -> b
 
 
 def source_captions(source: Source, limit: int | None = None) -> Iterator[str]:
-    """Yield every caption of a source, or of `limit` examples spread evenly over it.
-
-    A question is yielded before the captions that answer it.
-    """
+    """Yield questions and captions of a source, or of `limit` examples spread evenly over it."""
     count = len(source) if limit is None else min(limit, len(source))
     for i in range(count):
         example = without_image(source, i * len(source) // count)

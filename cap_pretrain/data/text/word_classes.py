@@ -133,11 +133,7 @@ _NOUNS_WITH_ADJECTIVE_ENDINGS = _words(
 
 
 def word_classes(words: Sequence[str]) -> list[str]:
-    """Return the class of each word: NOUN, ADJECTIVE or OTHER.
-
-    Args:
-        words: the words of one caption in order, in lower case, without punctuation.
-    """
+    """Return NOUN, ADJECTIVE or OTHER for each word of a caption, lower-case, no punctuation."""
     classes: list[str] = []
     for k, word in enumerate(words):
         before, after = words[k - 1] if k else "", words[k + 1] if k + 1 < len(words) else ""

@@ -3,7 +3,7 @@
 Yuksekgonul et al., "When and why vision-language models behave like bags-of-words, and what to do
 about it?" (arXiv 2210.01936), section 2.2, and its code (mertyg/vision-language-models-are-bows,
 dataset_zoo/perturbations.py). Results are close to the published ones but not exactly comparable,
-because this implementation differs in three ways:
+because of three differences:
 
   - Punctuation is removed before shuffling, not after, so a negative has exactly the caption's
     words. In ARO, tokens such as "n't" and 's are shuffled separately, which gives some away.
@@ -19,9 +19,7 @@ from random import Random
 from cap_pretrain.data.scenes.world import shuffled
 from cap_pretrain.data.text.word_classes import ADJECTIVE, NOUN, word_classes
 
-MAX_WORDS = 30
-"""Longer captions are truncated, as in ARO's code."""
-
+MAX_WORDS = 30  # longer captions are truncated, as in ARO's code
 _DRAWS = 50  # tries to find a different order
 
 
@@ -33,20 +31,15 @@ def words_of(caption: str) -> list[str]:
 def shuffles(
     caption: str, seed: str, same_meaning: Callable[[str, str], bool] | None = None
 ) -> dict[str, str]:
-    """Return the caption's words in other orders.
+    """Return the caption's words in other orders: kind -> shuffled `" ".join(words_of(caption))`.
 
-    Args:
-        caption: any text; compare the results with `" ".join(words_of(caption))`.
-        seed: equal seeds give equal results.
-        same_meaning: if known, a function that returns whether two well-formed captions mean the
-            same. It is used for the kinds that may be well-formed: `nouns_and_adjectives` and
-            `trigrams`.
+    `nouns_and_adjectives`: nouns are permuted among nouns, adjectives among adjectives;
+    `all_but_nouns_and_adjectives`: the other words are permuted; `trigrams`: groups of three words
+    are permuted; `within_trigrams`: the words in each group are. Kinds without a different order
+    are left out. Equal seeds give equal results.
 
-    Returns:
-        kind -> shuffled caption. `nouns_and_adjectives`: nouns are permuted among nouns, adjectives
-        among adjectives; `all_but_nouns_and_adjectives`: the other words are permuted; `trigrams`:
-        groups of three words are permuted; `within_trigrams`: the words in each group are. Kinds
-        without a different order are left out.
+    `same_meaning`, if known, returns whether two well-formed captions mean the same. It is used for
+    `nouns_and_adjectives` and `trigrams`, which may be well-formed.
     """
     words = words_of(caption)
     true = " ".join(words)

@@ -24,7 +24,7 @@ from cap_pretrain.errors import UserError, did_you_mean
 WORDS_FILE = "words.tsv"
 
 _TITLE = "# cap_pretrain words"
-_SPECIAL = ("<pad>", "<end>", "<unk>")
+_SPECIAL = ("<pad>", "<end>", "<unk>")  # caption metrics count a decoded <unk> as a wrong word
 _UNKNOWN = 2
 
 
@@ -65,22 +65,10 @@ class Rules:
 
 
 class WordTokenizer:
-    """A word tokenizer with fixed-length output: id 0 pads, EOS ends every text.
+    """A vocabulary file of `write_words` as a `Tokenizer`; it also holds the rules and the casing.
 
-    Its rules and casing are read from the vocabulary file. Only its arguments are pickled.
-
-    Args:
-        path: a vocabulary file of `write_words`.
-        max_len: number of ids in an encoded row, EOS included.
-
-    Attributes:
-        vocab_size: number of words, including the three special ones.
-        pad_id: always 0.
-        eos_id: the id that ends a text, 1.
-        max_len: length of an encoded row.
-
-    Raises:
-        UserError: the file is missing or not a vocabulary; or `max_len` leaves no room for text.
+    Only the arguments are pickled. `vocab_size` includes the three special words. Raises UserError
+    if the file is missing or not a vocabulary; or if `max_len` leaves no room for text.
     """
 
     pad_id, eos_id = 0, 1
@@ -103,10 +91,7 @@ class WordTokenizer:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the words up to the first EOS or padding of `ids` [T], joined by spaces.
-
-        An unknown word becomes "<unk>", which caption metrics count as a wrong word.
-        """
+        """Return the words up to the first EOS or padding of `ids` [T], joined by spaces."""
         kept = itertools.takewhile(lambda i: i not in (self.eos_id, self.pad_id), ids)
         return " ".join(self._words[int(i)] for i in kept)
 
@@ -117,23 +102,12 @@ class WordTokenizer:
 def write_words(
     captions: Iterable[str], out_dir: str | os.PathLike, rules: Rules, lower: bool = True
 ) -> Path:
-    """Count the words of captions and write the vocabulary, `words.tsv`.
+    """Count the words of captions, write the vocabulary atomically, and return its path.
 
-    Words are sorted by descending count, then alphabetically, so the file does not depend on the
-    order of the captions.
-
-    Args:
-        captions: the texts.
-        out_dir: folder to write to; created if missing.
-        rules: how to split a text, and which words to keep.
-        lower: lower-case the captions, here and when encoding.
-
-    Returns:
-        The path of the file, which is written atomically.
-
-    Raises:
-        UserError: there are no captions, or no word is frequent enough.
-        OSError: the file cannot be written, for example because the disk is full; it is named.
+    Words are sorted by descending count, then alphabetically, so the file, `words.tsv`, does not
+    depend on the order of the captions. `lower` lower-cases captions, here and when encoding.
+    Raises UserError if there are no captions or no word is frequent enough, and OSError, with the
+    file's name, if it cannot be written, for example because the disk is full.
     """
     counts: collections.Counter[str] = collections.Counter()
     number = 0
@@ -246,8 +220,7 @@ def nltk_words(text: str) -> list[str]:
 
     Punctuation marks are words. Straight double quotes become `` and ''. "don't" becomes do n't,
     "man's" man 's, and "cannot" can not; t-shirt, 1,000, 3.5 and and/or stay whole. A period is a
-    word if it ends a sentence. NLTK uses a trained model of abbreviations; here there is a short
-    list.
+    word if it ends a sentence. NLTK learns abbreviations with a model; here there is a short list.
     """
     chunks = text.split()
     return [
