@@ -13,24 +13,14 @@ from cap_pretrain.data.text.word_order import shuffles, words_of
 
 @dataclass(frozen=True)
 class Question:
-    """A true caption of an image and false ones.
-
-    Attributes:
-        true: the true caption.
-        false: kind of mistake -> false caption.
-    """
+    """A true caption of an image, and false ones by kind of mistake."""
 
     true: str
     false: Mapping[str, str]
 
 
 class QuestionSet(Protocol):
-    """Images and questions about each.
-
-    Attributes:
-        source: the images.
-        protocol: one sentence on how the false captions are made.
-    """
+    """Questions about the images of `source`; `protocol` says how false captions are made."""
 
     source: Source
     protocol: str
@@ -56,15 +46,13 @@ class SceneQuestions:
 
 
 class OrderQuestions:
-    """Each caption of a dataset against its words in other orders (see `word_order`).
-
-    For `scenes`, captions are parsed, so that no false caption names the same objects.
-    """
+    """Each caption of a dataset against its words in other orders (see `word_order`)."""
 
     protocol = "the four shuffles of ARO, with the differences that data/word_order.py names"
 
     def __init__(self, source: Source):
         self.source = source
+        # Captions of scenes are parsed, so that no false one names the same objects.
         self._same_meaning = _same_mentions if isinstance(source, Scenes) else None
 
     def questions(self, index: int) -> list[Question]:

@@ -1,9 +1,9 @@
 """Decode images to RGB uint8 [H, W, 3], and resize and crop them on the host.
 
 Nearly every file of a captioning dataset is a plain JPEG. These are decoded with simplejpeg
-(libjpeg-turbo), which is the fastest decoder and the only one that reports files in which the data
-of some pixels is missing. Everything else (PNG, WebP, GIF, CMYK, alpha, palettes, 16 bits) is
-decoded with Pillow. tools/bench_decode.py measures the choice.
+(libjpeg-turbo), the fastest decoder and the only one that reports files that lack the data of some
+pixels. Everything else (PNG, WebP, GIF, CMYK, alpha, palettes, 16 bits) is decoded with Pillow.
+tools/bench_decode.py measures the choice.
 """
 
 import io
@@ -19,8 +19,7 @@ from PIL import Image, ImageOps
 # Each worker decodes one image at a time, so OpenCV's own threads would compete with workers.
 cv2.setNumThreads(0)
 
-MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 2**30 // 4 // 3
-"""Larger images are rejected before decoding. Pillow's limit, 2**30 // 4 // 3 pixels."""
+MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 2**30 // 4 // 3  # Pillow's limit; larger ones are rejected
 
 # Pillow warns of corrupt EXIF, which is frequent in photographs from the web, and of its size
 # limit, for which this module raises ImageError.
@@ -29,7 +28,7 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 # The formats to be read by Pillow. Not EPS and the like, for which Pillow starts other programs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 _EXIF_ORIENTATION = 0x0112  # Exif 2.32, table 4
-_UPRIGHT = {
+_UPRIGHT = {  # EXIF orientation -> function that makes [H, W, 3] upright
     2: lambda pixels: pixels[:, ::-1],
     3: lambda pixels: pixels[::-1, ::-1],
     4: lambda pixels: pixels[::-1],
@@ -38,17 +37,13 @@ _UPRIGHT = {
     7: lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1),
     8: lambda pixels: pixels[:, ::-1].swapaxes(0, 1),
 }
-"""EXIF orientation -> function that makes [H, W, 3] upright."""
 _COLOR_SPACES = ("YCbCr", "RGB", "Gray")  # simplejpeg's names of those of plain JPEGs
 _EXIF = b"Exif\0\0"  # start of the segment that may hold a JPEG's orientation (Exif 2.32, 4.7.2)
 _JPEG = ("JPEG", "MPO")  # MPO: written by some cameras, a JPEG followed by further JPEGs
 _LOSSLESS = ("PNG", "GIF", "BMP", "TIFF", "PPM")
+_SMOOTHED = 5**0.5  # largest downscaling that three taps can smooth: there, their weights are equal
 
-_SMOOTHED = 5**0.5
-"""Largest downscaling factor for which three taps can smooth: there, all weights are equal."""
-
-_Box = tuple[int, int, int, int]
-"""Top, left, height, width of a part of an image, in pixels."""
+_Box = tuple[int, int, int, int]  # top, left, height, width of a part of an image, in pixels
 
 
 class ImageError(ValueError):
@@ -56,21 +51,12 @@ class ImageError(ValueError):
 
 
 def decode(data: bytes, min_size: int = 0) -> np.ndarray:
-    """Decode an image file of any common format.
+    """Decode an image file of any common format to RGB uint8 [H, W, 3], upright.
 
-    Args:
-        data: the bytes of the file.
-        min_size: if positive, a large JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as
-            both sides keep at least this many pixels. That is much faster for images that will be
-            downscaled anyway.
-
-    Returns:
-        uint8 [H, W, 3], RGB, upright. Transparency is composited on white; of an animation, the
-        first frame is returned.
-
-    Raises:
-        ImageError: the file is not an image, is corrupt or truncated, or has more than `MAX_PIXELS`
-            pixels.
+    If `min_size` is positive, a large JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, which is
+    much faster, as long as both sides keep at least that many pixels. Transparency is composited on
+    white; of an animation, the first frame is returned. Raises ImageError if the file is not an
+    image, is corrupt or truncated, or has more than `MAX_PIXELS` pixels.
     """
     with _open(data) as image:
         return np.ascontiguousarray(_decode(data, image, _scale(min(image.size), min_size)))
@@ -81,10 +67,8 @@ def to_plain(data: bytes) -> bytes:
 
     RGB or gray JPEGs (even with an EXIF orientation) and 8-bit PNGs without transparency are
     returned as the same object. Anything else is encoded again: as PNG if the file was lossless,
-    otherwise as JPEG of quality 95.
-
-    Raises:
-        ImageError: as for `decode`; the whole image is decoded to check it.
+    otherwise as JPEG of quality 95. The whole image is decoded to check it, which raises ImageError
+    as `decode` does.
     """
     pixels = decode(data)
     with _open(data) as image:
@@ -120,16 +104,11 @@ def random_resized_crop(
     area: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> np.ndarray:
-    """Resize a random part of the image to [size, size, 3].
+    """Resize a random part of the image to [size, size, 3]; equal generators give equal crops.
 
-    Args:
-        image: uint8 [H, W, 3], or an encoded file.
-        size: side of the result, in pixels.
-        rng: source of randomness; equal generators give equal crops.
-        area: range of the fraction of the image's area that is kept. Random area and aspect ratio
-            are from Szegedy et al., "Going deeper with convolutions" (arXiv 1409.4842), section 6;
-            the default range is the one in common use.
-        ratio: range of width / height of the part, drawn log-uniformly.
+    The part keeps a fraction of the area in the range `area`, with a width / height in the range
+    `ratio`, drawn log-uniformly. That is from Szegedy et al., "Going deeper with convolutions"
+    (arXiv 1409.4842), section 6; the default range of areas is the one in common use.
     """
     narrowest, widest = map(math.log, ratio)
 
@@ -153,14 +132,10 @@ def random_resized_crop(
 def random_window(
     image: bytes | np.ndarray, size: int, rng: np.random.Generator, share: float = 224 / 256
 ) -> np.ndarray:
-    """Resize a square at a random position to [size, size, 3].
+    """Resize a square at a random position to [size, size, 3]; equal generators give equal windows.
 
-    Args:
-        image: uint8 [H, W, 3], or an encoded file.
-        size: side of the result, in pixels.
-        rng: source of randomness; equal generators give equal windows.
-        share: side of the square as a fraction of the shorter side. Default: 224 of 256, as in
-            AlexNet (Krizhevsky et al. 2012, section 4.1).
+    Its side is `share` of the image's shorter side; the default, 224 of 256, is that of AlexNet
+    (Krizhevsky et al. 2012, section 4.1).
     """
 
     def draw(height: int, width: int) -> _Box:
@@ -215,16 +190,12 @@ def _resize_part(
 
 
 def _size_of_common_jpeg(data: bytes) -> tuple[int, int] | None:
-    """Return width and height of a JPEG of the most common kind without Pillow.
-
-    Pillow takes ten times as long to open a file. Returns None for other files, such as CMYK JPEGs
-    or those that may have an EXIF orientation.
-    """
+    """Return (width, height) of a common JPEG, else None, ten times faster than Pillow opens it."""
     try:
         height, width, color_space, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
         return None
-    plain = color_space in _COLOR_SPACES and _EXIF not in data
+    plain = color_space in _COLOR_SPACES and _EXIF not in data  # not CMYK, and upright
     return (width, height) if plain and width * height <= MAX_PIXELS else None
 
 
@@ -239,13 +210,7 @@ def _part(image: np.ndarray, box: _Box, scale: int = 1) -> np.ndarray:
 
 
 def _chosen(choose: Callable[[int, int], _Box], size: tuple[int, int], turn: Callable) -> _Box:
-    """Choose a box of the upright image and return it in the coordinates of the stored image.
-
-    Args:
-        choose: (height, width) -> box of the upright image.
-        size: width and height as stored.
-        turn: makes stored pixels upright.
-    """
+    """Choose a box of the image that `turn` makes upright; return it in stored coordinates."""
     width, height = size
     # The stored row and column of each upright pixel. These are views, so large files cost no more.
     rows, columns = (
@@ -270,9 +235,8 @@ def _resize(image: np.ndarray, size: int) -> np.ndarray:
     """Resize [H, W, 3] to [size, size, 3], with antialiasing where it is downscaled.
 
     For small factors the image is smoothed, then sampled bilinearly. For larger factors it is
-    sampled on a grid that is an integer number of times finer, and averaged. Both approximate an
-    antialiasing filter as well as exact area averaging (INTER_AREA), which takes 2 to 3 times as
-    long.
+    sampled on a grid that is an integer number of times finer, and averaged. Both approximate
+    antialiasing as well as exact area averaging (INTER_AREA), which takes 2 to 3 times as long.
     """
     height, width = image.shape[:2]
     if height == width == size:

@@ -1,9 +1,9 @@
 """The input pipeline: from a step number to a batch, a pure function of (config, seed, step).
 
-Everything that decides what is in a batch happens in random-access `grain.MapDataset`s, whose
-element t is batch t: shuffling, repeating, mixing, drawing, batching, and the rows of each host. So
-a run resumes at any step without replaying the steps before. Threads and worker processes are added
-afterwards (`prefetch`) and only decide when a batch is computed.
+Everything that decides what is in a batch (shuffling, repeating, mixing, drawing, batching, the
+rows of each host) happens in random-access `grain.MapDataset`s, whose element t is batch t. So a
+run resumes at any step without replaying the steps before. Threads and worker processes, added by
+`prefetch`, only decide when a batch is computed.
 """
 
 import bisect
@@ -22,17 +22,14 @@ from cap_pretrain.data.sources.base import Example, Source
 from cap_pretrain.data.text.tokenizers import TextEncoder, encode_answer
 from cap_pretrain.errors import UserError, did_you_mean
 
-BROKEN_IN_A_ROW = 100
-"""If this many consecutive images do not decode, the dataset is taken to be corrupt."""
+BROKEN_IN_A_ROW = 100  # images that do not decode, after which a dataset is taken to be corrupt
 
-# Random crops by their name in a config.
-_RANDOM_CROPS: dict[str, Callable[..., np.ndarray]] = {
+_RANDOM_CROPS: dict[str, Callable[..., np.ndarray]] = {  # by their name in a config
     "random": images.random_resized_crop,
     "window": images.random_window,
 }
 
 _GROUP = 32  # rows loaded together, so at most this many encoded images are in memory
-
 _ORDER, _DRAW = 0, 1  # purposes of derived seeds; `buckets` has 2 and 3
 
 Row = dict[str, Any]
@@ -40,13 +37,10 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class ImageOptions:
-    """How images become squares in training.
+    """How images become squares of `size` pixels in training; `flip` mirrors half of them.
 
-    Attributes:
-        size: side S of the images, in pixels.
-        crop: "none" squashes the whole image to S x S, as in the Cap recipe; "random" is a random
-            resized crop; "window" is a square of most of the image at a random position.
-        flip: mirror half of the images.
+    `crop` "none" squashes the whole image, as in the Cap recipe; "random" is a random resized crop;
+    "window" is a square of most of the image at a random position.
     """
 
     size: int
@@ -68,7 +62,8 @@ def train_dataset(
 
     Each member of the mixture is shuffled in each of its epochs, in which each example is seen
     exactly once. A member that is exhausted starts its next epoch. Read the dataset with
-    `prefetch.iterate`: a plain `for` loop reads 500 batches ahead, Grain's default.
+    `prefetch.iterate`: a plain `for` loop reads 500 batches ahead, Grain's default. Raises
+    UserError if a source is empty; at an element, if `BROKEN_IN_A_ROW` images are broken.
 
     Args:
         sources: (source, weight) of each member; weights are relative and kept within 1%.
@@ -76,25 +71,19 @@ def train_dataset(
         image: size S, crop and flip of the images.
         batch_size: number of examples of the global batch, B.
         seed: not negative; decides the order, the captions drawn and the augmentations.
-        order: function from rows of the run to positions in the concatenation of the sources, used
-            instead of shuffling and mixing by weight (see `buckets.Order`).
+        order: maps rows of the run to positions in the concatenation of the sources, in place of
+            shuffling and mixing by weight (see `buckets.Order`).
         rows: the rows of the global batch to load; by default all.
 
     Returns:
         A dataset of dicts, with b = len(rows):
             image: uint8 [b, S, S, 3]; of stored features float [b, 1 + N, D].
-            text: int32 [b, T], one of the image's captions, drawn by weight if the example has
-                `weights`; all 0 if there is none. A question comes before the caption that answers
-                it (see `tokenizers.encode_answer`).
+            text: int32 [b, T], one of the image's captions, drawn by weight if it has `weights`,
+                after its question, if any (see `tokenizers.encode_answer`); 0 if there is none.
             prompt: int32 [b], number of tokens of `text` that belong to the question, or 0.
             label: int32 [b], -1 if there is none.
             index: int64 [b], position drawn, in the concatenation of the sources.
-            broken: bool [b], whether the image at that position does not decode. Then the next
-                example that does replaces it.
-
-    Raises:
-        UserError: a source is empty; or, when an element is computed, `BROKEN_IN_A_ROW` images in a
-            row do not decode.
+            broken: bool [b], whether that image does not decode; the next that does replaces it.
     """
     for source, _ in sources:
         _check_not_empty(source)
@@ -131,25 +120,14 @@ def eval_batches(
 ) -> grain.MapDataset:
     """Return the batches that show every example exactly once, in order, as a sequence.
 
-    The last batch is padded with zeros, so all hosts see the same number of batches of equal size.
-    Nothing is random: the text is the first caption; all captions are in
-    `source[index]["captions"]`. Use `prefetch.iterate` to prepare batches ahead of time.
+    They are dicts like those of `train_dataset`, with one more entry, mask: bool [b], False for
+    padding and for images that do not decode (`broken`). The last batch is padded with zeros, so
+    all hosts see the same number of batches of equal size. Nothing is random: the text is the first
+    caption; all captions are in `source[index]["captions"]`.
 
-    Args:
-        source: the dataset.
-        tokenizer: encodes the captions; its `max_len` is T.
-        image_size: side S of the square images.
-        batch_size: number of examples of the global batch, B.
-        crop: "none" squashes the whole image; "center" takes the largest centered square.
-        limit: if given, only the first `limit` examples are shown.
-        rows: the rows of each global batch to load; by default all.
-
-    Returns:
-        A sequence of dicts like those of `train_dataset`, with one more entry:
-            mask: bool [b], False for padding and for images that do not decode (`broken`).
-
-    Raises:
-        UserError: the source is empty.
+    Crop "none" squashes the whole image; "center" takes the largest centered square. `limit` shows
+    only the first examples; `rows` are those of each global batch to load, by default all. Raises
+    UserError if the source is empty. Use `prefetch.iterate` to prepare batches ahead of time.
     """
     load = _EvalRow(source, tokenizer, image_size, crop, limit)
     return _batched(functools.partial(map, load), -(-load.count // batch_size), batch_size, rows)
@@ -214,11 +192,7 @@ class _TrainRows:
             yield from self._group(numbers[start : start + _GROUP])
 
     def _group(self, numbers: Sequence[int]) -> Iterator[Row]:
-        """Yield the rows, computing stage by stage.
-
-        Python code takes several times as long right after a decoder, which replaces the contents
-        of the CPU caches.
-        """
+        """Yield rows by stages: Python runs several times slower once decoders flush the caches."""
         positions = [self._positions[number] for number in numbers]
         rngs = [self._rng(number) for number in numbers]
         # Drawn first, so augmentation options do not change which captions are drawn.
@@ -321,9 +295,7 @@ def is_features(image: bytes | np.ndarray) -> TypeGuard[np.ndarray]:
 def picture(image: bytes | np.ndarray, size: int) -> np.ndarray:
     """Return the whole image as uint8 [size, size, 3], for display.
 
-    Raises:
-        images.ImageError: `image` does not decode.
-        UserError: `image` holds features.
+    Raises ImageError if it does not decode, UserError if it holds features.
     """
     if is_features(image):
         raise UserError(
@@ -336,16 +308,10 @@ def picture(image: bytes | np.ndarray, size: int) -> np.ndarray:
 def square(
     image: bytes | np.ndarray, size: int, crop: str, rng: np.random.Generator | None = None
 ) -> np.ndarray:
-    """Return an image as uint8 [size, size, 3], or features unchanged.
+    """Return an image as uint8 [size, size, 3], or features float [1 + N, D] unchanged.
 
-    Args:
-        image: an encoded file, uint8 [H, W, 3], or features float [1 + N, D].
-        size: side of the result, in pixels.
-        crop: "none" (squash), "center", "random" or "window".
-        rng: source of randomness, which the random crops need.
-
-    Raises:
-        images.ImageError: `image` does not decode.
+    `crop` is "none" (squash), "center", or "random" or "window", which need `rng`. Raises
+    ImageError if an encoded image does not decode.
     """
     if is_features(image):
         return image
@@ -379,9 +345,5 @@ def _check_crop(crop: str, known: Sequence[str]) -> None:
 
 
 def _derive(seed: int, *purpose: int) -> int:
-    """Return a 32-bit seed for one purpose.
-
-    Grain shuffles epoch e with seed + e, so adjacent seeds must not be passed to it: the first
-    epoch of run 1 would be the second of run 0.
-    """
+    """Make a 32-bit seed; Grain shuffles epoch e with seed + e, so adjacent seeds would overlap."""
     return int(np.random.SeedSequence([seed, *purpose]).generate_state(1)[0])

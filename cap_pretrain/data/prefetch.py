@@ -18,8 +18,7 @@ from absl import flags
 
 from cap_pretrain.errors import UserError
 
-DEFAULT_THREADS = max(1, min(16, (os.cpu_count() or 2) // 2))
-"""Half of the cores; the other half is left to training itself."""
+DEFAULT_THREADS = max(1, min(16, (os.cpu_count() or 2) // 2))  # half: training needs some
 
 Batch = dict[str, np.ndarray]
 
@@ -33,28 +32,18 @@ def iterate(
     threads: int = DEFAULT_THREADS,
     prefetch: int = 4,
 ) -> "Batches":
-    """Iterate over elements start … stop - 1 of a dataset, preparing them ahead of time.
+    """Iterate over elements start … stop - 1 of a dataset, preparing `prefetch` ahead of time.
 
-    The batches do not depend on `workers`, `threads` and `prefetch`. Prefetching starts at once, so
-    it overlaps with what the caller does before the first `next`.
+    The dataset is that of `pipeline.train_dataset` or `pipeline.eval_batches`. Prefetching starts
+    at once, so it overlaps with what the caller does before the first `next`; `close()` of the
+    result stops it. The batches do not depend on `workers`, `threads` and `prefetch`.
 
-    Args:
-        dataset: result of `pipeline.train_dataset` or `pipeline.eval_batches`.
-        start: the first element, a training step.
-        stop: the end, exclusive; None for the end of the dataset.
-        workers: number of worker processes. They import the main module, which therefore should
-            import heavy packages late and guard its code by `if __name__ == "__main__"`.
-        threads: number of prefetching threads if there are no workers; with 0, each element is
-            computed on demand. Threads speed up image decoding, which releases the GIL. Examples
-            made in Python (`scenes`) need worker processes; more threads slow them down.
-        prefetch: number of elements kept ready, divided among the workers.
+    Worker processes, which share `prefetch`, import the main module, which therefore should import
+    heavy packages late and guard its code by `if __name__ == "__main__"`. Without workers,
+    `threads` prefetch; with 0, each element is computed on demand. Threads speed up image decoding,
+    which releases the GIL, but slow down examples made in Python (`scenes`), which need workers.
 
-    Returns:
-        An iterator; call `close()` to stop its workers at once.
-
-    Raises:
-        UserError: (from the iterator) a UserError of preparing an element, in any process; or a
-            worker process was killed.
+    The iterator raises UserErrors of preparing an element, and one if a worker process was killed.
     """
     elements = dataset.slice(slice(start, stop))
     workers = min(workers, len(elements))
@@ -107,9 +96,8 @@ class Batches(Iterator[Batch]):
 def _free_shared_memory() -> None:
     """Free the last batches of worker processes, or Python would warn of leaked shared memory.
 
-    Their shared memory is freed, in a thread of Grain's, when the last reference goes. JAX keeps
-    references to its inputs, the traceback of an error to local variables, and an iterator that was
-    not closed to its prefetched batches.
+    A thread of Grain's frees it when the last reference goes. JAX keeps references to its inputs,
+    tracebacks to local variables, and an iterator that was not closed to its prefetched batches.
     """
     for batches in list(_OPEN):
         batches.close()
@@ -120,7 +108,7 @@ def _free_shared_memory() -> None:
 
 
 def _follow_parent(_worker: int, _workers: int) -> None:
-    """Tie the life of this worker process to that of its parent. Grain passes its index and count.
+    """Tie the life of this worker process, whose index and count Grain passes, to its parent's.
 
     Signals to the whole process group (Ctrl-C, a scheduler's SIGTERM) are left to the parent, which
     needs batches until it has saved. If the parent is killed, the worker exits too.

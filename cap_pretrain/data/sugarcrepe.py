@@ -21,12 +21,9 @@ from cap_pretrain.errors import UserError
 class SugarCrepe:
     """The questions of all files by image: a `QuestionSet`. The kind of a negative is its file.
 
-    Args:
-        annotations: folder with the JSON files; all of them are read.
-        images: folder or zip with the images, possibly in subfolders.
-
-    Raises:
-        UserError: the folder has no JSON files, a file has another form, or an image is missing.
+    `annotations` is the folder of the JSON files, all of which are read; `images` is a folder or
+    zip with the images, possibly in subfolders. Raises UserError if the folder has no JSON files, a
+    file has another form, or an image is missing.
     """
 
     protocol = "SugarCrepe: each caption against its one negative, by file"
