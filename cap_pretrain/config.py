@@ -27,14 +27,12 @@ from cap_pretrain.optim.plateau import Plateau
 def default() -> ConfigDict:
     """Return the default configuration: the recipe of Cap B/16 (Tschannen et al. 2023)."""
     c = ConfigDict()
-    # The seed of every random choice of a run.
-    c.seed = 0
+    c.seed = 0  # The seed of every random choice of a run
     # Length of the run. The authors' public config: 366,500 steps of 8192, 3.0B examples.
     c.total_steps = 0
     c.total_examples = 0
     c.total_epochs = 0.0
-    # Examples per step, over all devices and hosts.
-    c.batch_size = 8192
+    c.batch_size = 8192  # Examples per step, over all devices and hosts
     # Parts of gradient accumulation: the gradient of a batch is computed in so many sequential
     # parts to save memory. It is the gradient of the whole batch for contrastive learners too,
     # which therefore embed every example twice. BatchNorm normalizes each part by itself.
@@ -96,14 +94,12 @@ def _model() -> ConfigDict:
     # The fields up to norm_eps distinguish ViTs of one size; importing an encoder sets them.
     # A learned token before those of the patches.
     c.class_token = False
-    # A LayerNorm before the first block, as in CLIP.
-    c.pre_norm = False
+    c.pre_norm = False  # A LayerNorm before the first block, as in CLIP
     # What the last LayerNorm is applied to: all tokens, or only the pooled vector, as in CLIP.
     c.final_norm = "tokens"
     # Of the encoder's MLPs: gelu_tanh (the authors' approximation), gelu, quick_gelu (CLIP).
     c.activation = "gelu_tanh"
-    # Epsilon of the encoder's LayerNorms.
-    c.norm_eps = 1e-6
+    c.norm_eps = 1e-6  # Epsilon of the encoder's LayerNorms
     # A ResNet's first convolution: imagenet (7 x 7 with stride 2, then max pooling) or small
     # (3 x 3, for images of 32 to 64 pixels).
     c.stem = "imagenet"
@@ -162,15 +158,12 @@ def _data() -> ConfigDict:
     # "none" resizes the whole image; "random" crops a random part (area 0.08 to 1) first, "window"
     # a square of 7/8 of the shorter side. With the latter two, evaluation takes the central square.
     c.crop = "none"
-    # Mirror half of the images. Captions that mention left and right become wrong.
-    c.flip = False
+    c.flip = False  # Mirror half of the images. Captions that mention left and right become wrong.
     # Make every batch of captions with the same number of tokens; an epoch is then each caption
     # once, not each image (see cap_pretrain/data/sources/buckets.py).
     c.buckets = False
-    # Worker processes that prepare batches; 0 uses threads of the training process.
-    c.workers = 0
-    # The embedded dataset `scenes`.
-    c.scenes = ConfigDict(dataclasses.asdict(ScenesOptions()))
+    c.workers = 0  # Worker processes that prepare batches; 0 uses threads of the training process
+    c.scenes = ConfigDict(dataclasses.asdict(ScenesOptions()))  # The embedded dataset `scenes`
     return c
 
 
@@ -179,8 +172,7 @@ def _text() -> ConfigDict:
     # A sentencepiece model or a file of words, which brings its own rules and casing; "" trains
     # one on the training captions and stores it in the workdir.
     c.tokenizer = ""
-    # The kind of tokenizer to train: sentencepiece (subwords) or words.
-    c.kind = "sentencepiece"
+    c.kind = "sentencepiece"  # The kind of tokenizer to train: sentencepiece (subwords) or words
     # Pieces of sentencepiece. The number of words follows from their frequencies instead.
     c.vocab_size = 32_000
     # Tokens per caption, EOS included; shorter captions are padded, longer ones cut, EOS kept.
@@ -198,8 +190,7 @@ def _optim() -> ConfigDict:
     # The batch size for which `lr` is given; with another one the learning rate is scaled linearly
     # (Goyal et al. 2017, 1706.02677, section 2.1). 0: `lr` is for `batch_size`.
     c.lr_batch = 0
-    # Gradients are scaled down to this global norm; 0 disables it.
-    c.clip_norm = 1.0
+    c.clip_norm = 1.0  # Gradients are scaled down to this global norm; 0 disables it
     # Before that, each element of a gradient is clipped to [-clip_value, clip_value]; 0 disables.
     c.clip_value = 0.0
     # Decoupled weight decay, times the learning rate: p -= lr * weight_decay * p.
@@ -267,8 +258,7 @@ def _checkpoint() -> ConfigDict:
     # An evaluator's metric, as "val/loss": the checkpoint with the best value is also kept, and
     # every evaluation is followed by a checkpoint. "" keeps none.
     c.best = ""
-    # Which value is the best: min or max.
-    c.best_mode = "min"
+    c.best_mode = "min"  # Which value is the best: min or max
     return c
 
 
@@ -278,8 +268,7 @@ def _log() -> ConfigDict:
     c.every_examples = 0
     c.every_epochs = 0.0
     c.every_share = 0.0
-    # Log data/ids at every step, a fingerprint of its examples and their order.
-    c.ids = False
+    c.ids = False  # Log data/ids at every step, a fingerprint of its examples and their order
     # A loss so many robust standard deviations above the median of the last 100 steps is reported
     # and logged as spike/loss; 0 disables it.
     c.spikes = 8.0
@@ -287,15 +276,10 @@ def _log() -> ConfigDict:
 
 
 def arguments(text: str | None, **defaults: Any) -> SimpleNamespace:
-    """Parse the `key=value,…` after the colon of `--config=FILE:…`.
+    """Parse the `key=value,…` after the colon of `--config=FILE:…`, with these keys and defaults.
 
-    Args:
-        text: what follows the colon.
-        **defaults: the accepted keys. A tuple lists the accepted values, the default first; any
-            other value is the default itself.
-
-    Raises:
-        UserError: an unknown key or value.
+    A tuple lists the only values accepted, the default first. Other keys and values raise
+    UserError.
     """
     values = {k: v[0] if isinstance(v, tuple) else v for k, v in defaults.items()}
     for part in filter(None, (text or "").split(",")):

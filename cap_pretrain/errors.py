@@ -16,7 +16,7 @@ _DISK = (
 class UserError(Exception):
     """A mistake that the user can fix, shown without a traceback; the exit status is 2.
 
-    The message has one or two lines: the field or file, what was found there, and what to do.
+    One or two lines say which field or file is wrong, what was found there, and what to do.
     """
 
 

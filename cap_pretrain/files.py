@@ -31,10 +31,8 @@ def write_text(path: Path, text: str) -> None:
 def write_bytes(path: Path, data: bytes) -> None:
     """Write `data` to `path` atomically, creating its folder.
 
-    If the process is killed, either the old file or the new one remains.
-
-    Raises:
-        OSError: the disk is full, for example; it names the file. The old file remains.
+    If the process is killed or the disk is full, the old file remains; every OSError names the
+    file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(path.name + ".tmp")
@@ -46,8 +44,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 def read_json(path: Path) -> Any:
     """Return the content of a JSON file, which may be gzipped.
 
-    Raises:
-        UserError: the file is missing, cannot be read, is not JSON or decompresses to too much.
+    Raises UserError if it is missing, cannot be read, is not JSON or decompresses to too much.
     """
     return parse_json(read_bounded(path), path)
 
@@ -60,8 +57,7 @@ def read_json_lines(path: Path) -> list[Any]:
 class Appended:
     """An unbuffered append-only file: when `write` returns, the operating system has the data.
 
-    Every method raises OSError, with the name of the file, if it cannot write. The data of that
-    call is then dropped; `close` does not try again.
+    A call that fails raises OSError, with the name of the file, and its data is dropped.
     """
 
     def __init__(self, path: Path):

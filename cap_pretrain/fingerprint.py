@@ -25,10 +25,9 @@ def _mix(h: jax.Array) -> jax.Array:
 def fingerprint(x: jax.Array) -> jax.Array:
     """Return the fingerprint of an array of any shape and dtype, a uint32 scalar.
 
-    Every word is mixed with its position, and the results are added modulo 2^32. A sum of integers
-    does not depend on the order, and so not on how `x` is sharded. A change of one word always
-    changes the fingerprint, because mixing is a bijection; other changes escape with probability
-    2^-32.
+    Every word is mixed with its position and the results are added modulo 2^32, in any order, so
+    the sharding of `x` does not matter. A change of one word always changes the fingerprint,
+    because mixing is a bijection; other changes escape with probability 2^-32.
     """
     x = jnp.asarray(x)
     if x.dtype == jnp.bool_:

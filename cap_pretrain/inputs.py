@@ -36,13 +36,10 @@ TrainingMixture = NewType("TrainingMixture", Mixture)
 
 
 def open_data(config: ConfigDict, split: str, name: str = "") -> Source:
-    """Open a dataset as `config.data` says.
+    """Open a dataset as `config.data` says; `name` is by default the first one of `data.name`.
 
-    The run's own datasets are restricted: all splits have only the classes that `data.class_min`
-    keeps, and `data.split` has at most `data.class_max` examples of each. Other datasets, which
-    evaluators name, are not restricted.
-
-    `name` is by default the first dataset of `data.name`.
+    In the run's own datasets, all splits have only the classes that `data.class_min` keeps, and
+    `data.split` at most `data.class_max` examples of each. Other datasets are not restricted.
 
     Raises:
         UserError: see `open_source` and `subset.ClassSizes.of`; or the dataset holds features and
@@ -94,8 +91,7 @@ def _labels(section: str, split: str, name: str) -> np.ndarray:
 def open_sources(config: ConfigDict) -> Mixture:
     """Open the datasets of the training mixture.
 
-    Raises:
-        UserError: a dataset is missing, or has no captions or labels but the learner needs them.
+    Raises UserError if one is missing, or lacks captions or labels that the learner needs.
     """
     reads = learners.learner_class(config.learner.name).reads
     members = []
@@ -115,14 +111,10 @@ def open_sources(config: ConfigDict) -> Mixture:
 def completed(config: ConfigDict, mixture: Mixture) -> ConfigDict:
     """Return the config with the fields that depend on the data filled in.
 
-    These are `learner.classes` if it is 0, and the fields returned by the learner's `settled`
-    method if it has one. With stored features, these are also `model.tokens` and `model.width`;
-    rules on the encoder's parameters are removed, since there is no encoder.
-
-    With an empty mixture, the config is returned unchanged.
-
-    Raises:
-        UserError: datasets of the mixture hold features of different shapes.
+    These are `learner.classes` if it is 0, the fields returned by the learner's `settled` method if
+    it has one and, with stored features, `model.tokens` and `model.width`; rules on the parameters
+    of the encoder, which does not exist then, are removed. An empty mixture changes nothing.
+    Datasets with features of different shapes raise UserError.
     """
     if not mixture:
         return config
@@ -168,12 +160,10 @@ def prepare_tokenizer(
 ) -> tokenizers.Tokenizer:
     """Return the run's tokenizer, creating it in `workdir/tokenizer/` if necessary.
 
-    It is copied from `text.tokenizer` or else built from the captions of `mixture`. With `anew`, an
+    It is copied from `text.tokenizer`, or built from the captions of `mixture`. With `anew`, an
     existing file is replaced, because no checkpoint was made with it. For a learner that reads no
-    text, the result is `NoText` and no file is written.
-
-    Raises:
-        UserError: `text.tokenizer` is not a tokenizer that fits the config.
+    text the result is `NoText`, without a file. Raises UserError if `text.tokenizer` does not fit
+    the config.
     """
     if "text" not in learners.learner_class(config.learner.name).reads:
         return tokenizers.NoText()
@@ -216,8 +206,8 @@ def _captions(mixture: Mixture, limit: int | None = None) -> Iterator[str]:
 def planned_tokenizer(config: ConfigDict, mixture: Mixture) -> tokenizers.Tokenizer | None:
     """Return the tokenizer that `prepare_tokenizer` will create, without a workdir.
 
-    The result is None if sentencepiece will train one with the vocabulary size of the config. With
-    `data.buckets` it is trained here, because the number of batches depends on caption lengths.
+    None if sentencepiece will train one of the config's vocabulary size. With `data.buckets` it is
+    trained here, because the number of batches depends on caption lengths.
     """
     if not (config.text.tokenizer or config.text.kind == "words" or config.data.buckets):
         return None
@@ -239,7 +229,7 @@ def in_buckets(
 ) -> TrainingMixture:
     """Group the captions of a mixture by their length in tokens if `data.buckets` is set.
 
-    The result has one dataset per caption length. This reads every record once. Without
+    The result has one dataset per length, for which every record is read once. Without
     `data.buckets`, `mixture` is returned, and `tokenizer` may be None.
     """
     if not (config.data.buckets and mixture):

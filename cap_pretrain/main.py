@@ -1,7 +1,7 @@
 """The command line of a run: `python -m cap_pretrain.main --config=configs/NAME.py --workdir=DIR`.
 
-`--config=FILE:key=value,…` passes arguments to the config file. `--config.some.field=value` sets
-any field of the config. Starting again with the same workdir resumes the run. `--dry_run` writes
+`--config=FILE:key=value,…` passes arguments to the config file, and `--config.some.field=value`
+sets any field. Starting again with the same workdir resumes the run. `--dry_run` writes
 WORKDIR/plan.json and prints it.
 
 Exit status: 0 done; 2 a mistake of the user; 143 stopped by SIGTERM after saving, 130 by Ctrl-C; 75
@@ -32,17 +32,7 @@ DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only write the plan: sizes, FLOPs
 
 
 def parse(argv: list[str]) -> list[str]:
-    """Parse the command line.
-
-    Args:
-        argv: the program and its arguments.
-
-    Returns:
-        `argv` without the flags.
-
-    Raises:
-        UserError: a flag, file or field does not exist, or has a wrong value.
-    """
+    """Return the arguments that are left after the flags; raise UserError if a flag is wrong."""
     logging.set_verbosity(logging.WARNING)  # of libraries; --verbosity=0 shows more
     for arg in argv:
         if arg.startswith("--config="):

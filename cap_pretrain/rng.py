@@ -8,8 +8,7 @@ import jax
 def key(seed: int, step: int | jax.Array, purpose: str) -> jax.Array:
     """Return the random key for `purpose` ("init", "train", …) at `step`, which may be traced.
 
-    The same arguments always give the same key, so a resumed run draws the same random numbers as
-    an uninterrupted one.
+    It depends on nothing else, so a resumed run draws the numbers of an uninterrupted one.
     """
     base = jax.random.fold_in(jax.random.key(seed), zlib.crc32(purpose.encode()))
     return jax.random.fold_in(base, step)

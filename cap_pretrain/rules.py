@@ -1,9 +1,8 @@
 """Rules on parameter paths, which control sharding, weight decay, learning rates and freezing.
 
-The path of a parameter is its place in the learner, such as
-`encoder/blocks/attention/query/kernel`. A rule is a pair (regular expression, value). The
-expression must match the whole path, and the first rule that matches wins. A rule that matches no
-parameter is an error, because it is most likely a typo.
+A rule is a pair (regular expression, value). The expression must match the whole path of a
+parameter in the learner, such as `encoder/blocks/attention/query/kernel`; the first rule that
+matches wins. A rule that matches no parameter is an error, most likely a typo.
 """
 
 import re
@@ -28,18 +27,12 @@ def flatten(tree: Any) -> dict[str, Any]:
 def apply_rules(
     rules: Iterable[tuple[str, Any]], tree: Any, *, default: Any, field: str, strict: bool = True
 ) -> Any:
-    """Return a tree like `tree` with the value of the first matching rule at each leaf.
+    """Return a tree like `tree` with the value of the first matching rule, or `default`, at each
+    leaf.
 
-    Args:
-        rules: pairs (regular expression for the whole path, value).
-        tree: any pytree, usually parameters.
-        default: the value where no rule matches; not None, which would be an empty pytree.
-        field: the config field of the rules, for error messages.
-        strict: whether a rule that matches nothing is an error.
-
-    Raises:
-        UserError: a rule is not a pair with a valid regular expression or, if `strict`, matches no
-            path of `tree`.
+    `default` must not be None, which would be an empty pytree; `field` is for error messages.
+    Raises UserError if a rule is not a pair with a valid expression or, if `strict`, matches no
+    path.
     """
     compiled = []
     for rule in rules:

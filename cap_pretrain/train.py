@@ -1,9 +1,9 @@
 """The training loop. It drives any learner, runs any evaluator and resumes exactly.
 
-A run has four parts: `setup.prepare` builds data, tokenizer and training step, `Run.restore` loads
-the newest checkpoint, `Run.train` takes steps and `Run.evaluate` runs the evaluators. Step t is a
-function of (config, seed, t, state): the pipeline computes batch t from its number, and the random
-key of step t comes from the seed. So the saved state is all that a restarted run needs.
+`setup.prepare` builds data, tokenizer and training step, `Run.restore` loads the newest checkpoint,
+`Run.train` takes steps and `Run.evaluate` runs the evaluators. Step t is a function of (config,
+seed, t, state): the pipeline computes batch t from its number, and the random key comes from the
+seed and t. So the saved state is all that a restarted run needs.
 """
 
 import contextlib
@@ -40,14 +40,8 @@ from cap_pretrain.training.watch import Stopped, StopRequest, Watch
 def run(config: ConfigDict, workdir: Path, allow_changes: Sequence[str] = ()) -> None:
     """Train as `config` says in `workdir`, resuming an earlier run there.
 
-    Args:
-        config: see config.py.
-        workdir: the folder that receives everything the run writes.
-        allow_changes: fields in which `config` may differ from the config of the earlier run.
-
-    Raises:
-        UserError: a mistake of the user.
-        watch.Stopped: SIGTERM or SIGINT ended the run early, after saving.
+    The config may differ from that of the earlier run in the fields `allow_changes`. Raises
+    UserError, or `watch.Stopped` if SIGTERM or SIGINT ended the run early, after saving.
     """
     cluster.check_same(fields(json.loads(configs.to_json(config))))
     config, initial = warm_start.resolve(config)
@@ -67,32 +61,20 @@ def run(config: ConfigDict, workdir: Path, allow_changes: Sequence[str] = ()) ->
 
 @dataclasses.dataclass(frozen=True)
 class Due:
-    """What happens after a step.
+    """What happens after a step."""
 
-    Attributes:
-        last: this is the last step of the schedule.
-        log: metrics are written.
-        evaluate: the evaluators run.
-        save: a checkpoint is written.
-        stop: a signal came to this host or, one step ago, to any host of the cluster.
-    """
-
-    last: bool
-    log: bool
-    evaluate: bool
-    save: bool
-    stop: bool
+    last: bool  # the last step of the schedule
+    log: bool  # write metrics
+    evaluate: bool  # run evaluators
+    save: bool  # write a checkpoint
+    stop: bool  # a signal came to this host or, one step ago, to any host of the cluster
 
 
 class Run:
     """A run in progress.
 
-    Args:
-        setup: what `prepare` built.
-        stack: closes what the run opens. The mesh is current until it unwinds.
-
-    Attributes:
-        state: the training state; set by `restore`.
+    The mesh is current, and what the run opens stays open, until `stack` unwinds. `restore` sets
+    `state`, the training state.
     """
 
     state: TrainState
@@ -177,9 +159,8 @@ class Run:
     def train(self) -> None:
         """Take the steps that are left.
 
-        Raises:
-            Stopped: a signal stopped the run, after the state was saved.
-            UserError: a loss or gradient is not finite, or too many images are broken.
+        Raises `Stopped` if a signal stopped the run, after saving, and UserError if a loss or
+        gradient is not finite or too many images are broken.
         """
         start, step_fn = int(self.state.step), self._setup.step_fn
         batches = self._open_batches(start)
@@ -203,14 +184,10 @@ class Run:
                     break
 
     def evaluate(self, when: str, done: Collection[str] = ()) -> bool:
-        """Run the evaluators; return whether the metric of `config.plateau` ends the run.
+        """Run the evaluators of `when`, "always" or "end", except those `done` at this step.
 
-        Args:
-            when: which evaluators run, "always" or "end".
-            done: names of evaluators whose results at this step exist already.
-
-        Raises:
-            Stopped: a signal interrupted the evaluation; the state was saved.
+        Returns whether the metric of `config.plateau` ends the run. Raises `Stopped`, with the
+        state saved, if a signal interrupts.
         """
         step = int(jax.device_get(self.state.step))
         try:
@@ -275,9 +252,8 @@ class Run:
     def _save_and_evaluate(self, step: int, due: Due) -> bool:
         """Do what is due after a step; return whether the run is complete.
 
-        Raises:
-            Stopped: a signal came, and the state is saved.
-            UserError: too many images are broken; the state is saved.
+        Raises, with the state saved, `Stopped` after a signal and UserError for too many broken
+        images.
         """
         self._checkpoints.check()
         if due.save or due.stop:
@@ -301,11 +277,7 @@ class Run:
 
 
 def allowed_changes(config: ConfigDict, workdir: Path, allowed: Sequence[str]) -> list[str]:
-    """Return the accepted differences between `config` and that of the run in `workdir`.
-
-    Raises:
-        UserError: a field differs that may not.
-    """
+    """Return the accepted changes since the run in `workdir`; raise UserError for any other."""
     path = workdir / "config.json"
     if path.exists() and (saved_steps(workdir) or not configs.trains(config)):
         return check_unchanged(config, path, allowed)

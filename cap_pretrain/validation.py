@@ -25,15 +25,12 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 class Field:
     """What is known of a field besides its default.
 
-    Attributes:
-        choices: the accepted values; empty accepts any.
-        minimum: the smallest accepted value; None accepts any.
-        free: the field may change between one start of a run and the next: it affects where and
-            how fast the run computes, or what is logged and kept, but not what is learned.
+    A `free` field may change between one start of a run and the next: it affects where and how fast
+    the run computes, or what is logged and kept, but not what is learned.
     """
 
-    choices: tuple[str, ...] = ()
-    minimum: int | None = None
+    choices: tuple[str, ...] = ()  # accepted values; empty accepts any
+    minimum: int | None = None  # smallest accepted value; None accepts any
     free: bool = False
 
 
@@ -86,11 +83,7 @@ FREE = (
 
 
 def validate(config: ConfigDict) -> None:
-    """Check everything that can be checked before anything is built.
-
-    Raises:
-        UserError: a field has a value that is not accepted, or fields contradict each other.
-    """
+    """Check everything that can be checked before anything is built; raise UserError."""
     for name, field in FIELDS.items():
         if name != "learner.ring":  # of one learner only, whose Options check it
             _check_field(name, field, get(config, name))

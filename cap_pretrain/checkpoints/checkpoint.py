@@ -1,10 +1,9 @@
 """Saving and restoring the training state with Orbax, in `WORKDIR/checkpoints/STEP/`.
 
 A checkpoint has three items: `learner` (what evaluation and export read), `optimizer`, and
-`manifest`, which lists the path, shape, dtype and fingerprint of every array in the other two.
-Orbax writes to a temporary folder and renames it when complete, so an interrupted save leaves older
-checkpoints intact. Restored arrays are compared with the manifest. That detects any corruption, and
-distinguishes a corrupt checkpoint from one of another model.
+`manifest`, the path, shape, dtype and fingerprint of every array in the other two. Restored arrays
+are compared with it, which detects any corruption and tells it from a checkpoint of another model.
+Orbax renames a folder when it is complete, so an interrupted save leaves older ones intact.
 """
 
 import contextlib
@@ -62,11 +61,8 @@ def load_arrays(
 ) -> dict[str, np.ndarray]:
     """Return the arrays of the checkpoint of `step`, by paths such as "learner/params/encoder/…".
 
-    Reads only the given `items` (see `ITEMS`), and needs neither the model nor its config.
-
-    Raises:
-        CorruptCheckpointError: an array or the manifest differs from what was saved.
-        UserError: the disk does not permit reading.
+    Reads only the given `items`, without the model or its config. Raises CorruptCheckpointError if
+    an array or the manifest has changed, UserError if the disk does not permit reading.
     """
     configure_orbax()
     folder = checkpoints_folder(workdir) / str(step)
@@ -86,26 +82,19 @@ def load_arrays(
 
 
 def saved_identity(workdir: str | Path, step: int) -> dict[str, str]:
-    """Return the `identity` that `Checkpoints` was given when it saved `step`.
+    """Return the `identity` of the `Checkpoints` that saved `step`.
 
-    Raises:
-        CorruptCheckpointError: the manifest is missing or corrupt.
+    Raises CorruptCheckpointError if the manifest is missing or corrupt.
     """
     return read_manifest(checkpoints_folder(workdir) / str(step))["identity"]
 
 
 class Checkpoints:
-    """The checkpoints of one workdir.
+    """The checkpoints of one workdir, kept as `config.checkpoint` says.
 
-    Args:
-        workdir: the run's folder.
-        config: `config.checkpoint` says which checkpoints to keep.
-        identity: file -> string identifying its content, such as a hash. These are saved with each
-            checkpoint, and a checkpoint saved with other ones is refused.
-        read_only: whether to leave the folder unchanged, as evaluation and export do.
-
-    Raises:
-        UserError: the folder cannot be created.
+    `identity` maps files to a string that identifies their content, such as a hash. It is saved
+    with each checkpoint, and one saved with another identity is refused. `read_only` leaves the
+    folder unchanged, for evaluation and export; else UserError is raised if it cannot be created.
     """
 
     def __init__(
@@ -170,8 +159,7 @@ class Checkpoints:
     def save(self, state: TrainState) -> None:
         """Start saving `state` in the background; training may continue at once.
 
-        Raises:
-            UserError: this save or the previous one lacked disk space or permission.
+        Raises UserError if this save or the previous one lacked disk space or permission.
         """
         step, items = int(jax.device_get(state.step)), _items(state)
         self._saved_at = time.monotonic()
@@ -202,13 +190,10 @@ class Checkpoints:
     def restore_newest(
         self, abstract: TrainState, say: Callable[[str], None] = print
     ) -> TrainState | None:
-        """Restore the newest valid checkpoint; return None if there are no checkpoints.
+        """Restore the newest valid checkpoint as `restore` does; return None if there are none.
 
-        Newer, corrupt checkpoints are reported through `say` and renamed to `STEP.damaged`.
-        `abstract` gives the shapes, dtypes and shardings of the state.
-
-        Raises:
-            UserError: see `restore`; or every checkpoint is corrupt.
+        Newer, corrupt checkpoints are reported through `say` and renamed to `STEP.damaged`; if all
+        are corrupt, UserError is raised.
         """
         steps = saved_steps(self._workdir)
         for step in reversed(steps):
@@ -229,8 +214,8 @@ class Checkpoints:
 
         Raises:
             CorruptCheckpointError: an array or the manifest differs from what was saved.
-            UserError: the checkpoint is of another model, optimizer or tokenizer, or the disk does
-                not permit reading.
+            UserError: it is of another model, optimizer or tokenizer, or the disk does not permit
+                reading.
         """
         folder = self._manager.directory / str(step)
         manifest = read_manifest(folder)
@@ -321,11 +306,7 @@ def _items(state: TrainState) -> dict[str, Any]:
 
 
 def _read_on_all_hosts(folder: Path, read: Callable[[], Any]) -> Any:
-    """Return `read()`; if the files are corrupt on any host, raise on every host.
-
-    Raises:
-        CorruptCheckpointError: `read` failed because of the files' content.
-        UserError: the disk does not permit reading.
+    """Return `read()`; raise CorruptCheckpointError on every host if the files of one are corrupt.
     """
     result, corruption = None, None
     try:

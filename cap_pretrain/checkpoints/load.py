@@ -30,29 +30,19 @@ def to_stderr(text: str) -> None:
 
 
 class Weights(NamedTuple):
-    """The variables of a learner on this host, by path in the learner.
+    """The variables of a learner on this host, by path in the learner."""
 
-    Attributes:
-        step: the step of the checkpoint.
-        averaged: whether `params` are the moving average of the parameters.
-        params: parameters by path, such as "encoder/blocks/…".
-        stats: other variables by path, such as BatchNorm statistics.
-    """
-
-    step: int
-    averaged: bool
-    params: dict[str, np.ndarray]
-    stats: dict[str, np.ndarray]
+    step: int  # of the checkpoint
+    averaged: bool  # `params` are the moving average of the parameters
+    params: dict[str, np.ndarray]  # such as "encoder/blocks/…"
+    stats: dict[str, np.ndarray]  # other variables, such as BatchNorm statistics
 
 
 class Learner(NamedTuple):
     """A restored learner in the form that evaluators take.
 
-    Attributes:
-        config: the config of its run, locked.
-        tokenizer: the tokenizer of its run.
-        graphdef: its structure; `nnx.merge(graphdef, *variables)` is the module.
-        variables: its parameters (averaged ones if saved) and its other variables, on the mesh.
+    The config is locked. `nnx.merge(graphdef, *variables)` is the module; `variables` are its
+    parameters (averaged ones if saved) and its other variables, on the mesh.
     """
 
     config: ConfigDict
@@ -66,15 +56,9 @@ def load_learner(
 ) -> Learner:
     """Load a run's learner, without its optimizer. The workdir is not changed.
 
-    Args:
-        workdir: the folder of the run.
-        mesh: where to place the variables; None means the first device of this process.
-        step: which checkpoint to load; None means the newest valid one.
-        say: receives a line for each corrupt checkpoint that is skipped.
-
-    Raises:
-        UserError: there is no such run or no valid checkpoint, or its config.json or tokenizer is
-            not the one it was trained with.
+    `mesh` holds the variables, by default the first device of this process; `step` and `say` are
+    those of `read_weights`. Raises UserError if there is no such run or no valid checkpoint, or if
+    its config.json or tokenizer is not the one it was trained with.
     """
     workdir = Path(workdir)
     config = read_config(workdir)
@@ -101,8 +85,7 @@ def load_learner(
 def read_config(workdir: str | Path) -> ConfigDict:
     """Return the config of a run, locked; fields added since the run have their defaults.
 
-    Raises:
-        UserError: config.json is missing or invalid.
+    Raises UserError if config.json is missing or invalid.
     """
     path = Path(workdir) / "config.json"
     try:
@@ -122,18 +105,10 @@ def read_config(workdir: str | Path) -> ConfigDict:
 
 
 def read_weights(workdir: str | Path, step: int | None = None, say: Say = to_stderr) -> Weights:
-    """Read the learner's variables and validate their fingerprints.
+    """Read and validate the learner's variables, with averaged parameters if the run kept them.
 
-    Args:
-        workdir: the folder of the run.
-        step: which checkpoint to read; None means the newest valid one.
-        say: receives a line for each corrupt checkpoint that is skipped.
-
-    Returns:
-        The variables, with the moving average of the parameters if the run kept one.
-
-    Raises:
-        UserError: there is no such checkpoint, or no valid one.
+    `step` is by default that of the newest valid checkpoint; corrupt ones are skipped, with a line
+    to `say`. Raises UserError if there is no such checkpoint, or no valid one.
     """
     steps = saved_steps(workdir)
     if not steps or step not in (None, *steps):

@@ -1,8 +1,7 @@
 """Checkpoint manifests: the path, shape, dtype and fingerprint of every saved array.
 
-A manifest is saved with the arrays and carries its own checksum. Comparing it with the expected
-model detects a checkpoint of another model; comparing it with the arrays that were read detects
-corruption.
+A manifest is saved with the arrays and carries its own checksum. A comparison with the expected
+model detects a checkpoint of another model, and one with the arrays that were read corruption.
 """
 
 import json
@@ -24,12 +23,7 @@ class CorruptCheckpointError(Exception):
 
 
 def describe(tree: Any, fingerprints: Mapping[str, Any] | None = None) -> Leaves:
-    """Return the manifest entries of the arrays in `tree`.
-
-    Args:
-        tree: a pytree of arrays or `jax.ShapeDtypeStruct`.
-        fingerprints: uint32 scalars by path, see `fingerprint.fingerprints`; omitted if None.
-    """
+    """Return the manifest entries of the arrays in `tree`, with their `fingerprints` if given."""
     leaves: Leaves = {
         path: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
         for path, leaf in rules.flatten(tree).items()
@@ -53,8 +47,7 @@ def make_manifest(step: int, identity: Mapping[str, str], leaves: Leaves) -> dic
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Return the manifest of the checkpoint in `folder`, without its checksum.
 
-    Raises:
-        CorruptCheckpointError: the manifest is missing, unreadable, changed, or of another step.
+    Raises CorruptCheckpointError if it is missing, unreadable, changed, or of another step.
     """
     try:
         manifest = json.loads((folder / "manifest" / "metadata").read_text(encoding="utf-8"))

@@ -13,15 +13,14 @@ import orbax.checkpoint as ocp
 def configure_orbax() -> None:
     """Apply the process-wide settings this package needs from Orbax; later calls do nothing.
 
-    Replicas: by default each replica of an array saves one slice of it, and the first save would
-    stall while hundreds of slicing programs compile. Here one replica saves the whole array.
+    One replica saves a whole array. By default each replica saves a slice, and the first save would
+    stall while hundreds of slicing programs compile.
 
-    Logging: Orbax logs each failure many times, with tracebacks and from several threads. The
-    failure itself is raised here, so those records are dropped, and so is the notice about the
-    array handler registered above.
+    Orbax logs each failure many times, with tracebacks and from several threads. It is raised here,
+    so those records are dropped, like the notice about the array handler registered here.
 
-    Threads: TensorStore threads may report to an event loop that Orbax has already closed. Python
-    would print that as an unraisable exception.
+    TensorStore threads may report to an event loop that Orbax has already closed, which Python
+    would print as an unraisable exception; those are ignored.
     """
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(_is_worth_logging)

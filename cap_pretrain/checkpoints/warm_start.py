@@ -1,12 +1,10 @@
 """Initializing a learner from trained weights: `config.encoder`.
 
-The path names a workdir, one checkpoint of a workdir (runs/cappa/checkpoints/300), or an imported
-encoder. A workdir stands for its newest valid checkpoint.
-
-A learner with an encoder takes that encoder's weights, and the fields of `config.model` and
-`data.image_size` that belong to them. The learner `pretrained` takes everything found there: the
-whole learner of a workdir, or the bare encoder. It is for evaluation, and uses the data of that
-workdir if `data.name` is empty.
+The path names a workdir (its newest valid checkpoint), one checkpoint of a workdir
+(runs/cappa/checkpoints/300), or an imported encoder. A learner with an encoder takes that encoder's
+weights, and the fields of `config.model` and `data.image_size` that belong to them. The learner
+`pretrained`, for evaluation, takes everything found there: the whole learner of a workdir, and its
+data if `data.name` is empty, or the bare encoder.
 """
 
 import dataclasses
@@ -32,25 +30,17 @@ OWN_FIELDS = (
 
 @dataclasses.dataclass(frozen=True)
 class PretrainedWeights:
-    """Trained arrays that replace randomly initialized ones.
-
-    Attributes:
-        params: parameters by path in the learner.
-        stats: other variables by path, such as BatchNorm statistics.
-        source: where they come from, for messages.
-    """
+    """Trained arrays, by path in the learner, that replace randomly initialized ones."""
 
     params: dict[str, np.ndarray]
-    stats: dict[str, np.ndarray]
-    source: str
+    stats: dict[str, np.ndarray]  # other variables, such as BatchNorm statistics
+    source: str  # where they come from, for messages
 
     def put(self, state: TrainState) -> TrainState:
         """Return `state` with these arrays in place, with the shardings of those they replace.
 
-        The moving average of the parameters, if any, restarts from the new parameters.
-
-        Raises:
-            UserError: the learner lacks one of the arrays, or has it in another shape.
+        A moving average of the parameters restarts from the new ones. Raises UserError if the
+        learner lacks one of the arrays, or has it in another shape.
         """
         params = _replaced(state.params, self.params, self.source)
         ema = None if state.ema is None else jax.tree.map(lambda p: p.copy(), params)
@@ -59,14 +49,10 @@ class PretrainedWeights:
 
 
 def resolve(config: ConfigDict) -> tuple[ConfigDict, PretrainedWeights | None]:
-    """Load `config.encoder` and set the config fields that follow from it.
+    """Load `config.encoder`, if any; return the config with the fields that it sets, and the
+    weights.
 
-    Returns:
-        The completed config and the loaded weights; without `config.encoder`, the config unchanged
-        and None.
-
-    Raises:
-        UserError: there is no encoder at that path, or no valid checkpoint.
+    Raises UserError if there is no encoder at that path, or no valid checkpoint.
     """
     if not config.encoder:
         if config.learner.name == "pretrained":

@@ -306,8 +306,7 @@ def _code_fingerprint() -> str:
     return digest.hexdigest()[:16]
 
 
-# The number of calls of `decided` so far, which makes its keys unique.
-_decisions = 0
+_decisions = 0  # The number of calls of `decided` so far, which makes its keys unique
 
 
 def state() -> Any:

@@ -29,8 +29,7 @@ BATCH_AXES = ("data", "fsdp")
 # slower, because the compiler then splits the products, too.
 FSDP_ON_TPUS = 16
 
-# The mesh axes that shard one dimension: one, several, or none.
-Axes = str | Sequence[str] | None
+Axes = str | Sequence[str] | None  # The mesh axes that shard one dimension: one, several, or none
 
 # (path, axes of the trailing dimensions). Leading dimensions, such as that of stacked layers, are
 # not sharded. Tensor parallelism shards heads, hidden units and the vocabulary. Everything is

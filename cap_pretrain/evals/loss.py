@@ -12,8 +12,7 @@ from cap_pretrain import inputs
 from cap_pretrain.evals.base import BatchOptions, Context, Result
 from cap_pretrain.learners.protocols import Contrasts, learner_type
 
-# Training captions that the unigram model is estimated from.
-UNIGRAM_CAPTIONS = 50_000
+UNIGRAM_CAPTIONS = 50_000  # Training captions that the unigram model is estimated from
 
 
 class Loss:

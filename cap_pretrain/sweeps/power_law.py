@@ -7,8 +7,7 @@ import numpy as np
 
 from cap_pretrain.errors import UserError
 
-# How often the bands of laws fitted to noisy data contain the true value.
-CONFIDENCE = 0.95
+CONFIDENCE = 0.95  # How often the bands of laws fitted to noisy data contain the true value
 
 
 @dataclasses.dataclass(frozen=True)

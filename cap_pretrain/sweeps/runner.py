@@ -20,10 +20,8 @@ from cap_pretrain.training.watch import StopRequest
 ROOT = Path(__file__).resolve().parent.parent.parent
 PROGRAM = (sys.executable, "-m", "cap_pretrain.main")
 LOCK_FILE = "sweep.lock"
-# Seconds between checks of the processes.
-POLL = 0.1
-# The exit status of a user error, which a retry does not fix.
-USER_ERROR = 2
+POLL = 0.1  # Seconds between checks of the processes
+USER_ERROR = 2  # The exit status of a user error, which a retry does not fix
 
 Say = Callable[[str], None]
 

@@ -23,8 +23,7 @@ from cap_pretrain.checkpoints.checkpoint import saved_steps
 from cap_pretrain.errors import UserError, did_you_mean
 from cap_pretrain.training.changes import check_unchanged
 
-# In the folder of a sweep: the list of its trials.
-SWEEP_FILE = "sweep.json"
+SWEEP_FILE = "sweep.json"  # In the folder of a sweep: the list of its trials
 # In the folder of a trial: the requested config, before the run fills in what its data and encoder
 # determine; its status; its output.
 REQUESTED_FILE, RECORD_FILE, LOG_FILE = "asked.json", "trial.json", "log.txt"

@@ -20,8 +20,7 @@ from cap_pretrain.training.step import FINITE
 SPIKE_WINDOW, SPIKE_MINIMUM = 100, 20
 # The fraction of broken images is taken over so many examples, rounded up to whole steps.
 BROKEN_WINDOW = 10_000
-# What a host may request: to stop, and to save.
-NO_REQUESTS = (False, False)
+NO_REQUESTS = (False, False)  # What a host may request: to stop, and to save
 # The standard deviation of a normal distribution in units of its median absolute deviation.
 NORMAL_MAD = 1.4826
 

@@ -31,8 +31,7 @@ BLANK = 128
 # (in float32 by some 1e-5 nats, or 1e-7 of a cosine).
 CAPTIONER_TOLERANCE, DUAL_ENCODER_TOLERANCE = 1e-4, 1e-6
 
-# Cosines computed at once: 16 MB of them. A log-likelihood needs far more memory.
-COSINES = 2**22
+COSINES = 2**22  # Cosines computed at once: 16 MB of them. A log-likelihood needs far more memory.
 
 # Text lengths are rounded up to a multiple of this, so that few different shapes are compiled.
 LENGTHS = 8

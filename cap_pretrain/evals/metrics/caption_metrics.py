@@ -47,8 +47,7 @@ _STAMPS = {
     "brownlee": "brownlee (markers, no words of one letter)",
 }
 
-# Where pycocoevalcap downloads SPICE's models from.
-MODELS_HOST = "nlp.stanford.edu"
+MODELS_HOST = "nlp.stanford.edu"  # Where pycocoevalcap downloads SPICE's models from
 
 SPICE = {
     "no": "not at all",
