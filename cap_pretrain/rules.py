@@ -27,8 +27,7 @@ def flatten(tree: Any) -> dict[str, Any]:
 def apply_rules(
     rules: Iterable[tuple[str, Any]], tree: Any, *, default: Any, field: str, strict: bool = True
 ) -> Any:
-    """Return a tree like `tree` with the value of the first matching rule, or `default`, at each
-    leaf.
+    """Return a tree like `tree` with the value of the first matching rule, or `default`, at leaves.
 
     `default` must not be None, which would be an empty pytree; `field` is for error messages.
     Raises UserError if a rule is not a pair with a valid expression or, if `strict`, matches no

@@ -29,11 +29,7 @@ METRICS = {"captions": ("scores", "caption_scores"), "questions": ("answers", "q
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """Return the config for `data=…,tasks=…` (see the module's docstring).
-
-    Raises:
-        UserError: A task is unknown, or their number differs from that of the datasets.
-    """
+    """Return the config for `data=…,tasks=…` (see the module's docstring)."""
     args = config.arguments(arg, data="coco_captions", tasks="captions")
     c = config.default()
     c.total_epochs = 10.0

@@ -30,11 +30,7 @@ from cap_pretrain.errors import UserError, did_you_mean
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """Return the config for `task=…,encoder=…,data=…,recipe=…,evals=NAME+NAME+…`.
-
-    Raises:
-        UserError: The task, encoder or recipe is unknown.
-    """
+    """Return the config for `task=…,encoder=…,data=…,recipe=…,evals=NAME+NAME+…`."""
     tasks = learners.pretexts()
     args = config.arguments(
         arg, task=tuple(tasks), encoder="resnet50", data="scenes", recipe="", evals="loss"

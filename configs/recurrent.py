@@ -77,25 +77,15 @@ DECODER_OF_OPTION = {"layers": "lstm", "grid": "attention", "penalty": "attentio
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """The settings of a source.
-
-    Attributes:
-        decoder: Kind of decoder.
-        encoder: Architecture of the encoder, a key of ENCODERS.
-        epochs: Number of epochs, each showing every caption once.
-        best: Metric that selects the best checkpoint.
-        options: Options of the learner.
-        fields: Fields of the config.
-        beams: Beam widths of evaluations at the end, in addition to greedy decoding.
-    """
+    """The settings of a source."""
 
     decoder: str
-    encoder: str
-    epochs: int
-    best: str
-    options: dict[str, Any]
-    fields: dict[str, Any]
-    beams: tuple[int, ...] = ()
+    encoder: str  # a key of ENCODERS
+    epochs: int  # each showing every caption once
+    best: str  # metric that selects the best checkpoint
+    options: dict[str, Any]  # of the learner
+    fields: dict[str, Any]  # of the config
+    beams: tuple[int, ...] = ()  # widths of evaluations at the end, besides greedy decoding
 
 
 MERGE = Recipe(
@@ -191,11 +181,7 @@ RECIPES = {
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """Return the config for `decoder=…,encoder=…,data=…,recipe=…` (see the module's docstring).
-
-    Raises:
-        UserError: The encoder is neither an architecture nor an existing path.
-    """
+    """Return the config for `decoder=…,encoder=…,data=…,recipe=…` (see the module's docstring)."""
     args = config.arguments(
         arg, decoder=("", *DECODERS), encoder="", data="scenes", recipe=("", *RECIPES)
     )

@@ -49,8 +49,7 @@ class PretrainedWeights:
 
 
 def resolve(config: ConfigDict) -> tuple[ConfigDict, PretrainedWeights | None]:
-    """Load `config.encoder`, if any; return the config with the fields that it sets, and the
-    weights.
+    """Load `config.encoder`, if any; return the config with the fields it sets, and the weights.
 
     Raises UserError if there is no encoder at that path, or no valid checkpoint.
     """

@@ -56,15 +56,9 @@ def run(
     args: argparse.Namespace,
     catch: tuple[type[Exception], ...] = (UserError, OSError),
 ) -> int:
-    """Run a command and turn the user's mistakes into a message and exit status 2.
+    """Run a command and return its exit status, or 2 if it raises one of `catch`.
 
-    Args:
-        command: Takes the parsed arguments and returns an exit status.
-        args: The parsed arguments.
-        catch: Exceptions to report on stderr, as "error: MESSAGE", without a traceback.
-
-    Returns:
-        The command's exit status, or 2 if it raised one of `catch`.
+    That exception is reported on stderr, as "error: MESSAGE", without a traceback.
     """
     try:
         return command(args)

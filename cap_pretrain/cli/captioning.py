@@ -34,8 +34,7 @@ def evaluation_crop(data: ConfigDict) -> str:
 def read_image(path: str, data: ConfigDict) -> np.ndarray | str:
     """Read an image file and preprocess it as a run with this `config.data` does for evaluation.
 
-    Returns:
-        The image, uint8 [S, S, 3], or the reason it cannot be read.
+    Returns the image, uint8 [S, S, 3], or the reason it cannot be read.
     """
     try:
         return pipeline.square(Path(path).read_bytes(), data.image_size, evaluation_crop(data))
@@ -46,16 +45,10 @@ def read_image(path: str, data: ConfigDict) -> np.ndarray | str:
 
 
 def dataset_images(learner: Learner, data: str, split: str, count: int) -> list[Named]:
-    """Return the first images of a split, preprocessed for evaluation, with their ids.
+    """Return up to `count` first images of a split, preprocessed for evaluation, with their ids.
 
-    Args:
-        learner: The restored learner; its config says how to preprocess.
-        data: A dataset or its path; "" is the run's own.
-        split: A split; "" is the run's evaluation split.
-        count: Maximum number of images.
-
-    Raises:
-        UserError: The dataset holds stored features instead of images.
+    By default, "", data and split are those of the learner's run and its evaluation. Raises
+    UserError if the dataset holds stored features instead of images.
     """
     section = learner.config.data
     source = inputs.open_data(learner.config, split or section.eval_split, data)
@@ -83,18 +76,12 @@ def file_images(learner: Learner, paths: Sequence[str]) -> list[Named]:
 
 
 def draw_images(args: argparse.Namespace, draw: Callable[[Learner, list[Named]], Any]) -> int:
-    """Draw the images that the arguments name and save the figure.
+    """Draw the images that the arguments name and save the figure that `draw` returns.
 
-    Args:
-        args: Arguments of `add_checkpoint`, `add_figure` and `add_images` in `cli.arguments`.
-        draw: Takes the restored learner and the images and returns a figure.
-
-    Returns:
-        The exit status: 0 all images are drawn, 1 some files are unreadable, 2 all files are.
-
-    Raises:
-        UserError: Both files and a dataset are given, or one of them cannot be used.
-        OSError: The figure cannot be written.
+    `args` are those of `add_checkpoint`, `add_figure` and `add_images` in `cli.arguments`. Returns
+    the exit status: 0 all images are drawn, 1 some files are unreadable, 2 all files are. Raises
+    UserError if both files and a dataset are given, or one cannot be used, OSError if writing
+    fails.
     """
     figures.check_name(args.out)
     if args.images and (args.data or args.split):
@@ -116,15 +103,8 @@ def captioner(
 ) -> Captioner:
     """Return a function that captions up to `batch_size` images, uint8 [n, S, S, 3].
 
-    Args:
-        learner: The restored learner.
-        how: Decoding options.
-        batch_size: Images per call; smaller batches are padded to it.
-        seed: Random seed of sampling.
-        question: If given, the captions are answers to it.
-
-    Raises:
-        UserError: The learner cannot write captions, or has no image encoder.
+    Smaller batches are padded; `seed` is for sampling. If there is a `question`, the captions are
+    answers to it. Raises UserError if the learner cannot write captions, or has no image encoder.
     """
     config, tokenizer, graphdef, variables = learner
     if config.model.name == STORED:

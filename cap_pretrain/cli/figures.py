@@ -33,11 +33,7 @@ def check_name(out: Path) -> None:
 
 
 def save(figure: Any, out: Path) -> None:
-    """Write a figure as PNG or SVG, by its suffix; equal figures give equal files.
-
-    Raises:
-        OSError: The file cannot be written.
-    """
+    """Write a figure as PNG or SVG, by its suffix; equal figures give equal files."""
     matplotlib = imported("matplotlib")
     svg = out.suffix.lower() == ".svg"
     # Deterministic ids, and text stored as text instead of outlines.

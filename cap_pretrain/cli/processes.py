@@ -27,12 +27,7 @@ EXIT_LOST = 75
 
 
 class RehearsalError(Exception):
-    """The rehearsal failed.
-
-    Args:
-        message: The reason.
-        code: The exit status of the tool.
-    """
+    """The rehearsal failed; `code` is the exit status of the tool."""
 
     def __init__(self, message: str, code: int = 1):
         super().__init__(message)
@@ -47,22 +42,16 @@ class LostHostError(RehearsalError):
 class Kill:
     """A signal to send, and the moment: some seconds after an event.
 
-    Attributes:
-        after: The event: the "start" of the process, a "step" that the run has not done before, or
-            the beginning of a "save".
-        step: Earliest step of a "step" or "save".
-        seconds: Time to wait after the event.
-        latest: Step at which the signal is sent in any case, if the machine has become faster.
-        which: The signal.
-        everyone: Send it to all processes of a cluster instead of one.
+    The event is the "start" of the process, a "step" that the run has not done before, or the
+    beginning of a "save".
     """
 
     after: str
-    step: int
-    seconds: float
-    latest: float = float("inf")
+    step: int  # earliest step of a "step" or "save"
+    seconds: float  # time to wait after the event
+    latest: float = float("inf")  # step of the signal in any case, if the machine is faster now
     which: signal.Signals = signal.SIGKILL
-    everyone: bool = True
+    everyone: bool = True  # to all processes of a cluster instead of one
 
     def __str__(self) -> str:
         return f"{self.which.name} to {'all' if self.everyone else 'one'}"
@@ -71,14 +60,9 @@ class Kill:
 class Run:
     """The training program as one process or a cluster.
 
-    Use it as a context manager: on exit all of its processes are killed.
-
-    Args:
-        arguments: Arguments of cap_pretrain.main, without --workdir.
-        workdir: Workdir of the run. Output goes to WORKDIR.log and, of further processes, to
-            WORKDIR.1.log and so on.
-        processes: Number of processes.
-        devices: Virtual CPU devices of each process; 0 keeps the default.
+    As a context manager, it kills all of its processes on exit. `arguments` are those of
+    cap_pretrain.main, without --workdir; `devices` the virtual CPU devices of each process, 0 keeps
+    the default. Output goes to WORKDIR.log and, of further processes, to WORKDIR.1.log and so on.
     """
 
     def __init__(self, arguments: list[str], workdir: Path, processes: int = 1, devices: int = 0):
@@ -145,9 +129,8 @@ class Run:
     def kill(self, kill: Kill) -> None:
         """Send the signal to main processes, not to data workers, and wait until all have exited.
 
-        Raises:
-            RehearsalError: A process did not exit in time, or not with the exit status of SIGTERM
-                although it was in its training loop.
+        Raises RehearsalError if one does not exit in time, or not with the exit status of SIGTERM
+        although it was in its training loop.
         """
         in_loop = self.step() != self._step_before
         one = int(1e6 * kill.seconds) % len(self._processes)  # an arbitrary process
@@ -185,11 +168,8 @@ def environment(
 ) -> dict[str, str]:
     """Return environment variables of a process that runs the code in ROOT, installed or not.
 
-    Args:
-        address: Host and port of the coordinator of a cluster.
-        processes: Number of processes in the cluster; 1 is no cluster.
-        number: Index of this process.
-        devices: Virtual CPU devices of the process; 0 keeps the default.
+    `address` is that of a cluster's coordinator, `number` the index of the process; 1 of
+    `processes` is no cluster, and 0 virtual CPU `devices` keep the default.
     """
     path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}

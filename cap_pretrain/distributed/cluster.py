@@ -40,17 +40,11 @@ class ClusterStartError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Addresses:
-    """Cluster addresses from the command line; None means to take them from the environment.
+    """Cluster addresses from the command line; None means to take them from the environment."""
 
-    Attributes:
-        coordinator: HOST:PORT of process 0.
-        processes: the number of processes.
-        process: the index of this process.
-    """
-
-    coordinator: str | None = None
-    processes: int | None = None
-    process: int | None = None
+    coordinator: str | None = None  # HOST:PORT of process 0
+    processes: int | None = None  # their number
+    process: int | None = None  # the index of this one
 
 
 def start(addresses: Addresses = Addresses()) -> None:
@@ -58,11 +52,8 @@ def start(addresses: Addresses = Addresses()) -> None:
 
     Without addresses on the command line, `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and
     `JAX_PROCESS_ID` are used. Without those, JAX detects Slurm, Open MPI, TPU pods (including
-    several slices) and Kubernetes.
-
-    Raises:
-        UserError: the addresses are incomplete or invalid.
-        ClusterStartError: not all hosts connected within `PATIENCE` seconds.
+    several slices) and Kubernetes. Raises UserError if the addresses are incomplete or invalid, and
+    ClusterStartError if not all hosts connected within `PATIENCE` seconds.
     """
     given = _complete_addresses(addresses)
     kind = "addresses" if given.coordinator else _detect_cluster()
@@ -158,20 +149,12 @@ def _is_only_process_on_machine() -> bool:
 
 
 def decided(mine: Any, decide: Callable[[list[Any]], Any]) -> Any:
-    """Have host 0 decide for all hosts, given a value from each. All hosts must call it.
+    """Have host 0 decide for all hosts, given a JSON value from each. All hosts must call it.
 
-    It uses the key-value store, which waits long enough: on CPUs, device collectives give up when
+    `decide` is called on host 0 alone, with the values ordered by host. Its result, after a round
+    trip through JSON, is returned on every host, or the UserError that it raises is raised. This
+    uses the key-value store, which waits long enough: on CPUs, device collectives give up when
     another host is half a minute late.
-
-    Args:
-        mine: this host's value, JSON-compatible.
-        decide: called on host 0 alone with the values of all hosts, ordered by host.
-
-    Returns:
-        What `decide` returned, on every host, after a round trip through JSON.
-
-    Raises:
-        UserError: on every host, if `decide` raises it.
     """
     if jax.process_count() == 1:
         return decide([mine])
@@ -201,14 +184,10 @@ def barrier() -> None:
 
 
 def agree(facts: Mapping[str, Any], remedy: str) -> None:
-    """Check that facts are the same on all hosts. All hosts must call it.
+    """Check that facts, JSON values by name, are the same on all hosts. All hosts must call it.
 
-    Args:
-        facts: JSON-compatible values by name; all hosts must give the same names.
-        remedy: what the user should do, appended to the error message.
-
-    Raises:
-        UserError: on every host, if a fact differs from that of host 0; names both values.
+    If one differs from that of host 0, UserError with both values and `remedy`, what the user
+    should do, is raised on every host.
     """
 
     def compare(hosts: list[dict[str, Any]]) -> None:
@@ -252,14 +231,7 @@ def compiled_everywhere(fn: Any, *args: Any) -> Any:
 
 
 def check_same(config: Mapping[str, Any]) -> None:
-    """Check that all hosts use the same config, code and JAX version.
-
-    Args:
-        config: JSON-compatible values by field.
-
-    Raises:
-        UserError: on every host, if they differ.
-    """
+    """Raise UserError on every host unless all use the same config, code and JAX version."""
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")}
     agree(
         {**config, "the code of cap_pretrain": _code_fingerprint(), **versions},
@@ -268,11 +240,7 @@ def check_same(config: Mapping[str, Any]) -> None:
 
 
 def check_shared(workdir: Path) -> None:
-    """Check that `workdir` is the same folder on every host.
-
-    Raises:
-        UserError: on every host, if it is not.
-    """
+    """Raise UserError on every host unless `workdir` is the same folder on all."""
     if jax.process_count() == 1:
         return
     marker = workdir / f".host0-{os.getpid()}"
@@ -296,10 +264,7 @@ def check_shared(workdir: Path) -> None:
 
 
 def _code_fingerprint() -> str:
-    """Return 16 hex digits of the SHA-256 of all Python files of the package and its subpackages.
-
-    The root is `cap_pretrain.__file__`: the folder of this module would cover only `distributed`.
-    """
+    """Return 16 hex digits of the SHA-256 of all Python files of the package, not this folder."""
     root, digest = Path(cap_pretrain.__file__).parent, hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())

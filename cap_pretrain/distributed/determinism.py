@@ -1,10 +1,9 @@
 """Bitwise reproducible runs on NVIDIA GPUs (`config.deterministic`); CPUs and TPUs always are.
 
 Two runs of one program on a GPU differ for three reasons: kernels chosen by timing (autotuning),
-sums by atomic additions (scatter, parts of cuBLAS and cuDNN), and sums inside NVLink switches. The
-first two are compiler options, passed to the functions that create and update the training state.
-XLA makes a scatter deterministic by running it element by element. So the losses use none, and with
-`config.deterministic` the embeddings use none either.
+sums by atomic additions (scatter, parts of cuBLAS and cuDNN), and sums inside NVLink switches.
+Compiler options avoid the first two, but XLA then runs a scatter element by element. So the losses
+use none, and with `config.deterministic` the embeddings use none either.
 
 Sources: openxla.org/xla/determinism; openxla/xla pull requests 12520 (these options), 14125 (cuDNN
 attention) and 17886 (scatter); NVIDIA/nccl issue 1497 (NVLS).
@@ -30,9 +29,9 @@ def compiler_options(deterministic: bool) -> dict[str, bool | int] | None:
 
 
 def set_environment(config: ConfigDict) -> None:
-    """Disable NCCL's sums in NVLink switches if `config.deterministic`, before devices are used.
+    """Disable NCCL's sums in NVLink switches if `config.deterministic` and `NCCL_ALGO` is not set.
 
-    A value of `NCCL_ALGO` that the user has set is kept.
+    Call it before devices are used.
     """
     if config.deterministic:
         os.environ.setdefault("NCCL_ALGO", "^NVLS")

@@ -1,9 +1,9 @@
 """Detecting lost hosts: when one host of a run dies, the others exit and report which one.
 
 A process that is killed leaves the others waiting in the next collective until the devices' own
-timeout. So every process sends a heartbeat every few seconds. Host 0, the coordinator, watches
-them. When a host has been silent for `SILENCE` seconds, host 0 publishes a verdict, and every host
-that reads it exits. A process that fails with an exception publishes a verdict at once.
+timeout. So every process sends a heartbeat every few seconds to host 0, the coordinator. When a
+host has been silent for `SILENCE` seconds, host 0 publishes a verdict, and every host that reads it
+exits. A process that fails with an exception publishes a verdict at once.
 """
 
 import contextlib
@@ -37,8 +37,8 @@ _ALIVE, _VERDICT = "cap_pretrain/alive/", "cap_pretrain/verdict"
 def watched() -> Iterator[None]:
     """Exit this process within about a minute if another host is lost inside the context.
 
-    The process prints the reason to stderr and exits through `os._exit`, with `EXIT_LOST`, or with
-    2 if the other host failed with a UserError. With a single process this does nothing.
+    The reason goes to stderr. The exit, through `os._exit`, has status `EXIT_LOST`, or 2 if the
+    other host failed with a UserError. A single process is not watched.
     """
     global _watch
     if jax.process_count() == 1:
@@ -67,7 +67,7 @@ def leave(code: int) -> NoReturn:
 def ending(error: BaseException) -> None:
     """Announce to the other hosts that this one ends with an error of its own.
 
-    Call it as early as possible, because closing files may wait for the other hosts.
+    Call it early, because closing files may wait for the other hosts.
     """
     if _watch is not None:
         _watch.announce(error)

@@ -1,9 +1,8 @@
 """The device mesh (data, fsdp, tensor) and the shardings of batches, parameters and their state.
 
 Arrays are global: every computation is one `jax.jit` over the mesh, and the compiler inserts the
-communication (`pmap` is retired upstream, and `pjit` is `jit` now). Batches are sharded over data
-and fsdp, parameters over fsdp and tensor by rules on their paths, and optimizer state like the
-parameters it belongs to.
+communication. Batches are sharded over data and fsdp, parameters over fsdp and tensor by rules on
+their paths, and optimizer state like the parameters it belongs to.
 """
 
 import math
@@ -23,10 +22,9 @@ from cap_pretrain.errors import UserError
 
 BATCH_AXES = ("data", "fsdp")
 
-# The default number of TPUs over which parameters and optimizer state are sharded. The compiler
-# estimates this to be faster than no sharding (BENCHMARKS.md, "On a TPU pod"), because the update
-# gets shorter and weights arrive while matrix products are computed. Sharding over all TPUs is
-# slower, because the compiler then splits the products, too.
+# The default number of TPUs that share parameters and optimizer state, by the compiler's estimates
+# (BENCHMARKS.md, "On a TPU pod"): the update gets shorter, and weights arrive during matrix
+# products. Sharding over all TPUs is slower, because the compiler then splits the products, too.
 FSDP_ON_TPUS = 16
 
 Axes = str | Sequence[str] | None  # The mesh axes that shard one dimension: one, several, or none
@@ -46,15 +44,10 @@ RULES: tuple[tuple[str, tuple[Axes, ...]], ...] = (
 
 
 def mesh_shape(config: ConfigDict, devices: Sequence[jax.Device] | int) -> dict[str, int]:
-    """Return the size of each mesh axis by name ("data", "fsdp", "tensor").
+    """Return the size of each mesh axis by name ("data", "fsdp", "tensor") for `config.mesh`.
 
-    Args:
-        config: its `mesh`, `batch_size` and `accumulate` are used; see config.py.
-        devices: the devices of the mesh, or the number of devices that are not TPUs.
-
-    Raises:
-        UserError: the product of the axes is not the number of devices, or the batch size does not
-            divide by data x fsdp x accumulate.
+    `devices` may be a number of devices that are not TPUs. Raises UserError if the product of the
+    axes is another one, or the batch size does not divide by data x fsdp x accumulate.
     """
     number = devices if isinstance(devices, int) else len(devices)
     shape = {axis: config.mesh[axis] for axis in ("data", "fsdp", "tensor")}
@@ -97,11 +90,8 @@ def slices_of(devices: Sequence[jax.Device]) -> int:
 def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Return the mesh of a config over `devices`, by default all devices.
 
-    With several TPU slices, which only the data center network joins, each slice holds a part of
-    the data axis.
-
-    Raises:
-        UserError: see `mesh_shape`; or the data axis does not divide by the number of slices.
+    Of several TPU slices, which only the data center network joins, each holds a part of the data
+    axis. Raises UserError as `mesh_shape`, or if that axis does not divide by the number of slices.
     """
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(config, devices)
@@ -131,13 +121,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def batch_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
-    """Return the rows of a global batch that this host must read: those on its devices.
+    """Return the rows of a global batch on this host's devices, which it must read: ascending, int.
 
-    Hosts may hold the same rows, if the tensor axis crosses hosts. A host may hold rows that are
-    not contiguous, if the mesh follows the wiring of a pod. The result is ascending, int [rows].
-
-    Raises:
-        UserError: `batch_size` does not divide by data x fsdp.
+    Hosts may hold the same rows, if the tensor axis crosses hosts, or rows that are not contiguous,
+    if the mesh follows the wiring of a pod. Raises UserError unless data x fsdp divides
+    `batch_size`.
     """
     ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     if batch_size < 1 or batch_size % ways:
@@ -173,10 +161,8 @@ def put_requests(requests: Sequence[bool], mesh: Mesh) -> jax.Array:
 def param_shardings(params: Any, mesh: Mesh | AbstractMesh, extra_rules: Sequence = ()) -> Any:
     """Return the sharding of every parameter (or abstract shape), in a tree like `params`.
 
-    The `extra_rules` of `config.mesh.rules` take precedence over `RULES`.
-
-    Raises:
-        UserError: one of the extra rules matches no parameter or has invalid axes.
+    The `extra_rules` of `config.mesh.rules` take precedence over `RULES`; UserError is raised if
+    one matches no parameter or has invalid axes.
     """
     rules.apply_rules(extra_rules, params, default=(), field="mesh.rules")  # strict
     for pattern, axes in extra_rules:
@@ -190,8 +176,8 @@ def param_shardings(params: Any, mesh: Mesh | AbstractMesh, extra_rules: Sequenc
 def gathered(module: nnx.Module) -> nnx.Module:
     """Return `module` with its parameters gathered over fsdp but still sharded over tensor.
 
-    Call it under `jax.jit`, before a loop that would otherwise gather them in each iteration.
-    Without a mesh it returns `module`.
+    Call it under `jax.jit`, before a loop that would gather them in each iteration. Without a mesh
+    it returns `module`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -208,13 +194,11 @@ def gathered(module: nnx.Module) -> nnx.Module:
 
 
 def state_shardings(state: Any, params: Any, shardings: Any, mesh: Mesh | AbstractMesh) -> Any:
-    """Return the sharding of each leaf of a state, such as an optimizer's.
+    """Return the sharding of each leaf of a state, such as an optimizer's; leaves may be abstract.
 
-    A leaf whose path ends in a parameter's path is sharded like that parameter. A factored moment,
-    whose shape lacks one dimension of the parameter, is sharded like the remaining dimensions,
-    which also take over the axes of the missing one. All other leaves are replicated.
-
-    `shardings` are those of `params`; leaves may be abstract shapes.
+    A leaf whose path ends in the path of one of `params` is sharded like it, as in `shardings`. A
+    factored moment, whose shape lacks one dimension of the parameter, is sharded like the remaining
+    dimensions, which also take over the axes of the missing one. Other leaves are replicated.
     """
     known = {
         path: (leaf.shape, rules.flatten(shardings)[path].spec)

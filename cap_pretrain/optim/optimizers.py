@@ -1,8 +1,7 @@
-"""Optimizers and learning-rate decays by name, with rules on parameter paths.
+"""Optimizers and learning-rate decays by name, with rules on parameter paths, made of optax.
 
-All components come from optax. Every optimizer is a chain: clip the gradients, scale them, add
-weight decay, multiply by the learning rate. SGD and LARS add weight decay before their momentum, as
-published.
+Every optimizer is a chain: clip the gradients, scale them, add weight decay, multiply by the
+learning rate. SGD and LARS add weight decay before their momentum, as published.
 """
 
 from collections.abc import Callable
@@ -21,12 +20,7 @@ DECAY_RULES = ((r"(.*/)?kernel", 1.0),)
 
 
 class Optimizer(NamedTuple):
-    """The parts of an optimizer around its weight decay, made from `config.optim`.
-
-    Attributes:
-        before: applied to the gradients before weight decay is added.
-        after: applied after weight decay is added.
-    """
+    """What is applied to gradients before and after weight decay is added, by `config.optim`."""
 
     before: Callable[[ConfigDict], optax.GradientTransformation]
     after: Callable[[ConfigDict], optax.GradientTransformation] = lambda _: optax.identity()
@@ -140,14 +134,11 @@ DECAYS: dict[str, Callable[[float, int, int], optax.Schedule]] = {
 def schedule(
     c: ConfigDict, *, total: int, warmup: int, cooldown: int, batch_size: int
 ) -> optax.Schedule:
-    """Return the learning rate as a function of the step.
+    """Return the learning rate as a function of the step, for the `optim` section of a config.
 
-    Args:
-        c: the `optim` section of a config.
-        total: steps of the run.
-        warmup: steps of the linear rise from 0; the rate of step 0 is already positive.
-        cooldown: steps of the linear fall to 0 at the end (for rsqrt and constant).
-        batch_size: examples per step; the rate is scaled by its ratio to `c.lr_batch`, if set.
+    In steps, `warmup` is a linear rise from 0 (step 0 already has a positive rate), and `cooldown`
+    a linear fall to 0 at the end (for rsqrt and constant). The rate is scaled by the ratio of
+    `batch_size` to `c.lr_batch`, if that is set.
     """
     warmup = min(warmup, total - 1)
     lr = c.lr * batch_size / c.lr_batch if c.lr_batch else c.lr
@@ -164,15 +155,10 @@ def schedule(
 
 
 def build(c: ConfigDict, params: Any, rate: optax.Schedule) -> optax.GradientTransformation:
-    """Return the optimizer of a config's `optim` section.
+    """Return the optimizer of a config's `optim` section; `rate` is the learning rate by step.
 
-    Args:
-        c: the `optim` section of a config.
-        params: the parameters or their abstract shapes, to which the rules are applied.
-        rate: the learning rate, from `schedule`.
-
-    Raises:
-        UserError: a rule matches no parameter, or a setting is negative but not -1.
+    `params`, to which the rules are applied, may be abstract shapes. Raises UserError if a rule
+    matches no parameter, or a setting is negative but not -1.
     """
     multipliers = rules.apply_rules(c.lr_rules, params, default=1.0, field="optim.lr_rules")
     rules.apply_rules(c.decay_rules, params, default=0.0, field="optim.decay_rules")  # strict
@@ -199,7 +185,7 @@ def build(c: ConfigDict, params: Any, rate: optax.Schedule) -> optax.GradientTra
 def is_frozen(c: ConfigDict, params: Any) -> bool:
     """Return whether `optim.lr_rules` freeze all of `params`; False if there are none.
 
-    `params` may be a part of a learner's, with their full paths, such as {"encoder": …}.
+    `params` may be a part of a learner's, with full paths, such as {"encoder": …}.
     """
     multipliers = rules.apply_rules(
         c.lr_rules, params, default=1.0, field="optim.lr_rules", strict=False
@@ -211,8 +197,8 @@ def is_frozen(c: ConfigDict, params: Any) -> bool:
 def hold_frozen(c: ConfigDict, params: Any) -> Any:
     """Return `params` with `stop_gradient` applied to those that `optim.lr_rules` freeze.
 
-    Call it inside the function that is differentiated: gradients of frozen parameters then cost
-    nothing. The optimizer of `build` does not update them in any case.
+    Inside a function that is differentiated, gradients of frozen parameters, which the optimizer
+    ignores anyway, then cost nothing.
     """
     rates = rules.apply_rules(c.lr_rules, params, default=1.0, field="optim.lr_rules")
     return jax.tree.map(lambda p, m: p if m else jax.lax.stop_gradient(p), params, rates)
@@ -235,7 +221,7 @@ def _multiply(multipliers: Any) -> optax.GradientTransformation:
 
 
 def _map_unmasked(fn: Callable, multipliers: Any, updates: Any, params: Any) -> Any:
-    """Map `fn` over trees of which `optax.partition` has masked some leaves, leaving those."""
+    """Map `fn` over trees, leaving the leaves that `optax.partition` has masked."""
 
     def is_masked(x):
         return isinstance(x, optax.MaskedNode)

@@ -1,7 +1,7 @@
 """Reduce the learning rate, then stop early, when an evaluation metric stops improving.
 
-The plateau state is part of the training state and saved with it. Each evaluation counts once, even
-if a run is interrupted between an evaluation and its consequences.
+The plateau state is saved with the training state. Each evaluation counts once, even if a run is
+interrupted between an evaluation and its consequences.
 """
 
 import dataclasses
@@ -22,22 +22,13 @@ number of consecutive evaluations without improvement (int32); `step`, that of t
 
 @dataclasses.dataclass(frozen=True)
 class Plateau:
-    """Settings of `config.plateau`.
+    """Settings of `config.plateau`. Evaluations count that do not improve on the best value."""
 
-    Attributes:
-        figure: the metric, such as "val/loss" or "scores/CIDEr"; "" disables the plateau.
-        mode: "min" or "max", which values are better.
-        factor: multiplies the learning rate after every `patience` consecutive evaluations that
-            did not improve on the best value.
-        patience: in evaluations; 0 never changes the learning rate.
-        stop: ends the run after this many consecutive evaluations without improvement; 0 never.
-    """
-
-    figure: str = ""
-    mode: str = "min"
-    factor: float = 0.8
-    patience: int = 8
-    stop: int = 0
+    figure: str = ""  # the metric, such as "val/loss" or "scores/CIDEr"; "" disables
+    mode: str = "min"  # whether "min" or "max" is better
+    factor: float = 0.8  # multiplies the learning rate after every `patience` evaluations
+    patience: int = 8  # consecutive evaluations; 0 never changes the rate
+    stop: int = 0  # end the run after so many consecutive evaluations; 0: never
 
     def __post_init__(self):
         if self.mode not in ("min", "max"):
@@ -74,13 +65,10 @@ class Plateau:
     def after(
         self, memory: Memory | None, step: int, metrics: Mapping[str, float]
     ) -> Memory | None:
-        """Return the plateau state after an evaluation, with the same shardings as before.
+        """Return the plateau state after the evaluation of `step`, with the same shardings.
 
-        Args:
-            memory: the state before the evaluation.
-            step: the step that was evaluated.
-            metrics: values by "EVALUATOR/METRIC". If the plateau's metric is missing, or this step
-                was already counted, `memory` is returned.
+        `metrics` are by "EVALUATOR/METRIC". `memory` is unchanged if the plateau's metric is
+        missing, or this step was already counted.
         """
         if memory is None or self.figure not in metrics:
             return memory

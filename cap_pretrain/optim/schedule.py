@@ -15,35 +15,22 @@ UNITS = ("steps", "examples", "epochs")
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """The durations of a run in steps.
+    """The durations of a run in steps."""
 
-    Attributes:
-        total: length of the run.
-        warmup: linear rise of the learning rate.
-        cooldown: linear fall of the learning rate at the end.
-        log: between two reports.
-        evaluate: between two evaluations; 0 for none on the way.
-        save: between two checkpoints; 0 for none on the way.
-    """
-
-    total: int
-    warmup: int
-    cooldown: int
-    log: int
-    evaluate: int
-    save: int
+    total: int  # the whole run
+    warmup: int  # linear rise of the learning rate
+    cooldown: int  # its linear fall at the end
+    log: int  # between reports
+    evaluate: int  # between evaluations; 0: none on the way
+    save: int  # between checkpoints; 0: none on the way
 
 
 def duration(section: ConfigDict, name: str, *, batch_size: int, epoch: int, total: int = 0) -> int:
     """Return a duration in steps, rounded up; 0 if it is not set.
 
-    Args:
-        section: the part of the config that holds the fields `NAME_steps`, `NAME_examples`,
-            `NAME_epochs` and perhaps `NAME_share`, in order of precedence.
-        name: "total", "warmup", "cooldown" or "every".
-        batch_size: examples per step.
-        epoch: training examples per epoch.
-        total: steps of the whole run, of which `NAME_share` is a fraction.
+    The fields of `section` are `NAME_steps`, `NAME_examples`, `NAME_epochs` and perhaps
+    `NAME_share` (a fraction of `total` steps), in order of precedence. `name` is "total", "warmup",
+    "cooldown" or "every"; `batch_size` and `epoch` are the examples of a step and of an epoch.
     """
     if steps := section[f"{name}_steps"]:
         return steps

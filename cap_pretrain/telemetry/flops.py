@@ -2,10 +2,10 @@
 
     MFU = flops_per_example * examples_per_second / (peak FLOP/s of all devices)
 
-`flops_per_example` is what the *model* needs for training, forward and backward, as counted by
-`count_flops` on a model built without rematerialization: work that is repeated to save memory does
-not count. The peak is the dense bfloat16 rate whatever the compute dtype, as in PaLM
-(arXiv 2204.02311, appendix B), so float32 runs show how much they leave unused.
+`flops_per_example` is what the *model* needs for training, forward and backward, counted without
+rematerialization: work that is repeated to save memory does not count. The peak is the dense
+bfloat16 rate whatever the compute dtype, as in PaLM (arXiv 2204.02311, appendix B), so float32 runs
+show how much they leave unused.
 """
 
 import math
@@ -19,21 +19,14 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, jaxprs_in_params
 
 
 def count_flops(fn: Callable, *args: Any) -> int:
-    """Count the FLOPs of the matrix products and convolutions in `fn(*args)`.
+    """Count the FLOPs of the matrix products and convolutions in `fn(*args)`, by tracing only.
 
-    A multiply-add counts as two. Element-wise operations are not counted, because memory traffic
-    bounds them, not arithmetic. The body of a scan (or a `fori_loop` with fixed bounds) counts once
-    per iteration. The body of a `while_loop` counts once, because its number of iterations is
-    unknown. A `cond` counts as its most expensive branch. A causal mask does not reduce the count.
-    cuDNN attention counts as the matrix products that it computes.
-
-    Args:
-        fn: a function of pytrees; it is traced, so nothing is computed or allocated.
-        *args: pytrees of arrays or `jax.ShapeDtypeStruct`.
-
-    Raises:
-        NotImplementedError: `fn` calls a Pallas kernel, whose loop is hidden. Trace the plain
-            implementation instead.
+    A multiply-add counts as two. Element-wise operations, which memory traffic bounds, do not
+    count. The body of a scan (or a `fori_loop` with fixed bounds) counts once per iteration, that
+    of a `while_loop`, whose iterations are unknown, once, and a `cond` as its most expensive
+    branch. A causal mask does not reduce the count. cuDNN attention counts as the matrix products
+    it computes. A Pallas kernel, whose loop is hidden, raises NotImplementedError; trace a plain
+    implementation.
     """
     return _count(jax.make_jaxpr(fn)(*args).jaxpr)
 
@@ -72,21 +65,13 @@ def _count_equation(equation: Any) -> int:
 
 
 class Chip(NamedTuple):
-    """The performance of one JAX device; None where no public source states it.
+    """The performance of one JAX device; None where no public source states it."""
 
-    Attributes:
-        peak: dense bfloat16 FLOP/s with float32 accumulation.
-        hbm_bandwidth: bytes/s.
-        ici_bandwidth: bytes/s sent to neighbors over all links together.
-        clock: Hz.
-        links: the number of links to neighbors: four in a 2D torus, six in a 3D torus.
-    """
-
-    peak: float | None
-    hbm_bandwidth: float | None = None
-    ici_bandwidth: float | None = None
-    clock: float | None = None
-    links: int | None = None
+    peak: float | None  # dense bfloat16 FLOP/s with float32 accumulation
+    hbm_bandwidth: float | None = None  # bytes/s
+    ici_bandwidth: float | None = None  # bytes/s sent to neighbors over all links together
+    clock: float | None = None  # Hz
+    links: int | None = None  # to neighbors: four in a 2D torus, six in a 3D torus
 
 
 def _tpu(peak: float, hbm: float, ici: float, products: int, links: int) -> Chip:
@@ -169,17 +154,11 @@ def measure_matmul_flops(device: jax.Device, size: int = 1024) -> float:
 
 
 class Peak(NamedTuple):
-    """The peak that MFU is relative to.
+    """The peak that MFU is relative to."""
 
-    Attributes:
-        flops: FLOP/s of all devices together; None if unknown, and MFU is then not reported.
-        label: the name of the ratio: "MFU", or "MFU(cpu)" if relative to a measurement.
-        source: a line for the log.
-    """
-
-    flops: float | None
-    label: str
-    source: str
+    flops: float | None  # FLOP/s of all devices; None if unknown, and MFU is then not reported
+    label: str  # "MFU", or "MFU(cpu)" if relative to a measurement
+    source: str  # a line for the log
 
 
 def system_peak(devices: Sequence[jax.Device]) -> Peak:

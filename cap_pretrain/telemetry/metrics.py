@@ -16,14 +16,10 @@ from cap_pretrain import files
 class MetricsWriter:
     """Appends metrics to `metrics.jsonl` and to TensorBoard files in `tensorboard/`.
 
-    Every method raises OSError, with the name of the file, if it cannot write. That includes the
-    TensorBoard files: a disk that is full for them could not hold the next checkpoint either.
-
-    Args:
-        workdir: the run's folder, created if missing.
-        enabled: whether to write. Set it on one host only; elsewhere all calls do nothing.
-        keep_until: later steps, written by an earlier process that was killed, are dropped, as is
-            a truncated last line. Every step then appears once.
+    Methods raise OSError, with the name of the file, if they cannot write; a disk that is full for
+    TensorBoard could not hold the next checkpoint either. Without `enabled`, for all hosts but one,
+    they do nothing. Steps after `keep_until`, from an earlier process that was killed, are dropped,
+    as is a truncated last line, so that every step appears once.
     """
 
     def __init__(

@@ -13,10 +13,7 @@ from clu import parameter_overview
 class Progress:
     """Console progress: a bar redrawn in place on a terminal, one line per report in a log file.
 
-    Args:
-        total_steps: the length of the run.
-        mfu_label: the name of `time/mfu`, see `flops.Peak`.
-        stream: where to print; by default stdout.
+    `mfu_label` is the name of `time/mfu`, see `flops.Peak`; `stream` is by default stdout.
     """
 
     def __init__(
@@ -32,10 +29,8 @@ class Progress:
     def update(self, step: int, metrics: Mapping[str, float] | None = None) -> None:
         """Report that `step` is done. Call it after every step.
 
-        Args:
-            step: the number of steps done.
-            metrics: `train/loss` and `time/...`, shown until the next ones. Without them only the
-                bar moves, at most ten times a second.
+        `metrics` are `train/loss` and `time/...`, shown until the next ones; without them only the
+        bar moves, at most ten times a second.
         """
         self._step = step
         if metrics is not None:

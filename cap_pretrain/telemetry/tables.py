@@ -18,13 +18,9 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def written(rows: Sequence[Row], form: str) -> str:
-    """Return a table in one of `FORMATS`.
+    """Return a table in one of `FORMATS`; numbers have four digits in "text" and "markdown".
 
     The columns are those of all rows, in order of first appearance. Missing values are left empty.
-
-    Args:
-        rows: values by column.
-        form: "text" or "markdown", where numbers have four digits; "csv" or "json" with all digits.
     """
     return FORMATS[form](list(dict.fromkeys(column for row in rows for column in row)), rows)
 

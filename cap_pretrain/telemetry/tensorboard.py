@@ -1,7 +1,7 @@
 """TensorBoard event files, written synchronously.
 
-tensorboardX builds the events. Its own writer is not used: it writes in a thread, and if that dies,
-for example because the disk is full, training waits for it forever.
+tensorboardX builds the events, but its own writer uses a thread, and if that dies, for example
+because the disk is full, training waits for it forever.
 """
 
 import os
@@ -21,13 +21,10 @@ from cap_pretrain import files
 
 
 class EventFile:
-    """A new event file in `folder`.
+    """A new event file in `folder`, which is created if missing.
 
-    Every method raises OSError, with the name of the file, if it cannot write.
-
-    Args:
-        folder: TensorBoard's log folder, created if missing.
-        first_step: TensorBoard hides events of this step and later ones in earlier files.
+    TensorBoard hides events of `first_step` and later in earlier files. Every method raises
+    OSError, with the name of the file, if it cannot write.
     """
 
     def __init__(self, folder: Path, first_step: int):

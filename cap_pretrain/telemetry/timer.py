@@ -10,16 +10,11 @@ class StepTimer:
 
     Create it when the run starts. Use `with timer.pause():` around everything that is not a
     training step (building, restoring, evaluating, saving) and `with timer.data_wait():` around the
-    wait for a batch, and call `timer.step_done()` after each step. The first step compiles and is
-    reported separately. Steps run asynchronously, so fetch a metric of the last step before `pause`
-    and `report`; otherwise the time of running steps counts toward the next interval.
-
-    Args:
-        total_steps: the length of the run.
-        batch_size: examples per step over all devices.
-        flops_per_step: model FLOPs of a step; without it MFU is not reported.
-        peak_flops: peak FLOP/s of all devices; without it MFU is not reported.
-        clock: returns seconds.
+    wait for a batch, and call `timer.step_done()` after each step; the first, which compiles, is
+    reported apart. Steps run asynchronously, so fetch a metric of the last step before `pause` and
+    `report`, or the time of running steps counts toward the next interval. `batch_size`,
+    `flops_per_step` (model FLOPs) and `peak_flops` are of all devices; without the latter two MFU
+    is not reported.
     """
 
     def __init__(

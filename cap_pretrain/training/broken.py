@@ -22,15 +22,11 @@ LIMIT = 10_000
 class BrokenList:
     """Appends a line to `broken.jsonl` when an example that does not decode occurs first.
 
-    A batch marks broken positions. The ids and reasons come from reading these examples again.
-    Every host lists its own slices, hosts other than the first in `broken.HOST.jsonl`. A line is
-    {"step", "dataset", "index", "id", "reason"}.
-
-    Args:
-        data: the `data` section of the config.
-        sources: the datasets of the mixture, in order.
-        workdir: the folder of the list; an existing list is continued.
-        host: index of this process.
+    A batch marks broken positions; the ids and reasons come from reading these examples again.
+    Every host lists its own slices, hosts other than the first in `broken.HOST.jsonl`, and
+    continues an existing list. A line is {"step", "dataset", "index", "id", "reason"}. `data` is
+    the section of the config, `sources` the datasets of the mixture in order, `host` the index of
+    this process.
     """
 
     def __init__(self, data: ConfigDict, sources: Sequence[Source], workdir: Path, host: int = 0):
@@ -42,9 +38,7 @@ class BrokenList:
     def see(self, step: int, batch: Batch) -> None:
         """List the broken examples of this host's slice of a batch that are not listed yet.
 
-        Raises:
-            OSError: writing fails.
-            UserError: a file of the dataset can no longer be read.
+        Raises OSError if writing fails, UserError if a file of the dataset can no longer be read.
         """
         for position in batch["index"][batch["broken"]].tolist():
             member = bisect.bisect_right(self._bounds, position) - 1

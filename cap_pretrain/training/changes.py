@@ -14,20 +14,11 @@ from cap_pretrain.validation import FREE
 
 
 def check_unchanged(config: ConfigDict, path: Path, allowed: Sequence[str] = ()) -> list[str]:
-    """Compare a config with the one stored at `path` by an earlier start of the run.
+    """Compare a config with the one that an earlier start stored at `path`; return the changes.
 
-    Fields in `validation.FREE` may differ. A field missing on one side counts with its default.
-
-    Args:
-        config: the present config.
-        path: a config.json.
-        allowed: fields or sections that may differ too; "all" allows every field.
-
-    Returns:
-        The allowed changes, one line each.
-
-    Raises:
-        UserError: another field differs, or the file is not a JSON object.
+    Fields in `validation.FREE` may differ, and so may `allowed` fields or sections ("all": every
+    field), whose changes are returned, one line each. A field missing on one side counts with its
+    default. Raises UserError if another field differs, or the file is not a JSON object.
     """
     try:
         then = fields(json.loads(path.read_text(encoding="utf-8")))

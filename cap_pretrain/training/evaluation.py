@@ -18,12 +18,8 @@ from cap_pretrain.training.step import TrainState
 class Evaluation:
     """The evaluators of a run, and its plateau rule.
 
-    Args:
-        setup: what `prepare` built.
-        writer: receives the metrics.
-        progress: the console.
-        interrupt: called before each batch; True stops the evaluation.
-        weights: where weights come from that were not trained in this run, for the results.
+    `interrupt` is called before each batch and stops the evaluation if True; `weights` says, for
+    the results, where weights come from that were not trained in this run.
     """
 
     def __init__(
@@ -46,16 +42,10 @@ class Evaluation:
     def run(
         self, state: TrainState, step: int, when: str, done: Collection[str] = ()
     ) -> Iterator[Memory | None]:
-        """Run the evaluators; yield the plateau's memory after each.
+        """Run the evaluators of `when`, "always" or "end"; yield the plateau's memory after each.
 
-        Args:
-            state: evaluated with its averaged parameters, if there are any.
-            step: the step of the state.
-            when: which evaluators run, "always" or "end".
-            done: names of evaluators whose results at this step exist already.
-
-        Raises:
-            evals.base.Interrupted: `interrupt` returned True.
+        Averaged parameters are evaluated if there are any. Evaluators in `done` are skipped: their
+        results at this step exist. Raises `evals.base.Interrupted` if `interrupt` returned True.
         """
         memory = state.plateau
         # Evaluators transfer their results to the host.

@@ -16,15 +16,10 @@ Row = dict[str, float]
 def evaluations(
     lines: Iterable[Mapping[str, Any]], names: Collection[str], epoch: float
 ) -> list[Row]:
-    """Collect the evaluators' metrics by step.
+    """Collect the metrics of the evaluators `names` from lines of metrics.jsonl, by step.
 
-    Args:
-        lines: of metrics.jsonl.
-        names: of the evaluators.
-        epoch: steps per epoch.
-
-    Returns:
-        {"step": …, "epoch": …, "EVALUATOR/METRIC": …, …} for each evaluated step, ascending.
+    Returns {"step": …, "epoch": …, "EVALUATOR/METRIC": …, …} for each evaluated step, ascending;
+    `epoch` is the steps per epoch.
     """
     rows: dict[int, Row] = {}
     for line in lines:
@@ -37,11 +32,7 @@ def evaluations(
 
 
 def keep(workdir: Path, names: Collection[str], epoch: float) -> list[Row]:
-    """Write all evaluations of a run to evals/table.csv, and return them as `evaluations` does.
-
-    Raises:
-        OSError: as `files.write_text`.
-    """
+    """Write all evaluations of a run to evals/table.csv, and return them as `evaluations` does."""
     rows = evaluations(read_metrics(workdir), names, epoch)
     columns = list(dict.fromkeys(column for row in rows for column in row))
     text = io.StringIO()

@@ -38,9 +38,9 @@ def abstract_batch(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def flops_per_example(config: ConfigDict, vocab_size: int) -> dict[str, float]:
-    """Count the FLOPs per example: `forward`, and `training` (forward and backward).
+    """Count the model FLOPs per example: `forward`, and `training` (forward and backward).
 
-    These are model FLOPs: what rematerialization computes a second time is not counted.
+    What rematerialization computes a second time is not counted.
     """
     plain = copy.deepcopy(config)
     plain.model.remat, plain.model.attention = "none", "xla"
@@ -73,12 +73,9 @@ def make_plan(
 ) -> dict[str, Any]:
     """Return the plan of a run, the content of `plan.json`.
 
-    Args:
-        config: the resolved config. The plan is for as many devices as its mesh names, which may
-            be another number than there are here.
-        vocab_size: of the tokenizer.
-        total_steps: length of the run; with 0, which only evaluates, there are no training FLOPs.
-        make_optimizer: parameters -> optimizer.
+    It is for as many devices as the mesh of the config names, perhaps another number than there
+    are. Runs of 0 `total_steps` only evaluate and have no training FLOPs. `make_optimizer` takes
+    parameters.
     """
     named = [config.mesh[axis] for axis in ("data", "fsdp", "tensor")]
     if -1 in named or (0 in named and jax.default_backend() == "tpu"):

@@ -27,32 +27,18 @@ from cap_pretrain.validation import validate
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """Everything that a run computes before its first step and never changes.
+    """Everything that a run computes before its first step and never changes."""
 
-    Attributes:
-        config: the complete config.
-        workdir: the folder of the run.
-        mesh: the devices.
-        mixture: training datasets with their weights; empty for a run that only evaluates.
-        tokenizer: encodes and decodes text.
-        schedule: durations in steps.
-        epoch: examples in one epoch.
-        init: makes the initial state on the mesh.
-        abstract: the shapes, dtypes and shardings of the state.
-        graphdef: the structure of the learner.
-        step_fn: the jitted training step, see `make_train_step`.
-    """
-
-    config: ConfigDict
+    config: ConfigDict  # complete
     workdir: Path
     mesh: Mesh
-    mixture: inputs.TrainingMixture
+    mixture: inputs.TrainingMixture  # of training; empty for a run that only evaluates
     tokenizer: Any
     schedule: schedules.Schedule
-    epoch: int
-    init: Callable[[], TrainState]
-    abstract: TrainState
-    graphdef: nnx.GraphDef
+    epoch: int  # examples in one epoch
+    init: Callable[[], TrainState]  # makes the initial state on the mesh
+    abstract: TrainState  # the state's shapes, dtypes and shardings
+    graphdef: nnx.GraphDef  # the structure of the learner
     step_fn: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
 
     def describe(self, progress: Progress, peak: flops.Peak) -> None:
@@ -87,17 +73,11 @@ def prepare(
     *,
     resuming: bool,
 ) -> Setup:
-    """Prepare a run without computing anything on the devices.
+    """Prepare a run without computing anything on the devices; raise UserError for a mistake.
 
-    Args:
-        config: the config, with the fields of `config.encoder` filled in.
-        workdir: created if it does not exist.
-        check: called with the complete config before anything is written to the workdir; raises
-            UserError to refuse it.
-        resuming: whether the workdir holds checkpoints. If not, its tokenizer is trained again.
-
-    Raises:
-        UserError: a mistake in the config, the data or the workdir.
+    `config` has the fields of `config.encoder` filled in. `check` is called with the complete
+    config before anything is written to the workdir, and may raise UserError to refuse it. Unless
+    `resuming` from checkpoints in the workdir, its tokenizer is trained again.
     """
     validate(config)
     mesh = sharding.make_mesh(config)
@@ -130,9 +110,7 @@ def prepare(
 def dry_run(config: ConfigDict, workdir: Path) -> str:
     """Write `workdir/plan.json` and return it as text, from abstract shapes only.
 
-    Args:
-        config: the config, with the fields of `config.encoder` filled in.
-        workdir: created if it does not exist.
+    `config` has the fields of `config.encoder` filled in.
     """
     validate(config)
     files.make_workdir(workdir)

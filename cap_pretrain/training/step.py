@@ -24,24 +24,17 @@ from cap_pretrain.optim.plateau import Plateau
 class TrainState(struct.PyTreeNode):
     """Everything that training changes.
 
-    Attributes:
-        step: int32 scalar, the number of steps taken.
-        params: parameters of the learner, nested dict by path.
-        stats: other variables of the learner, such as BatchNorm statistics.
-        opt_state: state of the optimizer.
-        counts: int32 scalars since step 0: `broken`, images that did not decode; `skipped`, steps
-            whose update was discarded because it was not finite.
-        ema: moving average of `params`, or None.
-        plateau: the memory of the plateau rule (see plateau.py), or None.
+    `counts` are int32 scalars since step 0: `broken`, images that did not decode; `skipped`, steps
+    whose update was discarded because it was not finite.
     """
 
-    step: jax.Array
-    params: Any
-    stats: Any
+    step: jax.Array  # int32 scalar, the number of steps taken
+    params: Any  # of the learner, nested dict by path
+    stats: Any  # its other variables, such as BatchNorm statistics
     opt_state: Any
     counts: dict[str, jax.Array]
-    ema: Any = None
-    plateau: Any = None
+    ema: Any = None  # moving average of `params`, or None
+    plateau: Any = None  # the memory of the plateau rule (see plateau.py), or None
 
     @property
     def variables(self) -> tuple[Any, Any]:
@@ -62,17 +55,11 @@ def init_state(
     config: ConfigDict,
     mesh: Mesh | AbstractMesh,
 ) -> tuple[Callable[[], TrainState], TrainState, nnx.GraphDef, optax.GradientTransformation]:
-    """Prepare the initial state without computing it.
+    """Prepare the initial state without computing it; `config` has seed, EMA and sharding rules.
 
-    Args:
-        build: makes the learner from a random key.
-        make_optimizer: makes the optimizer from the abstract parameters.
-        config: provides seed, EMA and sharding rules.
-        mesh: the devices that hold the state.
-
-    Returns:
-        A function that computes the state on the mesh, the abstract state with shardings, the
-        learner's structure, and the optimizer.
+    `build` makes the learner from a random key, `make_optimizer` the optimizer from the abstract
+    parameters. Returns a function that computes the state on the mesh, the abstract state with
+    shardings, the learner's structure, and the optimizer.
     """
     key = rng.key(config.seed, 0, "init")
     graphdef, abstract_params, _ = split_learner(nnx.eval_shape(lambda: build(key)))
@@ -121,17 +108,10 @@ def accumulated_gradients(
 ) -> tuple[Any, dict[str, jax.Array], Any]:
     """Compute the gradient of the loss of a batch, by gradient accumulation over `parts`.
 
-    Args:
-        graphdef: structure of the learner.
-        params: its parameters.
-        stats: its other variables. They become the mean of their values after each part.
-        batch: arrays with a leading batch axis, which `parts` divides.
-        key: random key of the step.
-        parts: number of sequential parts; 1 computes the whole batch at once.
-        hold: applied to the parameters inside the differentiated function, to freeze some of them.
-
-    Returns:
-        Gradients, metrics including the loss, other variables.
+    The sequential `parts` must divide the leading axis of the batch; 1 computes it at once. `hold`,
+    applied to the parameters inside the differentiated function, may freeze some of them. Returns
+    the gradients, metrics including the loss, and `stats`, the mean of their values after each
+    part.
     """
     if parts == 1:
 
@@ -179,8 +159,8 @@ def _cached_gradients(graphdef, hold, params, stats, split, keys):
     """Compute the gradient of a contrastive loss over the whole batch by gradient caching.
 
     GradCache (Gao et al. 2021, 2101.06983, section 3): all examples are embedded, and only the
-    embeddings are kept. The gradient of the loss by each embedding is then propagated to the
-    parameters while each part is embedded a second time, with the same random keys.
+    embeddings kept. The gradient by each embedding is propagated to the parameters while its part
+    is embedded a second time, with the same random keys.
     """
 
     def embed(params, batch, key):
@@ -249,14 +229,8 @@ def make_train_step(
     The state passed in is donated. Besides what the learner reads, a batch may hold `broken` (bool
     [B], counted) and `index` (uint32 [B], the examples' numbers; the metric `data/ids` is their
     fingerprint). `requests` (bool [devices, n], see `sharding.put_requests`) is what the hosts of a
-    cluster request; the metric `requests`, bool [n], is what any of them does.
-
-    Args:
-        graphdef: structure of the learner.
-        tx: the optimizer.
-        rate: the learning rate, for the log.
-        config: provides seed, accumulation, EMA, and how many invalid steps may be skipped.
-        shardings: of the state.
+    cluster request; the metric `requests`, bool [n], is what any of them does. `rate` is for the
+    log; `config` has seed, accumulation, EMA, and how many invalid steps may be skipped.
     """
 
     def hold(params: Any) -> Any:

@@ -28,19 +28,13 @@ NORMAL_MAD = 1.4826
 class Watch:
     """Checks the metrics of each step for non-finite values, loss spikes and broken images.
 
-    The device runs one step ahead of the check. Nothing is saved unchecked.
+    The device runs one step ahead of the check. Nothing is saved unchecked. `config` has how many
+    invalid steps may be skipped, the allowed fraction of broken images, and the threshold of a
+    spike; `writer` receives spikes, and `data/ids` of every step.
 
-    Args:
-        config: provides how many invalid steps may be skipped, the allowed fraction of broken
-            images, and the threshold of a spike.
-        workdir: named in messages.
-        writer: receives spikes, and `data/ids` of every step.
-        progress: prints spikes and skipped steps.
-
-    Attributes:
-        fault: why the run must end after saving; "" while it may continue. Equal on all hosts.
-        requests: whether any host requested to stop, and to save, before the last step checked.
-            Equal on all hosts.
+    Attributes, equal on all hosts: `fault` is why the run must end after saving, "" while it may
+    continue; `requests` is whether any host requested to stop, and to save, before the last step
+    checked.
     """
 
     def __init__(
@@ -60,11 +54,7 @@ class Watch:
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """Check the previous step and keep this one; return the metrics for the log.
-
-        Raises:
-            UserError: as `check`.
-        """
+        """Check the previous step, as `check`, and keep this one; return the metrics to log."""
         self.check()
         own = ("data/ids", "requests")  # read at every step, not only when metrics are logged
         names = (*FINITE, "skipped", "data/broken", *own)
@@ -74,8 +64,7 @@ class Watch:
     def check(self) -> None:
         """Check the step that was added last, waiting for the device to finish it.
 
-        Raises:
-            UserError: a metric is not finite, and no more steps may be skipped.
+        Raises UserError if a metric is not finite, and no more steps may be skipped.
         """
         if self._pending is None:
             return
@@ -156,11 +145,7 @@ class StopRequest:
 
 
 class Stopped(Exception):  # noqa: N818 - not an error
-    """A signal stopped the run after it had saved.
-
-    Attributes:
-        exit_code: 128 + the number of the signal, as in shells.
-    """
+    """A signal stopped the run after it had saved; `exit_code` is 128 + its number, as usual."""
 
     def __init__(self, request: StopRequest, step: int):
         where = f"after step {step}, which is saved." if step else "while it was evaluating."
