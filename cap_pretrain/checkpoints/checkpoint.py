@@ -306,7 +306,7 @@ def _items(state: TrainState) -> dict[str, Any]:
 
 
 def _read_on_all_hosts(folder: Path, read: Callable[[], Any]) -> Any:
-    """Return `read()`; raise CorruptCheckpointError on all hosts if the files of one are corrupt."""
+    """Return `read()`; raise CorruptCheckpointError on all hosts if files of one are corrupt."""
     result, corruption = None, None
     try:
         with warnings.catch_warnings():
