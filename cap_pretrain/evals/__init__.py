@@ -54,8 +54,8 @@ def evaluator_class(name: str) -> Any:
 def defaults(name: str, **overrides: Any) -> ConfigDict:
     """Return an entry of `config.evals`: the evaluator's name and its options.
 
-    `overrides` are options that differ from their defaults; besides the evaluator's own, `when`,
-    which is "always" or "end" (of the run only).
+    `overrides` differ from the defaults; they may include `when`, "always" or "end" (of the run
+    only).
     """
     when = overrides.pop("when", "always")
     options = evaluator_class(name).Options(**overrides)
@@ -63,10 +63,7 @@ def defaults(name: str, **overrides: Any) -> ConfigDict:
 
 
 def options(name: str, section: ConfigDict) -> Any:
-    """Return the `Options` that the entry `name` of `config.evals` describes.
-
-    Raises UserError if `when`, the evaluator or an option has an invalid value.
-    """
+    """Return the `Options` that entry `name` of `config.evals` describes; may raise UserError."""
     fields = section.to_dict()
     if fields.pop("when") not in ("always", "end"):
         raise UserError(f"evals.{name}.when: {section.when!r} is neither 'always' nor 'end'.")

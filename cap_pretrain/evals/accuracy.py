@@ -37,10 +37,7 @@ class Accuracy:
         self._count = EveryImage(context, count, options.batch_size)
 
     def __call__(self, variables: Any) -> Result:
-        """Classify every image of the split.
-
-        Raises UserError if no image can be decoded, or a label is not a class of the learner.
-        """
+        """Classify every image; raise UserError if none decodes or a label has no class."""
         better, tied, labels = self._count(variables, self._source)
         classes = self._context.config.learner.classes
         if labels.min() < 0 or labels.max() >= classes:

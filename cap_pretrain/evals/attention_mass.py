@@ -24,8 +24,7 @@ class Measured(NamedTuple):
     """What is measured at a word of a kind of `KINDS`.
 
     `shares` are the fractions of the attention in the box of the object that the word refers to,
-    then in the box of each other object; `areas` are the areas of the same boxes, as fractions of
-    the image.
+    then in that of each other object; `areas` the areas of these boxes, as fractions of the image.
     """
 
     kind: str
@@ -38,16 +37,15 @@ class AttentionMass:
 
     Each image of `scenes` is read with its first true caption, as in training. Words for colors and
     shapes are measured where they can refer to only one object of the scene. The box is the square
-    around the object's circle. Attention to a token of the encoder is spread evenly over its patch
-    of the image, so that for uniform attention the fraction equals the area. Metrics, for all words
-    together and, as NAME_KIND, for words of the kinds "colour" and "shape":
+    around the object's circle. Attention to a token is spread evenly over its patch, so that
+    uniform attention gives the area. Metrics, for all words together and, as NAME_KIND, for words
+    of the kinds "colour" and "shape":
 
         share   fraction of the attention inside the box, mean over words
         area    area of the box as a fraction of the image, mean over the same words
         ratio   share / area; 1 is chance
         own     the same ratio over words in scenes with other objects
-        others  that of the other objects' boxes; it equals `own` if attention falls on objects
-                regardless of the word
+        others  that of the other objects' boxes; it equals `own` if attention ignores the word
     """
 
     @dataclasses.dataclass(frozen=True)
@@ -59,11 +57,7 @@ class AttentionMass:
         batch_size: int = 100
 
     def __init__(self, context: Context, options: Options):
-        """Build the evaluator.
-
-        Raises UserError if the learner has no attention over the image or the dataset is not
-        `scenes`.
-        """
+        """Build the evaluator; raise UserError without attention over the image or `scenes`."""
         word_maps.check_attends(learner_type(context.graphdef))
         self._context, self._options = context, options
         source = context.source(options.split, "scenes")

@@ -37,29 +37,20 @@ class Interrupted(Exception):  # noqa: N818 (control flow: the run is stopping, 
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What evaluators work with.
+    """What evaluators work with; `nnx.merge(graphdef, *variables)` is the learner.
 
-    Attributes:
-        config: the run's configuration.
-        graphdef: the learner's structure; `nnx.merge(graphdef, *variables)` is the learner.
-        tokenizer: encodes and decodes text.
-        mesh: the devices to compute on.
-        stop: returns whether to abandon the evaluation; called before each batch.
-        workdir: the run's folder, where evaluators may cache expensive results; None: no cache.
+    `stop` says whether to abandon the evaluation, and is called before each batch.
     """
 
     config: ConfigDict
     graphdef: nnx.GraphDef
     tokenizer: Any
-    mesh: Mesh
+    mesh: Mesh  # to compute on
     stop: Callable[[], bool] = lambda: False
-    workdir: Path | None = None
+    workdir: Path | None = None  # of the run, where evaluators may cache; None: no cache
 
     def jit(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """Compile `fn(learner, *arrays)` into a function of `(variables, *arrays)`.
-
-        Its results are replicated: every host has them in whole.
-        """
+        """Compile `fn(learner, *arrays)` into `(variables, *arrays) -> results on every host`."""
 
         def call(variables, *args):
             return fn(nnx.merge(self.graphdef, *variables), *args)
@@ -110,10 +101,7 @@ class Context:
 
 
 class Evaluator(Protocol):
-    """What a class in `evals.REGISTRY` has.
-
-    `Options` is a frozen dataclass, the settings in `config.evals` and their defaults.
-    """
+    """What a class in `evals.REGISTRY` has; the fields of `Options` are those of `config.evals`."""
 
     Options: ClassVar[type]
 
@@ -142,10 +130,7 @@ class BatchOptions(DataOptions):
 
 @dataclasses.dataclass(frozen=True)
 class ScoringOptions(BatchOptions):
-    """Options for scoring texts (see `inference.scoring`).
-
-    A captioner scores `pairs` (image, text) pairs at once.
-    """
+    """Options for scoring texts (see `inference.scoring`); captioners score `pairs` at once."""
 
     batch_size: int = 64
     pairs: int = 512

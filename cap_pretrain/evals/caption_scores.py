@@ -20,25 +20,17 @@ from cap_pretrain.models.decoding import Decoding
 class CaptionScores:
     """BLEU, METEOR, ROUGE-L, CIDEr-D and SPICE of a captioner's captions.
 
-    The result contains the captions and references, so that tools/score_captions.py can score them
-    again, for instance on a machine that has Java.
+    The result has captions and references, so that tools/score_captions.py can score them again,
+    for instance on a machine that has Java.
     """
 
     @dataclasses.dataclass(frozen=True)
     class Options(BatchOptions, Decoding):
-        """Settings, in addition to how captions are decoded.
+        """Settings besides decoding; CIDEr values with different `limit` are not comparable."""
 
-        CIDEr values with different `limit` are not comparable.
-
-        Attributes:
-            tokenizer: splits text into words, one of `caption_metrics.TOKENIZERS`.
-            spice: whether to compute SPICE, one of `caption_metrics.SPICE`. It takes minutes.
-            protocol: one of `caption_metrics.PROTOCOLS`; only "coco" uses `tokenizer` and `spice`.
-        """
-
-        tokenizer: str = "auto"
-        spice: str = "no"
-        protocol: str = "coco"
+        tokenizer: str = "auto"  # one of `caption_metrics.TOKENIZERS`
+        spice: str = "no"  # one of `caption_metrics.SPICE`; it takes minutes
+        protocol: str = "coco"  # one of `PROTOCOLS`; only "coco" uses the above
 
     def __init__(self, context: Context, options: Options):
         """Build the evaluator.
@@ -66,10 +58,9 @@ class CaptionScores:
         )
 
     def __call__(self, variables: Any) -> Result:
-        """Caption every image and score the captions.
+        """Caption every image and score the captions; raises Interrupted if the run is stopping.
 
-        Raises UserError if an image has no references or PTBTokenizer was asked for and cannot run,
-        and Interrupted if the run is stopping.
+        Raises UserError if an image has no references or a requested PTBTokenizer cannot run.
         """
         captions = dict(self._captioning(variables))
         # Host 0 scores for all: only it needs Java, and all hosts get the same metrics.

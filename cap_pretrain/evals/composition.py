@@ -57,10 +57,7 @@ class Composition:
                 )
 
     def __init__(self, context: Context, options: Options):
-        """Build the evaluator.
-
-        Raises UserError if the learner does not score texts, or the set cannot be read or is empty.
-        """
+        """Build the evaluator; raise UserError if the learner scores no texts or the set is bad."""
         self._context, self._options = context, options
         self._scoring = Scoring(context, batch_size=options.batch_size, pairs=options.pairs)
         self._set = question_set(context, options)

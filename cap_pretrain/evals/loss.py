@@ -25,7 +25,7 @@ class Loss:
     class Options(BatchOptions):
         """Settings; `unigram` also reports the loss of a unigram model, which captioners must beat.
 
-        It ignores image and context: its token frequencies are those of the training captions.
+        That ignores image and context; its token frequencies are those of the training captions.
         """
 
         unigram: bool = False

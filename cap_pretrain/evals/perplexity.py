@@ -27,10 +27,7 @@ class Perplexity:
         """Settings."""
 
     def __init__(self, context: Context, options: Options):
-        """Build the evaluator.
-
-        Raises UserError if the learner is not a captioner, or the dataset has no captions.
-        """
+        """Build the evaluator; raise UserError without a captioner or captions."""
         self._context, self._options = context, options
         self._scoring = Scoring(context, batch_size=options.batch_size, pairs=options.pairs)
         if not self._scoring.has_prior:

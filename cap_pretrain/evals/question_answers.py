@@ -26,18 +26,12 @@ class QuestionAnswers:
 
     @dataclasses.dataclass(frozen=True)
     class Options(BatchOptions, Decoding):
-        """Settings, in addition to how answers are decoded; an example is a question.
-
-        `samples` questions are recorded with answer and references; the console shows some of them.
-        """
+        """Settings besides decoding; `samples` questions are recorded with their answers."""
 
         samples: int = 32
 
     def __init__(self, context: Context, options: Options):
-        """Build the evaluator.
-
-        Raises UserError if the learner cannot write text, or the dataset has no questions.
-        """
+        """Build the evaluator; raise UserError if the learner writes no text or none is asked."""
         self._context, self._options = context, options
         self._source = context.source(options.split, options.data)
         if not self._source[0].get("question"):

@@ -37,10 +37,7 @@ class Retrieval:
         limit: int = 1000
 
     def __init__(self, context: Context, options: Options):
-        """Build the evaluator.
-
-        Raises UserError if the learner does not score texts, or the dataset has no captions.
-        """
+        """Build the evaluator; raise UserError if no texts can be scored or there are none."""
         self._context, self._options = context, options
         self._scoring = Scoring(context, batch_size=options.batch_size, pairs=options.pairs)
         self._source = source = context.source(options.split, options.data)

@@ -26,10 +26,7 @@ class SceneCaptions:
         batch_size: int = 100
 
     def __init__(self, context: Context, options: Options):
-        """Build the evaluator.
-
-        Raises UserError if the learner cannot write captions, or the dataset is not `scenes`.
-        """
+        """Build the evaluator; raise UserError unless a captioner is evaluated on `scenes`."""
         source = context.source(options.split, "scenes")
         if not isinstance(source, Scenes):
             raise UserError("evals: scene_captions works on the dataset `scenes` only.")

@@ -14,9 +14,8 @@ from cap_pretrain.evals.base import Context, Result
 class Suite:
     """The evaluators of a run, each built on first use.
 
-    Results are written to `evals/NAME/STEP.json` in `workdir`, if `write` (whether this host does).
-    They record `weights`, which says where the weights come from if they were not trained in this
-    run, as "step 300 of runs/cappa".
+    Results go to `evals/NAME/STEP.json` in `workdir`, if `write` (whether this host does), with
+    `weights`, the source of weights that were not trained in this run, as "step 300 of runs/cappa".
     """
 
     def __init__(self, context: Context, workdir: Path, *, write: bool = True, weights: str = ""):
@@ -29,9 +28,9 @@ class Suite:
     ) -> Iterator[tuple[str, Result]]:
         """Run the evaluators that are due; yield each name and result as soon as it is there.
 
-        Those due have the given `when`: "always" or, afterwards, "end" (of the run). The evaluators
-        in `done` have run at this step and are skipped if their file has a result for the current
-        options and weights.
+        Those have the given `when`: "always" or, afterwards, "end" (of the run). Those in `done`
+        have run at this step and are skipped if their file has a result for the current options and
+        weights.
         """
         for name, section in self._context.config.evals.items():
             path = self._workdir / "evals" / name / f"{step}.json"
@@ -55,10 +54,9 @@ class Suite:
 
 
 def write_result(path: Path, section: ConfigDict, step: int, result: Result, **about: str) -> None:
-    """Write a result as JSON, atomically; raises OSError if that fails.
+    """Write a result as JSON, atomically; `section` is the evaluator's entry in `config.evals`.
 
-    `section` is the evaluator's entry in `config.evals`. The metrics and details of the result
-    become keys of the file, and so does `about`, as `weights`.
+    Its metrics and details become keys of the file, and so does `about`, as `weights`.
     """
     content = {"step": step, "options": section.to_dict(), **about}
     content |= {**result.metrics, **result.details}

@@ -22,7 +22,7 @@ number of consecutive evaluations without improvement (int32); `step`, that of t
 
 @dataclasses.dataclass(frozen=True)
 class Plateau:
-    """Settings of `config.plateau`. Evaluations count that do not improve on the best value."""
+    """Settings of `config.plateau`, which counts evaluations without a new best value."""
 
     figure: str = ""  # the metric, such as "val/loss" or "scores/CIDEr"; "" disables
     mode: str = "min"  # whether "min" or "max" is better

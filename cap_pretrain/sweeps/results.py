@@ -35,20 +35,15 @@ COSTS_FILE = "costs.json"
 class Status(NamedTuple):
     """The progress of a trial.
 
-    Attributes:
-        state: waiting, running, finished, failed, stopped, or killed (recorded as running, but the
-            sweep is not); begun or finished for a trial that was started by hand.
-        step: the last logged step; 0 before the first.
-        total: steps of the whole run; 0 if unknown.
-        left_s: seconds left from that step on; None if unknown.
-        reason: why the trial failed or stopped.
+    `state` is waiting, running, finished, failed, stopped, or killed (recorded as running, but the
+    sweep is not); begun or finished for a trial that was started by hand.
     """
 
     state: str
-    step: int
-    total: int
-    left_s: float | None
-    reason: str
+    step: int  # the last logged step; 0 before the first
+    total: int  # steps of the whole run; 0 if unknown
+    left_s: float | None  # seconds left from that step on; None if unknown
+    reason: str  # why the trial failed or stopped
 
 
 def status(trial: Trial, out: Path, running: bool) -> Status:
@@ -118,10 +113,7 @@ def _value(lines: Sequence[Mapping[str, Any]], metric: str, names: set[str]) -> 
 
 
 def ordered(table: Sequence[Row], column: str) -> list[Row]:
-    """Return rows sorted by a column, descending if "-" precedes its name; missing values are last.
-
-    Raises UserError if there is no such column.
-    """
+    """Return rows sorted by a column, with "-" before its name descending; missing values last."""
     name = column.removeprefix("-")
     _check_column(table, name, "--sort")
     with_value = [row for row in table if row[name] is not None]

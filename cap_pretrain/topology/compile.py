@@ -48,10 +48,7 @@ _USED = re.compile(r"Used ([\d.]+)([KMGT]?)i?B? of ([\d.]+)([KMGT]?)i?B? hbm")
 
 
 def set_environment() -> None:
-    """Keep libtpu from looking for TPUs. Call it before JAX initializes a backend.
-
-    Variables that are already set are kept.
-    """
+    """Keep libtpu from looking for TPUs, before JAX starts a backend; set variables are kept."""
     for name, value in {
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",  # do not ask a metadata server for the machine type
@@ -67,8 +64,8 @@ def set_environment() -> None:
 class Memory:
     """Bytes of HBM on one chip, of which the compiler may use `limit`.
 
-    `arguments` are state and batch; `outputs` results that do not reuse the memory of an argument;
-    `temporaries` activations, gradients and everything else within the step; `code` the program.
+    `arguments` are state and batch; `outputs` do not reuse the memory of an argument; `temporaries`
+    are activations, gradients and all else within the step; `code` is the program.
     """
 
     limit: int
@@ -84,11 +81,7 @@ class Memory:
 
 
 class OutOfMemoryError(Exception):
-    """The step does not fit into HBM.
-
-    On one chip, it would need `needed` bytes, as far as the compiler reports, of the usable
-    `limit`.
-    """
+    """The step needs `needed` bytes of HBM on one chip, if known, of the usable `limit`."""
 
     def __init__(self, needed: int, limit: int):
         super().__init__(f"needs {needed:,} bytes of HBM, but only {limit:,} are available")
@@ -105,10 +98,7 @@ class Compiled:
 
 
 def open_topology(name: str, slices: int = 1) -> Sequence[jax.Device]:
-    """Return the devices of `slices` slices of a topology such as "v5e:16x16".
-
-    Raises UserError if there is no such topology, or libtpu is not installed.
-    """
+    """Return the devices of `slices` slices of a topology like "v5e:16x16"; may raise UserError."""
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("libtpu, the TPU compiler, is not installed: pip install -e '.[tpu]'")
     from jax.experimental import topologies

@@ -43,22 +43,17 @@ def _totals() -> collections.defaultdict:
 class Cost:
     """The predicted cost of running a program once on one chip.
 
-    Attributes:
-        cycles: the sum of the compiler's estimates.
-        seconds: the time until the last operation ends.
-        waited: seconds of these that the core waits for collectives ("ici") or copies ("hbm").
-        cycles_of: cycles by operation, (opcode, op_name).
-        collectives: by kind.
-        hbm_bytes: bytes that operations and early copies read from and write to HBM.
-        endless: names of loops whose number of iterations is unknown; they count as one.
+    `waited` are the seconds in which the core waits for collectives ("ici") or copies ("hbm").
+    `cycles_of` is by operation, (opcode, op_name), and `collectives` by kind. `endless` loops,
+    whose number of iterations is unknown, count as one.
     """
 
-    cycles: float = 0.0
-    seconds: float = 0.0
+    cycles: float = 0.0  # the sum of the compiler's estimates
+    seconds: float = 0.0  # until the last operation ends
     waited: dict[str, float] = dataclasses.field(default_factory=_totals)
     cycles_of: dict[tuple[str, str], float] = dataclasses.field(default_factory=_totals)
     collectives: dict[str, Collective] = dataclasses.field(default_factory=dict)
-    hbm_bytes: float = 0.0
+    hbm_bytes: float = 0.0  # that operations and early copies read from and write to HBM
     endless: list[str] = dataclasses.field(default_factory=list)
 
     def add(self, other: "Cost", times: int = 1) -> None:
@@ -226,10 +221,9 @@ class _Walk:
 
 
 def traffic(module: Module, computation: str, op: Operation) -> int:
-    """Return the bytes that an operation reads from and writes to HBM.
+    """Return the bytes that an operation reads from and writes to HBM, not the core's own memory.
 
-    Arrays in the core's own memory do not count. If a fusion reads or replaces a slice of an array,
-    only the slice counts.
+    If a fusion reads or replaces a slice of an array, only the slice counts.
     """
     inner = [o for name in op.runs("calls") for o in module.computations[name]]
     parameters = {

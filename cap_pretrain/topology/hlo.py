@@ -74,26 +74,19 @@ class Array:
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """One line of a computation.
+    """One line of a computation; `line` is its text, for properties that are rarely needed.
 
-    Attributes:
-        name: without the percent sign.
-        opcode: such as "fusion"; those of an asynchronous pair end in -start and -done.
-        results: the arrays of its result, a tuple flattened.
-        operands: the names of its operands.
-        called: (role, name) of the computations it runs; roles are "calls", "body", …, "branch".
-        cycles: the compiler's estimate for one execution, or 0 if there is none.
-        op_name: the path of the operation in the traced program.
-        line: the text, from which rarely needed properties are parsed.
+    `opcode` is such as "fusion"; those of an asynchronous pair end in -start and -done. The roles
+    in `called` are "calls", "body", …, "branch".
     """
 
-    name: str
+    name: str  # without the percent sign
     opcode: str
-    results: tuple[Array, ...]
-    operands: tuple[str, ...]
-    called: tuple[tuple[str, str], ...]
-    cycles: int
-    op_name: str
+    results: tuple[Array, ...]  # the arrays of its result, a tuple flattened
+    operands: tuple[str, ...]  # their names
+    called: tuple[tuple[str, str], ...]  # (role, name) of the computations it runs
+    cycles: int  # the compiler's estimate for one execution, or 0 if there is none
+    op_name: str  # its path in the traced program
     line: str = dataclasses.field(repr=False)
 
     @property
@@ -239,10 +232,7 @@ class Module:
         return (added[0] if op.opcode == "add" else -added[0]) if added else None
 
     def groups(self, op: Operation, devices: int) -> int:
-        """Return the size of the groups, out of all `devices`, in which a collective runs.
-
-        Raises UserError if the notation of the groups is unknown.
-        """
+        """Return the size of a collective's groups, out of all `devices`; may raise UserError."""
         if found := _IOTA_GROUPS.search(op.line):
             return int(found[2])
         if found := _MESH_GROUPS.search(op.line):

@@ -108,10 +108,9 @@ def accumulated_gradients(
 ) -> tuple[Any, dict[str, jax.Array], Any]:
     """Compute the gradient of the loss of a batch, by gradient accumulation over `parts`.
 
-    The sequential `parts` must divide the leading axis of the batch; 1 computes it at once. `hold`,
-    applied to the parameters inside the differentiated function, may freeze some of them. Returns
-    the gradients, metrics including the loss, and `stats`, the mean of their values after each
-    part.
+    The batch is computed in `parts` sequential parts of equal size. `hold`, applied to the
+    parameters inside the differentiated function, may freeze some of them. Returns gradients,
+    metrics including the loss, and the mean over parts of the other variables after each.
     """
     if parts == 1:
 
