@@ -10,19 +10,10 @@ _SPLIT_AND_PATH = re.compile(r"(?:(?P<split>\w+)=)?(?P<path>.+)")
 
 
 def by_split(flag: str, values: Iterable[str], default: str) -> dict[str, Path]:
-    """Parse values such as ["train=a.zip", "val=b.zip"].
+    """Parse SPLIT=PATH or PATH values of the option `flag` into paths by split, "~" expanded.
 
-    Args:
-        flag: the option, for messages.
-        values: SPLIT=PATH or PATH each.
-        default: the split of a value without SPLIT=.
-
-    Returns:
-        A path by split, with "~" expanded.
-
-    Raises:
-        UserError: a value is empty, or a split is given twice or called "all", the name by which
-            TFDS refers to all splits.
+    A value without SPLIT= belongs to the split `default`. Raises UserError if a value is empty, or
+    a split is given twice or called "all", the name by which TFDS refers to all splits.
     """
     paths: dict[str, Path] = {}
     for value in values:

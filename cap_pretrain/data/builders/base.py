@@ -36,20 +36,13 @@ class ImageDataset(tfds.core.GeneratorBasedBuilder):
     """Base class of all formats.
 
     A subclass yields candidates; this class checks, filters and writes them. An image is stored
-    unchanged if all decoders agree on it, and re-encoded otherwise (`images.to_plain`). A
-    candidate that cannot be used is dropped and counted in `report`; it does not stop the build.
+    unchanged if all decoders agree on it, and re-encoded otherwise (`images.to_plain`). A candidate
+    that cannot be used is dropped and counted in `report`; it does not stop the build. A subclass
+    implements `add_arguments`, `from_arguments`, `splits` and either `candidates` or `parts`; those
+    without captions also `features` and `description`.
 
-    A subclass implements `add_arguments`, `from_arguments`, `splits` and either `candidates` or
-    `parts`; those without captions also `features` and `description`.
-
-    Args:
-        name: the dataset's name in TFDS.
-        data_dir: the folder that `build` works in.
-        filters: what to keep; default: everything that is usable.
-        origin: names of the input files, for the description.
-
-    Raises:
-        UserError: there are filters for captions but the format has no captions.
+    `build` works in the folder `data_dir`, and `origin` names the input files. Raises UserError if
+    there are filters for captions but the format has no captions.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -82,14 +75,9 @@ class ImageDataset(tfds.core.GeneratorBasedBuilder):
 
     @classmethod
     def from_arguments(cls, args: argparse.Namespace, **kwargs: Any) -> "ImageDataset":
-        """Construct the builder from parsed options.
+        """Construct the builder from parsed options; `kwargs` are name, data_dir and filters.
 
-        Args:
-            args: the options that `add_arguments` declares.
-            **kwargs: name, data_dir and filters.
-
-        Raises:
-            UserError: a file is missing or not in the expected format.
+        Raises UserError if a file is missing or not in the expected format.
         """
         raise NotImplementedError
 
@@ -134,15 +122,10 @@ class ImageDataset(tfds.core.GeneratorBasedBuilder):
         return {split: self._generate_examples(split) for split in self.splits()}
 
     def rows(self, unit: units.Unit, threads: int) -> Iterator[tuple[units.Row, bytes]]:
-        """Check the candidates of a unit.
+        """Check the candidates of a unit, with `threads` threads that read and check images.
 
-        Args:
-            unit: the range of candidates.
-            threads: number of threads that read and check images.
-
-        Yields:
-            For each candidate in order, its row (with "reason" if it is dropped) and the encoded
-            image to store, b"" if it is dropped.
+        Yields for each candidate in order its row (with "reason" if it is dropped) and the encoded
+        image to store, b"" if it is dropped.
         """
         part = self.parts(unit.split)[unit.part]
         candidates = itertools.islice(part.read(), unit.start, unit.stop)
@@ -198,7 +181,6 @@ class _Outcome:
 
 
 def _check(candidate: Candidate, filters: Filters) -> _Outcome:
-    """Read a candidate's image and apply the filters."""
     problem = candidate.problem or filters.known_problem(candidate.id, candidate.fields)
     if problem:
         return _Outcome({"reason": problem})

@@ -33,21 +33,18 @@ def build(
     interrupted build leaves its finished units there, and the next build resumes from them.
 
     Args:
-        make: returns the builder, called with `name` and `data_dir`. It must be picklable, since
-            worker processes call it, too.
+        make: returns the builder, called with `name` and `data_dir`; picklable for worker
+            processes.
         name: the dataset's name in TFDS, like "my_data".
         out: the folder of datasets (`data_dir` of TFDS).
         overwrite: replace a finished dataset of this name and version.
         workers: number of processes; the resulting dataset does not depend on it.
-        settings: everything the builder depends on, as JSON (`units.settings_of`). An interrupted
+        settings: all that the builder depends on, as JSON (`units.settings_of`). An interrupted
             build with other settings is not resumed.
         make_units: makes the units; same signature as `units.make_all`.
 
-    Returns:
-        The dataset's folder, and the builder with its report.
-
-    Raises:
-        UserError: see `only_finished`; or the input is invalid.
+    Returns the dataset's folder, and the builder with its report. Raises UserError like
+    `only_finished`, or if the input is invalid.
     """
     with only_finished(name, out, overwrite) as (built, final):
         work = built.parent.parent
@@ -67,16 +64,8 @@ def build(
 def only_finished(name: str, out: Path, overwrite: bool = False) -> Iterator[tuple[Path, Path]]:
     """Give a folder to build a dataset in, and rename it to its final path on success.
 
-    Args:
-        name: the dataset's name.
-        out: the folder of datasets.
-        overwrite: replace a finished dataset.
-
-    Yields:
-        The folder to build in, whose last two parts are NAME/VERSION, and the final path.
-
-    Raises:
-        UserError: the name is invalid, the dataset exists, or another process is building it.
+    Yields the folder, whose last two parts are NAME/VERSION, and the final path. Raises UserError
+    if the name is invalid, the dataset exists, or another process is building it.
     """
     if not _NAME.fullmatch(name):
         raise UserError(f"--name {name!r}: must be lower-case letters, digits and _, like my_data.")

@@ -1,7 +1,6 @@
 """Deduplication: the only pass that compares candidates with each other; the first is kept.
 
-It holds up to three 64-bit numbers per candidate in memory, so that it scales to hundreds of
-millions of candidates.
+It holds up to three 64-bit numbers per candidate in memory, enough for hundreds of millions.
 """
 
 from array import array
@@ -17,14 +16,9 @@ _REASONS = {0: "", 1: "duplicate id", 2: "duplicate image", 3: "near-duplicate i
 
 
 def without_duplicates(paths: Sequence[Path], dedup: str) -> Iterator[tuple[Row, bytes]]:
-    """Yield the rows of units, with duplicates marked as dropped.
+    """Yield the rows of a split's units; duplicates get a "reason" and the image b"".
 
-    Args:
-        paths: the units of a split, in order.
-        dedup: "", "exact" or "perceptual", see `Filters`. Duplicate ids are dropped in any case.
-
-    Yields:
-        Each row with its image; a duplicate has a "reason" and the image b"".
+    `dedup` is "", "exact" or "perceptual", see `Filters`; duplicate ids are dropped in any case.
     """
     reasons = iter(_reasons(paths, dedup))
     for path in paths:

@@ -1,8 +1,7 @@
 """Writes datasets of precomputed features, in place of images, in TFDS format.
 
 TFDS's own writer holds a split in memory to shuffle it, and needs TensorFlow beyond a gigabyte.
-This one writes examples as they come, in the order of the source dataset, so that training on
-features sees the same order of examples as training on the images.
+This one keeps the order of the source dataset, so training sees the same order as on images.
 """
 
 import dataclasses
@@ -24,29 +23,19 @@ _SHARD_BYTES = 256 * 2**20  # small enough for threads to read different files
 
 @dataclasses.dataclass
 class Split:
-    """Progress of writing a split.
+    """Progress of writing a split."""
 
-    Attributes:
-        shards: number of examples in each file.
-        bytes: size of all records.
-    """
-
-    shards: list[int] = dataclasses.field(default_factory=list)
-    bytes: int = 0
+    shards: list[int] = dataclasses.field(default_factory=list)  # number of examples by file
+    bytes: int = 0  # size of all records
 
 
 class FeatureDataset:
-    """Writer of a dataset of features.
+    """Writer of a dataset of features to `folder` (NAME/VERSION), which must not exist.
 
-    Args:
-        folder: NAME/VERSION; it must not exist.
-        like: an example of the source dataset; label and question are stored if it has them.
-        shape: shape of an example's features, (1 + N, D): the pooled vector and N tokens.
-        dtype: float32 or float16.
-        class_names: names of the labels; empty: labels are plain integers.
-
-    Attributes:
-        splits: what has been written so far, by name.
+    Label and question are stored if `like`, an example of the source dataset, has them. Features
+    have the `dtype` float32 or float16 and the `shape` (1 + N, D): the pooled vector and N tokens.
+    Without `class_names`, labels are plain integers. `splits` is what has been written so far, by
+    name.
     """
 
     def __init__(
@@ -104,12 +93,7 @@ class FeatureDataset:
         return split
 
     def finish(self, description: str, made: dict[str, Any]) -> None:
-        """Write the metadata of TFDS, and how the features were made as made.json.
-
-        Args:
-            description: one sentence about the dataset.
-            made: the content of made.json.
-        """
+        """Write the metadata of TFDS, and how the features were made as made.json."""
         template = tfds.core.ShardedFileTemplate(
             data_dir=self._folder, dataset_name=self._name, filetype_suffix="array_record"
         )

@@ -12,22 +12,16 @@ from typing import Protocol
 from cap_pretrain.errors import UserError
 
 READ_ERRORS = (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
-"""Exceptions from reading a single file that is corrupt, encrypted or has vanished."""
+"""Raised on reading a single file that is corrupt, encrypted or has vanished."""
 
-MAX_BYTES = 2**28
-"""Larger files are rejected unread: they are no photographs, and may be zip bombs."""
-
+MAX_BYTES = 2**28  # larger files are rejected unread: they are no photographs, maybe zip bombs
 IMAGE_SUFFIXES = frozenset(
     [".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"]
 )
 
 
 class Files(Protocol):
-    """A collection of named files; `read` is thread-safe.
-
-    Attributes:
-        path: the folder or zip, for messages.
-    """
+    """A folder or zip (`path`) of named files; `read` is thread-safe."""
 
     path: Path
 
@@ -51,10 +45,9 @@ def open_files(path: str | Path) -> Files:
 
 
 def image_names(files: Files) -> list[str]:
-    """Return the names with an image suffix, without hidden files and macOS's resource forks.
+    """Return the names with an image suffix; raises UserError if there are none.
 
-    Raises:
-        UserError: there are none.
+    Hidden files and macOS's resource forks are left out.
     """
     names = [
         name
@@ -71,12 +64,9 @@ class Finder:
     """Lookup of files by the names that annotations use.
 
     A name matches the full name of a file; or else its base name, since archives often add a
-    folder. A base name that several files share matches none of them.
-
-    Args:
-        where: folders and zips; if several of them have a file of the same name, the first wins.
-        key: maps a base name to the name that annotations use, or to None to exclude the file;
-            default: the base name itself.
+    folder. A base name that several files share matches none of them. If several of the folders and
+    zips `where` have a file of the same name, the first wins. `key` maps a base name to the name
+    that annotations use (default: itself), or to None to exclude the file.
     """
 
     def __init__(self, where: Sequence[Files], key: Callable[[str], str | None] | None = None):
@@ -100,8 +90,6 @@ class Finder:
 
 
 class _Folder:
-    """The files of a folder and its subfolders."""
-
     def __init__(self, path: Path):
         self.path = path
         self._names: list[str] | None = None
@@ -122,8 +110,6 @@ class _Folder:
 
 
 class _Zip:
-    """The files of a zip."""
-
     def __init__(self, path: Path):
         self.path = path
         self._zip = zipfile.ZipFile(path)  # thread-safe: it locks reads of the shared file

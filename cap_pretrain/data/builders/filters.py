@@ -37,17 +37,11 @@ class RejectedError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Condition:
-    """A condition on a field of the candidates, such as `similarity>0.3`.
-
-    Attributes:
-        field: name of the field.
-        sign: a comparison operator, such as ">".
-        value: what the field is compared with, as a number if both are numbers.
-    """
+    """A condition on a field of the candidates, such as `similarity>0.3`."""
 
     field: str
-    sign: str
-    value: str
+    sign: str  # a comparison operator, such as ">"
+    value: str  # compared as a number if the field is a number, too
 
     def problem(self, fields: Mapping[str, Any]) -> str:
         """Return why a candidate with these fields is dropped, or "" if it is kept."""
@@ -68,22 +62,13 @@ class Condition:
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """An image as it is stored.
-
-    Attributes:
-        data: the encoded image.
-        size: width and height of `data` in pixels, before EXIF orientation is applied.
-        reencoded: whether the bytes differ from those that were read.
-        resized: whether the image was resized.
-        exact: hash of the bytes that were read, if needed.
-        perceptual: perceptual hash, if needed.
-    """
+    """An image as it is stored; hashes are None unless needed."""
 
     data: bytes
-    size: tuple[int, int]
-    reencoded: bool
+    size: tuple[int, int]  # (width, height) of `data` in pixels, before EXIF orientation is applied
+    reencoded: bool  # whether the bytes differ from those that were read
     resized: bool
-    exact: int | None = None
+    exact: int | None = None  # hash of the bytes that were read
     perceptual: int | None = None
 
     @property
@@ -95,35 +80,20 @@ class Picture:
 
 @dataclasses.dataclass(frozen=True)
 class Filters:
-    """Limits on what is kept, all of them off by default.
+    """Limits on what is kept, all of them off by default."""
 
-    Attributes:
-        resize: larger images are resized to this shorter side, in pixels; 0: no resizing.
-        quality: of JPEGs that are resized, 1 to 100.
-        min_size: minimum of the shorter side, in pixels.
-        max_aspect: maximum of the longer side divided by the shorter.
-        min_words: minimum number of words in a caption, separated by white space.
-        max_words: maximum number of words.
-        min_chars: minimum number of characters in a caption.
-        max_chars: maximum number of characters.
-        min_ascii: minimum fraction of ASCII among a caption's characters, 0 to 1.
-        where: conditions on the fields of a candidate, all of which must hold.
-        dedup: "exact" or "perceptual" keeps the first of duplicate images; "" keeps all.
-        held_out: images to drop.
-    """
-
-    resize: int = 0
-    quality: int = 95
-    min_size: int = 0
-    max_aspect: float = math.inf
-    min_words: int = 0
+    resize: int = 0  # larger images are resized to this shorter side, in pixels; 0: no resizing
+    quality: int = 95  # of JPEGs that are resized, 1 to 100
+    min_size: int = 0  # of the shorter side, in pixels
+    max_aspect: float = math.inf  # the longer side divided by the shorter
+    min_words: int = 0  # in a caption, separated by white space
     max_words: float = math.inf
-    min_chars: int = 0
+    min_chars: int = 0  # in a caption
     max_chars: float = math.inf
-    min_ascii: float = 0.0
-    where: tuple[Condition, ...] = ()
-    dedup: str = ""
-    held_out: hashes.HeldOut = dataclasses.field(default_factory=hashes.HeldOut)
+    min_ascii: float = 0.0  # minimum fraction of ASCII among a caption's characters, 0 to 1
+    where: tuple[Condition, ...] = ()  # all must hold
+    dedup: str = ""  # one of DEDUP keeps the first of duplicate images; "" keeps all
+    held_out: hashes.HeldOut = dataclasses.field(default_factory=hashes.HeldOut)  # to be dropped
 
     @property
     def on_captions(self) -> bool:
@@ -152,10 +122,8 @@ class Filters:
     def picture(self, data: bytes) -> Picture:
         """Check an encoded image and return it as it is to be stored.
 
-        Raises:
-            ImageError: the image cannot be decoded; see `images.decode`.
-            RejectedError: a filter rejects it. It may be raised for a corrupt image, too, whose
-                header is intact.
+        Raises ImageError if the image cannot be decoded (see `images.decode`), or RejectedError if
+        a filter rejects it, which may also be a corrupt image whose header is intact.
         """
         size = _size(data)
         if size and min(size) < self.min_size:
@@ -228,11 +196,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def from_arguments(args: argparse.Namespace) -> Filters:
-    """Return the filters given by parsed options.
-
-    Raises:
-        UserError: a condition or a list of held-out images is invalid.
-    """
+    """Return the filters given by options; raises UserError for invalid conditions or lists."""
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Filters)}
     given["where"] = tuple(map(condition, given["where"] or ()))
     given["held_out"] = hashes.read_held_out(given["held_out"] or ())
@@ -256,8 +220,6 @@ def kept_captions(filters: Filters, captions: Sequence[str]) -> tuple[list[str],
 
 
 def _between(kind: type, least: float, most: float) -> Any:
-    """Return a parser of numbers from `least` to `most`, for argparse."""
-
     def number(text: str) -> float:
         try:
             value = kind(text)

@@ -1,7 +1,6 @@
 """Hashes of images, to find exact duplicates, near-duplicates and held-out images.
 
-A hash here is a 64-bit integer. Among 12 million distinct images, the probability that any two
-share an exact hash is 4e-6.
+Hashes have 64 bits: any two of 12 million images share an exact hash with a probability of 4e-6.
 """
 
 import dataclasses
@@ -23,8 +22,7 @@ size and JPEG qualities of 40 to 75, and 99.7 % of those at 0.35. No two of the 
 closer than 16 bits.
 """
 
-LOOK = 64
-"""Minimum of both sides, in pixels, to which an image is decoded for its perceptual hash."""
+LOOK = 64  # pixels; an image is decoded to at least this for its perceptual hash, on both sides
 
 # The bits in NEAR + 2 groups: two hashes that differ in at most NEAR bits agree in at least two of
 # the groups. So near-duplicates agree under at least one mask of two groups.
@@ -42,14 +40,11 @@ def exact(data: bytes) -> int:
 
 
 def perceptual(pixels: np.ndarray) -> int:
-    """Return a hash that changes little with size and quality.
+    """Return a hash of RGB pixels, [H, W, 3] uint8, that changes little with size and quality.
 
     The DCT hash of Zauner, "Implementation and benchmarking of perceptual image hash functions"
     (2010), section 3.2.1: the signs of 8 x 8 low frequencies of a small gray image, relative to
     their median.
-
-    Args:
-        pixels: [H, W, 3] uint8, RGB.
     """
     gray = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
     small = cv2.resize(gray, (_SIDE, _SIDE), interpolation=cv2.INTER_AREA)
@@ -89,16 +84,10 @@ def nearly_repeated(hashes: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """Images that must not be in a dataset, such as the test images of benchmarks.
+    """Images that must not be in a dataset, such as the test images of benchmarks."""
 
-    Attributes:
-        ids: ids of examples.
-        exact: hashes of image files.
-        perceptual: perceptual hashes, [N] uint64.
-    """
-
-    ids: frozenset[str] = frozenset()
-    exact: frozenset[int] = frozenset()
+    ids: frozenset[str] = frozenset()  # of examples
+    exact: frozenset[int] = frozenset()  # hashes of image files
     perceptual: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.uint64))
 
     def has_like(self, perceptual: int) -> bool:
@@ -108,14 +97,11 @@ class HeldOut:
 
 
 def read_held_out(paths: Iterable[Path]) -> HeldOut:
-    """Read lists of held-out images.
+    """Read lists of held-out images; raises UserError if one is unreadable or has another form.
 
     Each line is "id ID", "exact HASH" or "perceptual HASH", with the hash in hexadecimal. Only the
     first 64 bits of a longer hash count, so a full SHA-256 is fine. Empty lines and lines that
     start with "#" are skipped.
-
-    Raises:
-        UserError: a file cannot be read, or a line has another form.
     """
     found: dict[str, set] = {"id": set(), "exact": set(), "perceptual": set()}
     for path in paths:

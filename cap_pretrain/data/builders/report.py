@@ -12,46 +12,29 @@ from cap_pretrain.data.builders.units import Row
 
 DROPPED = "dropped.jsonl"
 
-LISTED = 100
-"""Number of examples named in report.json for each reason; dropped.jsonl names all."""
-
-SHOWN = 10
-"""Number of kept examples shown in report.html."""
-
+LISTED = 100  # examples named in report.json for each reason; dropped.jsonl names all
+SHOWN = 10  # kept examples in report.html
 _LONGEST = 50  # words; longer captions share a bin of the histogram
 
 
 class SplitReport:
     """Counts and samples of one split, in memory that does not grow with the split.
 
-    Args:
-        split: name of the split.
-        dropped: a file to which a line of JSON is appended for each dropped candidate.
-
-    Attributes:
-        candidates: number of candidates.
-        kept: number of those that are kept; all of the following is about these.
-        bytes_read: size of their images as they were read.
-        bytes_stored: size of their images as they are stored.
-        reencoded: number of images that were re-encoded without being resized.
-        resized: number of images that were resized.
-        captions: number of captions that are kept.
-        dropped: number of dropped candidates by reason.
-        dropped_captions: number of dropped captions by reason.
-        words: number of captions by length in words.
+    All counts but `candidates` and `dropped` are about kept examples. For each dropped candidate, a
+    line of JSON is appended to the file `dropped`.
     """
 
     def __init__(self, split: str, dropped: Path) -> None:
         self.candidates = 0
         self.kept = 0
-        self.bytes_read = 0
+        self.bytes_read = 0  # size of the images as they were read
         self.bytes_stored = 0
-        self.reencoded = 0
+        self.reencoded = 0  # images that were re-encoded without being resized
         self.resized = 0
-        self.captions = 0
-        self.dropped: collections.Counter[str] = collections.Counter()
-        self.dropped_captions: collections.Counter[str] = collections.Counter()
-        self.words: collections.Counter[int] = collections.Counter()
+        self.captions = 0  # that are kept
+        self.dropped: collections.Counter[str] = collections.Counter()  # by reason
+        self.dropped_captions: collections.Counter[str] = collections.Counter()  # by reason
+        self.words: collections.Counter[int] = collections.Counter()  # captions by number of words
         self._split = split
         self._path = dropped
         self._listed: dict[str, list[dict[str, str]]] = collections.defaultdict(list)
@@ -138,5 +121,4 @@ class SplitReport:
 
 
 def _named(row: Row) -> dict[str, str]:
-    """Return what identifies a candidate in the report."""
     return {key: row[key] for key in ("id", "file", "why") if row.get(key)}

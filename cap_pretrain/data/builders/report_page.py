@@ -37,7 +37,6 @@ def page(dataset: str, splits: Mapping[str, SplitReport]) -> str:
 
 
 def _split(name: str, report: SplitReport) -> str:
-    """Return the section of a split."""
     rows = [("kept", report.kept), *report.dropped.items()]
     outcomes = [[_text(what), *_count_and_percentage(n, report.candidates)] for what, n in rows]
     outcomes.append(["total", _number(report.candidates), ""])
@@ -75,7 +74,6 @@ def _sample(row: Mapping[str, Any], data: bytes) -> list[str]:
 
 
 def _thumbnail(data: bytes) -> bytes:
-    """Return a small JPEG of an encoded image."""
     pixels = images.decode(data, _SIDE)
     scale = min(1.0, _SIDE / max(pixels.shape[:2]))
     height, width = (max(1, round(side * scale)) for side in pixels.shape[:2])

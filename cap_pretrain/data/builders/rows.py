@@ -18,11 +18,7 @@ _BATCH = 128  # rows of Parquet in memory, which may hold images
 
 
 def table_files(path: Path) -> list[Path]:
-    """Return the file, or the tables of a folder in alphabetical order.
-
-    Raises:
-        UserError: there is no file with the suffix of a table.
-    """
+    """Return the file, or the tables of a folder in order; raises UserError if there are none."""
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     files = [file for file in files if file.name.lower().endswith(_SUFFIXES)]
     if not files:
@@ -33,15 +29,9 @@ def table_files(path: Path) -> list[Path]:
 
 
 def check_columns(path: Path, names: Sequence[str], needed: Collection[str]) -> None:
-    """Check that a table has certain columns.
+    """Check that a table has the columns `needed`; `names` are all, if it has no header.
 
-    Args:
-        path: the table.
-        names: the names of all columns, if the table has no header; else empty.
-        needed: the columns it must have.
-
-    Raises:
-        UserError: a column is missing, or the file cannot be read.
+    Raises UserError if a column is missing, or the file cannot be read.
     """
     columns = _parquet(path).schema_arrow.names if is_parquet(path) else names or _header(path)
     for name in needed:
@@ -53,20 +43,11 @@ def check_columns(path: Path, names: Sequence[str], needed: Collection[str]) -> 
 
 
 def read_rows(path: Path, names: Sequence[str] = ()) -> Iterator[Row]:
-    """Yield the rows of a table as dicts by column.
+    """Yield the rows of a table as dicts by column; {} for a row with another number of fields.
 
-    A TSV has no quoting, like the lists of Conceptual Captions.
-
-    Args:
-        path: the table.
-        names: the names of all columns, if the table has no header. A first row that consists of
-            just these names is skipped.
-
-    Yields:
-        Each row; {} for a row whose number of fields is not that of the columns.
-
-    Raises:
-        UserError: the file cannot be read, or not to its end.
+    `names` are those of all columns, if the table has no header; a first row that consists of just
+    these names is skipped. A TSV has no quoting, like the lists of Conceptual Captions. Raises
+    UserError if the file cannot be read to its end.
     """
     if is_parquet(path):
         yield from _parquet_rows(path)

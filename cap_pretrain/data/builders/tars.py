@@ -21,10 +21,8 @@ def read_members(path: Path) -> Iterator[tuple[str, bytes]]:
     """Yield (name, content) of the regular files in a tar, which may be gzipped.
 
     Bytes between valid headers are skipped, so a damaged header costs one file. Files larger than
-    MAX_BYTES are skipped, too.
-
-    Raises:
-        CutOffError: the archive ends early; raised after the last complete file.
+    MAX_BYTES are skipped, too. Raises CutOffError after the last complete file if the tar ends
+    early.
     """
     try:
         with path.open("rb") as file:

@@ -27,9 +27,7 @@ from tqdm import tqdm
 from cap_pretrain import files
 from cap_pretrain.data.builders.candidates import Candidate
 
-FOLDER = "units"
-"""Name of the folder of units inside the work folder of a build."""
-
+FOLDER = "units"  # in the work folder of a build
 _LEAST = 1000  # candidates in a unit, if there are that many
 _MOST = 64  # units in a part: making a unit means skipping all candidates before it
 _PLAN = "plan.json"
@@ -43,37 +41,23 @@ class UnfinishedError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Candidates that are read sequentially.
-
-    Attributes:
-        read: yields the candidates, always in the same order.
-        count: returns their number; None if candidates cannot be skipped without reading their
-            images, in which case the part is one unit.
-        source: the file that holds the candidates, if there is one.
-    """
+    """Candidates that are read sequentially, always in the same order."""
 
     read: Callable[[], Iterable[Candidate]]
+    # None if candidates cannot be skipped without reading their images: the part is one unit.
     count: Callable[[], int] | None = None
-    source: Path | None = None
+    source: Path | None = None  # the file that holds the candidates, if there is one
 
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-    """A range of candidates in a part of a split.
-
-    Attributes:
-        split: name of the split.
-        number: index of the unit in the split.
-        part: index of the part in the split.
-        start: index of the first candidate in the part.
-        stop: index after the last candidate; None: all that remain.
-    """
+    """A range of candidates in a part of a split."""
 
     split: str
-    number: int
-    part: int
-    start: int
-    stop: int | None
+    number: int  # index of the unit in the split
+    part: int  # index of the part in the split
+    start: int  # index of the first candidate in the part
+    stop: int | None  # index after the last candidate; None: all that remain
 
     def path(self, folder: Path) -> Path:
         """Return the unit's file in `folder`."""
@@ -99,16 +83,10 @@ def _ranges(part: Part) -> list[tuple[int, int | None]]:
 
 
 def resume(folder: Path, parts: Mapping[str, Sequence[Part]], settings: Any) -> list[Unit]:
-    """Plan a build and keep those finished units that fit the plan.
+    """Return the units of a build, and keep the finished ones in `folder` that fit the plan.
 
-    Args:
-        folder: the folder of units. Its units are removed if they were made with other `settings`
-            or from files that have changed since.
-        parts: by split.
-        settings: what the build depends on, as JSON (`settings_of`).
-
-    Returns:
-        All units of the build, finished or not.
+    Units that were made with other `settings` (JSON, `settings_of`), or from files that have
+    changed since, are removed. `parts` are by split.
     """
     units = cut(parts)
     sources = [[_stamp(part.source) for part in own if part.source] for own in parts.values()]
@@ -191,18 +169,11 @@ def make_all(
     folder: Path,
     workers: int,
 ) -> None:
-    """Make the units that are missing.
+    """Make the units that are missing, in this process if `workers` is 1, else in that many.
 
-    Args:
-        builder: makes units in this process, if `workers` is 1.
-        make_builder: returns a builder; each worker process calls it once. It must be picklable.
-        units: all units of the build.
-        folder: the folder of units.
-        workers: number of processes; 1: this one.
-
-    Raises:
-        UserError: the builder finds invalid input.
-        UnfinishedError: a worker process died.
+    Each worker process calls `make_builder` once, which must be picklable; this process uses
+    `builder`. Raises UserError if the builder finds invalid input, UnfinishedError if a worker
+    process died.
     """
     threads = max(1, (os.cpu_count() or 1) // workers)
     left = [unit for unit in units if not unit.path(folder).exists()]
