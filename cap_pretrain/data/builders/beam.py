@@ -24,16 +24,9 @@ def make_all(
 ) -> None:
     """Make the units that are missing; a replacement for `units.make_all`.
 
-    Args:
-        builder: not used; each process makes its own.
-        make_builder: returns a builder; each process calls it once. It must be picklable.
-        all_units: all units of the build.
-        folder: the folder of units.
-        workers: not used; the runner has its own option.
-        options: of the pipeline, such as ["--runner=FlinkRunner", …].
-
-    Raises:
-        UserError: Beam is not installed.
+    Each process calls `make_builder` once, which must be picklable. `builder` and `workers` are not
+    used: the number of workers is among the runner's `options`, such as ["--runner=FlinkRunner",
+    …]. Raises UserError if Beam is not installed.
     """
     del builder, workers
     try:
@@ -57,5 +50,4 @@ def _make(unit: units.Unit, make_builder: bytes, folder: Path) -> None:
 
 @functools.lru_cache(maxsize=1)
 def _builder(make_builder: bytes) -> units.RowMaker:
-    """Return this process's builder."""
     return pickle.loads(make_builder)()

@@ -1,6 +1,6 @@
 """Deduplication: the only pass that compares candidates with each other; the first is kept.
 
-It holds up to three 64-bit numbers per candidate in memory, enough for hundreds of millions.
+It holds up to three 64-bit numbers per candidate in memory, so it scales to hundreds of millions.
 """
 
 from array import array

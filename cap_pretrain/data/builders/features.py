@@ -1,7 +1,7 @@
 """Writes datasets of precomputed features, in place of images, in TFDS format.
 
 TFDS's own writer holds a split in memory to shuffle it, and needs TensorFlow beyond a gigabyte.
-This one keeps the order of the source dataset, so training sees the same order as on images.
+This one writes examples as they come, so that training sees the same order as on images.
 """
 
 import dataclasses

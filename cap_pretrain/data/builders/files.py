@@ -14,7 +14,7 @@ from cap_pretrain.errors import UserError
 READ_ERRORS = (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 """Raised on reading a single file that is corrupt, encrypted or has vanished."""
 
-MAX_BYTES = 2**28  # larger files are rejected unread: they are no photographs, maybe zip bombs
+MAX_BYTES = 2**28  # larger files are rejected unread: no photographs, perhaps zip bombs
 IMAGE_SUFFIXES = frozenset(
     [".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"]
 )

@@ -1,6 +1,7 @@
 """Hashes of images, to find exact duplicates, near-duplicates and held-out images.
 
-Hashes have 64 bits: any two of 12 million images share an exact hash with a probability of 4e-6.
+A hash here is a 64-bit integer. Among 12 million distinct images, the probability that any two
+share an exact hash is 4e-6.
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ size and JPEG qualities of 40 to 75, and 99.7 % of those at 0.35. No two of the 
 closer than 16 bits.
 """
 
-LOOK = 64  # pixels; an image is decoded to at least this for its perceptual hash, on both sides
+LOOK = 64  # minimum of both sides, in pixels, to which an image is decoded for `perceptual`
 
 # The bits in NEAR + 2 groups: two hashes that differ in at most NEAR bits agree in at least two of
 # the groups. So near-duplicates agree under at least one mask of two groups.

@@ -20,33 +20,20 @@ IMAGES_HELP = "folder or zip of the images; without SPLIT= it serves all splits"
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """The annotations of one example.
+    """The annotations of one example."""
 
-    Attributes:
-        id: unique within the split.
-        files: names of its images; in most formats just one.
-        captions: of the image, or answers to the question.
-        question: the question, in formats that have questions.
-        kind: type of the question; "": none.
-        problem: a reason to drop the example, or "".
-    """
-
-    id: str
-    files: tuple[str, ...]
-    captions: Sequence[str]
+    id: str  # unique within the split
+    files: tuple[str, ...]  # names of its images; in most formats just one
+    captions: Sequence[str]  # of the image, or answers to the question
     question: str = ""
-    kind: str = ""
-    problem: str = ""
+    kind: str = ""  # type of the question; "": none
+    problem: str = ""  # a reason to drop the example, or ""
 
 
 class Annotated(base.ImageDataset):
-    """Images with captions from annotations; subclasses read the annotations.
+    """Images with captions from annotations (`entries` by split), which subclasses read.
 
-    Args:
-        entries: annotations by split.
-        images: where to find the images, by split; the images of "" serve all other splits.
-        origin: names of the input files, for the description.
-        **kwargs: of `ImageDataset`.
+    The images of "" serve all splits that have none of their own.
     """
 
     def __init__(
@@ -89,11 +76,7 @@ class Annotated(base.ImageDataset):
 class SharedImages(Annotated):
     """Images with captions where all splits share the folders and zips of images.
 
-    Args:
-        entries: annotations by split.
-        images: folders and zips; if several have a file of the same name, the first wins.
-        origin: names of the input files.
-        **kwargs: of `ImageDataset`.
+    If several of these have a file of the same name, the first wins.
     """
 
     def __init__(
@@ -118,8 +101,8 @@ class SharedImages(Annotated):
 class Questions(Annotated):
     """One example per question: its captions are the answers, its label is the type of question.
 
-    Args: see `Annotated`. If no entry of a split has an answer, the answers of that split are
-        secret; otherwise questions without an answer are dropped.
+    If no entry of a split has an answer, the answers of that split are secret; otherwise questions
+    without an answer are dropped.
     """
 
     def __init__(
@@ -150,16 +133,10 @@ class Questions(Annotated):
 class QuestionFiles(Questions):
     """Questions with their answers, in one file per split; subclasses say how to read it.
 
-    Args:
-        questions: a file by split.
-        images: a folder or zip by split; the images of "" serve all other splits.
-        **kwargs: of `ImageDataset`.
-
-    Attributes:
-        QUESTIONS_HELP: help text of the option --questions.
+    The images of "" serve all splits that have none of their own.
     """
 
-    QUESTIONS_HELP: str
+    QUESTIONS_HELP: str  # of the option --questions
 
     def __init__(self, questions: Mapping[str, Path], images: Mapping[str, Path], **kwargs: Any):
         super().__init__(
@@ -205,14 +182,7 @@ def _with_problems(entries: Sequence[Entry]) -> list[Entry]:
 
 
 def add_paths(parser: argparse.ArgumentParser, flag: str, what: str, required: bool = True) -> None:
-    """Declare an option that takes a path for each split (see `by_split`).
-
-    Args:
-        parser: of the format.
-        flag: the option.
-        what: its help text.
-        required: whether the option must be given.
-    """
+    """Declare an option with the help text `what` that takes a path by split (`by_split`)."""
     parser.add_argument(flag, nargs="+", required=required, metavar="SPLIT=PATH", help=what)
 
 
@@ -222,16 +192,10 @@ def open_images(
     flag: str,
     key: Callable[[str], str | None] | None = None,
 ) -> dict[str, Finder]:
-    """Open the images of each split; those of "" serve all other splits.
+    """Open the images of each split; those of "" serve all other splits. For `key`, see `Finder`.
 
-    Args:
-        images: a folder or zip by split.
-        splits: the splits that have annotations.
-        flag: the option of the annotations, for messages.
-        key: see `Finder`.
-
-    Raises:
-        UserError: a split lacks images or annotations, or a path is not a folder or zip.
+    `flag` is the option of the annotations, for messages. Raises UserError if one of `splits`,
+    which have annotations, lacks images, another has images, or a path is not a folder or zip.
     """
     opened = {split: Finder([open_files(path)], key) for split, path in images.items()}
     for split in splits:
@@ -243,16 +207,9 @@ def open_images(
 
 
 def entries_of(path: Path, content: Any, key: str, what: str) -> list[Any]:
-    """Return the list `key` of a JSON object.
+    """Return the list `key` of a JSON object; raises UserError if there is none.
 
-    Args:
-        path: the file, for messages.
-        content: its content.
-        key: the list to return.
-        what: the kind of file expected, for messages: "is it `what`?".
-
-    Raises:
-        UserError: the content is not an object with such a list.
+    For the message: `path` has this `content` and should be `what`.
     """
     if not isinstance(content, dict) or not isinstance(content.get(key), list):
         found = ", ".join(content) if isinstance(content, dict) else type(content).__name__
@@ -261,17 +218,9 @@ def entries_of(path: Path, content: Any, key: str, what: str) -> list[Any]:
 
 
 def take(path: Path, where: str, entry: Any, *keys: str, what: str) -> list[Any]:
-    """Return the values of `keys` in a JSON object that is an entry of a list.
+    """Return the values of `keys` in an entry of a JSON list; raises UserError if it lacks one.
 
-    Args:
-        path: the file, for messages.
-        where: name of the list, for messages.
-        entry: the object.
-        *keys: the keys it must have.
-        what: the kind of file expected, for messages.
-
-    Raises:
-        UserError: the entry is not an object or lacks a key.
+    For the message: the list is called `where`, and the file `path` should be `what`.
     """
     try:
         return [entry[key] for key in keys]

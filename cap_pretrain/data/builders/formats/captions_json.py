@@ -15,13 +15,9 @@ _WHAT = "COCO captions"
 
 
 class Dataset(annotated.Annotated):
-    """Images with one or more captions each.
+    """Images with one or more captions each; the images of "" serve all other splits.
 
-    Args:
-        annotations: a file by split.
-        images: a folder or zip by split; the images of "" serve all other splits.
-        keep: whether to keep a caption, given its entry in "annotations"; default: keep all.
-        **kwargs: of `ImageDataset`.
+    `keep` says whether to keep a caption, given its entry in "annotations"; default: keep all.
     """
 
     HOMEPAGE = "https://cocodataset.org/#format-data"
@@ -55,18 +51,11 @@ class Dataset(annotated.Annotated):
 
 
 def read_captions(path: Path, keep: Callable[[dict[str, Any]], bool] | None = None) -> list[Entry]:
-    """Read a file of COCO captions, plain or gzipped.
+    """Read a file of COCO captions, plain or gzipped; for `keep`, see `Dataset`.
 
-    Args:
-        path: the file.
-        keep: whether to keep a caption, given its entry in "annotations"; None: keep all.
-
-    Returns:
-        The images in the order of the file. Captions are stripped and empty ones left out, so an
-        image may have none. At the end, entries for captions of images that are not listed.
-
-    Raises:
-        UserError: the file is missing, is not JSON, or is not laid out as COCO captions.
+    Returns the images in the order of the file. Captions are stripped and empty ones left out, so
+    an image may have none. At the end are entries for captions of images that are not listed.
+    Raises UserError if the file is missing, is not JSON, or is not laid out as COCO captions.
     """
     content = files.read_json(path)
     listed, annotations = (

@@ -18,21 +18,13 @@ from cap_pretrain.errors import UserError
 class Conceptual(pairs.Pairs):
     """Images from the web with their captions; subclasses define the columns of the list.
 
-    Args:
-        lists: a published list by split.
-        images: a folder or zip by split, for `lists`; the images of "" serve all other splits.
-        shards: a tar or folder of tars by split, instead of `lists` and `images`.
-        named_by: how image files are named, a key of `table.NAMES`.
-        **kwargs: of `ImageDataset`.
-
-    Attributes:
-        COLUMNS: the columns of the list, which has no header.
-
-    Raises:
-        UserError: a file is missing or invalid, or a split is in `lists` and in `shards`.
+    Each split has a published list (`lists`) with a folder or zip of `images`, where those of ""
+    serve all other splits; or a tar or folder of tars (`shards`). `named_by`, a key of
+    `table.NAMES`, says how image files are named. Raises UserError if a file is missing or invalid,
+    or a split is in `lists` and in `shards`.
     """
 
-    COLUMNS: Sequence[str]
+    COLUMNS: Sequence[str]  # of the list, which has no header
 
     def __init__(
         self,

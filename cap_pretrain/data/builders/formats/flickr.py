@@ -19,14 +19,7 @@ from cap_pretrain.errors import UserError
 
 
 class Dataset(annotated.SharedImages):
-    """Images with five captions each.
-
-    Args:
-        captions: the file of captions.
-        splits: a list of images by split; empty: all images are in the split "train".
-        images: folders and zips of images.
-        **kwargs: of `ImageDataset`.
-    """
+    """Images with five captions each; without `splits`, all are in the split "train"."""
 
     HOMEPAGE = "https://shannon.cs.illinois.edu/DenotationGraph/"
 
@@ -55,11 +48,7 @@ class Dataset(annotated.SharedImages):
 
 
 def read_captions(path: Path) -> dict[str, list[str]]:
-    """Return the captions of each image by its name, in the order of the file.
-
-    Raises:
-        UserError: the file is missing, or a line has another form.
-    """
+    """Return the captions by image name, in the order of the file; raises UserError if invalid."""
     captions: dict[str, list[str]] = collections.defaultdict(list)
     for line in _lines(path):
         key, tab, caption = line.partition("\t")
@@ -73,7 +62,6 @@ def read_captions(path: Path) -> dict[str, list[str]]:
 
 
 def _lines(path: Path) -> list[str]:
-    """Return the non-empty lines of a text file, stripped."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:

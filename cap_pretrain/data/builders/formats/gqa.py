@@ -32,13 +32,10 @@ class Dataset(annotated.QuestionFiles):
 
     @staticmethod
     def read(path: Path) -> list[Entry]:
-        """Read a file of questions, plain or gzipped, or a folder of such files.
+        """Read a file of questions, plain or gzipped, or a folder of such files in order of name.
 
-        Returns:
-            The questions in the order of the file names and, within a file, of the file.
-
-        Raises:
-            UserError: a file is missing, is not JSON, or has another form.
+        Questions are in the order of the file. Raises UserError if a file is missing, is not JSON,
+        or has another form.
         """
         entries = []
         for part in sorted(path.glob("*.json*")) if path.is_dir() else [path]:

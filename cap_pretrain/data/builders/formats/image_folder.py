@@ -18,13 +18,7 @@ from cap_pretrain.files import read_json
 
 
 class Dataset(base.ImageDataset):
-    """Images with one label each, given by their folder.
-
-    Args:
-        images: a folder or zip by split.
-        classes: a JSON file of readable class names by folder; None: use the folder names.
-        **kwargs: of `ImageDataset`.
-    """
+    """Images with one label each, given by their folder; for `classes`, see `class_names`."""
 
     def __init__(self, images: Mapping[str, Path], classes: Path | None = None, **kwargs: Any):
         origin = ", ".join(path.name for path in images.values())
@@ -100,13 +94,9 @@ def classified(names: Sequence[str], split: str) -> list[tuple[str, str]]:
 def class_names(folders: Sequence[str], path: Path | None) -> dict[str, str]:
     """Return a distinct name for each class folder, in the order of `folders`.
 
-    Args:
-        folders: names of the class folders.
-        path: a JSON file {folder: readable name}; None: use the folder names. If two folders have
-            the same readable name (ImageNet has two classes "crane"), the folder is appended.
-
-    Raises:
-        UserError: the file has another form, or lacks a folder.
+    The JSON file `path` is {folder: readable name}; without it, names are those of the folders. If
+    two have the same readable name (ImageNet has two classes "crane"), the folder is appended.
+    Raises UserError if the file has another form, or lacks a folder.
     """
     if path is None:
         return {folder: folder for folder in folders}

@@ -22,11 +22,8 @@ _RESTVAL = "restval"
 class Dataset(annotated.SharedImages):
     """Images with five captions each, in the splits commonly used to compare captioning models.
 
-    Args:
-        annotations: the JSON file.
-        images: folders and zips of images, searched in this order.
-        restval: the split that the images of "restval" join.
-        **kwargs: of `ImageDataset`.
+    The folders and zips of images are searched in order. Images of "restval" join the split
+    `restval`.
     """
 
     HOMEPAGE = "https://cs.stanford.edu/people/karpathy/deepimagesent/"
@@ -53,18 +50,11 @@ class Dataset(annotated.SharedImages):
 
 
 def read_splits(path: Path, restval: str = "train") -> dict[str, list[Entry]]:
-    """Read a file of Karpathy's, plain or gzipped.
+    """Read a file of Karpathy's, plain or gzipped; images of "restval" join the split `restval`.
 
-    Args:
-        path: the file.
-        restval: the split that images of "restval" join.
-
-    Returns:
-        The images by split, in the order of the file. Their ids are those of COCO if the file has
-        them, so that captions can be scored against COCO's annotations.
-
-    Raises:
-        UserError: the file is missing, is not JSON, or has another form.
+    Returns the images by split, in the order of the file. Their ids are those of COCO if the file
+    has them, so that captions can be scored against COCO's annotations. Raises UserError if the
+    file is missing, is not JSON, or has another form.
     """
     splits = collections.defaultdict(list)
     for image in annotated.entries_of(path, files.read_json(path), "images", _WHAT):

@@ -34,15 +34,9 @@ class Dataset(annotated.QuestionFiles):
 
     @staticmethod
     def read(path: Path) -> list[Entry]:
-        """Read a file of sentences, plain or gzipped.
+        """Read a file of sentences, plain or gzipped, in order; raises UserError if it is invalid.
 
         The sentence "dev-850-0-0" is about the images dev-850-0-img0.png and dev-850-0-img1.png.
-
-        Returns:
-            The sentences in the order of the file.
-
-        Raises:
-            UserError: the file is missing, is not JSON, or has another form.
         """
         entries = []
         for line in files.read_json_lines(path):
@@ -61,11 +55,8 @@ class Dataset(annotated.QuestionFiles):
 def side_by_side(left: bytes, right: bytes) -> bytes:
     """Join two encoded images of any format side by side, as a JPEG of quality 95.
 
-    Both are resized to the smaller width and the smaller height of the two, so that their border
-    is in the middle of every picture.
-
-    Raises:
-        ImageError: one of them is corrupt.
+    Both are resized to the smaller width and the smaller height of the two, so that their border is
+    in the middle of every picture. Raises ImageError if one of them is corrupt.
     """
     pixels = [codecs.decode(data) for data in (left, right)]
     height, width = np.min([each.shape[:2] for each in pixels], axis=0)

@@ -27,25 +27,15 @@ from cap_pretrain.data.builders.formats.image_folder import disambiguated
 from cap_pretrain.errors import UserError
 
 _COLUMNS = ("ImageID", "LabelName", "Confidence")
-MIN_CONFIDENCE = 0.5
-"""Minimum confidence of machine-generated labels in general (README of Open Images)."""
+MIN_CONFIDENCE = 0.5  # of machine-generated labels in general (README of Open Images)
 
 
 class Dataset(base.ImageDataset):
-    """The images that are present, with one label each.
+    """The images that are present, with one label each of those in the file `classes`.
 
     Of several labels, an image gets the one with the highest confidence. Ties go to the label that
-    is rarest among the images present in all splits, since it is the most specific.
-
-    Args:
-        labels: a file of labels by split.
-        images: a folder or zip by split.
-        classes: a file of class names; labels of other classes are ignored.
-        confidence: minimum confidence of a label.
-        **kwargs: of `ImageDataset`.
-
-    Raises:
-        UserError: a file is missing or invalid, or a split has only labels or only images.
+    is rarest among the images present in all splits, since it is the most specific. Raises
+    UserError if a file is missing or invalid, or a split has only labels or only images.
     """
 
     HOMEPAGE = "https://storage.googleapis.com/openimages/web/"
@@ -141,8 +131,7 @@ class Dataset(base.ImageDataset):
 def read_classes(path: Path) -> dict[str, str]:
     """Return the name of each class, as {"/m/0bt9lr": "Dog"}; older files have no header.
 
-    Raises:
-        UserError: the file is missing or has another form.
+    Raises UserError if the file is missing or has another form.
     """
     rows = list(_rows(path))
     if not rows or any(len(row) != 2 for row in rows) or not rows[-1][0].startswith("/"):
@@ -153,16 +142,10 @@ def read_classes(path: Path) -> dict[str, str]:
 def read_labels(
     path: Path, images: set[str], confidence: float, classes: Mapping[str, str]
 ) -> dict[str, dict[str, float]]:
-    """Return the labels of images with their confidence, as {image: {label: 1.0}}.
+    """Return labels of at least this confidence by image, as {image: {label: 1.0}}.
 
-    Args:
-        path: a file of labels.
-        images: ids of the images; the files list millions of others, which are skipped.
-        confidence: minimum confidence.
-        classes: the labels to read.
-
-    Raises:
-        UserError: the file is missing or has another form.
+    Files list millions of images and labels other than `images` and `classes`; these are skipped.
+    Raises UserError if the file is missing or has another form.
     """
     rows = _rows(path)
     header = next(rows, [])
@@ -184,7 +167,6 @@ def read_labels(
 
 
 def _rows(path: Path) -> Iterator[Sequence[str]]:
-    """Yield the rows of a CSV, plain or gzipped."""
     try:
         with (gzip.open if path.suffix == ".gz" else open)(
             path, "rt", encoding="utf-8", newline=""

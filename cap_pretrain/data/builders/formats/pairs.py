@@ -10,13 +10,7 @@ from cap_pretrain.data.builders.units import Part
 
 
 class Pairs(base.ImageDataset):
-    """Images with captions, of which only a few are in memory at a time.
-
-    Args:
-        parts: the parts that hold the candidates, by split.
-        origin: names of the input files, for the description.
-        **kwargs: of `ImageDataset`.
-    """
+    """Images with captions, of which only a few are in memory at a time; `parts` are by split."""
 
     def __init__(self, parts: Mapping[str, Sequence[Part]], origin: str, **kwargs: Any):
         self._parts = parts

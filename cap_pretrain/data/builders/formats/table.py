@@ -50,26 +50,15 @@ NAMES_HELP = (
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """The columns of a table and their meaning.
-
-    Attributes:
-        caption: the columns of captions.
-        image: the column of image names, or of their bytes, or of both in a struct as in datasets
-            of Hugging Face.
-        url: the column of URLs; it may be missing.
-        id: the column of ids; "": the id is made of URL and captions (`pairs.pair_id`); without a
-            URL it is the image's name, or else the row number.
-        named_by: how image files are named: a key of NAMES; "path": by the column `image`; "stem":
-            by that column, without suffix.
-        names: the names of all columns, if there is no header.
-    """
+    """The columns of a table and their meaning."""
 
     caption: Sequence[str] = ("caption",)
-    image: str = "image"
-    url: str = "url"
-    id: str = ""
+    image: str = "image"  # names, bytes, or both in a struct as in datasets of Hugging Face
+    url: str = "url"  # may be missing
+    id: str = ""  # "": `pairs.pair_id`; without a URL the image's name, or else the row number
+    # Image files: a key of NAMES; "path": by the column `image`; "stem": likewise, without suffix.
     named_by: str = "path"
-    names: Sequence[str] = ()
+    names: Sequence[str] = ()  # of all columns, if there is no header
 
     @property
     def needed(self) -> tuple[str, ...]:
@@ -94,15 +83,9 @@ def _without_zeros(number: str) -> str:
 class Dataset(pairs.Pairs):
     """Images with captions in tables.
 
-    Args:
-        tables: a file or folder of files by split.
-        images: a folder or zip by split; the images of "" serve all other splits. Empty if the
-            tables hold the images.
-        columns: the columns of the tables.
-        **kwargs: of `ImageDataset`.
-
-    Raises:
-        UserError: a file is missing or invalid, or lacks a column.
+    Each split has a table or folder of tables, and a folder or zip of `images`, where those of ""
+    serve all other splits; there are no `images` if the tables hold them. Raises UserError if a
+    file is missing or invalid, or lacks a column.
     """
 
     def __init__(
@@ -184,16 +167,10 @@ def _parts_with_images(files: Sequence[Path], columns: Columns) -> list[Part]:
 def candidates(
     files: Sequence[Path], finder: Finder, columns: Columns, first: int = 0
 ) -> Iterator[Candidate]:
-    """Yield the candidates of tables.
+    """Yield the candidates of tables, whose first row has the number `first`.
 
     Consecutive rows with the same id or image become one candidate with several captions. Rows with
     a URL are never merged, since their captions are part of the id.
-
-    Args:
-        files: the tables.
-        finder: where to find image files.
-        columns: the columns of the tables.
-        first: number of the first row.
     """
     rows = enumerate((row for path in files for row in read_rows(path, columns.names)), first)
     for _, group in itertools.groupby(rows, functools.partial(_image_of, columns)):
@@ -210,7 +187,6 @@ def _image_of(columns: Columns, numbered: Numbered) -> str | int:
 
 
 def _candidate(group: Sequence[Numbered], finder: Finder, columns: Columns) -> Candidate:
-    """Return the candidate made of a group of rows."""
     number, row = group[0]
     if not row:
         return pairs.dropped(f"row {number}", f"row {number}", "not a row")

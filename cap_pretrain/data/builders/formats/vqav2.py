@@ -1,7 +1,6 @@
 """VQAv2: questions about images of COCO with ten answers each, in the files of visualqa.org.
 
-Goyal et al. 2017 (arXiv 1612.00837), https://visualqa.org/download.html. OK-VQA has
-the same format.
+Goyal et al. 2017 (arXiv 1612.00837), https://visualqa.org/download.html; same format: OK-VQA.
 """
 
 import argparse
@@ -22,11 +21,8 @@ _WHAT = "one of VQAv2's"
 class Dataset(annotated.Questions):
     """Questions with the answers of ten people; labels are the types yes/no, number and other.
 
-    Args:
-        questions: a file by split.
-        annotations: a file of answers by split, for splits whose answers are public.
-        images: a folder or zip by split; the images of "" serve all other splits.
-        **kwargs: of `ImageDataset`.
+    Splits whose answers are public have a file in `annotations`. The images of "" serve all other
+    splits.
     """
 
     HOMEPAGE = "https://visualqa.org"
@@ -68,10 +64,7 @@ class Dataset(annotated.Questions):
 
 
 def image_number(name: str) -> str:
-    """Return the id by which questions refer to an image file.
-
-    COCO_train2014_000000458752.jpg gives "458752".
-    """
+    """Return the id of an image file in questions: "458752" for COCO_train2014_000000458752.jpg."""
     found = re.search(r"(\d+)\.\w+$", name)
     return str(int(found[1])) if found else ""
 
@@ -79,12 +72,8 @@ def image_number(name: str) -> str:
 def read_questions(path: Path, annotations: Path | None) -> list[Entry]:
     """Read a file of questions and the file of their answers, plain or gzipped.
 
-    Returns:
-        The questions in the order of the file. At the end, entries for answers whose question is
-        not in the file.
-
-    Raises:
-        UserError: a file is missing, is not JSON, or has another form.
+    Returns the questions in order, then entries for answers whose question is not in the file.
+    Raises UserError if a file is missing, is not JSON, or has another form.
     """
     answers: dict[str, tuple[list[str], str]] = {}
     if annotations:

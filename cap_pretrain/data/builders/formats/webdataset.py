@@ -24,15 +24,7 @@ _TARS = (".tar", ".tar.gz", ".tgz")
 
 
 class Dataset(pairs.Pairs):
-    """Images with captions from tars, each read once and sequentially.
-
-    Args:
-        shards: a tar, or a folder of tars, by split.
-        **kwargs: of `ImageDataset`.
-
-    Raises:
-        UserError: there is no tar.
-    """
+    """Images with captions from a tar or folder of tars by split, read once and sequentially."""
 
     HOMEPAGE = "https://github.com/webdataset/webdataset"
 
@@ -63,10 +55,9 @@ def parts(shards: Mapping[str, Path]) -> dict[str, list[Part]]:
 
 
 def tars(path: Path) -> dict[str, Path]:
-    """Return a tar, or the tars of a folder in alphabetical order, by name without suffix.
+    """Return a tar, or the sorted tars of a folder, by name without suffix.
 
-    Raises:
-        UserError: there is no tar.
+    Raises UserError if there is no tar.
     """
     if path.is_file():
         return {path.name.partition(".")[0]: path}
@@ -78,15 +69,10 @@ def tars(path: Path) -> dict[str, Path]:
 
 
 def candidates(shard: str, path: Path) -> Iterator[Candidate]:
-    """Yield a candidate for each key of a tar, and a dropped one if the tar ends early.
+    """Yield a candidate for each key of a tar in order, and a dropped one if the tar ends early.
 
-    Args:
-        shard: name of the tar, for ids.
-        path: the tar.
-
-    Yields:
-        Candidates in order. If the JSON of an example has a URL, the id is `pairs.pair_id`, which
-        does not depend on the shard; else it is SHARD/KEY.
+    If the JSON of an example has a URL, the id is `pairs.pair_id`, which does not depend on the
+    shard; else it is SHARD/KEY.
     """
     key = "its start"
     try:
