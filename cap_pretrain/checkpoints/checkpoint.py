@@ -82,10 +82,7 @@ def load_arrays(
 
 
 def saved_identity(workdir: str | Path, step: int) -> dict[str, str]:
-    """Return the `identity` of the `Checkpoints` that saved `step`.
-
-    Raises CorruptCheckpointError if the manifest is missing or corrupt.
-    """
+    """Return the `identity` saved with `step`; raise CorruptCheckpointError as `load_arrays`."""
     return read_manifest(checkpoints_folder(workdir) / str(step))["identity"]
 
 
@@ -157,7 +154,7 @@ class Checkpoints:
         return bool(self._minutes) and time.monotonic() - self._saved_at > 60 * self._minutes
 
     def save(self, state: TrainState) -> None:
-        """Start saving `state` in the background; training may continue at once.
+        """Start saving `state` in the background, and let training continue.
 
         Raises UserError if this save or the previous one lacked disk space or permission.
         """

@@ -83,10 +83,7 @@ def load_learner(
 
 
 def read_config(workdir: str | Path) -> ConfigDict:
-    """Return the config of a run, locked; fields added since the run have their defaults.
-
-    Raises UserError if config.json is missing or invalid.
-    """
+    """Return the config of a run, locked, with defaults for newer fields; may raise UserError."""
     path = Path(workdir) / "config.json"
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))

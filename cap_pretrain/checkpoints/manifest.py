@@ -45,10 +45,7 @@ def make_manifest(step: int, identity: Mapping[str, str], leaves: Leaves) -> dic
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest of the checkpoint in `folder`, without its checksum.
-
-    Raises CorruptCheckpointError if it is missing, unreadable, changed, or of another step.
-    """
+    """Return the manifest in `folder` without its checksum; may raise CorruptCheckpointError."""
     try:
         manifest = json.loads((folder / "manifest" / "metadata").read_text(encoding="utf-8"))
         checksum = manifest.pop("checksum")

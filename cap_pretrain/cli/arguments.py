@@ -56,10 +56,7 @@ def run(
     args: argparse.Namespace,
     catch: tuple[type[Exception], ...] = (UserError, OSError),
 ) -> int:
-    """Run a command and return its exit status, or 2 if it raises one of `catch`.
-
-    That exception is reported on stderr, as "error: MESSAGE", without a traceback.
-    """
+    """Run a command; return its status, or 2 after printing an error of `catch` on stderr."""
     try:
         return command(args)
     except catch as error:

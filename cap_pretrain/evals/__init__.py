@@ -54,8 +54,7 @@ def evaluator_class(name: str) -> Any:
 def defaults(name: str, **overrides: Any) -> ConfigDict:
     """Return an entry of `config.evals`: the evaluator's name and its options.
 
-    `overrides` differ from the defaults; they may include `when`, "always" or "end" (of the run
-    only).
+    `overrides` are options, or `when`, "always" or "end" (of the run only).
     """
     when = overrides.pop("when", "always")
     options = evaluator_class(name).Options(**overrides)

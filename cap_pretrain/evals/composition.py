@@ -38,16 +38,13 @@ class Composition:
     class Options(ScoringOptions):
         """Settings. `data` is used by "order" only, `split` by "scenes" and "order".
 
-        Attributes:
-            questions: "scenes" (one property of a scene changed), "order" (shuffled words, for any
-                captioned dataset), or "sugarcrepe".
-            annotations: for "sugarcrepe": the folder with its json files.
-            images: for "sugarcrepe": folder or zip with the images of COCO's val2017.
+        `questions` is "scenes" (one property of a scene changed), "order" (shuffled words, for any
+        captioned dataset), or "sugarcrepe", which needs `annotations` and `images`.
         """
 
         questions: str = "scenes"
-        annotations: str = ""
-        images: str = ""
+        annotations: str = ""  # folder with its json files
+        images: str = ""  # folder or zip with the images of COCO's val2017
 
         def __post_init__(self):
             if self.questions not in SETS:

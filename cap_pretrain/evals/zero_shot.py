@@ -72,10 +72,7 @@ class ZeroShot:
         self._tokens = self._scoring.encode(texts)
 
     def __call__(self, variables: Any) -> Result:
-        """Classify the images.
-
-        Raises UserError if no image can be decoded or has a label, or a label has no class name.
-        """
+        """Classify the images; raise UserError if none is usable or a label has no name."""
         rule = self._captioner_rules if self._scoring.has_prior else self._dual_encoder_rule
         texts, scores_of = rule(variables)
         labels = []

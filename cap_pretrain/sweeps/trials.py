@@ -35,8 +35,7 @@ NAME = re.compile(r"[\w.=+-]+")
 class Trial:
     """One run of a sweep, in the folder `name`.
 
-    `config` is a config file with its arguments, FILE[:key=value,…]; `overrides` are values of
-    fields of that config, by name, as "optim.lr".
+    `config` is FILE[:key=value,…]; `overrides` are values of its fields by name, as "optim.lr".
     """
 
     name: str

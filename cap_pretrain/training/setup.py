@@ -108,10 +108,7 @@ def prepare(
 
 
 def dry_run(config: ConfigDict, workdir: Path) -> str:
-    """Write `workdir/plan.json` and return it as text, from abstract shapes only.
-
-    `config` has the fields of `config.encoder` filled in.
-    """
+    """Write `workdir/plan.json` and return it as text, from abstract shapes; see `prepare`."""
     validate(config)
     files.make_workdir(workdir)
     sources = inputs.open_sources(config) if configs.trains(config) else []
