@@ -194,8 +194,8 @@ def open_images(
 ) -> dict[str, Finder]:
     """Open the images of each split; those of "" serve all other splits. For `key`, see `Finder`.
 
-    `flag` is the option of the annotations, for messages. Raises UserError if one of `splits`,
-    which have annotations, lacks images, another has images, or a path is not a folder or zip.
+    `splits` have annotations; `flag` is their option, for messages. Raises UserError if a split
+    lacks images or annotations, or a path is not a folder or zip.
     """
     opened = {split: Finder([open_files(path)], key) for split, path in images.items()}
     for split in splits:
