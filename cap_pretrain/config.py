@@ -44,7 +44,8 @@ def default() -> ConfigDict:
     c.deterministic = False
     # Initialize from a workdir (its newest checkpoint, or WORKDIR/checkpoints/STEP), an exported
     # encoder, or one of another ecosystem (see convert). Weights, `model` fields and image size
-    # are taken from it.
+    # are taken from it. A field given on the command line keeps its value or is refused; a ViT's
+    # position embeddings are resampled to a given data.image_size.
     c.encoder = ""
     # The training objective: a learner's name and its Options (see cap_pretrain/learners).
     c.learner = learners.defaults("captioner")

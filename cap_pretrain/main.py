@@ -81,12 +81,13 @@ def main(_: list[str]) -> None:
 
     determinism.set_environment(CONFIG.value)
     workdir = Path(WORKDIR.value or "")  # `parse` requires it
+    given = tuple(config_flags.get_override_values(flags.FLAGS["config"]))
     if DRY_RUN.value:
-        print(train.dry_run(CONFIG.value, workdir))
+        print(train.dry_run(CONFIG.value, workdir, given))
         return
     cluster.start(cluster.Addresses(COORDINATOR.value, PROCESSES.value, PROCESS.value))
     with heartbeat.watched():
-        train.run(CONFIG.value, workdir, ALLOW_CHANGES.value)
+        train.run(CONFIG.value, workdir, ALLOW_CHANGES.value, given)
 
 
 def entry() -> int:

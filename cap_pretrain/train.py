@@ -37,14 +37,20 @@ from cap_pretrain.training.step import TrainState
 from cap_pretrain.training.watch import Stopped, StopRequest, Watch
 
 
-def run(config: ConfigDict, workdir: Path, allow_changes: Sequence[str] = ()) -> None:
+def run(
+    config: ConfigDict,
+    workdir: Path,
+    allow_changes: Sequence[str] = (),
+    given: Collection[str] = (),
+) -> None:
     """Train as `config` says in `workdir`, resuming an earlier run there.
 
     The config may differ from that of the earlier run in the fields `allow_changes`. Raises
     UserError, or `watch.Stopped` if SIGTERM or SIGINT ended the run early, after saving.
     """
-    cluster.check_same(fields(json.loads(configs.to_json(config))))
-    config, initial = warm_start.resolve(config)
+    same = {"the fields on the command line": sorted(given)}
+    cluster.check_same(fields(json.loads(configs.to_json(config))) | same)
+    config, initial = warm_start.resolve(config, given, say)
     resuming, changes = bool(saved_steps(workdir)), []
 
     def check(config: ConfigDict) -> None:
@@ -292,7 +298,13 @@ def keep_config(config: ConfigDict, workdir: Path, start: int) -> None:
     files.write_text(path, text)
 
 
-def dry_run(config: ConfigDict, workdir: Path) -> str:
+def say(text: str) -> None:
+    """Print a line on the first host."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
+def dry_run(config: ConfigDict, workdir: Path, given: Collection[str] = ()) -> str:
     """Write `workdir/plan.json` and return it as text; nothing is computed or allocated."""
-    config, _ = warm_start.resolve(config)
+    config, _ = warm_start.resolve(config, given, say)
     return setups.dry_run(config, workdir)

@@ -107,9 +107,9 @@ def test_a_run_that_was_stopped_says_by_what(number, code, command, tmp_path, mo
     from cap_pretrain import train
     from cap_pretrain.training import watch
 
-    def run(config, workdir, allow_changes):
+    def run(config, workdir, allow_changes, given):
         assert config.total_steps == 7 and workdir == tmp_path
-        assert allow_changes == ["seed", "optim"]
+        assert allow_changes == ["seed", "optim"] and given == ("total_steps",)
         request = watch.StopRequest()
         request.signal = number
         raise watch.Stopped(request, 5)

@@ -8,6 +8,8 @@ data if `data.name` is empty, or the bare encoder.
 """
 
 import dataclasses
+import math
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,17 @@ from cap_pretrain import config as configs
 from cap_pretrain import convert, inputs, learners, rules
 from cap_pretrain.checkpoints.load import read_config, read_weights
 from cap_pretrain.errors import UserError
+from cap_pretrain.models.sizes import parse_name
+from cap_pretrain.models.vit import resample_positions
+from cap_pretrain.training.changes import fields
 from cap_pretrain.training.step import TrainState
 
+# Fields of `config.model` that belong to no weights.
+FREE_FIELDS = ("attention", "remat", "unroll", "logit_chunks", "dropout", "stochastic_depth")
 # Fields of `config.model` that do not depend on the weights of the encoder.
 OWN_FIELDS = (
     *("decoder_width", "decoder_depth", "decoder_mlp", "decoder_heads"),
-    *("attention", "remat", "unroll", "logit_chunks", "dropout", "stochastic_depth"),
+    *FREE_FIELDS,
 )
 
 
@@ -47,11 +54,27 @@ class PretrainedWeights:
         stats = _replaced(state.stats, self.stats, self.source)
         return dataclasses.replace(state, params=params, stats=stats, ema=ema)
 
+    def for_images(self, config: ConfigDict) -> "PretrainedWeights":
+        """Resample the position embeddings of a ViT to `data.image_size`."""
+        path = "encoder/positions"
+        if path not in self.params:
+            return self
+        _, patch = parse_name(config.model.name)
+        old, new = math.isqrt(len(self.params[path])), config.data.image_size // patch
+        if new == old or new < 1:
+            return self
+        resampled = resample_positions(self.params[path], (old, old), (new, new))
+        return dataclasses.replace(self, params={**self.params, path: np.asarray(resampled)})
 
-def resolve(config: ConfigDict) -> tuple[ConfigDict, PretrainedWeights | None]:
+
+def resolve(
+    config: ConfigDict, given: Collection[str] = (), say: Callable[[str], None] = print
+) -> tuple[ConfigDict, PretrainedWeights | None]:
     """Load `config.encoder`, if any; return the config with the fields it sets, and the weights.
 
-    Raises UserError if there is no encoder at that path, or no valid checkpoint.
+    Fields in `given`, from the command line, keep their values. `say` receives a line about values
+    of the config file that are replaced. Raises UserError if there is no encoder at that path, or
+    no valid checkpoint, or if a field in `given` does not fit it.
     """
     if not config.encoder:
         if config.learner.name == "pretrained":
@@ -60,13 +83,17 @@ def resolve(config: ConfigDict) -> tuple[ConfigDict, PretrainedWeights | None]:
             )
         return config, None
     path = Path(config.encoder)
-    config = config.copy_and_resolve_references()
+    asked, config = config, config.copy_and_resolve_references()
     with config.unlocked():
         workdir, step = _which_run(path)
         if (workdir / "config.json").is_file() and (workdir / "checkpoints").is_dir():
-            weights = _from_workdir(config, workdir, step)
+            weights = _from_workdir(config, workdir, step, given)
         else:
             weights = _from_import(config, path)
+        if "data.image_size" in given:
+            config.data.image_size = asked.data.image_size
+            weights = weights.for_images(config)
+    _check_replaced(asked, config, given, weights.source, say)
     return config.lock(), weights
 
 
@@ -77,15 +104,61 @@ def _which_run(path: Path) -> tuple[Path, int | None]:
     return path, None
 
 
-def _from_workdir(config: ConfigDict, workdir: Path, step: int | None) -> PretrainedWeights:
+def _check_replaced(
+    asked: ConfigDict,
+    config: ConfigDict,
+    given: Collection[str],
+    source: str,
+    say: Callable[[str], None],
+) -> None:
+    """Refuse that fields in `given` are replaced, and say which others are.
+
+    Args:
+        asked: the config before its fields were replaced.
+        config: the config afterwards.
+        given: the fields given on the command line.
+        source: where the new values come from.
+        say: receives a line about replaced fields that the config file had changed.
+    """
+    default, before, after = (fields(c.to_dict()) for c in (configs.default(), asked, config))
+    unused = []
+    for field, value in after.items():
+        was = before.get(field, value)
+        # The learner `pretrained` and an empty data.name ask for those of the run.
+        if was == value or field.startswith("learner.") or (field == "data.name" and not was):
+            continue
+        if field in given:
+            raise UserError(
+                f"{field}: {was!r} is given, but {source} needs {value!r}; leave "
+                f"--config.{field} out."
+            )
+        if was != default.get(field):
+            unused.append(f"{field}={was!r} (now {value!r})")
+    if unused:
+        say(f"Settings of the config file that {source} replaces: {', '.join(unused)}.")
+
+
+def _chosen(config: ConfigDict, section: str, given: Collection[str]) -> dict[str, Any]:
+    """Return the fields of a section that were given or that the config file has changed."""
+    default = fields(configs.default()[section].to_dict())
+    own = fields(config[section].to_dict())
+    return {k: v for k, v in own.items() if f"{section}.{k}" in given or v != default.get(k)}
+
+
+def _from_workdir(
+    config: ConfigDict, workdir: Path, step: int | None, given: Collection[str]
+) -> PretrainedWeights:
     """Load a run's weights and copy the matching fields of its config into `config`."""
     saved = read_config(workdir)
     whole = config.learner.name == "pretrained"
-    own = {} if whole else {name: config.model[name] for name in OWN_FIELDS}
-    config.model.update({**saved.model, **own})
+    chosen = _chosen(config, "model", given)
+    kept = [k for k in FREE_FIELDS if k in chosen] if whole else OWN_FIELDS
+    config.model.update({**saved.model, **{k: config.model[k] for k in kept}})
     if whole and not config.data.name:
-        own_data = {"workers": config.data.workers, "dir": config.data.dir}
-        config.data.update({**saved.data.to_dict(), **own_data})
+        always = {"workers": config.data.workers, "dir": config.data.dir}
+        own = always | _chosen(config, "data", given)
+        config.data.update(saved.data.to_dict())
+        config.data.update_from_flattened_dict({k: v for k, v in own.items() if k != "name"})
     config.data.image_size = saved.data.image_size
     if whole:
         config.learner = saved.learner
