@@ -1,6 +1,8 @@
-"""Atomic writes of a run's files, append-only logs, and reading JSON with clear errors."""
+"""Atomic writes of a run's files, their names, append-only logs, and reading JSON."""
 
 import contextlib
+import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,8 +39,30 @@ def write_bytes(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(path.name + ".tmp")
     with naming(path):
+        fresh.unlink(missing_ok=True)  # it may be a link to elsewhere
         fresh.write_bytes(data)
         fresh.replace(path)
+
+
+def unused(path: Path) -> Path:
+    """Return `path` or, if that exists, the first of NAME.2.SUFFIX, NAME.3.SUFFIX, … that does not.
+
+    What says how a state came to be is kept under such a name, so that nothing replaces it.
+    """
+    fresh, number = path, 1
+    while os.path.lexists(fresh):
+        number += 1
+        fresh = path.with_name(f"{path.stem}.{number}{path.suffix}")
+    return fresh
+
+
+def numbered(folder: Path) -> dict[int, Path]:
+    """Return the entries of a folder, which may not exist, whose whole name is a number.
+
+    The number is written as Python writes it: "300", but not "0300", "+300" or other digits.
+    """
+    paths = folder.iterdir() if folder.is_dir() else ()
+    return {int(p.name): p for p in paths if re.fullmatch("0|[1-9][0-9]{0,17}", p.name)}
 
 
 def read_json(path: Path) -> Any:

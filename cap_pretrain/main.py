@@ -101,7 +101,11 @@ def entry() -> int:
         if not reason:
             raise
         where = f"{e.filename}: " if e.filename else ""
-        return say(f"{where}{reason}. Fix this and start again: the checkpoints are intact.", 2)
+        from cap_pretrain import files
+
+        saved = files.numbered(Path(WORKDIR.value or "") / "checkpoints")
+        left = ": the checkpoints are intact" if saved else ""
+        return say(f"{where}{reason}. Fix this and start again{left}.", 2)
     except KeyboardInterrupt:
         return say("interrupted before the first step of this start; nothing is lost.", 130)
     except SystemExit as e:  # as app.run always ends

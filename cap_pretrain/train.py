@@ -32,6 +32,7 @@ from cap_pretrain.training import setup as setups
 from cap_pretrain.training.broken import BrokenList
 from cap_pretrain.training.changes import check_unchanged, fields
 from cap_pretrain.training.evaluation import Evaluation
+from cap_pretrain.training.lock import locked
 from cap_pretrain.training.setup import Setup
 from cap_pretrain.training.step import TrainState
 from cap_pretrain.training.watch import Stopped, StopRequest, Watch
@@ -53,11 +54,13 @@ def run(
     config, initial = warm_start.resolve(config, given, say)
     resuming, changes = bool(saved_steps(workdir)), []
 
-    def check(config: ConfigDict) -> None:
-        changes.extend(allowed_changes(config, workdir, allow_changes))
-
-    setup = setups.prepare(config, workdir, check, resuming=resuming)
     with contextlib.ExitStack() as stack:
+
+        def check(config: ConfigDict) -> None:
+            stack.enter_context(locked(workdir))
+            changes.extend(allowed_changes(config, workdir, allow_changes))
+
+        setup = setups.prepare(config, workdir, check, resuming=resuming)
         started = Run(setup, stack)
         started.restore(initial, changes)
         if started.catch_up():
@@ -119,6 +122,11 @@ class Run:
             restored = self._checkpoints.restore_newest(self._setup.abstract, say)
             self.state = restored or self._setup.init()
             start = int(self.state.step)
+            if 0 < total < start:
+                raise UserError(
+                    f"total_steps: the run would end at step {total}, but {workdir} has reached "
+                    f"step {start}; give {start} or more, or another --workdir."
+                )
             if initial and not start:
                 self.state = initial.put(self.state)
                 say(f"Initialized from {initial.source}.")
@@ -285,17 +293,26 @@ class Run:
 def allowed_changes(config: ConfigDict, workdir: Path, allowed: Sequence[str]) -> list[str]:
     """Return the accepted changes since the run in `workdir`; raise UserError for any other."""
     path = workdir / "config.json"
-    if path.exists() and (saved_steps(workdir) or not configs.trains(config)):
+    binding = saved_steps(workdir) if configs.trains(config) else has_results(workdir)
+    if path.exists() and binding:
         return check_unchanged(config, path, allowed)
     return []
 
 
+def has_results(workdir: Path) -> bool:
+    """Return whether a run has left a checkpoint or a result, which its config.json describes."""
+    return bool(saved_steps(workdir)) or any(workdir.glob("evals/*/*.json"))
+
+
 def keep_config(config: ConfigDict, workdir: Path, start: int) -> None:
-    """Write config.json. A previous, different one is kept as config.until_STEP.json."""
-    path, text = workdir / "config.json", configs.to_json(config)
-    if start and path.exists() and path.read_text(encoding="utf-8") != text:
-        path.replace(workdir / f"config.until_{start}.json")
-    files.write_text(path, text)
+    """Write config.json. A previous, different one is kept if the run had results.
+
+    It is then called config.until_STEP.json, or config.until_STEP.2.json if that exists.
+    """
+    path, data = workdir / "config.json", configs.to_json(config).encode()
+    if path.exists() and has_results(workdir) and path.read_bytes() != data:
+        path.rename(files.unused(workdir / f"config.until_{start}.json"))
+    files.write_bytes(path, data)
 
 
 def say(text: str) -> None:

@@ -255,6 +255,31 @@ def test_a_run_goes_on_with_another_config_only_if_told(straight, tokenizer_path
     assert json.loads((workdir / "config.json").read_text())["total_steps"] == STEPS + 1
 
 
+def test_no_step_is_taken_back(straight, tokenizer_path, tmp_path):
+    workdir = shutil.copytree(straight(CAPPA), tmp_path / "run")
+    before = (workdir / "config.json").read_bytes()
+    config = make_config(CAPPA, tokenizer_path, total_steps=STEPS - 1)
+    with pytest.raises(UserError, match=f"end at step {STEPS - 1}, but .* reached step {STEPS}"):
+        train.run(config, workdir, ["total_steps"])
+    assert (workdir / "config.json").read_bytes() == before
+
+
+def test_every_config_that_led_to_a_state_is_kept(tmp_path):
+    def start(seed, at):
+        train.keep_config(toy.config(seed=seed), tmp_path, at)
+        found = {p.name: json.loads(p.read_bytes())["seed"] for p in tmp_path.glob("config*")}
+        assert found.pop("config.json") == seed
+        return found
+
+    assert start(1, 0) == {}
+    assert start(2, 0) == {}  # the first start left nothing
+    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+    assert start(2, 3) == {}
+    assert start(3, 3) == {"config.until_3.json": 2}
+    assert start(4, 3) == {"config.until_3.json": 2, "config.until_3.2.json": 3}
+    assert len(start(5, 3)) == 3
+
+
 def test_a_tokenizer_that_does_not_fit_the_checkpoint(straight, tokenizer_path, tmp_path):
     workdir = shutil.copytree(straight(CAPPA), tmp_path / "run")
     train_sentencepiece(["a red square", "a blue circle"] * 9, workdir / "tokenizer", 30)

@@ -9,8 +9,7 @@ Orbax renames a folder when it is complete, so an interrupted save leaves older 
 import contextlib
 import dataclasses
 import functools
-import json
-import shutil
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +23,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers as policies
 
-from cap_pretrain import rules
+from cap_pretrain import files, rules, untrusted
 from cap_pretrain.checkpoints.manifest import (
     CorruptCheckpointError,
     compare,
@@ -51,9 +50,8 @@ def checkpoints_folder(workdir: str | Path) -> Path:
 
 def saved_steps(workdir: str | Path) -> list[int]:
     """Return the steps that have a checkpoint, ascending, without validating them."""
-    folder = checkpoints_folder(workdir)
-    paths = folder.iterdir() if folder.is_dir() else ()
-    return sorted(int(p.name) for p in paths if p.name.isdecimal() and p.is_dir())
+    found = files.numbered(checkpoints_folder(workdir))
+    return sorted(step for step, path in found.items() if path.is_dir())
 
 
 def load_arrays(
@@ -91,7 +89,9 @@ class Checkpoints:
 
     `identity` maps files to a string that identifies their content, such as a hash. It is saved
     with each checkpoint, and one saved with another identity is refused. `read_only` leaves the
-    folder unchanged, for evaluation and export; else UserError is raised if it cannot be created.
+    folder unchanged, for evaluation and export; else UserError is raised if it cannot be created,
+    or holds something else under the name of a checkpoint. Symbolic links to checkpoints are read
+    and never removed.
     """
 
     def __init__(
@@ -112,6 +112,11 @@ class Checkpoints:
         self._saving = self._failed = False
         self._fingerprints: Callable[[Any], Any] = jax.jit(fingerprints)
         keep_every = config.checkpoint.keep_every_steps
+        if not read_only:
+            for path in files.numbered(checkpoints_folder(workdir)).values():
+                if not path.is_dir():
+                    what = "a link to nothing" if path.is_symlink() else "a file"
+                    raise UserError(f"{path}: is {what} instead of a checkpoint; remove it.")
         self._manager = ocp.CheckpointManager(
             checkpoints_folder(workdir),
             options=ocp.CheckpointManagerOptions(
@@ -122,6 +127,7 @@ class Checkpoints:
                         _KeepStep(self.best_step),
                     ]
                 ),
+                step_name_format=_OwnSteps(),
                 read_only=read_only,
                 create=not read_only,
                 cleanup_tmp_directories=not read_only,
@@ -141,8 +147,13 @@ class Checkpoints:
         for step in saved_steps(self._workdir) if self._best else ():
             path = self._workdir / "evals" / evaluator / f"{step}.json"
             if path.exists():
-                values[step] = json.loads(path.read_text(encoding="utf-8")).get(metric)
-        known = {step: v if self._lowest else -v for step, v in values.items() if v is not None}
+                values[step] = untrusted.checked(files.read_json(path), "result", dict, path)
+        found = {step: result.get(metric) for step, result in values.items()}
+        known = {
+            step: value if self._lowest else -value
+            for step, value in found.items()
+            if isinstance(value, int | float) and math.isfinite(value)
+        }
         return min(known, key=known.__getitem__, default=None)
 
     def prepare(self, abstract: TrainState) -> None:
@@ -189,16 +200,15 @@ class Checkpoints:
     ) -> TrainState | None:
         """Restore the newest valid checkpoint as `restore` does; return None if there are none.
 
-        Newer, corrupt checkpoints are reported through `say` and renamed to `STEP.damaged`; if all
-        are corrupt, UserError is raised.
+        Newer, corrupt checkpoints are reported through `say` and renamed to `STEP.damaged`, or
+        `STEP.2.damaged` if that exists; if all are corrupt, UserError is raised.
         """
         steps = saved_steps(self._workdir)
         for step in reversed(steps):
             try:
                 return self.restore(abstract, step)
             except CorruptCheckpointError as e:
-                say(f"{e}. It is renamed to {step}.damaged.")
-                self._set_aside(step)
+                say(f"{e}. It is renamed to {self._set_aside(step)}.")
         if steps:
             raise UserError(
                 f"{self._manager.directory}: every checkpoint is corrupt, from {steps[0]} to "
@@ -256,15 +266,16 @@ class Checkpoints:
                     f"there, {here} here.\nUse another --workdir, or the config it was made with."
                 )
 
-    def _set_aside(self, step: int) -> None:
-        """Rename the checkpoint of `step` to `STEP.damaged`, for all hosts."""
-        if jax.process_index() == 0:
-            folder = self._manager.directory / str(step)
-            aside = folder.with_name(f"{step}.damaged")
-            shutil.rmtree(aside, ignore_errors=True)
-            folder.rename(aside)
-        cluster.barrier()
+    def _set_aside(self, step: int) -> str:
+        """Rename the checkpoint of `step` to `STEP.damaged`, for all hosts; return the name."""
+
+        def rename(_: list[None]) -> str:
+            folder = checkpoints_folder(self._workdir) / str(step)
+            return folder.rename(files.unused(folder.with_name(f"{step}.damaged"))).name
+
+        name = cluster.decided(None, rename)
         self._manager.reload()
+        return name
 
     @contextlib.contextmanager
     def _disk_errors_as_user_errors(self) -> Iterator[None]:
@@ -282,6 +293,29 @@ class Checkpoints:
                 f"{self._manager.directory}: a checkpoint could not be saved ({reason}).\n"
                 f"Fix that and run the same command again: the run {resumes}."
             ) from e
+
+
+class _OwnSteps(ocp.path.step.NameFormat):
+    """The names of the checkpoints that Orbax manages and may delete: numbers, and no links."""
+
+    _standard = ocp.path.step.standard_name_format()
+
+    def build_name(self, step: int) -> str:
+        """Return the name of a step's folder."""
+        return str(step)
+
+    def find_all(self, base_path: Any) -> Iterator[Any]:
+        """Yield Orbax's metadata of every checkpoint."""
+        own = {
+            str(step)
+            for step, path in files.numbered(Path(base_path)).items()
+            if not path.is_symlink()
+        }
+        return (found for found in self._standard.find_all(base_path) if found.path.name in own)
+
+    def find_step(self, base_path: Any, step: int) -> Any:
+        """Return Orbax's metadata of a checkpoint, which may be a link."""
+        return self._standard.find_step(base_path, step)
 
 
 class _KeepStep(policies.PreservationPolicy):

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from cap_pretrain import files
 from cap_pretrain.errors import UserError
 from cap_pretrain.telemetry.metrics import MetricsWriter
 from cap_pretrain.telemetry.progress import Progress
@@ -41,7 +42,7 @@ class Watch:
         self, config: ConfigDict, workdir: Path, writer: MetricsWriter, progress: Progress
     ):
         self._may_skip = config.optim.skip_bad_steps
-        self._spikes = config.log.spikes
+        self._spikes, self._clips = config.log.spikes, bool(config.optim.clip_norm)
         self._workdir, self._writer, self._progress = workdir, writer, progress
         self._losses: collections.deque[float] = collections.deque(maxlen=SPIKE_WINDOW)
         self._window = -(-BROKEN_WINDOW // config.batch_size)  # steps
@@ -82,10 +83,16 @@ class Watch:
         skipped = int(values.get("skipped", 1))
         if skipped > self._may_skip:
             already = f" ({skipped - 1} such steps were skipped)" if self._may_skip else ""
+            remedy = "Lower optim.lr or " + (
+                "optim.clip_norm" if self._clips else "set optim.clip_norm"
+            )
+            folder = self._workdir / "checkpoints"
+            left = (
+                f"{folder} is intact" if files.numbered(folder) else "no checkpoint was saved yet"
+            )
             raise UserError(
-                f"step {step}: {bad} is {values[bad]}{already}; nothing was saved since. Lower "
-                "optim.lr or optim.clip_norm and start again: "
-                f"{self._workdir / 'checkpoints'} is intact."
+                f"step {step}: {bad} is {values[bad]}{already}; nothing was saved since. {remedy} "
+                f"and start again: {left}."
             )
         self._progress.say(
             f"step {step}: {bad} is {values[bad]}; skipped, {skipped} of {self._may_skip} allowed"

@@ -196,6 +196,55 @@ def test_any_flipped_bit_is_noticed_or_does_not_matter(tmp_path):
     assert len(files) > 10 and noticed > 4
 
 
+def test_links_to_checkpoints_are_read_and_left_alone(tmp_path):
+    saved(tmp_path / "other", make_state(2))
+    link = tmp_path / "run" / "checkpoints" / "2"
+    link.parent.mkdir(parents=True)
+    link.symlink_to(tmp_path / "other" / "checkpoints" / "2")
+    with opened(tmp_path / "run", read_only=False) as checkpoints:
+        toy.assert_same(checkpoints.restore_newest(abstract(make_state(2))), make_state(2))
+        for step in (4, 6, 8):
+            checkpoints.save(make_state(step))
+    assert saved_steps(tmp_path / "run") == [2, 6, 8] and link.is_symlink()
+    assert saved_steps(tmp_path / "other") == [2]
+
+
+def test_names_that_are_nearly_numbers_are_not_checkpoints(tmp_path):
+    """Every name made of these parts, except "7" itself, is left as it is."""
+    saved(tmp_path, make_state(2), make_state(4))
+    folder = tmp_path / "checkpoints"
+    before, after = (
+        ("", "0", "+", "-", " ", "_", "٣", "７", "1e"),
+        ("", " ", "\n", ".0", "３", "~", "_"),
+    )
+    names = {a + "7" + b for a in before for b in after} - {"7"} | {"9" * 30}
+    for name in names:
+        (folder / name).mkdir()
+    with opened(tmp_path, read_only=False) as checkpoints:
+        assert checkpoints.restore_newest(abstract(make_state()), pytest.fail).step == 4
+        for step in (6, 8, 10):
+            checkpoints.save(make_state(step))
+    assert {p.name for p in folder.iterdir()} == names | {"8", "10"}
+
+
+def test_something_else_under_the_name_of_a_checkpoint_is_told_at_once(tmp_path):
+    saved(tmp_path, make_state(2))
+    (tmp_path / "checkpoints" / "4").symlink_to(tmp_path / "nothing")
+    with pytest.raises(UserError, match="checkpoints/4: is a link to nothing"):
+        Checkpoints(tmp_path, toy.config())
+
+
+def test_a_damaged_checkpoint_is_never_replaced(tmp_path):
+    for _ in range(2):
+        saved(tmp_path, make_state(4))
+        folder = tmp_path / "checkpoints" / "4"
+        (folder / "manifest" / "metadata").unlink()
+        with opened(tmp_path, read_only=False) as checkpoints, pytest.raises(UserError):
+            checkpoints.restore_newest(abstract(make_state()), lambda _: None)
+    names = {p.name for p in (tmp_path / "checkpoints").iterdir()}
+    assert names == {"4.damaged", "4.2.damaged"}
+
+
 def test_without_a_valid_checkpoint_nothing_starts_over(tmp_path):
     saved(tmp_path, make_state(2), make_state(4))
     for step in (2, 4):
