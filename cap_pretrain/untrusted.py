@@ -39,6 +39,10 @@ class TooLargeError(OSError):
     """A file decompresses to more than its size justifies."""
 
 
+class NotRegularError(OSError):
+    """There is a FIFO, device, socket or folder where a file is expected."""
+
+
 @contextlib.contextmanager
 def parsing(where: object) -> Iterator[None]:
     """Turn every exception of a parser into a UserError that begins with `where`.
@@ -126,14 +130,14 @@ def path_part(name: Any, what: str, where: object) -> str:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a regular file for reading; raises OSError for a FIFO, device, socket or folder.
+    """Open a regular file for reading; raises NotRegularError for anything else.
 
     The file is opened without blocking and checked afterwards, so it cannot be exchanged between.
     """
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(f"not a regular file: {path}")
+            raise NotRegularError(f"not a regular file: {path}")
         return os.fdopen(descriptor, "rb")
     except BaseException:
         os.close(descriptor)

@@ -141,7 +141,7 @@ DAMAGES = {
         lambda d: (d / FEATURES).write_text(
             (d / FEATURES).read_text().replace("text_feature.Text", "text_feature.Tex")
         ),
-        "Unrecognized FeatureConnector type",
+        "features.json names the class 'tensorflow_datasets.core.features.text_feature.Tex'",
     ),
     "features of an unknown type": (
         lambda d: (d / FEATURES).write_text(

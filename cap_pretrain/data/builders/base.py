@@ -32,6 +32,13 @@ _THREADS = os.cpu_count() or 1
 _AHEAD = 4 * _THREADS  # candidates in memory at a time
 
 
+class _Info(tfds.core.DatasetInfo):
+    """A `DatasetInfo` that does not look for its content in Google's storage."""
+
+    def initialize_from_bucket(self) -> None:
+        """Do nothing; TFDS would leave an empty temporary folder, even without network."""
+
+
 class ImageDataset(tfds.core.GeneratorBasedBuilder):
     """Base class of all formats.
 
@@ -109,7 +116,7 @@ class ImageDataset(tfds.core.GeneratorBasedBuilder):
 
     def _info(self) -> tfds.core.DatasetInfo:
         features = {"image": tfds.features.Image(), "id": tfds.features.Text(), **self.features()}
-        return tfds.core.DatasetInfo(
+        return _Info(
             builder=self,
             description=self.description(),
             features=tfds.features.FeaturesDict(features),

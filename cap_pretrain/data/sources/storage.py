@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cap_pretrain.errors import UserError, disk_error
+from cap_pretrain.untrusted import NotRegularError, TooLargeError
 
 T = TypeVar("T")
 
@@ -37,7 +38,10 @@ TRIES = 8  # of every read; with the delays below they take 16 seconds on averag
 FIRST_DELAY = 0.25
 CHUNK = 16 << 20  # bytes of a remote file in one request, and so in one retry
 
-_PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_PERMANENT = (
+    *(FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError),
+    *(NotRegularError, TooLargeError),
+)
 # Errors that may be transient: those of a network disk or of the network.
 _TRANSIENT = (
     *(errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EINTR, errno.EBUSY, errno.EREMOTEIO),

@@ -1,12 +1,9 @@
 """Prepared TFDS datasets, read record by record without TensorFlow."""
 
 import bisect
-import contextlib
 import dataclasses
 import functools
-import io
 import itertools
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from cap_pretrain.data.sources.base import DEFAULT_FIELDS, INFO_FILE, Example, parse_mixture
+from cap_pretrain.data.sources.metadata import open_builder
 from cap_pretrain.data.sources.storage import Copies, retried, why
 from cap_pretrain.errors import UserError, did_you_mean
 
 _SPLIT_ALIASES = {"val": "validation", "validation": "val"}
-_FEATURES_FILE = "features.json"
 _OPENING_THREADS = 16  # the files may lie on a network disk
 
 
@@ -38,7 +35,7 @@ class TfdsSource:
         self._arguments = (folder, split, fields)
         self._where = f"dataset {folder}"
         self._copies = folder if isinstance(folder, Copies) else None
-        builder = _open_builder(folder.path if isinstance(folder, Copies) else folder, self._where)
+        builder = open_builder(folder.path if isinstance(folder, Copies) else folder, self._where)
         self._layout = _find_fields(builder.info.features, fields or {}, self._where)
         label = self._layout.feature("label")
         self.class_names: list[str] = list(getattr(label, "names", None) or [])
@@ -201,24 +198,6 @@ class _Split:
     open_records: Callable[[], Sequence[bytes]]
     shards: Sequence[Any]  # tfds.core.utils.shard_utils.FileInstruction
     is_array_record: bool
-
-
-def _open_builder(folder: Path, where: str) -> Any:
-    """Return the TFDS builder of a folder."""
-    import tensorflow_datasets as tfds
-
-    at_fault = INFO_FILE
-    try:
-        for at_fault in (INFO_FILE, _FEATURES_FILE):
-            json.loads(retried((folder / at_fault).read_bytes).decode("utf-8"))
-        at_fault = f"{INFO_FILE} or {_FEATURES_FILE}"
-        # TFDS prints that TensorFlow is not installed if a feature asks for it.
-        with contextlib.redirect_stdout(io.StringIO()):
-            return tfds.builder_from_directory(folder)
-    except Exception as error:  # TFDS raises nearly anything on corrupt files
-        raise UserError(
-            f"{where}: {at_fault} cannot be read ({why(error)}); copy or build it again."
-        ) from error
 
 
 def _find_fields(features: Any, chosen: Mapping[str, str], where: str) -> _Layout:
