@@ -83,7 +83,7 @@ def main(_: list[str]) -> None:
     workdir = Path(WORKDIR.value or "")  # `parse` requires it
     given = tuple(config_flags.get_override_values(flags.FLAGS["config"]))
     if DRY_RUN.value:
-        print(train.dry_run(CONFIG.value, workdir, given))
+        print(train.dry_run(CONFIG.value, workdir, ALLOW_CHANGES.value, given))
         return
     cluster.start(cluster.Addresses(COORDINATOR.value, PROCESSES.value, PROCESS.value))
     with heartbeat.watched():

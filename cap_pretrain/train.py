@@ -51,7 +51,7 @@ def run(
     """
     same = {"the fields on the command line": sorted(given)}
     cluster.check_same(fields(json.loads(configs.to_json(config))) | same)
-    config, initial = warm_start.resolve(config, given, say)
+    config, initial = warm_start.resolve(config, given, say, workdir)
     resuming, changes = bool(saved_steps(workdir)), []
 
     with contextlib.ExitStack() as stack:
@@ -321,7 +321,20 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def dry_run(config: ConfigDict, workdir: Path, given: Collection[str] = ()) -> str:
-    """Write `workdir/plan.json` and return it as text; nothing is computed or allocated."""
-    config, _ = warm_start.resolve(config, given, say)
-    return setups.dry_run(config, workdir)
+def dry_run(
+    config: ConfigDict,
+    workdir: Path,
+    allow_changes: Sequence[str] = (),
+    given: Collection[str] = (),
+) -> str:
+    """Write `workdir/plan.json` and return it as text; nothing is computed or allocated.
+
+    Mistakes are told as by `run`.
+    """
+    config, _ = warm_start.resolve(config, given, say, workdir)
+
+    def check(config: ConfigDict) -> None:
+        for change in allowed_changes(config, workdir, allow_changes):
+            say(change)
+
+    return setups.dry_run(config, workdir, check, resuming=bool(saved_steps(workdir)))

@@ -82,8 +82,11 @@ FREE = (
 )
 
 
-def validate(config: ConfigDict) -> None:
-    """Check everything that can be checked before anything is built; raise UserError."""
+def validate(config: ConfigDict, *, tokenizer: bool = False) -> None:
+    """Check everything that can be checked before anything is built; raise UserError.
+
+    `tokenizer`: the run has its tokenizer already, so that the file text.tokenizer is not needed.
+    """
     for name, field in FIELDS.items():
         if name != "learner.ring":  # of one learner only, whose Options check it
             _check_field(name, field, get(config, name))
@@ -96,7 +99,7 @@ def validate(config: ConfigDict) -> None:
         raise UserError("total_steps: the length of the run is not set; give --config.total_steps.")
     if not 0 <= config.optim.ema < 1:
         raise UserError(f"optim.ema: {config.optim.ema} is not in [0, 1).")
-    if config.text.tokenizer and not Path(config.text.tokenizer).is_file():
+    if config.text.tokenizer and not tokenizer and not Path(config.text.tokenizer).is_file():
         raise UserError(f"text.tokenizer: there is no file {config.text.tokenizer!r}.")
     words.Rules(**config.text.words)
     _check_learner(config)

@@ -189,7 +189,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     encoder, pretrained = args.encoder or recipe.encoder, ""
     if encoder not in ENCODERS:
         encoder, pretrained = recipe.encoder, encoder
-        if not Path(pretrained).exists():
+        # A path is read by the first start only, which says if it is missing.
+        is_name = Path(pretrained).name == pretrained and not Path(pretrained).suffix
+        if is_name and not Path(pretrained).exists():
             raise UserError(
                 f"--config: encoder={pretrained!r} is neither an architecture nor an existing "
                 f"path.{did_you_mean(pretrained, ENCODERS)}"

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from cap_pretrain import config as configs
 from cap_pretrain import convert, inputs, learners, rules
+from cap_pretrain.checkpoints.checkpoint import saved_steps
 from cap_pretrain.checkpoints.load import read_config, read_weights
 from cap_pretrain.errors import UserError
 from cap_pretrain.models.sizes import parse_name
@@ -63,18 +65,24 @@ class PretrainedWeights:
         old, new = math.isqrt(len(self.params[path])), config.data.image_size // patch
         if new == old or new < 1:
             return self
-        resampled = resample_positions(self.params[path], (old, old), (new, new))
+        positions = jnp.asarray(self.params[path])
+        resampled = resample_positions(positions, (old, old), (new, new))
         return dataclasses.replace(self, params={**self.params, path: np.asarray(resampled)})
 
 
 def resolve(
-    config: ConfigDict, given: Collection[str] = (), say: Callable[[str], None] = print
+    config: ConfigDict,
+    given: Collection[str] = (),
+    say: Callable[[str], None] = print,
+    workdir: Path | None = None,
 ) -> tuple[ConfigDict, PretrainedWeights | None]:
     """Load `config.encoder`, if any; return the config with the fields it sets, and the weights.
 
     Fields in `given`, from the command line, keep their values. `say` receives a line about values
-    of the config file that are replaced. Raises UserError if there is no encoder at that path, or
-    no valid checkpoint, or if a field in `given` does not fit it.
+    of the config file that are replaced. A run that resumes in `workdir` takes the fields from its
+    own config.json, and does not need the encoder any more: there are no weights then. Raises
+    UserError if there is no encoder at that path, or no valid checkpoint, or if a field in `given`
+    does not fit it.
     """
     if not config.encoder:
         if config.learner.name == "pretrained":
@@ -82,19 +90,26 @@ def resolve(
                 "encoder: is empty; give --config.encoder=PATH to say what to evaluate."
             )
         return config, None
-    path = Path(config.encoder)
+    path, weights = Path(config.encoder), None
     asked, config = config, config.copy_and_resolve_references()
     with config.unlocked():
-        workdir, step = _which_run(path)
-        if (workdir / "config.json").is_file() and (workdir / "checkpoints").is_dir():
-            weights = _from_workdir(config, workdir, step, given)
+        run, step = _which_run(path)
+        if workdir and configs.trains(config) and saved_steps(workdir) and _is_run(workdir):
+            _take_fields(config, read_config(workdir), given)
+        elif _is_run(run):
+            weights = _from_workdir(config, run, step, given)
         else:
             weights = _from_import(config, path)
         if "data.image_size" in given:
             config.data.image_size = asked.data.image_size
-            weights = weights.for_images(config)
-    _check_replaced(asked, config, given, weights.source, say)
+            weights = weights and weights.for_images(config)
+    source = weights.source if weights else f"the run in {workdir}"
+    _check_replaced(asked, config, given, source, say)
     return config.lock(), weights
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and (folder / "checkpoints").is_dir()
 
 
 def _which_run(path: Path) -> tuple[Path, int | None]:
@@ -145,11 +160,8 @@ def _chosen(config: ConfigDict, section: str, given: Collection[str]) -> dict[st
     return {k: v for k, v in own.items() if f"{section}.{k}" in given or v != default.get(k)}
 
 
-def _from_workdir(
-    config: ConfigDict, workdir: Path, step: int | None, given: Collection[str]
-) -> PretrainedWeights:
-    """Load a run's weights and copy the matching fields of its config into `config`."""
-    saved = read_config(workdir)
+def _take_fields(config: ConfigDict, saved: ConfigDict, given: Collection[str]) -> None:
+    """Copy the fields that belong to a run's weights from its config, `saved`, into `config`."""
     whole = config.learner.name == "pretrained"
     chosen = _chosen(config, "model", given)
     kept = [k for k in FREE_FIELDS if k in chosen] if whole else OWN_FIELDS
@@ -163,6 +175,15 @@ def _from_workdir(
     if whole:
         config.learner = saved.learner
         config.text.update(saved.text)
+
+
+def _from_workdir(
+    config: ConfigDict, workdir: Path, step: int | None, given: Collection[str]
+) -> PretrainedWeights:
+    """Load a run's weights and copy the matching fields of its config into `config`."""
+    whole = config.learner.name == "pretrained"
+    _take_fields(config, read_config(workdir), given)
+    if whole:
         tokenizer = inputs.tokenizer_path(workdir)
         config.text.tokenizer = str(tokenizer) if tokenizer.is_file() else ""
     step, _, params, stats = read_weights(workdir, step)

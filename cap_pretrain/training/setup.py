@@ -79,7 +79,7 @@ def prepare(
     config before anything is written to the workdir, and may raise UserError to refuse it. Unless
     `resuming` from checkpoints in the workdir, its tokenizer is trained again.
     """
-    validate(config)
+    validate(config, tokenizer=resuming and inputs.tokenizer_path(workdir).exists())
     mesh = sharding.make_mesh(config)
     sources = inputs.open_sources(config) if configs.trains(config) else []
     config = inputs.completed(config, sources)
@@ -107,13 +107,21 @@ def prepare(
     )
 
 
-def dry_run(config: ConfigDict, workdir: Path) -> str:
+def dry_run(
+    config: ConfigDict, workdir: Path, check: Callable[[ConfigDict], None], *, resuming: bool
+) -> str:
     """Write `workdir/plan.json` and return it as text, from abstract shapes; see `prepare`."""
-    validate(config)
+    kept = resuming and inputs.tokenizer_path(workdir).exists()
+    validate(config, tokenizer=kept)
     files.make_workdir(workdir)
     sources = inputs.open_sources(config) if configs.trains(config) else []
     config = inputs.completed(config, sources)
-    tokenizer = inputs.planned_tokenizer(config, sources)
+    check(config)
+    tokenizer = (
+        inputs.prepare_tokenizer(config, sources, workdir, anew=False)
+        if kept
+        else inputs.planned_tokenizer(config, sources)
+    )
     mixture = inputs.in_buckets(config, sources, tokenizer)
     schedule = schedules.make_schedule(config, epoch=inputs.examples_an_epoch(config, mixture))
     rate = schedules.learning_rate(config, schedule)

@@ -1,6 +1,7 @@
 """No field is accepted and then silently replaced by that of the encoder's run."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -130,4 +131,45 @@ def test_an_evaluation_uses_what_is_given(tokenizer_path, tmp_path):
     assert found[0] != found[32]
     c.model.depth = 2
     with pytest.raises(UserError, match="model.depth: 2 is given, but step 3 of .* needs 1; leave"):
-        train.dry_run(c, tmp_path / "plan", ["model.depth"])
+        train.dry_run(c, tmp_path / "plan", given=["model.depth"])
+
+
+def test_a_run_resumes_without_what_it_began_with(tokenizer_path, tmp_path, capsys):
+    c = toy.config("captioner", model__name="S/8", text__tokenizer=str(tmp_path / "gone.model"))
+    c.encoder = "gone/run"
+    began = c.copy_and_resolve_references()
+    began.model.name, began.model.depth = "mu/8", 1
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
+    (tmp_path / "config.json").write_text(configs.to_json(began))
+    with pytest.raises(UserError, match="text.tokenizer: there is no file"):
+        train.dry_run(c, tmp_path)
+    path = tmp_path / "tokenizer" / "tokenizer.model"
+    path.parent.mkdir()
+    shutil.copy(tokenizer_path, path)
+    assert "captioner mu/8, vocabulary" in train.dry_run(c, tmp_path)
+    assert f"that the run in {tmp_path} replaces: model.name='S/8' (" in capsys.readouterr().out
+    with pytest.raises(UserError, match="model.depth: 0 is given, but the run in .* needs 1"):
+        warm_start.resolve(c, ["model.depth"], workdir=tmp_path)
+    c.encoder = "elsewhere"
+    resolved, weights = warm_start.resolve(c, workdir=tmp_path)
+    assert weights is None
+    with pytest.raises(UserError, match="encoder was 'gone/run', is now 'elsewhere'"):
+        train.allowed_changes(resolved, tmp_path, [])
+    shutil.rmtree(tmp_path / "checkpoints" / "1")
+    with pytest.raises(UserError, match="elsewhere: is not a file, nor"):
+        warm_start.resolve(c, workdir=tmp_path)
+
+
+@pytest.mark.slow
+def test_it_takes_the_next_step_without_them(tokenizer_path, tmp_path):
+    small = dict(model__depth=1, model__width=16, model__mlp=32)
+    run, own = tmp_path / "run", tmp_path / "own.model"
+    shutil.copy(tokenizer_path, own)
+    toy.saved_run(toy.config("dual_encoder", **small), run, tokenizer_path, 3)
+    c = toy.config("captioner", text__tokenizer=str(own), encoder=str(run), total_steps=1)
+    train.run(c, tmp_path / "mine")
+    shutil.rmtree(run)
+    own.unlink()
+    c.total_steps = 2
+    train.run(c, tmp_path / "mine", ["total_steps"])
+    assert [line["step"] for line in toy.losses(tmp_path / "mine")] == [1, 2]

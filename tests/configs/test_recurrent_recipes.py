@@ -97,6 +97,8 @@ def test_arguments_override_the_recipe(tmp_path):
     frozen = toy.load("recurrent", f"encoder={tmp_path}")
     assert frozen.encoder == str(tmp_path) and frozen.optim.lr_rules == (("encoder/.*", 0.0),)
     assert not c.encoder and not c.optim.lr_rules
+    # A path may be gone when the run resumes; only the first start reads it.
+    assert toy.load("recurrent", "encoder=gone/run").encoder == "gone/run"
     with pytest.raises(UserError, match="encoder='resent50' is neither .* mean 'resnet50'"):
         toy.load("recurrent", "encoder=resent50")
 
