@@ -31,6 +31,9 @@ from cap_pretrain.errors import UserError
 _THREADS = os.cpu_count() or 1
 _AHEAD = 4 * _THREADS  # candidates in memory at a time
 
+MAX_HELD = 2**27
+"""Bytes of candidates in memory at which no more are read; a candidate may be larger."""
+
 
 class _Info(tfds.core.DatasetInfo):
     """A `DatasetInfo` that does not look for its content in Google's storage."""
@@ -137,7 +140,7 @@ class ImageDataset(tfds.core.GeneratorBasedBuilder):
         part = self.parts(unit.split)[unit.part]
         candidates = itertools.islice(part.read(), unit.start, unit.stop)
         check = functools.partial(_check, filters=self._filters)
-        for candidate, outcome in _map_ahead(check, candidates, threads):
+        for candidate, outcome in _map_ahead(check, candidates, threads, lambda c: c.held):
             yield {"id": candidate.id, "file": candidate.file, **outcome.row}, outcome.data
 
     def _generate_examples(self, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -210,20 +213,28 @@ def _check(candidate: Candidate, filters: Filters) -> _Outcome:
 
 
 def _map_ahead(
-    function: Callable[[Any], Any], items: Iterable[Any], threads: int = _THREADS
+    function: Callable[[Any], Any],
+    items: Iterable[Any],
+    threads: int = _THREADS,
+    held: Callable[[Any], int] = lambda _: 0,
 ) -> Iterator[tuple[Any, Any]]:
-    """Yield (item, function(item)) in order; threads compute at most `_AHEAD` results ahead."""
+    """Yield (item, function(item)) in order.
+
+    Threads compute at most `_AHEAD` results ahead, and only the next while those items hold more
+    than MAX_HELD bytes, given by `held`.
+    """
     with ThreadPoolExecutor(threads) as pool:
         running: collections.deque[tuple[Any, Future]] = collections.deque()
+        total = 0
         try:
             for item in items:
                 running.append((item, pool.submit(function, item)))
-                if len(running) >= _AHEAD:
-                    item, future = running.popleft()
-                    yield item, future.result()
+                total += held(item)
+                while len(running) >= _AHEAD or total > MAX_HELD:
+                    total -= held(running[0][0])
+                    yield running[0][0], running.popleft()[1].result()
             while running:
-                item, future = running.popleft()
-                yield item, future.result()
+                yield running[0][0], running.popleft()[1].result()
         finally:
             for _, future in running:
                 future.cancel()

@@ -15,3 +15,4 @@ class Candidate:
     features: Mapping[str, Any]  # all but "image" and "id", JSON-serializable
     problem: str = ""  # a reason to drop the example that is known before the image is read, or ""
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # for filters (`--where`)
+    held: int = 0  # bytes that it keeps in memory until it is checked

@@ -1,23 +1,26 @@
 """Image files by name, in a folder or a zip."""
 
 import collections
+import functools
 import os
 import posixpath
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from cap_pretrain.errors import UserError
+from cap_pretrain.untrusted import FREE_BYTES, MAX_RATIO, open_regular, parsing
 
 READ_ERRORS = (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 """Raised on reading a single file that is corrupt, encrypted or has vanished."""
 
 MAX_BYTES = 2**28  # larger files are rejected unread: no photographs, perhaps zip bombs
-IMAGE_SUFFIXES = frozenset(
-    [".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"]
-)
+_LIMITED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+_SUFFIXES = ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .avif .heic .heif .jxl .jp2"
+IMAGE_SUFFIXES = frozenset(_SUFFIXES.split())
+"""Suffixes of pictures, also of kinds that cannot be decoded: those are counted as dropped."""
 
 
 class Files(Protocol):
@@ -31,6 +34,9 @@ class Files(Protocol):
     def read(self, name: str) -> bytes:
         """Return a file's bytes; raises one of READ_ERRORS."""
 
+    def skipped(self) -> Mapping[str, str]:
+        """Return the folders that are not read, and why: links to others, without permission."""
+
 
 def open_files(path: str | Path) -> Files:
     """Open a folder or a zip; raises UserError for anything else."""
@@ -39,9 +45,10 @@ def open_files(path: str | Path) -> Files:
         return _Folder(path)
     if not path.exists():
         raise UserError(f"{path}: no such folder or zip.")
-    if not zipfile.is_zipfile(path):
+    if not (path.is_file() and zipfile.is_zipfile(path)):
         raise UserError(f"{path}: neither a folder nor a zip; unpack it, or give the folder.")
-    return _Zip(path)
+    with parsing(path):
+        return _Zip(path)
 
 
 def image_names(files: Files) -> list[str]:
@@ -92,36 +99,70 @@ class Finder:
 class _Folder:
     def __init__(self, path: Path):
         self.path = path
-        self._names: list[str] | None = None
 
     def names(self) -> list[str]:
-        if self._names is None:
-            self._names = sorted(
-                Path(folder, file).relative_to(self.path).as_posix()
-                for folder, _, files in os.walk(self.path, followlinks=True)
-                for file in files
-            )
-        return self._names
+        return self._walked[0]
+
+    def skipped(self) -> dict[str, str]:
+        return self._walked[1]
+
+    @functools.cached_property
+    def _walked(self) -> tuple[list[str], dict[str, str]]:
+        """All names, and the skipped folders: each folder is read once, so that no loop is."""
+        names: list[str] = []
+        skipped: dict[str, str] = {}
+        seen: set[tuple[int, int]] = set()
+        folders, links = collections.deque([""]), collections.deque[str]()
+        while folders or links:  # links last, so that of a folder and links to it, it is read
+            folder = (folders or links).popleft()
+            try:
+                status = (self.path / folder).stat()
+                if (status.st_dev, status.st_ino) in seen:
+                    skipped[folder] = "link to a folder that is read already"
+                    continue
+                seen.add((status.st_dev, status.st_ino))
+                with os.scandir(self.path / folder) as entries:
+                    for entry in sorted(entries, key=lambda e: e.name):
+                        name = posixpath.join(folder, entry.name)
+                        if entry.is_dir(follow_symlinks=False):
+                            folders.append(name)
+                        elif entry.is_symlink() and (self.path / name).is_dir():
+                            links.append(name)
+                        else:
+                            names.append(name)
+            except OSError:
+                skipped[folder] = "unreadable folder"
+        return sorted(names), skipped
 
     def read(self, name: str) -> bytes:
-        path = self.path / name
-        _check_size(path.stat().st_size)
-        return path.read_bytes()
+        with open_regular(self.path / name) as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise OSError(f"more than the limit of {MAX_BYTES} bytes")
+        return data
 
 
 class _Zip:
     def __init__(self, path: Path):
         self.path = path
-        self._zip = zipfile.ZipFile(path)  # thread-safe: it locks reads of the shared file
+        self._zip = zipfile.ZipFile(open_regular(path))  # thread-safe: it locks reads of the file
 
     def names(self) -> list[str]:
         return sorted(info.filename for info in self._zip.infolist() if not info.is_dir())
 
+    def skipped(self) -> dict[str, str]:
+        return {}
+
     def read(self, name: str) -> bytes:
-        _check_size(self._zip.getinfo(name).file_size)
-        return self._zip.read(name)
-
-
-def _check_size(size: int) -> None:
-    if size > MAX_BYTES:
-        raise OSError(f"{size} bytes is more than the limit of {MAX_BYTES}")
+        info = self._zip.getinfo(name)
+        if info.file_size > MAX_BYTES:
+            raise OSError(f"{info.file_size} bytes is more than the limit of {MAX_BYTES}")
+        if info.file_size > FREE_BYTES + MAX_RATIO * info.compress_size:
+            raise OSError(f"it decompresses to over {MAX_RATIO} times its size")
+        # Of other methods than deflate, zipfile decompresses all that it reads, at any ratio.
+        step = info.file_size if info.compress_type in _LIMITED else 4096
+        try:
+            with self._zip.open(info) as file:
+                return b"".join(iter(lambda: file.read(max(step, 1)), b""))
+        except Exception as error:  # zipfile and the decompressors raise nearly anything
+            raise OSError(str(error) or type(error).__name__) from error

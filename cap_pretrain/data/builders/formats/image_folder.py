@@ -53,7 +53,7 @@ class Dataset(base.ImageDataset):
 
     def splits(self) -> dict[str, int]:
         """Return the number of images by split."""
-        return {split: len(members) for split, members in self._members.items()}
+        return {s: len(own) + len(self._files[s].skipped()) for s, own in self._members.items()}
 
     def candidates(self, split: str) -> Iterator[Candidate]:
         """Yield a candidate for each image."""
@@ -66,6 +66,8 @@ class Dataset(base.ImageDataset):
                 features={"label": self._names[folder]} if folder else {},
                 problem="" if folder else "without class folder",
             )
+        for name, why in self._files[split].skipped().items():
+            yield Candidate(name, name, read=bytes, features={}, problem=why)
 
     def features(self) -> dict[str, Any]:
         """Return the feature "label"."""

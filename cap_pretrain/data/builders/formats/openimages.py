@@ -105,7 +105,7 @@ class Dataset(base.ImageDataset):
 
     def splits(self) -> dict[str, int]:
         """Return the number of images by split."""
-        return {split: len(names) for split, names in self._images.items()}
+        return {s: len(own) + len(self._files[s].skipped()) for s, own in self._images.items()}
 
     def candidates(self, split: str) -> Iterator[Candidate]:
         """Yield a candidate for each image."""
@@ -118,6 +118,8 @@ class Dataset(base.ImageDataset):
                 features={"label": self._names[label]} if label else {},
                 problem="" if label else "without label",
             )
+        for name, why in self._files[split].skipped().items():
+            yield Candidate(name, name, read=bytes, features={}, problem=why)
 
     def features(self) -> dict[str, Any]:
         """Return the feature "label"."""

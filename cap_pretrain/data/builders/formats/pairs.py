@@ -40,10 +40,12 @@ def candidate(
     read: Callable[[], bytes],
     problem: str = "",
     fields: Mapping[str, Any] | None = None,
+    held: int = 0,
 ) -> Candidate:
     """Return a candidate with captions, marked as dropped if there are none; see `Candidate`."""
     problem = problem or ("" if captions else "without captions")
-    return Candidate(example_id, file, read, {"captions": list(captions)}, problem, fields or {})
+    features = {"captions": list(captions)}
+    return Candidate(example_id, file, read, features, problem, fields or {}, held)
 
 
 def dropped(example_id: str, file: str, problem: str) -> Candidate:

@@ -6,7 +6,6 @@ caption, and KEY.json with url, caption, width and more.
 
 import argparse
 import functools
-import json
 import posixpath
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,13 +13,20 @@ from typing import Any
 
 from cap_pretrain.data.builders.arguments import by_split
 from cap_pretrain.data.builders.candidates import Candidate
-from cap_pretrain.data.builders.files import IMAGE_SUFFIXES
+from cap_pretrain.data.builders.files import IMAGE_SUFFIXES, MAX_BYTES
 from cap_pretrain.data.builders.formats import annotated, pairs
 from cap_pretrain.data.builders.tars import CutOffError, read_members
 from cap_pretrain.data.builders.units import Part
 from cap_pretrain.errors import UserError
+from cap_pretrain.untrusted import parse_json
 
+MAX_TEXT = 2**22
+"""Largest .txt or .json of an example, in bytes."""
+
+_PARSED = 24  # bytes in memory for a byte of JSON, at most: lists of empty lists
 _TARS = (".tar", ".tar.gz", ".tgz")
+_Found = Mapping[str, bytes | None]
+"""Files of an example by suffix; None: not read, since it is too large or not needed."""
 
 
 class Dataset(pairs.Pairs):
@@ -83,16 +89,18 @@ def candidates(shard: str, path: Path) -> Iterator[Candidate]:
         yield pairs.dropped(shard, file, "rest of a tar that is cut off")
 
 
-def _examples(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
+def _examples(path: Path) -> Iterator[tuple[str, _Found]]:
     """Yield the key of each example and its files by suffix; may raise CutOffError at the end."""
     key = ""
-    found: dict[str, bytes] = {}
+    found: dict[str, bytes | None] = {}
     try:
         for own, suffix, data in _members(path):
             if found and own != key:
                 yield key, found
                 found = {}
-            key, found[suffix] = own, data
+            key = own
+            if suffix not in IMAGE_SUFFIXES or not _images(found):  # the first image is used
+                found[suffix] = data
     except CutOffError:
         if found:
             yield key, found
@@ -101,32 +109,55 @@ def _examples(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
         yield key, found
 
 
-def _members(path: Path) -> Iterator[tuple[str, str, bytes]]:
+def _members(path: Path) -> Iterator[tuple[str, str, bytes | None]]:
     """Yield (key, suffix, content) of the files that are not hidden."""
-    for name, data in read_members(path):
-        folder, base_name = posixpath.split(name)
-        stem, _, suffix = base_name.partition(".")
-        if stem and "__MACOSX" not in folder:
-            yield posixpath.join(folder, stem).removeprefix("./"), "." + suffix.lower(), data
+    for name, data in read_members(path, lambda name: _limit(_split(name)[1])):
+        key, suffix = _split(name)
+        if posixpath.basename(key) and "__MACOSX" not in posixpath.dirname(name):
+            yield key, suffix, data
 
 
-def _candidate(name: str, found: Mapping[str, bytes]) -> Candidate:
+def _split(name: str) -> tuple[str, str]:
+    """Return the key of a file and its suffix in lower case."""
+    folder, base_name = posixpath.split(name)
+    stem, _, suffix = base_name.partition(".")
+    return posixpath.join(folder, stem).removeprefix("./"), "." + suffix.lower()
+
+
+def _limit(suffix: str) -> int:
+    """Return the number of bytes up to which a file is read; -1 if it is not needed."""
+    if suffix in IMAGE_SUFFIXES:
+        return MAX_BYTES
+    return MAX_TEXT if suffix in (".txt", ".json") else -1
+
+
+def _images(found: _Found) -> list[str]:
+    return [suffix for suffix in found if suffix in IMAGE_SUFFIXES]
+
+
+def _candidate(name: str, found: _Found) -> Candidate:
     """Return the candidate made of an example's files by suffix."""
+    images = _images(found)
+    text, about = found.get(".txt", b""), found.get(".json", b"{}")
+    image = found[images[0]] if images else b""
+    if image is None or text is None or about is None:
+        return pairs.dropped(name, name, "member too large")
     try:
-        metadata = json.loads(found.get(".json", b"{}"))
-    except ValueError:
+        metadata = parse_json(about, name)
+    except UserError:
         return pairs.dropped(name, name, "broken json")
     metadata = metadata if isinstance(metadata, dict) else {}
-    images = [suffix for suffix in found if suffix in IMAGE_SUFFIXES]
     if not images:
         return pairs.dropped(name, name, "without image")
-    text = found.get(".txt", b"").decode("utf-8", "replace")
-    captions = annotated.texts([text]) or annotated.texts(metadata.get("caption"))
+    captions = annotated.texts([text.decode("utf-8", "replace")]) or annotated.texts(
+        metadata.get("caption")
+    )
     url = metadata.get("url")
     return pairs.candidate(
         example_id=pairs.pair_id(url, captions) if url and isinstance(url, str) else name,
         file=name + images[0],
         captions=captions,
-        read=lambda: found[images[0]],
+        read=lambda: image,
         fields=metadata,
+        held=len(image) + _PARSED * len(about),
     )

@@ -1,0 +1,253 @@
+"""Tars, zips and folders made to exhaust memory or time: read under limits, losses counted."""
+
+import contextlib
+import gzip
+import io
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cap_pretrain.data.builders.files import MAX_BYTES, READ_ERRORS, open_files
+from cap_pretrain.data.builders.tars import CutOffError, read_members
+from cap_pretrain.errors import UserError
+from tests.data.test_question_formats import build, lost
+from tests.data.test_webdataset import captions, sample, samples, tar
+from tests.tools.test_build_dataset import jpeg, read, report, write_files
+
+ROOT = Path(__file__).parents[2]
+BOUNDED = """
+import resource, sys, time
+from pathlib import Path
+from tools import build_dataset
+import tensorflow_datasets, cap_pretrain.data.builders.build
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+start, begun = peak(), time.monotonic()
+for arguments in Path(sys.argv[1]).read_text().splitlines():
+    print("exit", build_dataset.main(arguments.split("\\t")))
+print("MB", peak() - start)
+print("seconds", time.monotonic() - begun)
+"""
+
+
+def build_bounded(tmp_path, *commands) -> tuple[list[int], float, float]:
+    """Build datasets in another process; return exit statuses, MB above the start, and seconds."""
+    lines = [
+        "\t".join([str(a) for a in (*command, "--name", f"d{k}", "--out", tmp_path / "out")])
+        for k, command in enumerate(commands)
+    ]
+    (tmp_path / "commands").write_text("\n".join(lines))
+    done = subprocess.run(
+        [sys.executable, "-c", BOUNDED, tmp_path / "commands"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    words = done.stdout.split()
+    exits = [int(words[k + 1]) for k, word in enumerate(words) if word == "exit"]
+    return exits, float(words[words.index("MB") + 1]), float(words[words.index("seconds") + 1])
+
+
+def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.size, info.type = size, kind
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+def zeros_gz(path: Path, start: bytes, count: int) -> Path:
+    """Write a gzip of `start` and `count` zeros, quickly."""
+    part = gzip.compress(bytes(2**24))
+    with path.open("wb") as file:
+        file.write(gzip.compress(start))
+        for _ in range(-(-count // 2**24)):
+            file.write(part)
+    return path
+
+
+def test_archives_of_any_claims_are_read_within_a_gigabyte_and_a_minute(tmp_path):
+    starts = tar(tmp_path / "good.tar", samples(2))
+    whole = (tmp_path / "good.tar").read_bytes()
+    second, end = starts["000000001.jpg"], starts["000000001.txt"] + 1024
+    named, paxed = tmp_path / "name.tar.gz", tmp_path / "pax.tar.gz"
+    zeros_gz(named, header("x", 2**30, tarfile.GNUTYPE_LONGNAME), 2**30)
+    zeros_gz(paxed, whole[:end] + header("x", 2**30, tarfile.XHDTYPE), 2**30)
+    claims = tmp_path / "claims.tar"
+    claims.write_bytes(whole[:second] + header("y.jpg", 2**40) + whole[second:])
+    large = tmp_path / "large.tar"
+    with large.open("wb") as file:  # with holes: it takes no space
+        for name in ("a.jpg", "a.png", "a.webp", "a.gif", "a.bmp", "b.jpg", "c.jpg", "d.jpg"):
+            file.write(header(name, 2**27))
+            file.seek(2**27, os.SEEK_CUR)
+        file.write(whole)
+    photos = tmp_path / "photos.zip"
+    with zipfile.ZipFile(photos, "w") as archive:
+        sizes = {zipfile.ZIP_DEFLATED: 28, zipfile.ZIP_BZIP2: 25, zipfile.ZIP_LZMA: 24}
+        for method, size in sizes.items():
+            archive.writestr(f"c/{method}.jpg", bytes(2**size), method, 1)
+        archive.writestr("c/good.jpg", jpeg(1))
+    shards = [["webdataset", "--shards", path] for path in (named, paxed, claims, large)]
+    exits, megabytes, seconds = build_bounded(
+        tmp_path, *shards, ["image_folder", "--images", photos]
+    )
+    assert exits == [2, 0, 0, 0, 0]
+    assert megabytes < 1000 and seconds < 60
+    folders = [tmp_path / "out" / f"d{k}" for k in range(5)]
+    cut = ["rest of a tar that is cut off"]
+    found = [list(report(folder)["train"]["dropped"]) for folder in folders[1:]]
+    assert found == [cut, cut, ["without captions"], ["broken"]]
+    kept = [report(folder)["train"]["kept"] for folder in folders[1:]]
+    assert kept == [2, 1, 2, 1]
+    assert report(folders[4])["train"]["dropped"]["broken"]["count"] == 3
+
+
+def test_members_beyond_their_limit_are_counted(tmp_path):
+    members = [
+        *sample("a", jpeg(1), "a" * 2**22 + "b"),
+        *sample("b", jpeg(2), "caption b"),
+        ("c.jpg", jpeg(3)),
+        ("c.mp4", bytes(2**23)),  # not needed
+        ("c.txt", b"caption c"),
+    ]
+    tar(tmp_path / "s.tar", members)
+    folder = build(tmp_path, "webdataset", "--shards", tmp_path / "s.tar")
+    assert captions(folder) == ["caption b", "caption c"]
+    assert lost(folder, "train") == {"member too large": ["s/a"]}
+
+
+def test_the_limit_of_a_member_holds_before_it_is_read(tmp_path):
+    start = header("a.jpg", MAX_BYTES + 1)
+    (tmp_path / "s.tar").write_bytes(start + header("b", 3) + b"abc".ljust(512, b"\0"))
+    with pytest.raises(CutOffError, match="unexpected end"):
+        list(read_members(tmp_path / "s.tar"))
+    tar(tmp_path / "t.tar", [("a", b"abcd"), ("b", b"abc"), ("c", b"")])
+    assert list(read_members(tmp_path / "t.tar", lambda _: 3)) == [
+        ("a", None),
+        ("b", b"abc"),
+        ("c", b""),
+    ]
+
+
+@pytest.mark.parametrize(
+    "tar_format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT]
+)
+def test_intact_tars_are_read_as_by_tarfile(tmp_path, tar_format):
+    rng = np.random.default_rng(0)
+    members = []
+    for k in range(60):
+        depth = int(rng.integers(1, 4 if tar_format == tarfile.USTAR_FORMAT else 9))
+        name = "/".join("é"[k % 2 :] + "d" * int(rng.integers(1, 60)) for _ in range(depth))
+        members.append((f"{name[:200]}{k}.jpg", rng.bytes(int(rng.integers(0, 3000)))))
+    tar(tmp_path / "s.tar", members, tar_format)
+    with tarfile.open(tmp_path / "s.tar", "a") as archive:  # kinds without content
+        for kind in (tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE):
+            info = tarfile.TarInfo(f"kind{kind}")
+            info.type, info.linkname = kind, "a" * 150
+            archive.addfile(info)
+        info = tarfile.TarInfo("last")
+        info.size = 4
+        archive.addfile(info, io.BytesIO(b"last"))
+    assert list(read_members(tmp_path / "s.tar")) == [*members, ("last", b"last")]
+
+
+def test_files_that_are_no_files_are_counted(tmp_path):
+    photos = write_files(tmp_path / "photos", {"c/1.jpg": jpeg(1)})
+    os.mkfifo(photos / "c" / "2.jpg")
+    (photos / "c" / "3.jpg").symlink_to("/dev/zero")
+    (photos / "c" / "4.jpg").symlink_to("nowhere")
+    (photos / "c" / "5.jpg").symlink_to("5.jpg")
+    folder = build(tmp_path, "image_folder", "--images", photos)
+    assert set(read(folder, "train")) == {"c/1.jpg"}
+    assert lost(folder, "train") == {
+        "broken": ["c/2.jpg", "c/3.jpg", "c/5.jpg"],
+        "missing": ["c/4.jpg"],
+    }
+
+
+def test_a_folder_is_read_once_whatever_links_to_it(tmp_path):
+    photos = write_files(tmp_path / "photos", {"a/1.jpg": jpeg(1), "b/2.jpg": jpeg(2)})
+    outside = write_files(tmp_path / "outside", {"3.jpg": jpeg(3), "deep/4.jpg": jpeg(4)})
+    (photos / "a" / "loop").symlink_to("..")
+    (photos / "b" / "other").symlink_to("../a")
+    (photos / "b" / "self").symlink_to(".")
+    (photos / "c").symlink_to(outside)  # read, since only this link leads there
+    (outside / "back").symlink_to(photos)
+    folder = build(tmp_path, "image_folder", "--images", photos)
+    expected = {"a/1.jpg", "b/2.jpg", "c/3.jpg", "c/deep/4.jpg"}
+    assert set(read(folder, "train")) == expected
+    links = {"a/loop", "b/other", "b/self", "c/back"}
+    (why,) = lost(folder, "train")
+    assert set(lost(folder, "train")[why]) == links and "link" in why
+
+
+def test_a_fifo_in_place_of_an_archive_is_refused(tmp_path, capsys):
+    os.mkfifo(tmp_path / "s.tar")
+    with pytest.raises(CutOffError, match="regular"):
+        list(read_members(tmp_path / "s.tar"))
+
+
+def mutated(rng: np.random.Generator, data: bytes) -> bytes:
+    """Return the data with bytes changed, cut, doubled or replaced by extreme ones."""
+    found = bytearray(data)
+    for _ in range(int(rng.integers(1, 5))):
+        start = int(rng.integers(len(found)))
+        length = int(min(rng.choice([1, 4, 12, 512, 2048]), len(found) - start))
+        part = found[start : start + length]
+        fresh = [rng.bytes(length), bytes(length), b"\xff" * length, b"7" * length, part * 2, b""]
+        found[start : start + length] = fresh[rng.integers(len(fresh))]
+        found = found or bytearray(b"\0")
+    return bytes(found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packed", [False, True])
+def test_mutated_tars_give_their_members_or_one_error(tmp_path, packed):
+    rng = np.random.default_rng(0)
+    wholes = []
+    for tar_format in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT):
+        tar(tmp_path / "s.tar", [*samples(2), ("d" * 150 + ".jpg", b"x" * 700)], tar_format)
+        wholes.append((tmp_path / "s.tar").read_bytes())
+    for number in range(2000):
+        data = mutated(rng, wholes[number % 3])
+        if packed:
+            data = gzip.compress(data, 1)
+            data = mutated(rng, data) if number % 2 else data
+        (tmp_path / "s.tar").write_bytes(data)
+        with contextlib.suppress(CutOffError):
+            for name, content in read_members(tmp_path / "s.tar"):
+                assert isinstance(name, str) and (content is None or len(content) < 2**20)
+
+
+@pytest.mark.slow
+def test_mutated_zips_give_files_or_read_errors(tmp_path):
+    rng = np.random.default_rng(0)
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for method in (0, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
+            archive.writestr(f"c/{method}.jpg", jpeg(method), method)
+    outcomes = set()
+    for number in range(2500):
+        path = tmp_path / f"{number % 2}.zip"
+        path.write_bytes(mutated(rng, packed.getvalue()))
+        try:
+            files = open_files(path)
+        except UserError:
+            outcomes.add("refused")
+            continue
+        for name in files.names():
+            try:
+                assert len(files.read(name)) < 2**24
+                outcomes.add("read")
+            except READ_ERRORS:
+                outcomes.add("broken")
+    assert outcomes == {"refused", "read", "broken"}
