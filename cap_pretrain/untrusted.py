@@ -5,18 +5,20 @@ UserError that names the file. docs/security.md lists the limits.
 """
 
 import contextlib
+import functools
 import gzip
 import io
 import json
 import os
 import stat
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, ParamSpec, TypeVar
 
 from cap_pretrain.errors import UserError
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 MAX_RATIO = 200
@@ -58,6 +60,17 @@ def parsing(where: object) -> Iterator[None]:
         raise
     except Exception as error:
         raise UserError(f"{where}: cannot be read ({_reason(error)}).") from error
+
+
+def parser(function: Callable[P, T]) -> Callable[P, T]:
+    """Run a function that parses the file of its first argument inside `parsing`."""
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        with parsing(args[0]):
+            return function(*args, **kwargs)
+
+    return wrapped
 
 
 def _reason(error: BaseException) -> str:

@@ -20,9 +20,10 @@ from tqdm import tqdm
 
 from cap_pretrain.data import images
 from cap_pretrain.data.builders import units
+from cap_pretrain.data.builders.arguments import check_splits
 from cap_pretrain.data.builders.candidates import Candidate
 from cap_pretrain.data.builders.duplicates import without_duplicates
-from cap_pretrain.data.builders.files import READ_ERRORS
+from cap_pretrain.data.builders.files import READ_ERRORS, AmbiguousNameError
 from cap_pretrain.data.builders.filters import Filters, RejectedError, kept_captions
 from cap_pretrain.data.builders.report import DROPPED, SplitReport
 from cap_pretrain.data.builders.report_page import page
@@ -71,6 +72,7 @@ class ImageDataset(tfds.core.GeneratorBasedBuilder):
         self._origin = origin
         self.report: dict[str, SplitReport] = {}
         self._folder, self._filters = Path(data_dir), filters or Filters()
+        check_splits(self.splits(), origin)
         features = self.features()
         if self._filters.on_captions and ("captions" not in features or "question" in features):
             raise UserError(
@@ -202,6 +204,8 @@ def _check(candidate: Candidate, filters: Filters) -> _Outcome:
     try:
         data = candidate.read()
         picture = filters.picture(data)
+    except AmbiguousNameError as error:
+        return _Outcome({"reason": "ambiguous name", "why": str(error)})
     except FileNotFoundError:
         return _Outcome({"reason": "missing"})
     except RejectedError as error:

@@ -88,6 +88,9 @@ def _work_folder(path: Path) -> Iterator[Path]:
 
     It is removed after a UserError, too; other errors leave the units for the next build.
     """
+    for own in (path, path / _LOCK, path / units.FOLDER):  # else files elsewhere would be removed
+        if own.is_symlink():
+            raise UserError(f"{own}: is a symbolic link, not a folder of this program; remove it.")
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -100,7 +103,8 @@ def _work_folder(path: Path) -> Iterator[Path]:
             raise UserError(f"{path}: another process is building this dataset.") from error
         for left_over in path.iterdir():
             if left_over.name not in (_LOCK, units.FOLDER):
-                shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
+                is_folder = left_over.is_dir() and not left_over.is_symlink()
+                shutil.rmtree(left_over) if is_folder else left_over.unlink()
         try:
             yield path
         except BaseException as error:

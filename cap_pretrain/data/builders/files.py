@@ -2,11 +2,13 @@
 
 import collections
 import functools
+import itertools
 import os
 import posixpath
+import unicodedata
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -67,33 +69,73 @@ def image_names(files: Files) -> list[str]:
     return names
 
 
-class Finder:
-    """Lookup of files by the names that annotations use.
+class AmbiguousNameError(FileNotFoundError):
+    """Several files match a name equally well."""
 
-    A name matches the full name of a file; or else its base name, since archives often add a
-    folder. A base name that several files share matches none of them. If several of the folders and
-    zips `where` have a file of the same name, the first wins. `key` maps a base name to the name
-    that annotations use (default: itself), or to None to exclude the file.
+
+class Finder:
+    r"""Lookup of files by the names that annotations use.
+
+    A name matches the full name of a file; or else the file whose path ends in the most of its
+    parts, at least in its base name, since archives often add or leave out folders. All Unicode
+    forms of a name are equal, and "\" stands for "/", as Windows writes paths. If several of the
+    folders and zips `where` have a file of the same name, the first wins. `key` maps a base name to
+    the name that annotations use (default: itself), or to None to exclude the file.
     """
 
     def __init__(self, where: Sequence[Files], key: Callable[[str], str | None] | None = None):
         self._files_of: dict[str, Files] = {}
         for files in where:
             self._files_of = dict.fromkeys(files.names(), files) | self._files_of
-        candidates: dict[str | None, list[str]] = collections.defaultdict(list)
+        self._by_key: dict[str | None, list[str]] = collections.defaultdict(list)
         for name in self._files_of:
-            base = posixpath.basename(name)
+            base = _plain(posixpath.basename(name))
             if not base.startswith("."):  # such as macOS's resource forks
-                candidates[key(base) if key else base].append(name)
-        candidates.pop(None, None)
-        self._by_key = {key: names[0] for key, names in candidates.items() if len(names) == 1}
+                self._by_key[key(base) if key else base].append(name)
+        self._by_key.pop(None, None)
 
     def read(self, name: str) -> bytes:
-        """Return a file's bytes; raises FileNotFoundError or another of READ_ERRORS."""
-        found = name if name in self._files_of else self._by_key.get(posixpath.basename(name))
-        if found is None:
-            raise FileNotFoundError(name)
+        """Return a file's bytes; raises AmbiguousNameError, FileNotFoundError or of READ_ERRORS."""
+        found = name if name in self._files_of else self._closest(_plain(name).split("/"))
         return self._files_of[found].read(found)
+
+    def _closest(self, parts: Sequence[str]) -> str:
+        """Return the file whose path ends in the most of `parts`."""
+        candidates = self._by_key.get(parts[-1], [])
+        if not candidates:
+            raise FileNotFoundError("/".join(parts))
+        if len(candidates) == 1:
+            return candidates[0]
+        ends = {file: _common_end(_plain(file).split("/")[:-1], parts[:-1]) for file in candidates}
+        best = max(ends.values())
+        closest = [file for file, common in ends.items() if common == best]
+        if len(closest) > 1:
+            raise AmbiguousNameError(f"{closest[0]} or {closest[1]}")
+        return closest[0]
+
+
+def _plain(name: str) -> str:
+    """Return a name in one Unicode form, with "/" between its parts."""
+    return unicodedata.normalize("NFC", name).replace("\\", "/")
+
+
+def _common_end(a: Sequence[str], b: Sequence[str]) -> int:
+    """Return the number of equal elements at the end of two sequences."""
+    pairs = zip(reversed(a), reversed(b), strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def distinct_names(paths: Iterable[Path], *names: Callable[[Path], str]) -> dict[str, Path]:
+    """Name files by the first of `names` that tells each from all others, in order of `paths`.
+
+    The last of `names` must always do so.
+    """
+    left, named = list(paths), dict[Path, str]()
+    for name in names:
+        counts = collections.Counter(map(name, left)) + collections.Counter(named.values())
+        named |= {path: name(path) for path in left if counts[name(path)] == 1}
+        left = [path for path in left if path not in named]
+    return {named[path]: path for path in sorted(named)}
 
 
 class _Folder:

@@ -7,11 +7,11 @@ build that was killed resumes with the units that are missing.
 
 import dataclasses
 import functools
-import glob
 import json
 import multiprocessing
 import multiprocessing.connection
 import os
+import re
 import shutil
 import signal
 import threading
@@ -146,7 +146,8 @@ def make(builder: RowMaker, unit: Unit, folder: Path, threads: int) -> None:
 
 def finished(folder: Path, split: str) -> list[Path]:
     """Return the files of a split's units in order; call it when all are made."""
-    return sorted(folder.glob(f"{glob.escape(split)}-*.unit"))
+    own = re.compile(re.escape(split) + r"-\d+\.unit")  # not those of "val-unseen" for "val"
+    return sorted(path for path in folder.iterdir() if own.fullmatch(path.name))
 
 
 def read_rows(path: Path, with_data: bool = False) -> Iterator[tuple[Row, bytes]]:

@@ -3,12 +3,14 @@
 import argparse
 import dataclasses
 import functools
+import unicodedata
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
 
+from cap_pretrain import untrusted
 from cap_pretrain.data.builders import base
 from cap_pretrain.data.builders.arguments import by_split
 from cap_pretrain.data.builders.candidates import Candidate
@@ -230,6 +232,17 @@ def take(path: Path, where: str, entry: Any, *keys: str, what: str) -> list[Any]
             f"{path}: an entry of {where!r} lacks {' or '.join(keys)} (found: {found}); "
             f"is it {what}?"
         ) from error
+
+
+def id_text(path: Path, value: Any) -> str:
+    """Return the text of an id or file name: equal for 1 and 1.0, and for all Unicode forms.
+
+    Raises UserError if it is neither a number nor a string; for the message, `path` holds it.
+    """
+    value = untrusted.checked(value, "id", (str, int, float), path)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return unicodedata.normalize("NFC", str(value))
 
 
 def texts_of(path: Path, where: str, entries: Any, key: str, what: str) -> list[str]:

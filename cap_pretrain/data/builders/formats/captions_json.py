@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cap_pretrain import files
+from cap_pretrain import files, untrusted
 from cap_pretrain.data.builders.arguments import by_split
 from cap_pretrain.data.builders.formats import annotated
 from cap_pretrain.data.builders.formats.annotated import Entry
@@ -50,6 +50,7 @@ class Dataset(annotated.Annotated):
         return cls(annotations, by_split("--images", args.images, default=""), **kwargs)
 
 
+@untrusted.parser
 def read_captions(path: Path, keep: Callable[[dict[str, Any]], bool] | None = None) -> list[Entry]:
     """Read a file of COCO captions, plain or gzipped; for `keep`, see `Dataset`.
 
@@ -67,13 +68,14 @@ def read_captions(path: Path, keep: Callable[[dict[str, Any]], bool] | None = No
             path, "annotations", entry, "image_id", "caption", what=_WHAT
         )
         if keep is None or keep(entry):
-            captions[str(image_id)] += annotated.texts(caption)
+            captions[annotated.id_text(path, image_id)] += annotated.texts(caption)
     entries = []
     for entry in listed:
         image_id, name = annotated.take(path, "images", entry, "id", "file_name", what=_WHAT)
-        own = captions.get(str(image_id), [])
+        image_id, name = annotated.id_text(path, image_id), annotated.id_text(path, name)
+        own = captions.get(image_id, [])
         problem = "" if own else "without captions"
-        entries.append(Entry(str(image_id), (str(name),), own, problem=problem))
+        entries.append(Entry(image_id, (name,), own, problem=problem))
     known = {entry.id for entry in entries}
     return entries + [
         Entry(image_id, (), own, problem="captioned but not listed")

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cap_pretrain import untrusted
 from cap_pretrain.data.builders.arguments import by_split
 from cap_pretrain.data.builders.formats import annotated
 from cap_pretrain.data.builders.formats.annotated import Entry
@@ -47,6 +48,7 @@ class Dataset(annotated.SharedImages):
         return cls(args.captions, splits, args.images, **kwargs)
 
 
+@untrusted.parser
 def read_captions(path: Path) -> dict[str, list[str]]:
     """Return the captions by image name, in the order of the file; raises UserError if invalid."""
     captions: dict[str, list[str]] = collections.defaultdict(list)

@@ -6,7 +6,7 @@ Hudson and Manning 2019 (arXiv 1902.09506), https://cs.stanford.edu/people/dorar
 import posixpath
 from pathlib import Path
 
-from cap_pretrain import files
+from cap_pretrain import files, untrusted
 from cap_pretrain.data.builders.formats import annotated
 from cap_pretrain.data.builders.formats.annotated import Entry
 from cap_pretrain.errors import UserError
@@ -31,6 +31,7 @@ class Dataset(annotated.QuestionFiles):
         return posixpath.splitext(base_name)[0]
 
     @staticmethod
+    @untrusted.parser
     def read(path: Path) -> list[Entry]:
         """Read a file of questions, plain or gzipped, or a folder of such files in order of name.
 

@@ -16,6 +16,11 @@ from cap_pretrain.data.builders.files import image_names, open_files
 from cap_pretrain.errors import UserError
 from cap_pretrain.files import read_json
 
+# Names by which folders of images are told from folders of classes.
+_SPLITS = frozenset(
+    ["train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval"]
+)
+
 
 class Dataset(base.ImageDataset):
     """Images with one label each, given by their folder; for `classes`, see `class_names`."""
@@ -82,15 +87,22 @@ def classified(names: Sequence[str], split: str) -> list[tuple[str, str]]:
     """Return (name, class folder) of the files that belong to a split.
 
     Folders around the class folders are skipped: one that holds everything; or one named like the
-    split, in which case files outside of it belong to other splits. The class folder of a file that
-    is in none is "".
+    split, in which case files outside of it belong to other splits. A folder of that name whose
+    neighbors are not called like splits is a class. The class folder of a file in none is "".
     """
     members = [(name, name.split("/")) for name in names]
-    if any(split in parts[:-2] for _, parts in members):
+    at = {parts.index(split) for _, parts in members if split in parts[:-2]}
+    if any(_among_splits(members, split, level) for level in at):
         members = [(n, p[p.index(split) + 1 :]) for n, p in members if split in p[:-1]]
     while len({parts[0] for _, parts in members}) == 1 and all(len(p) > 2 for _, p in members):
         members = [(n, p[1:]) for n, p in members]
     return [(n, p[0] if len(p) > 1 else "") for n, p in members]
+
+
+def _among_splits(members: Sequence[tuple[str, list[str]]], split: str, level: int) -> bool:
+    """Return whether the folder `split` is alone at its level, or beside one named like a split."""
+    beside = {parts[level] for _, parts in members if len(parts) > level + 1} - {split}
+    return not beside or not beside.isdisjoint(_SPLITS)
 
 
 def class_names(folders: Sequence[str], path: Path | None) -> dict[str, str]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cap_pretrain import files
+from cap_pretrain import files, untrusted
 from cap_pretrain.data.builders.formats import annotated
 from cap_pretrain.data.builders.formats.annotated import Entry
 from cap_pretrain.errors import UserError
@@ -49,6 +49,7 @@ class Dataset(annotated.SharedImages):
         return cls(args.annotations, args.images, args.restval, **kwargs)
 
 
+@untrusted.parser
 def read_splits(path: Path, restval: str = "train") -> dict[str, list[Entry]]:
     """Read a file of Karpathy's, plain or gzipped; images of "restval" join the split `restval`.
 
@@ -61,12 +62,14 @@ def read_splits(path: Path, restval: str = "train") -> dict[str, list[Entry]]:
         split, name, sentences = annotated.take(
             path, "images", image, "split", "filename", "sentences", what=_WHAT
         )
+        name = untrusted.checked(name, "filename", str, path)
         if folder := image.get("filepath"):
             name = f"{folder}/{name}"
-        image_id = image.get("cocoid", image.get("imgid", name))
+        image_id = annotated.id_text(path, image.get("cocoid", image.get("imgid", name)))
         captions = annotated.texts_of(path, "sentences", sentences, "raw", _WHAT)
         problem = "" if captions else "without captions"
-        entry = Entry(str(image_id), (name,), captions, problem=problem)
+        entry = Entry(image_id, (name,), captions, problem=problem)
+        split = untrusted.checked(split, "split", str, path)
         splits[restval if split == _RESTVAL else split].append(entry)
     if not splits:
         raise UserError(f"{path}: lists no image; is it {_WHAT}?")

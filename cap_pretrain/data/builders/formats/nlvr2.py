@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from cap_pretrain import files
+from cap_pretrain import files, untrusted
 from cap_pretrain.data import images as codecs
 from cap_pretrain.data.builders.files import Finder
 from cap_pretrain.data.builders.formats import annotated
@@ -33,6 +33,7 @@ class Dataset(annotated.QuestionFiles):
         return side_by_side(*map(finder.read, names))
 
     @staticmethod
+    @untrusted.parser
     def read(path: Path) -> list[Entry]:
         """Read a file of sentences, plain or gzipped, in order; raises UserError if it is invalid.
 

@@ -83,15 +83,21 @@ def read_questions(path: Path, annotations: Path | None) -> list[Entry]:
                 annotations, "annotations", entry, "question_id", "answers", what=_WHAT
             )
             own = annotated.texts_of(annotations, "answers", given, "answer", _WHAT)
-            answers[str(question_id)] = own, str(entry.get("answer_type", ""))
+            answers[annotated.id_text(annotations, question_id)] = (
+                own,
+                str(entry.get("answer_type", "")),
+            )
     entries = []
     for entry in annotated.entries_of(path, files.read_json(path), "questions", _WHAT):
         question_id, image_id, question = annotated.take(
             path, "questions", entry, "question_id", "image_id", "question", what=_WHAT
         )
-        own, kind = answers.pop(str(question_id), ([], ""))
+        question_id = annotated.id_text(path, question_id)
+        own, kind = answers.pop(question_id, ([], ""))
         question = "".join(annotated.texts(question))
-        entries.append(Entry(str(question_id), (str(image_id),), own, question, kind))
+        entries.append(
+            Entry(question_id, (annotated.id_text(path, image_id),), own, question, kind)
+        )
     not_asked = (
         Entry(question_id, (), own, kind=kind, problem="answered but not asked")
         for question_id, (own, kind) in answers.items()

@@ -13,7 +13,7 @@ from typing import Any
 
 from cap_pretrain.data.builders.arguments import by_split
 from cap_pretrain.data.builders.candidates import Candidate
-from cap_pretrain.data.builders.files import IMAGE_SUFFIXES, MAX_BYTES
+from cap_pretrain.data.builders.files import IMAGE_SUFFIXES, MAX_BYTES, distinct_names
 from cap_pretrain.data.builders.formats import annotated, pairs
 from cap_pretrain.data.builders.tars import CutOffError, read_members
 from cap_pretrain.data.builders.units import Part
@@ -27,6 +27,7 @@ _PARSED = 24  # bytes in memory for a byte of JSON, at most: lists of empty list
 _TARS = (".tar", ".tar.gz", ".tgz")
 _Found = Mapping[str, bytes | None]
 """Files of an example by suffix; None: not read, since it is too large or not needed."""
+_TEXTS = frozenset([".txt", ".json"])  # files that hold captions
 
 
 class Dataset(pairs.Pairs):
@@ -71,34 +72,50 @@ def tars(path: Path) -> dict[str, Path]:
     if not found:
         what = "no tar in it" if path.is_dir() else "no such file or folder"
         raise UserError(f"{path}: {what} ({', '.join(_TARS)}).")
-    return {(p.parent / p.name.partition(".")[0]).relative_to(path).as_posix(): p for p in found}
+
+    def name(tar: Path, base: str) -> str:
+        return tar.with_name(base).relative_to(path).as_posix()
+
+    return distinct_names(
+        found,
+        lambda p: name(p, p.name.partition(".")[0]),
+        lambda p: name(p, p.name.partition(".tar")[0]),  # cc12m.00000.tar, cc12m.00001.tar
+        lambda p: name(p, p.name),  # 00000.tar beside 00000.tar.gz
+    )
 
 
 def candidates(shard: str, path: Path) -> Iterator[Candidate]:
-    """Yield a candidate for each key of a tar in order, and a dropped one if the tar ends early.
+    """Yield a candidate for each example of the tar `path`, called `shard` in ids, in order.
 
-    If the JSON of an example has a URL, the id is `pairs.pair_id`, which does not depend on the
-    shard; else it is SHARD/KEY.
+    At the end is a dropped one if the tar ends early. If the JSON of an example has a URL, the id
+    is `pairs.pair_id`, which does not depend on the shard; else it is SHARD/KEY.
     """
     key = "its start"
     try:
-        for key, found in _examples(path):
-            yield _candidate(f"{shard}/{key}", found)
+        for group in _groups(path):
+            for key, found in _examples(*group):
+                yield _candidate(f"{shard}/{key}", found)
     except CutOffError as error:
         file = f"{path.name} after {key} ({error})"
         yield pairs.dropped(shard, file, "rest of a tar that is cut off")
 
 
-def _examples(path: Path) -> Iterator[tuple[str, _Found]]:
-    """Yield the key of each example and its files by suffix; may raise CutOffError at the end."""
-    key = ""
+def _groups(path: Path) -> Iterator[tuple[str, _Found]]:
+    """Yield each key of a tar and its files by suffix; may raise CutOffError at the end.
+
+    Images after the first are kept under a longer suffix, up to MAX_BYTES of a key.
+    """
+    key, more = "", 0
     found: dict[str, bytes | None] = {}
     try:
         for own, suffix, data in _members(path):
-            if found and own != key:
+            if found and (own != key or suffix in found):
                 yield key, found
-                found = {}
+                found, more = {}, 0
             key = own
+            if suffix not in IMAGE_SUFFIXES:
+                more += len(data or b"")
+                data = None if more > MAX_BYTES else data
             if suffix not in IMAGE_SUFFIXES or not _images(found):  # the first image is used
                 found[suffix] = data
     except CutOffError:
@@ -107,6 +124,27 @@ def _examples(path: Path) -> Iterator[tuple[str, _Found]]:
         raise
     if found:
         yield key, found
+
+
+def _examples(key: str, found: _Found) -> Iterator[tuple[str, _Found]]:
+    """Divide the files of a key into examples, each with its key.
+
+    As WebDataset has it, the suffix begins at the first dot (a.jpg, a.seg.png, a.txt). But keys
+    that have dots themselves (a.v1.jpg, a.v1.txt, a.v2.jpg, a.v2.txt) are examples of their own.
+    """
+    by_stem: dict[str, dict[str, bytes | None]] = {}
+    for suffix, data in found.items():
+        stem, _, last = suffix.rpartition(".")
+        by_stem.setdefault(stem, {})["." + last] = data
+    own = {
+        stem
+        for stem, files in by_stem.items()
+        if stem and not IMAGE_SUFFIXES.isdisjoint(files) and not _TEXTS.isdisjoint(files)
+    }
+    whole = {s: data for s, data in found.items() if s.rpartition(".")[0] not in own}
+    if whole:
+        yield key, whole
+    yield from ((key + stem, files) for stem, files in by_stem.items() if stem in own)
 
 
 def _members(path: Path) -> Iterator[tuple[str, str, bytes | None]]:
@@ -126,9 +164,10 @@ def _split(name: str) -> tuple[str, str]:
 
 def _limit(suffix: str) -> int:
     """Return the number of bytes up to which a file is read; -1 if it is not needed."""
+    suffix = posixpath.splitext("x" + suffix)[1]
     if suffix in IMAGE_SUFFIXES:
         return MAX_BYTES
-    return MAX_TEXT if suffix in (".txt", ".json") else -1
+    return MAX_TEXT if suffix in _TEXTS else -1
 
 
 def _images(found: _Found) -> list[str]:
