@@ -109,6 +109,15 @@ def test_every_shard_is_read(tmp_path, names):
     assert sorted(captions) == [f"caption {n}" for n in range(len(names))]
 
 
+def test_shards_behind_symbolic_links_are_read_once(tmp_path):
+    tar(tmp_path / "elsewhere" / "a.tar", sample("0", jpeg(0), "caption 0"))
+    tar(tmp_path / "tars" / "B.TAR", sample("0", jpeg(1), "caption 1"))
+    (tmp_path / "tars" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "tars" / "loop").symlink_to(tmp_path / "tars")
+    folder = build(tmp_path, "webdataset", "--shards", tmp_path / "tars")
+    assert set(read(folder, "train")) == {"B/0", "linked/a/0"}
+
+
 def test_names_of_shards_that_were_distinct_before_stay(tmp_path):
     for n, name in enumerate(["00000.tar", "00001.tar", "00001.x.tar"]):
         tar(tmp_path / "tars" / name, sample("0", jpeg(n), f"caption {n}"))

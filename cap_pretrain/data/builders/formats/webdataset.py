@@ -13,7 +13,7 @@ from typing import Any
 
 from cap_pretrain.data.builders.arguments import by_split
 from cap_pretrain.data.builders.candidates import Candidate
-from cap_pretrain.data.builders.files import IMAGE_SUFFIXES, MAX_BYTES, distinct_names
+from cap_pretrain.data.builders.files import IMAGE_SUFFIXES, MAX_BYTES, distinct_names, open_files
 from cap_pretrain.data.builders.formats import annotated, pairs
 from cap_pretrain.data.builders.tars import CutOffError, read_members
 from cap_pretrain.data.builders.units import Part
@@ -68,10 +68,12 @@ def tars(path: Path) -> dict[str, Path]:
     """
     if path.is_file():
         return {path.name.partition(".")[0]: path}
-    found = sorted(p for p in path.rglob("*") if p.name.endswith(_TARS))
+    if not path.is_dir():
+        raise UserError(f"{path}: no such file or folder.")
+    names = open_files(path).names()  # also those behind symbolic links
+    found = sorted(path / name for name in names if name.lower().endswith(_TARS))
     if not found:
-        what = "no tar in it" if path.is_dir() else "no such file or folder"
-        raise UserError(f"{path}: {what} ({', '.join(_TARS)}).")
+        raise UserError(f"{path}: no tar in it ({', '.join(_TARS)}).")
 
     def name(tar: Path, base: str) -> str:
         return tar.with_name(base).relative_to(path).as_posix()
