@@ -26,7 +26,8 @@ SMALL = dict(model__depth=1, model__width=32, model__mlp=64)
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory, tokenizer_path):
     """The workdir of a CLIP model trained for two steps, with averaged parameters."""
-    c = toy.config("dual_encoder", text__tokenizer=str(tokenizer_path), optim__ema=0.5, **SMALL)
+    c = toy.load("pretrain", "objective=clip")
+    c = toy.shrink(c, text__tokenizer=str(tokenizer_path), optim__ema=0.5, **SMALL)
     c.evals = ConfigDict({"val": evals.defaults("loss", batch_size=10)})
     folder = tmp_path_factory.mktemp("clip")
     train.run(c, folder)
@@ -179,7 +180,10 @@ def test_another_learner_takes_the_encoder_and_nothing_else(workdir, tokenizer_p
 
 @pytest.mark.parametrize(
     ("name", "argument", "moves"),
-    [("finetune", "fraction=0.5", True), ("linear_probe", "protocol=sgd", False)],
+    [
+        pytest.param("finetune", "fraction=0.5", True, marks=pytest.mark.slow),
+        ("linear_probe", "protocol=sgd", False),
+    ],
 )
 def test_an_encoder_is_fine_tuned_or_left_as_it_is(name, argument, moves, workdir, tmp_path):
     c = toy.shrink(toy.load(name, argument), encoder=str(workdir), model__name="mu/8")

@@ -25,7 +25,7 @@ def test_threads_and_prefetch_change_nothing(build, options):
         assert_same(batch, dataset[t])
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_worker_processes_change_nothing(build, workers):
     dataset = build()
     with contextlib.closing(iterate(build(), 6, 11, workers=workers, prefetch=3)) as batches:

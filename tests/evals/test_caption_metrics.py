@@ -38,7 +38,12 @@ PUBLISHED = {
 }
 
 
-def test_the_brownlee_protocol_is_a_corpus_bleu_of_its_own_words_and_weights():
+@pytest.fixture
+def no_java(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+
+
+def test_the_brownlee_protocol_is_a_corpus_bleu_of_its_own_words_and_weights(no_java):
     """Compares with BLEU written out, on the words that the code of the source would compare."""
     captions = {"x": "A dog, running on the beach", "y": "man in hat"}
     references = {
@@ -74,11 +79,6 @@ def test_the_brownlee_protocol_is_a_corpus_bleu_of_its_own_words_and_weights():
     assert found.tokenizer.startswith("brownlee")
     assert score(references, captions, protocol="seed002") == found  # the former name
     assert found.metrics["Bleu_1"] > score(references, captions, spice="no").metrics["Bleu_1"]
-
-
-@pytest.fixture
-def no_java(monkeypatch):
-    monkeypatch.setenv("PATH", "/nowhere")
 
 
 @pytest.fixture

@@ -215,7 +215,8 @@ def all_metrics(shape: tuple[int, int, int], batch_size: int) -> dict[str, list[
     return {name: [result.metrics, result.details] for name, result in results.items()}
 
 
-@pytest.mark.parametrize("mesh", [(2, 2, 2), pytest.param((8, 1, 1), marks=pytest.mark.slow)])
+@pytest.mark.slow  # by default only the features that they read are compared (test_features.py)
+@pytest.mark.parametrize("mesh", [(2, 2, 2), (8, 1, 1)])
 def test_metrics_are_identical_on_eight_devices_and_with_any_batch_size(mesh):
     program = (
         "import json, sys\n"

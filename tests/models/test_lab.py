@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from skimage import color
 
 from cap_pretrain.models import lab
+from tests import parity
 
 SOME = np.concatenate(
     [np.indices((2, 2, 2)).reshape(3, -1).T, np.random.default_rng(0).random((500, 3))]
@@ -19,7 +19,9 @@ def faces(levels):
     return np.concatenate([np.insert(free, k, v, axis=1) for k in range(3) for v in (0.0, 1.0)])
 
 
+@pytest.mark.parity
 def test_lab_is_that_of_scikit_image():
+    color = parity.require("skimage.color")
     expected = color.rgb2lab(SOME)
     found = jax.jit(lab.lab)(jnp.asarray(SOME, jnp.float32))
     assert found.dtype == jnp.float32
