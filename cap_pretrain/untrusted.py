@@ -11,6 +11,7 @@ import io
 import json
 import os
 import stat
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -96,7 +97,7 @@ def entry(values: Any, name: str, kind: type[T] | tuple[type[T], ...], where: ob
     True and False do not count as int. Raises UserError: "WHERE: NAME must be …, found …".
     """
     if not isinstance(values, dict):
-        raise UserError(f"{where}: must be an object with {name!r}, found {_shown(values)}.")
+        raise UserError(f"{where}: must be an object with {name!r}, found {shown(values)}.")
     if name not in values:
         raise UserError(f"{where}: {name!r} is missing.")
     return checked(values[name], name, kind, where)
@@ -107,11 +108,20 @@ def checked(value: Any, name: str, kind: type[T] | tuple[type[T], ...], where: o
     kinds = kind if isinstance(kind, tuple) else (kind,)
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         expected = " or ".join(k.__name__ for k in kinds)
-        raise UserError(f"{where}: {name!r} must be {expected}, found {_shown(value)}.")
+        raise UserError(f"{where}: {name!r} must be {expected}, found {shown(value)}.")
     return value
 
 
-def _shown(value: Any) -> str:
+def bounded(value: Any, name: str, low: float, high: float, where: object, kind: Any = int) -> Any:
+    """Return a number of type `kind` from `low` to `high`, else raise UserError; see `entry`."""
+    checked(value, name, kind, where)
+    if not low <= value <= high:  # NaN is not
+        raise UserError(f"{where}: {name!r} must be from {low} to {high}, found {shown(value)}.")
+    return value
+
+
+def shown(value: Any) -> str:
+    """Return a value from data for a message: printable, on one line, at most 80 characters."""
     text = repr(value) if not isinstance(value, (dict, list)) else f"a {type(value).__name__}"
     return text if len(text) <= 80 else text[:79] + "…"
 
@@ -138,7 +148,7 @@ def path_part(name: Any, what: str, where: object) -> str:
     elif len(name.encode()) > MAX_NAME:
         problem = f"must have at most {MAX_NAME} bytes"
     if problem:
-        raise UserError(f"{where}: {what} {_shown(name)} {problem}.")
+        raise UserError(f"{where}: {what} {shown(name)} {problem}.")
     return name
 
 
@@ -169,6 +179,19 @@ def open_bounded(path: Path) -> BinaryIO:
         return file
     limit = FREE_BYTES + MAX_RATIO * os.fstat(file.fileno()).st_size
     return io.BufferedReader(_Bounded(gzip.GzipFile(fileobj=file), file, limit, path), 2**16)
+
+
+def check_stored(path: Path) -> None:
+    """Raise UserError if `path` is a zip file whose members claim more bytes than it has.
+
+    For formats whose members are stored as they are, so that reading needs as much memory.
+    """
+    with parsing(path):
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as file:
+                claimed = sum(member.file_size for member in file.infolist())
+            if claimed > path.stat().st_size:
+                raise TooLargeError("its members claim more bytes than the file has")
 
 
 class _Bounded(io.RawIOBase):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from cap_pretrain.convert import huggingface, openai, torchvision
 from cap_pretrain.convert.encoder import Pretrained
-from cap_pretrain.convert.weights import SUFFIXES, open_file
+from cap_pretrain.convert.weights import SUFFIXES, few, open_file
 from cap_pretrain.errors import UserError
 
 __all__ = ["Pretrained", "open_encoder"]
@@ -26,8 +26,15 @@ def open_encoder(path: str | Path) -> Pretrained:
     ):
         if (path / config).is_file():
             return opens(path)
-    files = [path] if path.is_file() else [f for f in path.glob("*") if f.suffix in SUFFIXES]
-    if len(files) == 1:
+    files = [path]
+    if not path.is_file():
+        files = sorted(f for f in path.glob("*") if f.suffix in SUFFIXES and f.is_file())
+    if len(files) > 1:
+        raise UserError(
+            f"{path}: has {len(files)} files of weights ({few(f.name for f in files)}); give the "
+            "path of one."
+        )
+    if files:
         weights = open_file(files[0])
         return torchvision.read(weights) or openai.read(weights)
     found = "has neither a" if path.is_dir() else "is not a file, nor a folder with a"

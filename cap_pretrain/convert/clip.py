@@ -3,7 +3,7 @@
 from typing import Any
 
 from cap_pretrain.convert.family import BLOCKS, Family
-from cap_pretrain.convert.tables import Entry, Table
+from cap_pretrain.convert.tables import Computed, Entry, Table
 from cap_pretrain.models.vit import Options
 
 _POSITIONS = "embeddings.position_embedding.weight"
@@ -16,8 +16,10 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 NAMES: dict[str, Entry] = BLOCKS | {
     "patch_embedding": "embeddings.patch_embedding",
     "patch_embedding/bias": None,
-    "positions": lambda take: take(_POSITIONS)[1:],
-    "class_token": lambda take: take("embeddings.class_embedding") + take(_POSITIONS)[:1],
+    "positions": Computed((_POSITIONS,), lambda positions: positions[1:]),
+    "class_token": Computed(
+        ("embeddings.class_embedding", _POSITIONS), lambda token, positions: token + positions[:1]
+    ),
     "pre_norm": "pre_layrnorm",
     "norm": "post_layernorm",
 }

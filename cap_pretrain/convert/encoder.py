@@ -10,9 +10,20 @@ from flax import nnx
 from cap_pretrain import rules
 from cap_pretrain.convert.tables import Table, to_ours
 from cap_pretrain.convert.weights import Weights
+from cap_pretrain.errors import UserError
 from cap_pretrain.models.layers import Compute
 from cap_pretrain.models.sizes import SIZES, Size
 from cap_pretrain.models.vit import Options, ViT
+from cap_pretrain.untrusted import bounded, checked
+
+MAX_WIDTH, MAX_DEPTH, MAX_MLP, MAX_HEADS = 2**15, 2**10, 2**17, 2**10
+"""Largest sizes of an imported ViT; the largest published have 6144, 64, 24,576 and 48."""
+
+MIN_STD, MAX_PIXEL = 1e-6, 1e6
+"""Smallest deviation of pixels, and largest absolute value of mean and deviation, in a config."""
+
+MAX_PATCH, MAX_GRID = 2**10, 2**8
+"""Largest side of its patches in pixels, and largest number of patches along a side of an image."""
 
 OURS = ((0.5,) * 3, (0.5,) * 3)  # mean and std that map pixels in [0, 1] to our [-1, 1]
 
@@ -57,6 +68,23 @@ class Form:
         size = self.size
         return f"{size.width} wide, {size.depth} deep, patches of {self.patch}"
 
+    def check(self, where: object) -> None:
+        """Raise UserError if the numbers are not those of a ViT, or larger than the limits."""
+        size, grid = self.size, self.image_size // max(self.patch, 1)
+        for value, name, most in (
+            (size.width, "width", MAX_WIDTH),
+            (size.depth, "depth", MAX_DEPTH),
+            (size.mlp, "width of the MLP", MAX_MLP),
+            (size.heads, "number of heads", MAX_HEADS),
+            (self.patch, "patch size", MAX_PATCH),
+            (grid, "number of patches along a side", MAX_GRID),
+        ):
+            bounded(value, name, 1, most, where)
+        if size.width % size.heads:
+            raise UserError(
+                f"{where}: {size.heads} attention heads do not divide the width {size.width}."
+            )
+
     def fields(self) -> dict[str, Any]:
         """Return the fields of `config.model` that describe it, except for the image size."""
         name = next((name for name, size in SIZES.items() if size == self.size), None)
@@ -81,6 +109,7 @@ def assemble(
     source: str,
 ) -> Pretrained:
     """Read the parameters of a ViT; arguments and errors as for `to_ours` and `Pretrained`."""
+    form.check(weights.where)
     flat = to_ours(weights, table, form.shapes(), ignored)
     mean, std = tuple(mean), tuple(std)
     if (mean, std) != OURS:
@@ -98,6 +127,14 @@ def assemble(
         params=nested(flat),
         source=f"{source} ({form})",
     )
+
+
+def per_channel(value: Any, name: str, low: float, where: object) -> tuple[float, ...]:
+    """Return three finite numbers from a config, each at least `low`; may raise UserError."""
+    numbers = checked(value, name, (list, tuple), where)
+    if len(numbers) != 3:
+        raise UserError(f"{where}: {name!r} must be three numbers, found {len(numbers)}.")
+    return tuple(bounded(n, name, low, MAX_PIXEL, where, kind=(int, float)) for n in numbers)
 
 
 def fold_normalization(

@@ -5,12 +5,27 @@ from pathlib import Path
 from typing import Any
 
 from cap_pretrain.convert import clip, siglip, vit
-from cap_pretrain.convert.encoder import Form, Pretrained, assemble
+from cap_pretrain.convert.encoder import (
+    MAX_DEPTH,
+    MAX_GRID,
+    MAX_HEADS,
+    MAX_MLP,
+    MAX_PATCH,
+    MAX_PIXEL,
+    MAX_WIDTH,
+    MIN_STD,
+    Form,
+    Pretrained,
+    assemble,
+    per_channel,
+)
 from cap_pretrain.convert.family import Family
 from cap_pretrain.convert.weights import open_folder as open_weights
 from cap_pretrain.convert.weights import read_json
 from cap_pretrain.errors import UserError, did_you_mean
 from cap_pretrain.models.sizes import Size
+from cap_pretrain.models.vit import Options
+from cap_pretrain.untrusted import bounded, checked, entry, shown
 
 CONFIG = "config.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
@@ -32,6 +47,16 @@ DEFAULTS = {  # of transformers, for fields that config.json of any family may o
     "num_channels": 3,
 }
 
+LIMITS = {
+    "hidden_size": MAX_WIDTH,
+    "num_hidden_layers": MAX_DEPTH,
+    "intermediate_size": MAX_MLP,
+    "num_attention_heads": MAX_HEADS,
+}
+"""Fields for a `Size`, and their largest values."""
+
+FLAGS = {"qkv_bias", "vision_use_head"}  # fields that are true or false
+
 ACTIVATIONS = {  # names in transformers, and ours
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -44,74 +69,96 @@ def open_folder(folder: Path) -> Pretrained:
     """Read the vision encoder of such a folder; see `convert.open_encoder`."""
     where = folder / CONFIG
     config = read_json(where)
-    kind = config.get("model_type")
+    kind = entry(config, "model_type", str, where)
     if kind not in FAMILIES:
         raise UserError(
-            f"{where}: model_type is {kind!r}, which is not supported."
-            f"{did_you_mean(str(kind), FAMILIES)}"
+            f"{where}: model_type is {shown(kind)}, which is not supported."
+            f"{did_you_mean(kind[:80], FAMILIES)}"
         )
     family = FAMILIES[kind]
     vision = DEFAULTS | dict(family.defaults)
     if kind in ("clip", "siglip"):
         for section in ("vision_config", "vision_config_dict"):  # the second of old CLIP configs
-            vision |= config.get(section) or {}
+            vision |= checked(config.get(section) or {}, section, dict, where)
     else:
         vision |= config
+    for flag in FLAGS & vision.keys():
+        entry(vision, flag, bool, where)
     options, names = family.describe(vision)
-    act = vision["hidden_act"]
-    if act not in ACTIVATIONS:
-        raise UserError(f"{where}: hidden_act {act!r} is unknown.{did_you_mean(act, ACTIVATIONS)}")
-    if vision["num_channels"] != 3:
-        raise UserError(f"{where}: num_channels is {vision['num_channels']}, it must be 3.")
-    patch = _side(where, vision, "patch_size")
-    form = Form(
-        Size(
-            width=vision["hidden_size"],
-            depth=vision["num_hidden_layers"],
-            mlp=vision["intermediate_size"],
-            heads=vision["num_attention_heads"],
-        ),
-        patch=patch,
-        # Pixels beyond the last whole patch are ignored, such as 6 of 384 with patches of 14.
-        image_size=_side(where, vision, "image_size") // patch * patch,
-        options=dataclasses.replace(
-            options, activation=ACTIVATIONS[act], norm_eps=vision["layer_norm_eps"]
-        ),
-    )
     mean, std = normalization(folder, family)
-    classes = config.get("architectures") or [f"{family.name} encoder"]
     return assemble(
-        form,
+        _form(vision, options, where),
         open_weights(folder, *WEIGHTS).without(family.prefix),
         names,
         ignored=family.ignored,
         mean=mean,
         std=std,
-        source=f"{classes[0]} of transformers",
+        source=f"{_class(config) or f'{family.name} encoder'} of transformers",
     )
+
+
+def _form(vision: dict[str, Any], options: Options, where: Path) -> Form:
+    """Return the architecture that the config of a vision model describes."""
+    act = entry(vision, "hidden_act", str, where)
+    if act not in ACTIVATIONS:
+        raise UserError(
+            f"{where}: hidden_act {shown(act)} is unknown.{did_you_mean(act[:80], ACTIVATIONS)}"
+        )
+    if entry(vision, "num_channels", int, where) != 3:
+        raise UserError(f"{where}: num_channels is {shown(vision['num_channels'])}, it must be 3.")
+    width, depth, mlp, heads = (
+        bounded(vision[name], name, 1, most, where) for name, most in LIMITS.items()
+    )
+    patch = _side(where, vision, "patch_size", MAX_PATCH)
+    side = _side(where, vision, "image_size", MAX_PATCH * MAX_GRID)
+    eps = bounded(vision["layer_norm_eps"], "layer_norm_eps", 0, 1, where, kind=(int, float))
+    return Form(
+        Size(width=width, depth=depth, mlp=mlp, heads=heads),
+        patch=patch,
+        # Pixels beyond the last whole patch are ignored, such as 6 of 384 with patches of 14.
+        image_size=side // patch * patch,
+        options=dataclasses.replace(options, activation=ACTIVATIONS[act], norm_eps=eps),
+    )
+
+
+def _class(config: dict[str, Any]) -> str:
+    """Return the name of the model's class, for messages, or "" if there is none."""
+    classes = config.get("architectures")
+    name = classes[0] if isinstance(classes, list) and classes else ""
+    return name if isinstance(name, str) and name.isidentifier() and len(name) <= 80 else ""
 
 
 def normalization(folder: Path, family: Family) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return the per-channel mean and standard deviation of a folder's preprocessing, in [0, 1]."""
+    where = folder / "preprocessor_config.json"
     settings: dict[str, Any] = {}
-    if (folder / "preprocessor_config.json").is_file():
-        settings = read_json(folder / "preprocessor_config.json")
-    elif (folder / "processor_config.json").is_file():
-        settings = read_json(folder / "processor_config.json").get("image_processor") or {}
+    if where.is_file():
+        settings = read_json(where)
+    elif (where := folder / "processor_config.json").is_file():
+        inside = read_json(where).get("image_processor") or {}
+        settings = checked(inside, "image_processor", dict, where)
+
+    def flag(name: str) -> bool:
+        return checked(settings.get(name, True), name, bool, where)
+
     # The normalization is of pixels in 0 to 255 times the factor.
-    unit = (
-        255 * settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale", True) else 255
-    )
-    if not settings.get("do_normalize", True):
+    unit: float = 255
+    if flag("do_rescale"):
+        factor = settings.get("rescale_factor", 1 / 255)
+        unit *= bounded(factor, "rescale_factor", MIN_STD, 1, where, kind=(int, float))
+    if not flag("do_normalize"):
         return (0.0,) * 3, (1 / unit,) * 3
-    mean, std = settings.get("image_mean", family.mean), settings.get("image_std", family.std)
+    mean = per_channel(settings.get("image_mean", family.mean), "image_mean", -MAX_PIXEL, where)
+    std = per_channel(settings.get("image_std", family.std), "image_std", MIN_STD, where)
     return tuple(m / unit for m in mean), tuple(s / unit for s in std)
 
 
-def _side(where: Path, config: dict[str, Any], field: str) -> int:
+def _side(where: Path, config: dict[str, Any], field: str, most: int) -> int:
     """Return the side of a square, given as a number or as two equal ones."""
     value = config[field]
-    sides = set(value if isinstance(value, list) else [value])
-    if len(sides) > 1:
-        raise UserError(f"{where}: {field} is {value}; only squares can be read.")
-    return sides.pop()
+    sides = value if isinstance(value, list) and value else [value]
+    for side in sides:
+        bounded(side, field, 1, most, where)
+    if len(set(sides)) > 1:
+        raise UserError(f"{where}: {field} is {sides[:2]}; only squares can be read.")
+    return sides[0]

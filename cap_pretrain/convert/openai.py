@@ -1,17 +1,28 @@
 """Import of checkpoints in the layout of OpenAI's CLIP, which OpenCLIP writes, too."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from cap_pretrain.convert import clip
-from cap_pretrain.convert.encoder import Form, Pretrained, assemble
-from cap_pretrain.convert.tables import Entry, Fused
-from cap_pretrain.convert.weights import Weights, read_json
+from cap_pretrain.convert.encoder import (
+    MAX_PIXEL,
+    MAX_WIDTH,
+    MIN_STD,
+    Form,
+    Pretrained,
+    assemble,
+    per_channel,
+)
+from cap_pretrain.convert.tables import Computed, Entry, Fused
+from cap_pretrain.convert.weights import Weights, few, read_json
 from cap_pretrain.convert.weights import open_folder as open_weights_of
 from cap_pretrain.errors import UserError
 from cap_pretrain.models.sizes import Size
+from cap_pretrain.untrusted import bounded, checked
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
@@ -27,8 +38,10 @@ _NUMBER = _LAYER.replace(".", r"\.").format(r"(\d+)")
 NAMES: dict[str, Entry] = {
     "patch_embedding": "visual.conv1",
     "patch_embedding/bias": None,
-    "positions": lambda take: take(_POSITIONS)[1:],
-    "class_token": lambda take: take("visual.class_embedding") + take(_POSITIONS)[:1],
+    "positions": Computed((_POSITIONS,), lambda positions: positions[1:]),
+    "class_token": Computed(
+        ("visual.class_embedding", _POSITIONS), lambda token, positions: token + positions[:1]
+    ),
     "pre_norm": "visual.ln_pre",
     "blocks/norm1": _LAYER + "ln_1",
     "blocks/attention/query": Fused(_LAYER + "attn.in_proj", 0),
@@ -59,21 +72,26 @@ def read(weights: Weights) -> Pretrained:
 
 def open_folder(folder: Path) -> Pretrained:
     """Read the vision encoder of a folder of OpenCLIP; see `convert.open_encoder`."""
-    config = read_json(folder / CONFIG)
-    model, preprocessing = config.get("model_cfg") or {}, config.get("preprocess_cfg") or {}
-    vision = model.get("vision_cfg") or {}
+    where = folder / CONFIG
+
+    def section(inside: dict[str, Any], name: str) -> dict[str, Any]:
+        return checked(inside.get(name) or {}, name, dict, where)
+
+    config = read_json(where)
+    model, preprocessing = section(config, "model_cfg"), section(config, "preprocess_cfg")
+    vision = section(model, "vision_cfg")
+    quick = checked(model.get("quick_gelu") or False, "quick_gelu", bool, where)
     other = [k for k, v in vision.items() if v and k not in (*_IN_SHAPES, _HEAD_WIDTH)]
     if other:
         raise UserError(
-            f"{folder / CONFIG}: its vision encoder has {', '.join(other)}; only the plain ViT of "
-            "CLIP can be read."
+            f"{where}: its vision encoder has {few(other)}; only the plain ViT of CLIP can be read."
         )
     return _read(
         open_weights_of(folder, *WEIGHTS),
-        "quick_gelu" if model.get("quick_gelu") else "gelu",
-        vision.get(_HEAD_WIDTH, HEAD_WIDTH),
-        preprocessing.get("mean", clip.MEAN),
-        preprocessing.get("std", clip.STD),
+        "quick_gelu" if quick else "gelu",
+        bounded(vision.get(_HEAD_WIDTH, HEAD_WIDTH), _HEAD_WIDTH, 1, MAX_WIDTH, where),
+        per_channel(preprocessing.get("mean", clip.MEAN), "mean", -MAX_PIXEL, where),
+        per_channel(preprocessing.get("std", clip.STD), "std", MIN_STD, where),
         "CLIP of OpenCLIP",
     )
 
@@ -89,15 +107,16 @@ def _read(
     """Derive the architecture from the shapes of the weights, and read them."""
     layers = {m[1] for name in weights.names if (m := re.match(_NUMBER, name))}
     if not layers or "visual.conv1.weight" not in weights.names:
-        found = ", ".join(weights.names[:3]) or "nothing"
+        found = few(weights.names[:3]) or "nothing"
         raise UserError(
             f"{weights.where}: has no ViT in the layout of OpenAI's CLIP, with names as "
             "visual.transformer.resblocks.0.ln_1.weight, and no ResNet or AlexNet under "
             f"torchvision's names; it holds {found}."
         )
-    width, _, _, patch = weights.take("visual.conv1.weight").shape
-    mlp = len(weights.take(_LAYER.format(0) + "mlp.c_fc.bias"))
-    grid = round((len(weights.take(_POSITIONS)) - 1) ** 0.5)
+    width, _, _, patch = weights.shape("visual.conv1.weight", 4)
+    (mlp,) = weights.shape(_LAYER.format(0) + "mlp.c_fc.bias", 1)
+    positions, _ = weights.shape(_POSITIONS, 2)
+    grid = math.isqrt(max(positions - 1, 0))
     form = Form(
         Size(width=width, depth=len(layers), mlp=mlp, heads=width // head_width),
         patch=patch,

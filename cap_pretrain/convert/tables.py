@@ -5,20 +5,21 @@ numbered in names. Ours are [in, out] and [height, width, in, out]; a patch embe
 [height * width * in, out]; and a transformer's layers are stacked along a leading axis.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
-from cap_pretrain.convert.weights import MissingTensorError, Weights
+from cap_pretrain.convert.weights import MissingTensorError, Weights, few
 from cap_pretrain.errors import UserError
+from cap_pretrain.untrusted import parsing
 
 _LEAVES = {
     **{"kernel": "weight", "scale": "weight", "bias": "bias"},
     **{"mean": "running_mean", "var": "running_var"},
 }
 _PARTS = 3
-_LISTED = 6  # names in a message
 
 
 class Fused(NamedTuple):
@@ -28,11 +29,18 @@ class Fused(NamedTuple):
     third: int
 
 
-Entry = str | Fused | Callable[[Callable[[str], np.ndarray]], np.ndarray] | None
+class Computed(NamedTuple):
+    """A function of the tensors with these names; it has to work with arrays of NumPy and JAX."""
+
+    names: tuple[str, ...]
+    function: Callable[..., Any]
+
+
+Entry = str | Fused | Computed | None
 """What a table gives for a module of ours, or for a single parameter.
 
-A torch name, with {} for the layer's number; a `Fused`; a function that computes the parameter,
-given one that returns a tensor by name; or None for a parameter that is zero, as torch has none.
+A torch name, with {} for the layer's number; a `Fused`; a `Computed`; or None for a parameter that
+is zero, as torch has none.
 """
 
 Table = Mapping[str, Entry]
@@ -45,34 +53,35 @@ def to_ours(
     """Convert torch tensors to our parameters (and statistics), float32, for `shapes` by path.
 
     `ignored` are prefixes of torch names that belong to other parts of the model. Raises UserError
-    if a tensor is missing, unknown, or has another shape.
+    if a tensor is missing, unknown, or has another shape, before any is read.
     """
-    params: dict[str, np.ndarray] = {}
     missing: dict[str, None] = {}  # an ordered set
-    for path, shape in shapes.items():
-        entry = _entry(table, path)
-        stacked = path.startswith("blocks/")
-        layers = range(shape[0]) if stacked else range(1)
-        layer_shape = shape[1:] if stacked else shape
-        arrays = []
-        for layer in layers:
+    for path, whole in shapes.items():
+        for entry, shape in _layers(table, path, whole):
             try:
-                arrays.append(_read(weights, entry, layer, path, layer_shape))
+                _check(weights, entry, path, shape)
             except MissingTensorError as e:
-                missing[e.args[0]] = None
-        if len(arrays) == len(layers):
-            params[path] = np.stack(arrays) if stacked else arrays[0]
-    left = [name for name in weights.names if name not in weights.taken]
+                missing[e.name] = None
+    left = [name for name in weights.names if name not in weights.used]
     unknown = [name for name in left if not name.startswith(tuple(ignored))]
     if missing or unknown:
         problems = [
-            f"{what} {_few(names)}"
+            f"{what} {few(names)}"
             for what, names in (("lacks", missing), ("has the unknown", unknown))
             if names
         ]
         raise UserError(
             f"{weights.where}: its weights do not fit the model: it {', and '.join(problems)}."
         )
+    params = {}
+    for path, whole in shapes.items():
+        arrays = [
+            np.zeros(shape, np.float32)
+            if entry is None
+            else _convert(entry, [weights.take(name) for name in _names(entry)], path, shape)
+            for entry, shape in _layers(table, path, whole)
+        ]
+        params[path] = np.stack(arrays) if _stacked(path) else arrays[0]
     return params
 
 
@@ -107,27 +116,65 @@ def _entry(table: Table, path: str) -> Entry:
     return f"{entry}.{_LEAVES[leaf]}"
 
 
-def _read(
-    weights: Weights, entry: Entry, layer: int, path: str, shape: tuple[int, ...]
-) -> np.ndarray:
-    """Return one parameter (of one layer, if they are stacked)."""
+def _stacked(path: str) -> bool:
+    return path.startswith("blocks/")
+
+
+def _layers(
+    table: Table, path: str, shape: tuple[int, ...]
+) -> Iterator[tuple[Entry, tuple[int, ...]]]:
+    """Yield the entry and the shape of a parameter, or those of its layers if it is stacked."""
+    entry = _entry(table, path)
+    if not _stacked(path):
+        yield entry, shape
+        return
+    for layer in range(shape[0]):
+        if isinstance(entry, str):
+            yield entry.format(layer), shape[1:]
+        elif isinstance(entry, Fused):
+            yield entry._replace(name=entry.name.format(layer)), shape[1:]
+        else:
+            yield entry, shape[1:]
+
+
+def _names(entry: Entry) -> tuple[str, ...]:
+    """Return the names of the tensors that an entry is made of."""
+    if isinstance(entry, Computed):
+        return entry.names
+    return () if entry is None else (entry.name if isinstance(entry, Fused) else entry,)
+
+
+def _check(weights: Weights, entry: Entry, path: str, shape: tuple[int, ...]) -> None:
+    """Raise UserError if a parameter's tensors have other shapes than it needs."""
     if entry is None:
-        return np.zeros(shape, np.float32)
-    if not isinstance(entry, (str, Fused)):
-        name, array = path, entry(weights.take)
-    else:
-        name = (entry.name if isinstance(entry, Fused) else entry).format(layer)
-        array = weights.take(name)
-    found = array.shape
-    if isinstance(entry, Fused) and len(array) % _PARTS == 0:
-        array = np.split(array, _PARTS)[entry.third]
-    array = _from_theirs(path, array, shape)
-    if array.shape != shape:
+        return
+    name, shapes = path, [weights.shape(name) for name in _names(entry)]
+    with parsing(f"{weights.where}: {few(_names(entry))}"):
+        if isinstance(entry, Computed):
+            structs = [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes]
+            shapes, entry = [jax.eval_shape(entry.function, *structs).shape], path
+        else:
+            (name,) = _names(entry)
+        stand_ins = [np.broadcast_to(np.float32(0), shape) for shape in shapes]  # take no memory
+        found = _convert(entry, stand_ins, path, shape).shape
+    if found != shape:
         raise UserError(
-            f"{weights.where}: {name} has the shape {list(found)}, which does not fit the rest: as "
-            f"{path} it would be {list(array.shape)} instead of {list(shape)}."
+            f"{weights.where}: {name} has the shape {list(shapes[0])}, which does not fit the "
+            f"rest: as {path} it would be {list(found)} instead of {list(shape)}."
         )
-    return array
+
+
+def _convert(
+    entry: Entry, arrays: list[np.ndarray], path: str, shape: tuple[int, ...]
+) -> np.ndarray:
+    """Return a parameter, given its tensors; it has another shape if they do not fit."""
+    if isinstance(entry, Computed):
+        array = entry.function(*arrays)
+    elif isinstance(entry, Fused) and len(arrays[0]) % _PARTS == 0:
+        array = np.split(arrays[0], _PARTS)[entry.third]
+    else:
+        array = arrays[0]
+    return _from_theirs(path, array, shape)
 
 
 def _from_theirs(path: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -149,9 +196,3 @@ def _to_theirs(path: str, array: np.ndarray) -> np.ndarray:
     if path == "head/probe":
         return array[None]
     return array.T if path.endswith("/kernel") else array
-
-
-def _few(names: Iterable[str]) -> str:
-    names = list(names)
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more

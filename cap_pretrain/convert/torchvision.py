@@ -69,7 +69,7 @@ def _resnet(weights: Weights) -> Pretrained:
             f"{' of three convolutions' if stages.bottleneck else ''}, which is not one of "
             f"{', '.join(RESNETS)}."
         )
-    stem = "small" if weights.take("conv1.weight").shape[-1] == 3 else "imagenet"
+    stem = "small" if weights.shape("conv1.weight", 4)[-1] == 3 else "imagenet"
 
     def build() -> ResNet:
         return ResNet(stages, stem=stem, compute=Compute(), rngs=nnx.Rngs(0))

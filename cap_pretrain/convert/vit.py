@@ -3,7 +3,7 @@
 from typing import Any
 
 from cap_pretrain.convert.family import Family
-from cap_pretrain.convert.tables import Entry, Table
+from cap_pretrain.convert.tables import Computed, Entry, Table
 from cap_pretrain.models.vit import Options
 
 _POSITIONS = "embeddings.position_embeddings"
@@ -11,8 +11,10 @@ _LAYER = "encoder.layer.{}."
 
 NAMES: dict[str, Entry] = {
     "patch_embedding": "embeddings.patch_embeddings.projection",
-    "positions": lambda take: take(_POSITIONS)[0, 1:],
-    "class_token": lambda take: take("embeddings.cls_token")[0] + take(_POSITIONS)[0, :1],
+    "positions": Computed((_POSITIONS,), lambda positions: positions[0, 1:]),
+    "class_token": Computed(
+        ("embeddings.cls_token", _POSITIONS), lambda token, positions: token[0] + positions[0, :1]
+    ),
     "blocks/norm1": _LAYER + "layernorm_before",
     "blocks/attention/query": _LAYER + "attention.attention.query",
     "blocks/attention/key": _LAYER + "attention.attention.key",

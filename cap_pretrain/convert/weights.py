@@ -1,16 +1,21 @@
-"""Reads tensors by name from safetensors (a file or shards) and, without pickle, torch's files."""
+"""Reads tensors by name from safetensors (a file or shards) and, without pickle, torch's files.
+
+Names and shapes are known before anything is read; `tables.to_ours` checks them first, so that
+memory and time depend on the size of the file, not on what a config claims.
+"""
 
 import functools
-import json
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes  # noqa: F401 - with it, NumPy knows bfloat16
 import numpy as np
 
+from cap_pretrain import files
 from cap_pretrain.errors import UserError
+from cap_pretrain.untrusted import check_stored, checked, open_regular, parsing, path_part, shown
 
 _TORCH = (".pt", ".pth", ".bin")
 SUFFIXES = (".safetensors", *_TORCH)
@@ -18,87 +23,155 @@ SUFFIXES = (".safetensors", *_TORCH)
 _INSIDE = (("state_dict",), ("classy_state_dict", "base_model", "model", "trunk"))
 _SAFE_TORCH = (2, 6)  # before, a file could run code in spite of weights_only (CVE-2025-32434)
 
+MAX_HEADER = 2**24
+"""Largest header of a safetensors file in bytes, some 160,000 tensors; the format allows 100 MB."""
 
-class MissingTensorError(KeyError):
+MAX_CONFIG = 2**24
+"""Largest JSON file of an encoder folder in bytes, the list of its shards included."""
+
+MAX_SHARED = 4
+"""How often the tensors of a torch file may share its bytes on average, by tying or expanding."""
+
+_LISTED = 6  # names in a message
+
+
+class MissingTensorError(UserError):
     """There is no tensor of this name."""
+
+    def __init__(self, where: Path, name: str):
+        super().__init__(f"{where}: its weights do not fit the model: it lacks {few([name])}.")
+        self.name = name
+
+
+class Tensor(NamedTuple):
+    """A tensor in a file: its shape, and a function that reads it."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], Any]
 
 
 class Weights:
     """Tensors by name, each read when it is taken.
 
-    `read` has a function for each name that reads the tensor; `where` is the file or folder, for
-    messages; `names` are the names of all tensors, and `taken` of those that were taken.
+    `where` is the file or folder, for messages; `names` are the names of all tensors, and `used` of
+    those whose shape was asked for.
     """
 
-    def __init__(self, read: Mapping[str, Callable[[], Any]], where: Path):
-        self._read, self.where = read, where
-        self.names = tuple(read)
-        self.taken: set[str] = set()
+    def __init__(self, tensors: Mapping[str, Tensor], where: Path):
+        self._tensors, self.where = tensors, where
+        self.names = tuple(tensors)
+        self.used: set[str] = set()
 
     def without(self, prefix: str) -> "Weights":
         """Return the same tensors, with `prefix` removed from the names that have it."""
-        cut = {name.removeprefix(prefix): read for name, read in self._read.items()}
-        return Weights(cut, self.where)
+        return Weights(_renamed(self._tensors, prefix, self.where), self.where)
+
+    def shape(self, name: str, dimensions: int | None = None) -> tuple[int, ...]:
+        """Return the shape of a tensor, without reading it.
+
+        Raises MissingTensorError, or UserError if it has not so many `dimensions`.
+        """
+        if name not in self._tensors:
+            raise MissingTensorError(self.where, name)
+        self.used.add(name)
+        shape = self._tensors[name].shape
+        if dimensions not in (None, len(shape)):
+            raise UserError(
+                f"{self.where}: {name} has {len(shape)} dimensions, it must have {dimensions}."
+            )
+        return shape
 
     def take(self, name: str) -> np.ndarray:
-        """Return a tensor as float32, whatever its stored dtype; raises MissingTensorError."""
-        if name not in self._read:
-            raise MissingTensorError(name)
-        self.taken.add(name)
-        return np.asarray(self._read[name](), np.float32)
+        """Return a tensor as float32, whatever its stored dtype.
+
+        Raises UserError if it cannot be read or has values that are not finite.
+        """
+        with parsing(f"{self.where}: {name}"), np.errstate(over="ignore"):
+            array = np.asarray(self._tensors[name].read(), np.float32)
+        if not np.isfinite(array).all():
+            raise UserError(f"{self.where}: {name} has values that are not finite numbers.")
+        return array
 
 
 def open_file(path: Path) -> Weights:
     """Open a file that holds only tensors; raises UserError if it is none or would execute code."""
-    return Weights(_tensors(path), path)
+    with parsing(path), open_regular(path) as file:
+        header = int.from_bytes(file.read(8), "little")
+    if path.suffix in _TORCH:
+        return Weights(_torch_file(path), path)
+    if header > MAX_HEADER:
+        raise UserError(
+            f"{path}: cannot be read as safetensors: its header claims {header:,} bytes, and may "
+            f"have {MAX_HEADER:,}."
+        )
+    return Weights(_safetensors_file(path), path)
 
 
-def open_folder(folder: Path, *files: str) -> Weights:
-    """Open the first of `files` that exists; one that ends in .index.json lists the shards.
+def open_folder(folder: Path, *names: str) -> Weights:
+    """Open the first of the files `names` that exists; one in .index.json lists the shards.
 
     Raises UserError if there is none; see also `open_file`.
     """
-    for name in files:
+    for name in names:
         path = folder / name
         if not path.is_file():
             continue
         if not name.endswith(".index.json"):
             return open_file(path)
-        shards = set(read_json(path).get("weight_map", {}).values())
-        read = {
-            k: v for shard in sorted(shards) for k, v in open_file(folder / shard)._read.items()
-        }
-        return Weights(read, folder)
-    raise UserError(f"{folder}: has no weights; it needs one of {', '.join(files)}.")
+        shards = checked(read_json(path).get("weight_map"), "weight_map", dict, path).values()
+        tensors: dict[str, Tensor] = {}
+        for shard in sorted({path_part(shard, "shard", path) for shard in shards}):
+            more = open_file(folder / shard)._tensors
+            if twice := more.keys() & tensors.keys():
+                raise UserError(f"{folder}: its shards hold {few(twice)} more than once.")
+            tensors |= more
+        return Weights(tensors, folder)
+    raise UserError(f"{folder}: has no weights; it needs one of {', '.join(names)}.")
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; raises UserError if it is not valid JSON or no object."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise UserError(f"{path}: cannot be read as JSON ({e}).") from e
+    if path.is_file() and path.stat().st_size > MAX_CONFIG:
+        raise UserError(f"{path}: has more than {MAX_CONFIG:,} bytes, too many for a config.")
+    content = files.read_json(path)
     if not isinstance(content, dict):
         raise UserError(f"{path}: is not a JSON object.")
     return content
 
 
-def _tensors(path: Path) -> dict[str, Callable[[], Any]]:
-    return _torch_file(path) if path.suffix in _TORCH else _safetensors_file(path)
+def few(names: Iterable[str]) -> str:
+    """Return the first of some names from data, for a message."""
+    names = list(names)
+    listed = [n if n.isprintable() and len(n) <= 80 else shown(n) for n in names[:_LISTED]]
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(listed) + more
 
 
-def _safetensors_file(path: Path) -> dict[str, Callable[[], Any]]:
+def _renamed(tensors: Mapping[str, Tensor], prefix: str, where: Path) -> dict[str, Tensor]:
+    """Return `tensors` with `prefix` removed from names; raises UserError if two become equal."""
+    renamed = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    if len(renamed) < len(tensors):
+        twice = [n for n in renamed if n in tensors and prefix + n in tensors]
+        raise UserError(f"{where}: has {few(twice)} with and without {prefix!r} before the name.")
+    return renamed
+
+
+def _safetensors_file(path: Path) -> dict[str, Tensor]:
     import safetensors
 
-    try:
-        file = safetensors.safe_open(path, framework="numpy")
-    except (OSError, safetensors.SafetensorError) as e:
-        raise UserError(f"{path}: cannot be read as safetensors ({e}).") from e
-    names = file.keys()  # it is not a dict: iterating over the file itself fails
-    return {name: functools.partial(file.get_tensor, name) for name in names}
+    with parsing(f"{path}, as safetensors"):
+        tensors = safetensors.safe_open(path, framework="numpy")
+        names = tensors.keys()  # it is not a dict: iterating over the file itself fails
+        return {
+            name: Tensor(
+                tuple(tensors.get_slice(name).get_shape()),
+                functools.partial(tensors.get_tensor, name),
+            )
+            for name in names
+        }
 
 
-def _torch_file(path: Path) -> dict[str, Callable[[], Any]]:
+def _torch_file(path: Path) -> dict[str, Tensor]:
     try:
         import torch
     except ImportError as e:
@@ -110,17 +183,16 @@ def _torch_file(path: Path) -> dict[str, Callable[[], Any]]:
             f"{path}: PyTorch {torch.__version__} cannot read it safely; install torch>=2.6, or "
             "give a .safetensors file."
         )
+    check_stored(path)
+    if _is_program(path):
+        raise UserError(
+            f"{path}: is a TorchScript archive, a program that would have to be executed. If "
+            "you trust it, extract its weights once, and give that file:\n    python -c "
+            "\"import torch; torch.save(torch.jit.load('FILE.pt', 'cpu').state_dict(), "
+            "'WEIGHTS.pt')\""
+        )
     try:
-        if zipfile.is_zipfile(path) and _is_program(path):
-            raise UserError(
-                f"{path}: is a TorchScript archive, a program that would have to be executed. If "
-                "you trust it, extract its weights once, and give that file:\n    python -c "
-                "\"import torch; torch.save(torch.jit.load('FILE.pt', 'cpu').state_dict(), "
-                "'WEIGHTS.pt')\""
-            )
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
     except Exception as e:  # a corrupt or hostile file may raise anything
         raise UserError(
             f"{path}: holds more than tensors, or is corrupt, and was not read, since its pickle "
@@ -133,11 +205,23 @@ def _torch_file(path: Path) -> dict[str, Callable[[], Any]]:
         content = inside if isinstance(inside, dict) else content
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__} instead of a state dict.")
-    return {  # DistributedDataParallel adds the prefix "module."
-        name.removeprefix("module."): functools.partial(_to_numpy, tensor)
+    tensors = {
+        name: tensor
         for name, tensor in content.items()
-        if isinstance(tensor, torch.Tensor)
+        if isinstance(name, str) and isinstance(tensor, torch.Tensor)
     }
+    with parsing(path):
+        size = sum(tensor.nbytes for tensor in tensors.values())
+    if size > MAX_SHARED * path.stat().st_size:
+        raise UserError(
+            f"{path}: its tensors have {size:,} bytes, over {MAX_SHARED} times those of the file; "
+            "save contiguous copies."
+        )
+    read = {
+        name: Tensor(tuple(tensor.shape), functools.partial(_to_numpy, tensor))
+        for name, tensor in tensors.items()
+    }
+    return _renamed(read, "module.", path)  # of DistributedDataParallel
 
 
 def _to_numpy(tensor: Any) -> np.ndarray:
@@ -145,5 +229,7 @@ def _to_numpy(tensor: Any) -> np.ndarray:
 
 
 def _is_program(path: Path) -> bool:
-    with zipfile.ZipFile(path) as file:
+    if not zipfile.is_zipfile(path):
+        return False
+    with parsing(path), zipfile.ZipFile(path) as file:
         return any(name.endswith("/constants.pkl") for name in file.namelist())
