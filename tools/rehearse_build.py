@@ -5,9 +5,10 @@
 Writes tars like img2dataset's, of `scenes` at 500 x 375 pixels, with planted faults: truncated
 images, other files, empty captions, copies of the same or another quality, and a truncated last
 tar. Builds them with perceptual deduplication in FOLDER/straight; a tenth of them in FOLDER/tenth;
-and in FOLDER/killed, restarted after SIGKILL at random moments. Prints dropped examples by reason,
-seconds, and the peak memory (VmHWM) of the main process and of its workers. Exit status: 0 all
-counts equal the planted ones, and both datasets have the same bytes, reports included; 1 they
+and in FOLDER/killed, with SIGKILL at random moments of each start, until there were enough kills. A
+build that ends before its kill is compared, deleted, and begun again. Prints dropped examples by
+reason, seconds, and the peak memory (VmHWM) of the main process and of its workers. Exit status: 0
+all counts equal the planted ones, and all datasets have the same bytes, reports included; 1 they
 differ; 2 the user's mistake.
 """
 
@@ -17,6 +18,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -187,8 +189,8 @@ def contents(dataset: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (dataset / "1.0.0").iterdir()}
 
 
-def straight(shards: Path, out: Path, workers: int, planted: tuple[dict[str, int], int]) -> Build:
-    """Build without kills and print the result; exit if counts are not the planted ones."""
+def straight(shards: Path, out: Path, workers: int, planted: tuple[dict[str, int], int]) -> float:
+    """Build without kills; return the seconds. Exits if counts are not the planted ones."""
     build = Build(shards, out, workers)
     build.run()
     seconds = build.seconds
@@ -200,7 +202,31 @@ def straight(shards: Path, out: Path, workers: int, planted: tuple[dict[str, int
         print(f"    {count:6} {reason}")
     if (dropped, candidates) != planted or kept != candidates - sum(dropped.values()):
         sys.exit(f"the planted counts are {planted}")
-    return build
+    return seconds
+
+
+def killed(folder: Path, workers: int, kills: int, took: float, draw: random.Random) -> int:
+    """Kill builds at random moments of the `took` seconds of one; return the exit status."""
+    out, done, ended = folder / "killed", 0, 0
+    while True:
+        seconds = draw.uniform(0.02, 1) * took if done < kills else float("inf")
+        build = Build(folder / "straight_tars", out, workers)
+        if build.run(seconds):
+            done += 1
+            units = len(list((out / ".mine.building" / "units").glob("*.unit")))
+            print(f"kill {done} after {seconds:.1f} s, {units} units are done", flush=True)
+            continue
+        ended += 1
+        left = [path.name for path in out.iterdir() if path.name != "mine"]
+        same = contents(out / "mine") == contents(folder / "straight" / "mine")
+        print(f"ended after {build.seconds:.0f} s:", "the same bytes" if same else "OTHER BYTES")
+        if left or not same:
+            print(f"left over: {left}")
+            return 1
+        if done == kills:
+            print(f"{done} kills and {ended} finished builds")
+            return 0
+        shutil.rmtree(out)
 
 
 def main() -> int:
@@ -223,27 +249,10 @@ def main() -> int:
     print(f"{size / 1e6:.0f} MB of tars written in {time.monotonic() - begun:.0f} s", flush=True)
     for name, counts in planted.items():
         out = args.folder / name
-        build = straight(args.folder / f"{name}_tars", out, args.workers, counts)
+        took = straight(args.folder / f"{name}_tars", out, args.workers, counts)
 
-    # Killed builds keep at most the work done so far, so none of them can finish before its kill.
-    took = build.seconds
     draw = random.Random(args.seed)
-    moments = sorted(draw.uniform(0.02, 0.98) * took for _ in range(args.kills))
-    out, before = args.folder / "killed", 0.0
-    for number, moment in enumerate(moments, start=1):
-        build = Build(args.folder / "straight_tars", out, args.workers)
-        if not build.run(seconds := moment - before):
-            sys.exit(f"kill {number} came too late")
-        done = len(list((out / ".mine.building" / "units").glob("*.unit")))
-        print(f"killed after {seconds:.1f} s, {done} units are done", flush=True)
-        before = moment
-    build = Build(args.folder / "straight_tars", out, args.workers)
-    build.run()
-    print(f"the last build took {build.seconds:.0f} s")
-    same = contents(out / "mine") == contents(args.folder / "straight" / "mine")
-    left = [path.name for path in out.iterdir() if path.name != "mine"]
-    print("the same bytes" if same else "OTHER BYTES", f"and left over: {left}" if left else "")
-    return int(not same or bool(left))
+    return killed(args.folder, args.workers, args.kills, took, draw)
 
 
 if __name__ == "__main__":
