@@ -13,40 +13,20 @@
 # An existing JobSet of that name is stopped, which saves a checkpoint, and replaced. The run resumes.
 set -euo pipefail
 
-mistake() {
-  printf 'launch_gke: %s\n' "$*" >&2
-  exit 2
-}
+launcher=launch_gke
+. "$(dirname "${BASH_SOURCE[0]}")/launch_options.sh"
 text() { # a YAML string
   local quote="'"
   printf "'%s'" "${1//$quote/$quote$quote}"
 }
 
-name='' image='' accelerator='' topology='' mount='' spot='' service_account='' dry=''
+name='' image='' accelerator='' topology='' mount='' spot='' service_account='' dry_run=''
 chips_per_host=4 max_restarts=10
-while (($#)); do
-  case $1 in
-    --name=*) name=${1#*=} ;;
-    --image=*) image=${1#*=} ;;
-    --accelerator=*) accelerator=${1#*=} ;;
-    --topology=*) topology=${1#*=} ;;
-    --mount=*) mount=${1#*=} ;;
-    --chips_per_host=*) chips_per_host=${1#*=} ;;
-    --service_account=*) service_account=${1#*=} ;;
-    --max_restarts=*) max_restarts=${1#*=} ;;
-    --spot) spot=1 ;;
-    --dry_run) dry=1 ;;
-    --) break ;;
-    *) mistake "unknown flag $1; the program's flags go after --." ;;
-  esac
-  shift
-done
+read_options 'name:label image:image accelerator:word topology:topology mount:mount
+  chips_per_host:count service_account:label max_restarts:number spot:switch dry_run:switch' "$@"
 [[ $name && $image && $accelerator && $topology && $mount ]] ||
   mistake "--name, --image, --accelerator, --topology and --mount are required."
-[[ $topology =~ ^[0-9]+(x[0-9]+)+$ ]] || mistake "--topology=$topology: must look like 16x16 or 4x4x4."
-(($# > 1)) || mistake "the program's flags are missing: -- --config=configs/NAME.py --workdir=DIR."
-shift
-[[ "$*" != *$'\n'* ]] || mistake "a flag must not contain a line break: $*"
+need_program
 hosts=$((${topology//x/*} / chips_per_host))
 ((hosts * chips_per_host == ${topology//x/*})) ||
   mistake "--topology=$topology does not divide by --chips_per_host=$chips_per_host; change either."
@@ -66,8 +46,8 @@ END
   else
     cat <<END
               nfs:
-                server: $(text "${mount%%:*}")
-                path: $(text "${mount#*:}")
+                server: $(text "${mount%%:/*}")
+                path: $(text "/${mount#*:/}")
 END
   fi
 }
@@ -131,7 +111,7 @@ $(optional)
               image: $(text "$image")
               command: [python, -u, -m, cap_pretrain.main]
               args:
-$(for flag in "$@"; do echo "              - $(text "${flag//\$/\$\$}")"; done)
+$(for flag in "${program[@]}"; do echo "              - $(text "${flag//\$/\$\$}")"; done)
               resources:
                 requests: {google.com/tpu: $chips_per_host}
                 limits: {google.com/tpu: $chips_per_host}
@@ -146,11 +126,11 @@ $(volume)
 END
 }
 
-if [[ $dry ]]; then
-  manifest "$@"
+if [[ $dry_run ]]; then
+  manifest
   exit
 fi
-manifest=$(manifest "$@") # fails, if it does, before anything is deleted
+manifest=$(manifest) # fails, if it does, before anything is deleted
 kubectl delete jobset "$name" --ignore-not-found --cascade=foreground
 kubectl create -f - <<<"$manifest"
 of="--selector=jobset.sigs.k8s.io/jobset-name=$name"

@@ -17,47 +17,19 @@
 # Exit status: that of the run (0 done, 2 user's mistake, 143 stopped), or 1 if it is unknown.
 set -euo pipefail
 
-say() { printf 'launch_tpu: %s\n' "$*" >&2; }
-die() { # STATUS MESSAGE
-  say "$2"
-  exit "$1"
-}
-quoted() { # quotes its arguments as one line for a shell
-  local line='' word one="'" quoted="'\\''"
-  for word in "$@"; do
-    case $word in *[!A-Za-z0-9_./:=,@%+-]* | '') word="'${word//$one/$quoted}'" ;; esac
-    line+=" $word"
-  done
-  printf '%s' "${line# }"
-}
-
-name='' zone='' type='' version='' project='' spot='' queued='' mount='' dry='' stop=''
+launcher=launch_tpu
+. "$(dirname "${BASH_SOURCE[0]}")/launch_options.sh"
+name='' zone='' type='' version='' project='' spot='' queued='' mount='' dry_run='' stop=''
 max_failures=3 quick=600 poll=30
-create_flags=()
-while (($#)); do
-  case $1 in
-    --name=* | --zone=* | --type=* | --version=* | --project=* | --mount=* | \
-      --max_failures=* | --quick=* | --poll=*)
-      flag=${1%%=*}
-      printf -v "${flag#--}" '%s' "${1#*=}"
-      ;;
-    --create_flag=*) create_flags+=("${1#*=}") ;;
-    --spot) spot=1 ;;
-    --queued) queued=1 ;;
-    --dry_run) dry=1 ;;
-    --stop) stop=1 ;;
-    --) break ;;
-    *) die 2 "unknown flag $1; the program's flags go after --." ;;
-  esac
-  shift
-done
-[[ $name && $zone ]] || die 2 "--name and --zone are required."
+read_options 'name:label zone:word type:word version:word project:word mount:mount create_flag:each
+  max_failures:number quick:number poll:seconds spot:switch queued:switch dry_run:switch
+  stop:switch' "$@"
+[[ $name && $zone ]] || mistake "--name and --zone are required."
 if [[ ! $stop ]]; then
-  [[ $type && $version ]] || die 2 "--type and --version are required."
-  (($# > 1)) || die 2 "the program's flags are missing: -- --config=configs/NAME.py --workdir=DIR."
-  shift
+  [[ $type && $version ]] || mistake "--type and --version are required."
+  need_program
 fi
-[[ $dry ]] || command -v gcloud >/dev/null || die 1 "gcloud is not installed."
+[[ $dry_run ]] || command -v gcloud >/dev/null || die 1 "gcloud is not installed."
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 where=("--zone=$zone" ${project:+"--project=$project"})
@@ -65,7 +37,7 @@ temporary=$(mktemp -d)
 trap 'rm -rf "$temporary"' EXIT
 
 run() { # runs a command, or prints it
-  if [[ $dry ]]; then quoted "$@" && echo; else "$@"; fi
+  if [[ $dry_run ]]; then quoted "$@" && echo; else "$@"; fi
 }
 tpus() { run gcloud compute tpus "$@" "${where[@]}"; }
 worker() { # WORKERS VERB ARGUMENTS…: runs tools/launch_tpu_worker.sh on these workers
@@ -88,7 +60,7 @@ create() {
     kind=(queued-resources create "$name" --node-id="$name" --runtime-version="$version")
   fi
   tpus "${kind[@]}" --accelerator-type="$type" ${spot:+--spot} \
-    ${create_flags[@]+"${create_flags[@]}"}
+    ${each[@]+"${each[@]}"}
 }
 
 delete() { # deletes the remains of a preempted slice
@@ -149,13 +121,13 @@ if [[ $stop ]]; then
   worker all stop
   exit
 fi
-if [[ $dry ]]; then
+if [[ $dry_run ]]; then
   echo "# Create $name unless it is READY; a preempted slice is deleted first."
   create
   echo "# Copy and install the code on all workers, unless the program is running there."
   install
   echo "# Start the program on all workers and follow the log of worker 0."
-  worker all start "$@"
+  worker all start "${program[@]}"
   worker 0 follow
   echo "# Get the exit statuses. 0, 2 and 130 end this, and 143 if the slice is still READY."
   echo "# A preemption repeats all of this; a crash restarts the program, up to $max_failures quick crashes in a row."
@@ -172,14 +144,14 @@ while true; do
   running || idle=$?
   if ((idle == 1)); then
     # A failure here may be a preemption; otherwise it counts as a crash.
-    if { [[ $installed ]] || install; } && worker all start "$@"; then
+    if { [[ $installed ]] || install; } && worker all start "${program[@]}"; then
       idle=0 installed=1
     else
       ended='1 0' installed=''
     fi
   fi
   if ((idle == 0)) && worker 0 follow; then # prints "ended STATUS SECONDS" for each worker
-    ended=$(worker all ended | sed -n 's/^ended //p') || true
+    ended=$(worker all ended | sed -nE 's/^ended ([0-9]{1,3} (0|[1-9][0-9]{0,8}))$/\1/p') || true
   fi
   statuses=$(awk '{print $1}' <<<"$ended" | sort -un | xargs)
   case " $statuses " in

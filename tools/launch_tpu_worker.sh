@@ -8,7 +8,9 @@
 #   stop              send SIGTERM, on which the program saves a checkpoint, and wait
 set -euo pipefail
 
+launcher=launch_tpu_worker
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. tools/launch_options.sh
 mount_point=/mnt/runs
 mkdir -p run
 verb=$1
@@ -61,7 +63,7 @@ ended() {
 
 case $verb in
   install)
-    if (($#)); then mount_runs "$1"; fi
+    if (($#)); then check mount mount "$1" && mount_runs "$1"; fi
     # TPU VMs have Python 3.10, which is too old.
     export PATH=$HOME/.local/bin:$PATH
     command -v uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
@@ -89,7 +91,6 @@ case $verb in
     ended
     ;;
   *)
-    echo "unknown command $verb" >&2
-    exit 2
+    mistake "$(printf 'unknown command %q' "$verb")"
     ;;
 esac

@@ -132,7 +132,7 @@ class Bench:
             (folder / "repository" / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / file, folder / "repository" / file)
         (folder / "repository/tools").mkdir()
-        for script in ROOT.glob("tools/launch_tpu*"):
+        for script in [*ROOT.glob("tools/launch_tpu*"), ROOT / "tools/launch_options.sh"]:
             shutil.copy(script, folder / "repository/tools")
         self.put("gcloud", f"#!{sys.executable} -ISs\n{GCLOUD}")
         self.put("uv", UV)
