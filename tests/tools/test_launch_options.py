@@ -198,7 +198,7 @@ def test_a_worker_mounts_what_is_given_or_refuses_it(bench, value):
 
 def test_what_workers_report_is_not_evaluated(bench):
     text = (bench.bin / "gcloud").read_text()
-    lie = f"if 'worker.sh ended' in str(argv): print('ended 1 9+a[$(touch${{IFS}}PWNED)0]')\n"
+    lie = "if 'worker.sh ended' in str(argv): print('ended 1 9+a[$(touch${IFS}PWNED)0]')\n"
     bench.put("gcloud", text.replace('if verb == "describe"', f'{lie}if verb == "describe"', 1))
     (bench.fake / "statuses").write_text("1")
     with bench.start("--max_failures=1", stdout=-1, stderr=-1, cwd=bench.fake) as process:
