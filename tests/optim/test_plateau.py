@@ -15,7 +15,7 @@ from cap_pretrain.evals.base import Result
 from cap_pretrain.evals.suite import Suite
 from cap_pretrain.optim.plateau import Plateau
 from cap_pretrain.validation import validate
-from tests import toy
+from tests import quick, toy
 
 
 def states(plateau, values):
@@ -53,7 +53,7 @@ def test_an_evaluation_counts_once_and_other_metrics_do_not_count():
 
 
 def make_config(tokenizer_path, **plateau):
-    c = toy.config("captioner", text__tokenizer=str(tokenizer_path), total_steps=20)
+    c = toy.config(quick.NAME, text__tokenizer=str(tokenizer_path), total_steps=20)
     c.eval.every_steps = c.checkpoint.every_steps = 2
     c.optim.decay, c.optim.warmup_share = "constant", 0.0
     c.evals = ConfigDict(

@@ -7,7 +7,7 @@ import pytest
 from cap_pretrain import learners
 from cap_pretrain.distributed import sharding
 from cap_pretrain.training import step
-from tests import toy
+from tests import quick, toy
 
 SMALL = dict(model__depth=1, model__width=32, model__mlp=64)
 
@@ -36,7 +36,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(average):
 
 
 def test_a_bad_step_is_left_out_whole():
-    c = toy.config(optim__ema=0.5, optim__skip_bad_steps=3, optim__warmup_share=0.0, **SMALL)
+    c = toy.config(quick.NAME, optim__ema=0.5, optim__skip_bad_steps=3, optim__warmup_share=0.0)
     init, abstract, graphdef, tx, rate, mesh = toy.prepared(c)
     take = step.make_train_step(
         graphdef, tx, rate, c, jax.tree.map(lambda leaf: leaf.sharding, abstract)
@@ -58,7 +58,7 @@ def test_a_bad_step_is_left_out_whole():
 
 
 def test_examples_and_broken_images_are_counted_where_the_step_runs():
-    c = toy.config(**SMALL)
+    c = toy.config(quick.NAME)
     init, abstract, graphdef, tx, rate, mesh = toy.prepared(c)
     take = step.make_train_step(
         graphdef, tx, rate, c, jax.tree.map(lambda leaf: leaf.sharding, abstract)
@@ -73,10 +73,10 @@ def test_examples_and_broken_images_are_counted_where_the_step_runs():
 
 def test_a_step_counts_averages_and_leaves_what_is_frozen():
     c = toy.config(
+        quick.NAME,
         optim__ema=0.75,
         optim__lr_rules=(("encoder/.*", 0.0),),
         optim__warmup_share=0.0,
-        **SMALL,
     )
     init, abstract, graphdef, tx, rate, mesh = toy.prepared(c)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
