@@ -134,6 +134,8 @@ def _data() -> ConfigDict:
     # in TFDS format, or a mixture "a:0.2+b:0.8".
     c.name = "scenes"
     c.split = "train"
+    # "val" of a dataset that has only the split train is a random twentieth of that, at most 10,000
+    # examples, the same in every run; they are then held out of training.
     c.eval_split = "val"
     # Train on this fraction of every class, always the same examples; for labelled datasets.
     c.fraction = 1.0

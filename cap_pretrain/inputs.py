@@ -1,10 +1,11 @@
 """Opening what a run reads according to its config: datasets, tokenizer and batches."""
 
+import contextlib
 import functools
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NewType
 
@@ -15,7 +16,7 @@ from ml_collections import ConfigDict
 from cap_pretrain import files, learners
 from cap_pretrain.data import pipeline
 from cap_pretrain.data.sources import buckets, subset
-from cap_pretrain.data.sources.base import Source, parse_mixture
+from cap_pretrain.data.sources.base import NoSplitError, Source, parse_mixture
 from cap_pretrain.data.sources.open import GENERATED, open_source
 from cap_pretrain.data.text import tokenizers, words
 from cap_pretrain.distributed import cluster
@@ -27,6 +28,9 @@ TOKENIZER_EXAMPLES = 50_000
 
 # Subsets of a dataset are drawn with this seed, so that runs with other seeds are comparable.
 SUBSET_SEED = 0
+
+# The default `data.eval_split`, and the split that a part is taken from where there is no such one.
+VALIDATION, TRAINING = "val", "train"
 
 Mixture = list[tuple[Source, float]]
 """Datasets and their relative weights."""
@@ -69,16 +73,30 @@ def open_data(config: ConfigDict, split: str, name: str = "") -> Source:
 
 
 def _open_unrestricted(section: ConfigDict, split: str, name: str) -> Source:
-    """Open a dataset with all its classes; `section` is `config.data`."""
-    return open_source(
+    """Open a dataset with all its classes; `section` is `config.data`.
+
+    If the dataset has only the split train, and `data.eval_split` is the default, then "val" is a
+    part of it and "train" the rest (see `subset.divided`).
+    """
+    open_split = functools.partial(
+        open_source,
         name,
-        split,
         image_size=section.image_size,
         data_dir=section.dir,
         cache=section.cache,
         fields=section.fields.to_dict(),
         generated={dataset: section[dataset].to_dict() for dataset in GENERATED},
     )
+    if section.eval_split != VALIDATION or split not in (VALIDATION, TRAINING):
+        return open_split(split)
+    try:
+        source = open_split(split)
+    except NoSplitError as error:
+        if split != VALIDATION or error.splits != (TRAINING,):
+            raise
+        return subset.divided(open_split(TRAINING))[1]
+    only = getattr(source, "splits", ()) == (TRAINING,)
+    return subset.divided(source)[0] if only else source
 
 
 # Cached, because each evaluator opens the data separately.
@@ -97,15 +115,29 @@ def open_sources(config: ConfigDict) -> Mixture:
     members = []
     for name, weight in parse_mixture(config.data.name):
         source = open_data(config, config.data.split, name)
-        example = source[0]
-        for part, missing in (("text", not example["captions"]), ("label", example["label"] < 0)):
-            if part in reads and missing:
-                raise UserError(
-                    f"data.name: {source} has no {part}, which the learner "
-                    f"{config.learner.name} needs; name another dataset or set data.fields."
-                )
+        check_reads(
+            source, reads, f"data.name: {{}}, which the learner {config.learner.name} needs"
+        )
         members.append((subset.fraction_of(source, config.data.fraction, SUBSET_SEED), weight))
     return members
+
+
+def check_reads(source: Source, reads: Collection[str], why: str) -> None:
+    """Raise UserError if the first example lacks a part of `reads`; `why` has {} for what is."""
+    example = source[0]
+    for part, missing in (("text", not example["captions"]), ("label", example["label"] < 0)):
+        if part in reads and missing:
+            what = why.format(f"{source} has no {part}")
+            raise UserError(f"{what}; name another dataset or set data.fields.")
+
+
+def held_out(config: ConfigDict, mixture: Mixture) -> list[str]:
+    """Return a line for each of the run's datasets of which a part is held out."""
+    sources = [source for source, _ in mixture]
+    if not mixture and config.evals:
+        with contextlib.suppress(UserError):  # perhaps no evaluator reads it
+            sources = [open_data(config, config.data.eval_split)]
+    return [note for source in sources if (note := getattr(source, "note", ""))]
 
 
 def completed(config: ConfigDict, mixture: Mixture) -> ConfigDict:

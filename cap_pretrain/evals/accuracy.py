@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from cap_pretrain import inputs
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.base import Context, DataOptions, Result
 from cap_pretrain.evals.inference.portions import EveryImage
@@ -30,6 +31,7 @@ class Accuracy:
             )
         self._context, self._options = context, options
         self._source = context.source(options.split, options.data)
+        inputs.check_reads(self._source, ("label",), "evals: {}, which accuracy needs")
 
         def count(learner, images, labels):
             return *count_better_and_tied(learner.classify(images), labels), labels

@@ -44,8 +44,8 @@ class Context:
 
     config: ConfigDict
     graphdef: nnx.GraphDef
-    tokenizer: Any
-    mesh: Mesh  # to compute on
+    tokenizer: Any  # None until there is one
+    mesh: Any  # to compute on, a Mesh; abstract where nothing is computed
     stop: Callable[[], bool] = lambda: False
     workdir: Path | None = None  # of the run, where evaluators may cache; None: no cache
 
@@ -106,7 +106,12 @@ class Evaluator(Protocol):
     Options: ClassVar[type]
 
     def __init__(self, context: Context, options: Any):
-        """Prepare what all evaluations share; raise UserError if learner or dataset do not fit."""
+        """Check all that evaluations need; raise UserError if learner, data or options do not fit.
+
+        That is: splits, captions or labels, class names, files, packages. It is done before a run
+        begins, too (see `suite.check`): the tokenizer does not exist then, so it is used later, and
+        so is whatever takes longer than a second.
+        """
 
     def __call__(self, variables: Any) -> Result:
         """Evaluate the learner with these variables."""

@@ -48,7 +48,9 @@ class CaptionScores:
                 f"evals: caption_scores needs reference captions, and {self._dataset} has none; "
                 "name another dataset or set data.fields."
             )
-        caption_metrics.check_options(options.tokenizer, options.spice, options.protocol)
+        wanted = (options.tokenizer, options.spice, options.protocol)
+        # Host 0 scores for all: only it needs the packages and Java.
+        cluster.decided(None, lambda _: caption_metrics.check_options(*wanted))
         self._captioning = Captioning(
             context,
             self._source,
@@ -63,7 +65,6 @@ class CaptionScores:
         Raises UserError if an image has no references or a requested PTBTokenizer cannot run.
         """
         captions = dict(self._captioning(variables))
-        # Host 0 scores for all: only it needs Java, and all hosts get the same metrics.
         found = cluster.decided(None, lambda _: self._score(captions))
         return Result(found["metrics"], found["details"], (found["line"],))
 

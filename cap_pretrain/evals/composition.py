@@ -1,6 +1,7 @@
 """Composition: whether a true caption scores above hard negatives, which differ little from it."""
 
 import dataclasses
+import functools
 from typing import Any, cast
 
 import numpy as np
@@ -60,25 +61,34 @@ class Composition:
         self._set = question_set(context, options)
         # A cast, since mypy takes the property `class_names` of Scenes for another type.
         self._source = cast(Source, self._set.source)
-        count = min(len(self._source), options.limit or len(self._source))
-        self._questions = [self._set.questions(index) for index in range(count)]
-        number: dict[str, int] = {}  # distinct text -> its index
-        self._texts = [
+        self._scoring.check_prior()
+        self._count = min(len(self._source), options.limit or len(self._source))
+        if not any(map(self._set.questions, range(self._count))):
+            raise UserError(f"evals: composition: {self._source} yields no questions.")
+
+    @functools.cached_property
+    def _questions(self) -> list[list[Question]]:
+        """The questions of each image."""
+        return [self._set.questions(index) for index in range(self._count)]
+
+    @functools.cached_property
+    def _candidates(self) -> tuple[np.ndarray, list[list[int]]]:
+        """The tokens of all distinct texts, and which of them are the candidates of each image."""
+        number: dict[str, int] = {}
+        texts = [
             [number.setdefault(text, len(number)) for text in candidates(questions)]
             for questions in self._questions
         ]
-        if not number:
-            raise UserError(f"evals: composition: {self._source} yields no questions.")
-        self._tokens = self._scoring.encode(list(number))
+        return self._scoring.encode(list(number)), texts
 
     def __call__(self, variables: Any) -> Result:
         """Score the candidates of every question."""
-        scoring = self._scoring
-        features = scoring.text_features(variables, self._tokens)
-        prior = scoring.prior(variables, self._tokens) if scoring.has_prior else None
+        scoring, (tokens, texts_of) = self._scoring, self._candidates
+        features = scoring.text_features(variables, tokens)
+        prior = scoring.prior(variables, tokens) if scoring.has_prior else None
         tally, images = Tally(scoring.tolerance), 0
         for where, pictures in scoring.batches(variables, self._source, self._options.limit):
-            texts = [self._texts[index] for index in where["index"]]
+            texts = [texts_of[index] for index in where["index"]]
             padded = np.zeros((len(texts), max(1, *map(len, texts))), int)
             for row, own in zip(padded, texts, strict=True):
                 row[: len(own)] = own

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cap_pretrain import inputs
+from cap_pretrain.errors import UserError
 from cap_pretrain.evals.base import BatchOptions, Context, Result
 from cap_pretrain.learners.protocols import Contrasts, learner_type
 
@@ -33,8 +34,15 @@ class Loss:
     def __init__(self, context: Context, options: Options):
         self._context, self._options = context, options
         self._source = context.source(options.split, options.data)
+        learner = learner_type(context.graphdef)
+        reads = getattr(learner, "reads", ())
+        inputs.check_reads(self._source, reads, f"evals: {{}}, which a {learner.__name__} needs")
+        if options.unigram and "text" not in reads:
+            raise UserError(
+                f"evals: loss.unigram is for captions, which a {learner.__name__} does not read."
+            )
         over = "examples"
-        if issubclass(learner_type(context.graphdef), Contrasts):
+        if issubclass(learner, Contrasts):
             over = f"batches of {options.batch_size}, weighted by their examples"
         named = context.named(options.split, options.data)
         self._details = {"protocol": f"the learner's own loss, its mean over {over}", **named}

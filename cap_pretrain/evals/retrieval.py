@@ -1,11 +1,13 @@
 """Retrieval: an image's captions among all captions, and a caption's image among all images."""
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
+from cap_pretrain.data.sources.base import without_image
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.base import Context, Result, ScoringOptions
 from cap_pretrain.evals.inference.scoring import Scoring
@@ -41,39 +43,43 @@ class Retrieval:
         self._context, self._options = context, options
         self._scoring = Scoring(context, batch_size=options.batch_size, pairs=options.pairs)
         self._source = source = context.source(options.split, options.data)
-        count = min(len(source), options.limit or len(source))
-        captions = [source[index]["captions"] for index in range(count)]
-        texts = [caption for own in captions for caption in own]
-        if not texts:
+        self._scoring.check_prior()
+        self._count = min(len(source), options.limit or len(source))
+        if not any(without_image(source, index)["captions"] for index in range(self._count)):
             raise UserError(
                 f"evals: retrieval: {source} has no captions; name a captioned dataset or set "
                 "data.fields.captions."
             )
-        self._tokens = self._scoring.encode(texts)
-        # The image of each caption, and the captions of each image, padded with -1.
-        self._owner = np.repeat(np.arange(count), [len(own) for own in captions])
-        self._own = np.full((count, max(map(len, captions))), -1)
-        first = np.searchsorted(self._owner, self._owner)
-        self._own[self._owner, np.arange(len(texts)) - first] = np.arange(len(texts))
+
+    @functools.cached_property
+    def _texts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The tokens of all captions, the image of each, the captions of each image (or -1)."""
+        captions = [without_image(self._source, k)["captions"] for k in range(self._count)]
+        texts = [caption for own in captions for caption in own]
+        owner = np.repeat(np.arange(self._count), [len(own) for own in captions])
+        own = np.full((self._count, max(map(len, captions))), -1)
+        first = np.searchsorted(owner, owner)
+        own[owner, np.arange(len(texts)) - first] = np.arange(len(texts))
+        return self._scoring.encode(texts), owner, own
 
     def __call__(self, variables: Any) -> Result:
         """Rank all candidates in both directions."""
-        scoring = self._scoring
-        texts = scoring.text_features(variables, self._tokens)
-        prior = scoring.prior(variables, self._tokens) if scoring.has_prior else None
+        scoring, (tokens, owner, own_texts) = self._scoring, self._texts
+        texts = scoring.text_features(variables, tokens)
+        prior = scoring.prior(variables, tokens) if scoring.has_prior else None
 
         # The images are read twice; a dual encoder's features, a small vector each, are kept.
         cache = None if scoring.has_prior else list(self._batches(variables))
 
         own_scores, present = np.zeros(len(texts), np.float32), np.zeros(len(texts), bool)
         for where, images in cache or self._batches(variables):
-            own = self._own[where["index"]]
+            own = own_texts[where["index"]]
             scores = scoring.compare(variables, images, texts[own])
             real = where["mask"][:, None] & (own >= 0)
             own_scores[own[real]], present[own[real]] = scores[real], True
 
         # Captions whose image cannot be decoded are not candidates.
-        counts = Counts(self._owner[present], own_scores[present], scoring.tolerance)
+        counts = Counts(owner[present], own_scores[present], scoring.tolerance)
         offsets = {"": 0.0} if prior is None else {"": 0.0, "_over_prior": prior[present]}
         for where, images in cache or self._batches(variables):
             scores = scoring.compare(variables, images, texts[present])

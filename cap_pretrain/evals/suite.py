@@ -5,10 +5,39 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+from flax import nnx
+from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
-from cap_pretrain import evals, files
+from cap_pretrain import evals, files, learners
+from cap_pretrain.data.sources.base import NoSplitError
+from cap_pretrain.errors import UserError
 from cap_pretrain.evals.base import Context, Result
+
+
+def check(config: ConfigDict) -> None:
+    """Check all that the evaluators of a run need, in seconds and before anything is built.
+
+    Each is constructed with an abstract learner and without a tokenizer. Raises UserError, which
+    begins with the evaluator's section of the config.
+    """
+    if not config.evals:
+        return
+    learner = nnx.eval_shape(
+        lambda: learners.build(config, config.text.vocab_size, jax.random.key(0))
+    )
+    mesh = AbstractMesh((1, 1, 1), ("data", "fsdp", "tensor"))
+    context = Context(config, nnx.graphdef(learner), None, mesh)
+    for name, section in config.evals.items():
+        options = evals.options(name, section)
+        try:
+            evals.evaluator_class(section.evaluator)(context, options)
+        except UserError as error:
+            message = f"evals.{name}: {str(error).removeprefix('evals: ')}"
+            if isinstance(error, NoSplitError):
+                message += f" Set data.eval_split or evals.{name}.split."
+            raise UserError(message) from error
 
 
 class Suite:
@@ -48,9 +77,16 @@ class Suite:
         """Return whether the result at `path` is for these options and weights."""
         if not path.exists():
             return False
-        found = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            found = files.read_json(path)
+        except UserError:  # it is computed again
+            return False
         options = json.loads(json.dumps(section.to_dict()))
-        return found["options"] == options and found.get("weights") == self._weights.get("weights")
+        return (
+            isinstance(found, dict)
+            and found.get("options") == options
+            and found.get("weights") == self._weights.get("weights")
+        )
 
 
 def write_result(path: Path, section: ConfigDict, step: int, result: Result, **about: str) -> None:

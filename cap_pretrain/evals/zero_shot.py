@@ -1,6 +1,7 @@
 """Zero-shot classification: the class whose name, put into captions, fits an image best."""
 
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Sequence
@@ -66,10 +67,15 @@ class ZeroShot:
         source = context.source(options.split, options.data)
         self.classes, self.templates = prompts(source, options.classes, options.templates)
         self._source = subset.sample(source, options.limit, seed=0)
+        self._scoring.check_prior()
+
+    @functools.cached_property
+    def _tokens(self) -> np.ndarray:
+        """Tokens of the captions of all classes, int32 [classes x templates, T]."""
         texts = [
             template.replace("{}", name) for name in self.classes for template in self.templates
         ]
-        self._tokens = self._scoring.encode(texts)
+        return self._scoring.encode(texts)
 
     def __call__(self, variables: Any) -> Result:
         """Classify the images; raise UserError if none is usable or a label has no name."""

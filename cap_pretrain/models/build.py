@@ -169,6 +169,17 @@ def compute(config: ConfigDict) -> Compute:
     )
 
 
+def check_device(config: ConfigDict) -> None:
+    """Raise UserError if the devices of this process cannot compute what the config asks for."""
+    backend = jax.default_backend()
+    if config.dtype == "float16" and backend == "cpu":
+        raise UserError("dtype: float16 is not for CPUs; use auto, float32 or bfloat16.")
+    if config.model.attention == "cudnn" and backend != "gpu":
+        raise UserError(
+            f"model.attention: cudnn is for NVIDIA GPUs, not for a {backend}; use auto."
+        )
+
+
 def encoder_options(config: ConfigDict) -> Options:
     """Return a ViT's options, which have the names of the config's fields."""
     return Options(**{f.name: config.model[f.name] for f in dataclasses.fields(Options)})

@@ -12,6 +12,9 @@ from cap_pretrain.optim import optimizers
 # The units of the length of a run; the first one that is set takes precedence.
 UNITS = ("steps", "examples", "epochs")
 
+# A moving average in which the initial parameters have a larger share at the end is too long.
+EMA_SHARE = 0.05
+
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
@@ -65,6 +68,19 @@ def describe(config: ConfigDict, schedule: Schedule) -> str:
     if others:
         line += f"; ignoring {', '.join(others)} (set {counts.partition('=')[0]}=0 to use it)"
     return line
+
+
+def notes(config: ConfigDict, schedule: Schedule) -> list[str]:
+    """Return a line if a moving average of the parameters is too long for the run."""
+    share = config.optim.ema**schedule.total if schedule.total else 0.0
+    if share < EMA_SHARE:
+        return []
+    better = max(0.0, 1 + math.log(EMA_SHARE) / schedule.total)
+    return [
+        f"optim.ema: {config.optim.ema} is long for {schedule.total:,} steps: at the end, "
+        f"{share:.0%} of the averaged parameters, which are evaluated, are the initial ones; give "
+        f"at most {better:.4g}."
+    ]
 
 
 def learning_rate(config: ConfigDict, schedule: Schedule) -> optax.Schedule:

@@ -7,6 +7,7 @@ import numpy as np
 
 from cap_pretrain.evals.base import Context, Result
 from cap_pretrain.evals.suite import Suite
+from cap_pretrain.optim import schedule as schedules
 from cap_pretrain.optim.plateau import Memory, Plateau
 from cap_pretrain.telemetry.metrics import MetricsWriter
 from cap_pretrain.telemetry.progress import Progress
@@ -74,7 +75,11 @@ class Evaluation:
         """Write the metrics of an evaluator and print them."""
         self._writer.write(step, {f"{name}/{k}": v for k, v in result.metrics.items()})
         metrics = "  ".join(f"{k} {v:.4g}" for k, v in result.metrics.items())
-        self._progress.say("\n    ".join([f"step {step}  {name}: {metrics}", *result.lines]))
+        lines = [f"step {step}  {name}: {metrics}", *result.lines]
+        share = self._setup.config.optim.ema**step
+        if step and share >= schedules.EMA_SHARE:
+            lines.append(f"by averaged parameters, {share:.0%} of which are the initial ones")
+        self._progress.say("\n    ".join(lines))
         if result.pictures:
             images, captions = zip(*result.pictures, strict=True)
             self._writer.images(step, name, np.stack(images), captions)

@@ -15,6 +15,8 @@ from ml_collections import ConfigDict
 from cap_pretrain import config as configs
 from cap_pretrain import files, inputs, learners
 from cap_pretrain.distributed import cluster, sharding
+from cap_pretrain.evals import suite
+from cap_pretrain.models import build
 from cap_pretrain.optim import optimizers
 from cap_pretrain.optim import schedule as schedules
 from cap_pretrain.telemetry import flops
@@ -35,6 +37,7 @@ class Setup:
     mixture: inputs.TrainingMixture  # of training; empty for a run that only evaluates
     tokenizer: Any
     schedule: schedules.Schedule
+    notes: list[str]  # lines for the log about the data and the moving average
     epoch: int  # examples in one epoch
     init: Callable[[], TrainState]  # makes the initial state on the mesh
     abstract: TrainState  # the state's shapes, dtypes and shardings
@@ -47,6 +50,8 @@ class Setup:
         devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         progress.say(f"{devices}, mesh {dict(self.mesh.shape)}")
         for line in inputs.describe(self.config, self.mixture):
+            progress.say(line)
+        for line in self.notes:
             progress.say(line)
         if self.schedule.total:
             progress.say(schedules.describe(self.config, self.schedule))
@@ -80,9 +85,11 @@ def prepare(
     `resuming` from checkpoints in the workdir, its tokenizer is trained again.
     """
     validate(config, tokenizer=resuming and inputs.tokenizer_path(workdir).exists())
+    build.check_device(config)
     mesh = sharding.make_mesh(config)
     sources = inputs.open_sources(config) if configs.trains(config) else []
     config = inputs.completed(config, sources)
+    suite.check(config)
     files.make_workdir(workdir)
     cluster.check_shared(workdir)
     check(config)
@@ -102,7 +109,9 @@ def prepare(
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     step_fn = make_train_step(graphdef, tx, rate, config, shardings)
     return Setup(
-        *(config, workdir, mesh, mixture, tokenizer, schedule, epoch),
+        *(config, workdir, mesh, mixture, tokenizer, schedule),
+        [*inputs.held_out(config, sources), *schedules.notes(config, schedule)],
+        epoch,
         *(init, abstract, graphdef, step_fn),
     )
 
@@ -116,6 +125,7 @@ def dry_run(
     files.make_workdir(workdir)
     sources = inputs.open_sources(config) if configs.trains(config) else []
     config = inputs.completed(config, sources)
+    suite.check(config)
     check(config)
     tokenizer = (
         inputs.prepare_tokenizer(config, sources, workdir, anew=False)
@@ -131,7 +141,8 @@ def dry_run(
         total_steps=schedule.total,
         make_optimizer=functools.partial(make_optimizer, config, rate, idle=not schedule.total),
     )
-    return plan.write_plan(made, workdir)
+    notes = [*inputs.held_out(config, sources), *schedules.notes(config, schedule)]
+    return "\n\n".join([plan.write_plan(made, workdir), *notes])
 
 
 def make_optimizer(

@@ -52,6 +52,20 @@ def test_a_sample_is_drawn_from_all_over():
     assert subset.sample(SOURCE, 0, seed=0) is subset.sample(SOURCE, 400, seed=0) is SOURCE
 
 
+def test_a_dataset_is_divided_alike_in_every_run():
+    """For many lengths: every example is on one side, a twentieth is held out, nothing random."""
+    for count in (*range(2, 300), 199_999, 200_001):
+        source = Scenes("train", 16, length_train=count)
+        training, held_out = subset.divided(source)
+        both = np.sort(np.concatenate([training._indices, held_out._indices]))
+        np.testing.assert_array_equal(both, np.arange(count))
+        assert len(held_out) == min(10_000, max(1, count // 20))
+        np.testing.assert_array_equal(held_out._indices, subset.divided(source)[1]._indices)
+    assert np.ptp(subset.divided(Scenes("train", 16))[1]._indices) > 990_000  # from all over
+    with pytest.raises(UserError, match="data.eval_split: scenes.* has one example"):
+        subset.divided(Scenes("train", 16, length_train=1))
+
+
 def test_a_subset_is_a_source_that_workers_can_open():
     part = pickle.loads(pickle.dumps(subset.fraction_of(SOURCE, 0.1, seed=0)))
     assert ids(part) == ids(subset.fraction_of(SOURCE, 0.1, seed=0))

@@ -73,3 +73,20 @@ def test_the_rate_of_a_run_is_scaled_by_its_own_batch_size():
 def test_the_log_names_the_length_that_counts(given, line):
     c = toy.config(**given)
     assert schedule.describe(c, schedule.make_schedule(c, epoch=200)) == line
+
+
+@pytest.mark.parametrize(("ema", "steps", "told"), [(0.9999, 200, "98%"), (0.99, 200, "13%")])
+def test_a_moving_average_that_is_too_long_is_told(ema, steps, told):
+    (line,) = notes(ema, steps)
+    assert line.startswith(f"optim.ema: {ema} is long for {steps} steps") and told in line
+    better = float(line.rstrip(".").rpartition(" ")[2])
+    assert not notes(better - 1e-4, steps) and notes(better + 2e-4, steps)
+
+
+def notes(ema, steps):
+    c = toy.config(optim__ema=ema, total_steps=steps)
+    return schedule.notes(c, schedule.make_schedule(c, epoch=1))
+
+
+def test_no_moving_average_is_not_too_long():
+    assert not notes(0.0, 200) and not notes(0.9999, 0)

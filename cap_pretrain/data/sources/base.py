@@ -20,6 +20,7 @@ To add a generated dataset, write a class like this in a new file and register i
 
 import contextlib
 import math
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 from cap_pretrain.errors import UserError
@@ -33,6 +34,14 @@ Captions may come from several features, as in "caption:2+alt_text": first a fea
 weight (1 if omitted), then one of its captions. Empty strings are not captions."""
 
 INFO_FILE = "dataset_info.json"
+
+
+class NoSplitError(UserError):
+    """A dataset has no split of that name; `splits` are the names of those it has."""
+
+    def __init__(self, message: str, splits: Iterable[str]):
+        super().__init__(message)
+        self.splits = tuple(splits)
 
 
 class Source(Protocol):

@@ -10,13 +10,20 @@ import numpy as np
 from cap_pretrain.data.sources.base import Example, Source, without_image
 from cap_pretrain.errors import UserError
 
+HELD_OUT, HELD_OUT_MOST = 0.05, 10_000
+"""The part of a dataset without a validation split that is held out, and its largest number."""
+
 _READING_THREADS = 16  # the records may lie on a network disk
 
 
 class Subset:
-    """The examples of a source at `indices`, int [n]; `str` adds `description`. A `Source`."""
+    """The examples of a source at `indices`, int [n]; `str` adds `description`. A `Source`.
 
-    def __init__(self, source: Source, indices: np.ndarray, description: str):
+    `note` is a line for the log that belongs to the source, or "".
+    """
+
+    def __init__(self, source: Source, indices: np.ndarray, description: str, note: str = ""):
+        self.note: str = note or getattr(source, "note", "")
         self._source, self._indices, self._description = source, indices, description
         self._numbers: dict[int, int] | None = None
         self.class_names = source.class_names
@@ -59,6 +66,30 @@ def sample(source: Source, count: int, seed: int) -> Source:
         return source
     indices = np.random.default_rng([seed, len(source)]).permutation(len(source))[:count]
     return Subset(source, np.sort(indices), f"{count} of {len(source)} (seed {seed})")
+
+
+def divided(source: Source) -> tuple[Subset, Subset]:
+    """Divide a dataset that has no validation split; return its training part and the rest.
+
+    HELD_OUT of the examples, at most HELD_OUT_MOST, are drawn at random with a fixed seed, so that
+    they are the same in every run on this dataset. Raises UserError if it has only one example.
+    """
+    count = len(source)
+    if count < 2:
+        raise UserError(
+            f"data.eval_split: {source} has one example, so none can be held out; name a split."
+        )
+    most = min(HELD_OUT_MOST, max(1, int(HELD_OUT * count)))
+    held_out = np.zeros(count, bool)
+    held_out[np.random.default_rng([0, count]).permutation(count)[:most]] = True
+    note = (
+        f"{source}, is the only split: {most:,} of its {count:,} examples are held out of training "
+        "as 'val', the same in every run; set data.eval_split to choose others."
+    )
+    return (
+        Subset(source, np.flatnonzero(~held_out), f"all but {most} held-out examples", note),
+        Subset(source, np.flatnonzero(held_out), f"{most} held-out examples", note),
+    )
 
 
 def fraction_of(source: Source, fraction: float, seed: int) -> Source:

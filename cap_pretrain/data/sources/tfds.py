@@ -11,7 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from cap_pretrain.data.sources.base import DEFAULT_FIELDS, INFO_FILE, Example, parse_mixture
+from cap_pretrain.data.sources.base import (
+    DEFAULT_FIELDS,
+    INFO_FILE,
+    Example,
+    NoSplitError,
+    parse_mixture,
+)
 from cap_pretrain.data.sources.metadata import open_builder
 from cap_pretrain.data.sources.storage import Copies, retried, why
 from cap_pretrain.errors import UserError, did_you_mean
@@ -43,6 +49,7 @@ class TfdsSource:
         encoded_path = self._layout.paths["image"] if encoded else None
         self._wanted = self._layout.wanted()
         self._plain = all(_is_plain(self._layout.leaves[path]) for path in self._wanted)
+        self.splits = tuple(builder.info.splits)
         opened = _open_split(builder, split, encoded_path, self._where)
         self._shards, self._is_array_record = opened.shards, opened.is_array_record
         self._ends = list(itertools.accumulate(shard.take for shard in self._shards))
@@ -265,7 +272,8 @@ def _resolve(part: str, known: Mapping[str, Any], where: str) -> str:
         alias = _SPLIT_ALIASES.get(name)
         if alias is None or alias not in known:
             have = ", ".join(f"{n} ({known[n].num_examples})" for n in known)
-            raise UserError(f"{where}: no split {name!r}; it has {have or 'none'}.")
+            message = f"{where}: no split {name!r}; it has {have or 'none'}."
+            raise NoSplitError(message, known)
         name = alias
     return name + bracket + rest
 

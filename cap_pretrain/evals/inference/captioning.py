@@ -33,13 +33,13 @@ class Captioning:
             )
         self._context, self._source = context, source
         self._batch_size, self._limit = batch_size, limit
-        length, eos = context.config.text.length, context.tokenizer.eos_id
-        seed = context.config.seed
+        length, seed = context.config.text.length, context.config.seed
 
         def caption(learner, batch):
             keys = jax.vmap(lambda i: rng.key(seed, i, "captions"))(batch["index"])
             given = jnp.arange(length) < batch["prompt"][:, None]
             prompt = jnp.where(given, batch["text"], PAD)
+            eos = context.tokenizer.eos_id
             return write_captions(
                 learner, batch["image"], how, length=length, eos=eos, keys=keys, prompt=prompt
             )

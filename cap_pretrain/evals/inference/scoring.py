@@ -147,16 +147,17 @@ class Scoring:
             scores.append(self._compare(variables, images, *put))
         return np.concatenate(jax.device_get(scores), axis=1)[:, :count]
 
-    def prior(self, variables: Any, tokens: np.ndarray) -> np.ndarray:
-        """Return the scores float32 [n] of texts int32 [n, T] for the blank image.
-
-        Raises UserError if the run reads stored features.
-        """
-        if self._context.config.model.name == STORED:
+    def check_prior(self) -> None:
+        """Raise UserError if a captioner reads stored features, so that no image is blank."""
+        if self.has_prior and self._context.config.model.name == STORED:
             raise UserError(
                 "evals: this evaluator needs scores for a blank image, and the run reads stored "
                 "features, not images; remove the evaluator."
             )
+
+    def prior(self, variables: Any, tokens: np.ndarray) -> np.ndarray:
+        """Return the scores float32 [n] of texts int32 [n, T] for the blank image."""
+        self.check_prior()
         side = self._context.config.data.image_size
         rows = sharding.batch_rows(self._context.mesh, self._images)
         blank = {"image": np.full((len(rows), side, side, 3), BLANK, np.uint8)}

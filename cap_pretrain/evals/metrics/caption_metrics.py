@@ -61,6 +61,8 @@ PROTOCOLS = {
     "seed002": "the former name of brownlee",
 }
 
+_NO_PTB = "tokenizer: 'ptb' cannot run, {}; install Java or use 'auto'."
+
 # Image -> its caption, and image -> its reference captions.
 Captions = Mapping[Any, str]
 References = Mapping[Any, Sequence[str]]
@@ -165,7 +167,7 @@ def score(
 
 
 def check_options(tokenizer: str, spice: str, protocol: str = "coco") -> None:
-    """Raise UserError if an option of `score` is invalid, or pycocoevalcap is not installed."""
+    """Raise UserError if an option of `score` is invalid, or pycocoevalcap or Java is missing."""
     for name, value, options in (
         ("tokenizer", tokenizer, TOKENIZERS),
         ("spice", spice, SPICE),
@@ -174,6 +176,11 @@ def check_options(tokenizer: str, spice: str, protocol: str = "coco") -> None:
         if value not in options:
             raise UserError(f"{name}: there is no {value!r}.{did_you_mean(value, options)}")
     package_folder()
+    if tokenizer == "ptb":
+        try:
+            find_java()
+        except UnavailableError as error:
+            raise UserError(_NO_PTB.format(error)) from error
 
 
 def current_name(protocol: str) -> str:
@@ -191,9 +198,7 @@ def _words(
             texts, tokenizer = caption_tokens.ptb(texts), "ptb"
         except UnavailableError as error:
             if tokenizer == "ptb":
-                raise UserError(
-                    f"tokenizer: 'ptb' cannot run, {error}; install Java or use 'auto'."
-                ) from error
+                raise UserError(_NO_PTB.format(error)) from error
             skipped["PTB"], tokenizer = str(error), "python"
     if tokenizer == "python":
         texts = caption_tokens.python(texts)

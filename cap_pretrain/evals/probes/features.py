@@ -27,6 +27,7 @@ from cap_pretrain.errors import UserError
 from cap_pretrain.evals.base import Context
 from cap_pretrain.evals.inference.portions import EveryImage
 from cap_pretrain.models import readout
+from cap_pretrain.models.build import build_encoder
 from cap_pretrain.models.layers import normalize_images
 from cap_pretrain.models.sizes import STORED
 
@@ -52,8 +53,8 @@ class Features:
 
     `layer` is "pooled"; "tokens", the mean of the encoder's tokens; one of the encoder's `layers`,
     as "block_6", the mean of its output tokens; or "pixels", without the encoder: the image,
-    resized to 16 x 16 pixels. Raises UserError if the first image has no label, or for "pixels" of
-    stored features.
+    resized to 16 x 16 pixels. Raises UserError if the first image has no label, the layer does not
+    exist, or for "pixels" of stored features.
     """
 
     def __init__(self, context: Context, source: Source, *, layer: str, batch_size: int):
@@ -66,6 +67,9 @@ class Features:
             raise UserError(
                 f"evals: layer: {source} holds features and has no pixels; choose another layer."
             )
+        if layer != "pixels":
+            encoder = nnx.eval_shape(lambda: build_encoder(context.config, nnx.Rngs(0)))
+            readout.width(encoder, layer)
         self._context, self._source, self._layer = context, source, layer
         self._identity = {
             "version": cap_pretrain.__version__,
@@ -83,8 +87,8 @@ class Features:
     def __call__(self, variables: Any) -> Labelled:
         """Return the features for these weights, on every host.
 
-        Raises UserError if the layer does not exist, no image can be decoded, or features are not
-        finite; Interrupted if the run is stopping; OSError if the file cannot be written.
+        Raises UserError if no image can be decoded or features are not finite; Interrupted if the
+        run is stopping; OSError if the file cannot be written.
         """
         path, key = self._path(), self._key(variables)
         cached = _read(path, key) if path else None

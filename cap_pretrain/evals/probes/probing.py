@@ -1,17 +1,25 @@
 """What probes share: their options, the features of their splits, and the held-out images."""
 
+import collections
 import dataclasses
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from cap_pretrain.data.sources import subset
+from cap_pretrain.data.sources.base import Source, without_image
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.base import Context, DataOptions
 from cap_pretrain.evals.probes.features import Features, Labelled
 
 HELD_OUT = 0.1
 """Fraction of the training split to choose settings on if there is no validation split."""
+
+TOO_FEW = (
+    f"evals: {{}} training images are too few to hold out {HELD_OUT:.0%} of every class; set "
+    "validation_split to a split to choose settings on."
+)
+ONE_CLASS = "evals: a probe needs two classes or more; this dataset has one."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +85,10 @@ class Splits:
             self._features[part] = Features(
                 context, source, layer=options.layer, batch_size=options.batch_size
             )
+            if part == "train" and validation == "":
+                check_held_out(source)
+        if len(self._class_names) == 1:
+            raise UserError(ONE_CLASS)
 
     def __call__(self, variables: Any) -> Data:
         """Return features for these weights; raises UserError as `Features`, or for one class."""
@@ -94,7 +106,7 @@ class Splits:
         classes = 1 + max(int(part.labels.max()) for part in found.values())
         classes = max(classes, len(self._class_names))
         if classes < 2:
-            raise UserError("evals: a probe needs two classes or more; this dataset has one.")
+            raise UserError(ONE_CLASS)
         return Data(train, choose, final, test, classes)
 
     def details(self, data: Data, protocol: str) -> dict[str, Any]:
@@ -116,10 +128,22 @@ class Splits:
 
 def held_out(labels: np.ndarray, seed: int) -> np.ndarray:
     """Return indices of HELD_OUT of every class; raises UserError if there are too few images."""
-    rows = subset.per_class(labels, lambda count: int(HELD_OUT * count + 0.5), seed)
+    rows = subset.per_class(labels, _held_out_of, seed)
     if not len(rows):
-        raise UserError(
-            f"evals: {len(labels)} training images are too few to hold out {HELD_OUT:.0%} of every "
-            "class; set validation_split to a split to choose settings on."
-        )
+        raise UserError(TOO_FEW.format(len(labels)))
     return rows
+
+
+def check_held_out(source: Source) -> None:
+    """Raise UserError as `held_out`; reads labels only until one class is large enough."""
+    sizes: collections.Counter[int] = collections.Counter()
+    for index in range(len(source)):
+        label = without_image(source, index)["label"]
+        sizes[label] += label >= 0
+        if _held_out_of(sizes[label]):
+            return
+    raise UserError(TOO_FEW.format(len(source)))
+
+
+def _held_out_of(count: int) -> int:
+    return int(HELD_OUT * count + 0.5)
