@@ -140,7 +140,7 @@ def test_a_full_or_forbidden_disk_is_the_users(error, said, command, tmp_path, m
 
 @pytest.mark.parametrize(
     ("objective", "model", "millions"),
-    [("cappa", "L/14", 570.2), ("clip", "B/16", 196.7)],
+    [("cappa", "L/14", 570.2), pytest.param("clip", "B/16", 196.7, marks=pytest.mark.slow)],
 )
 def test_a_dry_run_plans_without_building(objective, model, millions, command, tmp_path):
     code, stdout, _ = command(

@@ -19,8 +19,8 @@ RECIPES = (
     *("cnn_lstm", "gru", "show_attend_tell", "merge", "merge_jigsaw", "rotation_lstm"),
     *("clip_lstm", "clip_attention"),
 )
-# The default run takes two steps of this one, and runs `show_attend_tell` with its evaluators.
-FAST = ("gru",)
+# The default run trains `cnn_lstm`, with its evaluators; the slow tests train each.
+NARROW = dict(model__depth=1, model__width=16, model__mlp=32, model__heads=2)
 
 
 def small(recipe, **fields):
@@ -111,12 +111,10 @@ def test_arguments_override_the_recipe(tmp_path):
         toy.load("recurrent", "encoder=resent50")
 
 
-@pytest.mark.parametrize(
-    "recipe",
-    [r if r in FAST else pytest.param(r, marks=pytest.mark.slow) for r in RECIPES],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_takes_two_steps(recipe):
-    c = small(recipe, model__depth=1, model__width=16, model__mlp=32, model__heads=2)
+    c = small(recipe, **NARROW)
     init, abstract, graphdef, tx, rate, mesh = toy.prepared(c)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     train_step = step.make_train_step(graphdef, tx, rate, c, shardings)
@@ -146,8 +144,8 @@ def evaluated_run(c, workdir):
 
 
 def test_runs_and_selects_the_best_checkpoint_by_its_metric(tmp_path):
-    c = small("show_attend_tell")
-    for name in ("perplexity", "samples", "scores_beam_3", "scores_beam_5"):
+    c = small("cnn_lstm", **NARROW)
+    for name in ("perplexity", "samples"):
         with c.unlocked():
             del c.evals[name]
     c.evals.scores.tokenizer = "python"  # Java takes long to start

@@ -38,8 +38,15 @@ def assert_an_eighth(calls):
 
 def test_fsdp_shards_parameters_optimizer_and_average_by_eight():
     """test_layouts.py checks this after real steps, too."""
-    optimizers = ("adamw", "adafactor", "adafactor", "adamw", "adafactor", "lars", "adamw")
-    assert_an_eighth([(o, name, "toy") for o, name in zip(OBJECTIVES, optimizers, strict=True)])
+    optimizers = {"cappa": "adafactor", "siglip": "adamw", "simclr": "lars"}
+    assert_an_eighth([(*pair, "toy") for pair in optimizers.items()])
+
+
+@pytest.mark.slow
+def test_fsdp_shards_the_state_of_the_other_objectives_by_eight():
+    optimizers = {"cap": "adamw", "clip": "adafactor"}
+    optimizers |= {"recurrent": "adafactor", "colorization": "adamw"}
+    assert_an_eighth([(*pair, "toy") for pair in optimizers.items()])
 
 
 @pytest.mark.slow

@@ -90,7 +90,7 @@ TEXTS = np.stack([tiny.texts([7, 4, 1, 3], seed=n) for n in range(3)], axis=1)
     ("learner", "options", "fn"),
     [
         ("captioner", dict(parallel_fraction=0.5), training_loss),
-        ("recurrent", RECURRENT, training_loss),
+        pytest.param("recurrent", RECURRENT, training_loss, marks=pytest.mark.slow),
         ("captioner", {}, lambda learner: (learner.score(BATCH["image"], TEXTS).sum(), ())),
     ],
 )

@@ -140,7 +140,10 @@ def test_the_compiler_does_not_undo_rematerialisation_where_there_is_no_loop(sta
     assert full > 1.1 * none
 
 
-@pytest.mark.parametrize(("loss", "remat"), [(of_encoder, "dots"), (of_decoder, "full")])
+@pytest.mark.parametrize(
+    ("loss", "remat"),
+    [pytest.param(of_encoder, "dots", marks=pytest.mark.slow), (of_decoder, "full")],
+)
 def test_rematerialisation_changes_no_result(params, loss, remat):
     one, other = (
         jax.jit(value_and_grad(loss, remat=name))(params, BATCH, KEY) for name in (remat, "none")
@@ -148,7 +151,7 @@ def test_rematerialisation_changes_no_result(params, loss, remat):
     assert_same(one, other)
 
 
-@pytest.mark.parametrize("loss", [of_encoder, of_decoder])
+@pytest.mark.parametrize("loss", [of_encoder, pytest.param(of_decoder, marks=pytest.mark.slow)])
 def test_policies_say_what_is_computed_twice(params, loss):
     flops = {
         remat: count_flops(value_and_grad(loss, remat=remat), params, BATCH, KEY)

@@ -99,6 +99,7 @@ def trained(c, params, tokenizer):
     return losses, captions
 
 
+@pytest.mark.slow
 def test_training_on_features_equals_training_on_images(run, data, stored, tokenizer_path):
     from_images = config(data, optim__lr_rules=FROZEN, encoder=str(run[0]))
     from_features = of_features(stored)

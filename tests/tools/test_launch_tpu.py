@@ -69,7 +69,9 @@ def test_a_ready_slice_is_used_and_a_running_program_is_followed(bench):
     assert sorted(bench.verbs()) == ["ended", "follow", "stop"]
 
 
-@pytest.mark.parametrize("after", ["READY READY READY PREEMPTED", "PREEMPTED"])
+@pytest.mark.parametrize(
+    "after", [pytest.param("READY READY READY PREEMPTED", marks=pytest.mark.slow), "PREEMPTED"]
+)
 def test_a_preempted_slice_is_created_again_and_the_run_resumes(bench, after):
     (bench.fake / "tpu-vm").write_text("READY")
     bench.env["AFTER"] = after  # in the second case the workers are gone
@@ -125,7 +127,14 @@ def test_late_crashes_do_not_end_it(bench):
 
 
 @pytest.mark.parametrize(
-    ("statuses", "code"), [("2", 2), ("75 2", 2), ("143", 143), ("75 143", 143), ("130", 130)]
+    ("statuses", "code"),
+    [
+        pytest.param("2", 2, marks=pytest.mark.slow),
+        ("75 2", 2),
+        pytest.param("143", 143, marks=pytest.mark.slow),
+        ("75 143", 143),
+        ("130", 130),
+    ],
 )
 def test_a_mistake_and_a_stop_are_not_restarted(bench, statuses, code):
     (bench.fake / "tpu-vm").write_text("READY")

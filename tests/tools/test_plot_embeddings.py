@@ -133,6 +133,7 @@ def test_words_and_class_names_are_written(runs, read, tmp_path, capsys):
     assert set(words_in(out)) == {source.class_names[source[i]["label"]] for i in range(12)}
 
 
+@pytest.mark.slow
 def test_the_same_picture_each_time_with_thumbnails(runs, tmp_path):
     out = tmp_path / "out.png"
     drawn = []

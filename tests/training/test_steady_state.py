@@ -19,7 +19,7 @@ from cap_pretrain import evals, train
 from cap_pretrain.checkpoints.checkpoint import Checkpoints
 from cap_pretrain.training import setup
 from cap_pretrain.training.watch import Watch
-from tests import toy
+from tests import quick, toy
 from tests.layouts import LAYOUTS, SMALL, on_eight_devices
 
 STEPS, SAVE, EVALUATE = 12, 4, 5
@@ -31,10 +31,11 @@ COMPILATION = (
 READS = ("__array__", "__bool__", "__float__", "__index__", "__int__", "item", "tolist")
 
 
-def run(workdir, tokenizer, layout="one"):
+def run(workdir, tokenizer, layout="one", learner="captioner"):
     """A run that logs each step, and saves and evaluates now and then."""
     c = toy.config(
-        options={"parallel_fraction": 0.75},
+        learner,
+        {"parallel_fraction": 0.75} if learner == "captioner" else {},
         total_steps=STEPS,
         checkpoint__every_steps=SAVE,
         eval__every_steps=EVALUATE,
@@ -148,7 +149,7 @@ def test_what_nobody_asked_for_is_refused_in_the_loop(tokenizer_path, tmp_path):
 
     add, save = mock.patch.object(Watch, "add", add), mock.patch.object(Checkpoints, "save", save)
     with add, save, guarded_as_on_a_gpu(), pytest.raises(Enough):
-        run(tmp_path, str(tokenizer_path))
+        run(tmp_path, str(tokenizer_path), learner=quick.NAME)
     assert len(refused) == 3 * (SAVE + 1)
     for number, message in enumerate(refused):
         way = "device-to-host" if number % 3 else "host-to-device"
