@@ -172,8 +172,8 @@ def _data() -> ConfigDict:
 
 def _text() -> ConfigDict:
     c = ConfigDict()
-    # A sentencepiece model or a file of words, which brings its own rules and casing; "" trains
-    # one on the training captions and stores it in the workdir.
+    # A sentencepiece model with pad id 0 and an EOS piece, or a file of words, which brings its own
+    # rules and casing; "" trains one on the training captions and stores it in the workdir.
     c.tokenizer = ""
     c.kind = "sentencepiece"  # The kind of tokenizer to train: sentencepiece (subwords) or words
     # Pieces of sentencepiece. The number of words follows from their frequencies instead.

@@ -278,3 +278,10 @@ def test_a_run_trains_on_through_faults(folder, tmp_path):
     Faulty.rate = 1.0
     with pytest.raises(UserError, match=URL):
         losses(URL, "never")
+
+
+@pytest.mark.parametrize("name", ["reference://::faulty://bucket/a.json", "zip::http://host/a.zip"])
+def test_chains_of_file_systems_are_not_opened(name):
+    with pytest.raises(UserError, match="chains of file systems"):
+        open_source(name, "train", image_size=8)
+    assert not Faulty.requested

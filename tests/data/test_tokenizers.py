@@ -1,6 +1,9 @@
+import contextlib
 import json
 import os
 import pickle
+import random
+import resource
 import runpy
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from cap_pretrain.data.text.tokenizers import (
     source_captions,
     train_sentencepiece,
 )
+from cap_pretrain.data.text.words import is_words_file
 from cap_pretrain.errors import UserError
 
 COLOURS = ("red", "blue", "green", "yellow", "purple")
@@ -112,6 +116,57 @@ def test_captions_that_cannot_be_trained_on(tmp_path, captions, vocab_size, mess
     with pytest.raises(UserError, match=message):
         train_sentencepiece(captions, tmp_path, vocab_size)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("vocab_size", [-1, 0, 2**31, 99999999999])
+def test_impossible_sizes_raise(tmp_path, vocab_size):
+    with pytest.raises(UserError, match=f"vocab_size is {vocab_size}; it must be from 1 to"):
+        train_sentencepiece(CAPTIONS, tmp_path, vocab_size)
+    assert not list(tmp_path.iterdir())
+
+
+def test_captions_and_seeds_of_any_kind_are_trained_on(tmp_path):
+    for seed in (-1, 2**40):
+        path = train_sentencepiece([*CAPTIONS, "half \ud83d", "a\0b"], tmp_path, 60, seed=seed)
+    tokenizer = SentencePieceTokenizer(path, max_len=8)
+    assert tokenizer.encode("\ud83d half").tolist() == tokenizer.encode("? half").tolist()
+    with pytest.raises(UserError, match="skips those over 4192 bytes"):
+        train_sentencepiece(["a" * 5000], tmp_path, 60)
+    with pytest.raises(UserError, match="vocab_size 1 is less"):
+        train_sentencepiece(CAPTIONS, tmp_path, 1)
+
+
+def test_what_is_no_regular_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", Path("/dev/zero")):
+        assert not is_words_file(path)
+        with pytest.raises(UserError, match="cannot read the file .*not a regular file"):
+            SentencePieceTokenizer(path)
+
+
+@pytest.mark.slow
+def test_any_model_file_is_read_or_refused(tmp_path):
+    """Damaged models, most of them at the end, where their settings are."""
+    whole = train_sentencepiece(CAPTIONS, tmp_path, 60).read_bytes()
+    path, rng = tmp_path / "damaged.model", random.Random(0)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    read = 0
+    for _ in range(4000):
+        data = bytearray(whole)
+        for _ in range(rng.randint(1, 4)):
+            start = rng.randrange(rng.choice([0, len(whole) - 500]), len(whole))
+            part = rng.choice([b"", rng.randbytes(1), rng.randbytes(3), bytes(data[:9])])
+            data[start : start + rng.choice([0, 1, 1, 1, 30])] = part
+        path.write_bytes(rng.choice([data, data, data, data[: rng.randrange(len(data))]]))
+        with contextlib.suppress(UserError):
+            tokenizer = SentencePieceTokenizer(path, max_len=16)
+            for text in ("a red star", "naïve ＡＢＣ ① </s>", "\ud800 \0", ""):
+                row = tokenizer.encode(text)
+                assert row.min() >= 0 and row.max() < tokenizer.vocab_size
+                tokenizer.decode(row)
+            read += 1
+    assert 100 < read < 3900
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 2**20  # KiB
 
 
 def test_unusable_model_files_raise(tmp_path):

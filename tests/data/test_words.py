@@ -1,6 +1,8 @@
 """Word vocabularies and their file; NLTK tokenization on examples checked by hand."""
 
+import contextlib
 import pickle
+import random
 import runpy
 from pathlib import Path
 
@@ -165,6 +167,57 @@ def test_unusable_files_raise(tmp_path):
     path.write_text(whole.replace("\t", " "))
     with pytest.raises(UserError, match="is not a file of words"):
         WordTokenizer(path)
+
+
+MADE_BY_HAND = {
+    "not a number": ("# min_count: 1", '# min_count: "a"', "'min_count' must be int, found 'a'"),
+    "not a choice": ("# lower: true", "# lower: []", "'lower' must be bool, found a list"),
+    "nested": ("# lower: true", "# lower: " + "[" * 10**5, "nested too deeply"),
+    "without a rule": ("# min_count: 1\n", "", "'min_count' is missing"),
+    "saved by an editor": ("# cap_pretrain", "\ufeff# cap_pretrain", "its first line is not"),
+    "a word twice": ("<unk>\t", "<unk>\t0\ntwice\t1\ntwice\t", "is not a complete file of words"),
+    "too large": ("<unk>\t", "a" * 2**26, "has over 67108864 bytes"),
+}
+
+
+@pytest.mark.parametrize("case", MADE_BY_HAND)
+def test_files_made_by_hand_raise(case, tmp_path):
+    old, new, message = MADE_BY_HAND[case]
+    path = write_words(CAPTIONS, tmp_path, Rules())
+    whole = path.read_text()
+    assert old in whole
+    path.write_text(whole.replace(old, new, 1))
+    assert is_words_file(path)
+    with pytest.raises(UserError, match=message):
+        WordTokenizer(path)
+
+
+@pytest.mark.slow
+def test_any_file_of_words_is_read_or_refused(tmp_path):
+    """Damaged at random: each is as before at most in its words and casing, or is refused."""
+    whole = write_words(CAPTIONS, tmp_path, Rules()).read_bytes()
+    path, rng, read = tmp_path / "damaged.tsv", random.Random(0), 0
+    for _ in range(2000):
+        data = bytearray(whole)
+        for _ in range(rng.randint(1, 4)):
+            start = rng.randrange(len(data))
+            part = rng.choice(
+                [b"", b"\n", b"\t", b"\xff", b'"a"', b"[", b"# ", data[:start], b"-1"]
+            )
+            data[start : start + rng.choice([0, 1, 9])] = part
+        path.write_bytes(data)
+        with contextlib.suppress(UserError):
+            tokenizer = WordTokenizer(path, 8)
+            row = tokenizer.encode("a red star <unk> \ud800")
+            assert row.min() >= 0 and row.max() < tokenizer.vocab_size
+            tokenizer.decode(row)
+            read += 1
+    assert 0 < read < 2000
+
+
+def test_half_an_emoji_is_counted_as_a_word(tmp_path):
+    path = write_words(["a star \ud83d"], tmp_path, Rules(tokenization="nltk"))
+    assert WordTokenizer(path).vocab_size == 6
 
 
 def test_the_tool_counts_the_words_of_a_dataset(tmp_path, capsys):

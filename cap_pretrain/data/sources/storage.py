@@ -86,8 +86,13 @@ def why(error: BaseException) -> str:
 
 
 def locate(name: str) -> "Path | Remote":
-    """Return the local path or remote location that a path or URL names; file:// is local."""
+    """Return the local path or remote location that a path or URL names; file:// is local.
+
+    Raises UserError for a chain of file systems, some of which render templates.
+    """
     name = name.removeprefix("file://")
+    if "::" in name and "://" in name:
+        raise UserError(f"{name}: chains of file systems (::) are not read; give a plain URL.")
     return Remote(name.rstrip("/")) if _URL.match(name) else Path(name).expanduser()
 
 

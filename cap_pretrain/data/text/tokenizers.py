@@ -13,12 +13,21 @@ import sentencepiece
 from cap_pretrain import files
 from cap_pretrain.data.sources.base import Source, without_image
 from cap_pretrain.errors import UserError
+from cap_pretrain.untrusted import open_regular
 
 # Larger corpora are sampled down to this, enough for 32k pieces: the trainer holds all in memory.
 _TRAIN_CAPTIONS = 1_000_000
 # Rarer characters (the last 0.01% of the text) become the unknown piece, so that a few emoji do
 # not take the place of words. The default, 0.9995, would drop letters in small corpora.
 _CHARACTER_COVERAGE = 0.9999
+
+MAX_VOCABULARY = 2**24
+"""Largest vocabulary that can be asked for; sentencepiece reserves memory for all of it."""
+
+MAX_FILE = 2**26
+"""Most bytes of a tokenizer's file; models of a million pieces have some 20 MB."""
+
+_SPECIAL = {"pad_id": 0, "eos_id": 1, "unk_id": 2}
 
 
 class TextEncoder(Protocol):
@@ -74,7 +83,7 @@ class SentencePieceTokenizer:
         self.max_len = max_len
         self._path = os.fspath(model_path)
         self._lower = lower
-        self._model = _load(self._path)
+        self._model = _load(Path(model_path))
         self.eos_id = self._model.eos_id()
         self.vocab_size = len(self._model)
         if self._model.pad_id() != self.pad_id or self.eos_id < 0:
@@ -86,7 +95,8 @@ class SentencePieceTokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """Return int32 [max_len]: pieces, EOS, then 0. Long texts are truncated but keep EOS."""
-        pieces = self._model.encode(text.lower() if self._lower else text)[: self.max_len - 1]
+        text = encodable(text.lower() if self._lower else text)
+        pieces = self._model.encode(text)[: self.max_len - 1]
         ids = np.zeros(self.max_len, np.int32)
         ids[: len(pieces)] = pieces
         ids[len(pieces)] = self.eos_id
@@ -149,6 +159,10 @@ def train_sentencepiece(
     captions, or they have more different characters than `vocab_size`; OSError, with the file's
     name, if a file cannot be written; and any error of `captions`.
     """
+    if not 1 <= vocab_size <= MAX_VOCABULARY:
+        raise UserError(
+            f"tokenizer: vocab_size is {vocab_size}; it must be from 1 to {MAX_VOCABULARY}."
+        )
     used = 0
     failure: Exception | None = None
 
@@ -159,7 +173,7 @@ def train_sentencepiece(
                 # Without line feeds, which would split the caption in two.
                 if sentence := " ".join((caption.lower() if lower else caption).split()):
                     used += 1
-                    yield sentence
+                    yield encodable(sentence)
         except Exception as error:  # sentencepiece turns it into a RuntimeError
             failure = error
             raise
@@ -171,12 +185,15 @@ def train_sentencepiece(
             raise failure from None
         if not used:
             raise UserError("tokenizer: there are no captions to train it on.") from error
-        if "vocab" in str(error).lower():
+        if "vocab" in str(error).lower() or vocab_size < len(_SPECIAL):
             raise UserError(
                 f"tokenizer: vocab_size {vocab_size} is less than the number of different "
                 "characters in the captions; increase it."
             ) from error
-        raise
+        raise UserError(
+            f"tokenizer: sentencepiece cannot be trained on {used} captions, of which it skips "
+            f"those over 4192 bytes ({error})."
+        ) from error
     size = len(sentencepiece.SentencePieceProcessor(model_proto=model))
     made = {"captions": used, "lower": lower, "vocab_size": size, "asked": vocab_size, "seed": seed}
     path = Path(out_dir) / "tokenizer.model"
@@ -188,7 +205,7 @@ def train_sentencepiece(
 def _train_byte_pairs(sentences: Iterator[str], vocab_size: int, seed: int) -> bytes:
     """Train a sentencepiece model and return its file."""
     model = io.BytesIO()
-    sentencepiece.set_random_generator_seed(seed)
+    sentencepiece.set_random_generator_seed(seed % 2**32)
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=sentences,
         model_writer=model,
@@ -199,9 +216,7 @@ def _train_byte_pairs(sentences: Iterator[str], vocab_size: int, seed: int) -> b
         input_sentence_size=_TRAIN_CAPTIONS,
         shuffle_input_sentence=True,
         num_threads=1,  # sums over several threads depend on their timing
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
+        **_SPECIAL,
         bos_id=-1,
         minloglevel=2,
     )
@@ -218,14 +233,33 @@ def source_captions(source: Source, limit: int | None = None) -> Iterator[str]:
         yield from example["captions"]
 
 
-def _load(path: str) -> sentencepiece.SentencePieceProcessor:
-    """Read a model file. Raises UserError if it is missing or not valid."""
+def encodable(text: str) -> str:
+    """Return a text with "?" for halves of surrogate pairs, which UTF-8 does not have."""
+    return text.encode("utf-8", "replace").decode() if not text.isascii() else text
+
+
+def read_file(path: Path) -> bytes:
+    """Return the content of a tokenizer's file; raises UserError if it cannot be read."""
     try:
-        return sentencepiece.SentencePieceProcessor(model_proto=Path(path).read_bytes())
+        with open_regular(path) as file:
+            data = file.read(MAX_FILE + 1)
     except OSError as error:
         raise UserError(
-            f"tokenizer: cannot read the model file {path!r} ({error.strerror}); give the path of "
-            "a sentencepiece model or train one with tools/train_tokenizer.py."
+            f"tokenizer: cannot read the file {str(path)!r} ({error.strerror or error}); give the "
+            "path of a sentencepiece model or of a file of words, or make one with "
+            "tools/train_tokenizer.py."
         ) from error
+    if len(data) > MAX_FILE:
+        raise UserError(f"tokenizer: {str(path)!r} has over {MAX_FILE} bytes, so it is none.")
+    return data
+
+
+def _load(path: Path) -> sentencepiece.SentencePieceProcessor:
+    """Read a model file. Raises UserError if it is missing or not valid."""
+    data = read_file(path)
+    try:
+        if not data:  # sentencepiece would leave the model empty
+            raise RuntimeError("an empty file")
+        return sentencepiece.SentencePieceProcessor(model_proto=data)
     except RuntimeError as error:
-        raise UserError(f"tokenizer: {path!r} is not a sentencepiece model.") from error
+        raise UserError(f"tokenizer: {str(path)!r} is not a sentencepiece model.") from error

@@ -19,7 +19,9 @@ from pathlib import Path
 import numpy as np
 
 from cap_pretrain import files
+from cap_pretrain.data.text.tokenizers import encodable, read_file
 from cap_pretrain.errors import UserError, did_you_mean
+from cap_pretrain.untrusted import entry, open_regular, parse_json
 
 WORDS_FILE = "words.tsv"
 
@@ -113,7 +115,7 @@ def write_words(
     number = 0
     for caption in captions:
         number += 1
-        counts.update(rules.words(caption.lower() if lower else caption))
+        counts.update(rules.words(encodable(caption.lower() if lower else caption)))
     kept = sorted(
         (pair for pair in counts.items() if pair[1] >= rules.min_count),
         key=lambda pair: (-pair[1], pair[0]),
@@ -138,44 +140,43 @@ def write_words(
 
 
 def is_words_file(path: str | os.PathLike) -> bool:
-    """Return whether a file starts like those of `write_words`."""
+    """Return whether a file starts like those of `write_words`, a byte-order mark aside."""
     try:
-        with Path(path).open("rb") as file:
-            return file.read(len(_TITLE)) == _TITLE.encode()
+        with open_regular(Path(path)) as file:
+            return (
+                file.read(len(_TITLE) + 3).removeprefix(b"\xef\xbb\xbf").startswith(_TITLE.encode())
+            )
     except OSError:
         return False
 
 
 def _read(path: Path) -> tuple[Rules, bool, list[str]]:
     """Return the rules, whether text is lower-cased, and the words in the order of their ids."""
+    where = f"tokenizer: {str(path)!r}"
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise UserError(
-            f"tokenizer: cannot read the vocabulary {str(path)!r} ({error.strerror}); give the "
-            "path of a file of words or make one with tools/train_tokenizer.py."
-        ) from error
-    except ValueError as error:
-        raise UserError(f"tokenizer: {str(path)!r} is not a file of words.") from error
-    try:
+        lines = read_file(path).decode().split("\n")
         # A word contains no white space, so none starts with "# ".
         header = list(itertools.takewhile(lambda line: line.startswith("# "), lines))
+        if header[:1] != [_TITLE]:
+            raise ValueError(f"its first line is not {_TITLE!r}")
         made = {
-            name: json.loads(value)
+            name: parse_json(value, f"{where}, {name}")
             for name, value in (line.removeprefix("# ").split(": ", 1) for line in header[1:])
         }
-        names = [field.name for field in dataclasses.fields(Rules)]
-        rules, lower = Rules(**{name: made[name] for name in names}), made["lower"]
         pairs = [line.split("\t") for line in lines[len(header) : -1]]
         words = [word for word, _ in pairs]
-    except (ValueError, KeyError, IndexError) as error:
-        raise UserError(f"tokenizer: {str(path)!r} is not a file of words ({error}).") from error
-    if header[0] != _TITLE or tuple(words[: len(_SPECIAL)]) != _SPECIAL or lines[-1]:
+    except ValueError as error:
+        raise UserError(f"{where} is not a file of words ({error}).") from error
+    whole = tuple(words[: len(_SPECIAL)]) == _SPECIAL and not lines[-1]
+    if not whole or len(set(words)) < len(words):
         raise UserError(
-            f"tokenizer: {str(path)!r} is not a complete file of words; make one with "
-            "tools/train_tokenizer.py."
+            f"{where} is not a complete file of words; make one with tools/train_tokenizer.py."
         )
-    return rules, lower, words
+    rules = {
+        field.name: entry(made, field.name, type(field.default), where)
+        for field in dataclasses.fields(Rules)
+    }
+    return Rules(**rules), entry(made, "lower", bool, where), words
 
 
 class _WithoutPunctuation(dict[int, int | None]):
