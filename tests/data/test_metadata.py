@@ -188,12 +188,43 @@ def test_metadata_that_is_no_file(file, evil):
         read(evil)
 
 
+def test_records_that_are_no_file(evil):
+    (shard,) = evil.glob("*-train.*")
+    shard.unlink()
+    os.mkfifo(shard)
+    with pytest.raises(UserError, match="train.* cannot be read .it is not a file"):
+        read(evil)
+
+
+def test_parquet_is_read_whole_or_refused(evil):
+    """TFDS reads Parquet without regard to parts of splits."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    records = open_source(str(evil), "train", image_size=8)._records
+    table = pa.table({"data": [records[i] for i in range(len(records))]})
+    (shard,) = evil.glob("*-train.*")
+    path = evil / shard.name.replace("array_record", "parquet")
+    pq.write_table(table, path)
+    expected = read(evil)
+    edit(evil, INFO, lambda v: v.update(fileFormat="parquet"))
+    assert read(evil) == expected
+    with pytest.raises(UserError, match="has 3 examples, but TFDS reads 10 from parquet"):
+        open_source(str(evil), "train[:3]", image_size=8)
+    path.write_bytes(b"PAR1")
+    with pytest.raises(UserError, match="parquet cannot be read"):
+        read(evil)
+    path.unlink()
+    with pytest.raises(UserError, match="parquet-.* is missing"):
+        read(evil)
+
+
 def test_building_leaves_no_temporary_folder(tmp_path, monkeypatch):
     from cap_pretrain.data.builders.base import ImageDataset
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr(ImageDataset, "splits", lambda self: {})
     (tmp_path / "temporary").mkdir()
-
     ImageDataset("d", tmp_path / "out", origin="nothing")
     assert not list((tmp_path / "temporary").iterdir())
 

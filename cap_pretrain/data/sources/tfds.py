@@ -21,6 +21,7 @@ from cap_pretrain.data.sources.base import (
 from cap_pretrain.data.sources.metadata import open_builder
 from cap_pretrain.data.sources.storage import Copies, retried, why
 from cap_pretrain.errors import UserError, did_you_mean
+from cap_pretrain.untrusted import NotRegularError
 
 _SPLIT_ALIASES = {"val": "validation", "validation": "val"}
 _OPENING_THREADS = 16  # the files may lie on a network disk
@@ -131,7 +132,9 @@ class TfdsSource:
     def _check_file(self, shard: Any) -> None:
         path, count = Path(shard.filename), shard.examples_in_shard
         try:
-            if not path.exists():
+            if not path.is_file():
+                if path.exists():
+                    raise NotRegularError("it is not a file")
                 raise _missing(self._where, path.name)
             if self._is_array_record:
                 count = retried(lambda: _count_examples(path))
@@ -254,14 +257,27 @@ def _open_split(builder: Any, split: str, encoded_path: str | None, where: str) 
         builder.as_data_source, resolved, decoders=decoders, deserialize_method=raw
     )
     stored_as = builder.info.file_format.value
+    convert = (
+        "\nConvert it: tfds convert_format --out_file_format=array_record "
+        f"--dataset_version_dir={builder.data_dir} --out_dir=NEW_FOLDER"
+    )
+    if stored_as == "parquet":  # which TFDS reads as a whole, now
+        for shard in info.file_instructions:
+            if not Path(shard.filename).is_file():
+                raise _missing(where, Path(shard.filename).name)
     try:
-        open_records()
+        count = len(open_records())
     except NotImplementedError as error:
         raise UserError(
-            f"{where}: stored as {stored_as}, without random access."
-            "\nConvert it: tfds convert_format --out_file_format=array_record "
-            f"--dataset_version_dir={builder.data_dir} --out_dir=NEW_FOLDER"
+            f"{where}: stored as {stored_as}, without random access.{convert}"
         ) from error
+    except Exception as error:
+        raise UserError(f"{where}: {stored_as} cannot be read ({why(error)}).{convert}") from error
+    if count != info.num_examples:
+        raise UserError(
+            f"{where}: split {split!r} has {info.num_examples} examples, but TFDS reads {count} "
+            f"from {stored_as}.{convert}"
+        )
     return _Split(open_records, info.file_instructions, stored_as == "array_record")
 
 
