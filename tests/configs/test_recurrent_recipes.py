@@ -143,12 +143,13 @@ def evaluated_run(c, workdir):
     return [line["train/loss"] for line in toy.losses(workdir)]
 
 
-def test_runs_and_selects_the_best_checkpoint_by_its_metric(tmp_path):
+def test_runs_and_selects_the_best_checkpoint_by_its_metric(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")  # Java takes long to start
     c = small("cnn_lstm", **NARROW)
     for name in ("perplexity", "samples"):
         with c.unlocked():
             del c.evals[name]
-    c.evals.scores.tokenizer = "python"  # Java takes long to start
+    c.evals.scores.tokenizer = "python"
     assert len(evaluated_run(c, tmp_path)) == 2
 
 
