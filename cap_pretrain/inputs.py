@@ -306,8 +306,14 @@ def training_batches(
     mixture: TrainingMixture,
     tokenizer: tokenizers.Tokenizer,
     rows: Sequence[int] | np.ndarray | None = None,
+    offset: int = 0,
 ) -> grain.MapDataset:
-    """Return an endless dataset whose element t is batch t, or the given `rows` of it."""
+    """Return an endless dataset whose element t is batch t, or the given `rows` of it.
+
+    Batch 0 begins with row `offset` of the run, see `schedule.BatchSizes`.
+    """
+    if offset:
+        rows = [offset + int(row) for row in (range(config.batch_size) if rows is None else rows)]
     return pipeline.train_dataset(
         mixture,
         tokenizer,

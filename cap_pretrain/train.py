@@ -20,6 +20,7 @@ from cap_pretrain import config as configs
 from cap_pretrain import files, inputs, learners
 from cap_pretrain.checkpoints import warm_start
 from cap_pretrain.checkpoints.checkpoint import Checkpoints, saved_steps
+from cap_pretrain.checkpoints.load import read_batch_sizes
 from cap_pretrain.checkpoints.warm_start import PretrainedWeights
 from cap_pretrain.data import prefetch
 from cap_pretrain.distributed import cluster, heartbeat, sharding
@@ -33,7 +34,7 @@ from cap_pretrain.training.broken import BrokenList
 from cap_pretrain.training.changes import check_unchanged, fields
 from cap_pretrain.training.evaluation import Evaluation
 from cap_pretrain.training.lock import locked
-from cap_pretrain.training.setup import Setup
+from cap_pretrain.training.setup import Earlier, Setup
 from cap_pretrain.training.step import TrainState
 from cap_pretrain.training.watch import Stopped, StopRequest, Watch
 
@@ -52,17 +53,16 @@ def run(
     same = {"the fields on the command line": sorted(given)}
     cluster.check_same(fields(json.loads(configs.to_json(config))) | same)
     config, initial = warm_start.resolve(config, given, say, workdir)
-    resuming, changes = bool(saved_steps(workdir)), []
-
+    resuming = bool(saved_steps(workdir))
     with contextlib.ExitStack() as stack:
 
-        def check(config: ConfigDict) -> None:
+        def check(config: ConfigDict) -> Earlier:
             stack.enter_context(locked(workdir))
-            changes.extend(allowed_changes(config, workdir, allow_changes))
+            return earlier(config, workdir, allow_changes)
 
         setup = setups.prepare(config, workdir, check, resuming=resuming)
         started = Run(setup, stack)
-        started.restore(initial, changes)
+        started.restore(initial)
         if started.catch_up():
             return
         started.train()
@@ -104,15 +104,15 @@ class Run:
         stack.callback(self._progress.close)
         stack.enter_context(jax.set_mesh(setup.mesh))
         identity = inputs.tokenizer_identity(setup.workdir)
-        self._checkpoints = Checkpoints(setup.workdir, self._config, identity=identity)
+        self._checkpoints = Checkpoints(
+            setup.workdir, self._config, identity=identity, batches=setup.batches
+        )
         stack.callback(self._checkpoints.close)
 
-    def restore(self, initial: PretrainedWeights | None, changes: Sequence[str]) -> None:
+    def restore(self, initial: PretrainedWeights | None) -> None:
         """Load the newest valid checkpoint, or make the initial state; open the logs.
 
-        Args:
-            initial: weights that replace random ones at step 0.
-            changes: accepted differences of the config, which are printed.
+        Weights in `initial` replace random ones at step 0.
         """
         config, workdir, total = self._config, self._setup.workdir, self._schedule.total
         say = self._progress.say
@@ -122,16 +122,16 @@ class Run:
             restored = self._checkpoints.restore_newest(self._setup.abstract, say)
             self.state = restored or self._setup.init()
             start = int(self.state.step)
-            if 0 < total < start:
+            if start < self._setup.batches.sizes[-1][0]:
                 raise UserError(
-                    f"total_steps: the run would end at step {total}, but {workdir} has reached "
-                    f"step {start}; give {start} or more, or another --workdir."
+                    f"{workdir}: step {start} is now the newest checkpoint, and the batch size "
+                    "changes after it; run the same command again."
                 )
             if initial and not start:
                 self.state = initial.put(self.state)
                 say(f"Initialized from {initial.source}.")
         if start:
-            say("\n".join([f"Resuming from step {start}.", *changes]))
+            say("\n".join([f"Resuming from step {start}.", *self._setup.changes]))
         if self._is_main:
             keep_config(config, workdir, start)
         self._logged = [line for line in read_metrics(workdir) if line["step"] == start]
@@ -219,7 +219,8 @@ class Run:
         reads = (*learners.learner_class(config.learner.name).reads, "broken")
         reads += ("index",) if config.log.ids else ()
         rows = sharding.batch_rows(setup.mesh, config.batch_size)
-        dataset = inputs.training_batches(config, setup.mixture, setup.tokenizer, rows)
+        offset = setup.batches.offset
+        dataset = inputs.training_batches(config, setup.mixture, setup.tokenizer, rows, offset)
         batches = prefetch.iterate(dataset, start, total, workers=config.data.workers)
         self._stack.callback(batches.close)
         members = [source for source, _ in setup.mixture]
@@ -299,6 +300,12 @@ def allowed_changes(config: ConfigDict, workdir: Path, allowed: Sequence[str]) -
     return []
 
 
+def earlier(config: ConfigDict, workdir: Path, allowed: Sequence[str]) -> Earlier:
+    """Return what an earlier start has left in `workdir`; raise as `allowed_changes`."""
+    changes = allowed_changes(config, workdir, allowed)
+    return Earlier(*read_batch_sizes(workdir), changes) if configs.trains(config) else Earlier()
+
+
 def has_results(workdir: Path) -> bool:
     """Return whether a run has left a checkpoint or a result, which its config.json describes."""
     return bool(saved_steps(workdir)) or any(workdir.glob("evals/*/*.json"))
@@ -333,8 +340,7 @@ def dry_run(
     """
     config, _ = warm_start.resolve(config, given, say, workdir)
 
-    def check(config: ConfigDict) -> None:
-        for change in allowed_changes(config, workdir, allow_changes):
-            say(change)
+    def check(config: ConfigDict) -> Earlier:
+        return earlier(config, workdir, allow_changes)
 
     return setups.dry_run(config, workdir, check, resuming=bool(saved_steps(workdir)))

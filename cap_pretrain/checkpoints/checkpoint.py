@@ -36,6 +36,7 @@ from cap_pretrain.checkpoints.orbax_setup import configure_orbax
 from cap_pretrain.distributed import cluster
 from cap_pretrain.errors import UserError, disk_error
 from cap_pretrain.fingerprint import fingerprints
+from cap_pretrain.optim.schedule import BatchSizes
 from cap_pretrain.training.step import TrainState
 
 ITEMS = ("learner", "optimizer")
@@ -84,11 +85,26 @@ def saved_identity(workdir: str | Path, step: int) -> dict[str, str]:
     return read_manifest(checkpoints_folder(workdir) / str(step))["identity"]
 
 
+def saved_batches(workdir: str | Path, step: int) -> tuple[tuple[int, int], ...]:
+    """Return the `BatchSizes.sizes` saved with `step`, empty before 0.2; raise as `load_arrays`."""
+    folder = checkpoints_folder(workdir) / str(step)
+    sizes = read_manifest(folder).get("batches", [])
+    try:
+        steps, batches = zip(*sizes, strict=True) if sizes else ((0,), (1,))
+        valid = steps[0] == 0 and list(steps) == sorted(set(steps)) and min(batches) >= 1
+        if not valid or not all(type(n) is int for n in (*steps, *batches)):
+            raise ValueError
+    except (TypeError, ValueError) as e:
+        raise CorruptCheckpointError(f"{folder}: is corrupt (its batch sizes are not valid)") from e
+    return tuple(map(tuple, sizes))
+
+
 class Checkpoints:
     """The checkpoints of one workdir, kept as `config.checkpoint` says.
 
     `identity` maps files to a string that identifies their content, such as a hash. It is saved
-    with each checkpoint, and one saved with another identity is refused. `read_only` leaves the
+    with each checkpoint, and one saved with another identity is refused. `batches` are the batch
+    sizes of the run, saved too; by default that of the config. `read_only` leaves the
     folder unchanged, for evaluation and export; else UserError is raised if it cannot be created,
     or holds something else under the name of a checkpoint. Symbolic links to checkpoints are read
     and never removed.
@@ -100,11 +116,13 @@ class Checkpoints:
         config: ConfigDict,
         *,
         identity: Mapping[str, str] | None = None,
+        batches: BatchSizes | None = None,
         read_only: bool = False,
     ):
         configure_orbax()
         self._workdir = Path(workdir)
         self._identity = dict(identity or {})
+        self._batches = (batches or BatchSizes(((0, config.batch_size),))).sizes
         self._best = config.checkpoint.best
         self._lowest = config.checkpoint.best_mode == "min"
         self._minutes = config.checkpoint.every_minutes
@@ -172,7 +190,7 @@ class Checkpoints:
         step, items = int(jax.device_get(state.step)), _items(state)
         self._saved_at = time.monotonic()
         leaves = describe(items, self._fingerprints(items))
-        manifest = make_manifest(step, self._identity, leaves)
+        manifest = make_manifest(step, self._identity, leaves, self._batches)
         # Orbax copies to the host, and synchronizes several hosts, by implicit transfers.
         with self._disk_errors_as_user_errors(), jax.transfer_guard("allow"):
             self._manager.save(

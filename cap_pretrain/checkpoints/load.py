@@ -13,12 +13,18 @@ from jax.sharding import AxisType, Mesh
 from ml_collections import ConfigDict
 
 from cap_pretrain import config as configs
-from cap_pretrain import inputs, learners, rules
-from cap_pretrain.checkpoints.checkpoint import load_arrays, saved_identity, saved_steps
+from cap_pretrain import files, inputs, learners, rules
+from cap_pretrain.checkpoints.checkpoint import (
+    load_arrays,
+    saved_batches,
+    saved_identity,
+    saved_steps,
+)
 from cap_pretrain.checkpoints.manifest import CorruptCheckpointError
 from cap_pretrain.data.text import tokenizers
 from cap_pretrain.distributed import sharding
 from cap_pretrain.errors import UserError
+from cap_pretrain.optim.schedule import BatchSizes
 from cap_pretrain.training.step import split_learner
 
 Say = Callable[[str], None]
@@ -99,6 +105,25 @@ def read_config(workdir: str | Path) -> ConfigDict:
     except (ValueError, TypeError, KeyError, AttributeError) as e:
         raise UserError(f"{path}: is not the config of a run ({e}); put the original back.") from e
     return config.lock()
+
+
+def read_batch_sizes(workdir: Path) -> tuple[int, BatchSizes]:
+    """Return the step of the newest checkpoint and the batch sizes up to there; (0, none) without.
+
+    A checkpoint with an unreadable manifest is passed over.
+    """
+    for step in reversed(saved_steps(workdir)):
+        try:
+            found = saved_batches(workdir, step)
+        except CorruptCheckpointError:
+            continue
+        if not found:  # a checkpoint of before 0.2
+            before = workdir / f"config.until_{step}.json"
+            path = before if before.is_file() else workdir / "config.json"
+            size = files.read_json(path).get("batch_size") if path.is_file() else None
+            found = ((0, size),) if isinstance(size, int) else ()
+        return step, BatchSizes(found)
+    return 0, BatchSizes(())
 
 
 def read_weights(workdir: str | Path, step: int | None = None, say: Say = to_stderr) -> Weights:

@@ -6,7 +6,7 @@ model detects a checkpoint of another model, and one with the arrays that were r
 
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,12 @@ def format_leaf(leaf: Mapping[str, Any] | None) -> str:
     return f"{leaf['dtype']} {leaf['shape']}" if leaf else "missing"
 
 
-def make_manifest(step: int, identity: Mapping[str, str], leaves: Leaves) -> dict[str, Any]:
+def make_manifest(
+    step: int, identity: Mapping[str, str], leaves: Leaves, batches: Sequence[Sequence[int]] = ()
+) -> dict[str, Any]:
     """Return the manifest of a checkpoint as a JSON-compatible dict, with its checksum."""
-    manifest = {"step": step, "identity": dict(identity), "leaves": leaves}
+    sizes = [list(entry) for entry in batches]
+    manifest = {"step": step, "identity": dict(identity), "leaves": leaves, "batches": sizes}
     return {**manifest, "checksum": _checksum(manifest)}
 
 

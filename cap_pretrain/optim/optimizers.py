@@ -115,7 +115,7 @@ OPTIMIZERS = {
 }
 
 
-def _rsqrt(lr: float, warmup: int) -> optax.Schedule:
+def _rsqrt(lr: float, warmup: float) -> optax.Schedule:
     """Return inverse square root decay, equal to `lr` at the end of the warmup."""
     scale = max(warmup, 1)
     return lambda step: lr * jnp.sqrt(scale / (step + scale))
@@ -123,7 +123,7 @@ def _rsqrt(lr: float, warmup: int) -> optax.Schedule:
 
 # The schedule after the warmup: (lr, warmup steps, remaining steps) -> learning rate by the number
 # of steps since the end of the warmup.
-DECAYS: dict[str, Callable[[float, int, int], optax.Schedule]] = {
+DECAYS: dict[str, Callable[[float, float, float], optax.Schedule]] = {
     "cosine": lambda lr, _warmup, left: optax.cosine_decay_schedule(lr, left),
     "linear": lambda lr, _warmup, left: optax.linear_schedule(lr, 0.0, left),
     "rsqrt": lambda lr, warmup, _left: _rsqrt(lr, warmup),
@@ -132,7 +132,7 @@ DECAYS: dict[str, Callable[[float, int, int], optax.Schedule]] = {
 
 
 def schedule(
-    c: ConfigDict, *, total: int, warmup: int, cooldown: int, batch_size: int
+    c: ConfigDict, *, total: float, warmup: float, cooldown: float, batch_size: int
 ) -> optax.Schedule:
     """Return the learning rate as a function of the step, for the `optim` section of a config.
 

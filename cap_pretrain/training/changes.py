@@ -12,6 +12,20 @@ from cap_pretrain import learners
 from cap_pretrain.errors import UserError
 from cap_pretrain.validation import FREE
 
+# Fields that decide which examples follow each other.
+ORDER = (
+    *("seed", "data.name", "data.split", "data.fraction", "data.class_min", "data.class_max"),
+    *("data.buckets", "data.scenes"),
+)
+
+
+def reordering(changes: Sequence[str]) -> list[str]:
+    """Return a line for the log if `changes`, from `check_unchanged`, reorder the examples."""
+    changed = [change.partition(" ")[0] for change in changes]
+    fields = ", ".join(field for field in changed if _covered(field, ORDER))
+    note = "changes the order of the examples: this epoch may repeat some and leave others out."
+    return [f"{fields} {note}"] if fields else []
+
 
 def check_unchanged(config: ConfigDict, path: Path, allowed: Sequence[str] = ()) -> list[str]:
     """Compare a config with the one that an earlier start stored at `path`; return the changes.

@@ -58,8 +58,9 @@ class Evaluation:
                 yield memory
             config, schedule = self._setup.config, self._setup.schedule
             if self._is_main and schedule.total and config.evals:
-                epoch_steps = self._setup.epoch / config.batch_size
-                rows = history.keep(self._setup.workdir, config.evals, epoch_steps)
+                setup = self._setup
+                epochs = lambda step: setup.batches.examples(step) / setup.epoch
+                rows = history.keep(setup.workdir, config.evals, epochs)
                 if when == "end":
                     self._progress.say(history.tables(rows))
 

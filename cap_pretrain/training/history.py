@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +14,26 @@ Row = dict[str, float]
 
 
 def evaluations(
-    lines: Iterable[Mapping[str, Any]], names: Collection[str], epoch: float
+    lines: Iterable[Mapping[str, Any]], names: Collection[str], epochs: Callable[[int], float]
 ) -> list[Row]:
     """Collect the metrics of the evaluators `names` from lines of metrics.jsonl, by step.
 
     Returns {"step": …, "epoch": …, "EVALUATOR/METRIC": …, …} for each evaluated step, ascending;
-    `epoch` is the steps per epoch.
+    `epochs` returns the epochs seen by a step.
     """
     rows: dict[int, Row] = {}
     for line in lines:
         found = {k: v for k, v in line.items() if k.rpartition("/")[0] in names}
         if found:
             step = int(line["step"])
-            row = rows.setdefault(step, {"step": step, "epoch": round(step / epoch, 3)})
+            row = rows.setdefault(step, {"step": step, "epoch": round(epochs(step), 3)})
             row |= found
     return [rows[step] for step in sorted(rows)]
 
 
-def keep(workdir: Path, names: Collection[str], epoch: float) -> list[Row]:
+def keep(workdir: Path, names: Collection[str], epochs: Callable[[int], float]) -> list[Row]:
     """Write all evaluations of a run to evals/table.csv, and return them as `evaluations` does."""
-    rows = evaluations(read_metrics(workdir), names, epoch)
+    rows = evaluations(read_metrics(workdir), names, epochs)
     columns = list(dict.fromkeys(column for row in rows for column in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")

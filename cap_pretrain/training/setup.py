@@ -2,9 +2,9 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from cap_pretrain import config as configs
 from cap_pretrain import files, inputs, learners
 from cap_pretrain.distributed import cluster, sharding
+from cap_pretrain.errors import UserError
 from cap_pretrain.evals import suite
 from cap_pretrain.models import build
 from cap_pretrain.optim import optimizers
@@ -23,8 +24,17 @@ from cap_pretrain.telemetry import flops
 from cap_pretrain.telemetry.progress import Progress, parameter_table
 from cap_pretrain.telemetry.timer import StepTimer
 from cap_pretrain.training import plan
+from cap_pretrain.training.changes import reordering
 from cap_pretrain.training.step import TrainState, init_state, make_train_step
 from cap_pretrain.validation import validate
+
+
+class Earlier(NamedTuple):
+    """What an earlier start of the run has left; by default nothing."""
+
+    step: int = 0  # of the newest checkpoint
+    batches: schedules.BatchSizes = schedules.BatchSizes(())  # up to that step
+    changes: Sequence[str] = ()  # of the config since then, one line each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +48,8 @@ class Setup:
     tokenizer: Any
     schedule: schedules.Schedule
     notes: list[str]  # lines for the log about the data and the moving average
+    batches: schedules.BatchSizes
+    changes: list[str]  # since the earlier start, for the log
     epoch: int  # examples in one epoch
     init: Callable[[], TrainState]  # makes the initial state on the mesh
     abstract: TrainState  # the state's shapes, dtypes and shardings
@@ -74,7 +86,7 @@ class Setup:
 def prepare(
     config: ConfigDict,
     workdir: Path,
-    check: Callable[[ConfigDict], None],
+    check: Callable[[ConfigDict], Earlier],
     *,
     resuming: bool,
 ) -> Setup:
@@ -92,11 +104,11 @@ def prepare(
     suite.check(config)
     files.make_workdir(workdir)
     cluster.check_shared(workdir)
-    check(config)
+    earlier = check(config)
     tokenizer = inputs.prepare_tokenizer(config, sources, workdir, anew=not resuming)
     mixture = inputs.in_buckets(config, sources, tokenizer)
     epoch = inputs.examples_an_epoch(config, mixture)
-    schedule = schedules.make_schedule(config, epoch=epoch)
+    schedule, batches, changes = _resolve_schedule(config, earlier, epoch)
     rate = schedules.learning_rate(config, schedule)
     # Checkpoints are read as they were saved, so a run that only evaluates keeps the optimizer.
     idle = not schedule.total and not resuming
@@ -108,16 +120,15 @@ def prepare(
     )
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     step_fn = make_train_step(graphdef, tx, rate, config, shardings)
+    notes = [*inputs.held_out(config, sources), *schedules.notes(config, schedule)]
     return Setup(
-        *(config, workdir, mesh, mixture, tokenizer, schedule),
-        [*inputs.held_out(config, sources), *schedules.notes(config, schedule)],
-        epoch,
+        *(config, workdir, mesh, mixture, tokenizer, schedule, notes, batches, changes, epoch),
         *(init, abstract, graphdef, step_fn),
     )
 
 
 def dry_run(
-    config: ConfigDict, workdir: Path, check: Callable[[ConfigDict], None], *, resuming: bool
+    config: ConfigDict, workdir: Path, check: Callable[[ConfigDict], Earlier], *, resuming: bool
 ) -> str:
     """Write `workdir/plan.json` and return it as text, from abstract shapes; see `prepare`."""
     kept = resuming and inputs.tokenizer_path(workdir).exists()
@@ -126,14 +137,15 @@ def dry_run(
     sources = inputs.open_sources(config) if configs.trains(config) else []
     config = inputs.completed(config, sources)
     suite.check(config)
-    check(config)
+    earlier = check(config)
     tokenizer = (
         inputs.prepare_tokenizer(config, sources, workdir, anew=False)
         if kept
         else inputs.planned_tokenizer(config, sources)
     )
     mixture = inputs.in_buckets(config, sources, tokenizer)
-    schedule = schedules.make_schedule(config, epoch=inputs.examples_an_epoch(config, mixture))
+    epoch = inputs.examples_an_epoch(config, mixture)
+    schedule, _, changes = _resolve_schedule(config, earlier, epoch)
     rate = schedules.learning_rate(config, schedule)
     made = plan.make_plan(
         config,
@@ -142,7 +154,36 @@ def dry_run(
         make_optimizer=functools.partial(make_optimizer, config, rate, idle=not schedule.total),
     )
     notes = [*inputs.held_out(config, sources), *schedules.notes(config, schedule)]
-    return "\n\n".join([plan.write_plan(made, workdir), *notes])
+    lines = "\n".join([*changes, plan.write_plan(made, workdir)])
+    return "\n\n".join([lines, *notes])
+
+
+def _resolve_schedule(
+    config: ConfigDict, earlier: Earlier, epoch: int
+) -> tuple[schedules.Schedule, schedules.BatchSizes, list[str]]:
+    """Return schedule and batch sizes of a run, and the changes with what follows from them.
+
+    Raises UserError if the run is longer already, or its batch size cannot change.
+    """
+    start, before, changes = earlier
+    batches = before.then(start, config.batch_size)
+    if len(batches.sizes) > 1 and config.data.buckets:
+        raise UserError(
+            f"batch_size: was {before.sizes[-1][1]}, is now {config.batch_size}, but with "
+            "data.buckets the examples of an epoch depend on it; restore it, or use another "
+            "--workdir."
+        )
+    schedule = schedules.make_schedule(config, epoch=epoch, batches=batches)
+    if 0 < schedule.total < start:
+        raise UserError(
+            f"total_steps: the run would end at step {schedule.total}, but has reached step "
+            f"{start}; give {start} or more, or another --workdir."
+        )
+    lines = [*changes, *reordering(changes)]
+    if changes and start:
+        line = schedules.describe_progress(config, schedule, batches, start=start, epoch=epoch)
+        lines.append(line)
+    return schedule, batches, lines
 
 
 def make_optimizer(

@@ -16,7 +16,7 @@ LINES = [
 
 def test_a_row_for_each_time_and_all_figures_in_it(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
-    rows = history.keep(tmp_path, {"val", "scores", "end"}, epoch=5)
+    rows = history.keep(tmp_path, {"val", "scores", "end"}, epochs=lambda step: step / 5)
     assert [row["epoch"] for row in rows] == [1, 2] and rows[0]["val/loss"] == 2
     assert (tmp_path / "evals" / "table.csv").read_text().splitlines() == [
         "step,epoch,val/loss,scores/CIDEr,scores/Bleu_4,end/loss",
@@ -26,7 +26,7 @@ def test_a_row_for_each_time_and_all_figures_in_it(tmp_path):
 
 
 def test_people_see_what_was_found_more_than_once():
-    rows = history.evaluations(LINES, {"val", "scores", "end"}, epoch=5)
+    rows = history.evaluations(LINES, {"val", "scores", "end"}, epochs=lambda step: step / 5)
     assert history.tables(rows).splitlines() == [
         "val",
         "",
