@@ -16,6 +16,7 @@ from typing import NoReturn
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from cap_pretrain import untrusted
 from cap_pretrain.errors import UserError, did_you_mean, disk_error
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/NAME.py[:key=value,…]")
@@ -118,7 +119,8 @@ def entry() -> int:
 
 def say(message: object, code: int) -> int:
     """Print why the program ends; return the exit status."""
-    print(f"cap_pretrain: {message}", file=sys.stderr)
+    text = untrusted.printable(str(message), keep="\n")
+    print(f"cap_pretrain: {text}", file=sys.stderr)
     return code
 
 

@@ -10,6 +10,7 @@ import gzip
 import io
 import json
 import os
+import re
 import stat
 import zipfile
 import zlib
@@ -36,6 +37,8 @@ MAX_NAME = 100
 
 File systems allow 255 bytes; TFDS adds a suffix and temporary names.
 """
+
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufffe\uffff]")
 
 
 class TooLargeError(OSError):
@@ -124,6 +127,14 @@ def shown(value: Any) -> str:
     """Return a value from data for a message: printable, on one line, at most 80 characters."""
     text = repr(value) if not isinstance(value, (dict, list)) else f"a {type(value).__name__}"
     return text if len(text) <= 80 else text[:79] + "…"
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Return text from data with control characters, line breaks and lone surrogates escaped.
+
+    The escapes are those of JSON, so this keeps JSON valid. Characters in `keep` are not escaped.
+    """
+    return _UNPRINTABLE.sub(lambda m: m[0] if m[0] in keep else json.dumps(m[0])[1:-1], text)
 
 
 def path_part(name: Any, what: str, where: object) -> str:

@@ -19,6 +19,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
+from cap_pretrain import untrusted
 from cap_pretrain.checkpoints.load import load_learner
 from cap_pretrain.cli import arguments
 from cap_pretrain.cli.captioning import Captioner, captioner, read_image
@@ -52,7 +53,7 @@ def _run(args: argparse.Namespace) -> int:
         failed |= "error" in result
         text = result.get("caption", f"not captioned: {result.get('error')}")
         line = json.dumps(result, ensure_ascii=False) if args.json else f"{result['image']}: {text}"
-        print(line, flush=True)
+        print(untrusted.printable(line), flush=True)
     return int(failed)
 
 

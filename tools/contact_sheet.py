@@ -17,7 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image, ImageDraw, ImageFont
 
-from cap_pretrain import inputs
+from cap_pretrain import inputs, untrusted
 from cap_pretrain.cli import arguments
 from cap_pretrain.data import pipeline
 from cap_pretrain.data.sources.open import open_source
@@ -57,7 +57,9 @@ def draw(pictures: Sequence[Picture], columns: int, side: int) -> Image.Image:
     font = ImageFont.load_default(max(11, side // 10))
     line = font.getbbox("Ag")[3] + 2
     letters = max(1, int(side / font.getlength("n")))
-    captions = [textwrap.wrap(caption, letters) for _, caption in pictures]
+    captions = [
+        textwrap.wrap(untrusted.printable(caption, keep="\n\t"), letters) for _, caption in pictures
+    ]
     step_x, step_y = side + gap, side + gap + line * max(map(len, captions))
     rows = -(-len(pictures) // columns)
     sheet = Image.new("RGB", (columns * step_x + gap, rows * step_y + gap), "white")

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from cap_pretrain import untrusted
 from cap_pretrain.cli import arguments
 from cap_pretrain.errors import UserError
 
@@ -31,7 +32,11 @@ def _run(args: argparse.Namespace) -> int:
     from cap_pretrain import files
 
     listed = list(_lines(args.dataset, args.splits, args.ids))
-    lines = [f"# {args.dataset}: {', '.join(args.splits)}", *itertools.chain(*listed), ""]
+    lines = [
+        f"# {untrusted.printable(args.dataset)}: {', '.join(args.splits)}",
+        *itertools.chain(*listed),
+        "",
+    ]
     try:
         files.write_text(args.to, "\n".join(lines))
     except OSError as error:
@@ -52,7 +57,7 @@ def _lines(dataset: str, splits: Sequence[str], ids: bool) -> Iterator[list[str]
             data = example["image"]
             seen = hashes.perceptual(images.decode(data, hashes.LOOK))
             lines = [f"exact {hashes.exact(data):016x}", f"perceptual {seen:016x}"]
-            yield lines + [f"id {example['id']}"] * ids
+            yield lines + [hashes.held_out_id(example["id"])] * ids
 
 
 if __name__ == "__main__":

@@ -175,15 +175,18 @@ def draw(points: Points, xy: np.ndarray, class_names: Sequence[str], thumbnails:
         for word, where in zip(points.words, xy, strict=True):
             axis.annotate(word, where, (2, 2), textcoords="offset points", fontsize=8)
         return figure
+    handles: list[Any] = []
+    names: list[str] = []
     present = [int(label) for label in np.unique(points.labels)]
     for label, color in zip(present, _colors(len(present)), strict=True):
         own = points.labels == label
-        name = class_names[label] if label >= 0 else "no label"
-        axis.scatter(*xy[own].T, s=16, color=color, label=name)
+        handles.append(axis.scatter(*xy[own].T, s=16, color=color))
+        names.append(class_names[label] if label >= 0 else "no label")
         if thumbnails:
             _put_thumbnails(axis, points.images[own], xy[own], color)
     if present != [-1] and len(present) <= LEGEND:
-        figure.legend(loc="outside right upper", fontsize=8, markerscale=1.5)
+        # Named explicitly, because matplotlib hides labels that begin with "_".
+        figure.legend(handles, names, loc="outside right upper", fontsize=8, markerscale=1.5)
     return figure
 
 

@@ -1,10 +1,12 @@
 """Command-line arguments and exit statuses that the tools have in common."""
 
 import argparse
+import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from cap_pretrain import untrusted
 from cap_pretrain.errors import UserError
 
 Command = Callable[[argparse.Namespace], int]
@@ -57,8 +59,11 @@ def run(
     catch: tuple[type[Exception], ...] = (UserError, OSError),
 ) -> int:
     """Run a command; return its status, or 2 after printing an error of `catch` on stderr."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # file names need not be UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return command(args)
     except catch as error:
-        print(f"error: {error}", file=sys.stderr)
+        message = untrusted.printable(str(error), keep="\n")
+        print(f"error: {message}", file=sys.stderr)
         return 2

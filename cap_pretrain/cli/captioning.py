@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from cap_pretrain import inputs, rng
+from cap_pretrain import inputs, rng, untrusted
 from cap_pretrain.checkpoints.load import Learner, load_learner
 from cap_pretrain.cli import figures
 from cap_pretrain.data import images, pipeline
@@ -69,7 +69,7 @@ def file_images(learner: Learner, paths: Sequence[str]) -> list[Named]:
     for path in paths:
         image = read_image(path, learner.config.data)
         if isinstance(image, str):
-            print(f"{path}: not drawn: {image}", file=sys.stderr)
+            print(f"{untrusted.printable(path)}: not drawn: {image}", file=sys.stderr)
         else:
             found.append((Path(path).name, image))
     return found

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from cap_pretrain import untrusted
 from cap_pretrain.errors import UserError
 
 SUFFIXES = (".png", ".svg")
@@ -35,7 +36,21 @@ def check_name(out: Path) -> None:
 def save(figure: Any, out: Path) -> None:
     """Write a figure as PNG or SVG, by its suffix; equal figures give equal files."""
     matplotlib = imported("matplotlib")
+    _show_texts_as_they_are(figure)
     svg = out.suffix.lower() == ".svg"
     # Deterministic ids, and text stored as text instead of outlines.
     with matplotlib.rc_context({"svg.hashsalt": "cap_pretrain", "svg.fonttype": "none"}):
         figure.savefig(out, metadata={"Date": None} if svg else None)
+
+
+def _show_texts_as_they_are(figure: Any) -> None:
+    """Make matplotlib draw the texts of a figure, which may come from data, without parsing them.
+
+    It takes text between dollar signs for formulas. Numbers at axes are such formulas and stay.
+    """
+    ticks = figure.findobj(imported("matplotlib.axis").Tick)
+    numbers = {id(label) for tick in ticks for label in (tick.label1, tick.label2)}
+    for text in figure.findobj(imported("matplotlib.text").Text):
+        if id(text) not in numbers:
+            text.set_parse_math(False)
+            text.set_text(untrusted.printable(text.get_text()))

@@ -7,6 +7,8 @@ import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from cap_pretrain import untrusted
+
 Row = Mapping[str, Any]
 """Column -> value."""
 
@@ -14,6 +16,7 @@ Row = Mapping[str, Any]
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a Markdown table of cells that are already text."""
     cells = [header, ["---"] * len(header), *rows]
+    cells = [[untrusted.printable(cell).replace("|", r"\|") for cell in row] for row in cells]
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 

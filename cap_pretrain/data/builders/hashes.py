@@ -7,12 +7,15 @@ share an exact hash is 4e-6.
 import dataclasses
 import hashlib
 import itertools
+import json
+import string
 from collections.abc import Iterable
 from pathlib import Path
 
 import cv2
 import numpy as np
 
+from cap_pretrain import untrusted
 from cap_pretrain.errors import UserError, did_you_mean
 
 NEAR = 4
@@ -97,12 +100,33 @@ class HeldOut:
         return bool((distance <= NEAR).any())
 
 
+def held_out_id(id_: str) -> str:
+    """Return the line of a list of held-out images for an id: quoted if it is not a plain line."""
+    plain = id_ == id_.strip() == untrusted.printable(id_) and not id_.startswith('"')
+    return f"id {id_ if plain else json.dumps(id_)}"
+
+
+def _read_id(text: str) -> str:
+    if not text.startswith('"'):
+        return text
+    try:
+        return str(json.loads(text))
+    except ValueError:
+        return text  # an id that begins with a quote, of a list written by hand
+
+
+def _read_hash(text: str) -> int:
+    if not set(text) <= set(string.hexdigits):
+        raise ValueError(text)  # int() also takes signs and underscores
+    return int(text, 16)
+
+
 def read_held_out(paths: Iterable[Path]) -> HeldOut:
     """Read lists of held-out images; raises UserError if one is unreadable or has another form.
 
-    Each line is "id ID", "exact HASH" or "perceptual HASH", with the hash in hexadecimal. Only the
-    first 64 bits of a longer hash count, so a full SHA-256 is fine. Empty lines and lines that
-    start with "#" are skipped.
+    Each line is "id ID" (or the ID as `held_out_id` quotes it), "exact HASH" or "perceptual HASH",
+    with the hash in hexadecimal. Only the first 64 bits of a longer hash count, so a full SHA-256
+    is fine. Empty lines and lines that start with "#" are skipped.
     """
     found: dict[str, set] = {"id": set(), "exact": set(), "perceptual": set()}
     for path in paths:
@@ -116,7 +140,7 @@ def read_held_out(paths: Iterable[Path]) -> HeldOut:
                     f"'id ID', 'exact HASH' or 'perceptual HASH'.{did_you_mean(kind, found)}"
                 )
             try:
-                found[kind].add(value if kind == "id" else int(value[:16], 16))
+                found[kind].add(_read_id(value) if kind == "id" else _read_hash(value[:16]))
             except ValueError as error:
                 raise UserError(
                     f"--held_out {path}: line {number} has {value[:30]!r}, which is not a "
@@ -128,6 +152,6 @@ def read_held_out(paths: Iterable[Path]) -> HeldOut:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        return [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
     except (OSError, ValueError) as error:
         raise UserError(f"--held_out {path}: cannot be read ({error}).") from error
