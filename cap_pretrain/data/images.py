@@ -6,6 +6,7 @@ pixels. Everything else (PNG, WebP, GIF, CMYK, alpha, palettes, 16 bits) is deco
 tools/bench_decode.py measures the choice.
 """
 
+import contextlib
 import io
 import math
 import warnings
@@ -14,12 +15,13 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps
+from PIL import Image
+
+from cap_pretrain.data import image_files
+from cap_pretrain.data.image_files import ImageError, UnsupportedError
 
 # Each worker decodes one image at a time, so OpenCV's own threads would compete with workers.
 cv2.setNumThreads(0)
-
-MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 2**30 // 4 // 3  # Pillow's limit; larger ones are rejected
 
 # Pillow warns of corrupt EXIF, which is frequent in photographs from the web, and of its size
 # limit, for which this module raises ImageError.
@@ -44,10 +46,10 @@ _LOSSLESS = ("PNG", "GIF", "BMP", "TIFF", "PPM")
 _SMOOTHED = 5**0.5  # largest downscaling that three taps can smooth: there, their weights are equal
 
 _Box = tuple[int, int, int, int]  # top, left, height, width of a part of an image, in pixels
+_Turn = Callable[[np.ndarray], np.ndarray]
 
 
-class ImageError(ValueError):
-    """The bytes are not an image, or one that is corrupt or too large."""
+_STRIP = 2**20  # pixels that are converted at a time, to save memory
 
 
 def decode(data: bytes, min_size: int = 0) -> np.ndarray:
@@ -56,10 +58,14 @@ def decode(data: bytes, min_size: int = 0) -> np.ndarray:
     If `min_size` is positive, a large JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, which is
     much faster, as long as both sides keep at least that many pixels. Transparency is composited on
     white; of an animation, the first frame is returned. Raises ImageError if the file is not an
-    image, is corrupt or truncated, or has more than `MAX_PIXELS` pixels.
+    image, is corrupt or truncated, or exceeds the limits of `image_files`.
     """
-    with _open(data) as image:
-        return np.ascontiguousarray(_decode(data, image, _scale(min(image.size), min_size)))
+    return image_files.mending(lambda own: _decode(own, min_size), data)
+
+
+def size(data: bytes) -> tuple[int, int]:
+    """Return (width, height) as stored, before EXIF turns it; raises ImageError."""
+    return image_files.mending(lambda own: _open(own).size, data)
 
 
 def to_plain(data: bytes) -> bytes:
@@ -70,17 +76,24 @@ def to_plain(data: bytes) -> bytes:
     otherwise as JPEG of quality 95. The whole image is decoded to check it, which raises ImageError
     as `decode` does.
     """
-    pixels = decode(data)
-    with _open(data) as image:
-        if _is_plain_jpeg(image) or _is_plain_png(image, data):
-            return data
-        lossless = image.format in _LOSSLESS
-    encoded = io.BytesIO()
-    if lossless:
-        Image.fromarray(pixels).save(encoded, "PNG")
-    else:
-        Image.fromarray(pixels).save(encoded, "JPEG", quality=95)
-    return encoded.getvalue()
+    return image_files.mending(_to_plain, data)
+
+
+def _to_plain(data: bytes) -> bytes:
+    with _open(data) as image, _memory(data, image):
+        pixels = _pixels(data, image)  # closes the image
+        with _open(data) as header:
+            if _is_plain_jpeg(header) or _is_plain_png(header, data):
+                return data
+            lossless = header.format in _LOSSLESS
+        plain = Image.fromarray(pixels)
+        del pixels
+        encoded = io.BytesIO()
+        if lossless:
+            plain.save(encoded, "PNG")
+        else:
+            plain.save(encoded, "JPEG", quality=95)
+        return encoded.getvalue()
 
 
 def resize(image: bytes | np.ndarray, size: int) -> np.ndarray:
@@ -158,11 +171,22 @@ def _open(data: bytes) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise ImageError(f"refused: {error}") from error
     except Exception as error:  # Pillow's plug-ins raise nearly anything on garbage
+        if image_files.unsupported(data):
+            raise UnsupportedError("HEIC, JPEG XL or the like; convert it to JPEG") from error
         raise ImageError("not an image" if data else "empty file") from error
     width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise ImageError(f"refused: {width} x {height} pixels, the limit is {MAX_PIXELS} in all")
+    limit = image_files.max_pixels(image.format)
+    if width * height > limit:
+        raise ImageError(f"refused: {width} x {height} pixels, the limit is {limit} in all")
+    if image.format in _JPEG and image_files.has_too_many_scans(data):
+        raise ImageError(f"refused: more than {image_files.MAX_SCANS} scans")
     return image
+
+
+def _memory(data: bytes, image: Image.Image, scale: int = 1) -> contextlib.AbstractContextManager:
+    """Wait for the memory that decoding an open file takes, at 1 / scale of its size."""
+    pixels = image.width * image.height // scale**2
+    return image_files.memory(data, pixels, None if _is_plain_jpeg(image) else image.format)
 
 
 def _resize_part(
@@ -173,20 +197,27 @@ def _resize_part(
     If a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, the edges of the part are rounded to its
     pixels, so no edge moves by more than half a pixel of the result.
     """
-    if not isinstance(image, bytes):
-        return _resize(_part(image, choose(*image.shape[:2])), size)
-    if whole := _size_of_common_jpeg(image):
+    if isinstance(image, bytes):
+        return image_files.mending(lambda data: _resize_file(data, size, choose), image)
+    return _resize(_part(image, choose(*image.shape[:2])), size)
+
+
+def _resize_file(data: bytes, size: int, choose: Callable[[int, int], _Box]) -> np.ndarray:
+    if whole := _size_of_common_jpeg(data):
         box = choose(whole[1], whole[0])
         scale = _scale(min(box[2:]), size)
-        return _resize(_part(_decode_jpeg(image, whole, scale), box, scale), size)
-    with _open(image) as file:
+        with image_files.memory(data, whole[0] * whole[1] // scale**2):
+            return _resize(_part(_decode_jpeg(data, whole, scale), box, scale), size)
+    with _open(data) as file:
         if not _is_plain_jpeg(file):
-            return _resize_part(_decode_with_pillow(file), size, choose)
-        turn = _UPRIGHT.get(_orientation(file), lambda pixels: pixels)
+            with _memory(data, file):
+                return _resize_part(_decode_with_pillow(file), size, choose)
+        turn = _turn_of_jpeg(file)
         box = _chosen(choose, file.size, turn)
         scale = _scale(min(box[2:]), size)
-        part = _part(_decode_jpeg(image, file.size, scale), box, scale)
-        return _resize(turn(part), size)
+        with _memory(data, file, scale):
+            part = _part(_decode_jpeg(data, file.size, scale), box, scale)
+            return _resize(turn(part), size)
 
 
 def _size_of_common_jpeg(data: bytes) -> tuple[int, int] | None:
@@ -196,7 +227,8 @@ def _size_of_common_jpeg(data: bytes) -> tuple[int, int] | None:
     except ValueError:
         return None
     plain = color_space in _COLOR_SPACES and _EXIF not in data  # not CMYK, and upright
-    return (width, height) if plain and width * height <= MAX_PIXELS else None
+    allowed = width * height <= image_files.MAX_PIXELS and not image_files.has_too_many_scans(data)
+    return (width, height) if plain and allowed else None
 
 
 def _part(image: np.ndarray, box: _Box, scale: int = 1) -> np.ndarray:
@@ -209,7 +241,7 @@ def _part(image: np.ndarray, box: _Box, scale: int = 1) -> np.ndarray:
     return image[rows, columns]
 
 
-def _chosen(choose: Callable[[int, int], _Box], size: tuple[int, int], turn: Callable) -> _Box:
+def _chosen(choose: Callable[[int, int], _Box], size: tuple[int, int], turn: _Turn) -> _Box:
     """Choose a box of the image that `turn` makes upright; return it in stored coordinates."""
     width, height = size
     # The stored row and column of each upright pixel. These are views, so large files cost no more.
@@ -247,6 +279,8 @@ def _resize(image: np.ndarray, size: int) -> np.ndarray:
             image = cv2.sepFilter2D(image, -1, *kernels, borderType=cv2.BORDER_REPLICATE)
         return cv2.resize(image, (size, size), interpolation=cv2.INTER_LINEAR)
     columns, rows = _samples(width, size), _samples(height, size)
+    if columns * rows * size**2 > 2 * image_files.MAX_PIXELS:  # a line of a million pixels
+        return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA)
     finer = cv2.resize(image, (columns * size, rows * size), interpolation=cv2.INTER_LINEAR)
     # OpenCV averages pairs faster as bilinear sampling, which gives the same when halving one side.
     method = cv2.INTER_LINEAR if max(columns, rows) <= 2 else cv2.INTER_AREA
@@ -280,9 +314,20 @@ def _is_plain_png(image: Image.Image, data: bytes) -> bool:
     return bit_depth <= 8 and image.mode in ("RGB", "L", "P")
 
 
-def _orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 (upright) to 8."""
-    return image.getexif().get(_EXIF_ORIENTATION, 1) if "exif" in image.info else 1
+def _turn(image: Image.Image) -> _Turn:
+    """Return the function that makes the pixels upright, as EXIF says unless it is damaged."""
+    try:
+        return _UPRIGHT.get(image.getexif()[_EXIF_ORIENTATION], _as_stored)
+    except Exception:  # Pillow raises nearly anything on damaged EXIF, which is frequent
+        return _as_stored
+
+
+def _turn_of_jpeg(image: Image.Image) -> _Turn:
+    return _turn(image) if "exif" in image.info else _as_stored
+
+
+def _as_stored(pixels: np.ndarray) -> np.ndarray:
+    return pixels
 
 
 def _scale(side: int, min_size: int) -> int:
@@ -292,12 +337,18 @@ def _scale(side: int, min_size: int) -> int:
     return next((scale for scale in (8, 4, 2) if side >= scale * min_size), 1)
 
 
-def _decode(data: bytes, image: Image.Image, scale: int) -> np.ndarray:
+def _decode(data: bytes, min_size: int) -> np.ndarray:
+    with _open(data) as image:
+        scale = _scale(min(image.size), min_size) if _is_plain_jpeg(image) else 1
+        with _memory(data, image, scale):
+            return np.ascontiguousarray(_pixels(data, image, scale))
+
+
+def _pixels(data: bytes, image: Image.Image, scale: int = 1) -> np.ndarray:
     """Return the upright pixels of an open file; a plain JPEG at 1 / scale of its size."""
     if not _is_plain_jpeg(image):
         return _decode_with_pillow(image)
-    pixels = _decode_jpeg(data, image.size, scale)
-    return _UPRIGHT.get(_orientation(image), lambda pixels: pixels)(pixels)
+    return _turn_of_jpeg(image)(_decode_jpeg(data, image.size, scale))
 
 
 def _decode_jpeg(data: bytes, size: tuple[int, int], scale: int) -> np.ndarray:
@@ -310,19 +361,33 @@ def _decode_jpeg(data: bytes, size: tuple[int, int], scale: int) -> np.ndarray:
 
 
 def _decode_with_pillow(image: Image.Image) -> np.ndarray:
+    """Return the upright pixels of an open file, which is closed, in strips to save memory."""
     try:
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16-bit gray, which convert() would clip at 255
-            return _gray_to_rgb(np.asarray(image))
-        if image.mode == "F":
-            raise ValueError("floating point pixels have no defined range")
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image)
-        return np.array(image.convert("RGB"))
+        image.load()
+        turn, (width, height) = _turn(image), image.size
+        rows = max(1, _STRIP // width)
+        pixels = np.empty((height, width, 3), np.uint8)
+        for top in range(0, height, rows):
+            strip = (
+                image if rows >= height else image.crop((0, top, width, min(top + rows, height)))
+            )
+            pixels[top : top + rows] = _rgb(strip)
+        image.close()
+        return turn(pixels)
     except Exception as error:  # again, Pillow raises nearly anything on corrupt files
         raise ImageError(f"broken or truncated {image.format}: {error}") from error
+
+
+def _rgb(image: Image.Image) -> np.ndarray:
+    if image.mode.startswith("I"):  # 16-bit gray, which convert() would clip at 255
+        return _gray_to_rgb(np.asarray(image))
+    if image.mode == "F":
+        raise ValueError("floating point pixels have no defined range")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return np.asarray(image.convert("RGB"))
 
 
 def _gray_to_rgb(gray: np.ndarray) -> np.ndarray:

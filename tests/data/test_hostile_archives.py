@@ -209,16 +209,28 @@ def mutated(rng: np.random.Generator, data: bytes) -> bytes:
     return bytes(found)
 
 
+def with_checksums(data: bytes) -> bytes:
+    """Return a tar whose headers have correct checksums again."""
+    found = bytearray(data)
+    for start in range(0, len(found) - 511, 512):
+        if found[start + 257 : start + 262] == b"ustar":
+            found[start + 148 : start + 156] = b" " * 8
+            total = sum(found[start : start + 512])
+            found[start + 148 : start + 156] = b"%06o\0 " % total
+    return bytes(found)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True])
 def test_mutated_tars_give_their_members_or_one_error(tmp_path, packed):
     rng = np.random.default_rng(0)
     wholes = []
-    for tar_format in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT):
+    for tar_format in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
         tar(tmp_path / "s.tar", [*samples(2), ("d" * 150 + ".jpg", b"x" * 700)], tar_format)
         wholes.append((tmp_path / "s.tar").read_bytes())
     for number in range(2000):
-        data = mutated(rng, wholes[number % 3])
+        data = mutated(rng, wholes[number % 2])
+        data = with_checksums(data) if number % 3 else data
         if packed:
             data = gzip.compress(data, 1)
             data = mutated(rng, data) if number % 2 else data

@@ -24,7 +24,13 @@ from cap_pretrain.data.builders.arguments import check_splits
 from cap_pretrain.data.builders.candidates import Candidate
 from cap_pretrain.data.builders.duplicates import without_duplicates
 from cap_pretrain.data.builders.files import READ_ERRORS, AmbiguousNameError
-from cap_pretrain.data.builders.filters import Filters, RejectedError, kept_captions
+from cap_pretrain.data.builders.filters import (
+    MAX_CAPTION,
+    MAX_ID,
+    Filters,
+    RejectedError,
+    kept_captions,
+)
 from cap_pretrain.data.builders.report import DROPPED, SplitReport
 from cap_pretrain.data.builders.report_page import page
 from cap_pretrain.errors import UserError
@@ -143,7 +149,8 @@ class ImageDataset(tfds.core.GeneratorBasedBuilder):
         candidates = itertools.islice(part.read(), unit.start, unit.stop)
         check = functools.partial(_check, filters=self._filters)
         for candidate, outcome in _map_ahead(check, candidates, threads, lambda c: c.held):
-            yield {"id": candidate.id, "file": candidate.file, **outcome.row}, outcome.data
+            named = {"id": _shortened(candidate.id), "file": _shortened(candidate.file)}
+            yield named | outcome.row, outcome.data
 
     def _generate_examples(self, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
         paths = units.finished(self._folder / units.FOLDER, split)
@@ -197,7 +204,9 @@ def _check(candidate: Candidate, filters: Filters) -> _Outcome:
     if problem:
         return _Outcome({"reason": problem})
     features, dropped = dict(candidate.features), list[str]()
-    if filters.on_captions:
+    if len(features.get("question", "")) > MAX_CAPTION:
+        return _Outcome({"reason": "question too long"})
+    if features.get("captions"):
         features["captions"], dropped = kept_captions(filters, features["captions"])
         if not features["captions"]:
             return _Outcome({"reason": dropped[0]})
@@ -205,15 +214,21 @@ def _check(candidate: Candidate, filters: Filters) -> _Outcome:
         data = candidate.read()
         picture = filters.picture(data)
     except AmbiguousNameError as error:
-        return _Outcome({"reason": "ambiguous name", "why": str(error)})
+        return _Outcome({"reason": "ambiguous name", "why": _shortened(str(error))})
     except FileNotFoundError:
         return _Outcome({"reason": "missing"})
     except RejectedError as error:
         return _Outcome({"reason": str(error)})
+    except images.UnsupportedError as error:
+        return _Outcome({"reason": "format not supported", "why": _shortened(str(error))})
     except (images.ImageError, *READ_ERRORS) as error:
-        return _Outcome({"reason": "broken", "why": str(error)})
+        return _Outcome({"reason": "broken", "why": _shortened(str(error))})
     row = {"read": len(data), "features": features, "captions_dropped": dropped}
     return _Outcome(row | picture.row, picture.data)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= MAX_ID else text[: MAX_ID - 1] + "…"
 
 
 def _map_ahead(

@@ -190,7 +190,7 @@ class _Zip:
         self._zip = zipfile.ZipFile(open_regular(path))  # thread-safe: it locks reads of the file
 
     def names(self) -> list[str]:
-        return sorted(info.filename for info in self._zip.infolist() if not info.is_dir())
+        return sorted(info.filename for info in self._zip.infolist() if info.filename[-1:] != "/")
 
     def skipped(self) -> dict[str, str]:
         return {}

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import io
 import math
 import operator
 import re
@@ -12,7 +11,6 @@ from typing import Any
 
 import cv2
 import simplejpeg
-from PIL import Image
 
 from cap_pretrain.data import images
 from cap_pretrain.data.builders import hashes
@@ -27,6 +25,12 @@ _COMPARISONS = {
     "<": operator.lt,
 }
 _CONDITION = re.compile(r"\s*(?P<field>[^<>=!]+?)\s*(?P<sign>[<>=!]=|[<>])\s*(?P<value>.*?)\s*")
+MAX_CAPTION = 20_000
+"""Characters of the longest caption or question that is kept, unless --max_chars says otherwise."""
+
+MAX_ID = 4096
+"""Characters of the longest id of an example, as many as Linux allows in a path."""
+
 DEDUP = ("exact", "perceptual")
 """What makes two images duplicates: equal file contents; or also nearly equal appearance."""
 
@@ -89,7 +93,7 @@ class Filters:
     min_words: int = 0  # in a caption, separated by white space
     max_words: float = math.inf
     min_chars: int = 0  # in a caption
-    max_chars: float = math.inf
+    max_chars: float = MAX_CAPTION
     min_ascii: float = 0.0  # minimum fraction of ASCII among a caption's characters, 0 to 1
     where: tuple[Condition, ...] = ()  # all must hold
     dedup: str = ""  # one of DEDUP keeps the first of duplicate images; "" keeps all
@@ -104,16 +108,21 @@ class Filters:
 
     def known_problem(self, example_id: str, fields: Mapping[str, Any]) -> str:
         """Return why a candidate is dropped regardless of its image, or ""."""
+        if len(example_id) > MAX_ID:
+            return "id too long"
         if example_id in self.held_out.ids:
             return "held out"
         return next(filter(None, (one.problem(fields) for one in self.where)), "")
 
     def caption_problem(self, caption: str) -> str:
         """Return why a caption is dropped, or ""."""
-        words, chars = len(caption.split()), len(caption)
+        chars = len(caption)
+        if chars > self.max_chars:  # first, since splitting is costly
+            return "caption too long"
+        words = len(caption.split())
         if words < self.min_words or chars < self.min_chars:
             return "caption too short"
-        if words > self.max_words or chars > self.max_chars:
+        if words > self.max_words:
             return "caption too long"
         if sum(map(str.isascii, caption)) < self.min_ascii * chars:
             return "caption not in ASCII"
@@ -163,8 +172,8 @@ class Filters:
 def _size(data: bytes) -> tuple[int, int] | None:
     """Return width and height from the header, or None if no decoder will accept the image."""
     try:
-        return Image.open(io.BytesIO(data)).size
-    except Exception:  # Pillow's plug-ins raise nearly any exception on garbage
+        return images.size(data)
+    except images.ImageError:
         return None
 
 
@@ -182,7 +191,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     number("--min_words", int, "drop captions with fewer words", 1)
     number("--max_words", int, "drop captions with more words", 1)
     number("--min_chars", int, "drop captions with fewer characters", 1)
-    number("--max_chars", int, "drop captions with more characters", 1)
+    number("--max_chars", int, f"drop captions with more characters; default: {MAX_CAPTION}", 1)
     number("--min_ascii", float, "drop captions with a smaller fraction of ASCII, 0 to 1", 0, 1)
     what = (
         "keep examples whose JSON field or column fulfills this, as 'similarity>0.3' or "

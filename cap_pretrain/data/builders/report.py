@@ -14,6 +14,8 @@ DROPPED = "dropped.jsonl"
 
 LISTED = 100  # examples named in report.json for each reason; dropped.jsonl names all
 SHOWN = 10  # kept examples in report.html
+SHOWN_BYTES = 2**24  # of the largest image that is shown, since they are in memory
+SHOWN_CAPTIONS = 20  # of an example that is shown
 _LONGEST = 50  # words; longer captions share a bin of the histogram
 
 
@@ -73,6 +75,9 @@ class SplitReport:
         self.words.update(min(len(caption.split()), _LONGEST) for caption in captions)
         self.dropped_captions.update(row["captions_dropped"])
         # Sample the examples with the highest hashes: pseudorandom, but the same in every build.
+        features = row["features"] | ({"captions": captions[:SHOWN_CAPTIONS]} if captions else {})
+        row = {**row, "features": features}
+        data = data if len(data) <= SHOWN_BYTES else b""
         ranked = hashes.exact(row["id"].encode()), row["id"], row, data
         if len(self._shown) < SHOWN:
             heapq.heappush(self._shown, ranked)
@@ -80,7 +85,7 @@ class SplitReport:
             heapq.heappushpop(self._shown, ranked)
 
     def shown(self) -> list[tuple[Row, bytes]]:
-        """Return a sample of the kept examples, with their images."""
+        """Return a sample of the kept examples, with their images, b"" for large ones."""
         return [(row, data) for _, _, row, data in sorted(self._shown, key=lambda s: s[:2])]
 
     def summary(self) -> str:

@@ -67,9 +67,9 @@ def _sample(row: Mapping[str, Any], data: bytes) -> list[str]:
     features = dict(row["features"])
     lines = [f"<p>{_text(caption)}</p>" for caption in features.pop("captions", ())]
     lines += [f"<p>{_text(name)}: {_text(value)}</p>" for name, value in features.items()]
-    about = f"{_text(row['id'])}<br>{width} &times; {height}, {_number(len(data))} bytes"
-    thumbnail = base64.b64encode(_thumbnail(data)).decode()
-    image = f'<img alt="" src="data:image/jpeg;base64,{thumbnail}">'
+    about = f"{_text(row['id'])}<br>{width} &times; {height}, {_number(row['bytes'])} bytes"
+    thumbnail = base64.b64encode(_thumbnail(data)).decode() if data else ""
+    image = f'<img alt="" src="data:image/jpeg;base64,{thumbnail}">' if data else ""
     return [image, f"{''.join(lines)}<small>{about}</small>"]
 
 
