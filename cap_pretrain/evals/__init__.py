@@ -42,6 +42,8 @@ REGISTRY = {
     "accuracy": "cap_pretrain.evals.accuracy:Accuracy",
 }
 
+_POSITIVE = ("batch_size", "count", "pairs")  # other numbers may be 0, which means all or none
+
 
 def evaluator_class(name: str) -> Any:
     """Return the `base.Evaluator` registered as `name`; raises UserError if there is none."""
@@ -66,4 +68,8 @@ def options(name: str, section: ConfigDict) -> Any:
     fields = section.to_dict()
     if fields.pop("when") not in ("always", "end"):
         raise UserError(f"evals.{name}.when: {section.when!r} is neither 'always' nor 'end'.")
+    for field, value in fields.items():
+        least = int(field in _POSITIVE)
+        if type(value) is int and value < least:
+            raise UserError(f"evals.{name}.{field}: {value} must be at least {least}.")
     return evaluator_class(fields.pop("evaluator")).Options(**fields)

@@ -27,8 +27,6 @@ MAX_VOCABULARY = 2**24
 MAX_FILE = 2**26
 """Most bytes of a tokenizer's file; models of a million pieces have some 20 MB."""
 
-_SPECIAL = {"pad_id": 0, "eos_id": 1, "unk_id": 2}
-
 
 class TextEncoder(Protocol):
     """The part of a tokenizer that turns captions into fixed-length rows of ids; picklable.
@@ -185,7 +183,7 @@ def train_sentencepiece(
             raise failure from None
         if not used:
             raise UserError("tokenizer: there are no captions to train it on.") from error
-        if "vocab" in str(error).lower() or vocab_size < len(_SPECIAL):
+        if "vocab" in str(error).lower() or vocab_size < 3:  # the special pieces
             raise UserError(
                 f"tokenizer: vocab_size {vocab_size} is less than the number of different "
                 "characters in the captions; increase it."
@@ -216,7 +214,9 @@ def _train_byte_pairs(sentences: Iterator[str], vocab_size: int, seed: int) -> b
         input_sentence_size=_TRAIN_CAPTIONS,
         shuffle_input_sentence=True,
         num_threads=1,  # sums over several threads depend on their timing
-        **_SPECIAL,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
         bos_id=-1,
         minloglevel=2,
     )
