@@ -157,6 +157,14 @@ def test_damage_gives_an_image_or_an_image_error(name):
             assert images.decode(bytes(data)).shape[-1] == 3
 
 
+def test_a_broken_image_that_was_turned_is_called_by_its_format():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(Image.new("F", (8, 8)), "TIFF", exif=exif)
+    with pytest.raises(images.ImageError, match="broken or truncated TIFF: floating"):
+        images.decode(data)
+
+
 @pytest.mark.parametrize("data", [b"", b"a text named .jpg\n" * 50, b"\xff\xd8\xff", bytes(1000)])
 def test_data_that_is_not_an_image_raises(data):
     with pytest.raises(images.ImageError):

@@ -101,3 +101,15 @@ def test_mistakes_are_the_users():
     section = evals.defaults("loss", when="sometimes")
     with pytest.raises(UserError, match="evals.val.when: 'sometimes'"):
         evals.options("val", section)
+
+
+@pytest.mark.parametrize(
+    ("evaluator", "field"), [("captions", "count"), ("loss", "batch_size"), ("retrieval", "pairs")]
+)
+def test_counts_are_positive(evaluator, field):
+    section = evals.defaults(evaluator, **{field: 0})
+    with pytest.raises(UserError, match=f"evals.mine.{field}: 0 must be at least 1"):
+        evals.options("mine", section)
+    section = evals.defaults("retrieval", limit=-1)
+    with pytest.raises(UserError, match="evals.mine.limit: -1 must be at least 0"):
+        evals.options("mine", section)
