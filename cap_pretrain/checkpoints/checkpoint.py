@@ -71,13 +71,28 @@ def load_arrays(
     def read(item: str) -> Any:
         path = epath.Path(folder / item)
         as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
-        args = jax.tree.map(lambda _: as_numpy, reader.metadata(path).tree)
+        stored = reader.metadata(path).tree
+        _check_sizes(folder, stored)
+        args = jax.tree.map(lambda _: as_numpy, stored)
         return reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=args))
 
     tree = _read_on_all_hosts(folder, lambda: {item: read(item) for item in items})
     saved = {k: leaf for k, leaf in manifest["leaves"].items() if k.split("/")[0] in items}
     compare(folder, describe(tree, jax.jit(fingerprints)(tree)), saved)
     return rules.flatten(tree)
+
+
+def _check_sizes(folder: Path, arrays: Any) -> None:
+    """Raise ValueError if the metadata of `arrays` claim more than their files may decompress to.
+
+    A stranger may have written both; reading would fill the memory.
+    """
+    held = sum(file.stat().st_size for file in folder.rglob("*"))
+    claimed = sum(
+        math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(arrays)
+    )
+    if claimed > untrusted.FREE_BYTES + untrusted.MAX_RATIO * held:
+        raise ValueError(f"its arrays claim {claimed:,} bytes in files of {held:,}")
 
 
 def saved_identity(workdir: str | Path, step: int) -> dict[str, str]:

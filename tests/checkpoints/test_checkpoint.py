@@ -295,6 +295,24 @@ def test_arrays_are_read_without_the_model(tmp_path):
         load_arrays(tmp_path, 4, items=("learner",))
 
 
+def test_arrays_that_claim_more_than_their_files_hold(tmp_path):
+    """An array of ones, of which the file says that it has 12 TB."""
+    import tensorstore
+
+    saved(tmp_path, make_state(4))
+    base = f"file://{tmp_path}/checkpoints/4/learner/"
+    store = {"driver": "ocdbt", "base": base, "path": "params.encoder.kernel/"}
+    array = tensorstore.open({"driver": "zarr", "kvstore": store}).result()
+    array.resize(exclusive_max=[3, 10**12], resize_metadata_only=True).result()
+    with pytest.raises(CorruptCheckpointError, match="its arrays claim 12,"):
+        load_arrays(tmp_path, 4)
+    with (
+        contextlib.closing(Checkpoints(tmp_path, toy.config())) as checkpoints,
+        pytest.raises(UserError, match="every checkpoint is corrupt"),
+    ):
+        checkpoints.restore_newest(abstract(make_state()))
+
+
 @pytest.mark.parametrize(("mode", "best"), [("min", 4), ("max", 8)])
 def test_the_best_by_an_evaluators_metric_is_kept(mode, best, tmp_path):
     values = {2: 0.5, 4: 0.2, 6: 0.4, 8: 0.9, 10: 0.3, 12: 0.6}
