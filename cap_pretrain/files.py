@@ -56,13 +56,14 @@ def unused(path: Path) -> Path:
     return fresh
 
 
-def numbered(folder: Path) -> dict[int, Path]:
-    """Return the entries of a folder, which may not exist, whose whole name is a number.
+def numbered(folder: Path, suffix: str = "") -> dict[int, Path]:
+    """Return the entries of a folder, which may not exist, called NUMBER and `suffix`.
 
     The number is written as Python writes it: "300", but not "0300", "+300" or other digits.
     """
     paths = folder.iterdir() if folder.is_dir() else ()
-    return {int(p.name): p for p in paths if re.fullmatch("0|[1-9][0-9]{0,17}", p.name)}
+    pattern = re.compile("(0|[1-9][0-9]{0,17})" + re.escape(suffix))
+    return {int(match[1]): p for p in paths if (match := pattern.fullmatch(p.name))}
 
 
 def read_json(path: Path) -> Any:

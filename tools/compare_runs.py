@@ -10,7 +10,6 @@ metric and the first array that differ, and by how much; 2 they cannot be compar
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from absl import logging
 
+from cap_pretrain import untrusted
 from cap_pretrain.checkpoints import checkpoint
 from cap_pretrain.cli import arguments
 from cap_pretrain.errors import UserError
@@ -60,14 +60,17 @@ def read_metrics(workdir: Path) -> Metrics:
     path = workdir / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"{workdir}: is not the workdir of a run (it has no {path.name}).")
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = untrusted.read_bounded(path).decode("utf-8", "replace").splitlines()
     metrics: Metrics = {}
     for number, text in enumerate(lines, 1):
         try:
-            line = json.loads(text)
-            at_step = metrics.setdefault(line.pop("step"), {})
-        except (ValueError, AttributeError, KeyError, TypeError) as e:
-            raise UserError(f"{path}: line {number} is corrupt ({e}).") from e
+            line = untrusted.parse_json(text, "it")
+            at_step = metrics.setdefault(untrusted.entry(line, "step", int, "it"), {})
+            del line["step"]
+            for name, value in line.items():
+                untrusted.checked(value, name, (int, float, type(None)), "it")
+        except UserError as e:
+            raise UserError(f"{path}: line {number} is corrupt ({e})") from e
         for name, value in line.items():
             if not name.startswith(NOT_COMPARED):
                 while name in at_step:

@@ -7,21 +7,22 @@ A run's are its latest sample captions (the evaluator `samples` in configs/).
 """
 
 import argparse
-import json
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from ml_collections import ConfigDict
 from PIL import Image, ImageDraw, ImageFont
 
 from cap_pretrain import inputs, untrusted
+from cap_pretrain.checkpoints.load import read_config
 from cap_pretrain.cli import arguments
 from cap_pretrain.data import pipeline
 from cap_pretrain.data.sources.open import open_source
 from cap_pretrain.errors import UserError
+from cap_pretrain.evals.suite import newest_result
+from cap_pretrain.untrusted import bounded, entry
 
 Picture = tuple[np.ndarray, str]
 """An image, uint8 [S, S, 3], and its caption."""
@@ -37,18 +38,17 @@ def of_dataset(data: str, split: str, size: int) -> Iterator[Picture]:
 
 def of_run(workdir: Path, evaluation: str) -> Iterator[Picture]:
     """Yield images and captions of a run's latest evaluation; raises UserError if it has none."""
-    results = sorted(
-        (workdir / "evals" / evaluation).glob("*.json"), key=lambda path: int(path.stem)
-    )
-    if not results:
+    path, result = newest_result(workdir, evaluation)
+    if path is None:
         raise UserError(f"{workdir}: has no evals/{evaluation}; run the evaluation first.")
-    result = json.loads(results[-1].read_text(encoding="utf-8"))
-    config = ConfigDict(json.loads((workdir / "config.json").read_text(encoding="utf-8")))
-    options = result["options"]
-    source = inputs.open_data(config, options["split"] or config.data.eval_split, options["data"])
-    for sample in result["samples"]:
-        image = source[sample["index"]]["image"]
-        yield pipeline.picture(image, config.data.image_size), sample["caption"]
+    config = read_config(workdir)
+    options = entry(result, "options", dict, path)
+    split, data = (entry(options, name, str, path) for name in ("split", "data"))
+    source = inputs.open_data(config, split or config.data.eval_split, data)
+    for sample in entry(result, "samples", list, path):
+        index = bounded(entry(sample, "index", int, path), "index", 0, len(source) - 1, path)
+        caption = entry(sample, "caption", str, path)
+        yield pipeline.picture(source[index]["image"], config.data.image_size), caption
 
 
 def draw(pictures: Sequence[Picture], columns: int, side: int) -> Image.Image:

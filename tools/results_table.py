@@ -8,26 +8,13 @@ run in a subfolder, empty if missing. --titles renames columns; --percent prints
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from cap_pretrain.cli import arguments
 from cap_pretrain.errors import UserError, did_you_mean
+from cap_pretrain.evals.suite import newest_result
 from cap_pretrain.telemetry import tables
-
-
-def newest_result(workdir: Path, evaluator: str) -> dict:
-    """Return the newest result, {} if there is none; raises UserError if it is unreadable."""
-    folder = workdir / "evals" / evaluator
-    steps = [path for path in folder.glob("*.json") if path.stem.isdecimal()]
-    if not steps:
-        return {}
-    path = max(steps, key=lambda path: int(path.stem))
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); run the evaluator again.") from error
 
 
 def look_up(runs: list[Path], column: str) -> list[float | None]:
@@ -38,7 +25,7 @@ def look_up(runs: list[Path], column: str) -> list[float | None]:
         raise UserError(f"--figures: {column!r} is not of the form EVALUATOR/METRIC.")
     found = []
     for run in runs:
-        result = newest_result(run / folder, evaluator)
+        _, result = newest_result(run / folder, evaluator)
         found.append({k: v for k, v in result.items() if isinstance(v, int | float)})
     if not any(found):
         raise UserError(f"--figures: none of the runs has {column}; run its evaluator.")

@@ -1,6 +1,5 @@
 """Loading the trained learner of a run from its workdir, for captioning, evaluation and export."""
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ from jax.sharding import AxisType, Mesh
 from ml_collections import ConfigDict
 
 from cap_pretrain import config as configs
-from cap_pretrain import files, inputs, learners, rules
+from cap_pretrain import files, inputs, learners, rules, untrusted
 from cap_pretrain.checkpoints.checkpoint import (
     load_arrays,
     saved_batches,
@@ -24,8 +23,10 @@ from cap_pretrain.checkpoints.manifest import CorruptCheckpointError
 from cap_pretrain.data.text import tokenizers
 from cap_pretrain.distributed import sharding
 from cap_pretrain.errors import UserError
+from cap_pretrain.models.build import check_device
 from cap_pretrain.optim.schedule import BatchSizes
 from cap_pretrain.training.step import split_learner
+from cap_pretrain.validation import validate
 
 Say = Callable[[str], None]
 
@@ -77,7 +78,9 @@ def load_learner(
     def build() -> nnx.Module:
         return learners.build(config, tokenizer.vocab_size, jax.random.key(0))
 
-    graphdef, params, stats = split_learner(nnx.eval_shape(build))
+    check_device(config)
+    with untrusted.parsing(workdir / "config.json"):
+        graphdef, params, stats = split_learner(nnx.eval_shape(build))
     shardings = sharding.param_shardings(params, mesh, config.mesh.rules)
     whole = jax.tree.map(lambda _: sharding.replicated(mesh), stats)
     where = f"{workdir}: the checkpoint of step {weights.step}"
@@ -91,20 +94,26 @@ def load_learner(
 def read_config(workdir: str | Path) -> ConfigDict:
     """Return the config of a run, locked, with defaults for newer fields; may raise UserError."""
     path = Path(workdir) / "config.json"
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        config = configs.default()
-        with config.unlocked():
-            config.learner = ConfigDict(stored.pop("learner"))
-            config.update(stored)
-    except OSError as e:
+    if not path.is_file():
         raise UserError(
-            f"{workdir}: is not the folder of a run: its config.json cannot be read "
-            f"({e.strerror}); give the --workdir of a run."
+            f"{workdir}: is not the folder of a run: its config.json cannot be read (there is no "
+            "such file); give the --workdir of a run."
+        )
+    try:
+        with untrusted.parsing(path):
+            stored = untrusted.checked(files.read_json(path), "config", dict, path)
+            learner = untrusted.entry(stored, "learner", dict, path)
+            config = configs.default()
+            with config.unlocked():
+                config.learner = learners.defaults(untrusted.entry(learner, "name", str, path))
+                config.update(stored)
+            validate(config.lock(), tokenizer=True)
+    except UserError as e:
+        reason = str(e).removeprefix(f"{path}: ").rstrip(".")
+        raise UserError(
+            f"{path}: is not the config of a run ({reason}); put the original back."
         ) from e
-    except (ValueError, TypeError, KeyError, AttributeError) as e:
-        raise UserError(f"{path}: is not the config of a run ({e}); put the original back.") from e
-    return config.lock()
+    return config
 
 
 def read_batch_sizes(workdir: Path) -> tuple[int, BatchSizes]:

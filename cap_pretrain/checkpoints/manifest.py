@@ -13,6 +13,8 @@ from typing import Any
 import jax
 
 from cap_pretrain import rules
+from cap_pretrain.errors import UserError
+from cap_pretrain.untrusted import checked, entry, parse_json
 
 Leaves = dict[str, dict[str, Any]]
 """Array path -> {"shape": list of int, "dtype": str, "fingerprint": int if known}."""
@@ -49,17 +51,33 @@ def make_manifest(
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Return the manifest in `folder` without its checksum; may raise CorruptCheckpointError."""
+    path = folder / "manifest" / "metadata"
+    if not path.is_file():
+        raise CorruptCheckpointError(f"{folder}: is corrupt (its manifest is missing)")
+    data = path.read_bytes()  # a failing disk raises OSError, and the checkpoint stays
     try:
-        manifest = json.loads((folder / "manifest" / "metadata").read_text(encoding="utf-8"))
-        checksum = manifest.pop("checksum")
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as e:
-        raise CorruptCheckpointError(f"{folder}: is corrupt (its manifest is missing)") from e
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        manifest = _parse(data, path)
+    except UserError as e:
         raise CorruptCheckpointError(f"{folder}: is corrupt (its manifest is unreadable)") from e
-    if checksum != _checksum(manifest):
+    if manifest.pop("checksum") != _checksum(manifest):
         raise CorruptCheckpointError(f"{folder}: is corrupt (its manifest has changed)")
     if str(manifest["step"]) != folder.name:
         raise CorruptCheckpointError(f"{folder}: is corrupt (it holds step {manifest['step']})")
+    return manifest
+
+
+def _parse(data: bytes, path: Path) -> dict[str, Any]:
+    """Parse a manifest, with its checksum; raise UserError if an entry is not as written here."""
+    manifest = checked(parse_json(data, path), "manifest", dict, path)
+    for name in ("step", "checksum"):
+        entry(manifest, name, int, path)
+    for name, value in entry(manifest, "identity", dict, path).items():
+        checked(value, name, str, path)
+    for name, leaf in entry(manifest, "leaves", dict, path).items():
+        entry(leaf, "dtype", str, path)
+        entry(leaf, "fingerprint", int, path)
+        for size in entry(leaf, "shape", list, path):
+            checked(size, name, int, path)
     return manifest
 
 

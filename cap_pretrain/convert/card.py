@@ -10,6 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from cap_pretrain.convert.weights import read_json
+from cap_pretrain.untrusted import checked
 
 # Parts of a config that concern the machine and the logging, not the training itself.
 _NOT_SHOWN = ("checkpoint", "log", "eval", "evals", "mesh", "deterministic", "encoder")
@@ -87,7 +88,7 @@ def _dual_encoder(folder: str, contrast: str) -> list[str]:
 def read_evaluations(workdir: Path, step: int) -> dict[str, dict[str, Any]]:
     """Return the results of `evals/NAME/STEP.json` by the name of the evaluation."""
     found = sorted((workdir / "evals").glob(f"*/{step}.json"))
-    return {path.parent.name: read_json(path) for path in found}
+    return {path.parent.name: checked(read_json(path), "result", dict, path) for path in found}
 
 
 def without_folders(value: Any) -> Any:
@@ -110,6 +111,7 @@ def _table(evaluations: Mapping[str, Mapping[str, Any]]) -> str:
     rows = ["| evaluation | data | metrics | counts | protocol |", "|---|---|---|---|---|"]
     for name, result in evaluations.items():
         options = result.get("options", {})
+        options = options if isinstance(options, dict) else {}
         data = (result.get(k) or options.get(o) for k, o in (("dataset", "data"), ("split",) * 2))
         numbers = {k: v for k, v in result.items() if k != "step" and type(v) in (int, float)}
         cells = [

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
-from cap_pretrain import evals, files, learners
+from cap_pretrain import evals, files, learners, untrusted
 from cap_pretrain.data.sources.base import NoSplitError
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.base import Context, Result
@@ -38,6 +38,18 @@ def check(config: ConfigDict) -> None:
             if isinstance(error, NoSplitError):
                 message += f" Set data.eval_split or evals.{name}.split."
             raise UserError(message) from error
+
+
+def newest_result(workdir: Path, name: str) -> tuple[Path | None, dict[str, Any]]:
+    """Return the newest file of an evaluator's results and its content; None and {} without any.
+
+    Raises UserError if it cannot be read.
+    """
+    found = files.numbered(workdir / "evals" / name, ".json")
+    if not found:
+        return None, {}
+    path = found[max(found)]
+    return path, untrusted.checked(files.read_json(path), "result", dict, path)
 
 
 class Suite:

@@ -18,7 +18,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from cap_pretrain import config as configs
-from cap_pretrain import files
+from cap_pretrain import files, untrusted
 from cap_pretrain.checkpoints.checkpoint import saved_steps
 from cap_pretrain.errors import UserError, did_you_mean
 from cap_pretrain.training.changes import check_unchanged
@@ -158,7 +158,7 @@ def record(folder: Path) -> dict[str, Any]:
     status), `reason` (why it failed) and `seconds` (of all starts together).
     """
     path = folder / RECORD_FILE
-    return files.read_json(path) if path.exists() else {}
+    return untrusted.checked(files.read_json(path), "record", dict, path) if path.exists() else {}
 
 
 def _function(file: Path, name: str) -> Any:

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from cap_pretrain import files
+from cap_pretrain import files, untrusted
+from cap_pretrain.errors import UserError
 
 
 class MetricsWriter:
@@ -70,14 +71,19 @@ class MetricsWriter:
 
 
 def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Return the lines of a workdir's metrics.jsonl, without truncated ones; [] if missing."""
+    """Return the lines of a workdir's metrics.jsonl; [] if it is missing.
+
+    Truncated lines, and others that `MetricsWriter` does not write, are left out.
+    """
     path = Path(workdir) / "metrics.jsonl"
     if not path.exists():
         return []
     lines = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(ValueError):
-            value = json.loads(line)
-            if isinstance(value, dict) and "step" in value:
-                lines.append(value)
+    for text in untrusted.read_bounded(path).decode("utf-8", "replace").splitlines():
+        with contextlib.suppress(UserError):
+            line = untrusted.parse_json(text, path)
+            untrusted.bounded(untrusted.entry(line, "step", int, path), "step", 0, 2**53, path)
+            for name, value in line.items():
+                untrusted.checked(value, name, (int, float, type(None)), path)
+            lines.append(line)
     return lines

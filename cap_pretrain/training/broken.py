@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from cap_pretrain import files
+from cap_pretrain import files, untrusted
 from cap_pretrain.data import images, pipeline
 from cap_pretrain.data.prefetch import Batch
 from cap_pretrain.data.sources.base import Source
+from cap_pretrain.errors import UserError
 
 LIMIT = 10_000
 """Maximum number of lines. A dataset with more broken examples needs repair, not a longer list."""
@@ -72,8 +73,11 @@ def _lines(path: Path) -> list[dict]:
     if not path.exists():
         return []
     lines = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(ValueError):
-            lines.append(json.loads(line))
+    for text in untrusted.read_bounded(path).decode("utf-8", "replace").splitlines():
+        with contextlib.suppress(UserError):
+            line = untrusted.parse_json(text, path)
+            untrusted.entry(line, "dataset", str, path)
+            untrusted.entry(line, "index", int, path)
+            lines.append(line)
     files.write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
     return lines

@@ -8,7 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from cap_pretrain import config as configs
-from cap_pretrain import learners
+from cap_pretrain import files, learners, untrusted
 from cap_pretrain.errors import UserError
 from cap_pretrain.validation import FREE
 
@@ -35,8 +35,8 @@ def check_unchanged(config: ConfigDict, path: Path, allowed: Sequence[str] = ())
     default. Raises UserError if another field differs, or the file is not a JSON object.
     """
     try:
-        then = fields(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, AttributeError) as e:
+        then = fields(untrusted.checked(files.read_json(path), "config", dict, path))
+    except (UserError, RecursionError) as e:
         raise UserError(
             f"{path}: is not readable JSON, so the config of the run is unknown. Restore the file, "
             "or remove it to resume with the present config."
