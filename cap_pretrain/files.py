@@ -1,6 +1,7 @@
 """Atomic writes of a run's files, their names, append-only logs, and reading JSON."""
 
 import contextlib
+import io
 import os
 import re
 import tempfile
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cap_pretrain.errors import UserError
-from cap_pretrain.untrusted import parse_json, read_bounded
+from cap_pretrain.untrusted import check_parsed, parse_json, read_bounded
 
 
 def make_workdir(workdir: Path) -> None:
@@ -71,12 +72,16 @@ def read_json(path: Path) -> Any:
 
     Raises UserError if it is missing, cannot be read, is not JSON or decompresses to too much.
     """
-    return parse_json(read_bounded(path), path)
+    data = read_bounded(path)
+    check_parsed(data, path)
+    return parse_json(data, path)
 
 
 def read_json_lines(path: Path) -> list[Any]:
     """Return the values of a JSON Lines file, skipping empty lines; see `read_json`."""
-    return [parse_json(line, path) for line in read_bounded(path).splitlines() if line.strip()]
+    data = read_bounded(path)
+    check_parsed(data, path)
+    return [parse_json(line, path) for line in io.BytesIO(data) if line.strip()]
 
 
 class Appended:

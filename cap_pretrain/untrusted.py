@@ -32,6 +32,9 @@ Text of captions and annotations compresses 3 to 20 times, gzip's maximum is 103
 FREE_BYTES = 2**26
 """Bytes that may be decompressed from any file, whatever its size."""
 
+FREE_PARSED = 2**28
+"""Bytes of memory that parsing a JSON file may take, beyond MAX_RATIO times the file's size."""
+
 MAX_NAME = 100
 """Longest name of a split, dataset or class that becomes part of a file name, in bytes of UTF-8.
 
@@ -92,6 +95,28 @@ def parse_json(data: bytes | str, where: object) -> Any:
         return json.loads(data)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise UserError(f"{where}: is not JSON ({_reason(error)}).") from error
+
+
+def check_parsed(data: bytes, path: Path) -> None:
+    """Raise UserError if parsing JSON takes memory that the size of its file does not justify.
+
+    Args:
+        data: the content, decompressed.
+        path: the file, perhaps gzipped: a megabyte of it can hold 90 million empty lists.
+    """
+    limit = FREE_PARSED + MAX_RATIO * path.stat().st_size
+    if len(data) * max(_PARSED.values()) <= limit:
+        return
+    needed = len(data) * (1 if data.isascii() else 4)  # as str
+    needed += sum(data.count(mark) * size for mark, size in _PARSED.items())
+    if needed > limit:
+        raise UserError(
+            f"{path}: cannot be read (its content would take over {needed // 2**20} MB of memory)."
+        )
+
+
+_PARSED = {b"{": 200, b"[": 64, b'"': 30, b",": 40}
+"""Bytes in memory that a character of JSON stands for: an object, list, half a text, a number."""
 
 
 def entry(values: Any, name: str, kind: type[T] | tuple[type[T], ...], where: object) -> T:

@@ -98,9 +98,11 @@ def stages(mixture: inputs.Mixture, tokenizer, config: ConfigDict, dataset) -> d
 
 
 def _timed(call: Callable, arguments) -> tuple[list, float]:
-    """Return the results of all calls and the CPU milliseconds per call."""
-    begun = time.thread_time()
-    results = [call(argument) for argument in arguments]
+    """Return the results of all calls, without broken images, and the CPU milliseconds per call."""
+    results, begun = [], time.thread_time()
+    for argument in arguments:
+        with contextlib.suppress(images.ImageError):
+            results.append(call(argument))
     return results, 1e3 * (time.thread_time() - begun) / max(1, len(results))
 
 

@@ -7,6 +7,7 @@ another size or quality) and, with --ids, "id ID".
 """
 
 import argparse
+import contextlib
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
@@ -41,7 +42,9 @@ def _run(args: argparse.Namespace) -> int:
         files.write_text(args.to, "\n".join(lines))
     except OSError as error:
         raise UserError(f"--to {args.to}: cannot be written ({error.strerror}).") from error
-    print(f"{len(listed)} images listed in {args.to}")
+    broken = sum(len(own) < 2 + args.ids for own in listed)
+    note = f", {broken} of them broken, by their file's hash only" if broken else ""
+    print(f"{len(listed)} images listed in {args.to}{note}")
     return 0
 
 
@@ -55,8 +58,15 @@ def _lines(dataset: str, splits: Sequence[str], ids: bool) -> Iterator[list[str]
         for index in range(len(source)):
             example = source[index]
             data = example["image"]
-            seen = hashes.perceptual(images.decode(data, hashes.LOOK))
-            lines = [f"exact {hashes.exact(data):016x}", f"perceptual {seen:016x}"]
+            if not isinstance(data, bytes):
+                raise UserError(
+                    f"dataset {dataset}: draws its images, so there are no files of images to list."
+                )
+            lines = [f"exact {hashes.exact(data):016x}"]
+            with contextlib.suppress(images.ImageError):
+                lines.append(
+                    f"perceptual {hashes.perceptual(images.decode(data, hashes.LOOK)):016x}"
+                )
             yield lines + [hashes.held_out_id(example["id"])] * ids
 
 

@@ -146,7 +146,7 @@ def png(width, height, color, bytes_per_pixel):
     chunks = chunk(b"IHDR", head), chunk(b"IDAT", packed), chunk(b"IEND", b"")
     return b"".join([b"\\x89PNG\\r\\n\\x1a\\n", *chunks])
 
-transparent, narrow = png(8000, 8000, 6, 4), png(20, 1_500_000, 2, 3)
+transparent, narrow = png(6000, 6000, 6, 4), png(20, 1_500_000, 2, 3)
 start, begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
 threads = [threading.Thread(target=images.decode, args=(transparent,)) for _ in range(2)]
 for thread in threads: thread.start()

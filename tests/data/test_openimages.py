@@ -76,12 +76,12 @@ def test_the_classes_wanted_and_the_least_confidence_are_chosen(tmp_path, publis
         ("train-labels.csv", HEADER + "000a,x,/m/0dog,much\n", "line 2 is not understood"),
         ("train-labels.csv", HEADER + "ffff,x,/m/0dog,1\n", "no image present has a label"),
         ("class-descriptions.csv", "Dog\n", "must have lines like /m/0bt9lr,Dog"),
-        ("val-labels.csv.gz", "no gzip", "val-labels.csv.gz: cannot be read"),
+        ("val-labels.csv.gz", "\x1f\x8bno gzip", "val-labels.csv.gz: cannot be read"),
     ],
 )
 def test_mistakes_are_reported(tmp_path, published, capsys, which, text, message):
     (tmp_path / "val-labels.csv.gz").write_bytes(gzip.compress(HEADER.encode()))
-    (tmp_path / which).write_text(text)
+    (tmp_path / which).write_text(text, encoding="latin-1")
     assert run("openimages", "--name", "mine", "--out", tmp_path / "out", *published) == 2
     error = capsys.readouterr().err
     assert message in error and len(error.strip().splitlines()) <= 2

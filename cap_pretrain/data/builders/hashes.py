@@ -152,6 +152,7 @@ def read_held_out(paths: Iterable[Path]) -> HeldOut:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
+        with untrusted.open_regular(path) as file:
+            return [line.strip() for line in file.read().decode("utf-8-sig").split("\n")]
     except (OSError, ValueError) as error:
         raise UserError(f"--held_out {path}: cannot be read ({error}).") from error

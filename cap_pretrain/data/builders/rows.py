@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import gzip
 import io
 import zlib
 from collections.abc import Collection, Iterator, Sequence
@@ -10,10 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from cap_pretrain.errors import UserError, did_you_mean
+from cap_pretrain.untrusted import open_bounded
 
 Row = dict[str, Any]
 
 _SUFFIXES = (".tsv", ".csv", ".tsv.gz", ".csv.gz", ".parquet")
+MAX_LINE = 2**24
+"""Characters of the longest line of a TSV or CSV that is read."""
+
 _BATCH = 128  # rows of Parquet in memory, which may hold images
 
 
@@ -69,35 +72,55 @@ def _header(path: Path) -> list[str]:
 
 
 def _text_rows(path: Path) -> Iterator[list[str]]:
-    """Yield the rows of a TSV or CSV, header included, as lists of fields."""
+    """Yield the rows of a TSV or CSV, header included, as lists of fields; [] if malformed."""
     tabs = path.name.lower().endswith((".tsv", ".tsv.gz"))
     with (
         _reading(path),
-        (gzip.open if path.suffix == ".gz" else open)(path, "rb") as data,
+        open_bounded(path) as data,
         io.TextIOWrapper(
             data, encoding="utf-8-sig", errors="replace", newline="\n" if tabs else ""
         ) as file,
     ):
-        yield from _tsv(file) if tabs else _csv(file)
+        lines = Lines(file)
+        rows = map(_fields, lines) if tabs else csv.reader(lines)
+        while True:
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except (csv.Error, TooLongError):  # only this row is malformed
+                yield []
+            else:
+                if row:
+                    yield row
 
 
-def _tsv(file: io.TextIOBase) -> Iterator[list[str]]:
-    for line in file:
-        if line := line.rstrip("\r\n"):
-            yield line.split("\t")
+class TooLongError(Exception):
+    """A line is longer than MAX_LINE."""
 
 
-def _csv(file: io.TextIOBase) -> Iterator[list[str]]:
-    reader = csv.reader(file)
-    while True:
-        try:
-            row = next(reader)
-        except StopIteration:
-            return
-        except csv.Error:  # only this row is malformed
-            row = [""]
-        if row:
-            yield row
+class Lines:
+    """The lines of a text file; one that is too long raises TooLongError, then the next follow."""
+
+    def __init__(self, file: io.TextIOBase):
+        self._file = file
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        if not (line := self._file.readline(MAX_LINE)):
+            raise StopIteration
+        if len(line) < MAX_LINE or line.endswith(("\n", "\r")):
+            return line
+        while line and not line.endswith(("\n", "\r")):
+            line = self._file.readline(MAX_LINE)
+        raise TooLongError(f"a line has over {MAX_LINE} characters")
+
+
+def _fields(line: str) -> list[str]:
+    line = line.rstrip("\r\n")
+    return line.split("\t") if line else []
 
 
 def is_parquet(path: Path) -> bool:

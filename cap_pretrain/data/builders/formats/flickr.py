@@ -65,9 +65,10 @@ def read_captions(path: Path) -> dict[str, list[str]]:
 
 def _lines(path: Path) -> list[str]:
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        with untrusted.open_regular(path) as file:
+            text = file.read().decode("utf-8", errors="replace")
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}).") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}).") from error
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 

@@ -9,7 +9,7 @@ import argparse
 import collections
 import csv
 import functools
-import gzip
+import io
 import posixpath
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +24,9 @@ from cap_pretrain.data.builders.candidates import Candidate
 from cap_pretrain.data.builders.files import image_names, open_files
 from cap_pretrain.data.builders.formats import annotated
 from cap_pretrain.data.builders.formats.image_folder import disambiguated
+from cap_pretrain.data.builders.rows import Lines, TooLongError
 from cap_pretrain.errors import UserError
+from cap_pretrain.untrusted import open_bounded
 
 _COLUMNS = ("ImageID", "LabelName", "Confidence")
 MIN_CONFIDENCE = 0.5  # of machine-generated labels in general (README of Open Images)
@@ -170,11 +172,12 @@ def read_labels(
 
 def _rows(path: Path) -> Iterator[Sequence[str]]:
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(
-            path, "rt", encoding="utf-8", newline=""
-        ) as file:
-            yield from csv.reader(file)
-    except (OSError, EOFError, ValueError, zlib.error, csv.Error) as error:
+        with (
+            open_bounded(path) as data,
+            io.TextIOWrapper(data, encoding="utf-8", newline="") as file,
+        ):
+            yield from csv.reader(Lines(file))
+    except (OSError, EOFError, ValueError, zlib.error, csv.Error, TooLongError) as error:
         raise UserError(f"{path}: cannot be read ({error}).") from error
 
 

@@ -48,6 +48,10 @@ NAMES_HELP = (
 )
 
 
+MAX_ROWS = 10_000
+"""Rows of a table that are read as captions of one image."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Columns:
     """The columns of a table and their meaning."""
@@ -174,7 +178,9 @@ def candidates(
     """
     rows = enumerate((row for path in files for row in read_rows(path, columns.names)), first)
     for _, group in itertools.groupby(rows, functools.partial(_image_of, columns)):
-        yield _candidate(list(group), finder, columns)
+        yield _candidate(list(itertools.islice(group, MAX_ROWS)), finder, columns)
+        for number, _ in group:  # noqa: B031 (the rest of it)
+            yield pairs.dropped(f"row {number}", f"row {number}", "too many rows of an image")
 
 
 def _image_of(columns: Columns, numbered: Numbered) -> str | int:
