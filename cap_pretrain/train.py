@@ -31,7 +31,7 @@ from cap_pretrain.telemetry.metrics import MetricsWriter, read_metrics
 from cap_pretrain.telemetry.progress import Progress
 from cap_pretrain.training import setup as setups
 from cap_pretrain.training.broken import BrokenList
-from cap_pretrain.training.changes import check_unchanged, fields
+from cap_pretrain.training.changes import check_unchanged, fields, unused
 from cap_pretrain.training.evaluation import Evaluation
 from cap_pretrain.training.lock import locked
 from cap_pretrain.training.setup import Earlier, Setup
@@ -53,6 +53,8 @@ def run(
     same = {"the fields on the command line": sorted(given)}
     cluster.check_same(fields(json.loads(configs.to_json(config))) | same)
     config, initial = warm_start.resolve(config, given, say, workdir)
+    for line in unused(config, given):
+        say(line)
     resuming = bool(saved_steps(workdir))
     with contextlib.ExitStack() as stack:
 
@@ -339,6 +341,8 @@ def dry_run(
     Mistakes are told as by `run`.
     """
     config, _ = warm_start.resolve(config, given, say, workdir)
+    for line in unused(config, given):
+        say(line)
 
     def check(config: ConfigDict) -> Earlier:
         return earlier(config, workdir, allow_changes)

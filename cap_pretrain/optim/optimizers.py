@@ -130,6 +130,9 @@ DECAYS: dict[str, Callable[[float, float, float], optax.Schedule]] = {
     "constant": lambda lr, _warmup, _left: optax.constant_schedule(lr),
 }
 
+COOLED = ("rsqrt", "constant")
+"""The decays that end in a cooldown, if there is one."""
+
 
 def schedule(
     c: ConfigDict, *, total: float, warmup: float, cooldown: float, batch_size: int
@@ -147,7 +150,7 @@ def schedule(
     def rate(step):
         step = jnp.asarray(step, jnp.float32)
         value = jnp.where(step < warmup, lr * (step + 1) / (warmup + 1), after(step - warmup))
-        if cooldown and c.decay in ("rsqrt", "constant"):
+        if cooldown and c.decay in COOLED:
             value = value * jnp.clip((total - step) / cooldown, 0.0, 1.0)
         return value
 

@@ -1,7 +1,7 @@
 """Compare the config of a resumed run with that of its earlier start."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,8 @@ from ml_collections import ConfigDict
 from cap_pretrain import config as configs
 from cap_pretrain import files, learners, untrusted
 from cap_pretrain.errors import UserError
+from cap_pretrain.learners import learner_class
+from cap_pretrain.optim import optimizers
 from cap_pretrain.validation import FREE
 
 # Fields that decide which examples follow each other.
@@ -59,6 +61,47 @@ def check_unchanged(config: ConfigDict, path: Path, allowed: Sequence[str] = ())
             f"--allow_changes={','.join(refused)}."
         )
     return list(changed.values())
+
+
+# Fields that only training reads.
+TRAINING = (
+    *("accumulate", "batch_size", "checkpoint", "eval", "log", "optim", "plateau"),
+    *("data.buckets", "data.flip", "data.fraction", "data.max_broken"),
+    *("model.dropout", "model.stochastic_depth"),
+)
+
+
+def unused(config: ConfigDict, given: Collection[str]) -> list[str]:
+    """Return a line if fields in `given`, from the command line, have no effect with this config.
+
+    Fields at their defaults are left out, and so is total_…, about which `schedule.describe` says
+    the same.
+    """
+    text, learner = config.text, config.learner.name
+    reasons: dict[str, Sequence[str]] = {
+        "the run has no steps": () if configs.trains(config) else TRAINING,
+        f"{learner} reads no text": ("text",) * ("text" not in learner_class(learner).reads),
+        "text.tokenizer is given": ("text.kind", "text.vocab_size", "text.words")
+        * bool(text.tokenizer),
+        f"text.kind is {text.kind}": ("text.vocab_size" if text.kind == "words" else "text.words",),
+        "plateau.figure is empty": ("plateau",) * (not config.plateau.figure),
+        "checkpoint.best is empty": ("checkpoint.best_mode",) * (not config.checkpoint.best),
+    }
+    units = ("steps", "examples", "epochs", "share")
+    for name in ("optim.warmup", "optim.cooldown", "checkpoint.every", "eval.every", "log.every"):
+        for number, unit in enumerate(units):
+            if configs.get(config, f"{name}_{unit}"):
+                reasons[f"{name}_{unit} counts"] = [f"{name}_{u}" for u in units[number + 1 :]]
+                break
+    if config.optim.decay not in optimizers.COOLED:
+        reasons[f"optim.decay is {config.optim.decay}"] = [f"optim.cooldown_{u}" for u in units]
+    default = fields(configs.default().to_dict())
+    found: dict[str, str] = {}
+    for reason, names in reasons.items():
+        for field in given:
+            if _covered(field, names) and configs.get(config, field) != default.get(field):
+                found.setdefault(field, f"{field}={configs.get(config, field)!r} ({reason})")
+    return [f"Given on the command line, but not used: {', '.join(found.values())}."] * bool(found)
 
 
 def fields(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:

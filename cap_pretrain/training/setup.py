@@ -154,7 +154,8 @@ def dry_run(
         make_optimizer=functools.partial(make_optimizer, config, rate, idle=not schedule.total),
     )
     notes = [*inputs.held_out(config, sources), *schedules.notes(config, schedule)]
-    lines = "\n".join([*changes, plan.write_plan(made, workdir)])
+    length = [schedules.describe(config, schedule)] if schedule.total else []
+    lines = "\n".join([*changes, *length, plan.write_plan(made, workdir)])
     return "\n\n".join([lines, *notes])
 
 
