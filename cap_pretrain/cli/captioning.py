@@ -37,7 +37,8 @@ def read_image(path: str, data: ConfigDict) -> np.ndarray | str:
     Returns the image, uint8 [S, S, 3], or the reason it cannot be read.
     """
     try:
-        return pipeline.square(Path(path).read_bytes(), data.image_size, evaluation_crop(data))
+        with untrusted.open_regular(Path(path)) as file:
+            return pipeline.square(file.read(), data.image_size, evaluation_crop(data))
     except images.ImageError as error:
         return str(error)
     except OSError as error:

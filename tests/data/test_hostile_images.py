@@ -12,12 +12,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image
 
+from cap_pretrain.cli.captioning import read_image
 from cap_pretrain.data import image_files, images
+from cap_pretrain.data.builders.formats import nlvr2
+from cap_pretrain.data.builders.formats.nlvr2 import side_by_side
+from tests.data.numbers import Numbers
 from tests.data.test_images import FILES, encode, photograph, picture, rotated_jpeg
 from tests.data.test_question_formats import build, lost
+from tests.data.test_webdataset import tar
 from tests.tools.test_build_dataset import jpeg, read, report, write_captions, write_files
+from tools import bench_data, held_out
 
 ROOT = Path(__file__).parents[2]
 JPEG = encode(photograph(48, 64), "JPEG", quality=95)
@@ -219,6 +226,11 @@ def test_pictures_that_cannot_be_decoded_are_counted(tmp_path):
     assert set(read(folder, "train")) == {"c/1.avif", "d/7.jpg"}
     lines = ["c/2.HEIC", "c/3.jpg", "d/4.heif", "d/5.jxl", "d/6.jp2"]
     assert lost(folder, "train") == {"format not supported": lines}
+    members = [("a.avif", files["c/1.avif"]), ("a.txt", b"a"), ("b.heic", HEIC), ("b.txt", b"b")]
+    tar(tmp_path / "s.tar", members)
+    folder = build(tmp_path, "webdataset", "--shards", tmp_path / "s.tar", "--overwrite")
+    assert set(read(folder, "train")) == {"s/a"}
+    assert lost(folder, "train") == {"format not supported": ["s/b"]}
 
 
 def test_long_captions_ids_and_names_are_counted_and_not_written(tmp_path):
@@ -269,3 +281,37 @@ def test_mutated_pictures_are_read_or_refused(mend):
             except images.ImageError:
                 outcomes["refused"] += 1
     assert min(outcomes.values()) > 500
+
+
+def test_tools_go_on_at_broken_images(tmp_path, monkeypatch, capsys):
+    source = Numbers(4, files=True, broken=(1,))
+    monkeypatch.setattr("cap_pretrain.data.sources.open.open_source", lambda *_, **__: source)
+    made = tmp_path / "list"
+    assert held_out.main(["numbers", "--splits", "val", "--to", str(made)]) == 0
+    assert "4 images listed" in (out := capsys.readouterr().out) and "1 of them broken" in out
+    kinds = [line.split()[0] for line in made.read_text().splitlines()]
+    assert kinds.count("exact") == 4 and kinds.count("perceptual") == 3
+    pixels, _ = bench_data._timed(lambda i: images.decode(source[i]["image"]), range(4))
+    assert len(pixels) == 3
+
+
+def test_generated_images_cannot_be_listed(tmp_path, capsys):
+    assert held_out.main(["scenes", "--splits", "val", "--to", str(tmp_path / "list")]) == 2
+    error = capsys.readouterr().err
+    assert "draws its images" in error and len(error.splitlines()) == 1
+
+
+def test_an_image_to_caption_must_be_a_file(tmp_path):
+    os.mkfifo(tmp_path / "fifo.jpg")
+    (tmp_path / "device.jpg").symlink_to("/dev/zero")
+    data = ConfigDict({"image_size": 16, "crop": "none"})
+    for name in ("fifo.jpg", "device.jpg"):
+        assert "not a regular file" in read_image(str(tmp_path / name), data)
+
+
+def test_two_images_are_joined_up_to_a_size(monkeypatch):
+    left, right = JPEG, PNG
+    assert images.size(side_by_side(left, right)) == (128, 48)
+    monkeypatch.setattr(nlvr2, "MAX_JOINED", 2 * 64 * 48 - 1)
+    with pytest.raises(images.ImageError, match="together"):
+        side_by_side(left, right)

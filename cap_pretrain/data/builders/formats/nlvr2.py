@@ -4,6 +4,7 @@ Suhr et al. 2019 (arXiv 1811.00491), https://github.com/lil-lab/nlvr/tree/master
 """
 
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,10 @@ from cap_pretrain.data import images as codecs
 from cap_pretrain.data.builders.files import Finder
 from cap_pretrain.data.builders.formats import annotated
 from cap_pretrain.data.builders.formats.annotated import Entry
+from cap_pretrain.data.image_files import MAX_PIXELS
+
+MAX_JOINED = MAX_PIXELS // 2
+"""Pixels of two images together that are joined."""
 
 _WHAT = "one of NLVR2's"
 
@@ -59,6 +64,8 @@ def side_by_side(left: bytes, right: bytes) -> bytes:
     Both are resized to the smaller width and the smaller height of the two, so that their border is
     in the middle of every picture. Raises ImageError if one of them is corrupt.
     """
+    if sum(math.prod(codecs.size(data)) for data in (left, right)) > MAX_JOINED:
+        raise codecs.ImageError(f"refused: two images of over {MAX_JOINED} pixels together")
     pixels = [codecs.decode(data) for data in (left, right)]
     height, width = np.min([each.shape[:2] for each in pixels], axis=0)
     size = int(width), int(height)
