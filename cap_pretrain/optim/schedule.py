@@ -161,7 +161,7 @@ def describe_progress(
         rate = "steps" if config.total_steps else "examples"
         line += (
             f" Batch size: {sizes}; data continue with the next example, the learning rate is a "
-            f"function of {rate}."
+            f"function of {rate}{', scaled to the batch size' if config.optim.lr_batch else ''}."
         )
     return line
 

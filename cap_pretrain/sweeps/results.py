@@ -71,9 +71,16 @@ def _total_steps(folder: Path) -> int:
         if in_epochs:
             mixture = inputs.in_buckets(config, inputs.open_sources(config), None)
             epoch = inputs.examples_an_epoch(config, mixture)
-        return schedule.duration(config, "total", batch_size=config.batch_size, epoch=epoch)
+        batches = _batch_sizes(folder, config.batch_size)
+        return schedule.make_schedule(config, epoch=epoch, batches=batches).total
     except UserError:  # the run has not written its config yet, or the data is not on this machine
         return 0
+
+
+def _batch_sizes(folder: Path, size: int) -> schedule.BatchSizes:
+    """Return the batch sizes of a run, whose config says `size`."""
+    step, batches = load.read_batch_sizes(folder)
+    return batches.then(step, size)
 
 
 def rows(trials: Sequence[Trial], out: Path, metrics: Sequence[str]) -> list[Row]:
@@ -176,7 +183,7 @@ def costs(folder: Path) -> dict[str, float]:
         files.write_text(path, json.dumps(_count(folder), indent=2) + "\n")
     counted = files.read_json(path)
     steps = max((line["step"] for line in read_metrics(folder)), default=0)
-    examples = steps * counted.pop("batch_size")
+    examples = _batch_sizes(folder, counted.pop("batch_size")).examples(steps)
     return counted | {"examples": examples, "flops": examples * counted.pop("flops_per_example")}
 
 

@@ -181,7 +181,7 @@ def _resolve_schedule(
             f"{start}; give {start} or more, or another --workdir."
         )
     lines = [*changes, *reordering(changes)]
-    if changes and start:
+    if start and (changes or batches != before):
         line = schedules.describe_progress(config, schedule, batches, start=start, epoch=epoch)
         lines.append(line)
     return schedule, batches, lines

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from cap_pretrain import config as configs
+from cap_pretrain.checkpoints.manifest import make_manifest
 from cap_pretrain.errors import UserError
 from cap_pretrain.sweeps import power_law, results, trials
 from cap_pretrain.sweeps.trials import Trial
@@ -245,5 +246,9 @@ def test_what_a_run_took(tmp_path, tokenizer_path, monkeypatch):
     assert (costs["examples"], costs["flops"]) == (24, 24 * 100.5)
     monkeypatch.delattr(plan, "flops_per_example")  # counts are cached
     assert results.costs(tmp_path) == costs
+    manifest = tmp_path / "checkpoints" / "2" / "manifest" / "metadata"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text(json.dumps(make_manifest(2, {}, {}, [[0, 4], [1, 8]])))
+    assert results.costs(tmp_path)["examples"] == 4 + 2 * 8  # another batch size from step 1 on
     with pytest.raises(UserError, match="is not the folder of a run"):
         results.costs(tmp_path / "nothing")
