@@ -50,7 +50,7 @@ def figure_of(texts):
         elif put == "x":
             axis.set_title(text)
         elif put == "annotate":
-            axis.annotate(text, (0.5, 0.5))
+            axis.annotate(text, (0.5, 0.5), xycoords="axes fraction")
         else:
             figure.legend([axis.scatter([1], [1])], [text])
     return figure
