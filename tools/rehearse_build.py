@@ -209,15 +209,18 @@ def killed(folder: Path, workers: int, kills: int, took: float, draw: random.Ran
     """Kill builds at random moments of the `took` seconds of one; return the exit status."""
     out, done, ended = folder / "killed", 0, 0
     while True:
+        left: list[str] = []  # after a kill, anything may be left
         seconds = draw.uniform(0.02, 1) * took if done < kills else float("inf")
         build = Build(folder / "straight_tars", out, workers)
         if build.run(seconds):
             done += 1
             units = len(list((out / ".mine.building" / "units").glob("*.unit")))
             print(f"kill {done} after {seconds:.1f} s, {units} units are done", flush=True)
-            continue
+            if not (out / "mine" / "1.0.0").exists():
+                continue
+        else:
+            left = [path.name for path in out.iterdir() if path.name != "mine"]
         ended += 1
-        left = [path.name for path in out.iterdir() if path.name != "mine"]
         same = contents(out / "mine") == contents(folder / "straight" / "mine")
         print(f"ended after {build.seconds:.0f} s:", "the same bytes" if same else "OTHER BYTES")
         if left or not same:

@@ -38,6 +38,20 @@ def test_units_and_workers_do_not_affect_the_dataset(tmp_path, monkeypatch):
     assert report(again)["train"]["kept"] == 40 - 6 - 8 + 2
 
 
+def test_a_dataset_that_was_being_replaced_is_not_lost(tmp_path):
+    arguments = numbered(tmp_path, 4)
+    dataset = build(tmp_path, "csv", *arguments)
+    whole = contents(dataset)
+    options = ("csv", "--name", "mine", "--out", dataset.parent, *arguments)
+    # As a kill leaves it between moving the old dataset away and the new one to its place.
+    replaced = dataset.parent / ".mine.building" / "replaced"
+    for more in ((), ("--overwrite", "--images", tmp_path / "missing")):
+        replaced.parent.mkdir(exist_ok=True)
+        (dataset / "1.0.0").rename(replaced)
+        assert run(*options, *more) == 2
+        assert contents(dataset) == whole
+
+
 def test_units_that_are_finished_are_not_made_again(tmp_path, monkeypatch, capsys):
     arguments = ("csv", "--name", "mine", "--out", tmp_path / "out", *numbered(tmp_path, 40))
     monkeypatch.setattr(units, "_LEAST", 10)

@@ -70,15 +70,18 @@ def only_finished(name: str, out: Path, overwrite: bool = False) -> Iterator[tup
     if not _NAME.fullmatch(name):
         raise UserError(f"--name {name!r}: must be lower-case letters, digits and _, like my_data.")
     version = str(ImageDataset.VERSION)
-    final = out / name / version
+    final, work = out / name / version, out / f".{name}.building"
+    replaced = work / "replaced"
+    if replaced.exists() and not (work.is_symlink() or final.exists()):
+        replaced.rename(final)  # the last build was killed between the two renames below
     if final.exists() and not overwrite:
         raise UserError(f"{final}: exists already; add --overwrite to replace it.")
-    with _work_folder(out / f".{name}.building") as work:
+    with _work_folder(work):
         built = work / name / version
         yield built, final
         final.parent.mkdir(exist_ok=True)
         if final.exists():
-            final.rename(work / "replaced")
+            final.rename(replaced)
         built.rename(final)
 
 
