@@ -5,7 +5,7 @@ import json
 import pytest
 
 from cap_pretrain import config as configs
-from cap_pretrain import evals, learners
+from cap_pretrain import evals, learners, train
 from cap_pretrain.errors import UserError
 from cap_pretrain.training.changes import check_unchanged
 from cap_pretrain.validation import validate
@@ -75,6 +75,14 @@ def test_mistakes_are_told_by_field_before_anything_is_built(fields, said):
     with pytest.raises(UserError, match=said) as error:
         validate(toy.config(**fields))
     assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(("field", "value"), [("dtype", "float16"), ("model__attention", "cudnn")])
+def test_what_the_devices_cannot_do_is_told_at_once(field, value, tmp_path):
+    name = field.replace("__", ".")
+    with pytest.raises(UserError, match=f"{name}: {value} is (not )?for") as error:
+        train.run(toy.config(**{field: value}), tmp_path / "run")
+    assert len(str(error.value).splitlines()) == 1 and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

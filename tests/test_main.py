@@ -136,6 +136,9 @@ def test_a_full_or_forbidden_disk_is_the_users(error, said, command, tmp_path, m
     monkeypatch.setattr(train, "run", run)
     code, _, stderr = command(QUICKSTART, f"--workdir={tmp_path}")
     assert code == 2 and said in stderr and len(stderr.splitlines()) == 1
+    assert "intact" not in stderr  # there are no checkpoints
+    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+    assert "the checkpoints are intact" in command(QUICKSTART, f"--workdir={tmp_path}")[2]
 
 
 @pytest.mark.parametrize(

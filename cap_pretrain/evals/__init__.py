@@ -2,7 +2,7 @@
 
 To add one, write a file here with a class that has the members of `base.Evaluator`: `Options`, a
 nested frozen dataclass of documented settings with defaults; `__init__(context, options)`, which
-prepares what all evaluations share; and `__call__(variables)`, which returns a `base.Result`.
+checks all that evaluations need; and `__call__(variables)`, which returns a `base.Result`.
 Register it in `REGISTRY` under the name that `config.evals` uses. The training loop needs no
 change: a result is logged to metrics.jsonl, the console and TensorBoard, and written to
 `evals/NAME/STEP.json`.

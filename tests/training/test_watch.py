@@ -53,6 +53,19 @@ def faults(counts, tmp_path, **fields):
     return told
 
 
+@pytest.mark.parametrize("clip_norm", [0.0, 1.0])
+@pytest.mark.parametrize("saved", [False, True])
+def test_the_advice_fits_the_run(clip_norm, saved, tmp_path):
+    if saved:
+        (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+    with pytest.raises(UserError) as error:
+        watched([1.0, np.nan], tmp_path, optim__clip_norm=clip_norm)
+    message = str(error.value)
+    assert ("Lower optim.lr or optim.clip_norm" in message) == bool(clip_norm)
+    assert ("or set optim.clip_norm" in message) == (not clip_norm)
+    assert ("is intact" in message) == saved and ("no checkpoint was" in message) == (not saved)
+
+
 def test_too_many_broken_images_among_the_last_are_a_fault(tmp_path):
     # Batches of 1000, so a window of 10 steps and 10,000 examples: 100 may be broken.
     few = [10 * step for step in range(50)]
