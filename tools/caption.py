@@ -26,6 +26,8 @@ from cap_pretrain.cli.captioning import Captioner, captioner, read_image
 from cap_pretrain.errors import UserError
 from cap_pretrain.models.decoding import Decoding
 
+BLANK = "the learner wrote no text; answers need a run that was trained on questions"
+
 
 def caption_files(
     paths: Sequence[str], captions: Captioner, batch_size: int, data: ConfigDict
@@ -38,8 +40,10 @@ def caption_files(
         for path, found in batch:
             if isinstance(found, str):
                 yield {"image": path, "error": found}
+            elif (text := next(written)).strip():
+                yield {"image": path, "caption": text}
             else:
-                yield {"image": path, "caption": next(written)}
+                yield {"image": path, "error": BLANK}
 
 
 def _run(args: argparse.Namespace) -> int:

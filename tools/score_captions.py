@@ -18,6 +18,7 @@ from typing import Any
 
 from cap_pretrain import files
 from cap_pretrain.cli import arguments
+from cap_pretrain.data.builders.formats import annotated
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.metrics import caption_metrics, caption_tokens
 
@@ -120,7 +121,7 @@ def _entries(path: Path, key: str) -> list[tuple[str, dict[str, Any]]]:
     for entry in entries:
         if not isinstance(entry, dict) or not {"image_id", "caption"} <= entry.keys():
             raise UserError(f"{path}: {repr(entry)[:50]} has no image_id and caption.")
-    return [(str(entry["image_id"]), entry) for entry in entries]  # some files have text ids
+    return [(annotated.id_text(path, entry["image_id"]), entry) for entry in entries]
 
 
 def _texts(path: Path, texts: Any) -> list[str]:

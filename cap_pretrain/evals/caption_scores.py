@@ -102,7 +102,7 @@ class CaptionScores:
         line = (
             f"{scores.images} images of {self._dataset} {self._split}, words by {scores.tokenizer}"
         )
-        line += "".join(f"; {name} skipped: {why}" for name, why in scores.skipped.items())
+        line += "".join(f"; {' '.join(note.split())}" for note in scores.notes())
         return {"metrics": metrics, "details": details, "line": line}
 
     def _entry(self, index: int, caption: str) -> dict[str, Any]:

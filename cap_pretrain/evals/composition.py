@@ -12,7 +12,7 @@ from cap_pretrain.data.sources.base import Source
 from cap_pretrain.data.sugarcrepe import SugarCrepe
 from cap_pretrain.errors import UserError, did_you_mean
 from cap_pretrain.evals.base import Context, Result, ScoringOptions
-from cap_pretrain.evals.inference.scoring import Scoring
+from cap_pretrain.evals.inference.scoring import Scoring, Told
 from cap_pretrain.evals.metrics import ranking
 
 SETS = ("scenes", "order", "sugarcrepe")
@@ -72,18 +72,19 @@ class Composition:
         return [self._set.questions(index) for index in range(self._count)]
 
     @functools.cached_property
-    def _candidates(self) -> tuple[np.ndarray, list[list[int]]]:
+    def _candidates(self) -> tuple[np.ndarray, list[list[int]], Told]:
         """The tokens of all distinct texts, and which of them are the candidates of each image."""
         number: dict[str, int] = {}
         texts = [
             [number.setdefault(text, len(number)) for text in candidates(questions)]
             for questions in self._questions
         ]
-        return self._scoring.encode(list(number)), texts
+        tokens = self._scoring.encode(list(number))
+        return tokens, texts, self._scoring.told_apart("texts", list(number), tokens)
 
     def __call__(self, variables: Any) -> Result:
         """Score the candidates of every question."""
-        scoring, (tokens, texts_of) = self._scoring, self._candidates
+        scoring, (tokens, texts_of, told) = self._scoring, self._candidates
         features = scoring.text_features(variables, tokens)
         prior = scoring.prior(variables, tokens) if scoring.has_prior else None
         tally, images = Tally(scoring.tolerance), 0
@@ -101,7 +102,7 @@ class Composition:
                     rules["blind"] = prior[own]
                 tally.add(self._questions[where["index"][k]], rules)
                 images += bool(own)
-        return Result(tally.metrics(), self._details(images, tally))
+        return Result(tally.metrics(), self._details(images, tally) | told.counts, told.lines)
 
     def _details(self, images: int, tally: "Tally") -> dict:
         options = self._options

@@ -10,7 +10,7 @@ import numpy as np
 from cap_pretrain.data.sources.base import without_image
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.base import Context, Result, ScoringOptions
-from cap_pretrain.evals.inference.scoring import Scoring
+from cap_pretrain.evals.inference.scoring import Scoring, Told
 from cap_pretrain.evals.metrics import ranking
 
 TOP = (1, 5, 10)
@@ -52,7 +52,7 @@ class Retrieval:
             )
 
     @functools.cached_property
-    def _texts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _texts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, Told]:
         """The tokens of all captions, the image of each, the captions of each image (or -1)."""
         captions = [without_image(self._source, k)["captions"] for k in range(self._count)]
         texts = [caption for own in captions for caption in own]
@@ -60,11 +60,13 @@ class Retrieval:
         own = np.full((self._count, max(map(len, captions))), -1)
         first = np.searchsorted(owner, owner)
         own[owner, np.arange(len(texts)) - first] = np.arange(len(texts))
-        return self._scoring.encode(texts), owner, own
+        tokens = self._scoring.encode(texts)
+        alike = [" ".join(text.casefold().split()) for text in texts]
+        return tokens, owner, own, self._scoring.told_apart("captions", alike, tokens)
 
     def __call__(self, variables: Any) -> Result:
         """Rank all candidates in both directions."""
-        scoring, (tokens, owner, own_texts) = self._scoring, self._texts
+        scoring, (tokens, owner, own_texts, told) = self._scoring, self._texts
         texts = scoring.text_features(variables, tokens)
         prior = scoring.prior(variables, tokens) if scoring.has_prior else None
 
@@ -84,7 +86,7 @@ class Retrieval:
         for where, images in cache or self._batches(variables):
             scores = scoring.compare(variables, images, texts[present])
             counts.add(where["index"][where["mask"]], scores[where["mask"]], offsets)
-        return Result(counts.metrics(), self._details(counts))
+        return Result(counts.metrics(), self._details(counts) | told.counts, told.lines)
 
     def _batches(self, variables) -> Iterable[tuple[dict[str, np.ndarray], Any]]:
         return self._scoring.batches(variables, self._source, self._options.limit)

@@ -15,9 +15,10 @@ from cap_pretrain.data.sources import subset
 from cap_pretrain.data.sources.base import Source
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.base import Context, Result, ScoringOptions
-from cap_pretrain.evals.inference.scoring import Scoring
+from cap_pretrain.evals.inference.scoring import Scoring, Told
 from cap_pretrain.evals.metrics import ranking
 from cap_pretrain.evals.metrics.classification import accuracies
+from cap_pretrain.untrusted import read_bounded
 
 # A few plain templates after those of CLIP (Radford et al. 2021, section 3.1.4).
 TEMPLATES = (
@@ -77,6 +78,13 @@ class ZeroShot:
         ]
         return self._scoring.encode(texts)
 
+    @functools.cached_property
+    def _told(self) -> Told:
+        """What is said of classes that have the same captions, or whose names are equal."""
+        names = [f"{name} ({k})" for k, name in enumerate(self.classes)]
+        tokens = self._tokens.reshape(len(self.classes), -1)
+        return self._scoring.told_apart("classes", names, tokens)
+
     def __call__(self, variables: Any) -> Result:
         """Classify the images; raise UserError if none is usable or a label has no name."""
         rule = self._captioner_rules if self._scoring.has_prior else self._dual_encoder_rule
@@ -103,7 +111,7 @@ class ZeroShot:
             better, tied = np.concatenate(parts, axis=1)
             for name, value in accuracies(better, tied, label).items():
                 metrics[f"{name}{suffix}"] = value
-        return Result(metrics, self._details(label))
+        return Result(metrics, self._details(label), self._told.lines)
 
     def _count(self, scores: np.ndarray, label: np.ndarray) -> np.ndarray:
         """Count the classes that beat and tie with the true one: [n, K], [n] -> int [2, n]."""
@@ -136,6 +144,7 @@ class ZeroShot:
             "images": len(label),
             "classes": list(self.classes),
             "templates": list(self.templates),
+            **self._told.counts,
         }
 
 
@@ -191,17 +200,25 @@ def prompts(
 def read_list(field: str, path: str) -> Sequence[str]:
     """Read nonempty strings: a JSON list if the file's name ends in .json, else one per line.
 
+    White space, line feeds in JSON included, becomes single spaces.
+
     `field` is the option that names the file, for messages. Raises UserError if the file cannot be
     read, is not such a list, or is empty.
     """
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
-        entries = json.loads(text) if path.endswith(".json") else text.splitlines()
-    except (OSError, ValueError) as error:
+        # Some editors put a byte-order mark in front. Only line feeds end a line, not U+2028.
+        text = read_bounded(Path(path).expanduser()).decode("utf-8-sig")
+        entries = json.loads(text) if path.endswith(".json") else re.split("\r\n|\n|\r", text)
+        json.dumps(entries, ensure_ascii=False).encode()  # fails for lone surrogates
+    except (UserError, ValueError, RecursionError) as error:
         raise UserError(f"evals: zero_shot.{field}: cannot read {path!r} ({error}).") from error
     if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
         raise UserError(f"evals: zero_shot.{field}: {path} is not a JSON list of strings.")
-    entries = [entry.strip() for entry in entries if entry.strip()]
+    if path.endswith(".json") and not all(map(str.strip, entries)):
+        raise UserError(
+            f"evals: zero_shot.{field}: {path} has an empty string; name it or drop it."
+        )
+    entries = [" ".join(entry.split()) for entry in entries if entry.strip()]
     if not entries:
         raise UserError(f"evals: zero_shot.{field}: {path} is empty.")
     return entries

@@ -332,3 +332,32 @@ def test_scoring_can_be_interrupted(no_java):
 
     with pytest.raises(InterruptedError):
         score(REFERENCES, CAPTIONS, check=check)
+
+
+def test_a_text_that_cannot_be_read_is_mended_and_counted(no_java):
+    captions = CAPTIONS | {"c": "half an \ud83d emoji", "d": "word " * 5000}
+    references = REFERENCES | {"c": ["half an \ude00 emoji", "an emoji"], "d": ["word"]}
+    scores = score(references, captions)
+    assert scores.mended == scores.protocol()["mended"] == 3
+    assert "3 texts were mended: cut to 1,000 words" in scores.table()[-1]
+    assert scores.skipped.keys() == {"PTB", "METEOR", "SPICE"}
+    assert scores.per_image["Bleu_1"]["d"] == pytest.approx(1 / 1000)
+    assert score(REFERENCES, {**CAPTIONS, "a": "a \ud83d\ude00"}).mended == 1
+    assert score(REFERENCES, CAPTIONS).mended == 0
+
+
+@pytest.mark.slow  # METEOR takes seconds to start
+@needs_java
+def test_one_odd_text_drops_neither_the_tokenizer_nor_meteor():
+    captions = CAPTIONS | {"a": "an \ud83d emoji " + "a " * 5000}
+    scores = score(REFERENCES, captions, spice="no")
+    assert scores.tokenizer == "PTB" and scores.skipped.keys() == {"SPICE"}
+    assert scores.mended == 1
+
+
+def test_cider_is_left_out_where_it_is_always_zero(no_java):
+    one = score({"a": REFERENCES["a"]}, {"a": CAPTIONS["a"]})
+    assert "CIDEr" not in one.metrics and one.skipped["CIDEr"] == "always 0 for a single image"
+    same = score({"a": ["a dog"], "b": ["a dog"]}, dict.fromkeys("ab", "a dog"))
+    assert "all images have the same references" in same.skipped["CIDEr"]
+    assert score(REFERENCES, CAPTIONS).metrics["CIDEr"] > 1

@@ -235,3 +235,24 @@ def test_metrics_are_identical_on_eight_devices_and_with_any_batch_size(mesh):
     one, eight = json.loads(done.stdout.splitlines()[-1])
     assert one == eight
     assert 0.3 < one["LinearProbe"][0]["top1"] < 1
+
+
+@pytest.mark.parametrize("probe", [KNearestNeighbours, LinearProbe, FewShot])
+def test_images_of_classes_without_training_images_are_counted_and_told(probe, probed):
+    class Fewer(Coloured):
+        """Images of the first two classes only."""
+
+        def __getitem__(self, index):
+            return super().__getitem__(index // 2)
+
+    made, variables = probed
+    made = dataclasses.replace(made, sources={"train": Fewer(80, 4), "val": TEST}, workdir=None)
+    few = {"shots": (1,), "draws": 1, "l2": (1.0,)} if probe is FewShot else {}
+    few |= {"c": (0.1,)} if probe is LinearProbe else {}
+    result = probe(made, probe.Options(**few))(variables)
+    assert result.details["untrained_classes"] == 2
+    assert result.details["images_of_untrained_classes"] == 26
+    assert (
+        "26 of 52 test images count as wrong: their 2 classes have no training image (class 2, "
+        "class 3)"
+    ) in result.lines

@@ -142,3 +142,11 @@ def test_scores_are_the_learners_whatever_the_blocks(kind, tokenizer_path):
             if name.startswith("image_to_text"):
                 assert metrics[f"{name}_over_prior"] == pytest.approx(value, abs=0.02), name
     assert len(metrics) == (12 if kind == "captioner" else 8)
+
+
+def test_captions_that_tie_for_their_tokens_are_counted_and_told():
+    long = "1 2 3 4 5 6 7"  # the tokenizer keeps seven numbers
+    result = measured(stubs.Constant, [[f"{long} 8", "3"], [f"{long} 9"], ["3", "4"]])
+    assert result.details["tied_captions"] == 2 and result.details["captions"] == 5
+    assert result.lines[0].startswith("2 captions tie, since others have the same tokens, such as")
+    assert measured(stubs.Constant, [["3"], ["3"], ["4"]]).lines == ()  # equal as they are

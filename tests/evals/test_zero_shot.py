@@ -163,3 +163,41 @@ def test_mistakes_are_the_users(tmp_path, templates):
         UserError, match="are WordNet ids such as n01440764; give their names in words"
     ):
         zero_shot.prompts(numbers, "", "")
+
+
+def test_classes_with_the_same_tokens_are_counted_and_told(templates):
+    long = "1 2 3 4 5 6 7"  # the tokenizer keeps seven numbers
+    names = [f"{long} 8", f"{long} 9", "3", "3", "4"]
+    result = measured(stubs.Constant, [0, 1, 2, 3, 4], names=names, templates=templates)
+    assert result.details["tied_classes"] == 4
+    assert result.lines == (
+        f"4 classes tie, since others have the same tokens, such as '{long} 8 (0)' and "
+        f"'{long} 9 (1)'; text.length is 7",
+    )
+    apart = measured(stubs.Constant, [0, 1], names=["1", "2"], templates=templates)
+    assert apart.details["tied_classes"] == 0 and not apart.lines
+
+
+def test_lists_are_read_as_people_and_their_editors_write_them(tmp_path):
+    expected = ["tench", "English springer", "a\u200bb", "chain saw"]
+    text = "tench\nEnglish  springer\n\na\u200bb\nchain\u2028saw\n"
+    for ending in ("\n", "\r\n", "\r"):
+        for mark in (b"", b"\xef\xbb\xbf"):
+            path = tmp_path / "names.txt"
+            path.write_bytes(mark + text.replace("\n", ending).encode())
+            assert zero_shot.read_list("classes", str(path)) == expected
+            path = tmp_path / "names.json"
+            names = ["tench", f"English{ending}springer", "a\u200bb", "chain saw "]
+            path.write_bytes(mark + json.dumps(names).encode())
+            assert zero_shot.read_list("classes", str(path)) == expected
+
+
+@pytest.mark.parametrize(
+    "content", [b"caf\xe9", b'["\\ud800"]', b"[" * 10**5, b'["a", " "]', b'["a", 1]', b"\xff\xfe["]
+)
+def test_lists_that_cannot_be_used_are_refused(content, tmp_path):
+    path = tmp_path / "names.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="zero_shot.classes: ") as error:
+        zero_shot.read_list("classes", str(path))
+    assert len(str(error.value).splitlines()) == 1

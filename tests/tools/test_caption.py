@@ -154,3 +154,14 @@ def test_error_messages(run, tokenizer_path, tmp_path, capsys):
     c = toy.config("dual_encoder", model__depth=1)
     toy.saved_run(c, tmp_path / "clip", tokenizer_path, 1)
     assert "a dual_encoder cannot write captions" in error("--checkpoint", str(tmp_path / "clip"))
+
+
+def test_a_blank_answer_is_an_error(monkeypatch, run, awkward, capsys):
+    fine = [path for path, reason in awkward.items() if not reason][:2]
+    monkeypatch.setattr(caption, "captioner", lambda *_: lambda pixels: ["", "yes"][: len(pixels)])
+    options = ["--checkpoint", str(run), "--question", "Is it red?"]
+    assert caption.main([*options, *fine]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert (
+        lines[0] == f"{fine[0]}: not captioned: {caption.BLANK}" and lines[1] == f"{fine[1]}: yes"
+    )

@@ -220,3 +220,22 @@ def test_mistakes_of_the_command_line(write, tmp_path, capsys):
     with pytest.raises(SystemExit) as left:
         run("--results", r, "--spice", "please", capsys=capsys)
     assert left.value.code == 2
+
+
+def test_numbers_and_texts_that_name_the_same_image_match(write, capsys):
+    given = annotations()
+    for n, entry in enumerate(given["annotations"]):
+        kinds = (float, str, int)
+        entry["image_id"] = kinds[n % 3](entry["image_id"])
+    found = [{**entry, "image_id": float(entry["image_id"])} for entry in results()]
+    files = ["--annotations", str(write("a.json", given)), "--results", str(write("r.json", found))]
+    assert score_captions.main(files) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["images"] == 2
+
+
+def test_one_image_is_scored_without_cider_and_told(write, capsys):
+    entry = {"image_id": 1, "caption": "a dog", "references": ["a dog \ud800 runs"]}
+    assert score_captions.main(["--results", str(write("r.json", [entry]))]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "CIDEr     skipped: always 0 for a single image" in lines
+    assert json.loads(lines[-1])["mended"] == 1 and "1 texts were mended" in lines[-2]

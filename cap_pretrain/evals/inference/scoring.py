@@ -10,7 +10,7 @@ it has `image_features`, `text_features` and `compare`:
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -35,6 +35,13 @@ COSINES = 2**22  # Cosines computed at once: 16 MB of them. A log-likelihood nee
 
 # Text lengths are rounded up to a multiple of this, so that few different shapes are compiled.
 LENGTHS = 8
+
+
+class Told(NamedTuple):
+    """What evaluators say of texts that tie: for `Result.details`, and for `Result.lines`."""
+
+    counts: dict[str, int]
+    lines: tuple[str, ...]
 
 
 class Scoring:
@@ -173,6 +180,31 @@ class Scoring:
             "score": "log-likelihood, nats" if self.has_prior else "cosine",
             "blank_image": f"grey, {BLANK} of 255" if self.has_prior else "none",
         }
+
+    def told_apart(self, what: str, texts: Sequence[str], tokens: np.ndarray) -> "Told":
+        """Count different texts that have the same tokens.
+
+        They tie, whatever the learner: they are equal once cut at `text.length`, or differ only in
+        what the tokenizer drops or does not know.
+
+        Args:
+            what: what the texts are, in the plural.
+            texts: n texts, for the message.
+            tokens: their tokens, int [n, ...].
+        """
+        groups: dict[bytes, dict[str, None]] = {}
+        for text, row in zip(texts, tokens, strict=True):
+            groups.setdefault(row.tobytes(), {})[text] = None
+        alike = [list(group) for group in groups.values() if len(group) > 1]
+        counts = {f"tied_{what}": sum(map(len, alike))}
+        if not alike:
+            return Told(counts, ())
+        first, second = (text if len(text) <= 80 else text[:79] + "…" for text in alike[0][:2])
+        line = (
+            f"{sum(map(len, alike))} {what} tie, since others have the same tokens, such as "
+            f"{first!r} and {second!r}; text.length is {self._context.config.text.length}"
+        )
+        return Told(counts, (line,))
 
     def _put(self, array: np.ndarray) -> jax.Array:
         """Send an array that is the same on every host to every device."""

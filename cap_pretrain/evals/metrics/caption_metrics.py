@@ -63,6 +63,9 @@ PROTOCOLS = {
 
 _NO_PTB = "tokenizer: 'ptb' cannot run, {}; install Java or use 'auto'."
 
+MAX_WORDS, MAX_CHARACTERS = 1000, 20_000
+"""Longer texts are cut: a few thousand equal words exhaust METEOR's memory."""
+
 # Image -> its caption, and image -> its reference captions.
 Captions = Mapping[Any, str]
 References = Mapping[Any, Sequence[str]]
@@ -80,6 +83,7 @@ class Scores:
         skipped: metric (or tokenizer) -> why it was not computed (or used).
         images: number of images; CIDEr's IDF is that of their references.
         references: number of references.
+        mended: number of texts that were too long, or held half of a pair of surrogates.
     """
 
     metrics: dict[str, float]
@@ -88,6 +92,7 @@ class Scores:
     skipped: dict[str, str]
     images: int
     references: int
+    mended: int = 0
 
     def protocol(self) -> dict[str, Any]:
         """Return, as JSON, what must be the same to compare the metrics with others."""
@@ -97,12 +102,24 @@ class Scores:
             "idf": f"of the references of these {self.images} images",
             "tokenizer": self.tokenizer,
             "skipped": self.skipped,
+            "mended": self.mended,
         }
+
+    def notes(self) -> tuple[str, ...]:
+        """Return what was skipped or mended, a line each."""
+        notes = tuple(f"{name:8}  skipped: {why}" for name, why in self.skipped.items())
+        if not self.mended:
+            return notes
+        return (
+            *notes,
+            f"{self.mended} texts were mended: cut to {MAX_WORDS:,} words or {MAX_CHARACTERS:,} "
+            "characters, or with U+FFFD for half of a pair of surrogates",
+        )
 
     def table(self) -> tuple[str, ...]:
         """Return the metrics, a line each, and what was skipped."""
         lines = [f"{name:8}{self.metrics[name]:9.5f}" for name in METRICS if name in self.metrics]
-        return (*lines, *(f"{name:8}  skipped: {why}" for name, why in self.skipped.items()))
+        return (*lines, *self.notes())
 
 
 def score(
@@ -133,6 +150,10 @@ def score(
     protocol = current_name(protocol)
     if references.keys() != captions.keys() or not all(references.values()):
         raise ValueError("every image needs one caption and at least one reference")
+    captions, cut = _mended(captions)
+    by_image = {image: _mended(dict(enumerate(texts))) for image, texts in references.items()}
+    references = {image: list(texts.values()) for image, (texts, _) in by_image.items()}
+    cut += sum(n for _, n in by_image.values())
     skipped: dict[str, str] = {}
     scorers: dict[tuple[str, ...], Callable[[References, Captions], Found]]
     if protocol == "brownlee":
@@ -163,7 +184,7 @@ def score(
             metrics[name] = float(total)
             per_image[name] = {i: float(s) for i, s in zip(captions, each, strict=True)}
     count = sum(map(len, references.values()))
-    return Scores(metrics, per_image, stamp, skipped, len(captions), count)
+    return Scores(metrics, per_image, stamp, skipped, len(captions), count, cut)
 
 
 def check_options(tokenizer: str, spice: str, protocol: str = "coco") -> None:
@@ -186,6 +207,18 @@ def check_options(tokenizer: str, spice: str, protocol: str = "coco") -> None:
 def current_name(protocol: str) -> str:
     """Return the name of a protocol that results record, given it or its former name."""
     return "brownlee" if protocol == "seed002" else protocol
+
+
+def _mended(captions: Captions) -> tuple[dict[Any, str], int]:
+    """Return captions that every scorer can read, and how many differ from the given ones."""
+    mended = {}
+    for image, text in captions.items():
+        # A lone surrogate is not UTF-8, which Java reads; it would end the tokenizer for all texts.
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        if len(text) > MAX_CHARACTERS or len(text.split()) > MAX_WORDS:
+            text = " ".join(text[:MAX_CHARACTERS].split()[:MAX_WORDS])
+        mended[image] = text
+    return mended, sum(mended[image] != text for image, text in captions.items())
 
 
 def _words(
@@ -232,6 +265,13 @@ def _rouge(references: References, captions: Captions) -> Found:
 def _cider(references: References, captions: Captions) -> Found:
     from pycocoevalcap.cider.cider import Cider
 
+    if len({frozenset(texts) for texts in references.values()}) == 1:
+        raise UnavailableError(
+            "always 0, since it weights words by how few images have them, and all images have the "
+            "same references"
+            if len(references) > 1
+            else "always 0 for a single image"
+        )
     return [Cider().compute_score(references, _listed(captions))]
 
 

@@ -30,6 +30,7 @@ from cap_pretrain.models import readout
 from cap_pretrain.models.build import build_encoder
 from cap_pretrain.models.layers import normalize_images
 from cap_pretrain.models.sizes import STORED
+from cap_pretrain.untrusted import check_stored
 
 PIXELS = 16
 """Side of the images of the layer "pixels"."""
@@ -165,6 +166,7 @@ def _read(path: Path, key: str) -> Labelled | None:
     if not path.exists():
         return None
     try:
+        check_stored(path)
         with np.load(path) as file:  # a zip, so reading verifies checksums
             if str(file["key"]) == key:
                 return Labelled(file["features"], file["labels"])

@@ -77,7 +77,7 @@ class FewShot:
             f"deviation of top-1 over {self._options.draws} draws"
         )
         details = self._splits.details(data, protocol) | {"by_shots": by_shots}
-        return Result(metrics, details)
+        return Result(metrics, details, self._splits.lines(data))
 
     def _evaluate(self, data: probing.Data, shots: int) -> dict[str, Any]:
         """Return the chosen strength and the top-1 of every draw, with so many shots."""

@@ -55,7 +55,7 @@ class KNearestNeighbours:
             scores = votes(*train, test.features, temperature, k=k, classes=data.classes)
             metrics = classification.metrics(scores, test.labels)
         protocol = f"{k} nearest neighbours by cosine, weights exp(cosine / {options.temperature})"
-        return Result(metrics, self._splits.details(data, protocol))
+        return Result(metrics, self._splits.details(data, protocol), self._splits.lines(data))
 
 
 @functools.partial(jax.jit, static_argnames=("k", "classes"))

@@ -81,7 +81,7 @@ class LinearProbe:
         }
         train = classification.metrics(solution.logits, problem.labels, data.final)
         metrics = classification.metrics(scores, test.labels) | {"c": c}
-        lines = []
+        lines = list(self._splits.lines(data))
         if path and c in (self._grid[0], self._grid[-1]):
             lines.append(f"the best C, {c:g}, is at an end of the values tried; extend `c`")
         if not details["converged"]:

@@ -123,7 +123,27 @@ class Splits:
             "train_images": int(data.final.sum()),
             "chosen_on_images": int(data.choose.sum()),
             "images": len(data.test.labels),
+            "untrained_classes": len(untrained(data)),
+            "images_of_untrained_classes": int(np.isin(data.test.labels, untrained(data)).sum()),
         }
+
+    def lines(self, data: Data) -> tuple[str, ...]:
+        """Return what `Result.lines` says of test images whose class cannot be predicted."""
+        if not len(classes := untrained(data)):
+            return ()
+        names = ", ".join(
+            self._class_names[k] if k < len(self._class_names) else str(k) for k in classes[:3]
+        )
+        images = np.isin(data.test.labels, classes).sum()
+        return (
+            f"{images} of {len(data.test.labels)} test images count as wrong: their {len(classes)} "
+            f"classes have no training image ({names}{', …' if len(classes) > 3 else ''})",
+        )
+
+
+def untrained(data: Data) -> np.ndarray:
+    """Return the classes that have test images and no training images."""
+    return np.setdiff1d(data.test.labels, data.train.labels[data.final])
 
 
 def held_out(labels: np.ndarray, seed: int) -> np.ndarray:
