@@ -33,7 +33,7 @@ def stored(tmp_path_factory):
         "label": f.ClassLabel(names=["cat", "dog"]),
     }
     root = tmp_path_factory.mktemp("data")
-    return write(root, "d", features, lambda i: {"captions": ["a"], "id": str(i), "label": 0})
+    return write(root, "d", features, lambda i: {"captions": ["a"], "id": str(i), "label": i % 2})
 
 
 @pytest.fixture
@@ -165,6 +165,13 @@ MALFORMED = {
     ),
     "no format": (INFO, lambda v: v.pop("fileFormat"), ""),
     "no such format": (INFO, lambda v: v.update(fileFormat="exe"), "exe"),
+    "files": (INFO, first_split(shardLengths=["1"] * 40000), "has 40000 files"),
+    "too large": (INFO, lambda v: v.update(description="a" * 2**22), "over 4194304 bytes"),
+    "many splits": (
+        INFO,
+        lambda v: v.update(splits=[v["splits"][0] | {"name": f"s{i}"} for i in range(999)]),
+        "s19 (10), ….",
+    ),
     "version": (INFO, lambda v: v.update(version="../.."), "cannot be read"),
 }
 
@@ -186,6 +193,13 @@ def test_metadata_that_is_no_file(file, evil):
     os.mkfifo(evil / file)
     with pytest.raises(UserError, match=f"{file} cannot be read .not a regular file"):
         read(evil)
+
+
+def test_labels_beyond_the_classes(evil):
+    edit(evil, FEATURES, label(numClasses="1"))
+    (evil / "label.labels.txt").write_text("cat\n")
+    with pytest.raises(UserError, match="cannot be read .its label is 1 of 1 classes"):
+        list(open_source(str(evil), "train", image_size=8))
 
 
 def test_records_that_are_no_file(evil):

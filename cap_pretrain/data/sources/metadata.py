@@ -8,7 +8,7 @@ import contextlib
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -31,8 +31,10 @@ CLASSES = frozenset(
 )
 """Feature classes of TFDS that may be read; its audio and video start ffmpeg, which is not ours."""
 
-MAX_METADATA = 2**24
+MAX_METADATA = 2**22
 """Most bytes of dataset_info.json, features.json and of each list of class names."""
+MAX_FILES = 2**15
+"""Most files of records of a split; TFDS takes a millisecond for each."""
 MAX_CLASSES = 2**20
 """Most classes of a label without names: TFDS makes a name for each."""
 
@@ -74,6 +76,11 @@ def open_builder(folder: Path, where: str) -> Any:
         ) from error
 
 
+def listed(names: Sequence[str]) -> str:
+    """Return names from data for a message: at most 20 of them."""
+    return ", ".join([*names[:20], "…"] if len(names) > 20 else names)
+
+
 def _read(path: Path) -> str:
     """Return the text of a regular file of at most MAX_METADATA bytes."""
 
@@ -102,8 +109,9 @@ def _classes(value: Any) -> Iterator[str]:
         with contextlib.suppress(json.JSONDecodeError):
             value = json.loads(value)
     if isinstance(value, list):
-        value = dict(enumerate(value))
-    if isinstance(value, dict):
+        for inner in value:
+            yield from _classes(inner)
+    elif isinstance(value, dict):
         for key, inner in value.items():
             if key in _CLASS_KEYS and isinstance(inner, str):
                 yield inner
@@ -128,6 +136,8 @@ def _check_split(name: str, split: Any, folder: Path) -> None:
     """Check that the sizes are possible, and that the files lie in the folder."""
     _check_name("split", name)
     lengths = split.shard_lengths
+    if len(lengths) > MAX_FILES:
+        raise ValueError(f"split {name!r} has {len(lengths)} files, over {MAX_FILES}")
     for count in (*lengths, sum(lengths)):
         if not 0 <= count < 2**53:
             raise ValueError(f"shardLengths of split {name!r} has {count} examples")

@@ -18,7 +18,7 @@ from cap_pretrain.data.sources.base import (
     NoSplitError,
     parse_mixture,
 )
-from cap_pretrain.data.sources.metadata import open_builder
+from cap_pretrain.data.sources.metadata import listed, open_builder
 from cap_pretrain.data.sources.storage import Copies, retried, why
 from cap_pretrain.errors import UserError, did_you_mean
 from cap_pretrain.untrusted import NotRegularError
@@ -72,7 +72,13 @@ class TfdsSource:
         shard = self._shards[bisect.bisect_right(self._ends, index)]
         self._fetch(shard)
         try:
-            return self._layout.example(self._parse(retried(lambda: self._read(index))), index)
+            record = self._parse(retried(lambda: self._read(index)))
+            example = self._layout.example(record, index)
+            if self.class_names and not -1 <= example["label"] < len(self.class_names):
+                raise ValueError(
+                    f"its label is {example['label']} of {len(self.class_names)} classes"
+                )
+            return example
         except Exception as error:  # the readers raise nearly anything on corrupt bytes
             self._check_file(shard)  # gives a better reason if the whole file is corrupt
             raise UserError(
@@ -228,7 +234,7 @@ def _find_fields(features: Any, chosen: Mapping[str, str], where: str) -> _Layou
         if path not in leaves and (field == "image" or chosen_or_nested):
             raise UserError(
                 f"{where}: no feature {path!r} for the field {field!r}; it has "
-                f"{', '.join(sorted(leaves))}. Set data.fields.{field}."
+                f"{listed(sorted(leaves))}. Set data.fields.{field}."
             )
     found = {field: path for field, path in single if path in leaves}
     return _Layout(found, [(path, weight) for path, weight in captions if path in leaves], leaves)
@@ -287,7 +293,7 @@ def _resolve(part: str, known: Mapping[str, Any], where: str) -> str:
     if name not in known and name != "all":
         alias = _SPLIT_ALIASES.get(name)
         if alias is None or alias not in known:
-            have = ", ".join(f"{n} ({known[n].num_examples})" for n in known)
+            have = listed([f"{n} ({known[n].num_examples})" for n in known])
             message = f"{where}: no split {name!r}; it has {have or 'none'}."
             raise NoSplitError(message, known)
         name = alias
