@@ -110,7 +110,7 @@ def _table(evaluations: Mapping[str, Mapping[str, Any]]) -> str:
     """Return a table with a row per evaluation: floats are its metrics, integers its counts."""
     rows = ["| evaluation | data | metrics | counts | protocol |", "|---|---|---|---|---|"]
     for name, result in evaluations.items():
-        options = result.get("options", {})
+        options = checked(result.get("options", {}), "options", dict, f"evals: {name}")
         options = options if isinstance(options, dict) else {}
         data = (result.get(k) or options.get(o) for k, o in (("dataset", "data"), ("split",) * 2))
         numbers = {k: v for k, v in result.items() if k != "step" and type(v) in (int, float)}

@@ -10,6 +10,7 @@ import json
 from typing import Any
 
 from cap_pretrain.errors import UserError
+from cap_pretrain.untrusted import parsing
 
 
 def files(model: bytes, *, length: int, lower: bool) -> dict[str, bytes]:
@@ -37,7 +38,8 @@ def _parse(model: bytes) -> Any:
     from sentencepiece import sentencepiece_model_pb2
 
     # Protobuf adds the messages of a module at run time.
-    return sentencepiece_model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]
+    with parsing("tokenizer"):
+        return sentencepiece_model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]
 
 
 def _tokenizer(proto: Any, lower: bool) -> dict[str, Any]:

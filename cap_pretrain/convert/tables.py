@@ -62,8 +62,9 @@ def to_ours(
                 _check(weights, entry, path, shape)
             except MissingTensorError as e:
                 missing[e.name] = None
+    others = tuple(ignored)
     left = [name for name in weights.names if name not in weights.used]
-    unknown = [name for name in left if not name.startswith(tuple(ignored))]
+    unknown = [name for name in left if not name.startswith(others)]
     if missing or unknown:
         problems = [
             f"{what} {few(names)}"

@@ -1,6 +1,7 @@
 """Import of ResNets and AlexNet, without classifiers, under the names of torchvision or VISSL."""
 
 import collections
+import re
 from collections.abc import Callable
 
 from flax import nnx
@@ -58,7 +59,7 @@ def resnet_names(stages: Stages) -> Table:
 
 
 def _resnet(weights: Weights) -> Pretrained:
-    blocks = {tuple(name.split(".")[:2]) for name in weights.names if name.startswith("layer")}
+    blocks = {m.groups() for name in weights.names if (m := re.match(r"(layer\d)\.(\d+)\.", name))}
     counts = collections.Counter(stage for stage, _ in blocks)
     depths = counts["layer1"], counts["layer2"], counts["layer3"], counts["layer4"]
     stages = Stages(depths, bottleneck="layer1.0.conv3.weight" in weights.names)
@@ -85,8 +86,8 @@ def _assemble(
         {k: v.shape for k, v in rules.flatten(nnx.to_pure_dict(variables)).items()}
         for variables in nnx.state(nnx.eval_shape(build), nnx.Param, nnx.BatchStat)
     )
-    counters = (name for name in weights.names if name.endswith(_COUNTER))
-    arrays = to_ours(weights, names, params | stats, ignored=(*HEADS, *counters))
+    weights.used.update(name for name in weights.names if name.endswith(_COUNTER))
+    arrays = to_ours(weights, names, params | stats, ignored=HEADS)
     heads = sorted({name.partition(".")[0] for name in weights.names if name.startswith(HEADS)})
     left = f", without its {' and '.join(heads)}" if heads else ""
     return Pretrained(

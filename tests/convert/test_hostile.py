@@ -144,6 +144,18 @@ def test_one_of_several_files_has_to_be_chosen(tmp_path):
         open_encoder(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "extra", ["layer", "layernorm", "layer1", "layer1.x.conv1.weight", "layer9.0.x", "\n"]
+)
+def test_odd_names_beside_those_of_a_resnet_are_named(extra, tmp_path):
+    names = ["conv1.weight", *(f"layer{n}.{k}.conv1.weight" for n in range(1, 5) for k in (0, 1))]
+    arrays = {name: np.zeros((2, 2, 3, 3), np.float32) for name in (*names, extra)}
+    save_file(arrays, tmp_path / "resnet.safetensors")
+    with pytest.raises(UserError) as error:
+        open_encoder(tmp_path)
+    assert len(str(error.value).splitlines()) == 1
+
+
 def check(path, limit):
     """Open an encoder: it is read, with parameters bounded by `limit` bytes, or refused."""
     try:

@@ -344,7 +344,7 @@ def test_missing_and_corrupt_files_are_reported(tmp_path):
     with pytest.raises(UserError, match="has no weights; it needs one of model.safetensors, "):
         open_encoder(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"<html>")
-    with pytest.raises(UserError, match="as safetensors: cannot be read"):
+    with pytest.raises(UserError, match="cannot be read as safetensors"):
         open_encoder(tmp_path)
     safetensors.save_file(
         {"layer1.0.conv1.weight": torch.zeros(1)}, tmp_path / "resnet.safetensors"
