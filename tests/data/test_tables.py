@@ -94,6 +94,16 @@ def test_parquet_may_hold_the_images(tmp_path):
     assert examples["1"]["image"] == jpeg(1)
 
 
+@pytest.mark.parametrize("kind", [int, float])
+def test_numbers_name_images(kind, tmp_path):
+    """Pandas makes floats of a column of numbers that once had a gap."""
+    numbers = [kind(n) for n in (1, 1, 3)]
+    parquet(tmp_path / "t.parquet", image=numbers, caption=["a", "b", "c"])
+    paths = ("--tables", tmp_path / "t.parquet", "--images", photos(tmp_path))
+    examples = read(build(tmp_path, "parquet", *paths, "--named_by", "stem"), "train")
+    assert {key: e["captions"] for key, e in examples.items()} == {"1": ["a", "b"], "3": ["c"]}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

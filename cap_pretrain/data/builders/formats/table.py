@@ -188,8 +188,16 @@ def _image_of(columns: Columns, numbered: Numbered) -> str | int:
     number, row = numbered
     if row and columns.id:
         return str(row[columns.id])
-    image = row.get(columns.image)
+    image = _image_cell(row, columns)
     return image if isinstance(image, str) and not row.get(columns.url) else number
+
+
+def _image_cell(row: Row, columns: Columns) -> Any:
+    """Return the cell of the image; numbers become text, 7.0 (pandas' habit) that of 7."""
+    image = row.get(columns.image)
+    if isinstance(image, float) and image.is_integer():
+        image = int(image)
+    return str(image) if isinstance(image, int | float) else image
 
 
 def _candidate(group: Sequence[Numbered], finder: Finder, columns: Columns) -> Candidate:
@@ -199,7 +207,7 @@ def _candidate(group: Sequence[Numbered], finder: Finder, columns: Columns) -> C
     url = str(row.get(columns.url) or "").strip()
     cells = (own.get(name) for _, own in group for name in columns.caption)
     captions = [text for cell in cells for text in annotated.texts(cell)]
-    image = row.get(columns.image)
+    image = _image_cell(row, columns)
     if isinstance(image, dict):
         image = image.get("bytes") or image.get("path")
     if columns.named_by in NAMES:
