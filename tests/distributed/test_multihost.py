@@ -14,6 +14,7 @@ import time
 import pytest
 
 from cap_pretrain.checkpoints.checkpoint import saved_steps
+from cap_pretrain.training import lock
 from tests import toy
 
 pytestmark = pytest.mark.slow
@@ -169,3 +170,11 @@ def test_hosts_started_with_other_arguments_are_refused(own, message, tmp_path):
     for text in printed:
         assert re.search(message, text), text
     assert not saved_steps(tmp_path / "run")
+
+
+def test_a_second_run_on_the_workdir_is_refused_on_every_host(tmp_path):
+    with lock.locked(tmp_path):
+        codes, printed = ended(start(tmp_path, 2))
+    assert codes == [2, 2], printed
+    assert all(f"in use by process {os.getpid()} on host" in text for text in printed), printed
+    assert [path.name for path in tmp_path.iterdir()] == [lock.LOCK_FILE]
