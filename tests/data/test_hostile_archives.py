@@ -16,6 +16,7 @@ import pytest
 
 from cap_pretrain import files
 from cap_pretrain.data.builders.files import MAX_BYTES, READ_ERRORS, open_files
+from cap_pretrain.data.builders.formats import webdataset
 from cap_pretrain.data.builders.tars import CutOffError, read_members
 from cap_pretrain.errors import UserError
 from tests.data.test_question_formats import build, lost
@@ -300,3 +301,28 @@ def test_json_is_refused_by_the_memory_that_it_would_take(tmp_path):
             files.read_json(path)
         path.write_bytes(gzip.compress(text[: 2**18] + b"1]"))
         assert len(files.read_json(path)) > 2**15
+
+
+@pytest.mark.slow
+def test_every_key_of_a_tar_is_a_candidate(tmp_path, monkeypatch):
+    """Whatever its files are: kept or dropped, it is counted once."""
+    monkeypatch.setattr(webdataset, "MAX_TEXT", 5000)
+    monkeypatch.setattr(webdataset, "MAX_BYTES", 20_000)
+    rng = np.random.default_rng(0)
+    texts = [b"a dog", b"", b"\xff\xfe", b"x" * 6000, b"{", b'{"caption": "b"}', b"[" * 5000]
+    pictures = [jpeg(1), b"", b"no picture", bytes(30_000), jpeg(2)[:-60]]
+    contents = {".jpg": pictures, ".PNG": pictures, ".txt": texts, ".json": texts, ".cls": texts}
+    reasons = set()
+    for number in range(2000):
+        members, keys = [], [f"{number}-{k}" for k in range(int(rng.integers(1, 6)))]
+        for key in keys:
+            suffixes = rng.permutation(list(contents))[: int(rng.integers(1, 6))]
+            for suffix in map(str, suffixes):
+                content = contents[suffix]
+                members.append((key + suffix, content[rng.integers(len(content))]))
+        tar(tmp_path / "s.tar", members, int(rng.integers(3)))
+        found = list(webdataset.candidates("s", tmp_path / "s.tar"))
+        assert [one.id for one in found] == [f"s/{key}" for key in keys]
+        reasons |= {one.problem for one in found}
+    expected = {"", "broken json", "member too large", "without captions", "without image"}
+    assert expected <= reasons
