@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from cap_pretrain import evals, learners
 from cap_pretrain.config import get, trains
 from cap_pretrain.data.sources.base import parse_mixture
-from cap_pretrain.data.text import words
+from cap_pretrain.data.text import tokenizers, words
 from cap_pretrain.errors import UserError, did_you_mean
 from cap_pretrain.models import build
 from cap_pretrain.models.encoder import COLOURS
@@ -31,6 +31,7 @@ class Field:
 
     choices: tuple[str, ...] = ()  # accepted values; empty accepts any
     minimum: int | None = None  # smallest accepted value; None accepts any
+    maximum: int = 2**31 - 1  # largest accepted integer; devices count in 32 bits
     free: bool = False
 
 
@@ -70,7 +71,7 @@ FIELDS = {
     "optim.weight_decay": Field(minimum=0),
     "text.kind": Field(("sentencepiece", "words")),
     "text.length": Field(minimum=1),
-    "text.vocab_size": Field(minimum=1),
+    "text.vocab_size": Field(minimum=1, maximum=tokenizers.MAX_VOCABULARY),
 }
 for _size in dataclasses.fields(Size):
     FIELDS[f"model.{_size.name}"] = FIELDS[f"model.decoder_{_size.name}"] = Field(minimum=0)
@@ -112,6 +113,8 @@ def _check_field(name: str, field: Field, value: Any) -> None:
     if field.minimum is not None and value < field.minimum:
         bound = "must not be negative" if not field.minimum else f"must be at least {field.minimum}"
         raise UserError(f"{name}: {value} {bound}.")
+    if isinstance(value, int) and value > field.maximum:
+        raise UserError(f"{name}: {value} must be at most {field.maximum}.")
 
 
 def _check_learner(config: ConfigDict) -> None:

@@ -62,6 +62,8 @@ def test_unknown_arguments(text, said):
         ({"data__image_size": 20}, "data.image_size: 20 is not a multiple of the patch size 8"),
         ({"batch_size": 0}, "batch_size: 0 must be at least 1"),
         ({"text__length": 0}, "text.length: 0 must be at least 1"),
+        ({"text__vocab_size": 99999999999}, "text.vocab_size: 99999999999 must be at most"),
+        ({"batch_size": 2**31}, "batch_size: 2147483648 must be at most 2147483647"),
         ({"accumulate": 3}, "accumulate: 3 parts do not divide batch_size=8"),
         ({"total_steps": 0}, "total_steps: .*not set; give --config.total_steps"),
         ({"optim__lr": -1.0}, "optim.lr: -1.0 must not be negative"),
