@@ -136,7 +136,8 @@ def mending(function: Callable[[bytes], T], data: bytes) -> T:
     except ImageError:
         for mended in _mended(data):
             with contextlib.suppress(ImageError):
-                return function(mended)
+                if mended != data:
+                    return function(mended)
         raise
 
 
@@ -156,7 +157,7 @@ def _mended_jpeg(data: bytes, padded: bool = False) -> bytes:
         sequential |= marker in _SEQUENTIAL_FRAMES
         if marker == _SCAN and sequential:
             segment = segment[:-3] + b"\0\x3f\0"  # Ss, Se, Ah and Al (ITU T.81, B.2.3)
-        if segment[4:9] == b"JFIF\0":
+        if segment[4:9] == b"JFIF\0" and segment[9:10] != b"\1":
             segment = segment[:9] + b"\1\1" + segment[11:]
         if padded:
             coded = coded.rstrip(b"\0")

@@ -315,3 +315,13 @@ def test_two_images_are_joined_up_to_a_size(monkeypatch):
     monkeypatch.setattr(nlvr2, "MAX_JOINED", 2 * 64 * 48 - 1)
     with pytest.raises(images.ImageError, match="together"):
         side_by_side(left, right)
+
+
+@pytest.mark.parametrize("data", [JPEG[:-80], PROGRESSIVE[:-200]])
+def test_a_broken_picture_is_tried_once_so_that_random_crops_stay(data):
+    """Without anything to mend, it draws from the generator as often as an intact one."""
+    rng, other = np.random.default_rng(0), np.random.default_rng(0)
+    with pytest.raises(images.ImageError):
+        images.random_resized_crop(data, 16, rng)
+    images.random_resized_crop(JPEG, 16, other)
+    assert rng.random() == other.random()
