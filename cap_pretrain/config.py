@@ -310,6 +310,17 @@ def get(config: ConfigDict, field: str) -> Any:
     return config
 
 
+def fields(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten a config read from JSON: {"optim": {"lr": 1}} -> {"optim.lr": 1}."""
+    found: dict[str, Any] = {}
+    for name, value in section.items():
+        if isinstance(value, dict):
+            found |= fields(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value
+    return found
+
+
 def to_json(config: ConfigDict) -> str:
     """Return the resolved configuration as indented JSON, keys in alphabetical order."""
     return json.dumps(config.to_dict(), indent=2) + "\n"

@@ -37,6 +37,8 @@ def apply_rules(
     for rule in rules:
         try:
             pattern, value = rule
+            if not isinstance(pattern, str):
+                raise TypeError
         except (TypeError, ValueError) as e:
             raise UserError(f"{field}: {rule!r} is not a pair (pattern, value).") from e
         try:

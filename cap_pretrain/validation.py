@@ -7,7 +7,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from cap_pretrain import evals, learners
-from cap_pretrain.config import get, trains
+from cap_pretrain.config import fields, get, trains
 from cap_pretrain.data.sources.base import parse_mixture
 from cap_pretrain.data.text import tokenizers, words
 from cap_pretrain.errors import UserError, did_you_mean
@@ -17,7 +17,9 @@ from cap_pretrain.models.layers import ACTIVATIONS, REMAT_POLICIES
 from cap_pretrain.models.sizes import STORED, Size
 from cap_pretrain.optim import optimizers
 from cap_pretrain.optim.plateau import Plateau
+from cap_pretrain.untrusted import parsing
 
+DURATIONS = ("_steps", "_examples", "_epochs", "_share")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -69,6 +71,7 @@ FIELDS = {
     "optim.name": Field(tuple(optimizers.OPTIMIZERS)),
     "optim.skip_bad_steps": Field(minimum=0),
     "optim.weight_decay": Field(minimum=0),
+    "seed": Field(minimum=0),
     "text.kind": Field(("sentencepiece", "words")),
     "text.length": Field(minimum=1),
     "text.vocab_size": Field(minimum=1, maximum=tokenizers.MAX_VOCABULARY),
@@ -88,6 +91,8 @@ def validate(config: ConfigDict, *, tokenizer: bool = False) -> None:
 
     `tokenizer`: the run has its tokenizer already, so that the file text.tokenizer is not needed.
     """
+    for name, value in fields(config.to_dict()).items():
+        _check_number(name, value)
     for name, field in FIELDS.items():
         if name != "learner.ring":  # of one learner only, whose Options check it
             _check_field(name, field, get(config, name))
@@ -98,13 +103,36 @@ def validate(config: ConfigDict, *, tokenizer: bool = False) -> None:
         )
     if not trains(config) and not (config.encoder and len(config.evals)):
         raise UserError("total_steps: the length of the run is not set; give --config.total_steps.")
-    if not 0 <= config.optim.ema < 1:
-        raise UserError(f"optim.ema: {config.optim.ema} is not in [0, 1).")
-    if config.text.tokenizer and not tokenizer and not Path(config.text.tokenizer).is_file():
+    for name in ("optim.ema", "model.dropout", "model.stochastic_depth"):
+        if not 0 <= get(config, name) < 1:
+            raise UserError(f"{name}: {get(config, name)} is not in [0, 1).")
+    with parsing("text.tokenizer"):
+        there = tokenizer or not config.text.tokenizer or Path(config.text.tokenizer).is_file()
+    if not there:
         raise UserError(f"text.tokenizer: there is no file {config.text.tokenizer!r}.")
     words.Rules(**config.text.words)
+    _check_rules(config)
     _check_learner(config)
     _check_evals(config)
+
+
+def _check_number(name: str, value: Any) -> None:
+    """Refuse numbers that no field takes: not finite, beyond 64 bits, negative durations."""
+    if not isinstance(value, int | float):
+        return
+    if not -(2**63) <= value < 2**63:  # NaN, too
+        raise UserError(f"{name}: {value} is not a finite number below 2^63.")
+    if value < 0 and name.endswith(DURATIONS):
+        raise UserError(f"{name}: {value} must not be negative.")
+
+
+def _check_rules(config: ConfigDict) -> None:
+    for name in ("lr_rules", "decay_rules"):
+        for rule in config.optim[name]:
+            pair = isinstance(rule, tuple | list) and len(rule) == 2
+            if not (pair and isinstance(rule[0], str) and isinstance(rule[1], int | float)):
+                raise UserError(f"optim.{name}: {rule!r} is not a pair (pattern, number).")
+            _check_number(f"optim.{name}", rule[1])
 
 
 def _check_field(name: str, field: Field, value: Any) -> None:

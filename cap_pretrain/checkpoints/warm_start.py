@@ -27,6 +27,7 @@ from cap_pretrain.models.sizes import parse_name
 from cap_pretrain.models.vit import resample_positions
 from cap_pretrain.training.changes import fields
 from cap_pretrain.training.step import TrainState
+from cap_pretrain.untrusted import parsing
 
 # Fields of `config.model` that belong to no weights.
 FREE_FIELDS = ("attention", "remat", "unroll", "logit_chunks", "dropout", "stochastic_depth")
@@ -109,7 +110,8 @@ def resolve(
 
 
 def _is_run(folder: Path) -> bool:
-    return (folder / "config.json").is_file() and (folder / "checkpoints").is_dir()
+    with parsing("encoder"):
+        return (folder / "config.json").is_file() and (folder / "checkpoints").is_dir()
 
 
 def _which_run(path: Path) -> tuple[Path, int | None]:

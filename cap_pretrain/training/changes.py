@@ -3,12 +3,12 @@
 import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
 
 from ml_collections import ConfigDict
 
 from cap_pretrain import config as configs
 from cap_pretrain import files, learners, untrusted
+from cap_pretrain.config import fields
 from cap_pretrain.errors import UserError
 from cap_pretrain.learners import learner_class
 from cap_pretrain.optim import optimizers
@@ -102,17 +102,6 @@ def unused(config: ConfigDict, given: Collection[str]) -> list[str]:
             if _covered(field, names) and configs.get(config, field) != default.get(field):
                 found.setdefault(field, f"{field}={configs.get(config, field)!r} ({reason})")
     return [f"Given on the command line, but not used: {', '.join(found.values())}."] * bool(found)
-
-
-def fields(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten a config read from JSON: {"optim": {"lr": 1}} -> {"optim.lr": 1}."""
-    found: dict[str, Any] = {}
-    for name, value in section.items():
-        if isinstance(value, dict):
-            found |= fields(value, f"{prefix}{name}.")
-        else:
-            found[prefix + name] = value
-    return found
 
 
 def _covered(field: str, names: Sequence[str]) -> bool:
