@@ -188,6 +188,25 @@ def path_part(name: Any, what: str, where: object) -> str:
     return name
 
 
+def is_text(value: str) -> bool:
+    """Return whether a string can be encoded, that is, has no lone surrogate."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def mended(value: str) -> str:
+    """Return a string with U+FFFD in place of lone surrogates, and pairs of them joined."""
+    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def legible(name: str) -> str:
+    """Return a name with lone surrogates escaped, such as those of bytes that are not UTF-8."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 def open_regular(path: Path) -> BinaryIO:
     """Open a regular file for reading; raises NotRegularError for anything else.
 

@@ -34,6 +34,7 @@ from cap_pretrain.data.builders.filters import (
 from cap_pretrain.data.builders.report import DROPPED, SplitReport
 from cap_pretrain.data.builders.report_page import page
 from cap_pretrain.errors import UserError
+from cap_pretrain.untrusted import is_text, legible, mended
 
 _THREADS = os.cpu_count() or 1
 _AHEAD = 4 * _THREADS  # candidates in memory at a time
@@ -203,7 +204,8 @@ def _check(candidate: Candidate, filters: Filters) -> _Outcome:
     problem = candidate.problem or filters.known_problem(candidate.id, candidate.fields)
     if problem:
         return _Outcome({"reason": problem})
-    features, dropped = dict(candidate.features), list[str]()
+    features, replaced = _as_text(candidate.features)
+    dropped = list[str]()
     if len(features.get("question", "")) > MAX_CAPTION:
         return _Outcome({"reason": "question too long"})
     if features.get("captions"):
@@ -224,10 +226,25 @@ def _check(candidate: Candidate, filters: Filters) -> _Outcome:
     except (images.ImageError, *READ_ERRORS) as error:
         return _Outcome({"reason": "broken", "why": _shortened(str(error))})
     row = {"read": len(data), "features": features, "captions_dropped": dropped}
+    row |= {"mended": replaced} if replaced else {}
     return _Outcome(row | picture.row, picture.data)
 
 
+def _as_text(features: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
+    """Return features whose texts are legal Unicode, and the number of texts that were not."""
+    own, replaced = dict(features), 0
+    for name, value in features.items():
+        texts = value if isinstance(value, list) else [value]
+        wrong = [isinstance(text, str) and not is_text(text) for text in texts]
+        if any(wrong):
+            replaced += sum(wrong)
+            texts = [mended(t) if bad else t for t, bad in zip(texts, wrong, strict=True)]
+            own[name] = texts if isinstance(value, list) else texts[0]
+    return own, replaced
+
+
 def _shortened(text: str) -> str:
+    text = legible(text)
     return text if len(text) <= MAX_ID else text[: MAX_ID - 1] + "…"
 
 

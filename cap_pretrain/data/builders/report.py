@@ -33,6 +33,7 @@ class SplitReport:
         self.bytes_stored = 0
         self.reencoded = 0  # images that were re-encoded without being resized
         self.resized = 0
+        self.mended = 0  # texts that were not valid Unicode
         self.captions = 0  # that are kept
         self.dropped: collections.Counter[str] = collections.Counter()  # by reason
         self.dropped_captions: collections.Counter[str] = collections.Counter()  # by reason
@@ -66,6 +67,7 @@ class SplitReport:
         self.bytes_read += row["read"]
         self.bytes_stored += len(data)
         self.resized += row["resized"]
+        self.mended += row.get("mended", 0)
         if row["reencoded"] and not row["resized"]:
             self.reencoded += 1
             if len(self._reencoded) < LISTED:
@@ -95,6 +97,7 @@ class SplitReport:
             counts = (f"{count} {reason}" for reason, count in self.dropped.items())
             line += f"; dropped: {', '.join(counts)}"
         line += f"; {self.reencoded} re-encoded" if self.reencoded else ""
+        line += f"; {self.mended} texts not in Unicode, mended" if self.mended else ""
         return line + (f"; {self.resized} resized" if self.resized else "")
 
     def histogram(self) -> dict[str, int]:
@@ -117,6 +120,7 @@ class SplitReport:
             "resized": self.resized,
             "bytes": {"read": self.bytes_read, "stored": self.bytes_stored},
             "captions": {"kept": self.captions, "dropped": dict(self.dropped_captions)},
+            **({"texts_mended": self.mended} if self.mended else {}),
             "caption_words": self.histogram(),
             "samples": [
                 {"id": row["id"], "file": row["file"], "size": row["size"], **row["features"]}

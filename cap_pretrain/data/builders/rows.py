@@ -1,23 +1,40 @@
-"""Rows of tables in TSV, CSV or Parquet files, read as a stream."""
+"""Rows of tables in TSV, CSV or Parquet files, read as a stream.
 
-import contextlib
+Bytes that are not text in the table's encoding become lone surrogates ("surrogateescape"), which
+the build counts and replaces (`base`).
+"""
+
+import codecs
+import collections
 import csv
+import dataclasses
 import io
-import zlib
+import itertools
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from cap_pretrain.errors import UserError, did_you_mean
-from cap_pretrain.untrusted import open_bounded
+from cap_pretrain.untrusted import is_text, open_bounded, open_regular, parsing
 
 Row = dict[str, Any]
 
+MAX_LINE = 2**24  # characters of the longest line that is read
+MAX_ROW = 2**20  # characters of a row of several lines
+MAX_LINES = 100  # of one row of a CSV, whose quoted fields may have line breaks
+MAX_BROKEN = 0.05  # fraction of rows that may be in another encoding than the table
+_SAMPLE = 10_000  # rows whose encoding is checked
 _SUFFIXES = (".tsv", ".csv", ".tsv.gz", ".csv.gz", ".parquet")
-MAX_LINE = 2**24
-"""Characters of the longest line of a TSV or CSV that is read."""
-
 _BATCH = 128  # rows of Parquet in memory, which may hold images
+_NO_ROW = [""]
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """How the rows of text tables are written."""
+
+    names: Sequence[str] = ()  # of all columns, if there is no header
+    encoding: str = ""  # a codec of Python; "": UTF-8, and a table that is mostly not is refused
 
 
 def table_files(path: Path) -> list[Path]:
@@ -31,32 +48,52 @@ def table_files(path: Path) -> list[Path]:
     return files
 
 
-def check_columns(path: Path, names: Sequence[str], needed: Collection[str]) -> None:
-    """Check that a table has the columns `needed`; `names` are all, if it has no header.
+def check_table(path: Path, form: Form, needed: Collection[str]) -> None:
+    """Check that a table has the columns `needed` and the encoding of `form`.
 
-    Raises UserError if a column is missing, or the file cannot be read.
+    Raises UserError if a column is missing, the text has another encoding, or the file cannot be
+    read.
     """
-    columns = _parquet(path).schema_arrow.names if is_parquet(path) else names or _header(path)
+    columns = _columns(path, form)
     for name in needed:
         if name not in columns:
             raise UserError(
                 f"{path}: no column {name!r}.{did_you_mean(name, columns)} Name the columns to read"
                 ", or all of them with --columns if the file has no header."
             )
+    if form.encoding or is_parquet(path):
+        return
+    sample = [all(map(is_text, row)) for row in itertools.islice(_text_rows(path, form), _SAMPLE)]
+    if (broken := sample.count(False)) > MAX_BROKEN * len(sample):
+        raise UserError(
+            f"{path}: {broken} of the first {len(sample)} rows are not UTF-8. Name the encoding, "
+            "such as --encoding=cp1252; --encoding=utf-8 replaces what is not UTF-8."
+        )
 
 
-def read_rows(path: Path, names: Sequence[str] = ()) -> Iterator[Row]:
-    """Yield the rows of a table as dicts by column; {} for a row with another number of fields.
+def check_encoding(name: str) -> str:
+    """Return the name of an encoding; raises UserError if Python has none for text by that name."""
+    try:
+        "".encode(name or "utf-8")
+        codecs.lookup(name or "utf-8")
+    except (LookupError, ValueError) as error:
+        raise UserError(f"--encoding {name!r}: is unknown; utf-8 and cp1252 are common.") from error
+    return name
 
-    `names` are those of all columns, if the table has no header; a first row that consists of just
-    these names is skipped. A TSV has no quoting, like the lists of Conceptual Captions. Raises
-    UserError if the file cannot be read to its end.
+
+def read_rows(path: Path, form: Form, columns: Collection[str]) -> Iterator[Row]:
+    """Yield the rows of a table as dicts by column; {} for what is not a row.
+
+    Of a Parquet file only `columns` are read. If the table has no header, a first row that consists
+    of just the names is skipped. A TSV has no quoting, like the lists of Conceptual Captions. A
+    quote in a CSV that is never closed, or swallows rows, costs its own row only. Raises UserError
+    if the file cannot be read to its end.
     """
     if is_parquet(path):
-        yield from _parquet_rows(path)
+        yield from _parquet_rows(path, columns)
         return
-    rows = _text_rows(path)
-    header = list(names) or next(rows, [])
+    rows = _text_rows(path, form)
+    header = list(form.names) or next(rows, [])
     for number, row in enumerate(rows):
         if number or sorted(row) != sorted(header):
             yield dict(zip(header, row, strict=True)) if len(row) == len(header) else {}
@@ -67,32 +104,28 @@ def count_rows(path: Path) -> int:
     return _parquet(path).metadata.num_rows
 
 
-def _header(path: Path) -> list[str]:
-    return next(_text_rows(path), [])
+def _columns(path: Path, form: Form) -> Sequence[str]:
+    if is_parquet(path):
+        return _parquet(path).schema_arrow.names
+    return form.names or next(_text_rows(path, form), [])
 
 
-def _text_rows(path: Path) -> Iterator[list[str]]:
-    """Yield the rows of a TSV or CSV, header included, as lists of fields; [] if malformed."""
+def _text_rows(path: Path, form: Form) -> Iterator[list[str]]:
+    """Yield the rows of a TSV or CSV, header included, as lists of fields."""
     tabs = path.name.lower().endswith((".tsv", ".tsv.gz"))
+    encoding = form.encoding or "utf-8"
+    wide = codecs.lookup(encoding).name.startswith(("utf-16", "utf-32"))
     with (
-        _reading(path),
+        parsing(path),
         open_bounded(path) as data,
         io.TextIOWrapper(
-            data, encoding="utf-8-sig", errors="replace", newline="\n" if tabs else ""
+            data,
+            encoding="utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding,
+            errors="replace" if wide else "surrogateescape",
+            newline="\n" if tabs else "",
         ) as file,
     ):
-        lines = Lines(file)
-        rows = map(_fields, lines) if tabs else csv.reader(lines)
-        while True:
-            try:
-                row = next(rows)
-            except StopIteration:
-                return
-            except (csv.Error, TooLongError):  # only this row is malformed
-                yield []
-            else:
-                if row:
-                    yield row
+        yield from _tsv(file) if tabs else _csv(file, len(form.names))
 
 
 class TooLongError(Exception):
@@ -118,9 +151,79 @@ class Lines:
         raise TooLongError(f"a line has over {MAX_LINE} characters")
 
 
-def _fields(line: str) -> list[str]:
-    line = line.rstrip("\r\n")
-    return line.split("\t") if line else []
+def _next(lines: Lines) -> str:
+    """Return the next line with its end; "" at the end, and a line without columns if too long."""
+    try:
+        return next(lines, "")
+    except TooLongError:
+        return "too long\n"
+
+
+def _tsv(file: io.TextIOBase) -> Iterator[list[str]]:
+    lines = Lines(file)
+    while line := _next(lines):
+        if line := line.rstrip("\r\n"):
+            yield line.split("\t")
+
+
+def _csv(file: io.TextIOBase, width: int) -> Iterator[list[str]]:
+    """Yield the rows of a CSV; `width` is the number of columns, 0 if the first row says it."""
+    lines, ahead = Lines(file), collections.deque[str]()
+    while True:
+        line = ahead.popleft() if ahead else _next(lines)
+        if not line:
+            return
+        own = [line]
+        while _is_open(own[-1], len(own) > 1):
+            more = ahead.popleft() if ahead else _next(lines)
+            if more:
+                own.append(more)
+            if not more or len(own) > MAX_LINES or sum(map(len, own)) > MAX_ROW:
+                break
+        row = _parsed(own, width)
+        if row is _NO_ROW:  # the quote may be a stray one: the other lines are rows of their own
+            ahead.extendleft(reversed(own[1:]))
+        width = width or len(row)
+        if row:
+            yield row
+
+
+def _parsed(lines: Sequence[str], width: int) -> list[str]:
+    """Return the fields of one row of a CSV; _NO_ROW if it is none, [] if it is empty."""
+    try:
+        rows = list(csv.reader(lines, strict=len(lines) > 1))
+    except csv.Error:
+        return _NO_ROW
+    row = rows[0] if rows else []
+    whole = len(rows) < 2 and (len(lines) == 1 or not width or len(row) == width)
+    return row if whole and not _is_open(lines[-1], len(lines) > 1) else _NO_ROW
+
+
+def _is_open(line: str, inside: bool) -> bool:
+    """Return whether a quoted field goes on after a line that begins `inside` one, or not."""
+    if not inside and '"' not in line:
+        return False
+    at, end = 0, len(line.rstrip("\r\n"))
+    while at < end:
+        if not inside:
+            if line[at] != '"':
+                comma = line.find(",", at)
+                if comma < 0:
+                    return False
+                at = comma + 1
+                continue
+            at, inside = at + 1, True
+        at = line.find('"', at)
+        if at < 0:
+            return True
+        inside = line[at + 1 : at + 2] == '"'
+        at += 2 if inside else 1
+        if not inside:
+            comma = line.find(",", at)
+            if comma < 0:
+                return False
+            at = comma + 1
+    return inside
 
 
 def is_parquet(path: Path) -> bool:
@@ -131,22 +234,51 @@ def is_parquet(path: Path) -> bool:
 def _parquet(path: Path) -> Any:
     from pyarrow import parquet
 
-    with _reading(path):
+    with parsing(path):
+        open_regular(path).close()
         return parquet.ParquetFile(path)
 
 
-def _parquet_rows(path: Path) -> Iterator[Row]:
+def _parquet_rows(path: Path, columns: Collection[str]) -> Iterator[Row]:
     file = _parquet(path)
-    with _reading(path):
-        for batch in file.iter_batches(batch_size=_BATCH):
-            yield from batch.to_pylist()
+    names = [name for name in file.schema_arrow.names if name in columns]
+    with parsing(path):
+        for batch in file.iter_batches(batch_size=_BATCH, columns=names):
+            try:
+                yield from batch.to_pylist()
+            except UnicodeDecodeError:
+                values = [_values(column) for column in batch.columns]
+                yield from (dict(zip(names, row, strict=True)) for row in zip(*values, strict=True))
 
 
-@contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Turn errors of reading a file into UserErrors that name it."""
-    try:
-        yield
-    except (OSError, EOFError, ValueError, zlib.error) as error:  # includes those of PyArrow
-        why = str(error).partition("\n")[0]
-        raise UserError(f"{path}: cannot be read ({why}).") from error
+def _values(column: Any) -> list[Any]:
+    """Return the values of a column of Parquet whose text may be invalid."""
+    return [_text(value, column.type) for value in column.cast(_binary(column.type)).to_pylist()]
+
+
+def _binary(kind: Any) -> Any:
+    """Return an Arrow type with its text replaced by bytes."""
+    import pyarrow as pa
+
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return pa.large_binary()
+    if pa.types.is_list(kind):
+        return pa.list_(_binary(kind.value_type))
+    if pa.types.is_struct(kind):
+        return pa.struct([(field.name, _binary(field.type)) for field in kind])
+    return kind
+
+
+def _text(value: Any, kind: Any) -> Any:
+    """Return a value of the type `_binary(kind)` as one of the Arrow type `kind`."""
+    import pyarrow as pa
+
+    if value is None:
+        return None
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return value.decode("utf-8", "surrogateescape")
+    if pa.types.is_list(kind):
+        return [_text(one, kind.value_type) for one in value]
+    if pa.types.is_struct(kind):
+        return {field.name: _text(value[field.name], field.type) for field in kind}
+    return value

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cap_pretrain.data.builders import rows
 from cap_pretrain.data.builders.arguments import by_split
 from cap_pretrain.data.builders.formats import annotated, pairs, table, webdataset
 from cap_pretrain.errors import UserError
@@ -34,10 +35,11 @@ class Conceptual(pairs.Pairs):
         named_by: str = "row",
         **kwargs: Any,
     ):
-        columns = table.Columns(named_by=named_by, names=self.COLUMNS)
+        columns = table.Columns(named_by=named_by, form=rows.Form(self.COLUMNS))
         if twice := set(lists) & set(shards):
             raise UserError(f"--shards: split {min(twice)!r} is given by --lists, too.")
-        parts = table.parts(lists, images, columns, "--lists") | webdataset.parts(shards)
+        listed = table.parts(lists, images, columns, "--lists", kwargs.get("filters"))
+        parts = listed | webdataset.parts(shards)
         if not parts or bool(lists) != bool(images):
             raise UserError("--lists: give lists with --images, or --shards.")
         origin = ", ".join(p.name for p in itertools.chain(lists.values(), shards.values()))

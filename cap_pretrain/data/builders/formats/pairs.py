@@ -25,12 +25,17 @@ class Pairs(base.ImageDataset):
         return self._parts[split]
 
 
+def encoded(text: str) -> bytes:
+    """Return a text in UTF-8, with whatever bytes for lone surrogates."""
+    return text.encode("utf-8", "surrogatepass")
+
+
 def pair_id(url: str, captions: Sequence[str]) -> str:
     """Return an id made of an image's URL and captions, the same for every input format.
 
     The captions are included because lists of URLs contain some URLs twice, with other captions.
     """
-    return hashlib.sha256("\n".join([url.strip(), *captions]).encode()).hexdigest()[:20]
+    return hashlib.sha256(encoded("\n".join([url.strip(), *captions]))).hexdigest()[:20]
 
 
 def candidate(

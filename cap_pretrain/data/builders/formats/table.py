@@ -1,6 +1,7 @@
 """Tables with a row per caption: TSV, CSV or Parquet, with images in files or in the table."""
 
 import argparse
+import array
 import dataclasses
 import functools
 import hashlib
@@ -11,13 +12,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cap_pretrain.data.builders.arguments import by_split
 from cap_pretrain.data.builders.candidates import Candidate
 from cap_pretrain.data.builders.files import IMAGE_SUFFIXES, Finder
+from cap_pretrain.data.builders.filters import Filters
 from cap_pretrain.data.builders.formats import annotated, pairs
+from cap_pretrain.data.builders.formats.pairs import encoded
 from cap_pretrain.data.builders.rows import (
+    Form,
     Row,
-    check_columns,
+    check_encoding,
+    check_table,
     count_rows,
     is_parquet,
     read_rows,
@@ -26,18 +33,19 @@ from cap_pretrain.data.builders.rows import (
 from cap_pretrain.data.builders.units import Part
 
 Numbered = tuple[int, Row]
+Example = tuple[str | int, str]  # id, image or row number; name of the image, if any
 
 
 def _crc32(url: str) -> int:
-    return zlib.crc32(url.encode())
+    return zlib.crc32(encoded(url))
 
 
 NAMES: dict[str, Callable[[int, str], str]] = {
     "row": lambda row, _url: str(row),
     "crc32": lambda _row, url: str(_crc32(url)),
     "row_crc32": lambda row, url: f"{row}_{_crc32(url)}",
-    "md5": lambda _row, url: hashlib.md5(url.encode(), usedforsecurity=False).hexdigest(),
-    "sha256": lambda _row, url: hashlib.sha256(url.encode()).hexdigest(),
+    "md5": lambda _row, url: hashlib.md5(encoded(url), usedforsecurity=False).hexdigest(),
+    "sha256": lambda _row, url: hashlib.sha256(encoded(url)).hexdigest(),
 }
 """Naming schemes of downloaders: (row number from 0, URL) -> file name without suffix."""
 
@@ -46,7 +54,6 @@ NAMES_HELP = (
     "images per shard; crc32: the CRC-32 of its URL, decimal; row_crc32: both joined by _, as by "
     "DownloadConceptualCaptions; md5, sha256: the hash of its URL, hexadecimal"
 )
-
 
 MAX_ROWS = 10_000
 """Rows of a table that are read as captions of one image."""
@@ -62,7 +69,13 @@ class Columns:
     id: str = ""  # "": `pairs.pair_id`; without a URL the image's name, or else the row number
     # Image files: a key of NAMES; "path": by the column `image`; "stem": likewise, without suffix.
     named_by: str = "path"
-    names: Sequence[str] = ()  # of all columns, if there is no header
+    form: Form = dataclasses.field(default_factory=Form)
+    tested: Sequence[str] = ()  # further columns to read, for filters
+
+    @property
+    def read(self) -> set[str]:
+        """All columns that are read; a table may have others, whatever they hold."""
+        return {*self.needed, self.image, self.url, *self.tested}
 
     @property
     def needed(self) -> tuple[str, ...]:
@@ -99,7 +112,7 @@ class Dataset(pairs.Pairs):
         columns: Columns,
         **kwargs: Any,
     ):
-        own = parts(tables, images, columns, "--tables")
+        own = parts(tables, images, columns, "--tables", kwargs.get("filters"))
         super().__init__(own, ", ".join(path.name for path in tables.values()), **kwargs)
 
     @staticmethod
@@ -123,28 +136,37 @@ class Dataset(pairs.Pairs):
         choices = ("path", "stem", *NAMES)
         parser.add_argument("--named_by", default="path", choices=choices, help=what + NAMES_HELP)
         what = "names of all columns, if there is no header"
-        parser.add_argument("--columns", nargs="+", default=(), dest="names", help=what)
+        parser.add_argument("--columns", nargs="+", default=(), help=what)
+        what = "of TSV and CSV, such as cp1252; default: utf-8, if nearly all rows are"
+        parser.add_argument("--encoding", default="", help=what)
 
     @classmethod
     def from_arguments(cls, args: argparse.Namespace, **kwargs: Any) -> "Dataset":
         """Construct the builder from parsed options."""
         tables = by_split("--tables", args.tables, default="train")
         images = by_split("--images", args.images or (), default="")
-        columns = {field.name: getattr(args, field.name) for field in dataclasses.fields(Columns)}
-        return cls(tables, images, Columns(**columns), **kwargs)
+        own = {name: getattr(args, name) for name in ("caption", "image", "url", "id", "named_by")}
+        form = Form(args.columns, check_encoding(args.encoding))
+        return cls(tables, images, Columns(**own, form=form), **kwargs)
 
 
 def parts(
-    tables: Mapping[str, Path], images: Mapping[str, Path], columns: Columns, flag: str
+    tables: Mapping[str, Path],
+    images: Mapping[str, Path],
+    columns: Columns,
+    flag: str,
+    filters: Filters | None = None,
 ) -> dict[str, list[Part]]:
     """Return the parts of each split: one per table if tables hold images, else one in all.
 
     Skipping rows is slow if they hold images, so such a table is never divided into units. The
     arguments are those of `Dataset`; `flag` is the option of the tables, for messages.
     """
+    tested = [condition.field for condition in filters.where] if filters else []
+    columns = dataclasses.replace(columns, tested=tested)
     files = {split: table_files(path) for split, path in tables.items()}
     for path in itertools.chain(*files.values()):
-        check_columns(path, columns.names, columns.needed)
+        check_table(path, columns.form, columns.needed)
     if not images and all(map(is_parquet, itertools.chain(*files.values()))):
         return {split: _parts_with_images(own, columns) for split, own in files.items()}
     found = annotated.open_images(images, tables, flag, columns.key)
@@ -155,7 +177,8 @@ def parts(
 
 
 def _part_of_names(files: Sequence[Path], finder: Finder, columns: Columns) -> Part:
-    read = functools.partial(candidates, files, finder, columns)
+    more = functools.cache(functools.partial(_scattered, files, columns))
+    read = functools.partial(candidates, files, finder, columns, more=more)
     return Part(read, count=lambda: sum(1 for _ in read()))
 
 
@@ -169,18 +192,72 @@ def _parts_with_images(files: Sequence[Path], columns: Columns) -> list[Part]:
 
 
 def candidates(
-    files: Sequence[Path], finder: Finder, columns: Columns, first: int = 0
+    files: Sequence[Path],
+    finder: Finder,
+    columns: Columns,
+    first: int = 0,
+    more: Callable[[], Mapping[Example, Sequence[Numbered]]] = dict,
 ) -> Iterator[Candidate]:
     """Yield the candidates of tables, whose first row has the number `first`.
 
-    Consecutive rows with the same id or image become one candidate with several captions. Rows with
-    a URL are never merged, since their captions are part of the id.
+    Consecutive rows with the same id or image become one candidate with several captions, as do
+    further rows of the same id and image anywhere, which `more` returns. Rows with a URL are never
+    merged, since their captions are part of the id.
     """
-    rows = enumerate((row for path in files for row in read_rows(path, columns.names)), first)
-    for _, group in itertools.groupby(rows, functools.partial(_image_of, columns)):
-        yield _candidate(list(itertools.islice(group, MAX_ROWS)), finder, columns)
-        for number, _ in group:  # noqa: B031 (the rest of it)
+    further, seen = more(), set[Example]()
+    previous = None
+    for example, rows in _groups(files, columns, first):
+        own = 0 if example == previous else MAX_ROWS
+        if example in further:
+            if example in seen:
+                continue
+            seen.add(example)
+            rows.extend(further[example])
+        if own:
+            yield _candidate(rows[:own], finder, columns)
+        for number, _ in rows[own:]:
             yield pairs.dropped(f"row {number}", f"row {number}", "too many rows of an image")
+        previous = example
+
+
+def _groups(
+    files: Sequence[Path], columns: Columns, first: int = 0
+) -> Iterator[tuple[Example, list[Numbered]]]:
+    """Yield consecutive rows of the same id or image, up to MAX_ROWS at a time."""
+    read = (row for path in files for row in read_rows(path, columns.form, columns.read))
+    rows = enumerate(read, first)
+    for key, group in itertools.groupby(rows, functools.partial(_image_of, columns)):
+        while own := list(itertools.islice(group, MAX_ROWS)):
+            image = own[0][1].get(columns.image)
+            yield (key, image if isinstance(image, str) else ""), own
+
+
+def _scattered(files: Sequence[Path], columns: Columns) -> dict[Example, list[Numbered]]:
+    """Return the rows of examples that occur in several places, from the second place on."""
+    if columns.named_by in NAMES and not columns.id:
+        return {}  # every row has a URL
+    hashes = array.array("Q", (_hash(e) for e, _ in _groups(files, columns) if _may_recur(e)))
+    values, counts = np.unique(np.asarray(hashes), return_counts=True)
+    recurring = set(values[counts > 1].tolist())
+    further: dict[Example, list[Numbered]] = {}
+    for example, rows in _groups(files, columns) if recurring else ():
+        if _may_recur(example) and _hash(example) in recurring:
+            if example in further:
+                left = max(0, MAX_ROWS - len(further[example]))
+                further[example] += rows[:left] + [(number, {}) for number, _ in rows[left:]]
+            else:
+                further[example] = []
+    return further
+
+
+def _may_recur(example: Example) -> bool:
+    return isinstance(example[0], str)
+
+
+def _hash(example: Example) -> int:
+    """Return 64 bits: of a billion examples, a few share them with another."""
+    text = encoded("\0".join(map(str, example)))
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest())
 
 
 def _image_of(columns: Columns, numbered: Numbered) -> str | int:
