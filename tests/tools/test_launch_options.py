@@ -25,7 +25,7 @@ INJECTIONS = [
     *(f"name[$({RUN})0]", f"$({RUN})", f"`{RUN}`", f"x;{RUN};", f"x\n{RUN}\n", f"' ;{RUN}; '"),
     *(f"$(( name[$({RUN})] ))", f'"; {RUN}; "', f"x || {RUN}", f"--x|{RUN}", "--help", "-", "~"),
     *("name", "08", "1e9", "99999999999999999999", "-1", "0x10", "1\n", "4x4\n  evil: 1", "*"),
-    *("a: b", "'", '"', "{a: b}", "x\u2028evil: 1", "x\x85evil: 1", "x\x1b]0;evil\a", "caf\udce9"),
+    *("a: b", "'", '"', "{a: b}", "x\u2028evil: 1", "x\x85evil: 1", "x\x1b]0;evil\a", "M\udce4rz"),
     *(f"h:/$({RUN})", f"h:/x' `{RUN}`", "h:/\u2028", "h:/s # x", "gs://b\nevil: 1", f"gs://{RUN}"),
     "\u00e9t\u00e9 \U0001f600 $HOME ${HOME} $$ \\n %s",
 ]
