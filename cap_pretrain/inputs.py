@@ -29,8 +29,8 @@ TOKENIZER_EXAMPLES = 50_000
 # Subsets of a dataset are drawn with this seed, so that runs with other seeds are comparable.
 SUBSET_SEED = 0
 
-# The default `data.eval_split`, and the split that a part is taken from where there is no such one.
-VALIDATION, TRAINING = "val", "train"
+# The default `data.split`, and `data.eval_split`, a part of the former where there is none.
+TRAINING, VALIDATION = "train", "val"
 
 Mixture = list[tuple[Source, float]]
 """Datasets and their relative weights."""
@@ -75,8 +75,8 @@ def open_data(config: ConfigDict, split: str, name: str = "") -> Source:
 def _open_unrestricted(section: ConfigDict, split: str, name: str) -> Source:
     """Open a dataset with all its classes; `section` is `config.data`.
 
-    If the dataset has only the split train, and `data.eval_split` is the default, then "val" is a
-    part of it and "train" the rest (see `subset.divided`).
+    If the dataset has only the split train, and `data.split` and `data.eval_split` are the
+    defaults, then "val" is a part of it and "train" the rest (see `subset.divided`).
     """
     open_split = functools.partial(
         open_source,
@@ -87,7 +87,8 @@ def _open_unrestricted(section: ConfigDict, split: str, name: str) -> Source:
         fields=section.fields.to_dict(),
         generated={dataset: section[dataset].to_dict() for dataset in GENERATED},
     )
-    if section.eval_split != VALIDATION or split not in (VALIDATION, TRAINING):
+    defaults = (section.split, section.eval_split) == (TRAINING, VALIDATION)
+    if not defaults or split not in (TRAINING, VALIDATION):
         return open_split(split)
     try:
         source = open_split(split)

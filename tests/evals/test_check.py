@@ -62,8 +62,8 @@ def data(tmp_path_factory):
     return root
 
 
-def config(data, name, learner="captioner", **sections):
-    c = toy.config(learner, LEARNERS[learner], data__dir=str(data), data__eval_split="val")
+def config(data, name, learner="captioner", split="train", **sections):
+    c = toy.config(learner, LEARNERS[learner], data__dir=str(data), data__split=split)
     c.data.name = name
     c.evals = ConfigDict(sections)
     return c
@@ -175,6 +175,12 @@ def test_a_dataset_without_a_validation_split_gets_one(data):
     for fields in ({"fraction": 0.5}, {"class_min": 1, "class_max": 5}, {"name": "only_train:2"}):
         assert ids("train", **fields) <= training and ids("val") == held_out
     assert not refusal(c)
+    # A part of train may contain held-out examples.
+    assert "no split 'val'" in refusal(
+        config(data, "only_train", mine=section("loss"), split="train[:50%]")
+    )
+    knn = evals.defaults("knn", train_split="train[:50%]")
+    assert "train_split: 'train[:50%]' overlaps" in refusal(config(data, "only_train", mine=knn))
     c.data.update({"class_min": 0, "class_max": 0, "eval_split": "train[:10%]"})
     assert len(ids("train")) == 40 and not inputs.held_out(c, inputs.open_sources(c))
     assert len(ids(c.data.eval_split)) == 4 and not refusal(c)

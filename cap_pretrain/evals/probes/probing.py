@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cap_pretrain import inputs
 from cap_pretrain.data.sources import subset
 from cap_pretrain.data.sources.base import Source, without_image
 from cap_pretrain.errors import UserError
@@ -80,6 +81,12 @@ class Splits:
         for part, split in self._names.items():
             source = context.source(split, options.data)
             self._class_names = source.class_names or self._class_names
+            if (
+                part == "test"
+                and bool(getattr(source, "note", None))
+                and split == inputs.VALIDATION
+            ):
+                self._check_apart()
             limit = options.limit if part == "test" else options.train_limit
             source = subset.sample(source, limit, options.seed)
             self._features[part] = Features(
@@ -89,6 +96,19 @@ class Splits:
                 check_held_out(source)
         if len(self._class_names) == 1:
             raise UserError(ONE_CLASS)
+
+    def _check_apart(self) -> None:
+        """Raise UserError if a split to fit to overlaps the held-out part that is the test split.
+
+        That is a part of train, of which only the whole leaves it out.
+        """
+        for part in ("train", "validation"):
+            name = self._names.get(part, inputs.TRAINING)
+            if name not in (inputs.TRAINING, inputs.VALIDATION):
+                raise UserError(
+                    f"evals: {part}_split: {name!r} overlaps the held-out 'val' of the dataset; "
+                    "name the test split, too, as split=train[90%:]."
+                )
 
     def __call__(self, variables: Any) -> Data:
         """Return features for these weights; raises UserError as `Features`, or for one class."""
