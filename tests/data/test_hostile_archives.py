@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from cap_pretrain import files
+from cap_pretrain.data.builders import rows
 from cap_pretrain.data.builders.files import MAX_BYTES, READ_ERRORS, open_files
 from cap_pretrain.data.builders.formats import webdataset
 from cap_pretrain.data.builders.tars import CutOffError, read_members
@@ -318,3 +319,26 @@ def test_every_key_of_a_tar_is_a_candidate(tmp_path, monkeypatch):
         reasons |= {one.problem for one in found}
     expected = {"", "broken json", "member too large", "without captions", "without image"}
     assert expected <= reasons
+
+
+def test_parquet_is_read_in_batches_of_bounded_size(tmp_path, monkeypatch):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    path = tmp_path / "t.parquet"
+    pictures = [np.random.default_rng(k).bytes(2**16) for k in range(40)]
+    table = pa.table({"image": pictures, "caption": [f"number {k}" for k in range(40)]})
+    parquet.write_table(table, path)
+    monkeypatch.setattr(rows, "_BATCH_BYTES", 2**18)
+    sizes = []
+    whole = parquet.ParquetFile.iter_batches
+    monkeypatch.setattr(
+        parquet.ParquetFile,
+        "iter_batches",
+        lambda *args, **options: sizes.append(options["batch_size"]) or whole(*args, **options),
+    )
+    read = [row["image"] for row in rows.read_rows(path, rows.Form(), ["image"])]
+    assert read == pictures and 1 <= sizes[0] <= 4
+    parquet.write_table(pa.table({"image": [bytes(2**27)]}), path, use_dictionary=False)
+    with pytest.raises(UserError, match="over 200 times its size"):
+        rows.count_rows(path)

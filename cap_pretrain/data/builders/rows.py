@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from cap_pretrain.errors import UserError, did_you_mean
-from cap_pretrain.untrusted import is_text, open_bounded, open_regular, parsing
+from cap_pretrain.untrusted import (
+    FREE_BYTES,
+    MAX_RATIO,
+    TooLargeError,
+    is_text,
+    open_bounded,
+    open_regular,
+    parsing,
+)
 
 Row = dict[str, Any]
 
@@ -26,6 +34,7 @@ MAX_BROKEN = 0.05  # fraction of rows that may be in another encoding than the t
 _SAMPLE = 10_000  # rows whose encoding is checked
 _SUFFIXES = (".tsv", ".csv", ".tsv.gz", ".csv.gz", ".parquet")
 _BATCH = 128  # rows of Parquet in memory, which may hold images
+_BATCH_BYTES = 2**26  # of these rows, on average
 _NO_ROW = [""]
 
 
@@ -236,14 +245,25 @@ def _parquet(path: Path) -> Any:
 
     with parsing(path):
         open_regular(path).close()
-        return parquet.ParquetFile(path)
+        file = parquet.ParquetFile(path)
+        if _unpacked(file) > FREE_BYTES + MAX_RATIO * path.stat().st_size:
+            raise TooLargeError(f"it decompresses to over {MAX_RATIO} times its size")
+        return file
+
+
+def _unpacked(file: Any) -> int:
+    """Return the size of a Parquet file's decompressed columns, as it claims."""
+    groups = range(file.metadata.num_row_groups)
+    return sum(file.metadata.row_group(group).total_byte_size for group in groups)
 
 
 def _parquet_rows(path: Path, columns: Collection[str]) -> Iterator[Row]:
     file = _parquet(path)
     names = [name for name in file.schema_arrow.names if name in columns]
     with parsing(path):
-        for batch in file.iter_batches(batch_size=_BATCH, columns=names):
+        each = _unpacked(file) // max(1, file.metadata.num_rows)  # bytes in a row
+        size = max(1, min(_BATCH, _BATCH_BYTES // max(1, each)))
+        for batch in file.iter_batches(batch_size=size, columns=names):
             try:
                 yield from batch.to_pylist()
             except UnicodeDecodeError:

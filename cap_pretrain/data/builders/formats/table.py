@@ -297,4 +297,5 @@ def _candidate(group: Sequence[Numbered], finder: Finder, columns: Columns) -> C
         captions=captions,
         read=(lambda: image) if isinstance(image, bytes) else lambda: finder.read(file),
         fields=row,
+        held=len(image) if isinstance(image, bytes) else 0,
     )
