@@ -52,10 +52,12 @@ class Condition:
         found = fields.get(self.field)
         if found is None:
             return f"without {self.field}"
+        if isinstance(found, (dict, list)):
+            return f"without {self.field}"  # comparable to nothing
         wanted: Any = self.value
         try:
             found, wanted = float(found), float(wanted)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):  # an integer of 400 digits is no float
             found = str(found)
             if self.sign not in ("==", "!="):
                 return f"without {self.field}"  # text has no order here

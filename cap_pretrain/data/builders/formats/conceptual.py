@@ -21,8 +21,8 @@ class Conceptual(pairs.Pairs):
 
     Each split has a published list (`lists`) with a folder or zip of `images`, where those of ""
     serve all other splits; or a tar or folder of tars (`shards`). `named_by`, a key of
-    `table.NAMES`, says how image files are named. Raises UserError if a file is missing or invalid,
-    or a split is in `lists` and in `shards`.
+    `table.NAMES`, says how image files are named; `encoding` is that of the lists. Raises UserError
+    if a file is missing or invalid, or a split is in `lists` and in `shards`.
     """
 
     COLUMNS: Sequence[str]  # of the list, which has no header
@@ -33,9 +33,12 @@ class Conceptual(pairs.Pairs):
         images: Mapping[str, Path],
         shards: Mapping[str, Path],
         named_by: str = "row",
+        encoding: str = "",
         **kwargs: Any,
     ):
-        columns = table.Columns(named_by=named_by, form=rows.Form(self.COLUMNS))
+        columns = table.Columns(
+            named_by=named_by, form=rows.Form(self.COLUMNS, rows.check_encoding(encoding))
+        )
         if twice := set(lists) & set(shards):
             raise UserError(f"--shards: split {min(twice)!r} is given by --lists, too.")
         listed = table.parts(lists, images, columns, "--lists", kwargs.get("filters"))
@@ -54,6 +57,7 @@ class Conceptual(pairs.Pairs):
         annotated.add_paths(parser, "--images", annotated.IMAGES_HELP, required=False)
         what = f"how image files are named; default: row. {table.NAMES_HELP}"
         parser.add_argument("--named_by", default="row", choices=table.NAMES, help=what)
+        table.add_encoding(parser)
         what = "instead of lists and images: a tar of img2dataset, or a folder of tars"
         annotated.add_paths(parser, "--shards", what, required=False)
 
@@ -65,5 +69,6 @@ class Conceptual(pairs.Pairs):
             by_split("--images", args.images or (), default=""),
             by_split("--shards", args.shards or (), default="train"),
             args.named_by,
+            args.encoding,
             **kwargs,
         )

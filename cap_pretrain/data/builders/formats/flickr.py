@@ -8,6 +8,7 @@ Young et al. 2014 (TACL 2): results_20130124.token has the same form; the lists 
 import argparse
 import collections
 import posixpath
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,10 +67,10 @@ def read_captions(path: Path) -> dict[str, list[str]]:
 def _lines(path: Path) -> list[str]:
     try:
         with untrusted.open_regular(path) as file:
-            text = file.read().decode("utf-8", errors="replace")
+            text = file.read().decode("utf-8", errors="surrogateescape")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}).") from error
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    return [line.strip() for line in re.split("[\r\n]", text) if line.strip()]
 
 
 def _entries(captions: Mapping[str, list[str]], names: Sequence[str]) -> list[Entry]:

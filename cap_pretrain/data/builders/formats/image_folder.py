@@ -15,6 +15,7 @@ from cap_pretrain.data.builders.candidates import Candidate
 from cap_pretrain.data.builders.files import image_names, open_files
 from cap_pretrain.errors import UserError
 from cap_pretrain.files import read_json
+from cap_pretrain.untrusted import printable
 
 # Names by which folders of images are told from folders of classes.
 _SPLITS = frozenset(
@@ -113,7 +114,7 @@ def class_names(folders: Sequence[str], path: Path | None) -> dict[str, str]:
     Raises UserError if the file has another form, or lacks a folder.
     """
     if path is None:
-        return {folder: folder for folder in folders}
+        return disambiguated({folder: folder for folder in folders})
     names = read_json(path)
     if not isinstance(names, dict):
         raise UserError(f"--classes {path}: must be an object of folder: name.")
@@ -124,6 +125,12 @@ def class_names(folders: Sequence[str], path: Path | None) -> dict[str, str]:
 
 
 def disambiguated(names: Mapping[str, str]) -> dict[str, str]:
-    """Return the names with the key appended to those that several keys share."""
+    """Return the names, printable, with the key appended to those that several keys share.
+
+    TFDS keeps names as lines of UTF-8; a folder's may hold line breaks, or bytes that are no UTF-8.
+    """
+    names = {key: printable(name) for key, name in names.items()}
     counts = collections.Counter(names.values())
-    return {k: name if counts[name] == 1 else f"{name} ({k})" for k, name in names.items()}
+    return {
+        k: name if counts[name] == 1 else f"{name} ({printable(k)})" for k, name in names.items()
+    }

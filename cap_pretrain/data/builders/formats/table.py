@@ -7,6 +7,7 @@ import functools
 import hashlib
 import itertools
 import posixpath
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ from cap_pretrain.data.builders.rows import (
     table_files,
 )
 from cap_pretrain.data.builders.units import Part
+from cap_pretrain.errors import UserError
 
 Numbered = tuple[int, Row]
 Example = tuple[str | int, str]  # id, image or row number; name of the image, if any
@@ -55,6 +57,10 @@ NAMES_HELP = (
     "DownloadConceptualCaptions; md5, sha256: the hash of its URL, hexadecimal"
 )
 
+MAX_SCATTERED = 2**29
+"""Bytes of the rows in memory that are far from the first of their image."""
+
+_ENTRY = 500  # bytes in memory for such a row, besides its values
 MAX_ROWS = 10_000
 """Rows of a table that are read as captions of one image."""
 
@@ -137,8 +143,7 @@ class Dataset(pairs.Pairs):
         parser.add_argument("--named_by", default="path", choices=choices, help=what + NAMES_HELP)
         what = "names of all columns, if there is no header"
         parser.add_argument("--columns", nargs="+", default=(), help=what)
-        what = "of TSV and CSV, such as cp1252; default: utf-8, if nearly all rows are"
-        parser.add_argument("--encoding", default="", help=what)
+        add_encoding(parser)
 
     @classmethod
     def from_arguments(cls, args: argparse.Namespace, **kwargs: Any) -> "Dataset":
@@ -148,6 +153,12 @@ class Dataset(pairs.Pairs):
         own = {name: getattr(args, name) for name in ("caption", "image", "url", "id", "named_by")}
         form = Form(args.columns, check_encoding(args.encoding))
         return cls(tables, images, Columns(**own, form=form), **kwargs)
+
+
+def add_encoding(parser: argparse.ArgumentParser) -> None:
+    """Declare --encoding."""
+    what = "of TSV and CSV, such as cp1252; default: utf-8, if nearly all rows are"
+    parser.add_argument("--encoding", default="", help=what)
 
 
 def parts(
@@ -240,11 +251,20 @@ def _scattered(files: Sequence[Path], columns: Columns) -> dict[Example, list[Nu
     values, counts = np.unique(np.asarray(hashes), return_counts=True)
     recurring = set(values[counts > 1].tolist())
     further: dict[Example, list[Numbered]] = {}
+    held = 0
     for example, rows in _groups(files, columns) if recurring else ():
         if _may_recur(example) and _hash(example) in recurring:
             if example in further:
                 left = max(0, MAX_ROWS - len(further[example]))
+                held += sum(sys.getsizeof(v) for _, row in rows[:left] for v in row.values())
+                held += _ENTRY * len(rows)
                 further[example] += rows[:left] + [(number, {}) for number, _ in rows[left:]]
+                if held > MAX_SCATTERED:
+                    names = ", ".join(path.name for path in files)
+                    raise UserError(
+                        f"{names}: rows of an image are scattered and too many to keep in memory; "
+                        f"sort them by column {columns.id or columns.image}."
+                    )
             else:
                 further[example] = []
     return further
@@ -264,7 +284,8 @@ def _image_of(columns: Columns, numbered: Numbered) -> str | int:
     """Return a key that is equal for rows of the same example."""
     number, row = numbered
     if row and columns.id:
-        return str(row[columns.id])
+        found = row[columns.id]
+        return number if found is None or found == "" else str(found)
     image = _image_cell(row, columns)
     return image if isinstance(image, str) and not row.get(columns.url) else number
 
@@ -281,6 +302,9 @@ def _candidate(group: Sequence[Numbered], finder: Finder, columns: Columns) -> C
     number, row = group[0]
     if not row:
         return pairs.dropped(f"row {number}", f"row {number}", "not a row")
+    found = _image_of(columns, group[0])
+    if columns.id and found == number:
+        return pairs.dropped(f"row {number}", f"row {number}", "without id")
     url = str(row.get(columns.url) or "").strip()
     cells = (own.get(name) for _, own in group for name in columns.caption)
     captions = [text for cell in cells for text in annotated.texts(cell)]
@@ -290,7 +314,6 @@ def _candidate(group: Sequence[Numbered], finder: Finder, columns: Columns) -> C
     if columns.named_by in NAMES:
         image = NAMES[columns.named_by](number, url)
     file = image if isinstance(image, str) else f"row {number}"
-    found = _image_of(columns, group[0])
     return pairs.candidate(
         example_id=pairs.pair_id(url, captions) if url and not columns.id else str(found),
         file=file,

@@ -190,7 +190,7 @@ def _candidate(name: str, found: _Found) -> Candidate:
     metadata = metadata if isinstance(metadata, dict) else {}
     if not images:
         return pairs.dropped(name, name, "without image")
-    captions = annotated.texts([text.decode("utf-8", "replace")]) or annotated.texts(
+    captions = annotated.texts([text.decode("utf-8", "surrogateescape")]) or annotated.texts(
         metadata.get("caption")
     )
     url = metadata.get("url")
