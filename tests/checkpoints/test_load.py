@@ -96,7 +96,7 @@ def test_fields_added_since_the_run_have_their_defaults(workdir):
         (lambda w: (w / "config.json").write_text("[]"), "config.json: is not the config of a run"),
         (lambda w: (w / "config.json").write_text("{}"), "config.json: is not the config of a run"),
         (lambda w: shutil.rmtree(w / "checkpoints"), "has no checkpoint; there are none at all"),
-        (lambda w: shutil.rmtree(w / "tokenizer"), "cannot read the model file .*tokenizer.model"),
+        (lambda w: shutil.rmtree(w / "tokenizer"), "cannot read the file .*tokenizer.model"),
     ],
 )
 def test_an_invalid_workdir_is_reported(corrupt, message, workdir):
