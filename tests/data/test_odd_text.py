@@ -13,12 +13,12 @@ from tests.tools.test_build_dataset import jpeg, read, report, run, write_files
 
 
 def test_names_of_class_folders_are_printable(tmp_path):
-    for name in (b"caf\xe9", b"two\nlines", b"dog"):
+    for name in (b"caf\xe9", b"two\nlines", b"dog", b" "):
         write_files(tmp_path / "photos" / os.fsdecode(name), {os.fsdecode(b"\xe9.jpg"): jpeg(1)})
     folder = build(tmp_path, "image_folder", "--images", tmp_path / "photos")
     names = (folder / "1.0.0" / "label.labels.txt").read_text(encoding="utf-8").splitlines()
-    assert sorted(names) == ["caf\\udce9", "dog", "two\\nlines"]
-    assert report(folder)["train"]["kept"] == 3
+    assert sorted(names) == ["' '", "caf\\udce9", "dog", "two\\nlines"]
+    assert report(folder)["train"]["kept"] == 4
 
 
 def test_texts_of_tars_that_are_not_utf_8_are_counted(tmp_path):

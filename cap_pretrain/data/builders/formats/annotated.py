@@ -172,7 +172,10 @@ class QuestionFiles(Questions):
 
 
 def _with_problems(entries: Sequence[Entry]) -> list[Entry]:
-    """Mark questions that are empty or, unless the whole split is unanswered, unanswered."""
+    """Mark questions that are empty or, unless the whole split is unanswered, unanswered.
+
+    Types of questions become names of classes, which TFDS keeps as stripped lines of UTF-8.
+    """
     answered = any(entry.captions for entry in entries)
 
     def problem(entry: Entry) -> str:
@@ -180,7 +183,12 @@ def _with_problems(entries: Sequence[Entry]) -> list[Entry]:
             return "without question"
         return "without answer" if answered and not entry.captions else ""
 
-    return [dataclasses.replace(e, problem=e.problem or problem(e)) for e in entries]
+    return [
+        dataclasses.replace(
+            e, problem=e.problem or problem(e), kind=untrusted.printable(e.kind.strip())
+        )
+        for e in entries
+    ]
 
 
 def add_paths(parser: argparse.ArgumentParser, flag: str, what: str, required: bool = True) -> None:

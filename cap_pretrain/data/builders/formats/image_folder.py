@@ -127,9 +127,10 @@ def class_names(folders: Sequence[str], path: Path | None) -> dict[str, str]:
 def disambiguated(names: Mapping[str, str]) -> dict[str, str]:
     """Return the names, printable, with the key appended to those that several keys share.
 
-    TFDS keeps names as lines of UTF-8; a folder's may hold line breaks, or bytes that are no UTF-8.
+    TFDS keeps names as stripped lines of UTF-8; those of folders may be blank, have line breaks, or
+    be no UTF-8.
     """
-    names = {key: printable(name) for key, name in names.items()}
+    names = {key: printable(name.strip() or repr(name)) for key, name in names.items()}
     counts = collections.Counter(names.values())
     return {
         k: name if counts[name] == 1 else f"{name} ({printable(k)})" for k, name in names.items()
