@@ -7,7 +7,7 @@ import pytest
 from cap_pretrain.data.builders.filters import condition
 from cap_pretrain.data.builders.formats import flickr, table
 from tests.data.test_question_formats import build, lost
-from tests.data.test_tables import photos
+from tests.data.test_tables import parquet, photos
 from tests.data.test_webdataset import tar
 from tests.tools.test_build_dataset import jpeg, read, report, run, write_files
 
@@ -63,3 +63,14 @@ def test_lists_of_conceptual_captions_may_have_another_encoding(tmp_path, capsys
 @pytest.mark.parametrize("test", ["width>3", "width==3", "width!=a"])
 def test_conditions_hold_or_not_for_values_of_any_type(value, test):
     assert isinstance(condition(test).problem({"width": value}), str)
+
+
+def test_rows_of_parquet_that_repeat_a_large_value_are_not_all_read(tmp_path, capsys):
+    """A dictionary holds a value once, however many rows have it."""
+    import pyarrow as pa
+
+    large = pa.DictionaryArray.from_arrays(pa.array([0] * 2000, pa.int32()), ["y" * 2**24])
+    parquet(tmp_path / "t.parquet", image=["a"] * 2000, caption=large)
+    arguments = ("parquet", "--name", "mine", "--out", tmp_path / "out")
+    assert run(*arguments, "--tables", tmp_path / "t.parquet") == 2
+    assert "its rows have over 200 times its size" in capsys.readouterr().err

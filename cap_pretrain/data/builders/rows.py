@@ -34,6 +34,7 @@ MAX_BROKEN = 0.05  # fraction of rows that may be in another encoding than the t
 _SAMPLE = 10_000  # rows whose encoding is checked
 _SUFFIXES = (".tsv", ".csv", ".tsv.gz", ".csv.gz", ".parquet")
 _BATCH = 128  # rows of Parquet in memory, which may hold images
+_FEW = 8  # rows that are always read at once if they are small on average
 _BATCH_BYTES = 2**26  # of these rows, on average
 _NO_ROW = [""]
 
@@ -262,8 +263,15 @@ def _parquet_rows(path: Path, columns: Collection[str]) -> Iterator[Row]:
     names = [name for name in file.schema_arrow.names if name in columns]
     with parsing(path):
         each = _unpacked(file) // max(1, file.metadata.num_rows)  # bytes in a row
-        size = max(1, min(_BATCH, _BATCH_BYTES // max(1, each)))
+        many = max(
+            _FEW, _BATCH_BYTES // max(1, _unpacked(file))
+        )  # all may repeat its largest value
+        size = max(1, min(_BATCH, _BATCH_BYTES // max(1, each), many))
+        left = FREE_BYTES + MAX_RATIO * path.stat().st_size
         for batch in file.iter_batches(batch_size=size, columns=names):
+            left -= batch.nbytes
+            if left < 0:
+                raise TooLargeError(f"its rows have over {MAX_RATIO} times its size")
             try:
                 yield from batch.to_pylist()
             except UnicodeDecodeError:
