@@ -91,6 +91,7 @@ def probe(path):
     return c
 
 
+@pytest.mark.slow
 def test_what_only_evaluates_has_no_optimizer(workdir, bare, tmp_path, monkeypatch):
     made = []
 

@@ -78,7 +78,7 @@ def test_units_that_are_finished_are_not_made_again(tmp_path, monkeypatch, capsy
     made.clear()
     stop_at = 2
     assert run(*arguments, "--overwrite") == 130
-    (tmp_path / "t.csv").write_text((tmp_path / "t.csv").read_text() + "\n1.jpg,more")
+    (tmp_path / "t.csv").write_text((tmp_path / "t.csv").read_text() + "\nnew.jpg,more")
     stop_at = 7
     assert run(*arguments, "--overwrite") == 0, "of another table"
     assert made == [0, 1, 0, 1, 2, 3, 4]

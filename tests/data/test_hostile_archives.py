@@ -79,6 +79,7 @@ def zeros_gz(path: Path, start: bytes, count: int) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_archives_of_any_claims_are_read_within_half_a_gigabyte_and_a_minute(tmp_path):
     starts = tar(tmp_path / "good.tar", samples(2))
     whole = (tmp_path / "good.tar").read_bytes()

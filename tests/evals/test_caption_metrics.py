@@ -113,6 +113,7 @@ def test_published_metrics_without_java(no_java):
     assert "these 2 images" in scores.protocol()["idf"]
 
 
+@pytest.mark.slow
 @needs_java
 def test_published_metrics_with_java_quietly(capfd):
     package = caption_tokens.package_folder()

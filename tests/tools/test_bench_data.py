@@ -51,6 +51,20 @@ def test_error_messages(arguments, message):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
+def test_broken_images_are_left_out():
+    code = """
+from cap_pretrain.data import images
+from tests.data.numbers import Numbers
+from tools import bench_data
+source = Numbers(4, files=True, broken=(1,))
+print(len(bench_data._timed(lambda i: images.decode(source[i]["image"]), range(4))[0]))
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=toy.CONFIGS.parent)
+    assert done.stdout == "3\n", done.stderr
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("jpegs")

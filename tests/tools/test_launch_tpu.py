@@ -130,7 +130,7 @@ def test_late_crashes_do_not_end_it(bench):
     ("statuses", "code"),
     [
         pytest.param("2", 2, marks=pytest.mark.slow),
-        ("75 2", 2),
+        pytest.param("75 2", 2, marks=pytest.mark.slow),
         pytest.param("143", 143, marks=pytest.mark.slow),
         ("75 143", 143),
         ("130", 130),

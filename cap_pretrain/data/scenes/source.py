@@ -53,7 +53,10 @@ class ScenesOptions:
         synonyms: whether captions use several words for the same concept.
         label: meaning of an example's `label`: shape or colour of the main (largest) object, count,
             or relation (of the main object to the second largest).
-        length_train: number of examples in split train; likewise the following ones.
+        length_train: number of examples in split train.
+        length_val: in split val.
+        length_test: in split test.
+        length_novel: in split novel.
     """
 
     min_objects: int = 1
