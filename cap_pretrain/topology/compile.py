@@ -11,7 +11,6 @@ import functools
 import importlib.util
 import os
 import re
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -146,7 +145,7 @@ def prepare(config: ConfigDict) -> tuple[ConfigDict, int]:
     if config.model.remat == "auto":
         config.model.remat = "lean"
     if config.model.unroll == 0:
-        config.model.unroll = sys.maxsize
+        config.model.unroll = 2**31 - 1  # all layers; the largest value that `validate` accepts
     vocab_size = config.text.vocab_size
     try:
         mixture = inputs.open_sources(config)
