@@ -124,6 +124,7 @@ def of_a_captioner(tokenizer_path, batch_size, **how):
         return CaptionScores(context, options)(variables)
 
 
+@pytest.mark.slow
 def test_a_captioner_is_scored_alike_whatever_the_batch_size(tokenizer_path):
     one, other = (of_a_captioner(tokenizer_path, batch_size) for batch_size in (5, 13))
     assert one == other

@@ -320,6 +320,9 @@ def test_scheduled_sampling_leaves_the_words_of_a_prompt():
 # Training and decoding
 
 
+@pytest.mark.parametrize(
+    "kind", ["lstm", "gru", "merge", pytest.param("attention", marks=pytest.mark.slow)]
+)
 def test_overfits_and_greedy_decoding_returns_the_captions(kind):
     images, text = tiny.images(6), tiny.texts([6, 3, 5, 2, 6, 4], seed=4)
     text = np.where(text == EOS, 2, text)

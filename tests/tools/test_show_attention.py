@@ -35,6 +35,7 @@ def read_once():
         yield
 
 
+@pytest.mark.slow
 def test_words_over_images(run, photo, tmp_path, capsys):
     out = tmp_path / "out.svg"
     arguments = [
