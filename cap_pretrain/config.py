@@ -134,9 +134,10 @@ def _data() -> ConfigDict:
     # in TFDS format, or a mixture "a:0.2+b:0.8".
     c.name = "scenes"
     c.split = "train"
-    # "val" of a dataset that has only the split train is a random twentieth of that, at most 10,000
-    # examples, the same in every run; they are then held out of training.
     c.eval_split = "val"
+    # If the first dataset has only the split train, this many random examples of it, the same in
+    # every run, are held out of training as "val". -1: a twentieth, at most 10,000; 0: none.
+    c.held_out = -1
     # Train on this fraction of every class, always the same examples; for labelled datasets.
     c.fraction = 1.0
     # Classes with fewer than class_min examples in data.split are dropped from all splits of the

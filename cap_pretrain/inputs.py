@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from cap_pretrain import files, learners
 from cap_pretrain.data import pipeline
 from cap_pretrain.data.sources import buckets, subset
-from cap_pretrain.data.sources.base import NoSplitError, Source, parse_mixture
+from cap_pretrain.data.sources.base import NoSplitError, Source, parse_mixture, without_image
 from cap_pretrain.data.sources.open import GENERATED, open_source
 from cap_pretrain.data.text import tokenizers, words
 from cap_pretrain.distributed import cluster
@@ -75,8 +75,9 @@ def open_data(config: ConfigDict, split: str, name: str = "") -> Source:
 def _open_unrestricted(section: ConfigDict, split: str, name: str) -> Source:
     """Open a dataset with all its classes; `section` is `config.data`.
 
-    If the dataset has only the split train, and `data.split` and `data.eval_split` are the
-    defaults, then "val" is a part of it and "train" the rest (see `subset.divided`).
+    If the dataset is the first of `data.name` and has only the split train, and `data.split` and
+    `data.eval_split` are the defaults, then "val" is a part of it and "train" the rest (see
+    `subset.divided`).
     """
     open_split = functools.partial(
         open_source,
@@ -87,17 +88,18 @@ def _open_unrestricted(section: ConfigDict, split: str, name: str) -> Source:
         fields=section.fields.to_dict(),
         generated={dataset: section[dataset].to_dict() for dataset in GENERATED},
     )
-    defaults = (section.split, section.eval_split) == (TRAINING, VALIDATION)
-    if not defaults or split not in (TRAINING, VALIDATION):
+    defaults = (section.split, section.eval_split) == (TRAINING, VALIDATION) and section.held_out
+    first, _ = parse_mixture(section.name)[0] if section.name else ("", 0)
+    if not defaults or name != first or split not in (TRAINING, VALIDATION):
         return open_split(split)
     try:
         source = open_split(split)
     except NoSplitError as error:
         if split != VALIDATION or error.splits != (TRAINING,):
             raise
-        return subset.divided(open_split(TRAINING))[1]
+        return subset.divided(open_split(TRAINING), section.held_out)[1]
     only = getattr(source, "splits", ()) == (TRAINING,)
-    return subset.divided(source)[0] if only else source
+    return subset.divided(source, section.held_out)[0] if only else source
 
 
 # Cached, because each evaluator opens the data separately.
@@ -124,10 +126,21 @@ def open_sources(config: ConfigDict) -> Mixture:
 
 
 def check_reads(source: Source, reads: Collection[str], why: str) -> None:
-    """Raise UserError if the first example lacks a part of `reads`; `why` has {} for what is."""
-    example = source[0]
-    for part, missing in (("text", not example["captions"]), ("label", example["label"] < 0)):
-        if part in reads and missing:
+    """Raise UserError if a source lacks a part of `reads`.
+
+    That is, if the first example has no label, or none of the first 100 has captions. In the
+    message `why`, {} stands for the source and what it lacks.
+    """
+
+    def has_text() -> bool:
+        examples = (without_image(source, i) for i in range(min(100, len(source))))
+        return any(example["captions"] for example in examples)
+
+    def has_label() -> bool:
+        return without_image(source, 0)["label"] >= 0
+
+    for part, has_part in (("text", has_text), ("label", has_label)):
+        if part in reads and not has_part():
             what = why.format(f"{source} has no {part}")
             raise UserError(f"{what}; name another dataset or set data.fields.")
 
@@ -144,14 +157,17 @@ def held_out(config: ConfigDict, mixture: Mixture) -> list[str]:
 def completed(config: ConfigDict, mixture: Mixture) -> ConfigDict:
     """Return the config with the fields that depend on the data filled in.
 
-    These are `learner.classes` if it is 0, the fields returned by the learner's `settled` method if
-    it has one and, with stored features, `model.tokens` and `model.width`; rules on the parameters
-    of the encoder, which does not exist then, are removed. An empty mixture changes nothing.
+    These are `data.held_out`, `learner.classes` if it is 0, the fields returned by the learner's
+    `settled` method if it has one and, with stored features, `model.tokens` and `model.width`;
+    rules on the parameters of the encoder, which does not exist then, are removed. An empty mixture
+    changes nothing.
     Datasets with features of different shapes raise UserError.
     """
     if not mixture:
         return config
     config = config.copy_and_resolve_references()
+    if count := getattr(mixture[0][0], "held_out", 0):
+        config.data.held_out = count
     if config.learner.get("classes", None) == 0:
         config.learner.classes = len(mixture[0][0].class_names)
     if settled := getattr(learners.learner_class(config.learner.name), "settled", None):

@@ -8,6 +8,7 @@ Exit status: 0 done; 2 a mistake of the user; 143 stopped by SIGTERM after savin
 another host of the cluster is lost (start again).
 """
 
+import contextlib
 import sys
 import traceback
 from pathlib import Path
@@ -104,7 +105,9 @@ def entry() -> int:
         where = f"{e.filename}: " if e.filename else ""
         from cap_pretrain import files
 
-        saved = files.numbered(Path(WORKDIR.value or "") / "checkpoints")
+        saved: object = None
+        with contextlib.suppress(OSError):  # perhaps that folder is what cannot be read
+            saved = files.numbered(Path(WORKDIR.value or "") / "checkpoints")
         left = ": the checkpoints are intact" if saved else ""
         return say(f"{where}{reason}. Fix this and start again{left}.", 2)
     except KeyboardInterrupt:

@@ -15,11 +15,13 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
+from cap_pretrain import untrusted
 from cap_pretrain.cli import arguments
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.probes import logistic
@@ -48,6 +50,7 @@ def generated(count: int, width: int, classes: int, seed: int) -> Labelled:
 def read(path: str) -> Labelled:
     """Read features saved by a probe; raise UserError if the file cannot be read."""
     try:
+        untrusted.check_stored(Path(path))
         with np.load(path) as file:
             return Labelled(file["features"], file["labels"])
     except Exception as error:  # NumPy raises many kinds

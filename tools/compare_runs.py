@@ -63,15 +63,12 @@ def read_metrics(workdir: Path) -> Metrics:
     lines = untrusted.read_bounded(path).decode("utf-8", "replace").splitlines()
     metrics: Metrics = {}
     for number, text in enumerate(lines, 1):
-        try:
-            line = untrusted.parse_json(text, "it")
-            at_step = metrics.setdefault(untrusted.entry(line, "step", int, "it"), {})
-            del line["step"]
-            for name, value in line.items():
-                untrusted.checked(value, name, (int, float, type(None)), "it")
-        except UserError as e:
-            raise UserError(f"{path}: line {number} is corrupt ({e})") from e
+        where = f"{path}, line {number}"
+        line = untrusted.parse_json(text, where)
+        at_step = metrics.setdefault(untrusted.entry(line, "step", int, where), {})
+        del line["step"]
         for name, value in line.items():
+            untrusted.checked(value, name, (int, float, type(None)), where)
             if not name.startswith(NOT_COMPARED):
                 while name in at_step:
                     name += " again"

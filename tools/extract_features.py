@@ -71,7 +71,7 @@ def extract(args: argparse.Namespace) -> Iterator[str]:
     splits = {split.partition("[")[0]: split for split in args.splits}
     if len(splits) < len(args.splits):
         raise UserError(f"--splits: {' '.join(args.splits)} names one split twice; give it once.")
-    config.data.eval_split = ""  # a dataset without a validation split is extracted whole
+    config.data.held_out = 0  # a dataset without a validation split is extracted whole
     sources = {name: inputs.open_data(config, split) for name, split in splits.items()}
     mesh = sharding.make_mesh(config)
     init, _, graphdef, _ = init_state(

@@ -23,7 +23,7 @@ text() { # a YAML string
 name='' image='' accelerator='' topology='' mount='' spot='' service_account='' dry_run=''
 chips_per_host=4 max_restarts=10
 read_options 'name:label image:image accelerator:word topology:topology mount:mount
-  chips_per_host:count service_account:label max_restarts:number spot:switch dry_run:switch' "$@"
+  chips_per_host:count service_account:word max_restarts:number spot:switch dry_run:switch' "$@"
 [[ $name && $image && $accelerator && $topology && $mount ]] ||
   mistake "--name, --image, --accelerator, --topology and --mount are required."
 need_program

@@ -23,7 +23,7 @@ check() { # WHAT KIND VALUE: exits with status 2 unless the value is of that kin
   case $2 in
     number) must='be a whole number' pattern='0|[1-9][0-9]{0,8}' empty=no ;;
     count) must='be a whole number, 1 or more' pattern='[1-9][0-9]{0,8}' empty=no ;;
-    seconds) must='be a number of seconds' pattern='[0-9]{1,9}([.][0-9]{1,3})?' empty=no ;;
+    seconds) must='be a number of seconds' pattern='(0|[1-9][0-9]{0,8})([.][0-9]{1,3})?' empty=no ;;
     label)
       must='have only lower-case letters, digits and dashes, at most 63'
       pattern='[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?'
@@ -34,7 +34,7 @@ check() { # WHAT KIND VALUE: exits with status 2 unless the value is of that kin
       ;;
     image)
       must='be the name of an image, as in HOST/PATH:TAG'
-      pattern='[A-Za-z0-9][A-Za-z0-9._:/@-]{0,511}'
+      pattern='[A-Za-z0-9][A-Za-z0-9._:/@-]{0,255}' # macOS repeats at most 255 times
       ;;
     topology)
       must='look like 16x16 or 4x4x4'

@@ -119,10 +119,11 @@ class Checkpoints:
 
     `identity` maps files to a string that identifies their content, such as a hash. It is saved
     with each checkpoint, and one saved with another identity is refused. `batches` are the batch
-    sizes of the run, saved too; by default that of the config. `read_only` leaves the
-    folder unchanged, for evaluation and export; else UserError is raised if it cannot be created,
-    or holds something else under the name of a checkpoint. Symbolic links to checkpoints are read
-    and never removed.
+    sizes of the run, saved too; by default that of the config. `read_only` leaves the folder
+    unchanged, for evaluation and export. Symbolic links to checkpoints are read and never removed.
+
+    Raises UserError if a folder that is not `read_only` cannot be created, or holds something else
+    under the name of a checkpoint.
     """
 
     def __init__(

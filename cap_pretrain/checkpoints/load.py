@@ -117,9 +117,10 @@ def read_config(workdir: str | Path) -> ConfigDict:
 
 
 def read_batch_sizes(workdir: Path) -> tuple[int, BatchSizes]:
-    """Return the step of the newest checkpoint and the batch sizes up to there; (0, none) without.
+    """Return the step of the newest checkpoint and the batch sizes up to there.
 
-    A checkpoint with an unreadable manifest is passed over.
+    A checkpoint with an unreadable manifest is passed over. If there is none, the step is 0. Raises
+    UserError if the sizes are those of a config that cannot be read.
     """
     for step in reversed(saved_steps(workdir)):
         try:
@@ -129,8 +130,9 @@ def read_batch_sizes(workdir: Path) -> tuple[int, BatchSizes]:
         if not found:  # a checkpoint of before 0.2
             before = workdir / f"config.until_{step}.json"
             path = before if before.is_file() else workdir / "config.json"
-            size = files.read_json(path).get("batch_size") if path.is_file() else None
-            found = ((0, size),) if isinstance(size, int) else ()
+            if path.is_file():
+                size = untrusted.entry(files.read_json(path), "batch_size", int, path)
+                found = ((0, untrusted.bounded(size, "batch_size", 1, 2**31 - 1, path)),)
         return step, BatchSizes(found)
     return 0, BatchSizes(())
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from cap_pretrain.convert.weights import read_json
+from cap_pretrain import files
 from cap_pretrain.untrusted import checked
 
 # Parts of a config that concern the machine and the logging, not the training itself.
@@ -88,7 +88,9 @@ def _dual_encoder(folder: str, contrast: str) -> list[str]:
 def read_evaluations(workdir: Path, step: int) -> dict[str, dict[str, Any]]:
     """Return the results of `evals/NAME/STEP.json` by the name of the evaluation."""
     found = sorted((workdir / "evals").glob(f"*/{step}.json"))
-    return {path.parent.name: checked(read_json(path), "result", dict, path) for path in found}
+    return {
+        path.parent.name: checked(files.read_json(path), "result", dict, path) for path in found
+    }
 
 
 def without_folders(value: Any) -> Any:
@@ -111,7 +113,6 @@ def _table(evaluations: Mapping[str, Mapping[str, Any]]) -> str:
     rows = ["| evaluation | data | metrics | counts | protocol |", "|---|---|---|---|---|"]
     for name, result in evaluations.items():
         options = checked(result.get("options", {}), "options", dict, f"evals: {name}")
-        options = options if isinstance(options, dict) else {}
         data = (result.get(k) or options.get(o) for k, o in (("dataset", "data"), ("split",) * 2))
         numbers = {k: v for k, v in result.items() if k != "step" and type(v) in (int, float)}
         cells = [

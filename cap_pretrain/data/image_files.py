@@ -24,7 +24,8 @@ _PILLOW, _VIDEO, _PROGRESSIVE, _SEQUENTIAL = 8, 16, 9, 3
 _SMALL = 2**23  # bytes; below it, nobody waits
 _MARKER = re.compile(rb"\xff[^\0\xff]")  # begins a segment of a JPEG
 _CODED_END = re.compile(rb"\xff[^\0\xd0-\xd7\xff]")  # ends the data of a scan
-_SCAN, _END, _PROGRESSIVE_FRAME = 0xDA, 0xD9, 0xC2
+_SCAN, _END = 0xDA, 0xD9
+_PROGRESSIVE_FRAMES = (0xC2, 0xC6, 0xCA, 0xCE)
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _SEQUENTIAL_FRAMES = (0xC0, 0xC1)
 _ALONE = {0x01, *range(0xD0, 0xDA)}  # markers of segments without content
@@ -56,21 +57,27 @@ def max_pixels(kind: str | None) -> int:
     return min(MAX_PIXELS, MAX_MEMORY // (_VIDEO if kind in ("WEBP", "AVIF") else _PILLOW))
 
 
-def memory(data: bytes, pixels: int, kind: str | None = None) -> contextlib.AbstractContextManager:
+def memory(
+    data: bytes, pixels: int, kind: str | None = None, scale: int = 1
+) -> contextlib.AbstractContextManager:
     """Return a context in which an image may be decoded; it waits until there is memory for it.
 
     Args:
         data: the file.
-        pixels: number of pixels to decode.
+        pixels: number of pixels of the file.
         kind: format, if it is decoded by Pillow; None: a JPEG decoded by libjpeg.
+        scale: a JPEG is decoded at 1 / scale of its size. A progressive one holds all coefficients
+            in memory even so.
     """
     if pixels * _VIDEO < _SMALL:
         return contextlib.nullcontext()
     if kind is None:
-        each = _PROGRESSIVE if _is_progressive(data) else _SEQUENTIAL
+        amount = pixels // scale**2 * _SEQUENTIAL
+        if _is_progressive(data):
+            amount += pixels * (_PROGRESSIVE - _SEQUENTIAL)
     else:
-        each = _VIDEO if kind in ("WEBP", "AVIF") else _PILLOW
-    amount = min(pixels * each, MAX_MEMORY)
+        amount = pixels * (_VIDEO if kind in ("WEBP", "AVIF") else _PILLOW)
+    amount = min(amount, MAX_MEMORY)
     return contextlib.nullcontext() if amount < _SMALL else _MEMORY.share(amount)
 
 
@@ -103,7 +110,7 @@ def has_too_many_scans(data: bytes) -> bool:
 
 def _is_progressive(data: bytes) -> bool:
     frames = (marker for marker, *_ in _segments(data) if marker in _FRAMES)
-    return next(frames, None) == _PROGRESSIVE_FRAME
+    return next(frames, None) in _PROGRESSIVE_FRAMES
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, int, int, int]]:

@@ -185,8 +185,8 @@ def _open(data: bytes) -> Image.Image:
 
 def _memory(data: bytes, image: Image.Image, scale: int = 1) -> contextlib.AbstractContextManager:
     """Wait for the memory that decoding an open file takes, at 1 / scale of its size."""
-    pixels = image.width * image.height // scale**2
-    return image_files.memory(data, pixels, None if _is_plain_jpeg(image) else image.format)
+    kind = None if _is_plain_jpeg(image) else image.format
+    return image_files.memory(data, image.width * image.height, kind, scale)
 
 
 def _resize_part(
@@ -206,7 +206,7 @@ def _resize_file(data: bytes, size: int, choose: Callable[[int, int], _Box]) -> 
     if whole := _size_of_common_jpeg(data):
         box = choose(whole[1], whole[0])
         scale = _scale(min(box[2:]), size)
-        with image_files.memory(data, whole[0] * whole[1] // scale**2):
+        with image_files.memory(data, whole[0] * whole[1], scale=scale):
             return _resize(_part(_decode_jpeg(data, whole, scale), box, scale), size)
     with _open(data) as file:
         if not _is_plain_jpeg(file):

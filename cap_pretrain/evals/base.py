@@ -108,9 +108,9 @@ class Evaluator(Protocol):
     def __init__(self, context: Context, options: Any):
         """Check all that evaluations need; raise UserError if learner, data or options do not fit.
 
-        That is: splits, captions or labels, class names, files, packages. It is done before a run
-        begins, too (see `suite.check`): the tokenizer does not exist then, so it is used later, and
-        so is whatever takes longer than a second.
+        That is: splits, captions or labels, class names, files, packages. It is also called before
+        a run begins (see `suite.check`), so it must not use the tokenizer, which does not exist
+        then, and must not take longer than a second.
         """
 
     def __call__(self, variables: Any) -> Result:

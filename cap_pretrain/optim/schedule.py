@@ -23,7 +23,7 @@ class BatchSizes:
     sizes: tuple[tuple[int, int], ...]
 
     def then(self, step: int, size: int) -> "BatchSizes":
-        """Return these up to `step`, followed by `size`; without any, `size` for all steps."""
+        """Return these up to `step`, then `size`. If there are none yet, `size` counts from 0."""
         if not self.sizes:
             return BatchSizes(((0, size),))
         kept = tuple(entry for entry in self.sizes if entry[0] < step)
@@ -137,9 +137,9 @@ def notes(config: ConfigDict, schedule: Schedule) -> list[str]:
         return []
     better = max(0.0, 1 + math.log(EMA_SHARE) / schedule.total)
     return [
-        f"optim.ema: {config.optim.ema} is long for {schedule.total:,} steps: at the end, "
-        f"{share:.0%} of the averaged parameters, which are evaluated, are the initial ones; give "
-        f"at most {better:.4g}."
+        f"optim.ema: {config.optim.ema} is long for {schedule.total:,} steps: at the end, the "
+        "averaged parameters, which are evaluated, still contain the initial ones with a weight of "
+        f"{share:.0%}; give at most {better:.4g}."
     ]
 
 

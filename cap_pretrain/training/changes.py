@@ -17,7 +17,7 @@ from cap_pretrain.validation import FREE
 # Fields that decide which examples follow each other.
 ORDER = (
     *("seed", "data.name", "data.split", "data.fraction", "data.class_min", "data.class_max"),
-    *("data.buckets", "data.scenes"),
+    *("data.buckets", "data.held_out", "data.scenes"),
 )
 
 

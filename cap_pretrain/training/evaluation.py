@@ -79,7 +79,8 @@ class Evaluation:
         lines = [f"step {step}  {name}: {metrics}", *result.lines]
         share = self._setup.config.optim.ema**step
         if step and share >= schedules.EMA_SHARE:
-            lines.append(f"by averaged parameters, {share:.0%} of which are the initial ones")
+            weight = f"with a weight of {share:.0%}"
+            lines.append(f"by averaged parameters, which contain the initial ones {weight}")
         self._progress.say("\n    ".join(lines))
         if result.pictures:
             images, captions = zip(*result.pictures, strict=True)

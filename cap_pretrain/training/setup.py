@@ -105,7 +105,9 @@ def prepare(
     files.make_workdir(workdir)
     cluster.check_shared(workdir)
     earlier = check(config)
-    tokenizer = inputs.prepare_tokenizer(config, sources, workdir, anew=not resuming)
+    tokenizer = inputs.prepare_tokenizer(
+        config, sources, workdir, anew=not (resuming or earlier.step)
+    )
     mixture = inputs.in_buckets(config, sources, tokenizer)
     epoch = inputs.examples_an_epoch(config, mixture)
     schedule, batches, changes = _resolve_schedule(config, earlier, epoch)
@@ -133,10 +135,10 @@ def dry_run(
     """Write `workdir/plan.json` and return it as text, from abstract shapes; see `prepare`."""
     kept = resuming and inputs.tokenizer_path(workdir).exists()
     validate(config, tokenizer=kept)
-    files.make_workdir(workdir)
     sources = inputs.open_sources(config) if configs.trains(config) else []
     config = inputs.completed(config, sources)
     suite.check(config)
+    files.make_workdir(workdir)
     earlier = check(config)
     tokenizer = (
         inputs.prepare_tokenizer(config, sources, workdir, anew=False)

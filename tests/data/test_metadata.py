@@ -4,7 +4,6 @@ import copy
 import json
 import os
 import random
-import resource
 import shutil
 import sys
 import tempfile
@@ -14,6 +13,7 @@ import pytest
 
 from cap_pretrain.data.sources.open import open_source
 from cap_pretrain.errors import UserError
+from tests import memory
 from tests.data.test_sources import write
 
 INFO, FEATURES = "dataset_info.json", "features.json"
@@ -153,6 +153,7 @@ MALFORMED = {
     "negative": (INFO, first_split(shardLengths=["-1"]), "has -1 examples"),
     "more than there can be": (INFO, first_split(shardLengths=[str(2**62)]), "examples"),
     "outside": (INFO, first_split(filepathTemplate="../{SPLIT}"), "leads out of the folder"),
+    "unprintable": (INFO, first_split(filepathTemplate="x\nerror: fine {SPLIT}"), "not printable"),
     "absolute": (INFO, first_split(filepathTemplate="/etc/passwd"), "leads out of the folder"),
     "a format": (INFO, first_split(filepathTemplate="{SPLIT:>99999999999}"), "not a template"),
     "line feed": (INFO, first_split(name="train\nfoo"), "name of a split is too long or not"),
@@ -174,6 +175,14 @@ MALFORMED = {
     ),
     "version": (INFO, lambda v: v.update(version="../.."), "cannot be read"),
 }
+
+
+def test_an_empty_split_does_not_hide_the_others(evil):
+    def empty(info):
+        info["splits"].append({"name": "test"})
+
+    edit(evil, INFO, empty)
+    assert len(read(evil))
 
 
 @pytest.mark.parametrize("case", MALFORMED)
@@ -317,20 +326,19 @@ def test_any_metadata_is_read_or_refused(evil, tmp_path, monkeypatch):
     info, features = (json.loads((evil / name).read_text()) for name in (INFO, FEATURES))
     read(evil)
     before, files = set(sys.modules), tree(tmp_path)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    outcomes, longest = [0, 0], 0
-    for _ in range(2500):
-        for name, values in ((INFO, info), (FEATURES, rng.choice([features, OLD_FEATURES]))):
-            data = damage(rng, copy.deepcopy(values)) if rng.random() < 0.6 else None
-            (evil / name).write_bytes(data or json.dumps(values).encode())
-        try:
-            read(evil)
-            outcomes[0] += 1
-        except UserError as error:
-            outcomes[1] += 1
-            longest = max(longest, len(str(error).splitlines()))
-    assert min(outcomes) > 100 and longest <= 2
-    assert tree(tmp_path) == files
-    imported = [sys.modules[name] for name in set(sys.modules) - before]
-    assert not [m for m in imported if str(tmp_path) in str(getattr(m, "__file__", ""))]
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 2**20  # KiB
+    with memory.below(2**20):
+        outcomes, longest = [0, 0], 0
+        for _ in range(2500):
+            for name, values in ((INFO, info), (FEATURES, rng.choice([features, OLD_FEATURES]))):
+                data = damage(rng, copy.deepcopy(values)) if rng.random() < 0.6 else None
+                (evil / name).write_bytes(data or json.dumps(values).encode())
+            try:
+                read(evil)
+                outcomes[0] += 1
+            except UserError as error:
+                outcomes[1] += 1
+                longest = max(longest, len(str(error).splitlines()))
+        assert min(outcomes) > 100 and longest <= 2
+        assert tree(tmp_path) == files
+        imported = [sys.modules[name] for name in set(sys.modules) - before]
+        assert not [m for m in imported if str(tmp_path) in str(getattr(m, "__file__", ""))]

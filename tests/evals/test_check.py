@@ -156,7 +156,7 @@ def test_a_run_and_its_plan_say_so_before_anything_is_written(start, data, tmp_p
     c = config(data, "train_and_test", val=section("loss"))
     with pytest.raises(UserError, match=r"evals.val: dataset .*: no split 'val'; it has train"):
         start(c, tmp_path / "run")
-    assert not list(tmp_path.rglob("*.*"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_dataset_without_a_validation_split_gets_one(data):
@@ -169,6 +169,10 @@ def test_a_dataset_without_a_validation_split_gets_one(data):
 
     training, held_out = ids("train"), ids("val")
     assert len(training) == 38 and len(held_out) == 2 and not training & held_out
+    assert inputs.completed(c, inputs.open_sources(c)).data.held_out == 2
+    assert len(ids("train", held_out=5)) == 35 and len(ids("val")) == 5
+    assert len(ids("train", held_out=0)) == 40
+    c.data.held_out = -1
     (line,) = inputs.held_out(c, inputs.open_sources(c))
     assert "2 of its 40 examples are held out of training" in line and "\n" not in line
     assert inputs.held_out(c, []) == [line]  # of an evaluation

@@ -235,7 +235,7 @@ def flipped_bytes(workdir):
     [
         (no_workdir, "is not the workdir of a run"),
         (no_common_checkpoint, "no checkpoint in common: "),
-        (torn_line, "metrics.jsonl: line 10 is corrupt"),
+        (torn_line, "metrics.jsonl, line 10: is not JSON"),
         (flipped_bytes, "4: is corrupt"),
     ],
 )

@@ -37,10 +37,12 @@ def by_split(flag: str, values: Iterable[str], default: str) -> dict[str, Path]:
         match = _SPLIT_AND_PATH.fullmatch(value)
         if match is None:
             raise UserError(f"{flag}: empty value; write SPLIT=PATH.")
-        split = match["split"] or default
+        split, path = match["split"] or default, match["path"]
+        if "-" in split and Path(value).expanduser().exists():  # the path has the "="
+            split, path = default, value
         if split:
             check_splits([split], f"{flag} {value}")
         if split in paths:
             raise UserError(f"{flag} {value}: split {split!r} is given twice.")
-        paths[split] = Path(match["path"]).expanduser()
+        paths[split] = Path(path).expanduser()
     return paths

@@ -201,7 +201,7 @@ class _Outcome:
 
 
 def _check(candidate: Candidate, filters: Filters) -> _Outcome:
-    problem = candidate.problem or filters.known_problem(candidate.id, candidate.fields)
+    problem = candidate.problem or filters.known_problem(legible(candidate.id), candidate.fields)
     if problem:
         return _Outcome({"reason": problem})
     features, replaced = _as_text(candidate.features)

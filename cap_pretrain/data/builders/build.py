@@ -72,11 +72,17 @@ def only_finished(name: str, out: Path, overwrite: bool = False) -> Iterator[tup
     version = str(ImageDataset.VERSION)
     final, work = out / name / version, out / f".{name}.building"
     replaced = work / "replaced"
-    if replaced.exists() and not (work.is_symlink() or final.exists()):
-        replaced.rename(final)  # the last build was killed between the two renames below
+    exists = UserError(f"{final}: exists already; add --overwrite to replace it.")
     if final.exists() and not overwrite:
-        raise UserError(f"{final}: exists already; add --overwrite to replace it.")
-    with _work_folder(work):
+        raise exists
+
+    def recover() -> None:
+        if replaced.exists() and not final.exists():
+            replaced.rename(final)  # the last build was killed between the two renames below
+
+    with _work_folder(work, recover):
+        if final.exists() and not overwrite:
+            raise exists
         built = work / name / version
         yield built, final
         final.parent.mkdir(exist_ok=True)
@@ -86,8 +92,10 @@ def only_finished(name: str, out: Path, overwrite: bool = False) -> Iterator[tup
 
 
 @contextlib.contextmanager
-def _work_folder(path: Path) -> Iterator[Path]:
+def _work_folder(path: Path, recover: Callable[[], None]) -> Iterator[Path]:
     """Lock a work folder for this process, empty it except for units, and remove it at the end.
+
+    Before it is emptied, `recover` takes out what an earlier build has left there.
 
     It is removed after a UserError, too; other errors leave the units for the next build.
     """
@@ -104,6 +112,7 @@ def _work_folder(path: Path) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(f"{path}: another process is building this dataset.") from error
+        recover()
         for left_over in path.iterdir():
             if left_over.name not in (_LOCK, units.FOLDER):
                 is_folder = left_over.is_dir() and not left_over.is_symlink()

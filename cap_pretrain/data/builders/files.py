@@ -2,13 +2,12 @@
 
 import collections
 import functools
-import itertools
 import os
 import posixpath
 import unicodedata
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -69,6 +68,12 @@ def image_names(files: Files) -> list[str]:
     return names
 
 
+UNREADABLE = "unreadable folder"
+
+DEEPEST = 16
+"""Folders of a path that are compared with those of a name."""
+
+
 class AmbiguousNameError(FileNotFoundError):
     """Several files match a name equally well."""
 
@@ -89,10 +94,11 @@ class Finder:
             self._files_of = dict.fromkeys(files.names(), files) | self._files_of
         self._by_key: dict[str | None, list[str]] = collections.defaultdict(list)
         for name in self._files_of:
-            base = _plain(posixpath.basename(name))
+            base = posixpath.basename(_plain(name))
             if not base.startswith("."):  # such as macOS's resource forks
                 self._by_key[key(base) if key else base].append(name)
         self._by_key.pop(None, None)
+        self._ends_of: dict[str, dict[str, list[str]]] = {}
 
     def read(self, name: str) -> bytes:
         """Return a file's bytes; raises AmbiguousNameError, FileNotFoundError or of READ_ERRORS."""
@@ -106,9 +112,10 @@ class Finder:
             raise FileNotFoundError("/".join(parts))
         if len(candidates) == 1:
             return candidates[0]
-        ends = {file: _common_end(_plain(file).split("/")[:-1], parts[:-1]) for file in candidates}
-        best = max(ends.values())
-        closest = [file for file, common in ends.items() if common == best]
+        if parts[-1] not in self._ends_of:
+            self._ends_of[parts[-1]] = _by_end(candidates)
+        ends = self._ends_of[parts[-1]]
+        closest = next(filter(None, (ends.get(end) for end in _ends(parts))))
         if len(closest) > 1:
             raise AmbiguousNameError(f"{closest[0]} or {closest[1]}")
         return closest[0]
@@ -119,10 +126,20 @@ def _plain(name: str) -> str:
     return unicodedata.normalize("NFC", name).replace("\\", "/")
 
 
-def _common_end(a: Sequence[str], b: Sequence[str]) -> int:
-    """Return the number of equal elements at the end of two sequences."""
-    pairs = zip(reversed(a), reversed(b), strict=False)
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+def _ends(parts: Sequence[str]) -> Iterator[str]:
+    """Yield the last folders of a path, from the most of them, up to DEEPEST, to none."""
+    folders = parts[:-1][-DEEPEST:]
+    return ("/".join(folders[n:]) for n in range(len(folders) + 1))
+
+
+def _by_end(names: Iterable[str]) -> dict[str, list[str]]:
+    """Return the first two names of files by each of their `_ends`."""
+    found: dict[str, list[str]] = collections.defaultdict(list)
+    for name in names:
+        for end in _ends(_plain(name).split("/")):
+            if len(found[end]) < 2:
+                found[end].append(name)
+    return dict(found)
 
 
 def distinct_names(paths: Iterable[Path], *names: Callable[[Path], str]) -> dict[str, Path]:
@@ -150,12 +167,12 @@ class _Folder:
 
     @functools.cached_property
     def _walked(self) -> tuple[list[str], dict[str, str]]:
-        """All names, and the skipped folders: each folder is read once, so that no loop is."""
+        """All names, and the skipped folders: each folder is read once, so loops end."""
         names: list[str] = []
         skipped: dict[str, str] = {}
         seen: set[tuple[int, int]] = set()
         folders, links = collections.deque([""]), collections.deque[str]()
-        while folders or links:  # links last, so that of a folder and links to it, it is read
+        while folders or links:  # links last: a folder is read by its own name
             folder = (folders or links).popleft()
             try:
                 status = (self.path / folder).stat()
@@ -173,7 +190,7 @@ class _Folder:
                         else:
                             names.append(name)
             except OSError:
-                skipped[folder] = "unreadable folder"
+                skipped[folder] = UNREADABLE
         return sorted(names), skipped
 
     def read(self, name: str) -> bytes:

@@ -252,23 +252,26 @@ def _parquet(path: Path) -> Any:
         return file
 
 
-def _unpacked(file: Any) -> int:
-    """Return the size of a Parquet file's decompressed columns, as it claims."""
-    groups = range(file.metadata.num_row_groups)
-    return sum(file.metadata.row_group(group).total_byte_size for group in groups)
+def _unpacked(file: Any, names: Collection[str] | None = None) -> int:
+    """Return the size of a Parquet file's decompressed columns, or of `names`, as it claims."""
+    groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
+    if names is None:
+        return sum(group.total_byte_size for group in groups)
+    columns = (group.column(n) for group in groups for n in range(group.num_columns))
+    own = (column for column in columns if column.path_in_schema.split(".")[0] in names)
+    return sum(column.total_uncompressed_size for column in own)
 
 
 def _parquet_rows(path: Path, columns: Collection[str]) -> Iterator[Row]:
     file = _parquet(path)
     names = [name for name in file.schema_arrow.names if name in columns]
     with parsing(path):
-        each = _unpacked(file) // max(1, file.metadata.num_rows)  # bytes in a row
-        many = max(
-            _FEW, _BATCH_BYTES // max(1, _unpacked(file))
-        )  # all may repeat its largest value
+        whole = _unpacked(file, names)
+        each = whole // max(1, file.metadata.num_rows)  # bytes in a row
+        many = max(_FEW, _BATCH_BYTES // max(1, whole))  # every row may repeat the largest value
         size = max(1, min(_BATCH, _BATCH_BYTES // max(1, each), many))
         left = FREE_BYTES + MAX_RATIO * path.stat().st_size
-        for batch in file.iter_batches(batch_size=size, columns=names):
+        for batch in map(_decoded, file.iter_batches(batch_size=size, columns=names)):
             left -= batch.nbytes
             if left < 0:
                 raise TooLargeError(f"its rows have over {MAX_RATIO} times its size")
@@ -277,6 +280,17 @@ def _parquet_rows(path: Path, columns: Collection[str]) -> Iterator[Row]:
             except UnicodeDecodeError:
                 values = [_values(column) for column in batch.columns]
                 yield from (dict(zip(names, row, strict=True)) for row in zip(*values, strict=True))
+
+
+def _decoded(batch: Any) -> Any:
+    """Return a batch of rows without dictionaries, of which each batch would hold all entries."""
+    import pyarrow as pa
+
+    columns = [
+        column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+        for column in batch.columns
+    ]
+    return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
 
 
 def _values(column: Any) -> list[Any]:

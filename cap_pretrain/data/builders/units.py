@@ -120,7 +120,10 @@ def _path_in(text: str) -> str:
 
 def _stamp(path: Path) -> tuple[str, int, int]:
     """Return path, size and modification time, which change if the file does."""
-    status = path.stat()
+    try:
+        status = path.stat()
+    except OSError:  # a link to nothing, which is counted when it is read
+        return str(path), -1, -1
     return str(path), status.st_size, status.st_mtime_ns
 
 

@@ -144,7 +144,9 @@ def _check_split(name: str, split: Any, folder: Path) -> None:
     template = split.filename_template
     if not _TEMPLATE.fullmatch(template.template):
         raise ValueError(f"filepathTemplate of split {name!r} is not a template of file names")
-    path = PurePath(template.sharded_filepath(shard_index=0, num_shards=len(lengths)))
+    path = PurePath(template.sharded_filepath(shard_index=0, num_shards=max(1, len(lengths))))
+    if not str(path).removeprefix(str(folder)).isprintable():
+        raise ValueError(f"filepathTemplate of split {name!r} is not printable")
     if ".." in path.parts[len(folder.parts) :] or not path.is_relative_to(folder):
         raise ValueError(f"filepathTemplate of split {name!r} leads out of the folder")
 

@@ -19,11 +19,20 @@ _READING_THREADS = 16  # the records may lie on a network disk
 class Subset:
     """The examples of a source at `indices`, int [n]; `str` adds `description`. A `Source`.
 
-    `note` is a line for the log that belongs to the source, or "".
+    If a part of the dataset is held out (`divided`), `held_out` is its size, and `note` a line for
+    the log.
     """
 
-    def __init__(self, source: Source, indices: np.ndarray, description: str, note: str = ""):
+    def __init__(
+        self,
+        source: Source,
+        indices: np.ndarray,
+        description: str,
+        note: str = "",
+        held_out: int = 0,
+    ):
         self.note: str = note or getattr(source, "note", "")
+        self.held_out: int = held_out or getattr(source, "held_out", 0)
         self._source, self._indices, self._description = source, indices, description
         self._numbers: dict[int, int] | None = None
         self.class_names = source.class_names
@@ -68,27 +77,29 @@ def sample(source: Source, count: int, seed: int) -> Source:
     return Subset(source, np.sort(indices), f"{count} of {len(source)} (seed {seed})")
 
 
-def divided(source: Source) -> tuple[Subset, Subset]:
+def divided(source: Source, most: int = -1) -> tuple[Subset, Subset]:
     """Divide a dataset that has no validation split; return its training part and the rest.
 
-    HELD_OUT of the examples, at most HELD_OUT_MOST, are drawn at random with a fixed seed, so that
-    they are the same in every run on this dataset. Raises UserError if it has only one example.
+    `most` examples are drawn at random with a fixed seed, so that they are the same in every run on
+    this dataset; -1: HELD_OUT of them, at most HELD_OUT_MOST. Raises UserError if it has only one.
     """
     count = len(source)
     if count < 2:
         raise UserError(
             f"data.eval_split: {source} has one example, so none can be held out; name a split."
         )
-    most = min(HELD_OUT_MOST, max(1, int(HELD_OUT * count)))
+    if most < 0:
+        most = min(HELD_OUT_MOST, max(1, int(HELD_OUT * count)))
+    most = min(most, count - 1)
     held_out = np.zeros(count, bool)
     held_out[np.random.default_rng([0, count]).permutation(count)[:most]] = True
     note = (
         f"{source}, is the only split: {most:,} of its {count:,} examples are held out of training "
-        "as 'val', the same in every run; set data.eval_split to choose others."
+        "as 'val', the same in every run; set data.held_out or data.eval_split to choose others."
     )
     return (
-        Subset(source, np.flatnonzero(~held_out), f"all but {most} held-out examples", note),
-        Subset(source, np.flatnonzero(held_out), f"{most} held-out examples", note),
+        Subset(source, np.flatnonzero(~held_out), f"all but {most} held-out examples", note, most),
+        Subset(source, np.flatnonzero(held_out), f"{most} held-out examples", note, most),
     )
 
 

@@ -100,7 +100,8 @@ class Splits:
     def _check_apart(self) -> None:
         """Raise UserError if a split to fit to overlaps the held-out part that is the test split.
 
-        That is a part of train, of which only the whole leaves it out.
+        The held-out part is drawn from train, so any split of train but train itself may contain
+        its examples.
         """
         for part in ("train", "validation"):
             name = self._names.get(part, inputs.TRAINING)

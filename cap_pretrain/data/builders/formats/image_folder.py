@@ -3,7 +3,7 @@
 import argparse
 import collections
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,8 @@ class Dataset(base.ImageDataset):
         origin = ", ".join(path.name for path in images.values())
         self._files = {split: open_files(path) for split, path in images.items()}
         self._members = {
-            split: classified(image_names(files), split) for split, files in self._files.items()
+            split: classified(image_names(files), split, images)
+            for split, files in self._files.items()
         }
         self._folders = sorted({c for members in self._members.values() for _, c in members})
         if not any(self._folders):
@@ -84,26 +85,32 @@ class Dataset(base.ImageDataset):
         return f"Images of {len(self._names)} classes, built from {self._origin}."
 
 
-def classified(names: Sequence[str], split: str) -> list[tuple[str, str]]:
+def classified(
+    names: Sequence[str], split: str, splits: Collection[str] = ()
+) -> list[tuple[str, str]]:
     """Return (name, class folder) of the files that belong to a split.
 
     Folders around the class folders are skipped: one that holds everything; or one named like the
     split, in which case files outside of it belong to other splits. A folder of that name whose
-    neighbors are not called like splits is a class. The class folder of a file in none is "".
+    neighbors are called neither like one of `splits` nor like usual ones is a class. The class
+    folder of a file in none is "".
     """
     members = [(name, name.split("/")) for name in names]
     at = {parts.index(split) for _, parts in members if split in parts[:-2]}
-    if any(_among_splits(members, split, level) for level in at):
+    known = _SPLITS | set(splits)
+    if any(_among_splits(members, split, level, known) for level in at):
         members = [(n, p[p.index(split) + 1 :]) for n, p in members if split in p[:-1]]
     while len({parts[0] for _, parts in members}) == 1 and all(len(p) > 2 for _, p in members):
         members = [(n, p[1:]) for n, p in members]
     return [(n, p[0] if len(p) > 1 else "") for n, p in members]
 
 
-def _among_splits(members: Sequence[tuple[str, list[str]]], split: str, level: int) -> bool:
+def _among_splits(
+    members: Sequence[tuple[str, list[str]]], split: str, level: int, known: Collection[str]
+) -> bool:
     """Return whether the folder `split` is alone at its level, or beside one named like a split."""
     beside = {parts[level] for _, parts in members if len(parts) > level + 1} - {split}
-    return not beside or not beside.isdisjoint(_SPLITS)
+    return not beside or not beside.isdisjoint(known)
 
 
 def class_names(folders: Sequence[str], path: Path | None) -> dict[str, str]:

@@ -238,9 +238,17 @@ def _groups(
     read = (row for path in files for row in read_rows(path, columns.form, columns.read))
     rows = enumerate(read, first)
     for key, group in itertools.groupby(rows, functools.partial(_image_of, columns)):
-        while own := list(itertools.islice(group, MAX_ROWS)):
+        own_rows = iter(group)
+        while start := next(own_rows, None):
+            more = itertools.islice(own_rows, MAX_ROWS - 1)
+            own = [start, *((n, _without_image(row, columns)) for n, row in more)]
             image = own[0][1].get(columns.image)
             yield (key, image if isinstance(image, str) else ""), own
+
+
+def _without_image(row: Row, columns: Columns) -> Row:
+    """Return a further row of an image, of which only the captions are used."""
+    return {k: v for k, v in row.items() if k != columns.image or isinstance(v, str)}
 
 
 def _scattered(files: Sequence[Path], columns: Columns) -> dict[Example, list[Numbered]]:
@@ -320,5 +328,5 @@ def _candidate(group: Sequence[Numbered], finder: Finder, columns: Columns) -> C
         captions=captions,
         read=(lambda: image) if isinstance(image, bytes) else lambda: finder.read(file),
         fields=row,
-        held=len(image) if isinstance(image, bytes) else 0,
+        held=sum(map(len, captions)) + (len(image) if isinstance(image, bytes) else 0),
     )

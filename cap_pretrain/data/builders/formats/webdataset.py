@@ -13,7 +13,13 @@ from typing import Any
 
 from cap_pretrain.data.builders.arguments import by_split
 from cap_pretrain.data.builders.candidates import Candidate
-from cap_pretrain.data.builders.files import IMAGE_SUFFIXES, MAX_BYTES, distinct_names, open_files
+from cap_pretrain.data.builders.files import (
+    IMAGE_SUFFIXES,
+    MAX_BYTES,
+    UNREADABLE,
+    distinct_names,
+    open_files,
+)
 from cap_pretrain.data.builders.formats import annotated, pairs
 from cap_pretrain.data.builders.tars import CutOffError, read_members
 from cap_pretrain.data.builders.units import Part
@@ -70,8 +76,10 @@ def tars(path: Path) -> dict[str, Path]:
         return {path.name.partition(".")[0]: path}
     if not path.is_dir():
         raise UserError(f"{path}: no such file or folder.")
-    names = open_files(path).names()  # also those behind symbolic links
-    found = sorted(path / name for name in names if name.lower().endswith(_TARS))
+    files = open_files(path)  # also those behind symbolic links
+    if unreadable := [f for f, why in files.skipped().items() if why == UNREADABLE]:
+        raise UserError(f"{path / unreadable[0]}: cannot be read; change its permissions.")
+    found = sorted(path / name for name in files.names() if name.lower().endswith(_TARS))
     if not found:
         raise UserError(f"{path}: no tar in it ({', '.join(_TARS)}).")
 
@@ -105,16 +113,19 @@ def candidates(shard: str, path: Path) -> Iterator[Candidate]:
 def _groups(path: Path) -> Iterator[tuple[str, _Found]]:
     """Yield each key of a tar and its files by suffix; may raise CutOffError at the end.
 
-    Images after the first are kept under a longer suffix, up to MAX_BYTES of a key.
+    Further images are kept only if their suffix is longer (.seg.png), up to MAX_BYTES of a key. If
+    keys have dots themselves (a.v1.jpg, a.v1.txt, …), each ends when it has an image and a text.
     """
-    key, more = "", 0
+    key, last, more = "", "", 0
     found: dict[str, bytes | None] = {}
     try:
         for own, suffix, data in _members(path):
-            if found and (own != key or suffix in found):
+            stem = suffix.rpartition(".")[0]
+            ended = stem != last and last in _dotted(found)
+            if found and (own != key or suffix in found or ended):
                 yield key, found
                 found, more = {}, 0
-            key = own
+            key, last = own, stem
             if suffix not in IMAGE_SUFFIXES:
                 more += len(data or b"")
                 data = None if more > MAX_BYTES else data
@@ -134,19 +145,25 @@ def _examples(key: str, found: _Found) -> Iterator[tuple[str, _Found]]:
     As WebDataset has it, the suffix begins at the first dot (a.jpg, a.seg.png, a.txt). But keys
     that have dots themselves (a.v1.jpg, a.v1.txt, a.v2.jpg, a.v2.txt) are examples of their own.
     """
-    by_stem: dict[str, dict[str, bytes | None]] = {}
-    for suffix, data in found.items():
-        stem, _, last = suffix.rpartition(".")
-        by_stem.setdefault(stem, {})["." + last] = data
-    own = {
-        stem
-        for stem, files in by_stem.items()
-        if stem and not IMAGE_SUFFIXES.isdisjoint(files) and not _TEXTS.isdisjoint(files)
-    }
+    own = _dotted(found)
     whole = {s: data for s, data in found.items() if s.rpartition(".")[0] not in own}
     if whole:
         yield key, whole
-    yield from ((key + stem, files) for stem, files in by_stem.items() if stem in own)
+    yield from ((key + stem, files) for stem, files in own.items())
+
+
+def _dotted(found: _Found) -> dict[str, dict[str, bytes | None]]:
+    """Return the files by suffix of each longer stem that has an image and a text."""
+    by_stem: dict[str, dict[str, bytes | None]] = {}
+    for suffix, data in found.items():
+        stem, _, last = suffix.rpartition(".")
+        if stem:
+            by_stem.setdefault(stem, {})["." + last] = data
+    return {
+        stem: files
+        for stem, files in by_stem.items()
+        if not IMAGE_SUFFIXES.isdisjoint(files) and not _TEXTS.isdisjoint(files)
+    }
 
 
 def _members(path: Path) -> Iterator[tuple[str, str, bytes | None]]:
@@ -200,5 +217,5 @@ def _candidate(name: str, found: _Found) -> Candidate:
         captions=captions,
         read=lambda: image,
         fields=metadata,
-        held=len(image) + _PARSED * len(about),
+        held=len(image) + len(text) + _PARSED * len(about),
     )
