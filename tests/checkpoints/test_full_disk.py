@@ -80,16 +80,22 @@ def test_metrics_resume_where_the_disk_was_full(metrics, file, tmp_path):
 
 @pytest.mark.slow  # three processes
 @full_device
-def test_a_result_that_does_not_fit_stops_a_run_that_can_go_on(tokenizer_path, tmp_path):
+def test_a_result_that_does_not_fit_stops_a_run_that_can_go_on(
+    tokenizer_path, tmp_path, monkeypatch
+):
     config = make_config(CAPPA, tokenizer_path, checkpoint__every_steps=1, eval__every_steps=1)
     config.evals = ConfigDict({"val": evals.defaults("loss", limit=8)})
     blocked = tmp_path / "evals" / "val" / "1.json.tmp"
-    blocked.parent.mkdir(parents=True)
-    blocked.symlink_to("/dev/full")
-    with pytest.raises(OSError, match="No space left on device") as raised:
-        train.run(config, tmp_path)
+    write = Path.write_bytes
+
+    def write_to_full(path, data):
+        return write(Path("/dev/full") if path == blocked else path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", write_to_full)
+        with pytest.raises(OSError, match="No space left on device") as raised:
+            train.run(config, tmp_path)
     assert raised.value.filename == str(blocked.with_suffix(""))
-    blocked.unlink()
     train.run(config, tmp_path)
     steps = list(range(1, config.total_steps + 1))
     assert [line["step"] for line in toy.losses(tmp_path)] == steps
