@@ -252,21 +252,20 @@ def _parquet(path: Path) -> Any:
         return file
 
 
-def _unpacked(file: Any, names: Collection[str] | None = None) -> int:
-    """Return the size of a Parquet file's decompressed columns, or of `names`, as it claims."""
-    groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
-    if names is None:
-        return sum(group.total_byte_size for group in groups)
-    columns = (group.column(n) for group in groups for n in range(group.num_columns))
-    own = (column for column in columns if column.path_in_schema.split(".")[0] in names)
-    return sum(column.total_uncompressed_size for column in own)
+def _unpacked(file: Any) -> int:
+    """Return the size of a Parquet file's decompressed columns, as it claims.
+
+    The metadata of single columns would tell more, but PyArrow aborts on damaged ones.
+    """
+    groups = range(file.metadata.num_row_groups)
+    return sum(file.metadata.row_group(group).total_byte_size for group in groups)
 
 
 def _parquet_rows(path: Path, columns: Collection[str]) -> Iterator[Row]:
     file = _parquet(path)
     names = [name for name in file.schema_arrow.names if name in columns]
     with parsing(path):
-        whole = _unpacked(file, names)
+        whole = _unpacked(file)
         each = whole // max(1, file.metadata.num_rows)  # bytes in a row
         many = max(_FEW, _BATCH_BYTES // max(1, whole))  # every row may repeat the largest value
         size = max(1, min(_BATCH, _BATCH_BYTES // max(1, each), many))
@@ -286,10 +285,13 @@ def _decoded(batch: Any) -> Any:
     """Return a batch of rows without dictionaries, of which each batch would hold all entries."""
     import pyarrow as pa
 
-    columns = [
-        column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
-        for column in batch.columns
-    ]
+    def decoded(column: Any) -> Any:
+        if not pa.types.is_dictionary(column.type):
+            return column
+        column.validate(full=True)  # of a damaged file, indices may lie outside
+        return column.dictionary_decode()
+
+    columns = list(map(decoded, batch.columns))
     return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
 
 
