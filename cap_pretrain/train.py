@@ -338,7 +338,7 @@ def dry_run(
 ) -> str:
     """Write `workdir/plan.json` and return it as text; nothing is computed or allocated.
 
-    Mistakes are told as by `run`.
+    Mistakes of the user are printed as by `run`.
     """
     config, _ = warm_start.resolve(config, given, say, workdir)
     for line in unused(config, given):

@@ -119,7 +119,7 @@ def read_config(workdir: str | Path) -> ConfigDict:
 def read_batch_sizes(workdir: Path) -> tuple[int, BatchSizes]:
     """Return the step of the newest checkpoint and the batch sizes up to there.
 
-    A checkpoint with an unreadable manifest is passed over. If there is none, the step is 0. Raises
+    A checkpoint with an unreadable manifest is skipped. If there is none, the step is 0. Raises
     UserError if the sizes are those of a config that cannot be read.
     """
     for step in reversed(saved_steps(workdir)):

@@ -84,7 +84,7 @@ class Composition:
 
     def __call__(self, variables: Any) -> Result:
         """Score the candidates of every question."""
-        scoring, (tokens, texts_of, told) = self._scoring, self._candidates
+        scoring, (tokens, texts_of, ties) = self._scoring, self._candidates
         features = scoring.text_features(variables, tokens)
         prior = scoring.prior(variables, tokens) if scoring.has_prior else None
         tally, images = Tally(scoring.tolerance), 0
@@ -102,7 +102,7 @@ class Composition:
                     rules["blind"] = prior[own]
                 tally.add(self._questions[where["index"][k]], rules)
                 images += bool(own)
-        return Result(tally.metrics(), self._details(images, tally) | told.counts, told.lines)
+        return Result(tally.metrics(), self._details(images, tally) | ties.counts, ties.lines)
 
     def _details(self, images: int, tally: "Tally") -> dict:
         options = self._options

@@ -66,7 +66,7 @@ class Retrieval:
 
     def __call__(self, variables: Any) -> Result:
         """Rank all candidates in both directions."""
-        scoring, (tokens, owner, own_texts, told) = self._scoring, self._texts
+        scoring, (tokens, owner, own_texts, ties) = self._scoring, self._texts
         texts = scoring.text_features(variables, tokens)
         prior = scoring.prior(variables, tokens) if scoring.has_prior else None
 
@@ -86,7 +86,7 @@ class Retrieval:
         for where, images in cache or self._batches(variables):
             scores = scoring.compare(variables, images, texts[present])
             counts.add(where["index"][where["mask"]], scores[where["mask"]], offsets)
-        return Result(counts.metrics(), self._details(counts) | told.counts, told.lines)
+        return Result(counts.metrics(), self._details(counts) | ties.counts, ties.lines)
 
     def _batches(self, variables) -> Iterable[tuple[dict[str, np.ndarray], Any]]:
         return self._scoring.batches(variables, self._source, self._options.limit)

@@ -106,7 +106,7 @@ def make_schedule(config: ConfigDict, *, epoch: int, batches: BatchSizes | None 
             # The last step of the earlier size may have shown a few examples too many.
             total = max(total, changed) if batches.examples(changed - 1) < whole else total
             if steps:
-                # A warm-up in progress goes on from the share of it that is done.
+                # A warm-up in progress continues from the share of it that is done.
                 shown = batches.examples(min(steps, changed)) * max(1, steps / changed)
                 warmup = shown / config.batch_size
     return Schedule(

@@ -143,9 +143,9 @@ def _by_end(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def distinct_names(paths: Iterable[Path], *names: Callable[[Path], str]) -> dict[str, Path]:
-    """Name files by the first of `names` that tells each from all others, in order of `paths`.
+    """Name each file by the first of `names` that is unique for it, in order of `paths`.
 
-    The last of `names` must always do so.
+    The last of `names` must always be unique.
     """
     left, named = list(paths), dict[Path, str]()
     for name in names:

@@ -92,7 +92,7 @@ def check_encoding(name: str) -> str:
 
 
 def read_rows(path: Path, form: Form, columns: Collection[str]) -> Iterator[Row]:
-    """Yield the rows of a table as dicts by column; {} for what is not a row.
+    """Yield the rows of a table as dicts by column; {} if a line is not a row.
 
     Of a Parquet file only `columns` are read. If the table has no header, a first row that consists
     of just the names is skipped. A TSV has no quoting, like the lists of Conceptual Captions. A
@@ -210,7 +210,7 @@ def _parsed(lines: Sequence[str], width: int) -> list[str]:
 
 
 def _is_open(line: str, inside: bool) -> bool:
-    """Return whether a quoted field goes on after a line that begins `inside` one, or not."""
+    """Return whether a quoted field continues after a line, which may begin `inside` one."""
     if not inside and '"' not in line:
         return False
     at, end = 0, len(line.rstrip("\r\n"))

@@ -17,7 +17,7 @@ from cap_pretrain.errors import UserError
 from cap_pretrain.files import read_json
 from cap_pretrain.untrusted import printable
 
-# Names by which folders of images are told from folders of classes.
+# Names of folders that hold a split rather than a class.
 _SPLITS = frozenset(
     ["train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval"]
 )
