@@ -1,0 +1,249 @@
+"""One candidate of tools/bench_step.py in a process of its own: our step, or that of PyTorch.
+
+It reads JSON from standard input, one object a line: first the job, then requests to take steps;
+and answers each on standard output. What libraries print goes to standard error.
+"""
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from cap_pretrain.errors import UserError
+from cap_pretrain.sweeps.trials import Trial, parse_overrides
+
+
+class Candidate(NamedTuple):
+    """A training step that is ready to run."""
+
+    facts: dict[str, Any]  # JSON-compatible
+    run: Callable[[int], None]  # takes so many steps and waits for the last
+    memory: Callable[[], int | None]  # peak bytes on one device, None if unknown
+
+
+def configured(job: dict[str, Any]) -> ConfigDict:
+    """Return the config of a job; raise UserError if it is invalid."""
+    from cap_pretrain.validation import validate
+
+    config = Trial(job["config"], job["config"], parse_overrides(job["overrides"])).resolved()
+    validate(config)
+    return config
+
+
+def synthetic(config: ConfigDict, batch: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Return random images and tokens for the shapes in `batch`; texts have their full length."""
+    rng = np.random.default_rng(0)
+    ends = {"image": 256, "text": config.text.vocab_size}
+    return {
+        name: (
+            rng.integers(name == "text", ends[name], x.shape, x.dtype)
+            if name in ends and x.dtype.kind in "iu"
+            else np.zeros(x.shape, x.dtype)
+        )
+        for name, x in batch.items()
+    }
+
+
+def ours(job: dict[str, Any]) -> Candidate:
+    """Compile our training step as `train` builds it, and put state and batch on the devices."""
+    import jax
+
+    from cap_pretrain import learners
+    from cap_pretrain.distributed import sharding
+    from cap_pretrain.models import build
+    from cap_pretrain.optim import schedule
+    from cap_pretrain.telemetry import flops
+    from cap_pretrain.training import plan
+    from cap_pretrain.training.setup import make_optimizer
+    from cap_pretrain.training.step import init_state, make_train_step
+
+    config, devices = configured(job), jax.devices()
+    if job["batch_per_device"]:
+        config.batch_size = job["batch_per_device"] * len(devices)
+    build.check_device(config)
+    vocab_size = config.text.vocab_size
+    mesh = sharding.make_mesh(config)
+    rate = schedule.learning_rate(config, schedule.make_schedule(config, epoch=config.batch_size))
+    init, state, graphdef, tx = init_state(
+        lambda key: learners.build(config, vocab_size, key),
+        lambda params: make_optimizer(config, rate, params, idle=False),
+        config,
+        mesh,
+    )
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    step = make_train_step(graphdef, tx, rate, config, shardings)
+    shapes = plan.abstract_batch(config)
+    shapes["broken"] = jax.ShapeDtypeStruct((config.batch_size,), np.bool_)
+    with jax.set_mesh(mesh):
+        batch = sharding.put_batch(synthetic(config, shapes), mesh)
+        start = time.perf_counter()
+        compiled = step.lower(state, batch).compile()
+        seconds = time.perf_counter() - start
+        held = [init()]
+        jax.block_until_ready(held)
+
+    def run(steps: int) -> None:
+        with jax.set_mesh(mesh):
+            for _ in range(steps):
+                held[0], metrics = compiled(held[0], batch)
+            jax.block_until_ready(metrics)
+
+    def memory() -> int:
+        stats, needed = devices[0].memory_stats(), compiled.memory_analysis()
+        if stats and "peak_bytes_in_use" in stats:
+            return stats["peak_bytes_in_use"]
+        reused = needed.alias_size_in_bytes  # outputs in the memory of arguments
+        sizes = (needed.argument_size_in_bytes, needed.output_size_in_bytes - reused)
+        return sum(sizes) + needed.temp_size_in_bytes
+
+    peak = flops.system_peak(devices)
+    facts = {
+        "platform": devices[0].platform,
+        "device": devices[0].device_kind,
+        "devices": len(devices),
+        "batch_size": config.batch_size,
+        "learner": config.learner.name,
+        "model": config.model.name,
+        "parameters": plan.count_parameters(state.params)["total"],
+        "optimizer": config.optim.name,
+        "dtype": str(build.compute(config).dtype),
+        "flops_per_step": plan.flops_per_example(config, vocab_size)["training"]
+        * config.batch_size,
+        "peak_flops": peak.flops,
+        "peak_source": peak.source,
+        "compile_seconds": seconds,
+        "version": f"jax {jax.__version__}",
+    }
+    return Candidate(facts, run, memory)
+
+
+def torchs(job: dict[str, Any]) -> Candidate:
+    """Build the same model in PyTorch; raise UserError if it has a part that is missing there."""
+    import torch
+
+    from tools import torch_baseline
+
+    config = configured(job)
+    shape = torch_shape(config)
+    on_cpu = os.environ.get("JAX_PLATFORMS") == "cpu" or not torch.cuda.is_available()
+    device, compiled = ("cpu", False) if on_cpu else ("cuda", True)
+    compiled = compiled if job["compiled"] is None else job["compiled"]
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_float32_matmul_precision("high")  # allows TF32
+    torch.manual_seed(0)
+    config.batch_size = job["batch_per_device"] or config.batch_size
+    sizes = (config.batch_size, config.data.image_size, config.data.image_size, 3)
+    rng = np.random.default_rng(0)
+    images = torch.from_numpy(rng.integers(0, 256, sizes, np.uint8)).to(device)
+    text = rng.integers(1, shape.vocab_size, (config.batch_size, shape.length))
+    model = torch_baseline.build(shape).to(device)
+    if compiled:
+        torch_baseline.compile_parts(model)
+    step = torch_baseline.make_step(
+        model,
+        images,
+        torch.from_numpy(text).to(device),
+        clip_norm=config.optim.clip_norm,
+        weight_decay=config.optim.weight_decay,
+    )
+
+    def run(steps: int) -> None:
+        for _ in range(steps):
+            loss = step()
+        loss.item()  # waits
+
+    start = time.perf_counter()
+    run(1)
+    facts = {
+        "platform": "cpu" if on_cpu else "gpu",
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "optimizer": "adamw",
+        "dtype": "bfloat16 autocast" if device == "cuda" else "float32",
+        "compile_seconds": time.perf_counter() - start if compiled else None,
+        "version": f"torch {torch.__version__}",
+    }
+    return Candidate(facts, run, lambda: None if on_cpu else torch.cuda.max_memory_allocated())
+
+
+def torch_shape(config: ConfigDict) -> Any:
+    """Return the `torch_baseline.Shape` of a config; raise UserError if there is none."""
+    from cap_pretrain.models import build
+    from cap_pretrain.models.sizes import parse_name
+    from tools.torch_baseline import Shape
+
+    needed: dict[str, Any] = {
+        "accumulate": 1,
+        "model.class_token": False,
+        "model.pre_norm": False,
+        "model.final_norm": "tokens",
+        "model.activation": "gelu_tanh",
+        "model.dropout": 0,
+        "model.stochastic_depth": 0,
+        "optim.ema": 0,
+    }
+    learner, objective = config.learner, "cap"
+    if learner.name == "dual_encoder":
+        objective = {"softmax": "clip", "sigmoid": "siglip"}[learner.contrast]
+    elif learner.name == "captioner":
+        needed |= {"learner.label_smoothing": 0, "learner.average": "example"}
+    else:
+        raise UserError(f"--compare torch: there is no {learner.name} in PyTorch here.")
+    from cap_pretrain.config import get
+
+    for field, value in needed.items():
+        if get(config, field) != value:
+            raise UserError(f"--compare torch: {field} must be {value!r} there.")
+    captions = objective == "cap"
+    return Shape(
+        objective,
+        build.encoder_size(config),
+        build.decoder_size(config) if captions else build.text_size(config),
+        parse_name(config.model.name)[1],
+        config.data.image_size,
+        config.text.vocab_size,
+        config.text.length,
+        learner.parallel_fraction if captions else 0.0,
+        config.model.pool,
+    )
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Return whether an error of JAX or torch is about memory."""
+    text = f"{type(error).__name__} {error}"
+    return any(word in text for word in ("RESOURCE_EXHAUSTED", "OutOfMemory", "out of memory"))
+
+
+def main() -> None:
+    """Serve one job until standard input ends."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # prints go to standard error
+
+    def answer(**content: Any) -> None:
+        print(json.dumps(content), file=answers, flush=True)
+
+    try:
+        job = json.loads(sys.stdin.readline())
+        candidate = {"ours": ours, "torch": torchs}[job["kind"]](job)
+        candidate.run(job["warmup"])
+        answer(**candidate.facts)
+        for line in sys.stdin:
+            steps, start = json.loads(line)["steps"], time.perf_counter()
+            candidate.run(steps)
+            seconds = time.perf_counter() - start
+            answer(seconds=seconds / steps, memory=candidate.memory())
+    except UserError as error:
+        answer(error="user", message=str(error))
+    except Exception as error:
+        traceback.print_exc()
+        kind = "memory" if out_of_memory(error) else "failure"
+        answer(error=kind, message=str(error).partition("\n")[0])
+
+
+if __name__ == "__main__":
+    main()
