@@ -23,7 +23,7 @@ from cap_pretrain.checkpoints.checkpoint import Checkpoints, saved_steps
 from cap_pretrain.checkpoints.load import read_batch_sizes
 from cap_pretrain.checkpoints.warm_start import PretrainedWeights
 from cap_pretrain.data import prefetch
-from cap_pretrain.distributed import cluster, heartbeat, sharding
+from cap_pretrain.distributed import cluster, compile_cache, heartbeat, sharding
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.base import Interrupted
 from cap_pretrain.telemetry import flops
@@ -63,6 +63,7 @@ def run(
             return earlier(config, workdir, allow_changes)
 
         setup = setups.prepare(config, workdir, check, resuming=resuming)
+        compile_cache.use(config.compile_cache, workdir, say)
         started = Run(setup, stack)
         started.restore(initial)
         if started.catch_up():

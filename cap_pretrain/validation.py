@@ -42,6 +42,7 @@ FIELDS = {
     "batch_size": Field(minimum=1),
     "checkpoint.best_mode": Field(("min", "max")),
     "checkpoint.every_minutes": Field(minimum=0),
+    "compile_cache": Field(free=True),
     "data.cache": Field(free=True),
     "data.class_max": Field(minimum=0),
     "data.class_min": Field(minimum=0),
