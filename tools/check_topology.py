@@ -1,21 +1,26 @@
-r"""Predict memory and step time of a config on a TPU slice with the TPU compiler, without TPUs.
+r"""Predict memory and step time of a config on TPUs or GPUs with their compilers, without either.
 
     python tools/check_topology.py --config=configs/pretrain.py:objective=cap,model=B/16 \
         --topology=v5e:16x16 [--config.batch_size=16384 …]
+    python tools/check_topology.py --config=… --topology=h100:8    # or h100:4x8, hosts x GPUs each
 
-Compiles the training step for the chips of a slice and prints HBM per chip, collectives and a
-predicted step time. Nothing is measured. It needs `pip install -e '.[tpu]'`, some minutes and a few
-GiB of memory. The time is the sum over operations of the compiler's estimated cycles, times the
-trip counts of enclosing loops, by the clock rate; plus, where the core waits for collectives or
-copies from HBM, their bytes by the bandwidth. Model FLOPs, and thus MFU, are counted from the
-traced program without rematerialization. cap_pretrain/telemetry/flops.py has peaks, bandwidths and
-clocks.
+Compiles the training step and prints memory per chip or GPU, collectives and a predicted step time.
+Nothing is measured. It needs `pip install -e '.[tpu]'`, or '.[cuda]' for GPUs, some minutes and a
+few GiB of memory. Model FLOPs, and thus MFU, are counted from the traced program without
+rematerialization. cap_pretrain/telemetry/flops.py has peaks, bandwidths and clocks.
+
+TPUs (v4, v5e, v5p, v6e): the time is the sum over operations of the compiler's estimated cycles,
+times the trip counts of enclosing loops, by the clock rate; plus, where the core waits for
+collectives or copies from HBM, their bytes by the bandwidth. GPUs (a100-40, a100-80, h100, h200,
+b200, rtx6000pro, a6000): the compiler estimates nothing, so each operation takes the larger of its
+bytes over 85% of the bandwidth and its FLOPs over 75% of the peak; collectives go over NVLink
+within a host and over --network between hosts.
 
 If the config does not fit, the tool reports by how much, tries options that reduce memory, and
 names the fastest one that fits; --fit tries them in any case. --scan=16,64,256,1024 grows the slice
-with the same batch per chip (weak scaling). A v5e or v6e slice has at most 256 chips; more are
-several slices, and the predicted time excludes the data center network between them. Exit status: 0
-it fits; 1 it does not; 2 the user's mistake.
+with the same batch per chip (weak scaling), or the number of hosts, with as many GPUs each. A v5e
+or v6e slice has at most 256 chips; more are several slices, and the predicted time excludes the
+data center network between them. Exit status: 0 it fits; 1 it does not; 2 the user's mistake.
 """
 
 import argparse
@@ -26,22 +31,28 @@ from pathlib import Path
 from cap_pretrain import files
 from cap_pretrain.cli import arguments
 from cap_pretrain.errors import UserError
-from cap_pretrain.sweeps.trials import Trial, parse_overrides
-from cap_pretrain.topology import compile as compiling
+from cap_pretrain.topology import compilers
 
 
 def run(args: argparse.Namespace, overrides: list[str]) -> int:
     """Compile, print and write the report, and return the exit status."""
-    from cap_pretrain.topology import report, search  # these import JAX
+    compiler = compilers.compiler_of(args.topology)
+    compiler.network = args.network or compiler.network
+    compiler.set_environment()  # before JAX is imported
+    from cap_pretrain.sweeps.trials import Trial, parse_overrides
+    from cap_pretrain.topology import compile as compiling
+    from cap_pretrain.topology import report, search
 
     trial = Trial(args.config, args.config, parse_overrides(overrides))
-    config, vocab_size = compiling.prepare(trial.resolved())
+    resolved = trial.resolved()
+    devices = compiler.open(args.topology, args.slices)
+    config, vocab_size = compiling.prepare(resolved, devices)
     if args.scan:
         found = search.scan(config, vocab_size, args.topology, args.scan, say=_progress)
-        print(f"Weak scaling, {found[0]['batch_per_chip']:g} examples per chip. Predicted:")
+        each = f"{found[0]['batch_per_chip']:g} examples per {compiler.device}"
+        print(f"Weak scaling, {each}. Predicted:")
         print(report.table(found))
     else:
-        devices = compiling.open_topology(args.topology, args.slices)
         first = report.check(config, vocab_size, args.topology, devices)
         print(report.text(first, args.breakdown))
         found = [first]
@@ -64,7 +75,6 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the tool and return its exit status (see above)."""
-    compiling.set_environment()
     args, overrides = _parse(argv)
     return arguments.run(lambda args: run(args, overrides), args, catch=(UserError,))
 
@@ -72,9 +82,12 @@ def main(argv: list[str] | None = None) -> int:
 def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser = arguments.documented_parser(__doc__)
     parser.add_argument("--config", required=True, help="configs/NAME.py[:key=value,…]")
-    parser.add_argument("--topology", required=True, help="such as v5e:16x16 or v5p:8x8x8")
-    parser.add_argument("--slices", type=int, default=1, help="number of slices; default: 1")
-    parser.add_argument("--scan", type=_numbers, help="numbers of chips, as 16,64,256,1024")
+    parser.add_argument("--topology", required=True, help="such as v5e:16x16 or h100:8")
+    parser.add_argument("--slices", type=int, default=1, help="number of TPU slices; default: 1")
+    parser.add_argument(
+        "--network", type=float, help="Gb/s that one GPU sends to other hosts; default: 400"
+    )
+    parser.add_argument("--scan", type=_numbers, help="numbers of devices, as 16,64,256,1024")
     parser.add_argument("--fit", action="store_true", help="search for the fastest fitting options")
     parser.add_argument("--breakdown", action="store_true", help="show time by kind of operation")
     parser.add_argument("--json", type=Path, help="write the reports to this file")

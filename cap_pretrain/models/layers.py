@@ -217,28 +217,39 @@ def fused_attention_works(
     half = query.dtype in (jnp.bfloat16, jnp.float16)
     if jax.default_backend() != "gpu" or not half or query.shape[1] == 1:
         return False  # a single query, as in decoding, is too little work for it
-    return _cudnn_compiles(query.shape[1:], keys.shape[1:], query.dtype, masked, deterministic)
+    return not why_not_fused(query.shape[1:], keys.shape[1:], query.dtype, masked, deterministic)
 
 
 @functools.cache
-def _cudnn_compiles(
-    query: tuple[int, ...], keys: tuple[int, ...], dtype: Any, masked: bool, deterministic: bool
-) -> bool:
+def why_not_fused(
+    query: tuple[int, ...],
+    keys: tuple[int, ...],
+    dtype: Any,
+    masked: bool,
+    deterministic: bool,
+    device: jax.Device | None = None,
+) -> str:
+    """Return why cuDNN's kernel does not support query [T, N, H] and keys [S, N, H]; "" if it does.
+
+    `device` may be one that exists only for the compiler; None is the default device.
+    """
+
     # Support depends on the versions of cuDNN and the GPU, so try to compile.
     def attend(q, k, v):
         mask = jnp.ones((1, 1, query[0], keys[0]), bool) if masked else None
         out = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
         return jnp.sum(out.astype(jnp.float32))
 
-    shapes = [jax.ShapeDtypeStruct((1, *shape), dtype) for shape in (query, keys, keys)]
+    where = jax.sharding.SingleDeviceSharding(device) if device else None
+    shapes = [jax.ShapeDtypeStruct((1, *s), dtype, sharding=where) for s in (query, keys, keys)]
     try:
         options = compiler_options(deterministic)  # these exclude some kernels
         grad = jax.jit(jax.grad(attend, argnums=(0, 1, 2)), compiler_options=options)
         grad.lower(*shapes).compile()
     except Exception as e:  # any failure means that another kernel must be used
         logging.info("cuDNN attention does not support %s x %s: %s", query, keys, e)
-        return False
-    return True
+        return str(e) or type(e).__name__
+    return ""
 
 
 class EncoderBlock(nnx.Module):

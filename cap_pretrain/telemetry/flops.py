@@ -69,7 +69,8 @@ class Chip(NamedTuple):
 
     peak: float | None  # dense bfloat16 FLOP/s with float32 accumulation
     hbm_bandwidth: float | None = None  # bytes/s
-    ici_bandwidth: float | None = None  # bytes/s sent to neighbors over all links together
+    # bytes/s sent over all links together: to neighboring TPUs, or over NVLink, if there is one
+    ici_bandwidth: float | None = None
     clock: float | None = None  # Hz
     links: int | None = None  # to neighbors: four in a 2D torus, six in a 3D torus
 
@@ -99,15 +100,18 @@ _CHIPS: tuple[tuple[str, Chip], ...] = (
     # large matrix products exceed what two units can do per cycle, so there must be four.
     ("tpu v6", _tpu(918e12, 1638e9, 3200e9, 4 * 256**2, 4)),
     ("tpu7x", Chip(2307e12 / 2)),
-    # NVIDIA data sheets; half of the printed rate where that is "with sparsity".
+    # NVIDIA data sheets; half of the printed rate where that is "with sparsity". Of the bandwidth
+    # of NVLink, or of PCIe where that joins the GPUs of a host, half is in one direction.
     ("mig", Chip(None)),  # a slice of a GPU, whose compute share the name does not state
     ("gb200", Chip(2500e12)),  # GB200 NVL72 data sheet: 360 PFLOP/s sparse over 72 GPUs
-    ("b200", Chip(2250e12)),  # HGX B200 data sheet
+    ("b200", Chip(2250e12, 7672e9, 900e9)),  # HGX B200 data sheet; XLA's specs (its memory)
     ("h200 nvl", Chip(835e12)),  # H200 data sheet
-    ("h200", Chip(989e12)),  # H200 data sheet (SXM), GH200 data sheet
+    ("h200", Chip(989e12, 4800e9, 450e9)),  # H200 data sheet (SXM), GH200 data sheet
     ("h100 nvl", Chip(835e12)),  # H100 NVL data sheet
     ("h100 pcie", Chip(756e12)),  # H100 data sheet
-    ("h100", Chip(989e12)),  # H100 data sheet (SXM)
+    ("h100", Chip(989e12, 3352e9, 450e9)),  # H100 data sheet (SXM)
+    ("a100-sxm4-40gb", Chip(312e12, 1555e9, 300e9)),  # A100 data sheet
+    ("a100-sxm4-80gb", Chip(312e12, 2039e9, 300e9)),  # A100 data sheet
     ("a100", Chip(312e12)),  # A100 data sheet
     ("a10g", Chip(70e12)),  # A10G data sheet
     ("a10", Chip(125e12)),  # A10 data sheet
@@ -116,6 +120,9 @@ _CHIPS: tuple[tuple[str, Chip], ...] = (
     ("l40s", Chip(362e12)),  # L40S data sheet
     ("l40", Chip(181e12)),  # L40 data sheet
     ("l4", Chip(121e12)),  # L4 data sheet
+    # RTX Blackwell PRO whitepaper, table of the RTX PRO 6000 (workstation); PCIe 5.0 x16
+    ("rtx pro 6000", Chip(503.8e12, 1792e9, 64e9)),
+    ("rtx a6000", Chip(154.8e12, 768e9, 32e9)),  # RTX A6000 data sheet; PCIe 4.0 x16
     ("rtx 4090", Chip(165.2e12)),  # Ada GPU architecture whitepaper, appendix A
     ("rtx 3090", Chip(71e12)),  # GA102 whitepaper, table 9
     # These have no bfloat16 units: the float16 rate.
@@ -123,6 +130,11 @@ _CHIPS: tuple[tuple[str, Chip], ...] = (
     ("v100-pcie", Chip(112e12)),  # V100 data sheet
     ("v100", Chip(125e12)),  # V100 data sheet (SXM2)
 )
+
+
+# The part of a GPU's memory that XLA takes when it starts, unless XLA_PYTHON_CLIENT_MEM_FRACTION is
+# set (JAX documentation, "GPU memory allocation").
+GPU_MEMORY_FRACTION = 0.75
 
 
 def chip_of(device: jax.Device) -> Chip | None:

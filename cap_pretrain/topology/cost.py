@@ -1,19 +1,19 @@
-"""The predicted cost of a compiled program on a TPU: cycles, collectives and time.
+"""The predicted cost of a compiled program: work, collectives and time.
 
-The time of an operation is the compiler's `estimated_cycles`, times the iterations of the loops
-around it, over the clock. The compiler gives no estimate for collectives and for copies that it
-starts early (between HBM and the core's memory), so these take their bytes over the bandwidth. Of
-the bandwidth of a chip's links, a collective gets what its rings use, two links each.
+`Walk` goes through a program; a compiler's own walk says how long an operation takes (`cycles` for
+TPUs, `roofline` for GPUs). That is multiplied by the iterations of the loops around it. Collectives
+and copies that the compiler starts early take their bytes over the bandwidth.
 
 Operations run sequentially in the order of the schedule. What a pair of operations starts and ends
 runs beside those in between, and the core waits for what has not ended by then. The same holds for
 a collective that the compiler has split over several operations, from the first to the last.
 """
 
+import abc
 import collections
 import dataclasses
+from typing import NamedTuple
 
-from cap_pretrain.telemetry.flops import Chip
 from cap_pretrain.topology.hlo import COLLECTIVES, Array, Module, Operation
 
 # Operations that only name the results of others and compute nothing.
@@ -43,39 +43,38 @@ def _totals() -> collections.defaultdict:
 class Cost:
     """The predicted cost of running a program once on one chip.
 
-    `waited` are the seconds in which the core waits for collectives ("ici") or copies ("hbm").
-    `cycles_of` is by operation, (opcode, op_name), and `collectives` by kind. `endless` loops,
-    whose number of iterations is unknown, count as one.
+    `work` is what operations take one by one; there are `rate` units of it in a second: cycles on
+    TPUs, seconds on GPUs. `waited` are the seconds in which the core waits for collectives ("ici")
+    or copies ("hbm"). `work_of` is by operation, (kernel, op_name), `collectives` by kind, `count`
+    and `bytes_of` by kernel; see `Kernel`. `endless` loops, whose number of iterations is unknown,
+    count as one.
     """
 
-    cycles: float = 0.0  # the sum of the compiler's estimates
+    rate: float = 1.0
+    work: float = 0.0
     seconds: float = 0.0  # until the last operation ends
     waited: dict[str, float] = dataclasses.field(default_factory=_totals)
-    cycles_of: dict[tuple[str, str], float] = dataclasses.field(default_factory=_totals)
+    work_of: dict[tuple[str, str], float] = dataclasses.field(default_factory=_totals)
     collectives: dict[str, Collective] = dataclasses.field(default_factory=dict)
     hbm_bytes: float = 0.0  # that operations and early copies read from and write to HBM
+    flops: float = 0.0  # of the kernels, as far as the walk counts them
+    count: dict[str, float] = dataclasses.field(default_factory=_totals)
+    bytes_of: dict[str, float] = dataclasses.field(default_factory=_totals)
     endless: list[str] = dataclasses.field(default_factory=list)
 
     def add(self, other: "Cost", times: int = 1) -> None:
         """Add the cost of running another program `times` times after this one."""
-        self.cycles += times * other.cycles
-        self.seconds += times * other.seconds
-        self.hbm_bytes += times * other.hbm_bytes
-        for cause, seconds in other.waited.items():
-            self.waited[cause] += times * seconds
-        for operation, cycles in other.cycles_of.items():
-            self.cycles_of[operation] += times * cycles
+        for name in ("work", "seconds", "hbm_bytes", "flops"):
+            setattr(self, name, getattr(self, name) + times * getattr(other, name))
+        for name in ("waited", "work_of", "count", "bytes_of"):
+            for key, value in getattr(other, name).items():
+                getattr(self, name)[key] += times * value
         for kind, theirs in other.collectives.items():
             mine = self.collectives.setdefault(kind, Collective())
             for field in dataclasses.fields(Collective):
                 value = getattr(mine, field.name) + times * getattr(theirs, field.name)
                 setattr(mine, field.name, value)
         self.endless += other.endless
-
-
-def measure(module: Module, chip: Chip, devices: int) -> Cost:
-    """Return the cost of running a program once on each of `devices` chips of known performance."""
-    return _Walk(module, chip, devices).computation(module.entry)
 
 
 # A collective, or a piece of one, and the computation that contains it.
@@ -94,7 +93,7 @@ class _Timeline:
     name: str
     pieces: dict[str, list[_Piece]]
     last: dict[str, str]
-    cost: Cost = dataclasses.field(default_factory=Cost)
+    cost: Cost
     free: dict[str, float] = dataclasses.field(default_factory=lambda: {"ici": 0.0, "hbm": 0.0})
     ends: dict[str, tuple[str, float]] = dataclasses.field(default_factory=dict)
 
@@ -109,21 +108,49 @@ class _Timeline:
         self.wait(*self.ends.pop(key, ("", 0.0)))
 
 
-class _Walk:
-    """Walks through the computations of a program and adds up their cost."""
+class Kernel(NamedTuple):
+    """One operation as a device runs it: its name, and what one execution takes."""
 
-    def __init__(self, module: Module, chip: Chip, devices: int):
-        assert chip.clock and chip.hbm_bandwidth and chip.ici_bandwidth and chip.links
+    name: str  # the opcode, or what a library calls it
+    work: float  # in units of `Cost.work`
+    bytes: float = 0.0  # read from and written to HBM
+    flops: float = 0.0
+
+
+class Walk(abc.ABC):
+    """Walks through the computations of a program and adds up their cost.
+
+    `rate` is as in `Cost`, and `hbm_bandwidth` in bytes/s.
+    """
+
+    def __init__(self, module: Module, devices: int, rate: float, hbm_bandwidth: float):
         self.module, self.devices = module, devices
-        self.clock, self.links = chip.clock, chip.links
-        self.hbm_bandwidth, self.ici_bandwidth = chip.hbm_bandwidth, chip.ici_bandwidth
+        self.rate, self.hbm_bandwidth = rate, hbm_bandwidth
+
+    @abc.abstractmethod
+    def kernel(self, op: Operation, computation: str) -> Kernel:
+        """Return what an operation takes, besides the collectives in it."""
+
+    @abc.abstractmethod
+    def link_seconds(self, one: Operation, holder: Operation, kind: str, size: int) -> float:
+        """Return how long a collective of a kind takes, with `size` bytes of input on one chip."""
+
+    def is_blocking(self, op: Operation) -> bool:  # noqa: ARG002
+        """Return whether the core waits at once for what an operation starts."""
+        return False
+
+    def nested(self, op: Operation, pieces: list[_Piece]) -> tuple[str, ...]:  # noqa: ARG002
+        """Return the computations of which an operation runs one, the most expensive counts."""
+        if op.opcode in ("conditional", "call"):
+            return op.runs("branch", "to_apply", "calls")
+        return ()
 
     def computation(self, name: str) -> Cost:
         """Return the cost of running a computation once."""
         operations = self.module.computations[name]
         pieces = {op.name: self._pieces(name, op) for op in operations}
         last = {piece.chain: holder for holder, held in pieces.items() for _, piece in held}
-        timeline = _Timeline(name, pieces, last)
+        timeline = _Timeline(name, pieces, last, Cost(self.rate))
         cost = timeline.cost
         for op in operations:
             if op.opcode == "while":
@@ -132,8 +159,8 @@ class _Walk:
                     cost.endless.append(op.name)
                 (body,) = op.runs("body")
                 cost.add(self.computation(body), 1 if trips is None else trips)
-            elif op.opcode in ("conditional", "call"):
-                branches = [self.computation(c) for c in op.runs("branch", "to_apply", "calls")]
+            elif nested := self.nested(op, pieces[op.name]):
+                branches = [self.computation(c) for c in nested]
                 cost.add(max(branches, key=lambda branch: branch.seconds))
             elif op.opcode.endswith("-done"):
                 timeline.wait_for(op.operands[0] if op.operands else "")
@@ -150,21 +177,25 @@ class _Walk:
         started = [
             piece for piece in timeline.pieces[op.name] if piece[1].chain not in timeline.ends
         ]
-        cost.cycles += op.cycles
-        cost.seconds += op.cycles / self.clock
-        if op.cycles:
-            cost.cycles_of[op.opcode, op.op_name] += op.cycles
+        kernel = self.kernel(op, timeline.name)
+        cost.work += kernel.work
+        cost.seconds += kernel.work / self.rate
+        cost.flops += kernel.flops
+        if kernel.work:
+            cost.work_of[kernel.name, op.op_name] += kernel.work
+            cost.count[kernel.name] += 1
+            cost.bytes_of[kernel.name] += kernel.bytes
         cause, seconds = "ici", self._collectives(op, started, cost)
         if op.opcode in ("copy-start", "slice-start", "dynamic-slice-start"):
             copied = self._copied(op)
             cost.hbm_bytes += copied
             cause, seconds = "hbm", copied / self.hbm_bandwidth
-        elif not op.collective:
-            cost.hbm_bytes += traffic(self.module, timeline.name, op)
+        else:
+            cost.hbm_bytes += kernel.bytes
         end = cost.seconds
         if seconds:
             end = timeline.free[cause] = max(end, timeline.free[cause]) + seconds
-        if op.opcode.endswith("-start"):
+        if op.opcode.endswith("-start") and not self.is_blocking(op):
             open_ended = {op.name}  # until its -done
         else:
             open_ended = {
@@ -187,28 +218,18 @@ class _Walk:
         for computation, one in started:
             assert one.collective
             size = self._input_bytes(computation, one)
-            group = self.module.groups(one, self.devices)
             # The compiler writes it as an all-reduce and a slice of the result, in one fusion.
             scatters = "AllReduceScatterFusion" in holder.line
             kind = "reduce-scatter" if scatters else one.collective
             of_kind = cost.collectives.setdefault(kind, Collective())
-            sent = size * sent_fraction(kind, group)
-            seconds = sent / (self.ici_bandwidth * self._links_used(holder, one, group))
+            sent = size * sent_fraction(kind, self.module.groups(one, self.devices))
+            seconds = self.link_seconds(one, holder, kind, size)
             of_kind.count += 1
             of_kind.bytes += size
             of_kind.sent += sent
             of_kind.seconds += seconds
             total += seconds
         return total
-
-    def _links_used(self, holder: Operation, one: Operation, group: int) -> float:
-        """Return the fraction of a chip's links that a collective uses: two links per ring.
-
-        If the compiler does not state the number of rings, it is one, except for a collective of
-        all chips: for these the compiler uses all dimensions of the wiring.
-        """
-        rings = holder.rings or one.rings or (self.links if group == self.devices else 1)
-        return min(1.0, 2 * rings / self.links)
 
     def _input_bytes(self, computation: str, op: Operation) -> int:
         inputs = [self.module.operation(computation, name) for name in op.operands]
@@ -220,10 +241,13 @@ class _Walk:
         return min((array.size for array in op.results if array.size > 4), default=0)
 
 
-def traffic(module: Module, computation: str, op: Operation) -> int:
+def traffic(
+    module: Module, computation: str, op: Operation, slices: tuple[str, ...] = ("dynamic-slice",)
+) -> int:
     """Return the bytes that an operation reads from and writes to HBM, not the core's own memory.
 
-    If a fusion reads or replaces a slice of an array, only the slice counts.
+    If a fusion reads or replaces a slice of an array, only the slice counts; `slices` are the
+    opcodes of such reads.
     """
     inner = [o for name in op.runs("calls") for o in module.computations[name]]
     parameters = {
@@ -239,7 +263,7 @@ def traffic(module: Module, computation: str, op: Operation) -> int:
         parameter = parameters.get(number)
         users = [o for o in inner if parameter in o.operands]
         first = users and all(o.operands[0] == parameter for o in users)
-        if first and all(o.opcode == "dynamic-slice" for o in users):
+        if first and all(o.opcode in slices for o in users):
             total += sum(o.size for o in users)
         elif first and all(o.opcode == "dynamic-update-slice" for o in users):
             # The result is the same array, with the slice replaced.

@@ -1,9 +1,9 @@
 """Parsing the optimized HLO of a compiled program: its operations, loops and estimated cycles.
 
 The text is that of `Compiled.as_text()`. A computation is a list of operations in the order in
-which a TPU runs them (`is_scheduled=true`). Fusions, loops and conditionals name the computations
-they run. The TPU compiler annotates the operations that keep the core busy with its own estimate,
-`estimated_cycles`; that of a fusion covers everything inside it.
+which a device runs them (`is_scheduled=true`). Fusions, loops and conditionals name the
+computations they run. The TPU compiler annotates the operations that keep the core busy with its
+own estimate, `estimated_cycles`; that of a fusion covers everything inside it.
 """
 
 import dataclasses
@@ -12,6 +12,8 @@ import math
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
+
+import numpy as np
 
 from cap_pretrain.errors import UserError
 
@@ -48,6 +50,7 @@ _LISTED_GROUPS = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 _MESH_GROUPS = re.compile(
     r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((?:[^()]|\([^()]*\))*\))?\s*\{([^}]*)\}"
 )
+_ORDER = re.compile(r"\[([\d,]+)\](?:T\(([\d,]+)\))?")
 
 COLLECTIVES = (
     *("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all"),
@@ -236,14 +239,53 @@ class Module:
         if found := _IOTA_GROUPS.search(op.line):
             return int(found[2])
         if found := _MESH_GROUPS.search(op.line):
-            sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
-            axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])
-            return math.prod(int(part or sizes[axis]) for axis, part in axes)
+            return math.prod(n for parts in _mesh_axes(found) for n, taken in parts if taken)
         if found := _LISTED_GROUPS.search(op.line):
             return len(found[1].split(","))
         if (found := _GROUPS.search(op.line)) and found[1] != "{}":
             raise UserError(f"the compiler's replica groups are not understood: {found[1]}")
         return devices
+
+    def members(self, op: Operation, devices: int) -> tuple[int, ...]:
+        """Return one of a collective's groups, by the positions of its members among `devices`."""
+        if found := _IOTA_GROUPS.search(op.line):
+            order = _order(op.line[found.end() :], devices)
+            return tuple(order.reshape(int(found[1]), int(found[2]))[0].tolist())
+        if found := _MESH_GROUPS.search(op.line):
+            parts = [part for axis in _mesh_axes(found) for part in axis]
+            order = _order(found[0].partition("device_ids=(")[2], devices)
+            within = tuple(slice(None) if taken else 0 for _, taken in parts)
+            return tuple(order.reshape([n for n, _ in parts])[within].ravel().tolist())
+        if found := _LISTED_GROUPS.search(op.line):
+            return tuple(map(int, found[1].split(",")))
+        return tuple(range(self.groups(op, devices)))
+
+
+def _mesh_axes(groups: re.Match) -> list[list[tuple[int, bool]]]:
+    """Return how each axis of a mesh is split: the sizes of its parts, and if groups span them."""
+    taken: dict[str, list[tuple[int, int]]] = {}
+    sizes = [(axis, int(n)) for axis, n in re.findall(r"'(\w+)'=(\d+)", groups[1])]
+    for axis, before, n in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", groups[2]):
+        taken.setdefault(axis, []).append((int(before or 1), int(n or dict(sizes)[axis])))
+    axes = []
+    for axis, size in sizes:
+        parts, done = [], 1
+        for before, n in sorted(taken.get(axis, [])):
+            parts += [(before // done, False), (n, True)]
+            done = before * n
+        axes.append([*parts, (size // done, False)])
+    return axes
+
+
+def _order(text: str, devices: int) -> np.ndarray:
+    """Return positions of devices in the order of a text such as "[4,8]T(1,0)"; "" changes none."""
+    numbers = np.arange(devices)
+    if found := _ORDER.match(text):
+        shape = [int(n) for n in found[1].split(",")]
+        axes = [int(n) for n in found[2].split(",")] if found[2] else None
+        numbers = numbers.reshape(shape)
+        numbers = numbers.transpose(axes) if axes else numbers
+    return numbers.ravel()
 
 
 def _index(op: Operation) -> int:

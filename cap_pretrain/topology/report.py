@@ -2,7 +2,6 @@
 
 import collections
 import math
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,8 +13,9 @@ from cap_pretrain.errors import UserError
 from cap_pretrain.telemetry import flops
 from cap_pretrain.telemetry.tables import format_table
 from cap_pretrain.topology import hlo
-from cap_pretrain.topology.compile import OutOfMemoryError, compile_step
-from cap_pretrain.topology.cost import Cost, measure
+from cap_pretrain.topology.compile import compile_step
+from cap_pretrain.topology.compilers import Compiler, OutOfMemoryError, compiler_for
+from cap_pretrain.topology.cost import Cost
 from cap_pretrain.training import plan
 
 Report = dict[str, Any]
@@ -27,12 +27,12 @@ def check(
 ) -> Report:
     """Compile the step of a config from `compile.prepare` and report its memory and predicted time.
 
-    `topology` is the name of `devices`. If the step does not fit into HBM, the report ends with the
-    keys `fits`, `needed` and `limit`. Raises UserError as `compile.compile_step`, or if the
-    performance of these chips is unknown.
+    `topology` is the name of `devices`. If the compiler refuses the step because it does not fit
+    into HBM, the report ends with the keys `fits`, `needed` and `limit`. Raises UserError as
+    `compile.compile_step`, or if the performance of these devices is unknown.
     """
-    chip = flops.chip_of(devices[0])
-    if not (chip and chip.peak and chip.clock and chip.hbm_bandwidth and chip.ici_bandwidth):
+    compiler, chip = compiler_for(devices), flops.chip_of(devices[0])
+    if not (chip and chip.peak and chip.hbm_bandwidth and chip.ici_bandwidth):
         raise UserError(f"--topology: the performance of {devices[0].device_kind} is unknown.")
     mesh = sharding.mesh_shape(config, devices)
     per_chip = config.batch_size / (mesh["data"] * mesh["fsdp"])
@@ -40,6 +40,7 @@ def check(
         "learner": config.learner.name,
         "model": config.model.name,
         "topology": topology,
+        "device": compiler.device,
         "chip": devices[0].device_kind,
         "chips": len(devices),
         "mesh": mesh,
@@ -53,7 +54,7 @@ def check(
     except OutOfMemoryError as e:
         return report | {"fits": False, "needed": e.needed, "limit": e.limit}
     memory = compiled.memory
-    cost = measure(hlo.parse(compiled.text), chip, len(devices))
+    cost = compiler.measure(hlo.parse(compiled.text), chip, devices)
     training = plan.flops_per_example(config, vocab_size)["training"]
     step_flops = training * config.batch_size
     bounds = {
@@ -76,8 +77,7 @@ def check(
             for kind, c in sorted(cost.collectives.items())
         },
         "predicted": {
-            "cycles": cost.cycles,
-            "clock": chip.clock,
+            **compiler.operations(cost),
             "step_seconds": cost.seconds,
             "waiting_for_collectives": cost.waited["ici"],
             "waiting_for_copies": cost.waited["hbm"],
@@ -87,29 +87,30 @@ def check(
             "roofline": bounds,
         },
         "loops_of_unknown_length": cost.endless,
-        "seconds_by_part": parts(cost, chip.clock),
-        "seconds_by_operation": operations(cost, chip.clock),
+        "seconds_by_part": parts(cost, compiler),
+        "seconds_by_operation": operations(cost),
         "compile_seconds": compiled.seconds,
+        **compiler.notes(config, vocab_size, cost, devices),
     }
 
 
-def parts(cost: Cost, clock: float) -> dict[str, dict[str, float]]:
+def parts(cost: Cost, compiler: Compiler) -> dict[str, dict[str, float]]:
     """Return predicted seconds by part of the step (such as "forward") and kind of work."""
     seconds: dict[str, dict[str, float]] = {}
-    for (opcode, name), cycles in cost.cycles_of.items():
-        kinds, kind = seconds.setdefault(_part(name), {}), _kind(opcode, name)
-        kinds[kind] = kinds.get(kind, 0) + cycles / clock
+    for (kernel, name), work in cost.work_of.items():
+        kinds, kind = seconds.setdefault(_part(name), {}), compiler.kind(kernel, name)
+        kinds[kind] = kinds.get(kind, 0) + work / cost.rate
     return dict(sorted(seconds.items()))
 
 
-def operations(cost: Cost, clock: float, count: int = 40) -> list[dict[str, Any]]:
+def operations(cost: Cost, count: int = 40) -> list[dict[str, Any]]:
     """Return the `count` slowest operations with their predicted seconds and origin."""
     merged: dict[tuple[str, str, str], float] = collections.defaultdict(float)
-    for (opcode, name), cycles in cost.cycles_of.items():
-        merged[opcode, _part(name), _short(name)] += cycles / clock
+    for (kernel, name), work in cost.work_of.items():
+        merged[kernel, _part(name), _short(name)] += work / cost.rate
     return [
-        {"seconds": seconds, "opcode": opcode, "part": part, "name": name}
-        for (opcode, part, name), seconds in sorted(
+        {"seconds": seconds, "opcode": kernel, "part": part, "name": name}
+        for (kernel, part, name), seconds in sorted(
             merged.items(), key=lambda item: item[1], reverse=True
         )[:count]
     ]
@@ -121,18 +122,6 @@ def _part(name: str) -> str:
     if "transpose(jvp" in name:
         return "backward"
     return "forward" if "jvp(" in name else "update and other"
-
-
-def _kind(opcode: str, name: str) -> str:
-    if opcode in ("copy", "transpose", "reshape", "bitcast-convert"):
-        return "layout"
-    if re.search(
-        r"BTNH|BSNH|BNTS|bthd|bhts|/vmap\(\)/", name
-    ):  # the einsums of attention, and its softmax
-        return "attention"
-    if "dot_general" in name or "conv_general" in name:
-        return "products"
-    return "other"
 
 
 def _short(name: str) -> str:
@@ -148,7 +137,7 @@ def _short(name: str) -> str:
 def text(report: Report, breakdown: bool = False) -> str:
     """Return a report as text; `breakdown` adds predicted time by part and by operation."""
     mesh = " x ".join(f"{axis} {n}" for axis, n in report["mesh"].items())
-    per_chip = f"{report['batch_per_chip']:g} examples per chip"
+    per_chip = f"{report['batch_per_chip']:g} examples per {report['device']}"
     if report["accumulate"] > 1:
         per_chip += f" in {report['accumulate']} parts"
     head = (
@@ -157,21 +146,24 @@ def text(report: Report, breakdown: bool = False) -> str:
         f"remat {report['remat']}"
     )
     if not report["fits"]:
-        return f"{head}\n{too_large(report)}"
+        head += f"\n{too_large(report)}"
+    if "predicted" not in report:
+        return head
     rows: list[tuple] = [
         (key, gib(report[key])) for key in ("arguments", "outputs", "temporaries", "code")
     ]
     rows += [("needed", gib(report["needed"])), ("available", gib(report["limit"]))]
-    blocks = [head, format_table(rows, ("HBM per chip", "GiB"))]
+    blocks = [head, format_table(rows, (f"{memory_of(report)} per {report['device']}", "GiB"))]
     rows = [
         (kind, c["count"], megabytes(c["bytes"]), megabytes(c["sent"]), milli(c["seconds"]))
         for kind, c in report["collectives"].items()
     ]
-    headers = ("collectives per step", "count", "MB per chip", "MB sent", "ms")
+    unit = f"MB per {report['device']}"
+    headers = ("collectives per step", "count", unit, "MB sent", "ms")
     blocks.append(format_table(rows, headers) if rows else "No collectives.")
     predicted = report["predicted"]
     rows = [
-        ("operations: the compiler's cycles", milli(predicted["cycles"] / predicted["clock"])),
+        *((what, milli(seconds)) for what, seconds in predicted["operations"].items()),
         ("waiting for collectives", milli(predicted["waiting_for_collectives"])),
         ("waiting for copies from HBM", milli(predicted["waiting_for_copies"])),
         ("step, predicted", milli(predicted["step_seconds"])),
@@ -185,6 +177,7 @@ def text(report: Report, breakdown: bool = False) -> str:
         f"{predicted['examples_per_second']:,.0f} examples/s, MFU {predicted['mfu']:.1%}; by "
         f"the roofline, this program takes at least {milli(predicted['roofline_seconds'])} ms",
     ]
+    blocks += report.get("remarks", [])
     if loops := report["loops_of_unknown_length"]:
         blocks.append(f"Loops of unknown length, counted once: {', '.join(loops)}.")
     if breakdown:
@@ -199,6 +192,12 @@ def text(report: Report, breakdown: bool = False) -> str:
             for o in report["seconds_by_operation"]
         ]
         blocks.append(format_table(rows, ("operation", "opcode", "ms, predicted")))
+        rows = [
+            (k["kernel"], f"{k['count']:,.0f}", f"{k['bytes'] / 1e9:,.2f}", milli(k["seconds"]))
+            for k in report.get("kernels", [])
+        ]
+        if rows:
+            blocks.append(format_table(rows, ("kernel", "count", "GB", "ms, predicted")))
     return "\n\n".join(blocks)
 
 
@@ -206,15 +205,24 @@ def too_large(report: Report) -> str:
     """Return a line about a step that does not fit: needed, available and missing memory."""
     over = report["needed"] - report["limit"]
     return (
-        f"does not fit: needs {gib(report['needed'])} GiB of HBM per chip, "
+        f"does not fit: needs {gib(report['needed'])} GiB of {memory_of(report)} per "
+        f"{report['device']}, "
         f"{gib(report['limit'])} are available: {gib(over)} GiB too many"
     )
 
 
+def memory_of(report: Report) -> str:
+    """Return what the memory of a device is called; that of some GPUs is not HBM."""
+    return "memory" if report["device"] == "GPU" else "HBM"
+
+
 def table(reports: Sequence[Report]) -> str:
     """Return several reports as a table with one line each."""
-    headers = ("chips", "topology", "batch", "accumulate", "remat", "HBM GiB", "step ms", "MFU",
-               "examples/s", "collectives MB", "waiting ms")  # fmt: skip
+    headers = (
+        *(f"{reports[0]['device']}s", "topology", "batch", "accumulate", "remat"),
+        *(f"{memory_of(reports[0])} GiB", "step ms", "MFU", "examples/s", "collectives MB"),
+        "waiting ms",
+    )
     rows = []
     for r in reports:
         row = [str(r["chips"]), r["topology"], f"{r['batch_size']:,}", r["accumulate"], r["remat"]]

@@ -11,14 +11,9 @@ from ml_collections import ConfigDict
 from cap_pretrain.distributed import sharding
 from cap_pretrain.errors import UserError
 from cap_pretrain.models.layers import REMAT_POLICIES
-from cap_pretrain.topology.compile import open_topology
+from cap_pretrain.topology.compilers import compiler_of, open_topology
 from cap_pretrain.topology.report import Report, check, gib, milli
 from cap_pretrain.validation import validate
-
-# Slices of these chips are 2D tori of at most `LARGEST_PLANE` chips (16 x 16; Google Cloud
-# documentation, "TPU v5e" and "TPU v6e"). Slices of other chips are 3D tori.
-PLANES = ("v5e", "v6e")
-LARGEST_PLANE = 256
 
 # Rematerialization policies tried by default: recompute nothing, or only what is cheap.
 USUAL_POLICIES = ("none", "lean")
@@ -41,7 +36,7 @@ def fit(
     For each rematerialization policy, gradients are accumulated over as few parts of the batch as
     fit, then over more parts as long as that is faster, because smaller arrays may stay in the
     core's own memory. If accumulation is not possible, the batch is reduced instead. If nothing
-    fits, parameters are sharded over all chips.
+    fits, parameters are sharded over all devices.
 
     `config` is from `compile.prepare`, and `first` the report of `check` on it unchanged;
     `everything` tries all policies, not only `USUAL_POLICIES`; `say` receives lines about progress.
@@ -126,7 +121,10 @@ def advice(first: Report, tried: Sequence[Report]) -> str:
     """Return a line about the setting that fits and has the most examples per second."""
     fitting = [report for report in [first, *tried] if report["fits"]]
     if not fitting:
-        return "Nothing that was tried fits: use more chips, a smaller batch or a smaller model."
+        return (
+            f"Nothing that was tried fits: use more {first['device']}s, a smaller batch or a "
+            "smaller model."
+        )
     best = max(fitting, key=_rate)
     predicted = best["predicted"]
     what = options(best["changes"]) if "changes" in best else "the config as given"
@@ -143,39 +141,23 @@ def _rate(report: Report) -> float:
 def scan(
     config: ConfigDict, vocab_size: int, topology: str, chips: Sequence[int], *, say: Say
 ) -> list[Report]:
-    """Predict weak scaling: reports on several numbers of chips, with a fixed batch per chip.
+    """Predict weak scaling: reports on several numbers of devices, with a fixed batch on each.
 
     `config` is from `compile.prepare`, its batch size for `topology`, which determines the kind of
-    chip and the batch per chip; each number of chips is a power of two; `say` receives lines about
-    progress. Raises UserError if there is no slice of so many chips, or the batch does not divide
-    by them.
+    device and the batch on each; `say` receives lines about progress. Raises UserError if there is
+    no topology of so many devices, or the batch does not divide by them.
     """
-    kind = topology.partition(":")[0]
-    base = len(open_topology(topology))
+    compiler, base = compiler_of(topology), len(open_topology(topology))
     if config.batch_size % base:
-        raise UserError(f"batch_size: {config.batch_size} does not divide by the {base} chips.")
+        raise UserError(
+            f"batch_size: {config.batch_size} does not divide by the {base} {compiler.device}s."
+        )
     reports = []
     for number in chips:
-        name, slices = slice_of(kind, number)
+        name, slices = compiler.of_size(topology, number)
         changed = _changed(config, {"batch_size": config.batch_size // base * number})
         say(f"trying {slices} x {name} …")
         devices = open_topology(name, slices)
         report = check(changed, vocab_size, name if slices == 1 else f"{slices} x {name}", devices)
         reports.append(report)
     return reports
-
-
-def slice_of(kind: str, chips: int) -> tuple[str, int]:
-    """Return topology and number of slices for `chips` chips in all of a kind such as "v5e".
-
-    Raises UserError if `chips` is not a power of two of at least 4.
-    """
-    if chips < 4 or chips & (chips - 1):
-        raise UserError(f"--scan: {chips} chips is not a power of two of at least 4.")
-    slices = max(1, chips // LARGEST_PLANE) if kind in PLANES else 1
-    doublings = int(math.log2(chips // slices))
-    dimensions = 2 if kind in PLANES else 3
-    shape = sorted(2 ** ((doublings + extra) // dimensions) for extra in range(dimensions))
-    if dimensions == 3 and doublings < 6:  # smaller than a cube of 4 x 4 x 4
-        shape = {2: [2, 2, 1], 3: [2, 2, 2], 4: [2, 2, 4], 5: [2, 4, 4]}[doublings]
-    return f"{kind}:{'x'.join(map(str, shape))}", slices

@@ -7,17 +7,18 @@ from jax.sharding import AxisType
 
 from cap_pretrain.distributed import sharding
 from cap_pretrain.errors import UserError
-from cap_pretrain.topology import compile as compiling
+from cap_pretrain.topology.compilers import open_topology
+from cap_pretrain.topology.tpu import TPU
 from tests.parity import require
 
 require("libtpu")
 pytestmark = pytest.mark.parity
-compiling.set_environment()
+TPU().set_environment()
 
 
 def mesh(name, *shape):
     axes = ("data", "fsdp", "tensor")
-    devices = compiling.open_topology(name)
+    devices = open_topology(name)
     return jax.make_mesh(shape, axes, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 

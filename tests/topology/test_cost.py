@@ -3,7 +3,7 @@
 import pytest
 
 from cap_pretrain.telemetry.flops import Chip
-from cap_pretrain.topology import cost, hlo
+from cap_pretrain.topology import cost, cycles, hlo
 from tests.topology.programs import loop, operation, program, running
 
 # One cycle or one byte takes a second.
@@ -12,15 +12,15 @@ SIZE = 4 * 8 * 128
 
 
 def measure(text: str, devices: int = 2) -> cost.Cost:
-    return cost.measure(hlo.parse(text), CHIP, devices)
+    return cycles.measure(hlo.parse(text), CHIP, devices)
 
 
 def test_cycles_are_multiplied_by_the_iterations_of_nested_loops():
     inner = loop("inner", operation("deep", 3), limit=4)
     outer = loop("outer", operation("work", 10) + running("inner"), limit=5)
     found = measure(program(operation("once", 7) + running("outer"), inner + outer))
-    assert found.cycles == found.seconds == 7 + 5 * (10 + 4 * 3)
-    assert found.cycles_of["fusion", "jit(f)/jvp()/deep"] == 60
+    assert found.work == found.seconds == 7 + 5 * (10 + 4 * 3)
+    assert found.work_of["fusion", "jit(f)/jvp()/deep"] == 60
     assert not found.endless
 
 
@@ -28,7 +28,7 @@ def test_a_loop_of_unknown_length_counts_once_and_is_reported():
     text = program(running("l"), loop("l", operation("work", 10))).replace("direction=LT", "")
     text = text.replace("compare(%i, %limit), ", "custom-call(%i, %limit)")
     found = measure(text)
-    assert found.cycles == 10 and found.endless == ["l"]
+    assert found.work == 10 and found.endless == ["l"]
 
 
 def test_the_more_expensive_branch_counts():
@@ -42,7 +42,7 @@ def test_the_more_expensive_branch_counts():
         "  %c = f32[8,128]{1,0} conditional(%p, %p, %p), "
         "branch_computations={%branch_0, %branch_1}\n"
     )
-    assert measure(program(text, branches)).cycles == 11
+    assert measure(program(text, branches)).work == 11
 
 
 def collective(kind: str, opcode: str, operand: str = "p", more: str = "") -> str:
