@@ -20,18 +20,19 @@ The columns: median and quartiles of the time of a step; examples a second; mode
 of the FLOPs without rematerialization, relative to the dense bfloat16 peak, or to the measured rate
 of a matrix product on CPUs (MFU(cpu)); the peak of memory on a device, from JAX's or PyTorch's
 allocator, or on CPUs from JAX's compiler; seconds to compile (JAX_COMPILATION_CACHE_DIR shortens
-them); and speed, how many times as fast as PyTorch (without it: as the first row), the median over
-the rounds. --prediction reads the times that tools/check_topology.py --json has written.
+them); speed, how many times as fast as PyTorch (without it: as the first row), the median over the
+rounds; for the kinds of GPUs and TPUs that tools/check_topology.py knows, the time that it predicts
+for the same compiled program; on CPUs the CPU time of all cores. --threads=1 is fairer on a busy
+machine, where PyTorch waits for each of its threads at every operation; CPU times can then be
+compared, too.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import os
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -42,181 +43,36 @@ from cap_pretrain import files
 from cap_pretrain.cli import arguments
 from cap_pretrain.errors import UserError
 from cap_pretrain.telemetry.tables import written
+from tools.bench_step_candidates import Case, Variant, Worker, fitting, say
 
-WORKER = Path(__file__).with_name("bench_step_worker.py")
-WARMUP = 2  # steps that are not timed
-BLOCK = 0.5  # seconds that a block of steps should take at least
-BLOCKS = 5  # fewest blocks of a candidate
 PRETRAIN = "configs/pretrain.py:objective={},model={}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A config to measure; a batch per device of 0 keeps the batch size of the config."""
-
-    name: str
-    config: str
-    batch_per_device: int = 0
-    together: bool = True  # whether the candidates are in memory at the same time
 
 
 # Objectives and sizes, with examples per device. The candidates of L/14 exceed 80 GB together.
 SUITES = {
     "cpu": [Case(f"{o} S/16", PRETRAIN.format(o, "S/16"), 8) for o in ("cap", "clip")],
     "gpu": [
-        Case("cap B/16", PRETRAIN.format("cap", "B/16"), 256),
-        Case("cap L/14", PRETRAIN.format("cap", "L/14"), 256, together=False),
-        Case("clip B/16", PRETRAIN.format("clip", "B/16"), 256),
-        Case("cappa B/16", PRETRAIN.format("cappa", "B/16"), 256),
-        Case("siglip B/16", PRETRAIN.format("siglip", "B/16"), 256),
+        Case(f"{o} {size}", PRETRAIN.format(o, size), 256, together=size != "L/14", platform="gpu")
+        for o, size in zip(
+            ("cap", "cap", "clip", "cappa", "siglip"), ("B/16", "L/14", *["B/16"] * 3), strict=True
+        )
     ],
 }
 SUITE_SECONDS = 270  # no case starts later than this
 
 
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """A candidate: our step with further settings, or PyTorch's."""
-
-    name: str
-    kind: str  # ours or torch
-    overrides: tuple[str, ...] = ()
-    environment: tuple[tuple[str, str], ...] = ()
-    compiled: bool | None = None  # by torch.compile; None: on GPUs
-
-
-class OutOfMemoryError(Exception):
-    """A candidate does not fit into the memory of a device."""
-
-
-class Worker:
-    """The process of a candidate. `facts` are set by `wait`."""
-
-    facts: dict[str, Any]
-
-    def __init__(self, case: Case, variant: Variant, overrides: Sequence[str], shared: bool):
-        environment = dict(os.environ)
-        if shared:  # the memory of a GPU
-            environment.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-        self.name, self.seconds, self.memory = variant.name, [], None
-        self._process = subprocess.Popen(
-            [sys.executable, WORKER],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment | dict(variant.environment),
-        )
-        self._send(
-            kind=variant.kind,
-            config=case.config,
-            overrides=[*overrides, *variant.overrides],
-            batch_per_device=case.batch_per_device,
-            compiled=variant.compiled,
-            warmup=WARMUP,
-        )
-
-    def wait(self) -> None:
-        """Wait until the candidate is ready; raise UserError or OutOfMemoryError if it fails."""
-        self.facts = self._receive()
-
-    def take(self, steps: int) -> float:
-        """Return the seconds of each of so many steps, on average."""
-        self._send(steps=steps)
-        answer = self._receive()
-        self.memory = answer["memory"]
-        return answer["seconds"]
-
-    def close(self) -> None:
-        """End the process."""
-        if self._process.stdin:
-            self._process.stdin.close()
-        try:
-            self._process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-
-    def _send(self, **content: Any) -> None:
-        with contextlib.suppress(BrokenPipeError):  # of a process that failed; its answer says why
-            print(json.dumps(content), file=self._process.stdin, flush=True)
-
-    def _receive(self) -> dict[str, Any]:
-        line = self._process.stdout.readline() if self._process.stdout else ""
-        if not line:
-            status = self._process.wait()
-            if status == -9:
-                raise OutOfMemoryError  # the system kills a process that takes too much
-            raise UserError(f"{self.name}: the process ended with status {status}.")
-        answer = json.loads(line)
-        if "error" not in answer:
-            return answer
-        if answer["error"] == "memory":
-            raise OutOfMemoryError
-        raise UserError(f"{self.name}: {answer['message']}")
-
-
-def measure(
-    case: Case, variants: Sequence[Variant], overrides: Sequence[str], steps: int
-) -> list[Worker]:
-    """Return the closed workers of a case, with facts and seconds by block."""
-    groups = [list(variants)] if case.together else [[variant] for variant in variants]
-    done = []
-    for group in groups:
-        workers = [Worker(case, variant, overrides, shared=len(group) > 1) for variant in group]
-        try:
-            for worker in workers:
-                worker.wait()
-            _alternate(workers, steps)
-        finally:
-            for worker in workers:
-                worker.close()
-        done += workers
-    return done
-
-
-def _alternate(workers: Sequence[Worker], steps: int) -> None:
-    """Let each worker take `steps` steps, in blocks in turn; every second round is reversed."""
-    most = max(1, steps // BLOCKS)
-    lengths = [min(most, max(1, round(BLOCK / worker.take(1)))) for worker in workers]
-    rounds = max(-(-steps // length) for length in lengths)
-    turns = list(zip(workers, lengths, strict=True))
-    for number in range(rounds):
-        for worker, length in turns if number % 2 == 0 else reversed(turns):
-            worker.seconds.append(worker.take(length))
-
-
-def fitting(
-    case: Case, variants: Sequence[Variant], overrides: Sequence[str], steps: int
-) -> tuple[Case, list[Worker]]:
-    """Measure a case, one candidate after the other or with smaller batches if memory is short."""
-    while True:
-        try:
-            return case, measure(case, variants, overrides, steps)
-        except OutOfMemoryError:
-            if case.together and len(variants) > 1:
-                case = dataclasses.replace(case, together=False)
-            elif case.batch_per_device > 1:
-                case = dataclasses.replace(case, batch_per_device=case.batch_per_device // 2)
-            else:
-                raise UserError(f"{case.name}: does not fit into memory.") from None
-            how = "together" if case.together else "one after the other"
-            _say(f"{case.name}: out of memory; next {case.batch_per_device or ''} {how}")
-
-
-def records(case: Case, workers: Sequence[Worker], predicted: dict) -> list[dict[str, Any]]:
+def records(case: Case, workers: Sequence[Worker]) -> list[dict[str, Any]]:
     """Return what was measured of a case, JSON-compatible, a record for each candidate."""
     first = workers[0].facts
     counts = {worker.name: worker.facts["parameters"] for worker in workers}
     if len(set(counts.values())) > 1:
         raise UserError(f"{case.name}: the candidates differ in their parameters: {counts}.")
-    reference = next((w for w in workers if w.name.startswith("torch")), workers[0])
+    reference = next((w for w in workers if w.variant.kind == "torch"), workers[0])
     found = []
     for worker in workers:
-        rounds = zip(reference.seconds, worker.seconds, strict=True)
         median = statistics.median(worker.seconds)
         quartiles = statistics.quantiles(worker.seconds, method="inclusive")
         rate = first["flops_per_step"] / median
-        ours = not worker.name.startswith("torch")
         found.append(
             {
                 "case": case.name,
@@ -227,30 +83,23 @@ def records(case: Case, workers: Sequence[Worker], predicted: dict) -> list[dict
                 "step_seconds": median,
                 "quartiles": [quartiles[0], quartiles[-1]],
                 "blocks": worker.seconds,
+                "cpu_seconds": statistics.median(worker.cpu_seconds),
                 "examples_per_second": first["batch_size"] / median,
                 "mfu": rate / first["peak_flops"] if first["peak_flops"] else None,
                 "memory_bytes": worker.memory,
-                "speed": statistics.median(a / b for a, b in rounds),
-                "predicted_seconds": predicted.get(_key(first)) if ours else None,
+                "speed": _speed(worker, reference, case.together),
+                "predicted_seconds": worker.facts.get("predicted_seconds"),
             }
         )
     return found
 
 
-def _key(facts: dict[str, Any]) -> tuple[Any, ...]:
-    """Return what identifies a config among predictions."""
-    return facts["learner"], facts["model"], facts["batch_size"] / facts["devices"]
-
-
-def predictions(path: Path | None) -> dict[tuple[Any, ...], float]:
-    """Return the predicted seconds in a file of tools/check_topology.py --json, by `_key`."""
-    if path is None:
-        return {}
-    return {
-        (report["learner"], report["model"], report["batch_per_chip"]): found["step_seconds"]
-        for report in files.read_json(path)
-        if (found := report.get("predicted"))
-    }
+def _speed(worker: Worker, reference: Worker, together: bool) -> float:
+    """Return how many times as fast as `reference` a candidate is, by rounds if they took turns."""
+    if not together:
+        return statistics.median(reference.seconds) / statistics.median(worker.seconds)
+    rounds = zip(reference.seconds, worker.seconds, strict=True)
+    return statistics.median(theirs / own for theirs, own in rounds)
 
 
 def table(found: Sequence[dict[str, Any]]) -> str:
@@ -275,6 +124,8 @@ def table(found: Sequence[dict[str, Any]]) -> str:
         if any(r["predicted_seconds"] for r in found):
             predicted = record["predicted_seconds"]
             row["predicted ms"] = f"{1e3 * predicted:.4g}" if predicted else ""
+        if record["platform"] == "cpu":
+            row["CPU s"] = f"{record['cpu_seconds']:.4g}"
         rows.append(row)
     return written(rows, "markdown")
 
@@ -323,20 +174,22 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
         os.environ["JAX_PLATFORMS"] = "cpu"
     elif args.suite == "gpu" and not args.compare:
         args.compare = ["torch"]
+    if args.threads:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
     if args.compare:
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # PyTorch's step is for one GPU
     cases = SUITES[args.suite] if args.suite else [Case(args.config, args.config)]
     if any(o.startswith("--config.batch_size=") for o in overrides):
-        cases = [dataclasses.replace(case, batch_per_device=0) for case in cases]
-    variants, predicted = candidates(args, overrides), predictions(args.prediction)
+        cases = [dataclasses.replace(c, batch_per_device=0, platform=None) for c in cases]
+    variants = candidates(args, overrides)
     found: list[dict[str, Any]] = []
     for case in cases:
         if args.suite == "gpu" and time.monotonic() - start > SUITE_SECONDS:
-            _say(f"{case.name}: left out, {SUITE_SECONDS} s are over")
+            say(f"{case.name}: left out, {SUITE_SECONDS} s are over")
             continue
-        _say(f"{case.name} …")
+        say(f"{case.name} …")
         case, workers = fitting(case, variants, overrides, args.steps)
-        found += records(case, workers, predicted)
+        found += records(case, workers)
         if args.json:
             files.write_text(args.json, json.dumps(found, indent=2) + "\n")
     print(f"{heading(found)}\n\n{table(found)}")
@@ -367,13 +220,9 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--steps", type=arguments.positive_int, default=20, help="of each candidate; default: 20"
     )
-    parser.add_argument("--prediction", type=Path, help="of tools/check_topology.py --json")
+    parser.add_argument("--threads", type=arguments.positive_int, help="CPU cores; default: all")
     parser.add_argument("--json", type=Path, help="write what was measured to this file")
     return parser.parse_known_args(argv)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

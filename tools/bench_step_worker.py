@@ -9,7 +9,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,12 +64,18 @@ def ours(job: dict[str, Any]) -> Candidate:
     from cap_pretrain.training.step import init_state, make_train_step
 
     config, devices = configured(job), jax.devices()
+    if job["platform"] not in (None, devices[0].platform):
+        raise UserError(
+            f"--suite={job['platform']}: JAX found no such device here, only "
+            f"{devices[0].device_kind}; with --config.batch_size=… this is measured all the same."
+        )
     if job["batch_per_device"]:
         config.batch_size = job["batch_per_device"] * len(devices)
     build.check_device(config)
     vocab_size = config.text.vocab_size
     mesh = sharding.make_mesh(config)
     rate = schedule.learning_rate(config, schedule.make_schedule(config, epoch=config.batch_size))
+    # As in `setup.prepare`, from functions that earlier versions of the package have, too.
     init, state, graphdef, tx = init_state(
         lambda key: learners.build(config, vocab_size, key),
         lambda params: make_optimizer(config, rate, params, idle=False),
@@ -94,13 +100,12 @@ def ours(job: dict[str, Any]) -> Candidate:
                 held[0], metrics = compiled(held[0], batch)
             jax.block_until_ready(metrics)
 
+    sizes = compiled.memory_analysis()
+    needed = sizes.argument_size_in_bytes + sizes.temp_size_in_bytes
+    needed += sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+
     def memory() -> int:
-        stats, needed = devices[0].memory_stats(), compiled.memory_analysis()
-        if stats and "peak_bytes_in_use" in stats:
-            return stats["peak_bytes_in_use"]
-        reused = needed.alias_size_in_bytes  # outputs in the memory of arguments
-        sizes = (needed.argument_size_in_bytes, needed.output_size_in_bytes - reused)
-        return sum(sizes) + needed.temp_size_in_bytes
+        return (devices[0].memory_stats() or {}).get("peak_bytes_in_use", needed)
 
     peak = flops.system_peak(devices)
     facts = {
@@ -118,9 +123,31 @@ def ours(job: dict[str, Any]) -> Candidate:
         "peak_flops": peak.flops,
         "peak_source": peak.source,
         "compile_seconds": seconds,
+        "compiler_bytes": needed,
+        "predicted_seconds": predicted(compiled.as_text(), devices),
         "version": f"jax {jax.__version__}",
     }
     return Candidate(facts, run, memory)
+
+
+def predicted(text: str, devices: Sequence[Any]) -> float | None:
+    """Return the seconds that tools/check_topology.py predicts for a compiled program, if it can.
+
+    It can for the kinds of TPUs and GPUs that it knows.
+    """
+    from cap_pretrain.telemetry import flops
+
+    chip = flops.chip_of(devices[0])
+    if not (chip and chip.peak and chip.hbm_bandwidth and chip.ici_bandwidth):
+        return None
+    try:
+        from cap_pretrain.topology import hlo
+        from cap_pretrain.topology.compilers import compiler_for
+
+        return compiler_for(devices).measure(hlo.parse(text), chip, devices).seconds
+    except Exception:  # the program may have operations that no prediction has met
+        traceback.print_exc()
+        return None
 
 
 def torchs(job: dict[str, Any]) -> Candidate:
@@ -233,10 +260,11 @@ def main() -> None:
         candidate.run(job["warmup"])
         answer(**candidate.facts)
         for line in sys.stdin:
-            steps, start = json.loads(line)["steps"], time.perf_counter()
+            steps = json.loads(line)["steps"]
+            start, cpu_start = time.perf_counter(), time.process_time()
             candidate.run(steps)
-            seconds = time.perf_counter() - start
-            answer(seconds=seconds / steps, memory=candidate.memory())
+            seconds, cpu = time.perf_counter() - start, time.process_time() - cpu_start
+            answer(seconds=seconds / steps, cpu=cpu / steps, memory=candidate.memory())
     except UserError as error:
         answer(error="user", message=str(error))
     except Exception as error:

@@ -181,11 +181,17 @@ class Decoder(nn.Module):
     def forward(
         self, inputs: Tensor, positions: Tensor, encoded: Tensor, mask: Tensor | None
     ) -> Tensor:
-        """Return logits [B, T, V] of inputs int64 [B, T]."""
+        """Return the last hidden states [B, T, D] of inputs int64 [B, T]."""
         x = self.embedding(inputs) + positions
         for block in self.blocks:
             x = block(x, encoded, mask)
-        return self.logits(self.norm(x))
+        return x
+
+    def losses(self, states: Tensor, text: Tensor) -> Tensor:
+        """Return the cross-entropy [B, T] of text int64 [B, T], 0 for padding."""
+        logits = self.logits(self.norm(states)).flatten(0, 1)
+        losses = F.cross_entropy(logits, text.flatten(), ignore_index=PAD, reduction="none")
+        return losses.view(text.shape)
 
 
 class Captioner(nn.Module):
@@ -207,12 +213,8 @@ class Captioner(nn.Module):
             length = text.shape[1]
             causal = torch.ones(length, length, dtype=torch.bool, device=text.device).tril()
             mask = causal | parallel[:, None, None, None]
-        logits = self.decoder(inputs, self.text_positions, self.encoder(images), mask)
-        losses = F.cross_entropy(
-            logits.flatten(0, 1), text.flatten(), ignore_index=PAD, reduction="none"
-        )
-        counted = text != PAD
-        return (losses.view(text.shape).sum(1) / counted.sum(1)).mean()
+        states = self.decoder(inputs, self.text_positions, self.encoder(images), mask)
+        return (self.decoder.losses(states, text).sum(1) / (text != PAD).sum(1)).mean()
 
 
 class TextTower(nn.Module):
@@ -266,10 +268,15 @@ def build(shape: Shape) -> nn.Module:
 
 
 def compile_parts(model: nn.Module) -> None:
-    """Let torch.compile compile the model by parts, once for all blocks of a kind."""
+    """Let torch.compile compile the model by parts, once for all blocks of a kind.
+
+    PyTorch's documentation recommends this ("regional compilation") for models of equal layers.
+    """
     for module in model.modules():
         if isinstance(module, (EncoderBlock, DecoderBlock)):
             module.compile()
+        elif isinstance(module, Decoder):
+            module.losses = torch.compile(module.losses)
 
 
 def make_step(
