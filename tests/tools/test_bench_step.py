@@ -74,8 +74,10 @@ def test_short_memory_separates_candidates_then_halves_the_batch(monkeypatch):
 
 def test_against_takes_settings_and_variables(capsys):
     arguments = ["--suite=cpu", "--against", "A='1 2' --config.model.unroll=2", "--compare=torch"]
-    _, ours, torch = bench_step.candidates(*bench_step._parse(arguments))
+    arguments += ["--against", "--config.model.remat=lean"]
+    _, ours, lean, torch = bench_step.candidates(*bench_step._parse(arguments))
     assert ours.overrides == ("--config.optim.name=adamw", "--config.model.unroll=2")
+    assert lean.overrides[1:] == ("--config.model.remat=lean",) and not lean.environment
     assert ours.environment == (("A", "1 2"),) and torch.kind == "torch"
     assert bench_step.main(["--suite=cpu", "--against=unroll"]) == 2
     assert "--against: 'unroll'" in capsys.readouterr().err
