@@ -20,11 +20,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from cap_pretrain.distributed import sharding
 from cap_pretrain.errors import UserError, did_you_mean
 from cap_pretrain.models.beam_search import CaptionSpec, Step, beam_search, sharded_top_k
-from cap_pretrain.models.text import PAD
+from cap_pretrain.models.text import PAD, Decoder
 
 METHODS = ("greedy", "beam", "sample")
 
@@ -243,6 +244,24 @@ def _token_by_token(
     return jax.lax.while_loop(unfinished, body, carry)[2]
 
 
+def for_decoding(learner: nnx.Module) -> Any:
+    """Return `learner` with its parameters in the form in which a step of decoding uses them.
+
+    They are whole on every device, matrices have the dtype of their products, and each layer of a
+    transformer has its own arrays. The loop over tokens would do all this again in each iteration.
+    """
+    learner = nnx.clone(sharding.gathered(learner))
+    for _, module in nnx.iter_modules(learner):
+        if isinstance(module, (nnx.Linear, nnx.Conv)) and module.dtype:
+            module.kernel = nnx.Param(module.kernel[...].astype(module.dtype))
+        elif isinstance(module, nnx.Embed) and module.dtype:
+            module.embedding = nnx.Param(module.embedding[...].astype(module.dtype))
+    for _, module in nnx.iter_modules(learner):
+        if isinstance(module, Decoder):
+            module.blocks = nnx.List(module.layers())
+    return learner
+
+
 def write_captions(
     learner: Any,
     images: jax.Array,
@@ -267,9 +286,8 @@ def write_captions(
     Returns:
         int32 [B, length].
     """
-    gathered: Any = sharding.gathered(learner)
     return decode(
-        gathered.decode_step,
+        for_decoding(learner).decode_step,
         learner.init_decoding(images, how.rows),
         how,
         CaptionSpec(batch=len(images), length=length, start=PAD, eos=eos),

@@ -85,7 +85,7 @@ class DecoderBlock(nnx.Module):
         self,
         x: jax.Array,
         mask: jax.Array,
-        at: tuple[jax.Array, jax.Array],
+        start: jax.Array,
         own: tuple[jax.Array, jax.Array],
         cross: tuple[jax.Array, jax.Array],
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -94,22 +94,20 @@ class DecoderBlock(nnx.Module):
         Args:
             x: [B, C, D].
             mask: bool [B, 1, C, S], which of the S keys each caption attends to.
-            at: Index of this layer, and index in S for the keys of this position.
-            own: Self-attention keys and values of all layers, [layers, ...] of `for_queries`.
+            start: Index in S for the keys of this position.
+            own: Self-attention keys and values of this layer, of `for_queries`.
             cross: Keys and values of the image for this layer, of `for_queries`.
 
         Returns:
             [B, C, D], and `own` updated with the keys and values of this position.
         """
-        layer, start = at
         y = self.norm1(x)
         keys, values = for_queries(*self.self_attention.keys_values(y))
         own = (
-            jax.lax.dynamic_update_slice(own[0], keys[None], (layer, 0, 0, 0, start)),
-            jax.lax.dynamic_update_slice(own[1], values[None], (layer, 0, 0, start, 0)),
+            jax.lax.dynamic_update_slice_in_dim(own[0], keys, start, axis=-1),
+            jax.lax.dynamic_update_slice_in_dim(own[1], values, start, axis=-2),
         )
-        keys, values = (jax.lax.dynamic_index_in_dim(part, layer, keepdims=False) for part in own)
-        x = x + attend_cached(self.self_attention, y, keys, values, mask)
+        x = x + attend_cached(self.self_attention, y, *own, mask)
         x = x + attend_cached(self.cross_attention, self.norm2(x), *cross)
         return x + self.mlp(self.norm3(x)), own
 
@@ -272,23 +270,29 @@ class Decoder(nnx.Module):
             wrote its token at each position, or -1 if there is none yet. And the shared part: keys
             and values of the T * C tokens, ordered by position, and those of the image.
         """
-        batch, heads, depth = len(encoded), self.size.heads, self.size.depth
-
-        def cross_of(block, x, _):
-            return x, for_queries(*block.cross_attention.keys_values(encoded))
-
-        _, cross = scan_layers(self.blocks, cross_of, (), None, depth=depth, compute=self.compute)
-        keys = jnp.zeros((depth, batch, heads, self.size.width // heads, length * beams))
-        keys = keys.astype(cross[0].dtype)
-        own = (keys, keys.swapaxes(-1, -2))
+        batch, heads = len(encoded), self.size.heads
+        cross = [
+            for_queries(*block.cross_attention.keys_values(encoded)) for block in self.layers()
+        ]
+        keys = jnp.zeros((batch, heads, self.size.width // heads, length * beams))
+        keys = keys.astype(cross[0][0].dtype)
+        own = [(keys, keys.swapaxes(-1, -2))] * self.size.depth
         return jnp.full((batch * beams, length), -1, jnp.int32), (own, cross)
+
+    def layers(self) -> list[DecoderBlock]:
+        """Return the layers in order, each with its own parameters."""
+        if isinstance(self.blocks, nnx.List):  # see `models.decoding.for_decoding`
+            return [*self.blocks]
+        graphdef, params = nnx.split(self.blocks)
+        parts = [jax.tree.map(lambda p, n=n: p[n], params) for n in range(self.size.depth)]
+        return [nnx.merge(graphdef, part) for part in parts]
 
     def step(
         self, tokens: jax.Array, position: jax.Array, positions: jax.Array, cache: Cache
     ) -> tuple[jax.Array, Cache]:
         """Read tokens int32 [B * C] at `position`; return the next logits [B * C, V], cache."""
         writers, (own, cross) = cache
-        batch = cross[0].shape[1]
+        batch = len(cross[0][0])
         beams = len(tokens) // batch
         row = jnp.arange(beams, dtype=jnp.int32)
         writers = writers.at[:, position].set(jnp.tile(row, batch))
@@ -300,20 +304,12 @@ class Decoder(nnx.Module):
         x = self.embedding(tokens).reshape(batch, beams, -1)
         x = x + jax.lax.dynamic_slice_in_dim(positions, position, 1).astype(x.dtype)
 
-        def layer(block, carry, inputs):
-            index, cross = inputs
-            return block.step(carry[0], mask, (index, position * beams), carry[1], cross), None
-
-        (x, own), _ = scan_layers(
-            self.blocks,
-            layer,
-            (x, own),
-            (jnp.arange(self.size.depth), cross),
-            depth=self.size.depth,
-            compute=self.compute,
-        )
+        after = []
+        for block, mine, image in zip(self.layers(), own, cross, strict=True):
+            x, mine = block.step(x, mask, position * beams, mine, image)
+            after.append(mine)
         logits = self.to_logits(self.norm(x))
-        return logits.reshape(batch * beams, -1), (writers, (own, cross))
+        return logits.reshape(batch * beams, -1), (writers, (after, cross))
 
 
 class TextTower(nnx.Module):
