@@ -130,7 +130,10 @@ def compiler_of(name: str) -> Compiler:
         if kind in compiler.kinds:
             return compiler
     kinds = [kind for compiler in compilers for kind in compiler.kinds]
-    raise UserError(f"--topology: no chip {kind!r} in {name!r}.{did_you_mean(kind, kinds)}")
+    raise UserError(
+        f"--topology: no chip {kind!r} in {name!r}, only {', '.join(kinds)}."
+        f"{did_you_mean(kind, kinds)}"
+    )
 
 
 def compiler_for(devices: Sequence["jax.Device"]) -> Compiler:

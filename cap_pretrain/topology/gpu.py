@@ -33,16 +33,20 @@ class GPU(Compiler):
     kinds = tuple(TARGETS)
 
     def environment(self) -> dict[str, str]:
-        """Return variables to compile without a GPU; flags of the user are kept."""
-        given = os.environ.get("XLA_FLAGS", "")
-        ours = [f"--{flag}={value}" for flag, value in _FLAGS.items() if flag not in given]
+        """Return variables to compile without a GPU."""
         return {
             # The CUDA plugin itself refuses to start without a GPU; compiling needs no start.
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": " ".join([given, *ours]).strip(),
             # A program that was read from a cache would have to be loaded onto a GPU.
             "JAX_ENABLE_COMPILATION_CACHE": "false",
         }
+
+    def set_environment(self) -> None:
+        """Set `environment`, and those of our XLA_FLAGS that the user has not set."""
+        super().set_environment()
+        given = os.environ.get("XLA_FLAGS", "")
+        ours = [f"--{flag}={value}" for flag, value in _FLAGS.items() if flag not in given]
+        os.environ["XLA_FLAGS"] = " ".join([given, *ours]).strip()
 
     def open(self, name: str, slices: int = 1) -> Sequence["jax.Device"]:
         """Return the devices of a topology like "h100:8" or "h100:8x8" (hosts x GPUs per host)."""
