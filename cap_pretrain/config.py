@@ -116,11 +116,11 @@ def _model() -> ConfigDict:
     # TPUs).
     c.attention = "auto"
     # Rematerialization policy of transformers: none (keep everything), full, dots, dots_no_batch,
-    # lean (the fastest on TPUs; see cap_pretrain/models/layers.py). auto is lean on TPUs, else
-    # none.
+    # lean (the fastest on TPUs; see cap_pretrain/models/compute.py). auto is lean on TPUs, none on
+    # CPUs, and on GPUs the first of none, lean, full that is estimated to fit into memory.
     c.remat = "auto"
     # Layers per iteration of the scan over depth. More take longer to compile, and save copying
-    # what the backward pass needs into arrays stacked over layers. 0: all on TPUs, else 1.
+    # what the backward pass needs into arrays stacked over layers. 0: all on TPUs and GPUs, else 1.
     c.unroll = 0
     # Compute a captioner's logits in so many sequential parts of the text, and again in the
     # backward pass, so that no array is batch x length x vocabulary.
@@ -240,7 +240,8 @@ def _mesh() -> ConfigDict:
     c = ConfigDict()
     # Devices along each axis; at most one may be -1, which takes all remaining devices.
     c.data = -1
-    # 0: 16 on TPUs, or fewer on slices of less than 32 chips; elsewhere 1.
+    # 0: 16 on TPUs, or fewer on slices of less than 32 chips; on GPUs 1, or up to 8 where a step
+    # is otherwise estimated not to fit into memory; on CPUs 1.
     c.fsdp = 0
     c.tensor = 1
     # Sharding rules tried before the built-in ones: (regular expression, for each trailing

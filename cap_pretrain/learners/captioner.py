@@ -1,6 +1,7 @@
 """Cap and CapPa: pretraining an encoder by captioning (Tschannen et al. 2023, 2306.07915)."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -166,7 +167,8 @@ class Captioner(nnx.Module):
 
         def loss_and_correct(kernels, states, text):
             logits = nnx.merge(graphdef, kernels, others).to_logits(states)
-            return token_loss(logits, text, smoothing), jnp.argmax(logits, -1) == text
+            losses = token_loss(logits, text, smoothing, self.decoder.compute.dtype)
+            return losses, jnp.argmax(logits, -1) == text
 
         return in_chunks(loss_and_correct, self.decoder.compute.logit_chunks, kernels, states, text)
 
@@ -326,22 +328,53 @@ def weighted_loss(
     return loss, {"loss_weight": total, "token_accuracy": accuracy}
 
 
-def token_loss(logits: jax.Array, labels: jax.Array, smoothing: float) -> jax.Array:
-    """Return the cross-entropy with label smoothing, [...], of logits [..., V], labels int32 [...].
+def token_loss(
+    logits: jax.Array, labels: jax.Array, smoothing: float, dtype: Any = jnp.float32
+) -> jax.Array:
+    """Compute the cross-entropy with label smoothing of each label.
+
+    The gradient has one loop over the vocabulary, without a scatter: that of indexing writes an
+    array as large as the logits, and is not deterministic on GPUs.
 
     Args:
         logits: float32 [..., V].
         labels: int32 [...].
         smoothing: Probability mass spread evenly over the V classes.
+        dtype: The dtype that `logits` were computed in, in which the backward pass keeps them.
+
+    Returns:
+        float32 [...].
     """
-    # The comparison fuses with the other loops over the vocabulary. The gradient of indexing is a
-    # scatter, which writes an array as large as the logits and is not deterministic on GPUs.
-    own = jnp.arange(logits.shape[-1]) == labels[..., None]
-    nll = jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(own, logits, 0.0), axis=-1)
-    if not smoothing:
-        return nll
-    uniform = -jnp.mean(jax.nn.log_softmax(logits), axis=-1)
-    return (1 - smoothing) * nll + smoothing * uniform
+    return _cross_entropy(smoothing, dtype, logits, labels)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _cross_entropy(smoothing, dtype, logits, labels):
+    return _cross_entropy_forward(smoothing, dtype, logits, labels)[0]
+
+
+def _cross_entropy_forward(smoothing, dtype, logits, labels):
+    whole = jax.nn.logsumexp(logits, axis=-1)
+    own = jnp.sum(jnp.where(_is_label(logits, labels), logits, 0.0), axis=-1)
+    loss = whole - own
+    if smoothing:
+        loss = (1 - smoothing) * loss + smoothing * (whole - jnp.mean(logits, axis=-1))
+    return loss, (logits.astype(dtype), whole, labels)
+
+
+def _cross_entropy_backward(smoothing, dtype, residuals, gradient):  # noqa: ARG001
+    logits, whole, labels = residuals
+    probabilities = jnp.exp(logits.astype(jnp.float32) - whole[..., None])
+    wanted = jnp.where(_is_label(logits, labels), 1.0 - smoothing, 0.0)
+    wanted = wanted + smoothing / logits.shape[-1]
+    return gradient[..., None] * (probabilities - wanted), None
+
+
+_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+
+
+def _is_label(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    return jnp.arange(logits.shape[-1]) == labels[..., None]
 
 
 def mean_where(values: jax.Array, where: jax.Array) -> jax.Array:

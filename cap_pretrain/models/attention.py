@@ -1,4 +1,4 @@
-"""Attention that recomputes its weights in the backward pass.
+"""Attention that recomputes its weights in the backward pass, and whether cuDNN's can be used.
 
 Autodiff of `jax.nn.dot_product_attention` stores the weights [B, heads, T, S] of every layer, in
 float32 and again rounded. With 196 tokens these exceed all other activations of the layer, and on a
@@ -7,9 +7,16 @@ values and the result, and has an explicit gradient (Dao et al. 2022, 2205.14135
 without tiling, as the sequences are short).
 """
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from absl import logging
 from jax.ad_checkpoint import checkpoint_name
+
+from cap_pretrain.distributed.determinism import compiler_options
+from cap_pretrain.distributed.platform import platform
 
 # Name under which rematerialization policies can keep the result.
 ATTENDED = "attended"
@@ -67,3 +74,45 @@ def _backward(residuals, gradient):
 
 
 recomputing_attention.defvjp(_forward, _backward)
+
+
+def fused_attention_works(
+    query: jax.Array, keys: jax.Array, masked: bool, deterministic: bool
+) -> bool:
+    """Return whether cuDNN's fused kernel supports these shapes, forward and backward."""
+    half = query.dtype in (jnp.bfloat16, jnp.float16)
+    if platform() != "gpu" or not half or query.shape[1] == 1:
+        return False  # a single query, as in decoding, is too little work for it
+    return not why_not_fused(query.shape[1:], keys.shape[1:], query.dtype, masked, deterministic)
+
+
+@functools.cache
+def why_not_fused(
+    query: tuple[int, ...],
+    keys: tuple[int, ...],
+    dtype: Any,
+    masked: bool,
+    deterministic: bool,
+    device: jax.Device | None = None,
+) -> str:
+    """Return why cuDNN's kernel does not support query [T, N, H] and keys [S, N, H]; "" if it does.
+
+    `device` may be one that exists only for the compiler; None is the default device.
+    """
+
+    # Support depends on the versions of cuDNN and the GPU, so try to compile.
+    def attend(q, k, v):
+        mask = jnp.ones((1, 1, query[0], keys[0]), bool) if masked else None
+        out = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
+        return jnp.sum(out.astype(jnp.float32))
+
+    where = jax.sharding.SingleDeviceSharding(device) if device else None
+    shapes = [jax.ShapeDtypeStruct((1, *s), dtype, sharding=where) for s in (query, keys, keys)]
+    try:
+        options = compiler_options(deterministic)  # these exclude some kernels
+        grad = jax.jit(jax.grad(attend, argnums=(0, 1, 2)), compiler_options=options)
+        grad.lower(*shapes).compile()
+    except Exception as e:  # any failure means that another kernel must be used
+        logging.info("cuDNN attention does not support %s x %s: %s", query, keys, e)
+        return str(e) or type(e).__name__
+    return ""

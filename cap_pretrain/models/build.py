@@ -3,11 +3,11 @@
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
+from cap_pretrain.distributed.platform import platform
 from cap_pretrain.errors import UserError, did_you_mean
 from cap_pretrain.models import alexnet
 from cap_pretrain.models.alexnet import AlexNet
@@ -156,7 +156,7 @@ def _overridden(size: Size, config: ConfigDict, prefix: str = "") -> Size:
 def compute(config: ConfigDict) -> Compute:
     """Return how the model computes: precision, attention kernel, rematerialization, dropout."""
     model = config.model
-    auto = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    auto = "float32" if platform() == "cpu" else "bfloat16"
     return Compute(
         dtype=jnp.dtype(auto if config.dtype == "auto" else config.dtype),
         attention=model.attention,
@@ -171,7 +171,7 @@ def compute(config: ConfigDict) -> Compute:
 
 def check_device(config: ConfigDict) -> None:
     """Raise UserError if the devices of this process cannot compute what the config asks for."""
-    backend = jax.default_backend()
+    backend = platform()
     if config.dtype == "float16" and backend == "cpu":
         raise UserError("dtype: float16 is not for CPUs; use auto, float32 or bfloat16.")
     if config.model.attention == "cudnn" and backend != "gpu":

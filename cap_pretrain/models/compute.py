@@ -20,9 +20,10 @@ class Compute:
         remat: Rematerialization policy. "none" recomputes nothing. "full" recomputes everything but
             the layer inputs. "dots" keeps the results of matrix products. "lean" keeps the inputs
             and outputs of attention and the MLP's hidden units before their activation. "auto" is
-            lean on TPUs, otherwise none.
+            lean on TPUs, otherwise none (training on GPUs settles it before; see
+            training/automatic.py).
         unroll: Layers per iteration of the scan over depth. The depth itself unrolls the whole
-            stack. 0 does so on TPUs, and is 1 elsewhere.
+            stack. 0 does so on TPUs and GPUs, and is 1 on CPUs.
         logit_chunks: Number of chunks of a text for which the logits of a loss are computed
             sequentially.
         dropout: Dropout rate after attention and MLP.
@@ -44,10 +45,18 @@ class Compute:
 # are cheap: on a TPU, recomputing them is faster than storing and loading their results.
 KEPT = ("query", "key", "value", ATTENDED, "out", "hidden")
 
+
+def _is_fused_attention(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Keep what cuDNN's attention returns: besides the result, the log-sum-exp of its weights."""
+    return primitive.name.startswith("dot_product_attention_fwd")
+
+
 REMAT_POLICIES: dict[str, Any] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_saveable,
     "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "lean": jax.checkpoint_policies.save_only_these_names(*KEPT),
+    "lean": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.save_only_these_names(*KEPT), _is_fused_attention
+    ),
 }

@@ -12,14 +12,14 @@ from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-from absl import logging
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from cap_pretrain.distributed.determinism import compiler_options
-from cap_pretrain.models.attention import ATTENDED, recomputing_attention
+from cap_pretrain.distributed.platform import platform
+from cap_pretrain.models.attention import ATTENDED, fused_attention_works, recomputing_attention
 from cap_pretrain.models.compute import REMAT_POLICIES, Compute
+from cap_pretrain.models.elementwise import LayerNorm, gelu_tanh
 from cap_pretrain.models.sizes import Size
 
 XAVIER = nnx.initializers.xavier_uniform()
@@ -70,7 +70,7 @@ def split_optional(key: jax.Array | None, n: int) -> tuple[jax.Array | None, ...
 # By their names in a config. The default is the tanh approximation, as in the authors' code.
 # quick_gelu is CLIP's (Radford et al. 2021, `model.py` of their code).
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu_tanh": nnx.gelu,
+    "gelu_tanh": gelu_tanh,
     "gelu": functools.partial(nnx.gelu, approximate=False),
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
 }
@@ -182,7 +182,7 @@ class Attention(nnx.Module):
         kind = self.compute.attention
         if kind == "auto":
             fused = fused_attention_works(query, keys, mask is not None, self.compute.deterministic)
-            usual = "recompute" if jax.default_backend() == "tpu" else "xla"
+            usual = "recompute" if platform() == "tpu" else "xla"
             kind = "cudnn" if fused else usual
         if kind == "recompute":
             out = recomputing_attention(query, keys, values, mask)
@@ -210,48 +210,6 @@ class Attention(nnx.Module):
         return self.attend(x, *self.keys_values(x if context is None else context), mask)
 
 
-def fused_attention_works(
-    query: jax.Array, keys: jax.Array, masked: bool, deterministic: bool
-) -> bool:
-    """Return whether cuDNN's fused kernel supports these shapes, forward and backward."""
-    half = query.dtype in (jnp.bfloat16, jnp.float16)
-    if jax.default_backend() != "gpu" or not half or query.shape[1] == 1:
-        return False  # a single query, as in decoding, is too little work for it
-    return not why_not_fused(query.shape[1:], keys.shape[1:], query.dtype, masked, deterministic)
-
-
-@functools.cache
-def why_not_fused(
-    query: tuple[int, ...],
-    keys: tuple[int, ...],
-    dtype: Any,
-    masked: bool,
-    deterministic: bool,
-    device: jax.Device | None = None,
-) -> str:
-    """Return why cuDNN's kernel does not support query [T, N, H] and keys [S, N, H]; "" if it does.
-
-    `device` may be one that exists only for the compiler; None is the default device.
-    """
-
-    # Support depends on the versions of cuDNN and the GPU, so try to compile.
-    def attend(q, k, v):
-        mask = jnp.ones((1, 1, query[0], keys[0]), bool) if masked else None
-        out = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
-        return jnp.sum(out.astype(jnp.float32))
-
-    where = jax.sharding.SingleDeviceSharding(device) if device else None
-    shapes = [jax.ShapeDtypeStruct((1, *s), dtype, sharding=where) for s in (query, keys, keys)]
-    try:
-        options = compiler_options(deterministic)  # these exclude some kernels
-        grad = jax.jit(jax.grad(attend, argnums=(0, 1, 2)), compiler_options=options)
-        grad.lower(*shapes).compile()
-    except Exception as e:  # any failure means that another kernel must be used
-        logging.info("cuDNN attention does not support %s x %s: %s", query, keys, e)
-        return str(e) or type(e).__name__
-    return ""
-
-
 class EncoderBlock(nnx.Module):
     """Pre-norm self-attention and MLP with biases, for ViTs and text towers.
 
@@ -264,9 +222,9 @@ class EncoderBlock(nnx.Module):
     def __init__(self, size: Size, *, details: Details, compute: Compute, rngs: nnx.Rngs):
         kwargs: dict[str, Any] = dict(compute=compute, rngs=rngs)
         norm = dict(epsilon=details.norm_eps, dtype=compute.dtype, rngs=rngs)
-        self.norm1 = nnx.LayerNorm(size.width, **norm)
+        self.norm1 = LayerNorm(size.width, **norm)
         self.attention = Attention(size.width, size.heads, bias=True, **kwargs)
-        self.norm2 = nnx.LayerNorm(size.width, **norm)
+        self.norm2 = LayerNorm(size.width, **norm)
         self.mlp = Mlp(size.width, size.mlp, bias=True, activation=details.activation, **kwargs)
         self.rate = compute.dropout
 
@@ -318,12 +276,12 @@ def scan_layers(
         params, inputs = inputs
         return body(nnx.merge(graphdef, params), x, inputs)
 
-    on_tpu = jax.default_backend() == "tpu"
+    on_tpu = platform() == "tpu"
     remat, unroll = compute.remat, min(compute.unroll, depth)
     if remat == "auto":
         remat = "lean" if on_tpu else "none"
     if not unroll:
-        unroll = depth if on_tpu else 1
+        unroll = 1 if platform() == "cpu" else depth
     if remat != "none":
         # XLA does not merge computations across two loops. Without loops, it would merge the
         # recomputation with the original and so undo it.

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from cap_pretrain.distributed.determinism import rows_of
+from cap_pretrain.models.elementwise import LayerNorm
 from cap_pretrain.models.layers import (
     Attention,
     Compute,
@@ -46,13 +47,13 @@ class DecoderBlock(nnx.Module):
     def __init__(self, size: Size, *, encoder_width: int | None, compute: Compute, rngs: nnx.Rngs):
         norm = dict(use_bias=False, dtype=compute.dtype, rngs=rngs)
         kwargs: dict[str, Any] = dict(bias=False, compute=compute, rngs=rngs)
-        self.norm1 = nnx.LayerNorm(size.width, **norm)
+        self.norm1 = LayerNorm(size.width, **norm)
         self.self_attention = Attention(size.width, size.heads, **kwargs)
-        self.norm2 = nnx.LayerNorm(size.width, **norm)
+        self.norm2 = LayerNorm(size.width, **norm)
         self.cross_attention = Attention(
             size.width, size.heads, context_width=encoder_width, **kwargs
         )
-        self.norm3 = nnx.LayerNorm(size.width, **norm)
+        self.norm3 = LayerNorm(size.width, **norm)
         self.mlp = Mlp(size.width, size.mlp, **kwargs)
         self.rate = compute.dropout
 
@@ -174,7 +175,7 @@ class Decoder(nnx.Module):
             size.depth,
             rngs,
         )
-        self.norm = nnx.LayerNorm(size.width, use_bias=False, dtype=compute.dtype, rngs=rngs)
+        self.norm = LayerNorm(size.width, use_bias=False, dtype=compute.dtype, rngs=rngs)
         self.logits = nnx.Linear(
             size.width,
             vocab_size,
@@ -345,7 +346,7 @@ class TextTower(nnx.Module):
         init = nnx.initializers.normal(size.width**-0.5)
         self.positions = nnx.Param(init(rngs.params(), (length, size.width)))
         self.blocks = encoder_blocks(size, compute=compute, rngs=rngs)
-        self.norm = nnx.LayerNorm(size.width, dtype=compute.dtype, rngs=rngs)
+        self.norm = LayerNorm(size.width, dtype=compute.dtype, rngs=rngs)
         self.size, self.compute = size, compute
 
     def __call__(

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from cap_pretrain.models.elementwise import LayerNorm
 from cap_pretrain.models.encoder import ImageEncoder
 from cap_pretrain.models.layers import (
     XAVIER,
@@ -59,9 +60,7 @@ class MapHead(nnx.Module):
         kwargs: dict[str, Any] = dict(compute=compute, rngs=rngs)
         self.probe = nnx.Param(XAVIER(rngs.params(), (1, size.width)))
         self.attention = Attention(size.width, size.heads, bias=True, **kwargs)
-        self.norm = nnx.LayerNorm(
-            size.width, epsilon=details.norm_eps, dtype=compute.dtype, rngs=rngs
-        )
+        self.norm = LayerNorm(size.width, epsilon=details.norm_eps, dtype=compute.dtype, rngs=rngs)
         self.mlp = Mlp(size.width, size.mlp, bias=True, activation=details.activation, **kwargs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
@@ -114,9 +113,9 @@ class ViT(ImageEncoder):
         if options.class_token:
             self.class_token = nnx.Param(init(rngs.params(), (1, size.width)))
         if options.pre_norm:
-            self.pre_norm = nnx.LayerNorm(size.width, **norm)
+            self.pre_norm = LayerNorm(size.width, **norm)
         self.blocks = encoder_blocks(size, **kwargs)
-        self.norm = nnx.LayerNorm(size.width, **norm)
+        self.norm = LayerNorm(size.width, **norm)
         if options.pool == "map":
             self.head = MapHead(size, **kwargs)
         self.size, self.patch, self.grid, self.options = size, patch, grid, options

@@ -12,17 +12,19 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from cap_pretrain import inputs, learners
 from cap_pretrain.checkpoints import warm_start
 from cap_pretrain.distributed import sharding
+from cap_pretrain.distributed.platform import tracing_for
 from cap_pretrain.errors import UserError
 from cap_pretrain.optim import schedule as schedules
 from cap_pretrain.topology.compilers import compiler_for
 from cap_pretrain.topology.tpu import TPU
-from cap_pretrain.training import plan
+from cap_pretrain.training import automatic, plan
 from cap_pretrain.training.setup import make_optimizer
 from cap_pretrain.training.step import init_state, make_train_step
 from cap_pretrain.validation import validate
@@ -83,7 +85,17 @@ def prepare(config: ConfigDict, devices: Sequence[jax.Device] = ()) -> tuple[Con
         parent = config[part] if part else config
         if parent[key] in ("auto", 0):  # "auto" would detect this machine
             parent[key] = value
+    if devices:
+        limit = compiler.memory_limit(devices[0])
+        optimizer = functools.partial(make_optimizer, config, _rate(config), idle=False)
+        config = automatic.settle(config, vocab_size, optimizer, devices, limit).config
     return config, vocab_size
+
+
+def _rate(config: ConfigDict) -> optax.Schedule:
+    """Return a learning rate; its length does not matter."""
+    schedule = schedules.make_schedule(config, epoch=config.batch_size)
+    return schedules.learning_rate(config, schedule)
 
 
 def compile_step(config: ConfigDict, vocab_size: int, devices: Sequence[jax.Device]) -> Compiled:
@@ -97,7 +109,7 @@ def compile_step(config: ConfigDict, vocab_size: int, devices: Sequence[jax.Devi
     step, state, batch = abstract_step(config, vocab_size, mesh)
     start = time.monotonic()
     try:
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(mesh), tracing_for(devices[0]):
             compiled = step.lower(state, batch).compile()
     except Exception as e:
         if out_of_memory := compiler.out_of_memory(e):
@@ -116,10 +128,7 @@ def compile_step(config: ConfigDict, vocab_size: int, devices: Sequence[jax.Devi
 
 def abstract_step(config: ConfigDict, vocab_size: int, mesh: Mesh):
     """Return the jitted step of a run as `train` builds it, and its abstract state and batch."""
-    schedule = schedules.make_schedule(
-        config, epoch=config.batch_size
-    )  # the length does not matter
-    rate = schedules.learning_rate(config, schedule)
+    rate = _rate(config)
     _, state, graphdef, tx = init_state(
         lambda key: learners.build(config, vocab_size, key),
         functools.partial(make_optimizer, config, rate, idle=False),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from cap_pretrain.errors import UserError
 from cap_pretrain.topology import products
-from cap_pretrain.topology.compilers import Compiler
+from cap_pretrain.topology.compilers import EVERY_LAYER, Compiler
 from cap_pretrain.topology.targets import TARGETS, target_config
 from cap_pretrain.topology.tpu import ATTENTION as ATTENTION_NAMES
 
@@ -83,7 +83,7 @@ class GPU(Compiler):
         self, config: "ConfigDict", vocab_size: int, devices: Sequence["jax.Device"]
     ) -> dict[str, Any]:
         """Return the choices of a run on GPUs."""
-        chosen: dict[str, Any] = {"dtype": "bfloat16", "model.remat": "none", "model.unroll": 1}
+        chosen: dict[str, Any] = {"dtype": "bfloat16", "model.unroll": EVERY_LAYER}
         if config.model.attention == "auto":
             dtype = chosen["dtype"] if config.dtype == "auto" else config.dtype
             reason = why_not_cudnn(config, dtype, vocab_size, devices[0])
@@ -211,7 +211,7 @@ def why_not_cudnn(config: "ConfigDict", dtype: str, vocab_size: int, device: "ja
     """Return why cuDNN's attention does not support a model on a GPU; "" if it does."""
     import jax.numpy as jnp
 
-    from cap_pretrain.models import layers
+    from cap_pretrain.models import attention
 
     if dtype not in ("bfloat16", "float16"):
         return f"not in {dtype}"
@@ -220,7 +220,7 @@ def why_not_cudnn(config: "ConfigDict", dtype: str, vocab_size: int, device: "ja
     except (NotImplementedError, ValueError) as e:
         return str(e).splitlines()[0]
     for query, keys, masked in calls:
-        reason = layers.why_not_fused(
+        reason = attention.why_not_fused(
             query, keys, jnp.dtype(dtype), masked, config.deterministic, device
         )
         if reason:

@@ -86,7 +86,7 @@ def make_plan(
     _, abstract, _, _ = init_state(
         lambda key: learners.build(config, vocab_size, key), make_optimizer, config, mesh
     )
-    parameter_bytes = _bytes_per_device(abstract.params)
+    parameter_bytes = bytes_per_device(abstract.params)
     counted = flops_per_example(config, vocab_size) if total_steps else {}
     return {
         "learner": config.learner.name,
@@ -101,9 +101,9 @@ def make_plan(
         "batch_per_device": config.batch_size / (shape["data"] * shape["fsdp"]),
         "bytes_per_device": {
             "parameters": parameter_bytes,
-            "optimizer": _bytes_per_device(abstract.opt_state),
+            "optimizer": bytes_per_device(abstract.opt_state),
             "gradients": parameter_bytes if total_steps else 0,
-            "ema": _bytes_per_device(abstract.ema),
+            "ema": bytes_per_device(abstract.ema),
         },
     }
 
@@ -141,7 +141,8 @@ def _size(leaf: jax.ShapeDtypeStruct) -> int:
     return math.prod(leaf.shape)
 
 
-def _bytes_per_device(tree: Any) -> int:
+def bytes_per_device(tree: Any) -> int:
+    """Return the bytes of a tree of abstract arrays on one device, by their shardings."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)

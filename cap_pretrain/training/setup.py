@@ -23,7 +23,7 @@ from cap_pretrain.optim import schedule as schedules
 from cap_pretrain.telemetry import flops
 from cap_pretrain.telemetry.progress import Progress, parameter_table
 from cap_pretrain.telemetry.timer import StepTimer
-from cap_pretrain.training import plan
+from cap_pretrain.training import automatic, plan
 from cap_pretrain.training.changes import reordering
 from cap_pretrain.training.step import TrainState, init_state, make_train_step
 from cap_pretrain.validation import validate
@@ -98,7 +98,7 @@ def prepare(
     """
     validate(config, tokenizer=resuming and inputs.tokenizer_path(workdir).exists())
     build.check_device(config)
-    mesh = sharding.make_mesh(config)
+    sharding.make_mesh(config)  # refuses one that is not possible
     sources = inputs.open_sources(config) if configs.trains(config) else []
     config = inputs.completed(config, sources)
     suite.check(config)
@@ -114,15 +114,19 @@ def prepare(
     rate = schedules.learning_rate(config, schedule)
     # Checkpoints are read as they were saved, so a run that only evaluates keeps the optimizer.
     idle = not schedule.total and not resuming
+    optimizer = functools.partial(make_optimizer, config, rate, idle=idle)
+    choice = _settle(config, tokenizer.vocab_size, optimizer, trains=bool(schedule.total))
+    mesh = sharding.make_mesh(choice.config)
     init, abstract, graphdef, tx = init_state(
-        lambda key: learners.build(config, tokenizer.vocab_size, key),
-        functools.partial(make_optimizer, config, rate, idle=idle),
-        config,
+        lambda key: learners.build(choice.config, tokenizer.vocab_size, key),
+        optimizer,
+        choice.config,
         mesh,
     )
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    step_fn = make_train_step(graphdef, tx, rate, config, shardings)
+    step_fn = make_train_step(graphdef, tx, rate, choice.config, shardings)
     notes = [*inputs.held_out(config, sources), *schedules.notes(config, schedule)]
+    notes += [choice.line] if choice.line else []
     return Setup(
         *(config, workdir, mesh, mixture, tokenizer, schedule, notes, batches, changes, epoch),
         *(init, abstract, graphdef, step_fn),
@@ -149,16 +153,28 @@ def dry_run(
     epoch = inputs.examples_an_epoch(config, mixture)
     schedule, _, changes = _resolve_schedule(config, earlier, epoch)
     rate = schedules.learning_rate(config, schedule)
+    optimizer = functools.partial(make_optimizer, config, rate, idle=not schedule.total)
+    vocab_size = tokenizer.vocab_size if tokenizer else config.text.vocab_size
+    choice = _settle(config, vocab_size, optimizer, trains=bool(schedule.total))
     made = plan.make_plan(
-        config,
-        vocab_size=tokenizer.vocab_size if tokenizer else config.text.vocab_size,
+        choice.config,
+        vocab_size=vocab_size,
         total_steps=schedule.total,
-        make_optimizer=functools.partial(make_optimizer, config, rate, idle=not schedule.total),
+        make_optimizer=optimizer,
     )
     notes = [*inputs.held_out(config, sources), *schedules.notes(config, schedule)]
     length = [schedules.describe(config, schedule)] if schedule.total else []
     lines = "\n".join([*changes, *length, plan.write_plan(made, workdir)])
-    return "\n\n".join([lines, *notes])
+    return "\n\n".join(filter(None, [lines, choice.line, *notes]))
+
+
+def _settle(
+    config: ConfigDict, vocab_size: int, optimizer: automatic.MakeOptimizer, *, trains: bool
+) -> automatic.Choice:
+    """Settle what the config leaves to the devices of this run."""
+    devices = jax.devices()
+    limit = automatic.memory_of(devices[0]) if trains else None
+    return automatic.settle(config, vocab_size, optimizer, devices, limit)
 
 
 def _resolve_schedule(

@@ -121,9 +121,12 @@ def test_a_scan_is_one_layer_after_the_other(stack, remat, unroll):
 
 
 @pytest.mark.parametrize(
-    ("backend", "asked", "unrolled"), [("tpu", 0, 3), ("cpu", 0, 1), ("tpu", 1, 1), ("cpu", 9, 3)]
+    ("backend", "asked", "unrolled"),
+    [("tpu", 0, 3), ("gpu", 0, 3), ("cpu", 0, 1), ("tpu", 1, 1), ("cpu", 9, 3)],
 )
-def test_layers_are_unrolled_on_tpus_unless_told(stack, backend, asked, unrolled, monkeypatch):
+def test_layers_are_unrolled_on_accelerators_by_default(
+    stack, backend, asked, unrolled, monkeypatch
+):
     graphdef, params, _ = stack
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     program = scanned(graphdef, unroll=asked).trace(params).jaxpr.jaxpr

@@ -1,0 +1,177 @@
+"""What `model.remat=auto` and `mesh.fsdp=0` become on GPUs: the fastest of what fits into memory.
+
+The memory of a step is estimated from shapes alone, by tracing the loss: state and gradients by
+their shardings, and the activations that the backward pass keeps under a policy. BENCHMARKS.md
+("Defaults by platform") compares the estimates with what XLA's compilers need.
+"""
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+from jax.sharding import AbstractMesh
+from ml_collections import ConfigDict
+
+from cap_pretrain import learners
+from cap_pretrain.distributed import cluster, sharding
+from cap_pretrain.distributed.platform import platform_of
+from cap_pretrain.training import plan
+from cap_pretrain.training.step import init_state, loss_and_stats, split_learner
+
+# From the fastest on GPUs to the one that needs the least memory. (On TPUs, lean is the fastest of
+# all; see BENCHMARKS.md.)
+POLICIES = ("none", "lean", "full")
+# Share of the memory that a step may be estimated to need: the estimates are up to 6% too low.
+USABLE = 0.94
+# GPUs that NVLink joins in one host, over which parameters may be sharded.
+HOST = 8
+
+MakeOptimizer = Callable[[Any], Any]
+
+
+class Need(NamedTuple):
+    """The estimated bytes that a step needs on one device."""
+
+    state: int  # parameters, optimizer, moving average
+    gradients: int
+    activations: int  # kept for the backward pass
+    workspace: int  # arrays of one layer while it is computed
+
+    @property
+    def total(self) -> int:
+        """The sum of all parts."""
+        return sum(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A config in which `model.remat` and `mesh.fsdp` are settled, and why, as a line for the log.
+
+    `need` is the estimate for it, or None where nothing was to choose.
+    """
+
+    config: ConfigDict
+    need: Need | None = None
+    line: str = ""
+
+
+def memory_of(device: jax.Device) -> int | None:
+    """Return the bytes that programs may use on a GPU, the least on any host; None elsewhere."""
+    if platform_of(device) != "gpu":
+        return None
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    return cluster.decided(limit, lambda limits: min(limits) if all(limits) else None)
+
+
+def settle(
+    config: ConfigDict,
+    vocab_size: int,
+    make_optimizer: MakeOptimizer,
+    devices: Sequence[jax.Device],
+    limit: int | None,
+) -> Choice:
+    """Choose rematerialization and sharding where the config leaves them open.
+
+    Args:
+        config: A complete config.
+        vocab_size: Number of tokens.
+        make_optimizer: Makes the optimizer for abstract parameters.
+        devices: All devices, or devices that exist only for a compiler.
+        limit: Bytes that a step may use on one of them. None leaves the config as it is.
+
+    Returns:
+        The first of the candidates whose estimate fits, or the last with a line that says so.
+    """
+    is_open = config.model.remat == "auto" or not config.mesh.fsdp
+    if limit is None or not is_open or platform_of(devices[0]) != "gpu":
+        return Choice(config)
+    for candidate in _candidates(config, devices):
+        need = estimate(candidate, vocab_size, make_optimizer, devices)
+        if need.total <= USABLE * limit:
+            break
+    fits = need.total <= USABLE * limit
+    gib = f"{need.total / 2**30:.1f} of {limit / 2**30:.1f} GiB"
+    line = (
+        f"model.remat={candidate.model.remat}, mesh.fsdp={candidate.mesh.fsdp} (automatic): the "
+        f"step is estimated to need {gib} on a device"
+    )
+    if not fits:
+        line += "; that may not fit: lower batch_size, or raise accumulate"
+    return Choice(candidate, need, line)
+
+
+def _candidates(config: ConfigDict, devices: Sequence[jax.Device]) -> Iterator[ConfigDict]:
+    """Yield configs with both fields settled, from the fastest to the one that needs the least."""
+    policies = POLICIES if config.model.remat == "auto" else (config.model.remat,)
+    usual = sharding.mesh_shape(config, devices)
+    ways = [usual["fsdp"]]
+    if not config.mesh.fsdp and config.mesh.data == -1:
+        most = math.gcd(HOST, len(devices) // usual["tensor"])
+        ways += [most] if most > 1 else []
+    for remat in policies:
+        for fsdp in ways:
+            settled = copy.deepcopy(config)
+            settled.model.remat, settled.mesh.fsdp = remat, fsdp
+            yield settled
+
+
+def estimate(
+    config: ConfigDict,
+    vocab_size: int,
+    make_optimizer: MakeOptimizer,
+    devices: Sequence[jax.Device],
+) -> Need:
+    """Estimate the bytes that a step of a settled config needs on one device."""
+    shape = sharding.mesh_shape(config, devices)
+    mesh = AbstractMesh(tuple(shape.values()), tuple(shape))
+    _, state, _, _ = init_state(
+        lambda key: learners.build(config, vocab_size, key), make_optimizer, config, mesh
+    )
+    part = copy.deepcopy(config)
+    part.batch_size = config.batch_size // (shape["data"] * shape["fsdp"] * config.accumulate)
+    kept, largest = _kept(part, vocab_size)
+    gradients = plan.bytes_per_device(state.params)
+    return Need(
+        plan.bytes_per_device(state),
+        gradients * (1 if config.accumulate == 1 else 2),
+        kept + (_bytes(state.params) // 2 if shape["fsdp"] > 1 else 0),  # gathered, in bfloat16
+        2 * largest,
+    )
+
+
+def _kept(config: ConfigDict, vocab_size: int) -> tuple[int, int]:
+    """Return the bytes that the backward pass keeps for a batch, and those of the largest array.
+
+    Parameters do not count. An array stacked over layers counts by its layers in the latter.
+    """
+    config = copy.deepcopy(config)
+    if config.model.attention in ("auto", "cudnn"):
+        config.model.attention = "recompute"  # keeps the same as the fused kernel
+    if config.dtype == "auto":
+        config.dtype = "bfloat16"
+    config.model.unroll = 1
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    learner = nnx.eval_shape(lambda: learners.build(config, vocab_size, jax.random.key(0)))
+    graphdef, params, stats = split_learner(learner)
+
+    def backward(params: Any, batch: Any, key: jax.Array) -> Any:
+        def loss(params):
+            return loss_and_stats(graphdef, params, stats, batch, key)[0]
+
+        return jax.vjp(loss, params)[1]
+
+    kept = jax.tree.leaves(jax.eval_shape(backward, params, plan.abstract_batch(config), key))
+    sizes = [leaf.size * leaf.dtype.itemsize for leaf in kept]
+    single = [
+        size // (leaf.shape[0] if leaf.ndim > 2 and leaf.shape[0] != config.batch_size else 1)
+        for size, leaf in zip(sizes, kept, strict=True)
+    ]
+    return max(0, sum(sizes) - _bytes(params)), max(single, default=0)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
