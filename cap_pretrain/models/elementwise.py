@@ -26,6 +26,7 @@ class LayerNorm(nnx.LayerNorm):
 
     def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]  # always over one axis
         """Normalize x [..., D]."""
+        assert self.scale is not None
         bias = None if self.bias is None else self.bias[...]
         rows = x if platform() == "tpu" else x.reshape(-1, x.shape[-1])
         return _normalize(rows, self.scale[...], bias, self.epsilon).reshape(x.shape)
