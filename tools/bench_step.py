@@ -22,9 +22,9 @@ of a matrix product on CPUs (MFU(cpu)); the peak of memory on a device, from JAX
 allocator, or on CPUs from JAX's compiler; seconds to compile (JAX_COMPILATION_CACHE_DIR shortens
 them); speed, how many times as fast as PyTorch (without it: as the first row), the median over the
 rounds; for the kinds of GPUs and TPUs that tools/check_topology.py knows, the time that it predicts
-for the same compiled program; on CPUs the CPU time of all cores. --threads=1 is fairer on a busy
-machine, where PyTorch waits for each of its threads at every operation; CPU times can then be
-compared, too.
+for the same compiled program; on CPUs the CPU time of all cores, and the speed by it. On a busy
+machine only that speed is fair, and only with --threads=1, since PyTorch's threads wait for each
+other at every operation.
 """
 
 import argparse
@@ -87,35 +87,39 @@ def records(case: Case, workers: Sequence[Worker]) -> list[dict[str, Any]]:
                 "examples_per_second": first["batch_size"] / median,
                 "mfu": rate / first["peak_flops"] if first["peak_flops"] else None,
                 "memory_bytes": worker.memory,
-                "speed": _speed(worker, reference, case.together),
+                "speed": _speed(worker.seconds, reference.seconds, case.together),
+                "cpu_speed": _speed(worker.cpu_seconds, reference.cpu_seconds, case.together),
                 "predicted_seconds": worker.facts.get("predicted_seconds"),
             }
         )
     return found
 
 
-def _speed(worker: Worker, reference: Worker, together: bool) -> float:
-    """Return how many times as fast as `reference` a candidate is, by rounds if they took turns."""
+def _speed(own: list[float], reference: list[float], together: bool) -> float:
+    """Return the median of reference / own, by rounds if the two took turns."""
     if not together:
-        return statistics.median(reference.seconds) / statistics.median(worker.seconds)
-    rounds = zip(reference.seconds, worker.seconds, strict=True)
-    return statistics.median(theirs / own for theirs, own in rounds)
+        return statistics.median(reference) / statistics.median(own)
+    return statistics.median(theirs / ours for theirs, ours in zip(reference, own, strict=True))
+
+
+def _ms(seconds: float) -> str:
+    """Return milliseconds with three digits or more."""
+    return f"{1e3 * seconds:.3g}" if seconds < 1 else f"{1e3 * seconds:,.0f}"
 
 
 def table(found: Sequence[dict[str, Any]]) -> str:
     """Return the records as a table."""
     rows = []
     for record in found:
-        low, high = (1e3 * s for s in record["quartiles"])
         mfu, memory, compiled = (record[k] for k in ("mfu", "memory_bytes", "compile_seconds"))
         alone = "" if record["together"] else ", alone"
         row = {
             "case": record["case"],
             "batch": f"{record['batch_size']}{alone}",
             "step": record["candidate"],
-            "ms": f"{1e3 * record['step_seconds']:.4g}",
-            "quartiles": f"{low:.4g} - {high:.4g}",
-            "examples/s": f"{record['examples_per_second']:.4g}",
+            "ms": _ms(record["step_seconds"]),
+            "quartiles": " - ".join(map(_ms, record["quartiles"])),
+            "examples/s": f"{record['examples_per_second']:.3g}",
             "MFU": f"{mfu:.1%}" if mfu else "",
             "GiB": f"{memory / 2**30:.2f}" if memory else "",
             "compile s": f"{compiled:.1f}" if compiled else "",
@@ -123,9 +127,10 @@ def table(found: Sequence[dict[str, Any]]) -> str:
         }
         if any(r["predicted_seconds"] for r in found):
             predicted = record["predicted_seconds"]
-            row["predicted ms"] = f"{1e3 * predicted:.4g}" if predicted else ""
+            row["predicted ms"] = _ms(predicted) if predicted else ""
         if record["platform"] == "cpu":
-            row["CPU s"] = f"{record['cpu_seconds']:.4g}"
+            row["CPU ms"] = _ms(record["cpu_seconds"])
+            row["CPU speed"] = f"{record['cpu_speed']:.3f}"
         rows.append(row)
     return written(rows, "markdown")
 

@@ -4,6 +4,8 @@ It reads JSON from standard input, one object a line: first the job, then reques
 and answers each on standard output. What libraries print goes to standard error.
 """
 
+import contextlib
+import functools
 import json
 import os
 import sys
@@ -63,7 +65,9 @@ def ours(job: dict[str, Any]) -> Candidate:
     from cap_pretrain.training.setup import make_optimizer
     from cap_pretrain.training.step import init_state, make_train_step
 
-    config, devices = configured(job), jax.devices()
+    config = configured(job)
+    set_environment(config)
+    devices = jax.devices()
     if job["platform"] not in (None, devices[0].platform):
         raise UserError(
             f"--suite={job['platform']}: JAX found no such device here, only "
@@ -73,14 +77,13 @@ def ours(job: dict[str, Any]) -> Candidate:
         config.batch_size = job["batch_per_device"] * len(devices)
     build.check_device(config)
     vocab_size = config.text.vocab_size
-    mesh = sharding.make_mesh(config)
     rate = schedule.learning_rate(config, schedule.make_schedule(config, epoch=config.batch_size))
     # As in `setup.prepare`, from functions that earlier versions of the package have, too.
+    optimizer = functools.partial(make_optimizer, config, rate, idle=False)
+    config = settled(config, optimizer, devices)
+    mesh = sharding.make_mesh(config)
     init, state, graphdef, tx = init_state(
-        lambda key: learners.build(config, vocab_size, key),
-        lambda params: make_optimizer(config, rate, params, idle=False),
-        config,
-        mesh,
+        lambda key: learners.build(config, vocab_size, key), optimizer, config, mesh
     )
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     step = make_train_step(graphdef, tx, rate, config, shardings)
@@ -117,6 +120,8 @@ def ours(job: dict[str, Any]) -> Candidate:
         "model": config.model.name,
         "parameters": plan.count_parameters(state.params)["total"],
         "optimizer": config.optim.name,
+        "mesh": dict(mesh.shape),
+        **{f"model.{k}": config.model[k] for k in ("attention", "remat", "unroll")},
         "dtype": str(build.compute(config).dtype),
         "flops_per_step": plan.flops_per_example(config, vocab_size)["training"]
         * config.batch_size,
@@ -128,6 +133,27 @@ def ours(job: dict[str, Any]) -> Candidate:
         "version": f"jax {jax.__version__}",
     }
     return Candidate(facts, run, memory)
+
+
+def set_environment(config: ConfigDict) -> None:
+    """Set what a run sets before it uses devices."""
+    from cap_pretrain.distributed import determinism
+
+    determinism.set_environment(config)
+    with contextlib.suppress(ImportError):  # of earlier versions
+        from cap_pretrain.distributed import gpu
+
+        gpu.set_environment()
+
+
+def settled(config: ConfigDict, optimizer: Callable[[Any], Any], devices: Sequence[Any]) -> Any:
+    """Return the config with what a run settles by the memory of its devices."""
+    try:
+        from cap_pretrain.training import automatic
+    except ImportError:  # of earlier versions
+        return config
+    limit = automatic.memory_of(devices[0])
+    return automatic.settle(config, config.text.vocab_size, optimizer, devices, limit).config
 
 
 def predicted(text: str, devices: Sequence[Any]) -> float | None:

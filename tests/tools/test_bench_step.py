@@ -41,7 +41,7 @@ def test_figures_follow_from_the_seconds_of_blocks():
     assert [r["speed"] for r in found] == [2, 1]  # by rounds 2, 1, 3
     header, _, *rows = bench_step.table(found).splitlines()
     assert [cell.strip() for cell in header.split("|")][-3:-1] == ["speed", "predicted ms"]
-    assert "| 2000 | 1500 - 3000 | 3 | 15.0% | 1.00 |  | 2.000 | 1500 |" in rows[0]
+    assert "| 2,000 | 1,500 - 3,000 | 3 | 15.0% | 1.00 |  | 2.000 | 1,500 |" in rows[0]
 
     alone = bench_step.records(Case("cap", CAP, together=False), [ours, worker("b", [1.0, 1.0])])
     assert [r["speed"] for r in alone] == [1, 2]
