@@ -79,9 +79,10 @@ def config_error(error: Exception) -> UserError:
 def main(_: list[str]) -> None:
     """Run the program after the flags are parsed."""
     from cap_pretrain import train
-    from cap_pretrain.distributed import cluster, determinism, heartbeat
+    from cap_pretrain.distributed import cluster, determinism, gpu, heartbeat
 
     determinism.set_environment(CONFIG.value)
+    gpu.set_environment()
     workdir = Path(WORKDIR.value or "")  # `parse` requires it
     given = tuple(config_flags.get_override_values(flags.FLAGS["config"]))
     if DRY_RUN.value:

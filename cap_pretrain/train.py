@@ -60,10 +60,11 @@ def run(
 
         def check(config: ConfigDict) -> Earlier:
             stack.enter_context(locked(workdir))
-            return earlier(config, workdir, allow_changes)
+            found = earlier(config, workdir, allow_changes)
+            compile_cache.use(config, workdir, say)  # before anything is compiled
+            return found
 
         setup = setups.prepare(config, workdir, check, resuming=resuming)
-        compile_cache.use(config.compile_cache, workdir, say)
         started = Run(setup, stack)
         started.restore(initial)
         if started.catch_up():

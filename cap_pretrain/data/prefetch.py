@@ -18,7 +18,9 @@ from absl import flags
 
 from cap_pretrain.errors import UserError
 
-DEFAULT_THREADS = max(1, min(16, (os.cpu_count() or 2) // 2))  # half: training needs some
+# Those that the scheduler leaves this process, one of several on a machine with many GPUs.
+_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
+DEFAULT_THREADS = max(1, min(16, _CORES // 2))  # half: training needs some
 
 Batch = dict[str, np.ndarray]
 

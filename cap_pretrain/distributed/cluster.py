@@ -77,8 +77,9 @@ def start(addresses: Addresses = Addresses()) -> None:
             f"the hosts could not connect ({kind}): {reason}\nStart the same command on every "
             "host, or give --coordinator_address, --num_processes and --process_id."
         ) from e
-    if kind in ("Slurm", "Open MPI") and _is_only_process_on_machine():
-        # JAX gives each process one GPU here, but the only process of a machine should use all.
+    if kind in ("Slurm", "Open MPI") and (_is_only_process_on_machine() or _sees_one_gpu()):
+        # JAX gives process n of a machine its nth GPU. But the only process of a machine should use
+        # all, and one that the scheduler shows a single GPU (--gpus-per-task=1) has no nth.
         jax.config.update("jax_cuda_visible_devices", "all")
 
 
@@ -146,6 +147,10 @@ def _is_only_process_on_machine() -> bool:
     """Return whether Slurm or Open MPI started one process on this machine."""
     tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "").split("(")[0]
     return "1" in (tasks, os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE"))
+
+
+def _sees_one_gpu() -> bool:
+    return len(list(filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")))) == 1
 
 
 def decided(mine: Any, decide: Callable[[list[Any]], Any]) -> Any:
@@ -234,7 +239,7 @@ def check_same(config: Mapping[str, Any]) -> None:
     """Raise UserError on every host unless all use the same config, code and JAX version."""
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")}
     agree(
-        {**config, "the code of cap_pretrain": _code_fingerprint(), **versions},
+        {**config, "the code of cap_pretrain": code_fingerprint(), **versions},
         "Start the same command with the same installation on every host.",
     )
 
@@ -263,8 +268,8 @@ def check_shared(workdir: Path) -> None:
             marker.unlink(missing_ok=True)
 
 
-def _code_fingerprint() -> str:
-    """Return 16 hex digits of the SHA-256 of all Python files of the package, not this folder."""
+def code_fingerprint() -> str:
+    """Return 16 hex digits of the SHA-256 of all Python files of the package."""
     root, digest = Path(cap_pretrain.__file__).parent, hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())

@@ -11,6 +11,7 @@ others; and no config.json names a folder (docs/security.md).
 """
 
 import contextlib
+import json
 import os
 import stat
 import tempfile
@@ -18,7 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-from jax._src import compilation_cache as jax_cache  # how JAX compresses has no public name
+from jax._src import cache_key  # its hook and how JAX compresses have no public names
+from jax._src import compilation_cache as jax_cache
+from ml_collections import ConfigDict
 
 from cap_pretrain.distributed import cluster
 
@@ -40,7 +43,7 @@ be replaced. It is one of the newest.
 """
 
 
-def use(setting: str, workdir: Path, say: Callable[[str], None] = print) -> None:
+def use(config: ConfigDict, workdir: Path, say: Callable[[str], None] = print) -> None:
     """Have JAX keep compiled programs as `config.compile_cache` says. All hosts must call it.
 
     A folder that JAX's own settings name (`JAX_COMPILATION_CACHE_DIR`) is left in place. A folder
@@ -48,16 +51,19 @@ def use(setting: str, workdir: Path, say: Callable[[str], None] = print) -> None
     to compile.
 
     Args:
-        setting: "auto", "off", "" or a folder or URL.
-        workdir: the workdir of the run, beside which "auto" keeps programs on GPUs and TPUs.
+        config: the config of the run.
+        workdir: its workdir, beside which "auto" keeps programs on GPUs and TPUs.
         say: receives a line about the folder.
     """
+    setting, platform = config.compile_cache, jax.default_backend()
+    if platform == "gpu":
+        _make_keys_lasting(config)
     users = jax.config.values["jax_compilation_cache_dir"]
     if users or "JAX_COMPILATION_CACHE_DIR" in os.environ:
         if setting not in ("auto", *OFF):
             say(f"compile_cache: JAX's own setting, {users!r}, replaces {setting!r}.")
         return
-    if setting in OFF or (setting == "auto" and jax.default_backend() == "cpu"):
+    if setting in OFF or (setting == "auto" and platform == "cpu"):
         return
     if "://" in setting:  # JAX opens URLs
         folder = setting
@@ -68,6 +74,21 @@ def use(setting: str, workdir: Path, say: Callable[[str], None] = print) -> None
     if folder:
         jax.config.update("jax_compilation_cache_dir", folder)
         say(f"Compiled programs are kept in {folder}.")
+
+
+def _make_keys_lasting(config: ConfigDict) -> None:
+    """Give a program with cuDNN's attention the same key in every process.
+
+    On several GPUs the program names the Python object that partitions the attention by its
+    address, and JAX hashes that unless told otherwise. The object holds what the program does not
+    say otherwise, as how the attention is masked. That follows from the model and this code, which
+    are hashed instead.
+    """
+    about = {name: config[name].to_dict() for name in ("learner", "model")}
+    about |= {"code": cluster.code_fingerprint(), "deterministic": config.deterministic}
+    text = json.dumps(about, sort_keys=True)
+    jax.config.update("jax_remove_custom_partitioning_ptr_from_cache_key", True)
+    cache_key.custom_hook = lambda: text
 
 
 def _prepared(folder: Path, own: bool, say: Callable[[str], None]) -> str:

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from cap_pretrain import config as configs
 from cap_pretrain import files, inputs, learners
-from cap_pretrain.distributed import cluster, sharding
+from cap_pretrain.distributed import cluster, gpu, sharding
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals import suite
 from cap_pretrain.models import build
@@ -61,9 +61,7 @@ class Setup:
         progress.say(parameter_table(self.abstract.params))
         devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         progress.say(f"{devices}, mesh {dict(self.mesh.shape)}")
-        for line in inputs.describe(self.config, self.mixture):
-            progress.say(line)
-        for line in self.notes:
+        for line in [*gpu.describe(), *inputs.describe(self.config, self.mixture), *self.notes]:
             progress.say(line)
         if self.schedule.total:
             progress.say(schedules.describe(self.config, self.schedule))

@@ -12,8 +12,7 @@ from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
 from cap_pretrain import rng
-from cap_pretrain.distributed import sharding
-from cap_pretrain.distributed.determinism import compiler_options
+from cap_pretrain.distributed import gpu, sharding
 from cap_pretrain.fingerprint import fingerprint
 from cap_pretrain.learners.protocols import Contrasts, learner_type
 from cap_pretrain.models.layers import constrain
@@ -275,9 +274,10 @@ def make_train_step(
             metrics["requests"] = jnp.any(requests, axis=0)
         return new, metrics
 
+    devices = jax.tree.leaves(shardings)[0].device_set
     return jax.jit(
         train_step,
         donate_argnums=0,
         out_shardings=(shardings, None),
-        compiler_options=compiler_options(config.deterministic),
+        compiler_options=gpu.compiler_options(devices, deterministic=config.deterministic),
     )

@@ -20,6 +20,7 @@ from tests import toy
 NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 ELSEWHERE = (
     *("SLURM_NTASKS", "SLURM_PROCID", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES"),
+    "CUDA_VISIBLE_DEVICES",
     *("TPU_PROCESS_ADDRESSES", "MEGASCALE_NUM_SLICES", "KUBERNETES_SERVICE_HOST"),
 )
 
@@ -77,6 +78,8 @@ def test_invalid_addresses_are_refused(addresses, message, joined):
     [
         ({"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}, True),
         ({"SLURM_NTASKS": "16", "SLURM_PROCID": "1", "SLURM_STEP_TASKS_PER_NODE": "8(x2)"}, False),
+        ({"SLURM_NTASKS": "16", "SLURM_PROCID": "1", "CUDA_VISIBLE_DEVICES": "0,1"}, False),
+        ({"SLURM_NTASKS": "16", "SLURM_PROCID": "1", "CUDA_VISIBLE_DEVICES": "0"}, True),
         ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, True),
         ({"TPU_WORKER_HOSTNAMES": "a,b"}, False),
         ({"MEGASCALE_NUM_SLICES": "2"}, False),
@@ -88,7 +91,8 @@ def test_clusters_are_detected(environment, devices, joined, monkeypatch):
     cluster.start()
     assert joined[0] == ("jax_enable_preemption_service", False)
     assert joined[1][0] == (None, None, None)
-    # By default JAX would give the only process of a machine just one of its GPUs.
+    # By default JAX would give the only process of a machine just one of its GPUs, and a process
+    # that sees a single GPU one that it does not see.
     assert (("jax_cuda_visible_devices", "all") in joined) == devices
 
 
@@ -157,23 +161,23 @@ def test_differences_are_named_on_every_host(other, message, monkeypatch):
             cluster.agree(facts, "Do this.")
 
 
-def test_the_code_fingerprint_covers_every_file_of_the_package(tmp_path, monkeypatch):
+def test_thecode_fingerprint_covers_every_file_of_the_package(tmp_path, monkeypatch):
     package = Path(cap_pretrain.__file__).parent
     copy = tmp_path / "cap_pretrain"
     shutil.copytree(package, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    own = cluster._code_fingerprint()
+    own = cluster.code_fingerprint()
     monkeypatch.setattr(cap_pretrain, "__file__", str(copy / "__init__.py"))
-    assert cluster._code_fingerprint() == own
+    assert cluster.code_fingerprint() == own
     sources = sorted(copy.rglob("*.py"))
     assert {"train.py", "config.py"} <= {path.name for path in copy.glob("*.py")}
     assert {"models", "data", "sources", "distributed"} <= {path.parent.name for path in sources}
     for path in sources:
         content = path.read_bytes()
         path.write_bytes(content + b"#")
-        assert cluster._code_fingerprint() != own, path
+        assert cluster.code_fingerprint() != own, path
         path.write_bytes(content)
     path.rename(path.with_name("renamed.py"))
-    assert cluster._code_fingerprint() != own
+    assert cluster.code_fingerprint() != own
 
 
 HOST = """
