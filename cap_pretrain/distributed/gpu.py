@@ -62,6 +62,12 @@ def set_environment() -> None:
         os.environ[_FRACTION_NAMES[0]] = str(MEMORY_FRACTION)
 
 
+def memory_fraction() -> float:
+    """Return the share of a GPU's memory that a run takes, the user's or MEMORY_FRACTION."""
+    users = next(filter(None, map(os.environ.get, _FRACTION_NAMES)), None)
+    return float(users or MEMORY_FRACTION)
+
+
 def compiler_options(
     devices: Iterable[jax.Device], *, deterministic: bool
 ) -> dict[str, bool | int] | None:
@@ -82,9 +88,8 @@ def describe() -> list[str]:
     """Return a line for the log about these settings, on GPUs."""
     if jax.default_backend() != "gpu":
         return []
-    fraction = next(filter(None, map(os.environ.get, _FRACTION_NAMES)), "0.75")
     overlap = "as XLA_FLAGS says" if _users(OVERLAP) else "overlaps with computation"
     return [
-        f"GPU settings: {float(fraction):.0%} of the memory (XLA_CLIENT_MEM_FRACTION changes it), "
-        f"communication {overlap} ({OVERLAP} in XLA_FLAGS changes it)."
+        f"GPU settings: {memory_fraction():.0%} of the memory, communication {overlap}; set "
+        f"XLA_CLIENT_MEM_FRACTION, or {OVERLAP} in XLA_FLAGS, to change them."
     ]

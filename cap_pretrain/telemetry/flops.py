@@ -132,11 +132,6 @@ _CHIPS: tuple[tuple[str, Chip], ...] = (
 )
 
 
-# The part of a GPU's memory that XLA takes when it starts, unless XLA_PYTHON_CLIENT_MEM_FRACTION is
-# set (JAX documentation, "GPU memory allocation").
-GPU_MEMORY_FRACTION = 0.75
-
-
 def chip_of(device: jax.Device) -> Chip | None:
     """Return the performance of a device by its `device_kind`, or None if unknown."""
     kind = device.device_kind.lower()

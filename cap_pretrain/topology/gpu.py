@@ -72,12 +72,11 @@ class GPU(Compiler):
             raise UserError(f"--topology: {name!r} is not possible: {reason}") from e
 
     def memory_limit(self, device: "jax.Device") -> int:
-        """Return the bytes that XLA takes from a GPU when it starts."""
-        from cap_pretrain.telemetry.flops import GPU_MEMORY_FRACTION
+        """Return the bytes that a run takes from a GPU when it starts."""
+        from cap_pretrain.distributed.gpu import memory_fraction
 
         (target,) = (t for t in TARGETS.values() if t.name == device.device_kind)
-        given = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION")
-        return int(target.memory * (float(given) if given else GPU_MEMORY_FRACTION))
+        return int(target.memory * memory_fraction())
 
     def choices(
         self, config: "ConfigDict", vocab_size: int, devices: Sequence["jax.Device"]
