@@ -215,7 +215,8 @@ def stubs(monkeypatch):
         limited = dataclasses.replace(memory, limit=gpu.GPU().memory_limit(devices[0]))
         return compiling.Compiled(text, limited, 1.0)
 
-    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(gpu.GPU, "set_environment", lambda self: None)
     monkeypatch.setattr(gpu.GPU, "open", lambda self, name, slices=1: devices(name))
     monkeypatch.setattr(gpu, "attention_calls", lambda *a: {((64, 4, 64), (64, 4, 64), False): 6})
@@ -254,11 +255,12 @@ def test_a_report(stubs, capsys, tmp_path):
 
 def test_too_large_for_what_xla_takes_of_a_gpu(stubs, capsys, monkeypatch):
     arguments = [*TINY, "--topology=h100:8"]
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.75")
     assert check_topology.main(arguments) == 1
     printed = capsys.readouterr().out
     assert "does not fit: needs 60.00 GiB of memory per GPU, 59.33 are available: 0.67" in printed
     assert "Nothing that was tried fits: use more GPUs" in printed
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+    monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION")  # a run takes 0.9
     assert check_topology.main(arguments) == 0
 
 
