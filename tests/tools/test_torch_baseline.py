@@ -24,7 +24,7 @@ CASES = {
 
 @pytest.mark.parametrize(("learner", "options", "model"), CASES.values(), ids=CASES)
 def test_loss_and_gradient_are_ours(learner, options, model):
-    config = tiny.config(learner, options, **model)
+    config = tiny.config(learner, options, **{"depth": 2, **model})
     config.text.vocab_size = tiny.VOCAB
     graphdef, params, stats = tiny.split(config)
     rng = np.random.default_rng(1)
