@@ -276,12 +276,14 @@ def scan_layers(
         params, inputs = inputs
         return body(nnx.merge(graphdef, params), x, inputs)
 
-    on_tpu = platform() == "tpu"
-    remat, unroll = compute.remat, min(compute.unroll, depth)
+    where, remat, unroll = platform(), compute.remat, min(compute.unroll, depth)
     if remat == "auto":
-        remat = "lean" if on_tpu else "none"
+        remat = "lean" if where == "tpu" else "none"
     if not unroll:
-        unroll = 1 if platform() == "cpu" else depth
+        # On GPUs, "full" keeps so little that stacking it is cheap, and without a loop XLA computes
+        # several layers again at the same time (BENCHMARKS.md).
+        loops = where == "cpu" or (where == "gpu" and remat == "full")
+        unroll = 1 if loops else depth
     if remat != "none":
         # XLA does not merge computations across two loops. Without loops, it would merge the
         # recomputation with the original and so undo it.

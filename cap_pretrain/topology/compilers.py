@@ -20,10 +20,6 @@ if TYPE_CHECKING:
     from cap_pretrain.topology.hlo import Module
 
 
-# What `model.unroll` is for all layers: the largest value that `validate` accepts.
-EVERY_LAYER = 2**31 - 1
-
-
 class OutOfMemoryError(Exception):
     """The step needs `needed` bytes of one device's memory, if known, of the usable `limit`."""
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from cap_pretrain.errors import UserError
 from cap_pretrain.topology import products
-from cap_pretrain.topology.compilers import EVERY_LAYER, Compiler
+from cap_pretrain.topology.compilers import Compiler
 from cap_pretrain.topology.targets import TARGETS, target_config
 from cap_pretrain.topology.tpu import ATTENTION as ATTENTION_NAMES
 
@@ -82,7 +82,7 @@ class GPU(Compiler):
         self, config: "ConfigDict", vocab_size: int, devices: Sequence["jax.Device"]
     ) -> dict[str, Any]:
         """Return the choices of a run on GPUs."""
-        chosen: dict[str, Any] = {"dtype": "bfloat16", "model.unroll": EVERY_LAYER}
+        chosen: dict[str, Any] = {"dtype": "bfloat16"}
         if config.model.attention == "auto":
             dtype = chosen["dtype"] if config.dtype == "auto" else config.dtype
             reason = why_not_cudnn(config, dtype, vocab_size, devices[0])

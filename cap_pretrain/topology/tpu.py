@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from cap_pretrain.errors import UserError
-from cap_pretrain.topology.compilers import EVERY_LAYER, Compiler, OutOfMemoryError
+from cap_pretrain.topology.compilers import Compiler, OutOfMemoryError
 
 if TYPE_CHECKING:
     import jax
@@ -92,7 +92,7 @@ class TPU(Compiler):
             "dtype": "bfloat16",
             "model.attention": "recompute",
             "model.remat": "lean",
-            "model.unroll": EVERY_LAYER,
+            "model.unroll": 2**31 - 1,  # all layers; the largest value that `validate` accepts
         }
 
     def measure(self, module: "Module", chip: "Chip", devices: Sequence["jax.Device"]) -> "Cost":
