@@ -25,8 +25,8 @@ from cap_pretrain.training.step import init_state, loss_and_stats, split_learner
 # From the fastest on GPUs to the one that needs the least memory. (On TPUs, lean is the fastest of
 # all; see BENCHMARKS.md.)
 POLICIES = ("none", "lean", "full")
-# Where layers are not a loop, XLA's GPU compiler keeps more for "lean" than the policy asks for: 1.2
-# times as much for L/14, 1.5 times for g/14.
+# Where layers are not a loop, XLA's GPU compiler keeps more for "lean" than the policy asks for:
+# 1.2 times as much for L/14, 1.5 times for g/14.
 OVERHEAD = {"lean": 1.5}
 # Share of the memory that a step may be estimated to need: the other estimates are between 8% too
 # high and 2% too low.
