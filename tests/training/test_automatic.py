@@ -54,7 +54,7 @@ def test_the_first_that_fits_is_taken(config, monkeypatch):
         return automatic.Need(totals[config.model.remat, config.mesh.fsdp], 0, 0, 0)
 
     monkeypatch.setattr(automatic, "estimate", estimate)
-    for limit, wanted in ((70, 0), (60, 1), (50, 2), (42, 4), (25, 5)):
+    for limit, wanted in ((70, 0), (60, 1), (50, 2), (41, 4), (25, 5)):
         choice = settled(config, limit)
         assert (choice.config.model.remat, choice.config.mesh.fsdp) == order[wanted]
         assert f"remat={order[wanted][0]}, mesh.fsdp={order[wanted][1]}" in choice.line
