@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from cap_pretrain.errors import UserError
 from cap_pretrain.topology import products
-from cap_pretrain.topology.compilers import Compiler
+from cap_pretrain.topology.compiler import Compiler
 from cap_pretrain.topology.targets import TARGETS, target_config
 from cap_pretrain.topology.tpu import ATTENTION as ATTENTION_NAMES
 

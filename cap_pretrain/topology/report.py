@@ -14,7 +14,8 @@ from cap_pretrain.telemetry import flops
 from cap_pretrain.telemetry.tables import format_table
 from cap_pretrain.topology import hlo
 from cap_pretrain.topology.compile import compile_step
-from cap_pretrain.topology.compilers import Compiler, OutOfMemoryError, compiler_for
+from cap_pretrain.topology.compiler import Compiler, OutOfMemoryError
+from cap_pretrain.topology.compilers import compiler_for
 from cap_pretrain.topology.cost import Cost
 from cap_pretrain.training import plan
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from cap_pretrain.errors import UserError
-from cap_pretrain.topology.compilers import Compiler, OutOfMemoryError
+from cap_pretrain.topology.compiler import Compiler, OutOfMemoryError
 
 if TYPE_CHECKING:
     import jax

@@ -15,7 +15,8 @@ from cap_pretrain.errors import UserError
 from cap_pretrain.telemetry.flops import chip_of
 from cap_pretrain.topology import compile as compiling
 from cap_pretrain.topology import cost, cycles, hlo, report, tpu
-from cap_pretrain.topology.compilers import OutOfMemoryError, open_topology
+from cap_pretrain.topology.compiler import OutOfMemoryError
+from cap_pretrain.topology.compilers import open_topology
 from tests.parity import require
 from tests.topology.programs import program
 from tools import check_topology
