@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from cap_pretrain.distributed.platform import platform
+from cap_pretrain.models import cpu
 from cap_pretrain.models.attention import ATTENDED, fused_attention_works, recomputing_attention
 from cap_pretrain.models.compute import REMAT_POLICIES, Compute
 from cap_pretrain.models.elementwise import LayerNorm, gelu_tanh
@@ -117,8 +118,8 @@ class Mlp(nnx.Module):
             bias_init=nnx.initializers.normal(1e-6),
             rngs=rngs,
         )
-        self.up = nnx.Linear(width, hidden, **kwargs)
-        self.down = nnx.Linear(hidden, width, **kwargs)
+        self.up = cpu.Linear(width, hidden, **kwargs)
+        self.down = cpu.Linear(hidden, width, **kwargs)
         self.activation = activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -149,10 +150,10 @@ class Attention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         kwargs = dict(use_bias=bias, dtype=compute.dtype, kernel_init=XAVIER, rngs=rngs)
-        self.query = nnx.Linear(width, width, **kwargs)
-        self.key = nnx.Linear(context_width or width, width, **kwargs)
-        self.value = nnx.Linear(context_width or width, width, **kwargs)
-        self.out = nnx.Linear(width, width, **kwargs)
+        self.query = cpu.Linear(width, width, **kwargs)
+        self.key = cpu.Linear(context_width or width, width, **kwargs)
+        self.value = cpu.Linear(context_width or width, width, **kwargs)
+        self.out = cpu.Linear(width, width, **kwargs)
         self.heads = heads
         self.compute = compute
 
@@ -183,9 +184,10 @@ class Attention(nnx.Module):
         if kind == "auto":
             fused = fused_attention_works(query, keys, mask is not None, self.compute.deterministic)
             usual = "recompute" if platform() == "tpu" else "xla"
-            kind = "cudnn" if fused else usual
-        if kind == "recompute":
-            out = recomputing_attention(query, keys, values, mask)
+            kind = "cudnn" if fused else "cpu" if cpu.serves(query.dtype) else usual
+        if kind in ("recompute", "cpu"):
+            attention = cpu.attention if kind == "cpu" else recomputing_attention
+            out = attention(query, keys, values, mask)
         else:
             implementation = cast(Literal["xla", "cudnn"], kind)
             out = jax.nn.dot_product_attention(

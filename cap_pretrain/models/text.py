@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from cap_pretrain.distributed.determinism import rows_of
+from cap_pretrain.models import cpu
 from cap_pretrain.models.elementwise import LayerNorm
 from cap_pretrain.models.layers import (
     Attention,
@@ -176,7 +177,7 @@ class Decoder(nnx.Module):
             rngs,
         )
         self.norm = LayerNorm(size.width, use_bias=False, dtype=compute.dtype, rngs=rngs)
-        self.logits = nnx.Linear(
+        self.logits = cpu.Linear(
             size.width,
             vocab_size,
             dtype=compute.dtype,

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from cap_pretrain.models import cpu
 from cap_pretrain.models.elementwise import LayerNorm
 from cap_pretrain.models.encoder import ImageEncoder
 from cap_pretrain.models.layers import (
@@ -104,7 +105,7 @@ class ViT(ImageEncoder):
     ):
         norm: dict[str, Any] = dict(epsilon=options.norm_eps, dtype=compute.dtype, rngs=rngs)
         kwargs: dict[str, Any] = dict(details=options, compute=compute, rngs=rngs)
-        self.patch_embedding = nnx.Linear(
+        self.patch_embedding = cpu.Linear(
             patch * patch * 3, size.width, dtype=compute.dtype, rngs=rngs
         )
         grid = image_size // patch
