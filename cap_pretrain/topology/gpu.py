@@ -39,6 +39,7 @@ class GPU(Compiler):
             "JAX_PLATFORMS": "cpu",
             # A program that was read from a cache would have to be loaded onto a GPU.
             "JAX_ENABLE_COMPILATION_CACHE": "false",
+            "TF_CPP_MIN_LOG_LEVEL": "3",  # no warnings of XLA about slow compiling and memory
         }
 
     def set_environment(self) -> None:
@@ -243,8 +244,8 @@ def attention_report(
     if config.model.attention != "cudnn":
         reason = why_not_cudnn(config, config.dtype, vocab_size, device)
         reason = reason or f"model.attention={config.model.attention}, though cuDNN supports it"
-    total = "all" if calls is None else f"{calls * config.accumulate}"
-    line = f"Attention: {backward} of {total} calls per step in cuDNN's fused kernel"
+    of = "" if calls is None else f" of {calls * config.accumulate}"
+    line = f"Attention: {backward}{of} calls per step in cuDNN's fused kernel"
     if forward > backward:
         line += f", forward {forward} times"
     return found | {"calls": calls, "why_not": reason}, [f"{line}{': ' * bool(reason)}{reason}."]
