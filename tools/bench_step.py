@@ -1,7 +1,7 @@
 r"""Measure the training step on the devices that are there, against PyTorch and other settings.
 
     python tools/bench_step.py --suite=gpu                  # a table within five minutes
-    python tools/bench_step.py --suite=cpu --compare=torch
+    python tools/bench_step.py --suite=cpu
     python tools/bench_step.py --config=configs/pretrain.py:objective=cap,model=S/16 \
         --config.batch_size=8 --compare=torch --against="--config.model.unroll=1"
 
@@ -177,8 +177,9 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
     start = time.monotonic()
     if args.suite == "cpu":
         os.environ["JAX_PLATFORMS"] = "cpu"
-    elif args.suite == "gpu" and not args.compare:
+    if args.suite and not args.compare:
         args.compare = ["torch"]
+    args.compare = [name for name in args.compare if name != "none"]
     if args.threads:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
     if args.compare:
@@ -216,8 +217,8 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         "--compare",
         action="append",
         default=[],
-        choices=["torch", "torch-eager", "torch-compiled"],
-        help="also measure PyTorch (--suite=gpu does); may be repeated",
+        choices=["torch", "torch-eager", "torch-compiled", "none"],
+        help="also measure PyTorch; may be repeated; default: torch with --suite, else none",
     )
     parser.add_argument(
         "--against", action="append", default=[], help="further settings of ours; may be repeated"

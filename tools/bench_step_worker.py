@@ -178,8 +178,10 @@ def predicted(text: str, devices: Sequence[Any]) -> float | None:
 
 def torchs(job: dict[str, Any]) -> Candidate:
     """Build the same model in PyTorch; raise UserError if it has a part that is missing there."""
-    import torch
-
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError("PyTorch is not installed: pip install -e '.[torch]'") from error
     from tools import torch_baseline
 
     config = configured(job)
