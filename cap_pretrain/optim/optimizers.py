@@ -176,13 +176,28 @@ def build(c: ConfigDict, params: Any, rate: optax.Schedule) -> optax.GradientTra
     frozen = jax.tree.map(lambda m: "frozen" if m == 0 else "learning", multipliers)
     steps = [optax.partition({"learning": learning, "frozen": optax.set_to_zero()}, frozen)]
     if c.clip_norm:
-        clip = optax.clip_by_global_norm(c.clip_norm)
+        clip = _clip(c.clip_norm)
         steps.insert(0, optax.masked(clip, jax.tree.map(lambda m: m != 0, multipliers)))
     if c.clip_value:
         steps.insert(0, optax.clip(c.clip_value))
     if c.lr_rules:
         steps.append(_multiply(multipliers))
     return optax.chain(*steps)
+
+
+def _clip(max_norm: float) -> optax.GradientTransformation:
+    """Return `optax.clip_by_global_norm` with one factor for all elements.
+
+    Optax divides every element by the norm. CPUs would do so in a loop of its own, which reads and
+    writes all gradients.
+    """
+
+    def clip(updates, _):
+        norm = optax.tree.norm(updates)
+        factor = jnp.where(norm < max_norm, 1.0, max_norm / norm)
+        return jax.tree.map(lambda u: u * factor.astype(u.dtype), updates)
+
+    return optax.stateless(clip)
 
 
 def is_frozen(c: ConfigDict, params: Any) -> bool:

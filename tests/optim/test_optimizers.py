@@ -354,3 +354,14 @@ def test_no_warmup_and_a_warmup_longer_than_the_run():
     assert rates("cosine", warmup=0)[0] == 2.0
     short = rates("cosine", total=3, warmup=10)
     assert short[0] > 0 and np.isfinite(short).all() and short.max() <= 2.0
+
+
+@pytest.mark.parametrize("limit", [0.5, 1e3])
+def test_clipping_is_that_of_optax(limit):
+    params = parameters()
+    c = section(name="sgd", b1=-1.0, clip_norm=limit, weight_decay=0.0)
+    after, _ = run(optimizers.build(c, params, optax.constant_schedule(0.1)), params, 1)
+    plain = optax.chain(optax.clip_by_global_norm(limit), optax.sgd(0.1))
+    expected, _ = run(plain, params, 1)
+    for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
