@@ -27,11 +27,12 @@ class Linear(nnx.Linear):
     the gradient of the kernel.
     """
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Map x [..., D] to [..., E]."""
-        if x.ndim < 3 or not serves(self.dtype):
-            return super().__call__(x)
-        return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+        """Map inputs [..., D] to [..., E]."""
+        if inputs.ndim < 3 or not serves(self.dtype):
+            return super().__call__(inputs, out_sharding)
+        rows = super().__call__(inputs.reshape(-1, inputs.shape[-1]))
+        return rows.reshape(*inputs.shape[:-1], -1)
 
 
 @jax.custom_vjp
