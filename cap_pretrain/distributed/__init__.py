@@ -1,1 +1,1 @@
-"""Running on several devices and hosts: cluster setup, failure detection, sharding, determinism."""
+"""Running on several devices and hosts: clusters, lost hosts, sharding, determinism, GPUs."""

@@ -170,6 +170,15 @@ SMALL = {
 }
 
 
+def ended(running):
+    """Wait for processes; return their exit codes. None outlasts a failure."""
+    try:
+        return [process.wait(timeout=600) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+
+
 def start(workdir, hosts=1, **fields):
     """Run the program on `hosts` processes without JAX's settings; return what they print."""
     fields = SMALL | fields
@@ -186,7 +195,7 @@ def start(workdir, hosts=1, **fields):
         with log.open("w") as output:
             pipes = {"stdout": output, "stderr": subprocess.STDOUT}
             running.append(subprocess.Popen(command, env=environment, **pipes))
-    codes = [process.wait(timeout=240) for process in running]
+    codes = ended(running)
     assert codes == [0] * hosts, logs[0].read_text()
     return [log.read_text() for log in logs]
 

@@ -11,6 +11,7 @@ import pytest
 
 from cap_pretrain.distributed import gpu
 from tests import toy
+from tests.distributed.test_compile_cache import ended
 
 
 @pytest.fixture
@@ -117,7 +118,7 @@ def test_one_process_per_gpu_under_slurm(processes, nodes, tmp_path):
             env = os.environ | variables
             running.append(subprocess.Popen(command + where, env=env, **pipes))
     logs = [tmp_path / f"{process}.log" for process in range(processes)]
-    codes = [process.wait(timeout=240) for process in running]
+    codes = ended(running)
     assert codes == [0] * processes, [log.read_text() for log in logs]
     assert f"{processes} x cpu" in logs[0].read_text()
     subprocess.run([*command, f"--workdir={tmp_path / 'one'}"], check=True, capture_output=True)
