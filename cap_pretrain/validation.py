@@ -57,7 +57,7 @@ FIELDS = {
     "learner.ring": Field(free=True),
     "log.spikes": Field(minimum=0),
     "model.activation": Field(tuple(ACTIVATIONS)),
-    "model.attention": Field(("auto", "xla", "cudnn", "recompute"), free=True),
+    "model.attention": Field(("auto", "xla", "cudnn", "recompute", "keep"), free=True),
     "model.colours": Field(COLOURS),
     "model.final_norm": Field(("tokens", "pooled")),
     "model.logit_chunks": Field(minimum=1, free=True),

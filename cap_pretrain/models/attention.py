@@ -1,10 +1,10 @@
-"""Attention that recomputes its weights in the backward pass, and whether cuDNN's can be used.
+"""Attention with an explicit gradient, which stores little, and whether cuDNN's can be used.
 
 Autodiff of `jax.nn.dot_product_attention` stores the weights [B, heads, T, S] of every layer, in
 float32 and again rounded. With 196 tokens these exceed all other activations of the layer, and on a
 TPU the memory traffic takes longer than the arithmetic. This implementation stores queries, keys,
-values and the result, and has an explicit gradient (Dao et al. 2022, 2205.14135, appendix B.2, but
-without tiling, as the sequences are short).
+values, the result and, if asked, the rounded weights. It has an explicit gradient (Dao et al. 2022,
+2205.14135, appendix B.2, but without tiling, as the sequences are short).
 """
 
 import functools
@@ -18,13 +18,17 @@ from jax.ad_checkpoint import checkpoint_name
 from cap_pretrain.distributed.determinism import compiler_options
 from cap_pretrain.distributed.platform import platform
 
-# Name under which rematerialization policies can keep the result.
-ATTENDED = "attended"
+# Names under which rematerialization policies can keep the result, and the weights if `keep`.
+ATTENDED, WEIGHTS = "attended", "weights"
 
 
-@jax.custom_vjp
-def recomputing_attention(
-    query: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array | None = None
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def explicit_attention(
+    query: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    mask: jax.Array | None = None,
+    keep: bool = False,
 ) -> jax.Array:
     """Compute the same as `jax.nn.dot_product_attention`.
 
@@ -33,11 +37,12 @@ def recomputing_attention(
         keys: [B, S, heads, D].
         values: [B, S, heads, D].
         mask: bool [B | 1, 1, T, S], True where a query attends; each query needs at least one key.
+        keep: Whether to store the weights, in the dtype of the values, for the backward pass.
 
     Returns:
         [B, T, heads, D] in the dtype of the queries.
     """
-    return _forward(query, keys, values, mask)[0]
+    return _forward(query, keys, values, mask, keep)[0]
 
 
 def _weights(query: jax.Array, keys: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -49,16 +54,17 @@ def _weights(query: jax.Array, keys: jax.Array, mask: jax.Array | None) -> jax.A
     return jax.nn.softmax(logits)
 
 
-def _forward(query, keys, values, mask):
+def _forward(query, keys, values, mask, keep):
     weights = _weights(query, keys, mask).astype(values.dtype)
+    kept = checkpoint_name(weights, WEIGHTS) if keep else None
     out = checkpoint_name(jnp.einsum("bhts,bshd->bthd", weights, values), ATTENDED)
-    return out, (query, keys, values, mask, out)
+    return out, (query, keys, values, mask, kept, out)
 
 
-def _backward(residuals, gradient):
-    query, keys, values, mask, out = residuals
-    weights = _weights(query, keys, mask)
-    rounded = weights.astype(query.dtype)
+def _backward(keep, residuals, gradient):
+    query, keys, values, mask, kept, out = residuals
+    weights = kept.astype(jnp.float32) if keep else _weights(query, keys, mask)
+    rounded = kept if keep else weights.astype(query.dtype)
     value_gradient = jnp.einsum("bhts,bthd->bshd", rounded, gradient)
     weight_gradient = jnp.einsum(
         "bthd,bshd->bhts", gradient, values, preferred_element_type=jnp.float32
@@ -73,7 +79,7 @@ def _backward(residuals, gradient):
     return query_gradient, key_gradient, value_gradient, None
 
 
-recomputing_attention.defvjp(_forward, _backward)
+explicit_attention.defvjp(_forward, _backward)
 
 
 def fused_attention_works(

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cap_pretrain.models.attention import ATTENDED
+from cap_pretrain.models.attention import ATTENDED, WEIGHTS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,8 +15,9 @@ class Compute:
 
     Attributes:
         dtype: Dtype of activations, and of parameters when they enter a product.
-        attention: "xla", "cudnn" (fused, GPU only), "recompute" (see models/attention.py) or "auto"
-            (cudnn where supported, recompute on TPUs, otherwise xla).
+        attention: "xla", "cudnn" (fused, GPU only), "recompute" or "keep" (explicit gradients; see
+            models/attention.py), or "auto": cudnn where supported, keep on TPUs, a form for CPUs
+            there (models/cpu.py), otherwise xla.
         remat: Rematerialization policy. "none" recomputes nothing. "full" recomputes everything but
             the layer inputs. "dots" keeps the results of matrix products. "lean" keeps the inputs
             and outputs of attention and the MLP's hidden units before their activation. "auto" is
@@ -43,7 +44,7 @@ class Compute:
 
 # Names of the activations that "lean" keeps, assigned below. Normalization and activation functions
 # are cheap: on a TPU, recomputing them is faster than storing and loading their results.
-KEPT = ("query", "key", "value", ATTENDED, "out", "hidden")
+KEPT = (WEIGHTS, "query", "key", "value", ATTENDED, "out", "hidden")
 
 
 def _is_fused_attention(primitive: Any, *_: Any, **__: Any) -> bool:

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from cap_pretrain.distributed.platform import platform
 from cap_pretrain.models import cpu
-from cap_pretrain.models.attention import ATTENDED, fused_attention_works, recomputing_attention
+from cap_pretrain.models.attention import ATTENDED, explicit_attention, fused_attention_works
 from cap_pretrain.models.compute import REMAT_POLICIES, Compute
 from cap_pretrain.models.elementwise import LayerNorm, gelu_tanh
 from cap_pretrain.models.sizes import Size
@@ -185,9 +185,10 @@ class Attention(nnx.Module):
             fused = fused_attention_works(query, keys, mask is not None, self.compute.deterministic)
             usual = "recompute" if platform() == "tpu" else "xla"
             kind = "cudnn" if fused else "cpu" if cpu.serves(query.dtype) else usual
-        if kind in ("recompute", "cpu"):
-            attention = cpu.attention if kind == "cpu" else recomputing_attention
-            out = attention(query, keys, values, mask)
+        if kind == "cpu":
+            out = cpu.attention(query, keys, values, mask)
+        elif kind in ("recompute", "keep"):
+            out = explicit_attention(query, keys, values, mask, kind == "keep")
         else:
             implementation = cast(Literal["xla", "cudnn"], kind)
             out = jax.nn.dot_product_attention(

@@ -1,5 +1,6 @@
-"""Recomputing attention has the values and gradients of standard attention."""
+"""Attention with an explicit gradient has the values and gradients of standard attention."""
 
+import functools
 import re
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from cap_pretrain.models import layers
-from cap_pretrain.models.attention import recomputing_attention
+from cap_pretrain.models.attention import explicit_attention
 from cap_pretrain.models.sizes import Size
 
 MASKS = {
@@ -20,7 +21,8 @@ MASKS = {
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 2e-6), (jnp.bfloat16, 3e-2)])
-def test_value_and_gradients(mask: str, dtype, tolerance: float):
+@pytest.mark.parametrize("keep", [True, False])
+def test_value_and_gradients(mask: str, dtype, tolerance: float, keep: bool):
     sources = 7 if MASKS[mask] is not None else 5
     keys = jax.random.split(jax.random.key(0), 4)
     query, gradient = (jax.random.normal(k, (3, 7, 2, 8), dtype) for k in keys[:2])
@@ -29,7 +31,8 @@ def test_value_and_gradients(mask: str, dtype, tolerance: float):
     @jax.jit
     def both(*args):
         results = []
-        for attend in (recomputing_attention, jax.nn.dot_product_attention):
+        explicit = functools.partial(explicit_attention, keep=keep)
+        for attend in (explicit, jax.nn.dot_product_attention):
             out, pull = jax.vjp(lambda q, k, v, f=attend: f(q, k, v, mask=MASKS[mask]), *args)
             results.append((out, pull(gradient)))
         return results
