@@ -241,8 +241,8 @@ def _mesh() -> ConfigDict:
     c = ConfigDict()
     # Devices along each axis; at most one may be -1, which takes all remaining devices.
     c.data = -1
-    # 0: 16 on TPUs, or fewer on slices of less than 32 chips; on GPUs 1, or up to 8 where a step
-    # is otherwise estimated not to fit into memory; on CPUs 1.
+    # 0: 16 on TPUs, or fewer on slices of less than 32 chips; on GPUs those of a host, at most 8;
+    # on CPUs 1.
     c.fsdp = 0
     c.tensor = 1
     # Sharding rules tried before the built-in ones: (regular expression, for each trailing

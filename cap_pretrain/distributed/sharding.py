@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from cap_pretrain import rules
+from cap_pretrain.distributed.platform import platform_of
 from cap_pretrain.errors import UserError
 
 BATCH_AXES = ("data", "fsdp")
@@ -26,6 +27,7 @@ BATCH_AXES = ("data", "fsdp")
 # (BENCHMARKS.md, "On a TPU pod"): the update gets shorter, and weights arrive during matrix
 # products. Sharding over all TPUs is slower, because the compiler then splits the products, too.
 FSDP_ON_TPUS = 16
+FSDP_ON_GPUS = 8  # the GPUs of one host, which NVLink joins
 
 Axes = str | Sequence[str] | None  # The mesh axes that shard one dimension: one, several, or none
 
@@ -75,11 +77,23 @@ def mesh_shape(config: ConfigDict, devices: Sequence[jax.Device] | int) -> dict[
 
 
 def _default_fsdp(shape: Mapping[str, int], devices: Sequence[jax.Device] | int) -> int:
-    """Return the size of the fsdp axis for `mesh.fsdp=0`: 1 unless on TPUs."""
-    if isinstance(devices, int) or devices[0].platform != "tpu" or shape["tensor"] == -1:
+    """Return the size of the fsdp axis for `mesh.fsdp=0`: 1 on CPUs."""
+    if isinstance(devices, int) or shape["tensor"] == -1:
+        return 1
+    where = platform_of(devices[0])
+    if where == "gpu":
+        return math.gcd(FSDP_ON_GPUS, max(1, _gpus_of_a_host(devices) // shape["tensor"]))
+    if where != "tpu":
         return 1
     data = max(2, slices_of(devices)) if shape["data"] == -1 else shape["data"]
     return math.gcd(FSDP_ON_TPUS, max(1, len(devices) // (data * shape["tensor"])))
+
+
+def _gpus_of_a_host(devices: Sequence[jax.Device]) -> int:
+    """Return how many GPUs share a host: by JAX's slices, or else by processes of several GPUs."""
+    if (hosts := slices_of(devices)) > 1:
+        return len(devices) // hosts
+    return max(len(devices) // len({device.process_index for device in devices}), 1)
 
 
 def slices_of(devices: Sequence[jax.Device]) -> int:

@@ -1,4 +1,4 @@
-"""What `model.remat=auto` and `mesh.fsdp=0` become on GPUs: the fastest of what fits into memory.
+"""What `model.remat=auto` becomes on GPUs: the fastest policy that fits into memory.
 
 The memory of a step is estimated from shapes alone, by tracing the loss: state and gradients by
 their shardings, and the activations that the backward pass keeps under a policy. BENCHMARKS.md
@@ -7,8 +7,7 @@ their shardings, and the activations that the backward pass keeps under a policy
 
 import copy
 import dataclasses
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -31,8 +30,6 @@ OVERHEAD = {"lean": 1.5}
 # Share of the memory that a step may be estimated to need: the other estimates are between 8% too
 # high and 2% too low.
 USABLE = 0.96
-# GPUs that NVLink joins in one host, over which parameters may be sharded.
-HOST = 8
 
 MakeOptimizer = Callable[[Any], Any]
 
@@ -53,7 +50,7 @@ class Need(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A config in which `model.remat` and `mesh.fsdp` are settled, and why, as a line for the log.
+    """A config in which `model.remat` is settled, and why, as a line for the log.
 
     `need` is the estimate for it, or None where nothing was to choose.
     """
@@ -78,7 +75,7 @@ def settle(
     devices: Sequence[jax.Device],
     limit: int | None,
 ) -> Choice:
-    """Choose rematerialization and sharding where the config leaves them open.
+    """Choose the rematerialization policy where the config leaves it open.
 
     Args:
         config: A complete config.
@@ -88,41 +85,27 @@ def settle(
         limit: Bytes that a step may use on one of them. None leaves the config as it is.
 
     Returns:
-        The first of the candidates whose estimate fits, or the last with a line that says so.
+        The first policy whose estimate fits, or the last with a line that says that none does.
     """
-    is_open = config.model.remat == "auto" or not config.mesh.fsdp
-    if limit is None or not is_open or platform_of(devices[0]) != "gpu":
+    if limit is None or config.model.remat != "auto" or platform_of(devices[0]) != "gpu":
         return Choice(config)
-    for candidate in _candidates(config, devices):
+    candidate = copy.deepcopy(config)
+    for policy in POLICIES:
+        candidate.model.remat = policy
         need = estimate(candidate, vocab_size, make_optimizer, devices)
         if need.total <= USABLE * limit:
             break
     fits = need.total <= USABLE * limit
     gib = f"{need.total / 2**30:.1f} of {limit / 2**30:.1f} GiB"
     line = (
-        f"model.remat={candidate.model.remat}, mesh.fsdp={candidate.mesh.fsdp} (automatic): the "
-        f"step is estimated to need {gib} on a device"
+        f"model.remat={candidate.model.remat} (automatic): the step is estimated to need {gib} on "
+        "a device"
     )
     if not fits:
         line += "; that may not fit: lower batch_size, or raise accumulate"
-    elif candidate.model.remat == "full" and config.model.remat == "auto":
+    elif candidate.model.remat == "full":
         line += "; accumulate=2 or more may be faster (tools/check_topology.py --fit)"
     return Choice(candidate, need, line)
-
-
-def _candidates(config: ConfigDict, devices: Sequence[jax.Device]) -> Iterator[ConfigDict]:
-    """Yield configs with both fields settled, from the fastest to the one that needs the least."""
-    policies = POLICIES if config.model.remat == "auto" else (config.model.remat,)
-    usual = sharding.mesh_shape(config, devices)
-    ways = [usual["fsdp"]]
-    if not config.mesh.fsdp and config.mesh.data == -1:
-        most = math.gcd(HOST, len(devices) // usual["tensor"])
-        ways += [most] if most > 1 else []
-    for remat in policies:
-        for fsdp in ways:
-            settled = copy.deepcopy(config)
-            settled.model.remat, settled.mesh.fsdp = remat, fsdp
-            yield settled
 
 
 def estimate(

@@ -1,10 +1,11 @@
-"""Rematerialization and sharding follow from the memory of the devices."""
+"""Rematerialization follows from the memory of the devices."""
 
 import functools
 
 import jax
 import pytest
 
+from cap_pretrain.distributed import sharding
 from cap_pretrain.optim import schedule as schedules
 from cap_pretrain.training import automatic
 from cap_pretrain.training.setup import make_optimizer
@@ -47,20 +48,18 @@ def needs(config, remat, fsdp):
 
 
 def test_the_first_that_fits_is_taken(config, monkeypatch):
-    order = [(remat, fsdp) for remat in automatic.POLICIES for fsdp in (1, 8)]
-    totals = dict(zip(order, (60, 50, 40, 45, 30, 20), strict=True))
+    totals = dict(zip(automatic.POLICIES, (60, 40, 20), strict=True))
 
     def estimate(config, *_):
-        return automatic.Need(totals[config.model.remat, config.mesh.fsdp], 0, 0, 0)
+        return automatic.Need(totals[config.model.remat], 0, 0, 0)
 
     monkeypatch.setattr(automatic, "estimate", estimate)
-    for limit, wanted in ((70, 0), (60, 1), (50, 2), (41, 4), (25, 5)):
+    for limit, wanted in ((70, "none"), (60, "lean"), (41, "full"), (25, "full")):
         choice = settled(config, limit)
-        assert (choice.config.model.remat, choice.config.mesh.fsdp) == order[wanted]
-        assert f"remat={order[wanted][0]}, mesh.fsdp={order[wanted][1]}" in choice.line
+        assert choice.config.model.remat == wanted and f"remat={wanted}" in choice.line
         assert "may not fit" not in choice.line
     assert "may not fit" in settled(config, 15).line
-    assert settled(config, 60, devices=1).config.model.remat == "lean"  # nothing to shard over
+    assert config.model.remat == "auto"
 
 
 def test_policies_and_sharding_need_less_and_less(config):
@@ -74,8 +73,30 @@ def test_what_the_user_gives_is_kept(config):
     config = config.copy_and_resolve_references()
     config.model.remat = "dots"
     assert settled(config, 1).config.model.remat == "dots"
-    config.mesh.fsdp = 2
     assert settled(config, 1).config == config
+
+
+@pytest.mark.parametrize(
+    ("hosts", "gpus", "processes", "fsdp"),
+    [
+        (1, 8, 1, 8),
+        (4, 8, 4, 8),
+        (2, 4, 2, 4),  # not over two hosts
+        (2, 8, 16, 8),  # one process per GPU
+        (1, 6, 1, 2),
+        (1, 1, 1, 1),
+    ],
+)
+def test_gpus_of_a_host_share_the_state(config, hosts, gpus, processes, fsdp):
+    devices = [Device("gpu") for _ in range(hosts * gpus)]
+    for n, device in enumerate(devices):
+        device.process_index = n * processes // len(devices)
+        device.slice_index = n // gpus
+    config = config.copy_and_resolve_references()
+    config.batch_size = 192
+    assert sharding.mesh_shape(config, devices) == {
+        "data": hosts * gpus // fsdp, "fsdp": fsdp, "tensor": 1
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
