@@ -60,7 +60,6 @@ def ours(job: dict[str, Any]) -> Candidate:
     from cap_pretrain.distributed import sharding
     from cap_pretrain.models import build
     from cap_pretrain.optim import schedule
-    from cap_pretrain.telemetry import flops
     from cap_pretrain.training import plan
     from cap_pretrain.training.setup import make_optimizer
     from cap_pretrain.training.step import init_state, make_train_step
@@ -110,29 +109,42 @@ def ours(job: dict[str, Any]) -> Candidate:
     def memory() -> int:
         return (devices[0].memory_stats() or {}).get("peak_bytes_in_use", needed)
 
-    peak = flops.system_peak(devices)
     facts = {
+        **facts_of(config, vocab_size, devices),
+        "parameters": plan.count_parameters(state.params)["total"],
+        "mesh": dict(mesh.shape),
+        "compile_seconds": seconds,
+        "compiler_bytes": needed,
+        "predicted_seconds": predicted(compiled.as_text(), devices),
+    }
+    return Candidate(facts, run, memory)
+
+
+def facts_of(config: ConfigDict, vocab_size: int, devices: Sequence[Any]) -> dict[str, Any]:
+    """Return what is known of our step before it is compiled."""
+    import jax
+
+    from cap_pretrain.models import build
+    from cap_pretrain.telemetry import flops
+    from cap_pretrain.training import plan
+
+    peak = flops.system_peak(devices)
+    training = plan.flops_per_example(config, vocab_size)["training"]
+    return {
         "platform": devices[0].platform,
         "device": devices[0].device_kind,
         "devices": len(devices),
         "batch_size": config.batch_size,
         "learner": config.learner.name,
         "model": config.model.name,
-        "parameters": plan.count_parameters(state.params)["total"],
         "optimizer": config.optim.name,
-        "mesh": dict(mesh.shape),
         **{f"model.{k}": config.model[k] for k in ("attention", "remat", "unroll")},
         "dtype": str(build.compute(config).dtype),
-        "flops_per_step": plan.flops_per_example(config, vocab_size)["training"]
-        * config.batch_size,
+        "flops_per_step": training * config.batch_size,
         "peak_flops": peak.flops,
         "peak_source": peak.source,
-        "compile_seconds": seconds,
-        "compiler_bytes": needed,
-        "predicted_seconds": predicted(compiled.as_text(), devices),
         "version": f"jax {jax.__version__}",
     }
-    return Candidate(facts, run, memory)
 
 
 def set_environment(config: ConfigDict) -> None:

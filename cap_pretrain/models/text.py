@@ -1,6 +1,6 @@
 """Text transformers: the caption decoder and the text tower of dual encoders."""
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -287,7 +287,7 @@ class Decoder(nnx.Module):
             return [*self.blocks]
         graphdef, params = nnx.split(self.blocks)
         parts = [jax.tree.map(lambda p, n=n: p[n], params) for n in range(self.size.depth)]
-        return [nnx.merge(graphdef, part) for part in parts]
+        return [cast(DecoderBlock, nnx.merge(graphdef, part)) for part in parts]
 
     def step(
         self, tokens: jax.Array, position: jax.Array, positions: jax.Array, cache: Cache
