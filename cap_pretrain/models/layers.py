@@ -183,7 +183,7 @@ class Attention(nnx.Module):
         kind = self.compute.attention
         if kind == "auto":
             fused = fused_attention_works(query, keys, mask is not None, self.compute.deterministic)
-            usual = "recompute" if platform() == "tpu" else "xla"
+            usual = "keep" if platform() == "tpu" else "xla"
             kind = "cudnn" if fused else "cpu" if cpu.serves(query.dtype) else usual
         if kind == "cpu":
             out = cpu.attention(query, keys, values, mask)

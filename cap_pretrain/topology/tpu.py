@@ -90,7 +90,7 @@ class TPU(Compiler):
         del config, vocab_size, devices
         return {
             "dtype": "bfloat16",
-            "model.attention": "recompute",
+            "model.attention": "keep",
             "model.remat": "lean",
             "model.unroll": 2**31 - 1,  # all layers; the largest value that `validate` accepts
         }

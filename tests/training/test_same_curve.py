@@ -25,7 +25,7 @@ OBJECTIVES = {
 CHOICES = {
     "gpu": {"remat": "none", "unroll": 9},
     "gpu, little memory": {"remat": "full", "unroll": 1},
-    "tpu": {"remat": "lean", "unroll": 9, "attention": "recompute"},
+    "tpu": {"remat": "lean", "unroll": 9, "attention": "keep"},
 }
 
 
