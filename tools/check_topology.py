@@ -16,6 +16,9 @@ b200, rtx6000pro, a6000): the compiler estimates nothing, so each operation take
 bytes over 85% of the bandwidth and its FLOPs over 75% of the peak; collectives go over NVLink
 within a host and over --network between hosts.
 
+--what=greedy or beam compiles writing captions instead, compare the scores of 16 texts per image,
+and features the encoder's. It prints the bytes and time of each token and each image.
+
 If the config does not fit, the tool reports by how much, tries options that reduce memory, and
 names the fastest one that fits; --fit tries them in any case. --scan=16,64,256,1024 grows the slice
 with the same batch per chip (weak scaling), or the number of hosts, with as many GPUs each. A v5e
@@ -47,6 +50,13 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
     resolved = trial.resolved()
     devices = compiler.open(args.topology, args.slices)
     config, vocab_size = compiling.prepare(resolved, devices)
+    if args.what != "step":
+        from cap_pretrain.topology import inference
+
+        found = [inference.check(config, vocab_size, args.what, devices)]
+        print(inference.text(found[0]))
+        _write(args.json, found)
+        return 0
     if args.scan:
         found = search.scan(config, vocab_size, args.topology, args.scan, say=_progress)
         each = f"{found[0]['batch_per_chip']:g} examples per {compiler.device}"
@@ -68,9 +78,13 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
             )
             found += tried
             print(f"\n{search.advice(first, tried)}\n{report.table(found)}")
-    if args.json:
-        files.write_text(args.json, json.dumps(found, indent=2) + "\n")
+    _write(args.json, found)
     return 0 if found[0]["fits"] else 1
+
+
+def _write(path: Path | None, found: list) -> None:
+    if path:
+        files.write_text(path, json.dumps(found, indent=2) + "\n")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -86,6 +100,12 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--slices", type=int, default=1, help="number of TPU slices; default: 1")
     parser.add_argument(
         "--network", type=float, help="Gb/s that one GPU sends to other hosts; default: 400"
+    )
+    parser.add_argument(
+        "--what",
+        choices=("step", "greedy", "beam", "compare", "features"),
+        default="step",
+        help="the training step, or a batch of inference; default: step",
     )
     parser.add_argument("--scan", type=_numbers, help="numbers of devices, as 16,64,256,1024")
     parser.add_argument("--fit", action="store_true", help="search for the fastest fitting options")
