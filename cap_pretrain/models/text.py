@@ -89,7 +89,7 @@ class DecoderBlock(nnx.Module):
         mask: jax.Array,
         start: jax.Array,
         own: tuple[jax.Array, jax.Array],
-        cross: tuple[jax.Array, jax.Array],
+        cross: tuple[jax.Array, ...],
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """Process one position of the C captions of each image.
 
@@ -98,7 +98,7 @@ class DecoderBlock(nnx.Module):
             mask: bool [B, 1, C, S], which of the S keys each caption attends to.
             start: Index in S for the keys of this position.
             own: Self-attention keys and values of this layer, of `for_queries`.
-            cross: Keys and values of the image for this layer, of `for_queries`.
+            cross: Keys and values of the image for this layer, of `for_queries` or `padded`.
 
         Returns:
             [B, C, D], and `own` updated with the keys and values of this position.
@@ -121,6 +121,21 @@ def for_queries(keys: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Arra
     at every position.
     """
     return keys.transpose(0, 2, 3, 1), values.transpose(0, 2, 1, 3)
+
+
+def padded(keys: jax.Array, values: jax.Array) -> tuple[jax.Array, ...]:
+    """Append zeros to keys and values of `for_queries`; return them and a mask bool [S].
+
+    XLA's GPU compiler pads the operands of products in half precision to multiples of 8, here at
+    every position. In float32 nothing is appended and there is no mask.
+    """
+    length = keys.shape[-1]
+    more = -length % 8 if keys.dtype.itemsize == 2 else 0
+    if not more:
+        return keys, values
+    keys = jnp.pad(keys, [(0, 0)] * 3 + [(0, more)])
+    values = jnp.pad(values, [(0, 0)] * 2 + [(0, more), (0, 0)])
+    return keys, values, jnp.arange(length + more) < length
 
 
 def attend_cached(
@@ -273,9 +288,11 @@ class Decoder(nnx.Module):
             and values of the T * C tokens, ordered by position, and those of the image.
         """
         batch, heads = len(encoded), self.size.heads
-        cross = [
+        cross: list[tuple[jax.Array, ...]] = [
             for_queries(*block.cross_attention.keys_values(encoded)) for block in self.layers()
         ]
+        if beams > 1:
+            cross = [padded(*image) for image in cross]
         keys = jnp.zeros((batch, heads, self.size.width // heads, length * beams))
         keys = keys.astype(cross[0][0].dtype)
         own = [(keys, keys.swapaxes(-1, -2))] * self.size.depth

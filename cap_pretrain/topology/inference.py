@@ -49,7 +49,7 @@ def check(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree
         )
 
-    program = jax.jit(lambda v, x: run(nnx.merge(graphdef, v), *x), out_shardings=whole)
+    program: Any = jax.jit(lambda v, x: run(nnx.merge(graphdef, v), *x), out_shardings=whole)
     with jax.set_mesh(mesh):
         lowered = program.lower(placed(variables, whole), placed(arrays, split))
         compiled = lowered.compile()

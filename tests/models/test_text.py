@@ -1,11 +1,15 @@
 """The text tower against torch; the decoder's cache and initial parameters."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from cap_pretrain import learners
 from cap_pretrain.learners.captioner import shift_right
+from cap_pretrain.models.layers import Attention, Compute
+from cap_pretrain.models.text import attend_cached, for_queries, padded
 from cap_pretrain.training import plan
 from cap_pretrain.training.step import split_learner
 from tests import tiny, torch_reference, toy
@@ -66,6 +70,22 @@ def test_steps_with_the_cache_give_the_logits_of_the_whole(fields):
     for position in range(tiny.LENGTH):
         logits, cache = step(inputs[:, position], position, cache)
         np.testing.assert_allclose(logits, whole[:, position], atol=1e-4)
+
+
+def test_padded_keys_are_not_attended_to():
+    compute = Compute(dtype=jnp.bfloat16)
+    attention = Attention(16, 2, bias=False, compute=compute, rngs=nnx.Rngs(0))
+    encoded = np.random.default_rng(0).standard_normal((3, 13, 16))
+    x = jnp.asarray(encoded[:, :4], jnp.bfloat16)
+    image = for_queries(*attention.keys_values(jnp.asarray(encoded, jnp.bfloat16)))
+    keys, values, mask = more = padded(*image)
+    assert keys.shape[-1] == values.shape[-2] == len(mask) == 16
+    found, expected = (
+        np.asarray(attend_cached(attention, x, *of), np.float32) for of in (more, image)
+    )
+    np.testing.assert_allclose(found, expected, rtol=2**-6, atol=2**-8)
+    single = tuple(part.astype(jnp.float32) for part in image)
+    assert padded(*single) == single
 
 
 def test_logits_layer_starts_at_zero(fresh):
