@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from cap_pretrain import learners
 from cap_pretrain.distributed import sharding
+from cap_pretrain.distributed.platform import tracing_for
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.base import data_parallel
 from cap_pretrain.evals.inference.portions import in_portions
@@ -50,7 +51,7 @@ def check(
         )
 
     program: Any = jax.jit(lambda v, x: run(nnx.merge(graphdef, v), *x), out_shardings=whole)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), tracing_for(devices[0]):
         lowered = program.lower(placed(variables, whole), placed(arrays, split))
         compiled = lowered.compile()
     module = hlo.parse(compiled.as_text())
