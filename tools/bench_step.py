@@ -1,18 +1,18 @@
 r"""Measure the training step on the devices that are there, against PyTorch and other settings.
 
-    python tools/bench_step.py --suite=gpu                  # a table within five minutes
+    python tools/bench_step.py --suite=gpu          # about five minutes; none was measured yet
     python tools/bench_step.py --suite=cpu
     python tools/bench_step.py --config=configs/pretrain.py:objective=cap,model=S/16 \
         --config.batch_size=8 --compare=torch --against="--config.model.unroll=1"
 
 The step is that of a run, in learner, optimizer, shardings and buffer donation, on random images
 and tokens that are already on the devices. Each candidate has a process of its own and takes a
-block of steps in turn, so that changes of the machine's speed meet all of them. Where their memory
-does not suffice together, they run one after the other, and if one alone needs too much, the batch
-is halved; both are reported. A candidate given by --against has further settings, and perhaps
-environment variables: "XLA_FLAGS=… --config.model.remat=lean", or "PYTHONPATH=…" for another
-version of the package. --compare=torch is a plain PyTorch model of the same size and number of
-parameters (tools/torch_baseline.py), compiled by torch.compile on GPUs and eager on CPUs;
+block of steps in turn, so that changes of the machine's speed affect all alike. Where memory does
+not suffice for all together, they run one after the other, and if one alone needs too much, the
+batch of a suite is halved; both are reported. A candidate given by --against has further settings,
+and perhaps environment variables: "XLA_FLAGS=… --config.model.remat=lean", or "PYTHONPATH=…" for
+another version of the package. --compare=torch is a plain PyTorch model of the same size and number
+of parameters (tools/torch_baseline.py), compiled by torch.compile on GPUs and eager on CPUs;
 torch-eager and torch-compiled choose. PyTorch has AdamW, and so have we, unless --config.optim.name
 is given.
 
@@ -38,6 +38,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `tools`
 
 from cap_pretrain import files
 from cap_pretrain.cli import arguments
@@ -72,19 +74,24 @@ def records(case: Case, workers: Sequence[Worker]) -> list[dict[str, Any]]:
     for worker in workers:
         median = statistics.median(worker.seconds)
         quartiles = statistics.quantiles(worker.seconds, method="inclusive")
-        rate = first["flops_per_step"] / median
+        facts = first | worker.facts
+        if facts["platform"] != first["platform"]:
+            raise UserError(
+                f"{case.name}: {worker.name} runs on a {facts['platform']}, but {workers[0].name} "
+                f"on a {first['platform']}; install JAX and PyTorch for the same devices."
+            )
+        rate = facts["flops_per_step"] / median
         found.append(
             {
                 "case": case.name,
                 "candidate": worker.name,
-                **{k: v for k, v in first.items() if k not in worker.facts},
-                **worker.facts,
+                **facts,
                 "together": case.together,
                 "step_seconds": median,
                 "quartiles": [quartiles[0], quartiles[-1]],
                 "blocks": worker.seconds,
                 "cpu_seconds": statistics.median(worker.cpu_seconds),
-                "examples_per_second": first["batch_size"] / median,
+                "examples_per_second": facts["batch_size"] / median,
                 "mfu": rate / first["peak_flops"] if first["peak_flops"] else None,
                 "memory_bytes": worker.memory,
                 "speed": _speed(worker.seconds, reference.seconds, case.together),
@@ -183,22 +190,31 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
     if args.threads:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
     if args.compare:
-        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # PyTorch's step is for one GPU
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or "0"
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]  # PyTorch's step is for one GPU
     cases = SUITES[args.suite] if args.suite else [Case(args.config, args.config)]
     if any(o.startswith("--config.batch_size=") for o in overrides):
         cases = [dataclasses.replace(c, batch_per_device=0, platform=None) for c in cases]
     variants = candidates(args, overrides)
     found: list[dict[str, Any]] = []
+    failed = []
     for case in cases:
         if args.suite == "gpu" and time.monotonic() - start > SUITE_SECONDS:
-            say(f"{case.name}: left out, {SUITE_SECONDS} s are over")
+            failed.append(f"{case.name}: left out, since {SUITE_SECONDS} s were over.")
             continue
         say(f"{case.name} …")
-        case, workers = fitting(case, variants, overrides, args.steps)
-        found += records(case, workers)
+        try:
+            found += records(*fitting(case, variants, overrides, args.steps))
+        except UserError as error:
+            failed.append(str(error))
+            say(failed[-1])
+            continue
         if args.json:
             files.write_text(args.json, json.dumps(found, indent=2) + "\n")
-    print(f"{heading(found)}\n\n{table(found)}")
+    if found:
+        print(f"{heading(found)}\n\n{table(found)}")
+    if failed:
+        raise UserError("\n".join(failed))
     return 0
 
 

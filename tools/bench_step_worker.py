@@ -12,7 +12,10 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # for `tools`; PYTHONPATH comes first
 
 import numpy as np
 from ml_collections import ConfigDict

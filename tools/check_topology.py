@@ -14,10 +14,10 @@ times the trip counts of enclosing loops, by the clock rate; plus, where the cor
 collectives or copies from HBM, their bytes by the bandwidth. GPUs (a100-40, a100-80, h100, h200,
 b200, rtx6000pro, a6000): the compiler estimates nothing, so each operation takes the larger of its
 bytes over 85% of the bandwidth and its FLOPs over 75% of the peak; collectives go over NVLink
-within a host and over --network between hosts.
+(or PCIe) within a host and over --network between hosts.
 
---what=greedy or beam compiles writing captions instead, compare the scores of 16 texts per image,
-and features the encoder's. It prints the bytes and time of each token and each image.
+--what compiles inference instead of a step: greedy and beam write captions, compare scores 16 texts
+per image, features runs the encoder. It prints the bytes and time of each token and each image.
 
 If the config does not fit, the tool reports by how much, tries options that reduce memory, and
 names the fastest one that fits; --fit tries them in any case. --scan=16,64,256,1024 grows the slice
@@ -40,7 +40,11 @@ from cap_pretrain.topology import compilers
 def run(args: argparse.Namespace, overrides: list[str]) -> int:
     """Compile, print and write the report, and return the exit status."""
     compiler = compilers.compiler_of(args.topology)
-    compiler.network = args.network or compiler.network
+    if args.network is not None and (args.network <= 0 or compiler.device != "GPU"):
+        raise UserError(f"--network: {args.network:g} is not a positive rate of GPUs, in Gb/s.")
+    compiler.network = args.network or type(compiler).network
+    if args.what != "step" and (args.scan or args.fit or args.breakdown):
+        raise UserError("--what: --scan, --fit and --breakdown are for the training step.")
     compiler.set_environment()  # before JAX is imported
     from cap_pretrain.sweeps.trials import Trial, parse_overrides
     from cap_pretrain.topology import compile as compiling
@@ -56,7 +60,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
         found = [inference.check(config, vocab_size, args.what, devices)]
         print(inference.text(found[0]))
         _write(args.json, found)
-        return 0
+        return 0 if found[0]["fits"] else 1
     if args.scan:
         found = search.scan(config, vocab_size, args.topology, args.scan, say=_progress)
         each = f"{found[0]['batch_per_chip']:g} examples per {compiler.device}"

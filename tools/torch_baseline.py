@@ -274,7 +274,7 @@ def compile_parts(model: nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, (EncoderBlock, DecoderBlock)):
-            module.compile()
+            module.compile(dynamic=False)
         elif isinstance(module, Decoder):
             module.losses = torch.compile(module.losses)
 

@@ -58,22 +58,35 @@ def use(config: ConfigDict, workdir: Path, say: Callable[[str], None] = print) -
     setting, platform = config.compile_cache, jax.default_backend()
     if platform == "gpu":
         _make_keys_lasting(config)
-    users = jax.config.values["jax_compilation_cache_dir"]
-    if users or "JAX_COMPILATION_CACHE_DIR" in os.environ:
-        if setting not in ("auto", *OFF):
-            say(f"compile_cache: JAX's own setting, {users!r}, replaces {setting!r}.")
-        return
     if setting in OFF or (setting == "auto" and platform == "cpu"):
         return
-    if "://" in setting:  # JAX opens URLs
-        folder = setting
-    else:
-        own = setting == "auto"
-        path = workdir.absolute().parent / FOLDER if own else Path(setting).expanduser()
-        folder = cluster.decided(None, lambda _: _prepared(path, own, say))
-    if folder:
-        jax.config.update("jax_compilation_cache_dir", folder)
-        say(f"Compiled programs are kept in {folder}.")
+    users = jax.config.values["jax_compilation_cache_dir"]
+    has_own = bool(users) or "JAX_COMPILATION_CACHE_DIR" in os.environ
+    if has_own and setting != "auto":
+        say(f"compile_cache: JAX's own setting, {users!r}, replaces {setting!r}.")
+    automatic = setting == "auto"
+    path = workdir.absolute().parent / FOLDER if automatic else Path(setting).expanduser()
+
+    def decide(others: list[bool]) -> str:
+        if any(others):
+            return ""
+        return setting if "://" in setting else _prepared(path, automatic, say)  # JAX opens URLs
+
+    folder = cluster.decided(has_own, decide)
+    if not folder:
+        return
+    # A host that compiles while others read could keep these waiting.
+    if not cluster.decided(_is_usable(folder, automatic), all):
+        say(f"compile_cache: {folder} is not used, since not every host can read it.")
+        return
+    jax.config.update("jax_compilation_cache_dir", folder)
+    say(f"Compiled programs are kept in {folder}.")
+
+
+def _is_usable(folder: str, own: bool) -> bool:
+    """Return whether this host finds the folder that host 0 has prepared; see `_prepared`."""
+    path = Path(folder)
+    return "://" in folder or (path.is_dir() and (not own or _is_ours(path)))
 
 
 def _make_keys_lasting(config: ConfigDict) -> None:

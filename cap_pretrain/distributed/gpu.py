@@ -88,8 +88,10 @@ def describe() -> list[str]:
     """Return a line for the log about these settings, on GPUs."""
     if jax.default_backend() != "gpu":
         return []
-    overlap = "as XLA_FLAGS says" if _users(OVERLAP) else "overlaps with computation"
-    return [
-        f"GPU settings: {memory_fraction():.0%} of the memory, communication {overlap}; set "
-        f"XLA_CLIENT_MEM_FRACTION, or {OVERLAP} in XLA_FLAGS, to change them."
-    ]
+    said = []
+    if any(map(os.environ.get, _FRACTION_NAMES)):
+        said.append(f"{memory_fraction():.0%} of the memory (XLA_CLIENT_MEM_FRACTION)")
+    if jax.device_count() > 1:
+        overlap = "as XLA_FLAGS says" if _users(OVERLAP) else "overlaps with computation"
+        said.append(f"communication {overlap} ({OVERLAP} in XLA_FLAGS)")
+    return [f"GPU settings: {', '.join(said)}."] if said else []

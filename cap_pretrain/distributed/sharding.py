@@ -82,7 +82,10 @@ def _default_fsdp(shape: Mapping[str, int], devices: Sequence[jax.Device] | int)
         return 1
     where = platform_of(devices[0])
     if where == "gpu":
-        return math.gcd(FSDP_ON_GPUS, max(1, _gpus_of_a_host(devices) // shape["tensor"]))
+        left = _gpus_of_a_host(devices)
+        if shape["data"] != -1:
+            left = min(left, len(devices) // shape["data"])
+        return math.gcd(FSDP_ON_GPUS, max(1, left // shape["tensor"]))
     if where != "tpu":
         return 1
     data = max(2, slices_of(devices)) if shape["data"] == -1 else shape["data"]
@@ -90,14 +93,14 @@ def _default_fsdp(shape: Mapping[str, int], devices: Sequence[jax.Device] | int)
 
 
 def _gpus_of_a_host(devices: Sequence[jax.Device]) -> int:
-    """Return how many GPUs share a host: by JAX's slices, or else by processes of several GPUs."""
-    if (hosts := slices_of(devices)) > 1:
-        return len(devices) // hosts
-    return max(len(devices) // len({device.process_index for device in devices}), 1)
+    """Return how many GPUs share a host, by JAX's slices, and by processes of several GPUs."""
+    each = len(devices) // slices_of(devices)
+    own = len(devices) // len({device.process_index for device in devices})
+    return min(each, own) if own > 1 else each
 
 
 def slices_of(devices: Sequence[jax.Device]) -> int:
-    """Return the number of TPU slices that `devices` belong to (1 for other devices)."""
+    """Return the number of TPU slices, or of hosts of GPUs, that JAX says `devices` belong to."""
     return len({getattr(device, "slice_index", 0) for device in devices})
 
 

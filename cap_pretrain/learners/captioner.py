@@ -380,7 +380,7 @@ def _is_label(logits: jax.Array, labels: jax.Array) -> jax.Array:
 def _own(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Return the logit of each label, [...]; on accelerators the loop fuses with others."""
     if platform() == "cpu":
-        return jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+        return jnp.take_along_axis(logits, labels[..., None], axis=-1, mode="clip")[..., 0]
     return jnp.sum(jnp.where(_is_label(logits, labels), logits, 0.0), axis=-1)
 
 

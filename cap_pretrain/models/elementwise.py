@@ -19,9 +19,10 @@ from cap_pretrain.distributed.platform import platform
 class LayerNorm(nnx.LayerNorm):
     """Flax's layer normalization over the last axis, with a scale and statistics in float32.
 
-    On GPUs, the rows of the input are normalized as one matrix: with more axes, XLA lays out
-    activations for the sums over examples in the gradient of the scale, and transposes them for
-    each product. On TPUs, whose layouts pad each example, that would itself be a transposition.
+    Except on TPUs, the rows of the input are normalized as one matrix: with more axes, XLA's GPU
+    compiler lays out activations for the sums over examples in the gradient of the scale, and
+    transposes them for each product. On TPUs, whose layouts pad each example, that would itself be
+    a transposition.
     """
 
     def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]  # always over one axis

@@ -1,5 +1,6 @@
 """What the compilers predict of inference: writing captions, scoring texts, features of images."""
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from cap_pretrain.distributed import sharding
 from cap_pretrain.distributed.platform import tracing_for
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.base import data_parallel
-from cap_pretrain.evals.inference.portions import in_portions
+from cap_pretrain.evals.inference.portions import PORTION, in_portions
 from cap_pretrain.learners.protocols import ScoresTexts, WritesCaptions, learner_type
 from cap_pretrain.models.decoding import Decoding, write_captions
 from cap_pretrain.telemetry import flops
@@ -35,7 +36,15 @@ def check(
     over tokens and `rest` all else; a program without such a loop is all `rest`. Captions take
     `text.length` tokens. Raises UserError if the learner cannot do it.
     """
+    config = copy.deepcopy(config)
+    config.model.remat = "none"  # nothing is differentiated
     mesh = sharding.make_mesh(config, devices)
+    images = config.batch_size // data_parallel(mesh)
+    if what == "features" and images % PORTION:
+        raise UserError(
+            f"batch_size: {images} images on a device are no multiple of {PORTION}, which the "
+            "encoder takes at a time."
+        )
     compiler, chip = compiler_for(devices), flops.chip_of(devices[0])
     assert chip
     arrays = _arrays(config, what)
@@ -53,12 +62,20 @@ def check(
     program: Any = jax.jit(lambda v, x: run(nnx.merge(graphdef, v), *x), out_shardings=whole)
     with jax.set_mesh(mesh), tracing_for(devices[0]):
         lowered = program.lower(placed(variables, whole), placed(arrays, split))
-        compiled = lowered.compile()
+        try:
+            compiled = lowered.compile()
+        except Exception as e:
+            if out_of_memory := compiler.out_of_memory(e):
+                raise UserError(f"--what: {out_of_memory}; lower batch_size.") from None
+            raise
     module = hlo.parse(compiled.as_text())
     total = compiler.measure(module, chip, devices)
     parts = {"bytes": total.hbm_bytes, "seconds": total.seconds}
-    report = {"images": config.batch_size // data_parallel(mesh), "rest": parts, "tokens": 0}
-    report["temporaries"] = compiled.memory_analysis().temp_size_in_bytes
+    memory = compiled.memory_analysis()
+    needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    report: dict[str, Any] = {"images": images, "rest": parts, "tokens": 0, "needed": needed}
+    report["limit"] = compiler.memory_limit(devices[0])
+    report["fits"] = needed <= report["limit"]
     if what in ("greedy", "beam"):
         loop = [op for op in module.computations[module.entry] if op.opcode == "while"][-1]
         (body,) = loop.runs("body")
@@ -73,7 +90,7 @@ def check(
 def text(report: dict[str, Any]) -> str:
     """Return a report as text."""
     images, rest, tokens = report["images"], report["rest"], report["tokens"]
-    lines = [f"{images} images on a device at once, predicted, not measured:"]
+    lines = [f"{images} images on a device, predicted, not measured:"]
     seconds = rest["seconds"]
     if tokens:
         token = report["token"]
@@ -87,8 +104,8 @@ def text(report: dict[str, Any]) -> str:
         f"{rest['seconds'] / images * 1e6:.0f} us"
     )
     lines.append(
-        f"in all {images / seconds:,.0f} images/s; temporaries "
-        f"{report['temporaries'] / 2**30:.2f} GiB"
+        f"in all {images / seconds:,.0f} images/s on a device; it needs "
+        f"{report['needed'] / 2**30:.2f} of {report['limit'] / 2**30:.2f} GiB"
     )
     return "\n".join(lines)
 

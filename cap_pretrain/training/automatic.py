@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from cap_pretrain import learners
 from cap_pretrain.distributed import cluster, sharding
 from cap_pretrain.distributed.platform import platform_of
+from cap_pretrain.optim import optimizers
 from cap_pretrain.training import plan
 from cap_pretrain.training.step import init_state, loss_and_stats, split_learner
 
@@ -61,7 +62,10 @@ class Choice:
 
 
 def memory_of(device: jax.Device) -> int | None:
-    """Return the bytes that programs may use on a GPU, the least on any host; None elsewhere."""
+    """Return the bytes that programs may use on a GPU of this process, the least on any host.
+
+    All hosts must call it. It is None on other platforms.
+    """
     if platform_of(device) != "gpu":
         return None
     limit = (device.memory_stats() or {}).get("bytes_limit")
@@ -139,10 +143,8 @@ def _kept(config: ConfigDict, vocab_size: int) -> tuple[int, int]:
     Parameters do not count. An array stacked over layers counts by its layers in the latter.
     """
     config = copy.deepcopy(config)
-    if config.model.attention in ("auto", "cudnn"):
-        config.model.attention = "recompute"  # keeps the same as the fused kernel
-    if config.dtype == "auto":
-        config.dtype = "bfloat16"
+    if config.model.attention == "cudnn":  # cannot be traced without a GPU
+        config.model.attention = "recompute"  # keeps the same
     config.model.unroll = 1
     key = jax.eval_shape(lambda: jax.random.key(0))
     learner = nnx.eval_shape(lambda: learners.build(config, vocab_size, jax.random.key(0)))
@@ -150,6 +152,7 @@ def _kept(config: ConfigDict, vocab_size: int) -> tuple[int, int]:
 
     def backward(params: Any, batch: Any, key: jax.Array) -> Any:
         def loss(params):
+            params = optimizers.hold_frozen(config.optim, params)
             return loss_and_stats(graphdef, params, stats, batch, key)[0]
 
         return jax.vjp(loss, params)[1]

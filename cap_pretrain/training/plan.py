@@ -77,11 +77,10 @@ def make_plan(
     are. Runs of 0 `total_steps` only evaluate and have no training FLOPs. `make_optimizer` takes
     parameters.
     """
-    named = [config.mesh[axis] for axis in ("data", "fsdp", "tensor")]
-    if -1 in named or (0 in named and jax.default_backend() == "tpu"):
+    if is_for_present_devices(config):
         shape = sharding.mesh_shape(config, jax.devices())
     else:
-        shape = sharding.mesh_shape(config, math.prod(n or 1 for n in named))
+        shape = sharding.mesh_shape(config, math.prod(n or 1 for n in _named(config)))
     mesh = AbstractMesh(tuple(shape.values()), tuple(shape))
     _, abstract, _, _ = init_state(
         lambda key: learners.build(config, vocab_size, key), make_optimizer, config, mesh
@@ -106,6 +105,21 @@ def make_plan(
             "ema": bytes_per_device(abstract.ema),
         },
     }
+
+
+def is_for_present_devices(config: ConfigDict) -> bool:
+    """Return whether the mesh of a config follows from the devices, or names as many as there are.
+
+    Otherwise it names another number of devices.
+    """
+    named = _named(config)
+    if -1 in named or (0 in named and jax.default_backend() != "cpu"):
+        return True
+    return math.prod(n or 1 for n in named) == jax.device_count()
+
+
+def _named(config: ConfigDict) -> list[int]:
+    return [config.mesh[axis] for axis in ("data", "fsdp", "tensor")]
 
 
 def write_plan(plan: dict[str, Any], workdir: Path) -> str:

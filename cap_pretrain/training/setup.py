@@ -153,7 +153,8 @@ def dry_run(
     rate = schedules.learning_rate(config, schedule)
     optimizer = functools.partial(make_optimizer, config, rate, idle=not schedule.total)
     vocab_size = tokenizer.vocab_size if tokenizer else config.text.vocab_size
-    choice = _settle(config, vocab_size, optimizer, trains=bool(schedule.total))
+    trains = bool(schedule.total) and plan.is_for_present_devices(config)
+    choice = _settle(config, vocab_size, optimizer, trains=trains)
     made = plan.make_plan(
         choice.config,
         vocab_size=vocab_size,
@@ -170,9 +171,8 @@ def _settle(
     config: ConfigDict, vocab_size: int, optimizer: automatic.MakeOptimizer, *, trains: bool
 ) -> automatic.Choice:
     """Settle what the config leaves to the devices of this run."""
-    devices = jax.devices()
-    limit = automatic.memory_of(devices[0]) if trains else None
-    return automatic.settle(config, vocab_size, optimizer, devices, limit)
+    limit = automatic.memory_of(jax.local_devices()[0]) if trains else None
+    return automatic.settle(config, vocab_size, optimizer, jax.devices(), limit)
 
 
 def _resolve_schedule(

@@ -13,7 +13,8 @@ IMAGES, TEXT = tiny.images(4), tiny.texts([7, 7, 4, 0])
 @pytest.fixture(scope="module")
 def cap():
     # The decoder differs in size from the encoder, so that no shapes match by accident.
-    split = tiny.split(tiny.config(decoder_width=12, decoder_mlp=20, decoder_heads=3))
+    fields = dict(decoder_width=12, decoder_mlp=20, decoder_heads=3, attention="xla")
+    split = tiny.split(tiny.config(**fields))
     split[1]["decoder"]["blocks"]["cross_attention"]["query"]["kernel"] *= 8
     return split
 

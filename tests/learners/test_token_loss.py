@@ -6,14 +6,18 @@ import numpy as np
 import optax
 import pytest
 
+from cap_pretrain.learners import captioner
 from cap_pretrain.learners.captioner import is_first_maximum, token_loss
 
 LOGITS = 3 * jax.random.normal(jax.random.key(0), (4, 5, 7))
 LABELS = jax.random.randint(jax.random.key(1), (4, 5), 0, 7)
 
 
+@pytest.mark.parametrize("where", ["cpu", "gpu"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_loss_and_gradient(smoothing):
+def test_loss_and_gradient(smoothing, dtype, where, monkeypatch):
+    monkeypatch.setattr(captioner, "platform", lambda: where)
     weights = jax.random.uniform(jax.random.key(2), LABELS.shape)
 
     def plain(logits):
@@ -21,9 +25,10 @@ def test_loss_and_gradient(smoothing):
         return jnp.sum(weights * optax.softmax_cross_entropy(logits, targets))
 
     def ours(logits):
-        return jnp.sum(weights * token_loss(logits, LABELS, smoothing))
+        return jnp.sum(weights * token_loss(logits, LABELS, smoothing, dtype))
 
-    got, expected = (jax.jit(jax.value_and_grad(f))(LOGITS) for f in (ours, plain))
+    logits = LOGITS.astype(dtype).astype(jnp.float32)  # as a model computes them
+    got, expected = (jax.jit(jax.value_and_grad(f))(logits) for f in (ours, plain))
     np.testing.assert_allclose(got[0], expected[0], rtol=1e-6)
     np.testing.assert_allclose(got[1], expected[1], atol=1e-6)
 

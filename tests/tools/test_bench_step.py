@@ -91,7 +91,7 @@ def test_measures_ours_and_torch(tmp_path):
     command += ["--steps=2", "--threads=1", "--config.batch_size=4", "--config.data.image_size=32"]
     command += ["--config.text.vocab_size=50", "--config.text.length=6"]
     command += [f"--json={tmp_path / 'found.json'}"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found.json").read_text())

@@ -83,6 +83,7 @@ def test_what_the_user_gives_is_kept(config):
         (4, 8, 4, 8),
         (2, 4, 2, 4),  # not over two hosts
         (2, 8, 16, 8),  # one process per GPU
+        (1, 8, 8, 8),
         (1, 6, 1, 2),
         (1, 1, 1, 1),
     ],
@@ -97,6 +98,23 @@ def test_gpus_of_a_host_share_the_state(config, hosts, gpus, processes, fsdp):
     assert sharding.mesh_shape(config, devices) == {
         "data": hosts * gpus // fsdp, "fsdp": fsdp, "tensor": 1
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("data", "tensor", "fsdp"), [(8, 1, 1), (4, 2, 1), (2, 1, 4), (1, 1, 8), (-1, 2, 4)]
+)
+def test_what_data_and_tensor_leave_of_the_gpus_shares_the_state(config, data, tensor, fsdp):
+    config = config.copy_and_resolve_references()
+    config.mesh.data, config.mesh.tensor = data, tensor
+    shape = sharding.mesh_shape(config, [Device("gpu")] * 8)
+    assert shape["fsdp"] == fsdp
+
+
+def test_frozen_parameters_need_no_activations(config):
+    trained = needs(config, "none", 1)
+    config = config.copy_and_resolve_references()
+    config.optim.lr_rules = ((".*", 0.0),)
+    assert needs(config, "none", 1).activations < trained.activations / 4
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
