@@ -20,16 +20,22 @@ def serves(dtype: Any) -> bool:
     return dtype == jnp.float32 and platform() == "cpu"
 
 
+def _several_devices() -> bool:
+    mesh = jax.sharding.get_abstract_mesh()
+    return (jax.device_count() if mesh.empty else mesh.size) > 1
+
+
 class Linear(nnx.Linear):
     """A linear layer that multiplies matrices on CPUs: all leading axes of the input are one.
 
     For an input [B, T, D], XLA otherwise transposes input and gradient in memory before it computes
-    the gradient of the kernel.
+    the gradient of the kernel. On several devices this form is not used: the partitioner of jaxlib
+    0.10.2 then computes wrong gradients.
     """
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Map inputs [..., D] to [..., E]."""
-        if inputs.ndim < 3 or not serves(self.dtype):
+        if inputs.ndim < 3 or not serves(self.dtype) or _several_devices():
             return super().__call__(inputs, out_sharding)
         rows = super().__call__(inputs.reshape(-1, inputs.shape[-1]))
         return rows.reshape(*inputs.shape[:-1], -1)
