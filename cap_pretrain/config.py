@@ -120,8 +120,8 @@ def _model() -> ConfigDict:
     # CPUs, and on GPUs the first of none, lean, full that is estimated to fit into memory.
     c.remat = "auto"
     # Layers per iteration of the scan over depth. More take longer to compile, and save copying
-    # what the backward pass needs into arrays stacked over layers. 0: all on TPUs and GPUs (there 1
-    # with remat=full), 1 on CPUs.
+    # what the backward pass needs into arrays stacked over layers. 0: all on TPUs, on GPUs but
+    # with remat=full, and on CPUs from 6 layers; else 1.
     c.unroll = 0
     # Compute a captioner's logits in so many sequential parts of the text, and again in the
     # backward pass, so that no array is batch x length x vocabulary.

@@ -24,7 +24,8 @@ class Compute:
             lean on TPUs, otherwise none (training on GPUs settles it before; see
             training/automatic.py).
         unroll: Layers per iteration of the scan over depth. The depth itself unrolls the whole
-            stack. 0 does so on TPUs and, unless remat is "full", on GPUs; otherwise it is 1.
+            stack. 0 does so on TPUs, on GPUs unless remat is "full", and on CPUs from six
+            layers; otherwise it is 1.
         logit_chunks: Number of chunks of a text for which the logits of a loss are computed
             sequentially.
         dropout: Dropout rate after attention and MLP.

@@ -23,6 +23,10 @@ from cap_pretrain.models.compute import REMAT_POLICIES, Compute
 from cap_pretrain.models.elementwise import LayerNorm, gelu_tanh
 from cap_pretrain.models.sizes import Size
 
+# Depth from which layers are unrolled on CPUs: those of S/16 (12 and 6 layers) train 1.06 times as
+# fast unrolled, and compile 1.3 times as long (BENCHMARKS.md, "Against PyTorch").
+FEW_LAYERS = 6
+
 XAVIER = nnx.initializers.xavier_uniform()
 
 
@@ -285,7 +289,8 @@ def scan_layers(
     if not unroll:
         # On GPUs, "full" keeps so little that stacking it is cheap, and without a loop XLA computes
         # several layers again at the same time (BENCHMARKS.md).
-        loops = where == "cpu" or (where == "gpu" and remat == "full")
+        # On CPUs, the step of few layers compiles sooner in a loop.
+        loops = (where == "cpu" and depth < FEW_LAYERS) or (where == "gpu" and remat == "full")
         unroll = 1 if loops else depth
     if remat != "none":
         # XLA does not merge computations across two loops. Without loops, it would merge the
