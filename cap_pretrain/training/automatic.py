@@ -2,7 +2,7 @@
 
 The memory of a step is estimated from shapes alone, by tracing the loss: state and gradients by
 their shardings, and the activations that the backward pass keeps under a policy. BENCHMARKS.md
-("Defaults by platform") compares the estimates with what XLA's compilers need.
+("The step's memory traffic") compares the estimates with what XLA's compilers need.
 """
 
 import copy
