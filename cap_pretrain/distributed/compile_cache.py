@@ -93,9 +93,9 @@ def _make_keys_lasting(config: ConfigDict) -> None:
     """Give a program with cuDNN's attention the same key in every process.
 
     On several GPUs the program names the Python object that partitions the attention by its
-    address, and JAX hashes that unless told otherwise. The object holds what the program does not
-    say otherwise, as how the attention is masked. That follows from the model and this code, which
-    are hashed instead.
+    address, and JAX hashes that unless a setting forbids it. The object holds what the program does
+    not say otherwise, as how the attention is masked. That follows from the model and this code,
+    which are hashed instead.
     """
     about = {name: config[name].to_dict() for name in ("learner", "model")}
     about |= {"code": cluster.code_fingerprint(), "deterministic": config.deterministic}

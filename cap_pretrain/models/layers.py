@@ -24,7 +24,7 @@ from cap_pretrain.models.elementwise import LayerNorm, gelu_tanh
 from cap_pretrain.models.sizes import Size
 
 # Depth from which layers are unrolled on CPUs: those of S/16 (12 and 6 layers) train 1.06 times as
-# fast unrolled, and compile 1.3 times as long (BENCHMARKS.md, "Against PyTorch").
+# fast unrolled, and compile 1.3 times as long (one core, commit 3307208).
 FEW_LAYERS = 6
 
 XAVIER = nnx.initializers.xavier_uniform()

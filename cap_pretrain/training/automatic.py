@@ -51,13 +51,9 @@ class Need(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A config in which `model.remat` is settled, and why, as a line for the log.
-
-    `need` is the estimate for it, or None where nothing was to choose.
-    """
+    """A config in which `model.remat` is settled, and why: a line for the log, or ""."""
 
     config: ConfigDict
-    need: Need | None = None
     line: str = ""
 
 
@@ -109,7 +105,7 @@ def settle(
         line += "; that may not fit: lower batch_size, or raise accumulate"
     elif candidate.model.remat == "full":
         line += "; accumulate=2 or more may be faster (tools/check_topology.py --fit)"
-    return Choice(candidate, need, line)
+    return Choice(candidate, line)
 
 
 def estimate(
