@@ -33,6 +33,7 @@ def test_imports_follow_the_layers():
     [
         ("errors.py", "import cap_pretrain.files"),
         ("models/vit.py", "from cap_pretrain.learners import captioner"),
+        ("cli/arguments.py", "from cap_pretrain.commands import caption"),
         ("training/step.py", "def f():\n    import cap_pretrain.train"),
         ("data/pipeline.py", "from cap_pretrain.data.builders import base"),
         ("a_new_module.py", ""),

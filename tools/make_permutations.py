@@ -1,40 +1,11 @@
-r"""Generate permutations of nine tiles for the jigsaw task, far from each other.
+"""Generate permutations of nine tiles for the jigsaw task, far from each other.
 
-    python tools/make_permutations.py --count 100 --rule min --out data/permutations_100.txt
-
-Training reads the file `learner.file`, or generates them by `learner.permutations` and `.rule`.
+The program is cap_pretrain/commands/make_permutations.py.
 """
 
-import argparse
 import sys
-from pathlib import Path
 
-from cap_pretrain.cli import arguments
-from cap_pretrain.learners import permutations
-
-
-def _run(args: argparse.Namespace) -> int:
-    chosen = permutations.greedy(args.count, args.rule, args.seed)
-    permutations.write(args.out, chosen)
-    mean, smallest = permutations.distances(chosen)
-    print(
-        f"{args.out}: {args.count} permutations; distance {mean:.4f} on average, {smallest} least"
-    )
-    return 0
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the tool and return its exit status: 0 done, 2 the user's mistake."""
-    parser = arguments.documented_parser(__doc__)
-    parser.add_argument("--count", type=int, default=100, help="default: 100")
-    rules = permutations.RULES
-    parser.add_argument(
-        "--rule", choices=rules, default=rules[0], help=f"distance to maximize; default: {rules[0]}"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="default: 0")
-    parser.add_argument("--out", required=True, type=Path, help="output file, one per line")
-    return arguments.run(_run, parser.parse_args(argv))
-
+from cap_pretrain.commands.make_permutations import main
 
 if __name__ == "__main__":
     sys.exit(main())

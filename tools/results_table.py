@@ -1,76 +1,11 @@
-r"""Print evaluation results of several runs as a Markdown table.
+"""Print evaluation results of several runs as a Markdown table.
 
-    python tools/results_table.py runs/cap runs/cappa runs/clip \
-        --figures linear_probe/top1 retrieval/image_to_text_r1 order:composition/accuracy
-
-A row is a folder; a column the newest EVALUATOR/METRIC of its run, or FOLDER:EVALUATOR/METRIC of a
-run in a subfolder, empty if missing. --titles renames columns; --percent prints percentages.
+The program is cap_pretrain/commands/results_table.py.
 """
 
-import argparse
 import sys
-from pathlib import Path
 
-from cap_pretrain.cli import arguments
-from cap_pretrain.errors import UserError, did_you_mean
-from cap_pretrain.evals.suite import newest_result
-from cap_pretrain.telemetry import tables
-
-
-def look_up(runs: list[Path], column: str) -> list[float | None]:
-    """Return `[FOLDER:]EVALUATOR/METRIC` by run, or None; raises UserError if no run has it."""
-    folder, _, name = column.rpartition(":")
-    evaluator, slash, metric = name.partition("/")
-    if not slash:
-        raise UserError(f"--figures: {column!r} is not of the form EVALUATOR/METRIC.")
-    found = []
-    for run in runs:
-        _, result = newest_result(run / folder, evaluator)
-        found.append({k: v for k, v in result.items() if isinstance(v, int | float)})
-    if not any(found):
-        raise UserError(f"--figures: none of the runs has {column}; run its evaluator.")
-    values = [metrics.get(metric) for metrics in found]
-    if all(value is None for value in values):
-        known = {key for metrics in found for key in metrics}
-        raise UserError(
-            f"--figures: {evaluator} has no metric {metric!r}.{did_you_mean(metric, known)}"
-        )
-    return values
-
-
-def table(runs: list[Path], columns: list[str], titles: list[str], percent: bool) -> str:
-    """Return a Markdown table, a row per run; columns and errors are those of `look_up`."""
-    found = zip(*(look_up(runs, column) for column in columns), strict=True)
-
-    def formatted(value: float | None) -> str:
-        if value is None:
-            return ""
-        return f"{100 * value:.1f}" if percent else f"{value:.4g}"
-
-    rows = [[run.name, *map(formatted, row)] for run, row in zip(runs, found, strict=True)]
-    return tables.markdown(["", *titles], rows)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the tool and return its exit status: 0 done, 2 the user's mistake."""
-    parser = arguments.documented_parser(__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, help="workdirs, or folders that contain some")
-    parser.add_argument("--figures", nargs="+", required=True, help="[FOLDER:]EVALUATOR/METRIC …")
-    parser.add_argument("--titles", nargs="+", help="column titles; default: as --figures")
-    parser.add_argument("--percent", action="store_true", help="print fractions as percentages")
-    return arguments.run(_run, parser.parse_args(argv), catch=(UserError,))
-
-
-def _run(args: argparse.Namespace) -> int:
-    titles = args.titles or args.figures
-    if len(titles) != len(args.figures):
-        raise UserError(f"--titles: {len(titles)} titles for {len(args.figures)} metrics.")
-    for run in args.runs:
-        if not run.is_dir():
-            raise UserError(f"{run}: there is no such folder.")
-    print(table(args.runs, args.figures, titles, args.percent))
-    return 0
-
+from cap_pretrain.commands.results_table import main
 
 if __name__ == "__main__":
     sys.exit(main())

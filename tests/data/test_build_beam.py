@@ -4,10 +4,10 @@ import sys
 
 import pytest
 
+from cap_pretrain.commands.rehearse_build import contents, write_tars
 from tests.data.test_build_units import numbered
 from tests.data.test_question_formats import build
 from tests.tools.test_build_dataset import run
-from tools.rehearse_build import contents, write_tars
 
 
 def test_beam_builds_the_same(tmp_path):

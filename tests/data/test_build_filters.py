@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cap_pretrain.commands import held_out
 from cap_pretrain.data import images
 from cap_pretrain.data.builders import hashes
 from cap_pretrain.data.builders.filters import Filters, condition
 from tests.data.test_question_formats import build, lost, write_json
 from tests.data.test_webdataset import captions, sample, tar
 from tests.tools.test_build_dataset import jpeg, read, report, run, write_files
-from tools import held_out
 
 
 def picture(seed, width, height, quality=90):

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import simplejpeg
 
+from cap_pretrain.commands import rehearse_build
+from cap_pretrain.commands.rehearse_build import contents
 from cap_pretrain.data.builders import units
 from tests.data.test_question_formats import build
 from tests.data.test_tables import parquet
 from tests.data.test_webdataset import sample, samples, tar
 from tests.tools.test_build_dataset import jpeg, read, report, run, write_files
-from tools import rehearse_build
-from tools.rehearse_build import contents
 
 
 def numbered(tmp_path, count):
@@ -159,7 +159,7 @@ def test_kills_change_nothing(tmp_path):
 
 PEAK = """
 import sys
-from tools import build_dataset
+from cap_pretrain.commands import build_dataset
 assert build_dataset.main(sys.argv[1:]) == 0
 with open("/proc/self/status") as file:
     print(*(line.split()[1] for line in file if line.startswith("VmHWM")))

@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 BOUNDED = """
 import resource, sys, time
 from pathlib import Path
-from tools import build_dataset
+from cap_pretrain.commands import build_dataset
 import tensorflow_datasets, cap_pretrain.data.builders.build
 
 def peak():

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from cap_pretrain.cli.captioning import read_image
+from cap_pretrain.commands import held_out
 from cap_pretrain.data import image_files, images
 from cap_pretrain.data.builders.formats import nlvr2
 from cap_pretrain.data.builders.formats.nlvr2 import side_by_side
@@ -24,7 +25,6 @@ from tests.data.test_images import FILES, encode, photograph, picture, rotated_j
 from tests.data.test_question_formats import build, lost
 from tests.data.test_webdataset import tar
 from tests.tools.test_build_dataset import jpeg, read, report, write_captions, write_files
-from tools import held_out
 
 ROOT = Path(__file__).parents[2]
 JPEG = encode(photograph(48, 64), "JPEG", quality=95)

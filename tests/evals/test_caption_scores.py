@@ -11,6 +11,7 @@ import jax
 import pytest
 
 from cap_pretrain import evals
+from cap_pretrain.commands import score_captions
 from cap_pretrain.data.scenes.source import Scenes
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals import caption_scores
@@ -20,7 +21,6 @@ from cap_pretrain.evals.suite import write_result
 from tests import tiny, toy
 from tests.evals.test_caption_metrics import CAPTIONS, PUBLISHED, REFERENCES
 from tests.evals.test_loss import context_of
-from tools import score_captions
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -14,12 +14,12 @@ import pytest
 from PIL import Image
 from tensorflow_datasets.core import shuffle
 
+from cap_pretrain.commands import build_dataset
 from cap_pretrain.data import images
 from cap_pretrain.data.builders import base
 from cap_pretrain.data.builders.formats.image_folder import class_names, classified
 from cap_pretrain.data.sources.open import open_source
 from cap_pretrain.errors import UserError
-from tools import build_dataset
 
 
 def jpeg(seed: int, mode: str = "RGB", kind: str = "JPEG", size: int = 24) -> bytes:
@@ -240,7 +240,7 @@ def test_a_finished_dataset_is_replaced_only_with_overwrite(captioned, out, caps
 KILLED = """
 import os, signal, sys
 from cap_pretrain.data import images
-from tools import build_dataset
+from cap_pretrain.commands import build_dataset
 images.to_plain = lambda data: os.kill(os.getpid(), signal.SIGKILL)
 build_dataset.main(sys.argv[1:])
 """
@@ -248,7 +248,7 @@ build_dataset.main(sys.argv[1:])
 
 def test_a_killed_build_leaves_nothing_finished_and_the_next_cleans_up(captioned, out):
     command = [sys.executable, "-c", KILLED, *map(str, captioned)]
-    root = Path(build_dataset.__file__).parents[1]
+    root = Path(build_dataset.__file__).parents[2]
     assert subprocess.run(command, cwd=root, env={"PYTHONPATH": str(root)}).returncode == -9
     left = list(out.parent.iterdir())
     assert [p.name for p in left] == [".mine.building"]

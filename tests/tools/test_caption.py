@@ -12,10 +12,10 @@ from flax import nnx
 from PIL import Image
 
 from cap_pretrain.checkpoints.load import load_learner
+from cap_pretrain.commands import caption
 from cap_pretrain.data import pipeline
 from cap_pretrain.models.decoding import Decoding, write_captions
 from tests import toy
-from tools import caption
 
 
 @pytest.fixture(scope="module")

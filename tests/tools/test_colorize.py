@@ -9,10 +9,10 @@ from cap_pretrain import learners
 from cap_pretrain.checkpoints.load import load_learner
 from cap_pretrain.checkpoints.warm_start import resolve
 from cap_pretrain.cli import captioning
+from cap_pretrain.commands import colorize
 from cap_pretrain.models import lab
 from tests import toy
 from tests.tools.drawing import words_in
-from tools import colorize
 
 
 @pytest.fixture(scope="module")

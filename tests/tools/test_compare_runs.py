@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from cap_pretrain.checkpoints.checkpoint import Checkpoints, load_arrays
+from cap_pretrain.commands import compare_runs
 from cap_pretrain.training.step import TrainState
 from tests import toy
-from tools import compare_runs
 
 TOOL = Path(compare_runs.__file__)
 TIMES = itertools.count()

@@ -6,9 +6,9 @@ import numpy as np
 from PIL import Image
 
 from cap_pretrain import config as configs
+from cap_pretrain.commands import contact_sheet
 from cap_pretrain.data.scenes.source import Scenes
 from tests import toy
-from tools import contact_sheet
 
 
 def test_a_sheet_of_a_dataset_shows_its_images(tmp_path):

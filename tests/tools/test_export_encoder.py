@@ -10,6 +10,7 @@ import pytest
 from cap_pretrain import config as configs
 from cap_pretrain import rules
 from cap_pretrain.checkpoints.checkpoint import Checkpoints
+from cap_pretrain.commands import export_encoder
 from cap_pretrain.convert import card, open_encoder
 from cap_pretrain.convert.export import form
 from cap_pretrain.data.text.tokenizers import SentencePieceTokenizer
@@ -17,7 +18,6 @@ from cap_pretrain.errors import UserError
 from cap_pretrain.training.step import TrainState
 from tests import tiny
 from tests.parity import require
-from tools import export_encoder
 
 torch, transformers = require("torch"), require("transformers")
 

@@ -9,6 +9,7 @@ import pytest
 from cap_pretrain import inputs
 from cap_pretrain.checkpoints.load import Learner
 from cap_pretrain.cli.captioning import captioner
+from cap_pretrain.commands import contact_sheet, extract_features
 from cap_pretrain.data.builders import features
 from cap_pretrain.data.sources.open import open_source
 from cap_pretrain.distributed import sharding
@@ -23,7 +24,6 @@ from cap_pretrain.training.step import make_train_step
 from cap_pretrain.validation import validate
 from tests import toy
 from tests.tools import test_build_dataset as images
-from tools import contact_sheet, extract_features
 
 FROZEN = (("encoder/.*", 0.0),)
 COUNT, BATCH = 20, 8

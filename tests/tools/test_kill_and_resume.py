@@ -9,8 +9,8 @@ import pytest
 
 from cap_pretrain.cli import processes
 from cap_pretrain.cli.processes import Kill, RehearsalError, Run
+from cap_pretrain.commands import kill_and_resume
 from tests import toy
-from tools import kill_and_resume
 
 STATISTICS = Path(__file__).parents[1] / "configs" / "with_statistics.py"
 PRETRAIN = toy.CONFIGS / "pretrain.py"

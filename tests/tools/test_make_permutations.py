@@ -1,7 +1,7 @@
 """Tests of tools/make_permutations.py: it writes the learner's permutations and their distances."""
 
+from cap_pretrain.commands import make_permutations
 from cap_pretrain.learners import permutations
-from tools import make_permutations
 
 
 def test_a_file_of_permutations(tmp_path, capsys):

@@ -10,6 +10,8 @@ from PIL import Image
 
 from cap_pretrain import inputs
 from cap_pretrain.checkpoints.load import load_learner
+from cap_pretrain.commands import plot_embeddings
+from cap_pretrain.commands.plot_embeddings import places, principal_components
 from cap_pretrain.data.text import tokenizers
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.inference import word_maps
@@ -17,8 +19,6 @@ from cap_pretrain.models.layers import normalize_images
 from tests import tiny, toy
 from tests.evals import stubs
 from tests.tools.drawing import words_in
-from tools import plot_embeddings
-from tools.plot_embeddings import places, principal_components
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
+from cap_pretrain.commands import rehearse_build
 from tests.tools.launchers import ROOT
-from tools import rehearse_build
 
 
 @pytest.fixture

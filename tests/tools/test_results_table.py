@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tools import results_table
+from cap_pretrain.commands import results_table
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from cap_pretrain.commands import score_captions
 from tests.evals.test_caption_metrics import CAPTIONS, PUBLISHED, REFERENCES
-from tools import score_captions
 
 NUMBERS = {"a": 7, "b": 1_000_000_000_001}
 

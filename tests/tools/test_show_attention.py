@@ -11,11 +11,11 @@ from PIL import Image
 from cap_pretrain import inputs
 from cap_pretrain.checkpoints.load import load_learner
 from cap_pretrain.cli import captioning, figures
+from cap_pretrain.commands import show_attention
 from cap_pretrain.data.scenes.source import Scenes
 from cap_pretrain.errors import UserError
 from tests import toy
 from tests.tools.drawing import words_in
-from tools import show_attention
 
 
 @pytest.fixture(scope="module")

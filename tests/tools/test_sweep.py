@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from cap_pretrain.commands import sweep
 from cap_pretrain.errors import UserError
 from cap_pretrain.sweeps import runner, trials
 from tests import toy
-from tools import sweep
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 QUICKSTART = toy.CONFIGS / "quickstart.py"

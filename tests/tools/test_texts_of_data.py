@@ -11,12 +11,12 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from cap_pretrain.cli import arguments, figures
+from cap_pretrain.commands import plot_embeddings
 from cap_pretrain.data.builders import hashes
 from cap_pretrain.errors import UserError
 from cap_pretrain.telemetry import tables
 from cap_pretrain.untrusted import printable
 from tests.tools.launchers import ROOT
-from tools import plot_embeddings
 
 HOSTILE = [
     *(r"file$\frac$.jpg", "$x$", r"\$5 and $6", "_hidden", "a\nid b", "a\r\nb", "tab\t", "\x1b[2J"),

@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from cap_pretrain.commands import check_topology
 from cap_pretrain.distributed import sharding
 from cap_pretrain.errors import UserError
 from cap_pretrain.telemetry.flops import chip_of
@@ -19,7 +20,6 @@ from cap_pretrain.topology.compiler import OutOfMemoryError
 from cap_pretrain.topology.compilers import open_topology
 from tests.parity import require
 from tests.topology.programs import program
-from tools import check_topology
 
 require("libtpu")
 pytestmark = pytest.mark.parity

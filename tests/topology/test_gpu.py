@@ -11,12 +11,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from cap_pretrain.commands import check_topology
 from cap_pretrain.errors import UserError
 from cap_pretrain.telemetry import flops
 from cap_pretrain.telemetry.flops import Chip
 from cap_pretrain.topology import compile as compiling
 from cap_pretrain.topology import compilers, cycles, gpu, hlo, products, report, roofline, targets
-from tools import check_topology
 
 ROOT = Path(__file__).parents[2]
 STORED = Path(__file__).parent / "stored"

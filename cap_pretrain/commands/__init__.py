@@ -1,0 +1,41 @@
+"""The commands of the program `cap`.
+
+A new command is a module here with `main(argv: list[str] | None = None) -> int`, which returns the
+exit status, and one line in `REGISTRY`. --help shows the docstring of the module (see
+`arguments.documented_parser`).
+"""
+
+from typing import NamedTuple
+
+
+class Command(NamedTuple):
+    """A command of `cap`: the module in this package, its group in `cap --help`, its purpose."""
+
+    module: str
+    group: str
+    purpose: str
+
+
+TRAIN, USE, DATA, CHECK = "Train and evaluate", "Use a model", "Data", "Check"
+
+REGISTRY = {
+    "sweep": Command("sweep", TRAIN, "run a sweep, and tabulate or plot its results"),
+    "results": Command("results_table", TRAIN, "print evaluation results of runs as a table"),
+    "caption": Command("caption", USE, "caption image files, or answer questions about them"),
+    "export": Command("export_encoder", USE, "export an encoder for other libraries"),
+    "attention": Command("show_attention", USE, "draw where a captioner looks for each word"),
+    "colorize": Command("colorize", USE, "draw the colors that a run predicts for gray images"),
+    "embeddings": Command("plot_embeddings", USE, "plot embeddings in two dimensions"),
+    "score": Command("score_captions", USE, "score captions like the COCO evaluation"),
+    "build": Command("build_dataset", DATA, "build a dataset from images and captions or labels"),
+    "tokenizer": Command("train_tokenizer", DATA, "train a tokenizer on the captions of a dataset"),
+    "features": Command("extract_features", DATA, "store an encoder's features as a dataset"),
+    "sheet": Command("contact_sheet", DATA, "draw a grid of images with their captions"),
+    "held_out": Command("held_out", DATA, "list test images, to exclude them from a build"),
+    "permutations": Command("make_permutations", DATA, "generate permutations for the jigsaw task"),
+    "check": Command("check_topology", CHECK, "predict memory and step time on TPUs or GPUs"),
+    "compare": Command("compare_runs", CHECK, "compare two runs bit by bit"),
+    "rehearse": Command("kill_and_resume", CHECK, "check that killed runs resume exactly"),
+    "rehearse_build": Command("rehearse_build", CHECK, "check that killed builds resume exactly"),
+}
+"""Commands by the name that `cap` takes, in the order of `cap --help`; module names work, too."""
