@@ -26,6 +26,7 @@ from cap_pretrain.data import prefetch
 from cap_pretrain.distributed import cluster, compile_cache, heartbeat, sharding
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.base import Interrupted
+from cap_pretrain.reports.journal import Journal
 from cap_pretrain.telemetry import flops
 from cap_pretrain.telemetry.metrics import MetricsWriter, read_metrics
 from cap_pretrain.telemetry.progress import Progress
@@ -105,6 +106,8 @@ class Run:
         )
         setup.describe(self._progress, peak)
         self._timer = setup.timer(peak)
+        facts = lambda: setup.facts(self._timer.flops_per_step)
+        self._journal = Journal(setup.workdir, facts, enabled=self._is_main)
         stack.callback(self._progress.close)
         stack.enter_context(jax.set_mesh(setup.mesh))
         identity = inputs.tokenizer_identity(setup.workdir)
@@ -215,6 +218,7 @@ class Run:
             if step and self._checkpoints.latest_step() != step:
                 self._checkpoints.save(self.state)
             raise Stopped(self._stop, step) from None
+        self._journal.write(step, last=when == "end")
         return self._evaluation.ended(self.state)
 
     def _open_batches(self, start: int) -> Iterator[tuple[int, dict[str, jax.Array]]]:

@@ -20,6 +20,7 @@ TRAIN, USE, DATA, CHECK = "Train and evaluate", "Use a model", "Data", "Check"
 
 REGISTRY = {
     "sweep": Command("sweep", TRAIN, "run a sweep, and tabulate or plot its results"),
+    "report": Command("report", TRAIN, "make one page of runs: curves, examples, cost"),
     "results": Command("results_table", TRAIN, "print evaluation results of runs as a table"),
     "caption": Command("caption", USE, "caption image files, or answer questions about them"),
     "export": Command("export_encoder", USE, "export an encoder for other libraries"),

@@ -15,6 +15,7 @@ from cap_pretrain import inputs
 from cap_pretrain.data import pipeline, prefetch
 from cap_pretrain.data.sources.base import Source, parse_mixture
 from cap_pretrain.distributed import sharding
+from cap_pretrain.evals.exhibits import Exhibit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,13 +23,15 @@ class Result:
     """The result of an evaluation: metrics by name, and what else is recorded or shown.
 
     `details` can be written as JSON; `lines` are text for the console; `pictures`, for TensorBoard,
-    are uint8 images [H, W, 3] of one size with their captions.
+    are uint8 images [H, W, 3] of one size with their captions; `exhibits`, for the run's report,
+    are examples at the images' own resolution.
     """
 
     metrics: dict[str, float]
     details: dict[str, Any] = dataclasses.field(default_factory=dict)
     lines: tuple[str, ...] = ()
     pictures: tuple[tuple[np.ndarray, str], ...] = ()
+    exhibits: tuple[Exhibit, ...] = ()
 
 
 class Interrupted(Exception):  # noqa: N818 (control flow: the run is stopping, nothing failed)

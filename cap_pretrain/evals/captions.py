@@ -1,12 +1,18 @@
 """Sample captions of the same images at each evaluation, for people to read."""
 
+import contextlib
 import dataclasses
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from cap_pretrain.data import pipeline
+from cap_pretrain.errors import UserError
+from cap_pretrain.evals import examples, exhibits
 from cap_pretrain.evals.base import Context, DataOptions, Result
+from cap_pretrain.evals.exhibits import Exhibit, Panel
 from cap_pretrain.evals.inference.captioning import Captioning
 from cap_pretrain.models.decoding import Decoding
 
@@ -28,6 +34,7 @@ class Captions:
             context, self._source, batch_size=options.count, limit=options.count, how=options
         )
         named = context.named(options.split, options.data)
+        self._heat = examples.WordHeat(context, self._source)
         self._details = {"protocol": options.described, **named}
 
     def __call__(self, variables: Any) -> Result:
@@ -54,4 +61,15 @@ class Captions:
             "mean_words": float(np.mean([len(caption.split()) for caption in captions])),
         }
         details = self._details | {"images": len(samples), "samples": samples}
-        return Result(metrics, details, tuple(lines), tuple(pictures))
+        shown = [(sample["index"], sample["caption"]) for sample in samples[: exhibits.COUNT]]
+        found = examples.attempted(self._context, lambda: self._exhibits(variables, shown))
+        return Result(metrics, details, tuple(lines), tuple(pictures), found)
+
+    def _exhibits(self, variables: Any, shown: list[tuple[int, str]]) -> Iterator[Exhibit]:
+        """Return the images with their captions, and with attention maps if there are any."""
+        first = list(itertools.takewhile(lambda pair: pair[0] < examples.ATTENDED, shown))
+        heat: dict[int, tuple[Panel, ...]] = {}
+        if [index for index, _ in first] == list(range(len(first))):  # all of them decode
+            with contextlib.suppress(UserError):  # its attention, if any, makes no map
+                heat = self._heat(variables, [caption for _, caption in first])
+        return examples.captioned(self._source, shown, heat)

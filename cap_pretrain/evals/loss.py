@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -10,8 +11,11 @@ import numpy as np
 
 from cap_pretrain import inputs
 from cap_pretrain.errors import UserError
+from cap_pretrain.evals import examples
 from cap_pretrain.evals.base import BatchOptions, Context, Result
-from cap_pretrain.learners.protocols import Contrasts, learner_type
+from cap_pretrain.evals.exhibits import Exhibit
+from cap_pretrain.evals.retrieval import Retrieval
+from cap_pretrain.learners.protocols import Contrasts, EmbedsText, learner_type
 
 UNIGRAM_CAPTIONS = 50_000  # Training captions that the unigram model is estimated from
 
@@ -47,15 +51,17 @@ class Loss:
         named = context.named(options.split, options.data)
         self._details = {"protocol": f"the learner's own loss, its mean over {over}", **named}
         self._loss = context.jit(_loss_and_metrics)
+        self._illustrations = examples.Illustrations(context, self._source)
         self._unigram: dict[str, float] | None = None
+        self._retrieval: Retrieval | None = None  # of few examples, to show
 
     def __call__(self, variables: Any) -> Result:
         """Average the learner's loss and metrics over the split."""
         totals: dict[str, float] = {}
-        weight_sum, examples = 0.0, 0
+        weight_sum, count = 0.0, 0
         for batch, _ in self._batches():
             values = {k: float(v) for k, v in jax.device_get(self._loss(variables, batch)).items()}
-            examples += int(values.pop("examples"))
+            count += int(values.pop("examples"))
             weight = values.pop("loss_weight")
             weight_sum += weight
             for name, value in values.items():
@@ -65,7 +71,19 @@ class Loss:
             if self._unigram is None:
                 self._unigram = {"unigram_loss": self._unigram_loss()}
             metrics |= self._unigram
-        return Result(metrics, self._details | {"examples": examples})
+        shown = examples.attempted(self._context, lambda: self._exhibits(variables))
+        return Result(metrics, self._details | {"examples": count}, exhibits=shown)
+
+    def _exhibits(self, variables: Any) -> Iterable[Exhibit]:
+        """Return what a pretext task predicts, or which captions a dual encoder retrieves."""
+        config, options = self._context.config, self._options
+        searched = any(section.evaluator == "retrieval" for section in config.evals.values())
+        if issubclass(learner_type(self._context.graphdef), EmbedsText) and not searched:
+            if self._retrieval is None:
+                own = Retrieval.Options(options.data, options.split, limit=examples.COMPARED)
+                self._retrieval = Retrieval(self._context, own)
+            return self._retrieval(variables).exhibits
+        return self._illustrations(variables)
 
     @property
     def _limit(self) -> int | None:

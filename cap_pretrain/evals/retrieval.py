@@ -9,9 +9,11 @@ import numpy as np
 
 from cap_pretrain.data.sources.base import without_image
 from cap_pretrain.errors import UserError
+from cap_pretrain.evals import examples
 from cap_pretrain.evals.base import Context, Result, ScoringOptions
 from cap_pretrain.evals.inference.scoring import Scoring, Told
 from cap_pretrain.evals.metrics import ranking
+from cap_pretrain.evals.retrieved import Found
 
 TOP = (1, 5, 10)
 
@@ -82,11 +84,15 @@ class Retrieval:
 
         # Captions whose image cannot be decoded are not candidates.
         counts = Counts(owner[present], own_scores[present], scoring.tolerance)
+        found = Found(np.flatnonzero(present), None if prior is None else prior[present])
         offsets = {"": 0.0} if prior is None else {"": 0.0, "_over_prior": prior[present]}
         for where, images in cache or self._batches(variables):
             scores = scoring.compare(variables, images, texts[present])
             counts.add(where["index"][where["mask"]], scores[where["mask"]], offsets)
-        return Result(counts.metrics(), self._details(counts) | ties.counts, ties.lines)
+            found.add(where["index"][where["mask"]], scores[where["mask"]])
+        shown = examples.attempted(self._context, lambda: found.exhibits(self._source, owner))
+        details = self._details(counts) | ties.counts
+        return Result(counts.metrics(), details, ties.lines, exhibits=shown)
 
     def _batches(self, variables) -> Iterable[tuple[dict[str, np.ndarray], Any]]:
         return self._scoring.batches(variables, self._source, self._options.limit)

@@ -6,6 +6,7 @@ from typing import Any
 from cap_pretrain.data.scenes.source import Scenes
 from cap_pretrain.data.scenes.text import mentions, names_every_object
 from cap_pretrain.errors import UserError
+from cap_pretrain.evals import examples, exhibits
 from cap_pretrain.evals.base import Context, Result
 from cap_pretrain.evals.inference.captioning import Captioning
 from cap_pretrain.models.decoding import Decoding
@@ -30,7 +31,7 @@ class SceneCaptions:
         source = context.source(options.split, "scenes")
         if not isinstance(source, Scenes):
             raise UserError("evals: scene_captions works on the dataset `scenes` only.")
-        self._source = source
+        self._context, self._source = context, source
         self._captioning = Captioning(
             context, source, batch_size=options.batch_size, limit=options.count, how=options
         )
@@ -42,13 +43,13 @@ class SceneCaptions:
 
     def __call__(self, variables: Any) -> Result:
         """Caption the images and compare the captions with the scenes."""
-        right, mistakes = 0, []
+        right, mistakes = {}, []
         by_count: dict[int, list[bool]] = {}  # number of objects -> correct captions
         captions = list(self._captioning(variables))
         for index, caption in captions:
             scene = self._source.scene(index)
             named = names_every_object(scene, caption)
-            right += named
+            right[index] = named
             by_count.setdefault(len(scene.things), []).append(named)
             if not named:
                 mistakes.append(
@@ -59,13 +60,17 @@ class SceneCaptions:
                         "true": [(thing.colour, thing.shape) for thing in scene.things],
                     }
                 )
-        accuracy = right / len(captions)
+        count = sum(right.values())
+        accuracy = count / len(captions)
         metrics = {"accuracy": accuracy}
-        for count, results in sorted(by_count.items()):
-            metrics[f"accuracy_{count}_objects"] = sum(results) / len(results)
+        for objects, results in sorted(by_count.items()):
+            metrics[f"accuracy_{objects}_objects"] = sum(results) / len(results)
         line = (
-            f"{right} of {len(captions)} captions of unseen images name every object's colour and "
+            f"{count} of {len(captions)} captions of unseen images name every object's colour and "
             f"shape ({accuracy:.1%})"
         )
         details = self._details | {"images": len(captions), "mistakes": mistakes}
-        return Result(metrics, details, (line,))
+        chosen = set(examples.balanced(right, exhibits.COUNT))
+        shown = [pair for pair in captions if pair[0] in chosen]
+        found = examples.attempted(self._context, lambda: examples.captioned(self._source, shown))
+        return Result(metrics, details, (line,), exhibits=found)

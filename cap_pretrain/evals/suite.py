@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from cap_pretrain import evals, files, learners, untrusted
 from cap_pretrain.data.sources.base import NoSplitError
 from cap_pretrain.errors import UserError
+from cap_pretrain.evals import exhibits
 from cap_pretrain.evals.base import Context, Result
 
 
@@ -83,6 +84,8 @@ class Suite:
             result = self._built[name](variables)
             if self._write:
                 write_result(path, section, step, result, **self._weights)
+                if result.exhibits:
+                    exhibits.write(exhibits.path(self._workdir, name), step, result.exhibits)
             yield name, result
 
     def _is_current(self, section: ConfigDict, path: Path) -> bool:

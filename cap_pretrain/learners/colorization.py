@@ -204,6 +204,21 @@ class Colorization(nnx.Module):
             "ab_error_gray": mean(_length(ab)),
         }
 
+    @staticmethod
+    def panel_names() -> tuple[str, ...]:
+        """Return what `illustrate` shows."""
+        return "the image", "what the encoder sees", "predicted colors"
+
+    def illustrate(
+        self,
+        batch: dict[str, jax.Array],
+        key: jax.Array,  # noqa: ARG002  # nothing is random
+    ) -> tuple[tuple[jax.Array, ...], None]:
+        """Return images [B, S, S, 3]: the originals, their lightness, and in predicted colors."""
+        images = batch["image"]
+        gray = jnp.round(255 * lab.gray(_unit(images))).astype(jnp.uint8)
+        return (images, gray, self.colourize(images)), None
+
     def colourize(self, images: jax.Array) -> jax.Array:
         """Keep the lightness of uint8 images [B, S, S, 3] and replace their colors."""
         ab = lab.annealed_mean(self.predict(images))

@@ -218,6 +218,27 @@ class Jigsaw(nnx.Module):
         loss, metrics = classification(logits, labels, counts)
         return loss, metrics | {"chance": jnp.float32(1 / len(self.orders))}
 
+    @staticmethod
+    def panel_names() -> tuple[str, ...]:
+        """Return what `illustrate` shows."""
+        return "tiles as given", "in the predicted order"
+
+    def illustrate(
+        self, batch: dict[str, jax.Array], key: jax.Array
+    ) -> tuple[tuple[jax.Array, ...], jax.Array]:
+        """Return nine tiles in a random order and in the predicted one, and which are right."""
+        images, choices = batch["image"], jnp.array(self.orders)
+        labels = jax.random.randint(key, (len(images),), 0, len(choices))
+        orders = choices[labels]
+        logits = self.head(self._read(self._tiles(images, orders, key, False)))
+        found = jnp.argmax(logits, axis=1)
+        plain = dataclasses.replace(self.options, normalize=False)
+        cut = functools.partial(cut_tiles, options=plain, train=False)
+        tiles = augment.each(cut, key, augment.unit_range(images), orders)
+        back = jnp.argsort(choices[found], axis=1)
+        arranged = jnp.take_along_axis(tiles, back[..., None, None, None], axis=1)
+        return (_joined(tiles), _joined(arranged)), found == labels
+
     def features(self, images: jax.Array) -> jax.Array:
         """Return the input of the last layer, float32 [B, D], for uint8 images [B, H, W, 3].
 
@@ -290,6 +311,16 @@ def cut_tiles(
     channels = jax.vmap(cut, (2, 0), 2)
     tiles = jax.vmap(channels, (None, 0))(image, starts)
     return _normalized(tiles) if options.normalize else tiles
+
+
+def _joined(tiles: jax.Array, gap: int = 2) -> jax.Array:
+    """Join tiles [B, TILES, S, S, 3] in [0, 1] with white gaps: uint8 [B, H, H, 3]."""
+    margins = ((0, 0), (0, 0), (0, gap), (0, gap), (0, 0))
+    tiles = jnp.pad(tiles, margins, constant_values=1.0)
+    count, side = len(tiles), tiles.shape[2]
+    grid = tiles.reshape(count, GRID, GRID, side, side, 3).swapaxes(2, 3)
+    whole = grid.reshape(count, GRID * side, GRID * side, 3)[:, :-gap, :-gap]
+    return jnp.round(255 * whole).astype(jnp.uint8)
 
 
 def _normalized(tiles: jax.Array) -> jax.Array:

@@ -82,6 +82,23 @@ class Colorizes(Protocol):
 
 
 @runtime_checkable
+class Illustrates(Protocol):
+    """Shows in images what it predicts, for people to look at; see `evals.examples`."""
+
+    @staticmethod
+    def panel_names() -> tuple[str, ...]:
+        """Return what each image of `illustrate` is."""
+
+    def illustrate(
+        self, batch: dict[str, jax.Array], key: jax.Array
+    ) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
+        """Return images uint8 [B, H, W, 3] of each kind, and which examples are right, bool [B].
+
+        None in place of the latter means that right and wrong is not the question.
+        """
+
+
+@runtime_checkable
 class Featurizes(Protocol):
     """Computes one vector per image by layers behind the encoder; see tools/extract_features.py."""
 

@@ -131,6 +131,23 @@ class Rotation(nnx.Module):
         loss, metrics = classification(logits, turns, counts)
         return loss, metrics | {"chance": jnp.float32(1 / TURNS)}
 
+    @staticmethod
+    def panel_names() -> tuple[str, ...]:
+        """Return what `illustrate` shows."""
+        return "rotated", "turned back as predicted"
+
+    def illustrate(
+        self,
+        batch: dict[str, jax.Array],
+        key: jax.Array,  # noqa: ARG002  # nothing is random
+    ) -> tuple[tuple[jax.Array, ...], jax.Array]:
+        """Return images turned by one angle after the other and back, and which are right."""
+        turns = jnp.arange(len(batch["image"])) % TURNS
+        images = jax.vmap(rotate)(batch["image"], turns)
+        output = self.encoder(normalize_images(images, jnp.float32))
+        found = jnp.argmax(self.head(output.pooled.astype(jnp.float32)), axis=1)
+        return (images, jax.vmap(rotate)(images, -found % TURNS)), found == turns
+
 
 def rotate(image: jax.Array, turns: jax.Array) -> jax.Array:
     """Rotate image [S, S, 3] counterclockwise by `turns` (0 to 3) times 90 degrees.

@@ -171,6 +171,23 @@ class SimCLR(Contrastive):
         loss, metrics = classification(logits, jnp.arange(len(vectors)) ^ 1, counts)
         return loss, metrics | {"chance": 1 / jnp.maximum(jnp.sum(counts) - 1, 1)}
 
+    @staticmethod
+    def panel_names() -> tuple[str, ...]:
+        """Return what `illustrate` shows."""
+        return "a view", "another view of it", "the nearest of all views"
+
+    def illustrate(
+        self, batch: dict[str, jax.Array], key: jax.Array
+    ) -> tuple[tuple[jax.Array, ...], jax.Array]:
+        """Return two views of each image, the view nearest to the first, and if that is right."""
+        views = self.views(batch["image"], key)
+        vectors = self.project(views)
+        valid = jnp.repeat(batch.get("mask", jnp.ones(len(batch["image"]), bool)), 2)
+        nearest = jnp.argmax(choices(vectors, valid, self.options.temperature)[::2], axis=1)
+        pixels = jnp.round(255 * (views + 1) / 2).astype(jnp.uint8)
+        own = jnp.arange(len(vectors))[::2]
+        return (pixels[::2], pixels[1::2], pixels[nearest]), nearest == own + 1
+
 
 def choices(vectors: jax.Array, counts: jax.Array, temperature: float) -> jax.Array:
     """Return logits [N, N] over the candidate partners of each view.

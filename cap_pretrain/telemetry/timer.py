@@ -27,7 +27,7 @@ class StepTimer:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._total_steps, self._batch_size = total_steps, batch_size
-        self._flops_per_step, self._peak_flops = flops_per_step, peak_flops
+        self.flops_per_step, self._peak_flops = flops_per_step, peak_flops
         self._clock = clock
         self._created = clock()
         self._first_step_end: float | None = None
@@ -98,8 +98,8 @@ class StepTimer:
                 "time/eta_s": pace * (self._total_steps - step),
                 "time/goodput": self._productive / (now - self._created),
             }
-            if self._flops_per_step and self._peak_flops:
-                rate = self._flops_per_step * self._steps / seconds
+            if self.flops_per_step and self._peak_flops:
+                rate = self.flops_per_step * self._steps / seconds
                 metrics["time/mfu"] = rate / self._peak_flops
             self._begin_interval()
         return metrics

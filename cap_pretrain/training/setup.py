@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from cap_pretrain import config as configs
 from cap_pretrain import files, inputs, learners
+from cap_pretrain.data.sources.base import parse_mixture
 from cap_pretrain.distributed import cluster, gpu, sharding
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals import suite
@@ -79,6 +80,35 @@ class Setup:
             flops_per_step=step_flops,
             peak_flops=peak.flops,
         )
+
+    def facts(self, flops_per_step: float | None) -> dict[str, Any]:
+        """Return what the report says of a run besides its config and metrics, as JSON."""
+        mixture = [
+            {
+                "name": name,
+                "split": self.config.data.split,
+                "examples": len(source),
+                "weight": weight,
+            }
+            for (name, _), (source, weight) in zip(
+                parse_mixture(self.config.data.name), self.mixture, strict=False
+            )
+        ]
+        per_example = (flops_per_step or 0) / self.config.batch_size
+        return {
+            "parameters": plan.count_parameters(self.abstract.params),
+            "flops_per_example": {"training": per_example} if per_example else {},
+            "devices": {
+                "kind": jax.devices()[0].device_kind,
+                "count": jax.device_count(),
+                "processes": jax.process_count(),
+            },
+            "mesh": dict(self.mesh.shape),
+            "schedule": {"total": self.schedule.total},
+            "batches": [list(entry) for entry in self.batches.sizes],
+            "epoch": self.epoch,
+            "data": mixture,
+        }
 
 
 def prepare(

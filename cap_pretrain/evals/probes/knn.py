@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -9,10 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from cap_pretrain.errors import UserError
+from cap_pretrain.evals import examples
 from cap_pretrain.evals.base import Context, Result
+from cap_pretrain.evals.exhibits import COUNT, Exhibit
 from cap_pretrain.evals.metrics import classification
 from cap_pretrain.evals.probes import probing
 from cap_pretrain.evals.probes.features import on_one_device
+
+CANDIDATES, SHOWN = 64, 4
+"""Test images, the first ones, of which some are shown, and so many neighbors of each."""
 
 CHUNK = 2**26
 """Similarities computed at once: 256 MB of them."""
@@ -41,7 +47,7 @@ class KNearestNeighbours:
                     raise UserError(f"knn.{name}: {getattr(self, name)} must be positive.")
 
     def __init__(self, context: Context, options: Options):
-        self._options = options
+        self._context, self._options = context, options
         self._splits = probing.Splits(context, options)
 
     def __call__(self, variables: Any) -> Result:
@@ -55,7 +61,27 @@ class KNearestNeighbours:
             scores = votes(*train, test.features, temperature, k=k, classes=data.classes)
             metrics = classification.metrics(scores, test.labels)
         protocol = f"{k} nearest neighbours by cosine, weights exp(cosine / {options.temperature})"
-        return Result(metrics, self._splits.details(data, protocol), self._splits.lines(data))
+        details, lines = self._splits.details(data, protocol), self._splits.lines(data)
+        shown = examples.attempted(self._context, lambda: self._exhibits(data))
+        return Result(metrics, details, lines, exhibits=shown)
+
+    def _exhibits(self, data: probing.Data) -> Iterator[Exhibit]:
+        """Yield test images beside their nearest training images."""
+        sources = self._splits.sources
+        for part, features in (("train", data.train), ("test", data.test)):
+            if len(features.labels) != len(sources[part]):
+                return  # some were left out, so rows are not the numbers of examples
+        some = data.test.features[:CANDIDATES]
+        cosines = np.asarray(_unit(some)) @ np.asarray(_unit(data.train.features)).T
+        nearest = np.argsort(-cosines, axis=1, kind="stable")[:, :SHOWN]
+        same = data.train.labels[nearest] == data.test.labels[: len(some), None]
+        for k in examples.balanced({k: bool(own[0]) for k, own in enumerate(same)}, COUNT):
+            found = [
+                (sources["train"], int(i), self._splits.name(int(data.train.labels[i])), bool(own))
+                for i, own in zip(nearest[k], same[k], strict=True)
+            ]
+            label = self._splits.name(int(data.test.labels[k]))
+            yield examples.neighbours(sources["test"], k, label, found)
 
 
 @functools.partial(jax.jit, static_argnames=("k", "classes"))

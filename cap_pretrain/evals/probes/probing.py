@@ -77,6 +77,7 @@ class Splits:
         if validation:
             self._names["validation"] = validation
         self._features: dict[str, Features] = {}
+        self.sources: dict[str, Source] = {}
         self._class_names: list[str] = []
         for part, split in self._names.items():
             source = context.source(split, options.data)
@@ -89,6 +90,7 @@ class Splits:
                 self._check_apart()
             limit = options.limit if part == "test" else options.train_limit
             source = subset.sample(source, limit, options.seed)
+            self.sources[part] = source
             self._features[part] = Features(
                 context, source, layer=options.layer, batch_size=options.batch_size
             )
@@ -148,13 +150,15 @@ class Splits:
             "images_of_untrained_classes": int(np.isin(data.test.labels, untrained(data)).sum()),
         }
 
+    def name(self, label: int) -> str:
+        """Return the name of a class, or its number."""
+        return self._class_names[label] if label < len(self._class_names) else str(label)
+
     def lines(self, data: Data) -> tuple[str, ...]:
         """Return what `Result.lines` says of test images whose class cannot be predicted."""
         if not len(classes := untrained(data)):
             return ()
-        names = ", ".join(
-            self._class_names[k] if k < len(self._class_names) else str(k) for k in classes[:3]
-        )
+        names = ", ".join(self.name(k) for k in classes[:3])
         images = np.isin(data.test.labels, classes).sum()
         return (
             f"{images} of {len(data.test.labels)} test images count as wrong: their {len(classes)} "
