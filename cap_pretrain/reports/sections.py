@@ -6,7 +6,7 @@ from typing import Any
 from cap_pretrain.pages.markup import Markup, element, image, markup, table
 from cap_pretrain.reports import deltas, series
 from cap_pretrain.reports.series import figure
-from cap_pretrain.reports.workdir import Run, section, whole
+from cap_pretrain.reports.workdir import Run, entries, section, whole
 
 UP = 160
 """Small images are drawn larger, by a whole factor, up to this longer side in pixels."""
@@ -250,8 +250,7 @@ def data(run: Run) -> Markup:
             figure(part.get("examples")),
             figure(part.get("weight")),
         ]
-        for part in run.facts.get("data") or ()
-        if isinstance(part, dict)
+        for part in entries(run.facts, "data")
     ]
     parts = (
         [table(rows, ("", "", "n", "n"), ("dataset", "split", "examples", "weight"))]
@@ -302,7 +301,7 @@ def cost(runs: Sequence[Run]) -> Markup:
 
 def costs(run: Run) -> dict[str, float]:
     """Return what a run has cost, as far as it is known: seconds, device-hours, FLOPs, examples."""
-    starts = [s for s in run.facts.get("starts") or () if isinstance(s, dict)]
+    starts = entries(run.facts, "starts")
     seconds = sum(_amount(start.get("seconds")) for start in starts)
     hours = sum(_amount(s.get("seconds")) * _amount(s.get("devices")) for s in starts) / 3600
     flops = section(run.facts, "flops_per_example") or section(run.plan, "flops_per_example")

@@ -84,6 +84,12 @@ def section(values: Any, name: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def entries(values: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """Return those parts of the list `values[name]` that are dicts; [] if it is no list."""
+    found = values.get(name)
+    return [part for part in found if isinstance(part, dict)] if isinstance(found, list) else []
+
+
 def whole(value: Any) -> int:
     """Return a number from a file as an integer, or 0 if it is none."""
     usable = isinstance(value, int | float) and abs(value) < 2**63
@@ -160,7 +166,7 @@ def read(folder: Path, name: str) -> Run:
 
 def _builds(data: dict[str, Any], facts: dict[str, Any], attempt: Callable) -> dict[str, Any]:
     """Return report.json of the datasets of a run that were built and are on this machine."""
-    names = [part.get("name") for part in facts.get("data") or () if isinstance(part, dict)]
+    names = [part.get("name") for part in entries(facts, "data")]
     found = {}
     for name in names or [data.get("name")]:
         if not isinstance(name, str) or "://" in name or "\0" in name:
