@@ -104,7 +104,9 @@ def _examples_of(runs: Sequence[Run], name: str, budget: Sequence[int]) -> Marku
             if left < 0:
                 break
             broad |= len(exhibit["panels"]) > 1
-            by_title.setdefault(exhibit["title"], {})[k] = _exhibit(exhibit)
+            by_title.setdefault(exhibit["title"], {})[k] = _exhibit(
+                exhibit, _earlier(run, name, exhibit["title"])
+            )
     if not by_title:
         return markup()
     steps = [f"{run.shown[name]['step']:,}" for run in runs if name in run.shown]
@@ -132,7 +134,16 @@ def _beside(runs: Sequence[Run], own: Mapping[int, Markup]) -> Markup:
     return element("div", parts, class_="side")
 
 
-def _exhibit(exhibit: Mapping[str, Any]) -> Markup:
+def _earlier(run: Run, name: str, title: str) -> Markup | None:
+    """Return the captions that an image had at earlier evaluations, to be opened."""
+    found = {step: own[title] for step, own in run.earlier.get(name, {}).items() if title in own}
+    lines = [
+        element("p", element("small", f"step {step:,} "), text) for step, text in found.items()
+    ]
+    return element("details", element("summary", "earlier captions"), lines) if lines else None
+
+
+def _exhibit(exhibit: Mapping[str, Any], more: Markup | None = None) -> Markup:
     panels = [_panel(panel) for panel in exhibit["panels"]]
     lines = [
         element(
@@ -142,7 +153,7 @@ def _exhibit(exhibit: Mapping[str, Any]) -> Markup:
         )
         for line in exhibit["lines"]
     ]
-    return markup(element("div", panels, class_="panels"), lines)
+    return markup(element("div", panels, class_="panels"), lines, more)
 
 
 def _panel(panel: Mapping[str, Any]) -> Markup:

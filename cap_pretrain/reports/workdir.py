@@ -14,6 +14,7 @@ from cap_pretrain.telemetry.metrics import read_metrics
 FOLDER, FACTS = exhibits.FOLDER, "facts.json"
 SPIKE = "spike/loss"
 BROKEN_SHOWN = 10  # examples of broken.jsonl that are listed
+EARLIER = 4  # evaluations before the newest whose captions are shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Run:
         plan: Content of plan.json, which only a dry run writes; or {}.
         results: The newest result of each evaluator.
         shown: The newest examples of each evaluator, see `evals.exhibits`.
+        earlier: Captions of some earlier evaluations: evaluator -> step -> id of image -> caption.
         broken: Number of lines of broken.jsonl, and the first of them.
         builds: Content of report.json of each dataset that was built here, by name.
         problems: Lines about files that could not be read.
@@ -42,6 +44,7 @@ class Run:
     plan: dict[str, Any]
     results: dict[str, dict[str, Any]]
     shown: dict[str, dict[str, Any]]
+    earlier: dict[str, dict[int, dict[str, str]]]
     broken: tuple[int, list[dict[str, Any]]]
     builds: dict[str, dict[str, Any]]
     problems: list[str]
@@ -136,7 +139,7 @@ def read(folder: Path, name: str) -> Run:
             return kind()
 
     config = attempt(folder / "config.json", dict)
-    results, shown = {}, {}
+    results, shown, earlier = {}, {}, {}
     for evaluator in section(config, "evals"):
         # It is part of a path, and another config may come from anywhere.
         if Path(evaluator).name != evaluator:
@@ -146,6 +149,9 @@ def read(folder: Path, name: str) -> Run:
         except (UserError, OSError, RecursionError) as error:
             problems.append(str(error))
         shown[evaluator] = attempt(exhibits.path(folder, evaluator), dict, exhibits.read)
+        if isinstance(results.get(evaluator, {}).get("samples"), list):
+            paths = _spread(files.numbered(folder / "evals" / evaluator, ".json"))
+            earlier[evaluator] = {n: _captions(attempt(path, dict)) for n, path in paths.items()}
     lines = attempt(folder / "broken.jsonl", list, files.read_json_lines)
     broken = [line for line in lines if isinstance(line, dict)]
     facts = attempt(folder / FOLDER / FACTS, dict)
@@ -158,10 +164,25 @@ def read(folder: Path, name: str) -> Run:
         plan=attempt(folder / "plan.json", dict),
         results={k: v for k, v in results.items() if v},
         shown={k: v for k, v in shown.items() if v},
+        earlier=earlier,
         broken=(len(broken), broken[:BROKEN_SHOWN]),
         builds=_builds(section(config, "data"), facts, attempt),
         problems=problems,
     )
+
+
+def _spread(paths: dict[int, Path]) -> dict[int, Path]:
+    """Return up to EARLIER files by step, evenly spread and without the newest."""
+    steps = sorted(paths)[:-1]
+    count = min(EARLIER, len(steps))
+    chosen = [steps[k * (len(steps) - 1) // max(1, count - 1)] for k in range(count)]
+    return {step: paths[step] for step in chosen}
+
+
+def _captions(result: dict[str, Any]) -> dict[str, str]:
+    """Return the captions of a result of the evaluator `captions`, by the image's id."""
+    samples = entries(result, "samples")
+    return {str(sample.get("id")): str(sample.get("caption")) for sample in samples}
 
 
 def _builds(data: dict[str, Any], facts: dict[str, Any], attempt: Callable) -> dict[str, Any]:

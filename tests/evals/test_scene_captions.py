@@ -11,6 +11,8 @@ SOURCE = Scenes("val", 16, length_val=20, partial_captions=False, max_objects=2)
 
 
 class Context:
+    workdir = None
+
     def __init__(self, source=SOURCE):
         self._source = source
 

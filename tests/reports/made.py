@@ -43,6 +43,11 @@ def workdir(folder: Path, text: str = "a red square", side: int = 16, **fields) 
     result = folder / "evals" / "val" / "300.json"
     result.parent.mkdir(parents=True)
     result.write_text(json.dumps({"step": 300, "protocol": text}))
+    for step in (100, 300):
+        path = folder / "evals" / "samples" / f"{step}.json"
+        path.parent.mkdir(exist_ok=True)
+        samples = [{"id": f"0 {text}", "caption": f"{text} of step {step}"}]
+        path.write_text(json.dumps({"step": step, "samples": samples}))
     rng = np.random.default_rng(0)
     shown = [
         Exhibit(

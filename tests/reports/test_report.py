@@ -38,6 +38,7 @@ def test_figures_of_the_page_are_those_of_the_files(tmp_path):
         pytest.approx(losses, rel=1e-5)
     )
     assert curves["val/loss"]["x"] == [100, 200, 300]
+    assert "a red square of step 100" in page.text, "an earlier caption"
     (mark,) = page.data["charts"][0]["marks"]
     assert (mark["x"], mark["y"]) == (150, 9.0)
     rows = page.rows()
