@@ -354,3 +354,17 @@ def dry_run(
         return earlier(config, workdir, allow_changes)
 
     return setups.dry_run(config, workdir, check, resuming=bool(saved_steps(workdir)))
+
+
+class _Callable(types.ModuleType):
+    """This module, which `cap_pretrain.train(config, workdir)` calls: the Python interface.
+
+    A function and a module of the package cannot both be called `train`.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, with the arguments of `api.training.train`."""
+        return importlib.import_module("cap_pretrain.api.training").train(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _Callable

@@ -1,7 +1,7 @@
 """Loading the trained learner of a run from its workdir, for captioning, evaluation and export."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,24 +71,45 @@ def load_learner(
     config = read_config(workdir)
     weights = read_weights(workdir, step, say)
     tokenizer = _open_tokenizer(config, workdir, weights.step)
-    if mesh is None:
-        axes, kinds = ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3
-        mesh = jax.make_mesh((1, 1, 1), axes, axis_types=kinds, devices=jax.local_devices()[:1])
+    where = f"{workdir}: the checkpoint of step {weights.step}"
+    return assemble(config, tokenizer, weights.params, weights.stats, (where, mesh))
+
+
+def assemble(
+    config: ConfigDict,
+    tokenizer: tokenizers.Tokenizer,
+    params: dict[str, np.ndarray],
+    stats: dict[str, np.ndarray],
+    place: tuple[str, Mesh | None],
+) -> Learner:
+    """Return the learner of a config with these variables, by path in the learner.
+
+    `place` is where they come from, for messages, and the mesh that will hold them, by default the
+    first device of this process. Raises UserError if they are not those of the learner.
+    """
+    where, mesh = place
+    mesh = mesh or make_mesh(jax.local_devices()[:1])
 
     def build() -> nnx.Module:
         return learners.build(config, tokenizer.vocab_size, jax.random.key(0))
 
     check_device(config)
-    with untrusted.parsing(workdir / "config.json"):
-        graphdef, params, stats = split_learner(nnx.eval_shape(build))
-    shardings = sharding.param_shardings(params, mesh, config.mesh.rules)
-    whole = jax.tree.map(lambda _: sharding.replicated(mesh), stats)
-    where = f"{workdir}: the checkpoint of step {weights.step}"
+    with untrusted.parsing(where):
+        graphdef, abstract, others = split_learner(nnx.eval_shape(build))
+    shardings = sharding.param_shardings(abstract, mesh, config.mesh.rules)
+    whole = jax.tree.map(lambda _: sharding.replicated(mesh), others)
     variables = (
-        _placed(params, weights.params, shardings, where),
-        _placed(stats, weights.stats, whole, where),
+        _placed(abstract, params, shardings, where),
+        _placed(others, stats, whole, where),
     )
     return Learner(config, tokenizer, graphdef, variables)
+
+
+def make_mesh(devices: Sequence[jax.Device]) -> Mesh:
+    """Return a mesh over which batches are split and parameters are whole on each device."""
+    axes = ("data", "fsdp", "tensor")
+    grid = np.array(devices).reshape(-1, 1, 1)
+    return Mesh(grid, axes, axis_types=(AxisType.Auto,) * len(axes))
 
 
 def read_config(workdir: str | Path) -> ConfigDict:

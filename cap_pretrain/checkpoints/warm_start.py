@@ -94,13 +94,13 @@ def resolve(
     path, weights = Path(config.encoder), None
     asked, config = config, config.copy_and_resolve_references()
     with config.unlocked():
-        run, step = _which_run(path)
-        if workdir and configs.trains(config) and saved_steps(workdir) and _is_run(workdir):
+        run, step = which_run(path)
+        if workdir and configs.trains(config) and saved_steps(workdir) and is_run(workdir):
             _take_fields(config, read_config(workdir), given)
-        elif _is_run(run):
+        elif is_run(run):
             weights = _from_workdir(config, run, step, given)
         else:
-            weights = _from_import(config, path)
+            weights = from_import(config, path)
         if "data.image_size" in given:
             config.data.image_size = asked.data.image_size
             weights = weights and weights.for_images(config)
@@ -109,12 +109,13 @@ def resolve(
     return config.lock(), weights
 
 
-def _is_run(folder: Path) -> bool:
+def is_run(folder: Path) -> bool:
+    """Return whether a folder is the workdir of a run with checkpoints."""
     with parsing("encoder"):
         return (folder / "config.json").is_file() and (folder / "checkpoints").is_dir()
 
 
-def _which_run(path: Path) -> tuple[Path, int | None]:
+def which_run(path: Path) -> tuple[Path, int | None]:
     """Split runs/a/checkpoints/300 into runs/a and 300; runs/a gives None, the newest step."""
     if path.parent.name == "checkpoints" and path.name.isdecimal():
         return path.parent.parent, int(path.name)
@@ -197,7 +198,7 @@ def _from_workdir(
     return PretrainedWeights(params, stats, f"step {step} of {workdir}")
 
 
-def _from_import(config: ConfigDict, path: Path) -> PretrainedWeights:
+def from_import(config: ConfigDict, path: Path) -> PretrainedWeights:
     """Load an encoder trained elsewhere and set the fields of `config` that describe it."""
     found = convert.open_encoder(path)
     defaults = {k: v for k, v in configs.default().model.items() if k not in OWN_FIELDS}

@@ -7,7 +7,7 @@ from cap_pretrain.convert.encoder import Pretrained
 from cap_pretrain.convert.weights import SUFFIXES, few, open_file
 from cap_pretrain.errors import UserError
 
-__all__ = ["Pretrained", "open_encoder"]
+__all__ = ["Pretrained", "crops_center", "open_encoder"]
 
 
 def open_encoder(path: str | Path) -> Pretrained:
@@ -42,3 +42,13 @@ def open_encoder(path: str | Path) -> Pretrained:
         f"{path}: {found} {huggingface.CONFIG} of transformers, an {openai.CONFIG} or one file of "
         "weights. Nothing is downloaded here: fetch the encoder first and give its path."
     )
+
+
+def crops_center(path: str | Path) -> bool:
+    """Return whether the preprocessing of an encoder takes the central square of an image.
+
+    Otherwise it squashes the whole image. A folder of `transformers` says so in its files; OpenAI's
+    CLIP, OpenCLIP and torchvision crop.
+    """
+    path = Path(path)
+    return not (path / huggingface.CONFIG).is_file() or huggingface.crops_center(path)

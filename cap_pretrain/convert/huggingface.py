@@ -130,13 +130,7 @@ def _class(config: dict[str, Any]) -> str:
 
 def normalization(folder: Path, family: Family) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return the per-channel mean and standard deviation of a folder's preprocessing, in [0, 1]."""
-    where = folder / "preprocessor_config.json"
-    settings: dict[str, Any] = {}
-    if where.is_file():
-        settings = read_json(where)
-    elif (where := folder / "processor_config.json").is_file():
-        inside = read_json(where).get("image_processor") or {}
-        settings = checked(inside, "image_processor", dict, where)
+    settings, where = preprocessing(folder)
 
     def flag(name: str) -> bool:
         return checked(settings.get(name, True), name, bool, where)
@@ -151,6 +145,30 @@ def normalization(folder: Path, family: Family) -> tuple[tuple[float, ...], tupl
     mean = per_channel(settings.get("image_mean", family.mean), "image_mean", -MAX_PIXEL, where)
     std = per_channel(settings.get("image_std", family.std), "image_std", MIN_STD, where)
     return tuple(m / unit for m in mean), tuple(s / unit for s in std)
+
+
+def preprocessing(folder: Path) -> tuple[dict[str, Any], Path]:
+    """Return the settings of a folder's image processor, {} without a file, and their file."""
+    where = folder / "preprocessor_config.json"
+    if where.is_file():
+        return read_json(where), where
+    if (where := folder / "processor_config.json").is_file():
+        inside = read_json(where).get("image_processor") or {}
+        return checked(inside, "image_processor", dict, where), where
+    return {}, where
+
+
+def crops_center(folder: Path) -> bool:
+    """Return whether a folder's image processor crops to the central square.
+
+    Without a setting, that is what the processor of its class does: CLIP's crops.
+    """
+    settings, where = preprocessing(folder)
+    kind = settings.get("image_processor_type") or settings.get("feature_extractor_type")
+    crops = settings.get("do_center_crop")
+    if crops is None:
+        return str(kind).startswith("CLIP")
+    return checked(crops, "do_center_crop", bool, where)
 
 
 def _side(where: Path, config: dict[str, Any], field: str, most: int) -> int:

@@ -63,6 +63,18 @@ def decode(data: bytes, min_size: int = 0) -> np.ndarray:
     return image_files.mending(lambda own: _decode(own, min_size), data)
 
 
+def of_pillow(image: Image.Image) -> np.ndarray:
+    """Return the pixels of an image of Pillow, RGB uint8 [H, W, 3], upright as `decode` returns.
+
+    Raises ImageError if it cannot be converted, or its file turns out to be corrupt.
+    """
+    try:
+        turn = _turn(image)
+        return np.ascontiguousarray(turn(_rgb(image)))
+    except Exception as error:  # again, Pillow raises nearly anything on corrupt files
+        raise ImageError(f"cannot be converted to RGB: {error}") from error
+
+
 def size(data: bytes) -> tuple[int, int]:
     """Return (width, height) as stored, before EXIF turns it; raises ImageError."""
     return image_files.mending(lambda own: _open(own).size, data)

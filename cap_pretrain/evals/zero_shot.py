@@ -1,7 +1,6 @@
 """Zero-shot classification: the class whose name, put into captions, fits an image best."""
 
 import dataclasses
-import functools
 import json
 import re
 from collections.abc import Sequence
@@ -15,33 +14,16 @@ from cap_pretrain.data.sources import subset
 from cap_pretrain.data.sources.base import Source
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.base import Context, Result, ScoringOptions
-from cap_pretrain.evals.inference.scoring import Scoring, Told
+from cap_pretrain.evals.inference.classes import TEMPLATES, ClassCaptions
+from cap_pretrain.evals.inference.scoring import Scoring
 from cap_pretrain.evals.metrics import ranking
 from cap_pretrain.evals.metrics.classification import accuracies
 from cap_pretrain.untrusted import read_bounded
 
-# A few plain templates after those of CLIP (Radford et al. 2021, section 3.1.4).
-TEMPLATES = (
-    "a photo of a {}.",
-    "a picture of a {}.",
-    "an image of a {}.",
-    "a photo of the {}.",
-    "a close-up photo of a {}.",
-    "a {} in a photo.",
-    "a {}.",
-)
-
-
 class ZeroShot:
     """Accuracy of the class whose captions score highest; ties count as random choices.
 
-    A class has one caption for each template. Dual encoders compare the image with the normalized
-    mean of the captions' unit vectors (CLIP's prompt ensemble). Captioners have three rules, each a
-    mean over the templates:
-
-        (no suffix)   log p(caption | image)
-        _over_prior   log p(caption | image) - log p(caption | blank image): what the image adds
-        _per_token    log p(caption | image) / number of tokens
+    A class has one caption for each template; `ClassCaptions` has the rules by which these score.
     """
 
     @dataclasses.dataclass(frozen=True)
@@ -67,28 +49,13 @@ class ZeroShot:
         self._scoring = Scoring(context, batch_size=options.batch_size, pairs=options.pairs)
         source = context.source(options.split, options.data)
         self.classes, self.templates = prompts(source, options.classes, options.templates)
+        self._captions = ClassCaptions(self._scoring, self.classes, self.templates)
         self._source = subset.sample(source, options.limit, seed=0)
         self._scoring.check_prior()
 
-    @functools.cached_property
-    def _tokens(self) -> np.ndarray:
-        """Tokens of the captions of all classes, int32 [classes x templates, T]."""
-        texts = [
-            template.replace("{}", name) for name in self.classes for template in self.templates
-        ]
-        return self._scoring.encode(texts)
-
-    @functools.cached_property
-    def _told(self) -> Told:
-        """What is said of classes that have the same captions, or whose names are equal."""
-        names = [f"{name} ({k})" for k, name in enumerate(self.classes)]
-        tokens = self._tokens.reshape(len(self.classes), -1)
-        return self._scoring.told_apart("classes", names, tokens)
-
     def __call__(self, variables: Any) -> Result:
         """Classify the images; raise UserError if none is usable or a label has no name."""
-        rule = self._captioner_rules if self._scoring.has_prior else self._dual_encoder_rule
-        texts, scores_of = rule(variables)
+        texts, scores_of = self._captions.prepared(variables)
         labels = []
         counts: dict[str, list[np.ndarray]] = {}  # suffix -> better and tied, [2, n] per batch
         for where, images in self._scoring.batches(variables, self._source, limit=0):
@@ -111,31 +78,13 @@ class ZeroShot:
             better, tied = np.concatenate(parts, axis=1)
             for name, value in accuracies(better, tied, label).items():
                 metrics[f"{name}{suffix}"] = value
-        return Result(metrics, self._details(label), self._told.lines)
+        return Result(metrics, self._details(label), self._captions.told.lines)
 
     def _count(self, scores: np.ndarray, label: np.ndarray) -> np.ndarray:
         """Count the classes that beat and tie with the true one: [n, K], [n] -> int [2, n]."""
         right = np.take_along_axis(scores, label[:, None], axis=1)
         higher, equal = ranking.compare(scores, right, self._scoring.tolerance)
         return np.stack([higher.sum(1), equal.sum(1) - 1])
-
-    def _dual_encoder_rule(self, variables):
-        """Return a text feature for each class, and a function from scores to scores by rule."""
-        vectors = self._scoring.text_features(variables, self._tokens)
-        features = ensemble(vectors.reshape(len(self.classes), len(self.templates), -1))
-        return features, lambda scores: {"": scores}
-
-    def _captioner_rules(self, variables):
-        """Return the texts of all classes, and a function from scores to scores by rule."""
-        prior = self._scoring.prior(variables, self._tokens)
-        lengths = np.sum(self._tokens != 0, axis=1)
-
-        def rules(scores):
-            rules = {"": scores, "_over_prior": scores - prior, "_per_token": scores / lengths}
-            shape = (len(scores), len(self.classes), len(self.templates))
-            return {suffix: x.reshape(shape).mean(2) for suffix, x in rules.items()}
-
-        return self._tokens, rules
 
     def _details(self, label: np.ndarray) -> dict:
         of_class = "mean score" if self._scoring.has_prior else "score of the mean vector"
@@ -144,14 +93,8 @@ class ZeroShot:
             "images": len(label),
             "classes": list(self.classes),
             "templates": list(self.templates),
-            **self._told.counts,
+            **self._captions.told.counts,
         }
-
-
-def ensemble(vectors: np.ndarray) -> np.ndarray:
-    """Return the normalized means [K, D] float32 of unit vectors [K, templates, D]."""
-    mean = vectors.astype(np.float64).mean(1)
-    return (mean / np.linalg.norm(mean, axis=1, keepdims=True)).astype(np.float32)
 
 
 def prompts(

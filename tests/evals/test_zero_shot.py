@@ -9,6 +9,7 @@ import pytest
 from cap_pretrain.data.scenes.source import Scenes
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals import zero_shot
+from cap_pretrain.evals.inference.classes import ensemble
 from cap_pretrain.evals.zero_shot import ZeroShot
 from tests import tiny
 from tests.evals import stubs
@@ -119,7 +120,7 @@ def test_metrics_are_those_of_numpy_whatever_the_batch_size(small):
 def test_an_ensemble_is_the_unit_vector_along_the_mean():
     vectors = np.array([[[1, 0], [0, 1]], [[0.6, 0.8], [0.6, 0.8]]], np.float32)
     expected = [[0.5**0.5, 0.5**0.5], [0.6, 0.8]]
-    np.testing.assert_allclose(zero_shot.ensemble(vectors), expected, rtol=1e-6)
+    np.testing.assert_allclose(ensemble(vectors), expected, rtol=1e-6)
 
 
 def test_names_and_templates_come_from_files(tmp_path):

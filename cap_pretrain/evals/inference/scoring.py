@@ -52,6 +52,9 @@ class Scoring:
     Attributes:
         has_prior: whether the learner is a captioner.
         tolerance: scores that differ by no more are equal.
+        batch_size: images at a time, a multiple of the devices that share a batch.
+        image_features: `(variables, images uint8 [B, H, W, 3] on the devices) -> features` for
+            `compare`, compiled once for each B.
     """
 
     def __init__(self, context: Context, *, batch_size: int, pairs: int):
@@ -64,14 +67,14 @@ class Scoring:
         self.has_prior = not issubclass(learner, EmbedsText)
         self.tolerance = CAPTIONER_TOLERANCE if self.has_prior else DUAL_ENCODER_TOLERANCE
         self._context = context
-        self._images = round_up(batch_size, data_parallel(context.mesh))
-        self._texts = max(1, (pairs if self.has_prior else COSINES) // self._images)
+        self.batch_size = round_up(batch_size, data_parallel(context.mesh))
+        self._texts = max(1, (pairs if self.has_prior else COSINES) // self.batch_size)
 
         def image_features(variables, images):
             return nnx.merge(context.graphdef, *variables).image_features(images)
 
         # Image features are large and stay sharded; all other results go to every host.
-        self._image_features = jax.jit(
+        self.image_features = jax.jit(
             image_features, out_shardings=sharding.batch_sharding(context.mesh)
         )
         self._text_features = context.jit(lambda learner, text: learner.text_features(text))
@@ -108,8 +111,8 @@ class Scoring:
         decoded, and Interrupted if the run is stopping.
         """
         none_decoded = True
-        for batch, _ in self._context.batches(source, self._images, limit or None):
-            features = self._image_features(variables, batch["image"])
+        for batch, _ in self._context.batches(source, self.batch_size, limit or None):
+            features = self.image_features(variables, batch["image"])
             where = {name: batch[name] for name in ("index", "label", "mask")}
             where = jax.device_get(self._whole(variables, where))
             none_decoded &= not where["mask"].any()
@@ -122,8 +125,8 @@ class Scoring:
         if self.has_prior:
             return tokens
         parts = []
-        for start in range(0, len(tokens), self._images):
-            part = _padded(tokens[start : start + self._images], self._images)
+        for start in range(0, len(tokens), self.batch_size):
+            part = _padded(tokens[start : start + self.batch_size], self.batch_size)
             parts.append(self._text_features(variables, self._put(part)))
         return np.concatenate(jax.device_get(parts))[: len(tokens)]
 
@@ -166,12 +169,12 @@ class Scoring:
         """Return the scores float32 [n] of texts int32 [n, T] for the blank image."""
         self.check_prior()
         side = self._context.config.data.image_size
-        rows = sharding.batch_rows(self._context.mesh, self._images)
+        rows = sharding.batch_rows(self._context.mesh, self.batch_size)
         blank = {"image": np.full((len(rows), side, side, 3), BLANK, np.uint8)}
         images = sharding.put_batch(blank, self._context.mesh)["image"]
-        features = self._image_features(variables, images)
-        columns = -(-len(tokens) // self._images)
-        own = _padded(tokens, columns * self._images).reshape(self._images, columns, -1)
+        features = self.image_features(variables, images)
+        columns = -(-len(tokens) // self.batch_size)
+        own = _padded(tokens, columns * self.batch_size).reshape(self.batch_size, columns, -1)
         return self.compare(variables, features, own).reshape(-1)[: len(tokens)]
 
     def details(self, data: str, split: str) -> dict[str, str]:

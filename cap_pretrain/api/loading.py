@@ -1,0 +1,34 @@
+"""`cap_pretrain.load`."""
+
+import os
+from collections.abc import Sequence
+
+import jax
+
+from cap_pretrain.api.model import Model
+from cap_pretrain.checkpoints.load import make_mesh
+from cap_pretrain.checkpoints.open import open_learner
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    step: int | None = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> Model:
+    """Load a trained model, with averaged parameters if its run kept them.
+
+    Args:
+        path: The workdir of a run (its newest valid checkpoint), a checkpoint such as
+            runs/cappa/checkpoints/300, a folder from tools/export_encoder.py, or whatever else
+            `--config.encoder` takes: a folder of transformers with a CLIP, SigLIP or ViT, OpenAI's
+            or OpenCLIP's CLIP, or torchvision's ResNet or AlexNet. Nothing is downloaded.
+        step: Checkpoint of a workdir.
+        devices: Devices that share the work, by default all of this process; each holds the whole
+            model.
+
+    Raises:
+        UserError: There is no such model, or its files do not fit together.
+    """
+    mesh = make_mesh(jax.local_devices() if devices is None else list(devices))
+    return Model(open_learner(path, step, mesh), os.fspath(path))

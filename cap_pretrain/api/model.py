@@ -1,0 +1,358 @@
+"""A trained model in Python: features, captions, scores and attention of images."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cap_pretrain import learners, rng
+from cap_pretrain.api.images import Images, listed, squares
+from cap_pretrain.checkpoints.load import Learner
+from cap_pretrain.data.text.tokenizers import encode_answer
+from cap_pretrain.distributed import sharding
+from cap_pretrain.errors import UserError, did_you_mean
+from cap_pretrain.evals.base import Context, data_parallel, round_up
+from cap_pretrain.evals.inference import word_maps
+from cap_pretrain.evals.inference.classes import TEMPLATES, ClassCaptions
+from cap_pretrain.evals.inference.scoring import Scoring
+from cap_pretrain.learners.protocols import (
+    Attends,
+    EmbedsText,
+    Featurizes,
+    ScoresTexts,
+    WritesCaptions,
+    learner_type,
+)
+from cap_pretrain.models import readout
+from cap_pretrain.models.decoding import Decoding, write_captions
+from cap_pretrain.models.layers import normalize_images
+from cap_pretrain.models.sizes import STORED
+
+PAIRS = 512
+"""Pairs of an image and a text that a captioner scores at once, as the evaluators do."""
+
+PROJECTED = "projected"
+
+_NEEDS: dict[str, tuple[type, str]] = {
+    "embed_text": (EmbedsText, "embeds no texts without an image"),
+    "caption": (WritesCaptions, "writes no captions"),
+    "score": (ScoresTexts, "scores no texts"),
+    "zero_shot": (ScoresTexts, "scores no texts"),
+    "attention": (Attends, "has no attention from words to parts of an image"),
+}
+
+RULES = {"likelihood": "", "over_prior": "_over_prior", "per_token": "_per_token"}
+"""Names of the rules of `ClassCaptions`, and their suffixes there."""
+
+
+class Classified(NamedTuple):
+    """The best class of each of N images, and the scores of all K classes, float32 [N, K]."""
+
+    names: list[str]
+    scores: np.ndarray
+
+
+class Attention(NamedTuple):
+    """The words of a caption, and the map of each: float32 [words, H, W], each summing to 1.
+
+    The maps cover the square that the model sees, row by row from its top left.
+    """
+
+    words: list[str]
+    maps: np.ndarray
+
+
+class Model:
+    """A trained learner, or an encoder alone, ready to use; made by `cap_pretrain.load`.
+
+    Images are what `api.images.Images` describes: uint8 arrays, images of Pillow, files, folders,
+    or lists of these. They are cropped and resized as in the evaluation of the run. Batches are
+    split over the devices and padded to a power of two, at most `batch_size`, so repeated calls
+    compile nothing; results depend on `batch_size` only by rounding. All methods raise UserError,
+    with the name of the file, if an image cannot be read, and for a method that the learner lacks.
+
+    Attributes:
+        path: Where the model comes from.
+        config: The config of the run, locked.
+        learner: Name of the learner, such as "captioner".
+        image_size: Side in pixels of the squares that the model sees.
+        methods: Names of the methods that this learner has.
+    """
+
+    def __init__(self, learner: Learner, path: str = ""):
+        self.path, self.config = path, learner.config
+        self.learner = learner.config.learner.name
+        self.image_size = learner.config.data.image_size
+        self._tokenizer, self._variables = learner.tokenizer, learner.variables
+        self._kind = learner_type(learner.graphdef)
+        self._mesh = jax.tree.leaves(learner.variables)[0].sharding.mesh
+        self._context = Context(learner.config, learner.graphdef, learner.tokenizer, self._mesh)
+        self._programs: dict[Hashable, Any] = {}
+        able = [name for name, (needed, _) in _NEEDS.items() if issubclass(self._kind, needed)]
+        self.methods = ("embed", *able)
+
+    def __repr__(self) -> str:
+        """Return what the model is and can do."""
+        return (
+            f"Model({self.path!r}: {self.learner}, {self.config.model.name}, "
+            f"{self.image_size} pixels; {', '.join(self.methods)})"
+        )
+
+    def embed(
+        self, images: Images, *, what: str | None = None, batch_size: int = 64
+    ) -> np.ndarray:
+        """Compute one vector per image.
+
+        Args:
+            images: See the class.
+            what: "pooled", the encoder's pooled vector; "tokens", the mean of its tokens; one of
+                its layers, such as "block_6", the mean of what that returns; or "projected", the
+                output of the layers behind the encoder (a dual encoder's unit vector, comparable
+                with `embed_text`; the last layer of the jigsaw network). By default "projected" for
+                dual encoders, else "pooled".
+            batch_size: Images at a time; affects speed and memory.
+
+        Returns:
+            float32 [N, D].
+        """
+        what = what or (PROJECTED if issubclass(self._kind, EmbedsText) else readout.POOLED)
+        if what == PROJECTED and not issubclass(self._kind, Featurizes):
+            raise UserError(
+                f"what: 'projected' needs layers behind the encoder, which a {self.learner} lacks; "
+                f"{_able(Featurizes)} have them. Choose 'pooled' or 'tokens'."
+            )
+
+        def encode(learner: Any, pixels: jax.Array) -> jax.Array:
+            if what == PROJECTED:
+                return learner.features(pixels).astype(jnp.float32)
+            return readout.read(learner.encoder, what, normalize_images(pixels, jnp.float32))
+
+        program = self._compiled(("embed", what), encode)
+        return self._each(images, batch_size, lambda pixels, _: program(self._variables, pixels))
+
+    def embed_text(self, texts: str | Sequence[str]) -> np.ndarray:
+        """Embed texts as unit vectors float32 [M, D], for dual encoders; see `embed`."""
+        self._check("embed_text")
+        with jax.set_mesh(self._mesh):
+            scoring = self._scoring(16)
+            return scoring.text_features(self._variables, scoring.encode(_texts(texts, "texts")))
+
+    def caption(
+        self,
+        images: Images,
+        *,
+        beams: int = 1,
+        question: str = "",
+        seed: int = 0,
+        batch_size: int = 32,
+        **decoding: Any,
+    ) -> list[str]:
+        """Write a caption of each image, or an answer to a question about it.
+
+        Args:
+            images: See the class.
+            beams: Captions that beam search keeps; 1 is greedy decoding.
+            question: For runs that were trained on questions.
+            seed: Of `method="sample"`. Caption i depends on the seed, i and the image.
+            batch_size: Images at a time; affects speed and memory.
+            **decoding: Further fields of `models.decoding.Decoding`, such as method="sample",
+                temperature=0.7 or length_norm=0.
+        """
+        self._check("caption")
+        how = _decoding(beams, decoding)
+        given = encode_answer(self._tokenizer, question, None)
+        length, eos = self.config.text.length, self._tokenizer.eos_id
+
+        def write(learner: Any, pixels: jax.Array, first: jax.Array, prompt: jax.Array):
+            numbers = first + jnp.arange(len(pixels))
+            keys = jax.vmap(lambda i: rng.key(seed, i, "captions"))(numbers)
+            prompts = jnp.tile(prompt, (len(pixels), 1)) if given[1] else None
+            return write_captions(
+                learner, pixels, how, length=length, eos=eos, keys=keys, prompt=prompts
+            )
+
+        own = seed if how.method == "sample" else None
+        program = self._compiled(("caption", how, own, bool(given[1])), write)
+        tokens = self._each(
+            images,
+            batch_size,
+            lambda pixels, first: program(self._variables, pixels, np.int32(first), given[0]),
+        )
+        return [self._tokenizer.decode(ids[given[1] :]) for ids in tokens]
+
+    def score(
+        self, images: Images, texts: str | Sequence[str], *, batch_size: int = 16
+    ) -> np.ndarray:
+        """Score how well each of M texts fits each of N images.
+
+        Returns:
+            float32 [N, M]: the cosine similarity for dual encoders; for captioners the
+            log-likelihood of the text as the caption, in nats, which sums over its tokens.
+        """
+        self._check("score")
+        with jax.set_mesh(self._mesh):
+            scoring = self._scoring(batch_size)
+            tokens = scoring.encode(_texts(texts, "texts"))
+            return self._compared(images, scoring.text_features(self._variables, tokens), scoring)
+
+    def zero_shot(
+        self,
+        images: Images,
+        classes: Sequence[str],
+        *,
+        templates: Sequence[str] = TEMPLATES,
+        rule: str = "likelihood",
+        batch_size: int = 16,
+    ) -> Classified:
+        """Assign each image to the class whose name, put into captions, fits it best.
+
+        Args:
+            images: See the class.
+            classes: Names of the classes, such as ["cat", "dog"].
+            templates: Captions with {} in place of the name.
+            rule: For captioners: "likelihood"; "over_prior", what the image adds to it, which
+                helps if some names are rarer words than others; or "per_token". Dual encoders have
+                the cosine with the mean of a class's captions. As in `evals/zero_shot.py`.
+            batch_size: Images at a time; affects speed and memory.
+        """
+        self._check("zero_shot")
+        if rule not in RULES:
+            raise UserError(f"rule: {rule!r} is unknown.{did_you_mean(rule, RULES)}")
+        if isinstance(classes, str):
+            raise TypeError(f"classes: found the string {classes!r}; give a list of names.")
+        names, forms = _texts(classes, "classes"), _texts(templates, "templates")
+        if bad := [form for form in forms if "{}" not in form]:
+            raise ValueError(f"templates: {bad[0]!r} has no {{}} where the name of the class goes.")
+        with jax.set_mesh(self._mesh):
+            scoring = self._scoring(batch_size)
+            captions, scores_of = ClassCaptions(scoring, names, forms).prepared(self._variables)
+            by_rule = scores_of(self._compared(images, captions, scoring))
+        scores = by_rule[RULES[rule] if scoring.has_prior else ""]
+        return Classified([names[k] for k in np.argmax(scores, axis=1)], scores)
+
+    def attention(
+        self, image: Images, caption: str = "", *, layer: int | str | None = None
+    ) -> Attention:
+        """Return where the model looks for each word of a caption of one image.
+
+        Args:
+            image: One image, see the class.
+            caption: By default the model's own, by greedy decoding.
+            layer: Decoder layer of a transformer, whose heads are averaged; "mean" averages over
+                all layers. By default the last.
+        """
+        self._check("attention")
+        one = listed(image)
+        if len(one) != 1:
+            raise ValueError(f"image: found {len(one)} images; give one.")
+        options: dict[str, Any] = {}
+        if layer is not None:
+            options = {"layer": None if layer == "mean" else layer}
+        word_maps.check_attends(self._kind, by_layer=bool(options))
+        text = self._tokenizer.encode(caption or self.caption(image)[0])
+
+        def attend(learner: Any, pixels: jax.Array, text: jax.Array) -> jax.Array:
+            return learner.attend(pixels, jnp.tile(text, (len(pixels), 1)), **options)
+
+        program = self._compiled(("attention", layer), attend)
+        rows = self._each(image, 1, lambda pixels, _: program(self._variables, pixels, text))
+        _, words = word_maps.words_of(self._tokenizer, text)
+        return Attention([word.text for word in words], word_maps.word_maps(rows[0], words))
+
+    def _check(self, method: str) -> None:
+        """Raise UserError if the learner lacks what a method needs."""
+        needed, lacks = _NEEDS[method]
+        if not issubclass(self._kind, needed):
+            raise UserError(
+                f"{method}: {self.path or 'the model'} is a {self.learner}, which {lacks}; "
+                f"{_able(needed)} can."
+            )
+
+    def _compiled(self, key: Hashable, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """Return `fn(learner, *arrays)` compiled, the same program for the same key."""
+        if key not in self._programs:
+            self._programs[key] = self._context.jit(fn)
+        return self._programs[key]
+
+    def _scoring(self, batch_size: int) -> Scoring:
+        key = ("scoring", _positive(batch_size))
+        if key not in self._programs:
+            self._programs[key] = Scoring(self._context, batch_size=batch_size, pairs=PAIRS)
+        return self._programs[key]
+
+    def _compared(self, images: Images, texts: np.ndarray, scoring: Scoring) -> np.ndarray:
+        """Return the scores [N, M] of images and what `Scoring.text_features` returned."""
+
+        def compare(pixels: jax.Array, _: int) -> np.ndarray:
+            features = scoring.image_features(self._variables, pixels)
+            return scoring.compare(self._variables, features, texts)
+
+        return self._each(images, scoring.batch_size, compare)
+
+    def _each(
+        self, images: Images, batch_size: int, compute: Callable[[jax.Array, int], Any]
+    ) -> np.ndarray:
+        """Return the rows of `compute(pixels [B, S, S, 3], number of the first)`, [N, …]."""
+        if self.config.model.name == STORED:
+            raise UserError(
+                f"{self.path}: was trained on stored features ({self.config.data.name}) and has no "
+                "image encoder; load a run that has one."
+            )
+        items = listed(images)
+        if not items:
+            raise ValueError("images: the list is empty.")
+        fitting = 2 ** (len(items) - 1).bit_length()
+        size = round_up(min(_positive(batch_size), fitting), data_parallel(self._mesh))
+        done: list[np.ndarray] = []
+        previous: tuple[Any, int] | None = None
+        first = 0
+        with jax.set_mesh(self._mesh):
+            for pixels in squares(items, self.config.data, size):
+                count = len(pixels)
+                padded = np.pad(pixels, [(0, size - count), *[(0, 0)] * 3])
+                batch = sharding.put_batch({"image": padded}, self._mesh)["image"]
+                computing = compute(batch, first), count
+                if previous:  # fetched while the next batch is computed
+                    done.append(np.asarray(previous[0])[: previous[1]])
+                previous, first = computing, first + count
+        assert previous is not None  # because there are items
+        done.append(np.asarray(previous[0])[: previous[1]])
+        return np.concatenate(done)
+
+
+@functools.cache
+def _able(needed: type) -> str:
+    """Return the names of the learners that have the methods of a protocol."""
+    names = [name for name in learners.REGISTRY if issubclass(learners.learner_class(name), needed)]
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+def _texts(given: str | Sequence[str], name: str) -> list[str]:
+    """Return a list of texts; raise TypeError or ValueError if it is none."""
+    texts = [given] if isinstance(given, str) else list(given)
+    for text in texts:
+        if not isinstance(text, str):
+            raise TypeError(f"{name}: found a {type(text).__name__}, {text!r}; give strings.")
+    if not texts:
+        raise ValueError(f"{name}: the list is empty.")
+    return texts
+
+
+def _positive(batch_size: int) -> int:
+    if batch_size < 1:
+        raise ValueError(f"batch_size: {batch_size} is not positive.")
+    return batch_size
+
+
+def _decoding(beams: int, options: dict[str, Any]) -> Decoding:
+    """Return the decoding that the arguments describe; raise TypeError for an unknown one."""
+    known = [field.name for field in dataclasses.fields(Decoding)]
+    for name in options:
+        if name not in known:
+            raise TypeError(f"caption: no option {name!r}.{did_you_mean(name, known)}")
+    method = "beam" if beams > 1 else "greedy"
+    return Decoding(**{"method": method, **options, "beams": beams})

@@ -1,0 +1,124 @@
+"""`cap_pretrain.train`: what the command line does, from Python."""
+
+import importlib.util
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from cap_pretrain import config as configs
+from cap_pretrain.api.loading import load
+from cap_pretrain.api.model import Model
+from cap_pretrain.checkpoints.checkpoint import saved_steps
+from cap_pretrain.distributed import determinism, gpu, heartbeat
+from cap_pretrain.errors import UserError, did_you_mean
+from cap_pretrain.telemetry.metrics import read_metrics
+from cap_pretrain.train import run
+from cap_pretrain.training.changes import fields
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+class Trained(NamedTuple):
+    """A finished run: its workdir, its last step, and the last value of each of its metrics."""
+
+    workdir: str
+    step: int
+    metrics: dict[str, float]
+
+    def load(self) -> Model:
+        """Load the trained model."""
+        return load(self.workdir)
+
+
+def train(
+    config: str | ConfigDict,
+    workdir: str | os.PathLike[str],
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    allow_changes: Sequence[str] = (),
+) -> Trained:
+    """Train as a config says, like `python -m cap_pretrain.main`; a stopped run resumes.
+
+    Args:
+        config: A config; or the name of one in configs/ or the path of a config file, with its
+            arguments, such as "quickstart" or "pretrain:objective=cap,data=data/mine". A config
+            that is passed is not changed.
+        workdir: Folder of everything that the run writes.
+        overrides: Values by field, such as {"total_steps": 100, "optim.lr": 1e-3}.
+        allow_changes: Fields that may differ from an earlier start in the same workdir.
+
+    Returns:
+        Where the run is, and its final metrics.
+
+    Raises:
+        UserError: A mistake in the config, its data or the workdir.
+        cap_pretrain.training.watch.Stopped: SIGTERM or Ctrl-C ended the run, after saving.
+    """
+    if isinstance(config, str):
+        config = named(config)
+    elif not isinstance(config, ConfigDict):
+        raise TypeError(
+            f"config: found a {type(config).__name__}; give the name of a config or a ConfigDict."
+        )
+    place = os.fspath(workdir)
+    if "://" in place:
+        raise UserError(f"workdir: {place} is a URL; give a folder.")
+    config = changed(config, overrides or {})
+    determinism.set_environment(config)
+    gpu.set_environment()
+    with heartbeat.watched():
+        run(config, Path(place), allow_changes, tuple(overrides or {}))
+    metrics: dict[str, float] = {}
+    for line in read_metrics(place):
+        metrics |= line
+    metrics.pop("step", None)
+    steps = saved_steps(Path(place))
+    return Trained(place, steps[-1] if steps else 0, metrics)
+
+
+def named(text: str) -> ConfigDict:
+    """Return the config that a text such as "pretrain:objective=cap" or "configs/own.py" names.
+
+    Raises UserError if there is none, or it does not take these arguments.
+    """
+    name, colon, arguments = text.partition(":")
+    path = Path(name).expanduser() if name.endswith(".py") else CONFIGS / f"{name}.py"
+    if not path.is_file():
+        near = did_you_mean(name, (file.stem for file in CONFIGS.glob("*.py")))
+        raise UserError(f"config: there is no config {name!r}.{near}")
+    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    assert spec is not None and spec.loader is not None  # because of the suffix
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"config: {path} has no function get_config.")
+    try:
+        return module.get_config(arguments) if colon else module.get_config()
+    except TypeError as error:
+        raise UserError(f"config: {text!r} does not fit {path.name} ({error}).") from error
+
+
+def changed(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
+    """Return a locked copy of a config with values by field, such as {"optim.lr": 1e-3}.
+
+    Raises UserError for a field that does not exist, or a value of another type.
+    """
+    config = config.copy_and_resolve_references()
+    known = fields(config.to_dict())
+    with config.unlocked():
+        for field, value in overrides.items():
+            if field not in known:
+                raise UserError(f"overrides: no field {field!r}.{did_you_mean(field, known)}")
+            *sections, last = field.split(".")
+            section = configs.get(config, ".".join(sections)) if sections else config
+            try:
+                section[last] = value
+            except TypeError as error:
+                raise UserError(
+                    f"overrides: {field} must be of type {type(known[field]).__name__}, found "
+                    f"{value!r}."
+                ) from error
+    return config.lock()
