@@ -78,19 +78,19 @@ def config_error(error: Exception) -> UserError:
 
 def main(_: list[str]) -> None:
     """Run the program after the flags are parsed."""
-    from cap_pretrain import train
     from cap_pretrain.distributed import cluster, determinism, gpu, heartbeat
+    from cap_pretrain.train import dry_run, run
 
     determinism.set_environment(CONFIG.value)
     gpu.set_environment()
     workdir = Path(WORKDIR.value or "")  # `parse` requires it
     given = tuple(config_flags.get_override_values(flags.FLAGS["config"]))
     if DRY_RUN.value:
-        print(train.dry_run(CONFIG.value, workdir, ALLOW_CHANGES.value, given))
+        print(dry_run(CONFIG.value, workdir, ALLOW_CHANGES.value, given))
         return
     cluster.start(cluster.Addresses(COORDINATOR.value, PROCESSES.value, PROCESS.value))
     with heartbeat.watched():
-        train.run(CONFIG.value, workdir, ALLOW_CHANGES.value, given)
+        run(CONFIG.value, workdir, ALLOW_CHANGES.value, given)
 
 
 def entry() -> int:

@@ -8,10 +8,14 @@ seed and t. So the saved state is all that a restarted run needs.
 
 import contextlib
 import dataclasses
+import importlib
 import io
 import json
+import sys
+import types
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict

@@ -7,8 +7,7 @@ gives features that look fine and are wrong.
 
 import functools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -19,7 +18,6 @@ from PIL import Image
 from cap_pretrain.cli.captioning import evaluation_crop, read_image
 from cap_pretrain.data import images, pipeline
 from cap_pretrain.data.builders import files
-from cap_pretrain.data.prefetch import DEFAULT_THREADS
 from cap_pretrain.errors import UserError
 
 Images: TypeAlias = Any
@@ -53,33 +51,6 @@ def listed(given: Images) -> list[Item]:
     UserError for a folder without images or a URL.
     """
     return list(_items(given, "images"))
-
-
-def squares(items: Sequence[Item], data: ConfigDict, size: int) -> Iterator[np.ndarray]:
-    """Yield the items in batches of `size`, uint8 [n, S, S, 3], preprocessed as for evaluation.
-
-    The next batch is read while the caller computes. Raises UserError that names the item if one
-    cannot be read.
-    """
-
-    def read(item: Item) -> np.ndarray:
-        found = item.read(data)
-        if isinstance(found, str):
-            raise UserError(f"{item.name}: {found}")
-        return found
-
-    with ThreadPoolExecutor(DEFAULT_THREADS) as pool:
-        starts = range(0, len(items), size)
-        following = [pool.submit(read, item) for item in items[:size]]
-        try:
-            for start in starts:
-                reading = following
-                following = [
-                    pool.submit(read, item) for item in items[start + size : start + 2 * size]
-                ]
-                yield np.stack([future.result() for future in reading])
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _items(given: Any, name: str) -> Iterator[Item]:

@@ -2,20 +2,22 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Sequence
+import hashlib
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cap_pretrain import learners, rng
-from cap_pretrain.api.images import Images, listed, squares
+from cap_pretrain import learners, rng, rules
+from cap_pretrain.api import batches
+from cap_pretrain.api.batches import positive
+from cap_pretrain.api.images import Images, listed
 from cap_pretrain.checkpoints.load import Learner
 from cap_pretrain.data.text.tokenizers import encode_answer
-from cap_pretrain.distributed import sharding
 from cap_pretrain.errors import UserError, did_you_mean
-from cap_pretrain.evals.base import Context, data_parallel, round_up
+from cap_pretrain.evals.base import Context
 from cap_pretrain.evals.inference import word_maps
 from cap_pretrain.evals.inference.classes import TEMPLATES, ClassCaptions
 from cap_pretrain.evals.inference.scoring import Scoring
@@ -102,9 +104,7 @@ class Model:
             f"{self.image_size} pixels; {', '.join(self.methods)})"
         )
 
-    def embed(
-        self, images: Images, *, what: str | None = None, batch_size: int = 64
-    ) -> np.ndarray:
+    def embed(self, images: Images, *, what: str | None = None, batch_size: int = 64) -> np.ndarray:
         """Compute one vector per image.
 
         Args:
@@ -119,20 +119,55 @@ class Model:
         Returns:
             float32 [N, D].
         """
-        what = what or (PROJECTED if issubclass(self._kind, EmbedsText) else readout.POOLED)
-        if what == PROJECTED and not issubclass(self._kind, Featurizes):
-            raise UserError(
-                f"what: 'projected' needs layers behind the encoder, which a {self.learner} lacks; "
-                f"{_able(Featurizes)} have them. Choose 'pooled' or 'tokens'."
-            )
+        parts = [rows for _, rows in self.embed_batches(images, what=what, batch_size=batch_size)]
+        return np.concatenate(parts)
+
+    def embed_batches(
+        self,
+        images: Images,
+        *,
+        what: str | None = None,
+        batch_size: int = 64,
+        unreadable: dict[str, str] | None = None,
+    ) -> Iterator[tuple[list[str], np.ndarray]]:
+        """Yield the names and vectors of `embed` batch by batch, for many images.
+
+        Args:
+            images: See the class. The name of a file is its path.
+            what: See `embed`, as for `batch_size`.
+            batch_size: See `embed`.
+            unreadable: Receives the reason for each image that cannot be read, by its name; such
+                images are left out. Without it, the first one raises UserError.
+        """
+        what = what or self.default_vector
 
         def encode(learner: Any, pixels: jax.Array) -> jax.Array:
             if what == PROJECTED:
                 return learner.features(pixels).astype(jnp.float32)
             return readout.read(learner.encoder, what, normalize_images(pixels, jnp.float32))
 
+        if what == PROJECTED and not issubclass(self._kind, Featurizes):
+            raise UserError(
+                f"what: 'projected' needs layers behind the encoder, which a {self.learner} lacks; "
+                f"{_able(Featurizes)} have them. Choose 'pooled' or 'tokens'."
+            )
         program = self._compiled(("embed", what), encode)
-        return self._each(images, batch_size, lambda pixels, _: program(self._variables, pixels))
+        yield from self._batches(
+            images, batch_size, lambda pixels, _: program(self._variables, pixels), unreadable
+        )
+
+    @property
+    def default_vector(self) -> str:
+        """What `embed` computes by default, as `what` names it."""
+        return PROJECTED if issubclass(self._kind, EmbedsText) else readout.POOLED
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """A hash of the weights: models with equal ones compute the same."""
+        digest = hashlib.sha256()
+        for path, leaf in sorted(rules.flatten(self._variables[0]).items()):
+            digest.update(path.encode() + np.asarray(leaf).tobytes())
+        return digest.hexdigest()[:16]
 
     def embed_text(self, texts: str | Sequence[str]) -> np.ndarray:
         """Embed texts as unit vectors float32 [M, D], for dual encoders; see `embed`."""
@@ -279,7 +314,7 @@ class Model:
         return self._programs[key]
 
     def _scoring(self, batch_size: int) -> Scoring:
-        key = ("scoring", _positive(batch_size))
+        key = ("scoring", positive(batch_size))
         if key not in self._programs:
             self._programs[key] = Scoring(self._context, batch_size=batch_size, pairs=PAIRS)
         return self._programs[key]
@@ -297,31 +332,23 @@ class Model:
         self, images: Images, batch_size: int, compute: Callable[[jax.Array, int], Any]
     ) -> np.ndarray:
         """Return the rows of `compute(pixels [B, S, S, 3], number of the first)`, [N, …]."""
+        return np.concatenate([rows for _, rows in self._batches(images, batch_size, compute)])
+
+    def _batches(
+        self,
+        images: Images,
+        batch_size: int,
+        compute: Callable[[jax.Array, int], Any],
+        unreadable: dict[str, str] | None = None,
+    ) -> Iterator[tuple[list[str], np.ndarray]]:
+        """Yield the names and the rows of `_each`; `unreadable` as for `embed_batches`."""
         if self.config.model.name == STORED:
             raise UserError(
                 f"{self.path}: was trained on stored features ({self.config.data.name}) and has no "
                 "image encoder; load a run that has one."
             )
-        items = listed(images)
-        if not items:
-            raise ValueError("images: the list is empty.")
-        fitting = 2 ** (len(items) - 1).bit_length()
-        size = round_up(min(_positive(batch_size), fitting), data_parallel(self._mesh))
-        done: list[np.ndarray] = []
-        previous: tuple[Any, int] | None = None
-        first = 0
-        with jax.set_mesh(self._mesh):
-            for pixels in squares(items, self.config.data, size):
-                count = len(pixels)
-                padded = np.pad(pixels, [(0, size - count), *[(0, 0)] * 3])
-                batch = sharding.put_batch({"image": padded}, self._mesh)["image"]
-                computing = compute(batch, first), count
-                if previous:  # fetched while the next batch is computed
-                    done.append(np.asarray(previous[0])[: previous[1]])
-                previous, first = computing, first + count
-        assert previous is not None  # because there are items
-        done.append(np.asarray(previous[0])[: previous[1]])
-        return np.concatenate(done)
+        work = batches.Work(self.config.data, self._mesh, positive(batch_size), compute)
+        yield from batches.computed(listed(images), work, unreadable)
 
 
 @functools.cache
@@ -340,12 +367,6 @@ def _texts(given: str | Sequence[str], name: str) -> list[str]:
     if not texts:
         raise ValueError(f"{name}: the list is empty.")
     return texts
-
-
-def _positive(batch_size: int) -> int:
-    if batch_size < 1:
-        raise ValueError(f"batch_size: {batch_size} is not positive.")
-    return batch_size
 
 
 def _decoding(beams: int, options: dict[str, Any]) -> Decoding:

@@ -23,6 +23,8 @@ REGISTRY = {
     "report": Command("report", TRAIN, "make one page of runs: curves, examples, cost"),
     "results": Command("results_table", TRAIN, "print evaluation results of runs as a table"),
     "caption": Command("caption", USE, "caption image files, or answer questions about them"),
+    "embed": Command("embed", USE, "store a vector for each image of a folder"),
+    "search": Command("search", USE, "find the images nearest to a text or an image"),
     "export": Command("export_encoder", USE, "export an encoder for other libraries"),
     "attention": Command("show_attention", USE, "draw where a captioner looks for each word"),
     "colorize": Command("colorize", USE, "draw the colors that a run predicts for gray images"),

@@ -20,6 +20,7 @@ from cap_pretrain.evals.metrics import ranking
 from cap_pretrain.evals.metrics.classification import accuracies
 from cap_pretrain.untrusted import read_bounded
 
+
 class ZeroShot:
     """Accuracy of the class whose captions score highest; ties count as random choices.
 
