@@ -14,7 +14,6 @@ Captions may begin with a prompt, tokens that are given (see `decode`). All meth
 in the same way, by a step that assigns these tokens probability 1.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -23,68 +22,21 @@ import jax.numpy as jnp
 from flax import nnx
 
 from cap_pretrain.distributed import sharding
-from cap_pretrain.errors import UserError, did_you_mean
-from cap_pretrain.models.beam_search import CaptionSpec, Step, beam_search, sharded_top_k
+from cap_pretrain.models import processors
+from cap_pretrain.models.beam_search import (
+    Beam,
+    CaptionSpec,
+    Step,
+    Written,
+    beam_search,
+    search,
+)
+from cap_pretrain.models.decoding_options import METHODS, Decoding
+from cap_pretrain.models.processors import Processor, restrict
+from cap_pretrain.models.sharded import at_tokens
 from cap_pretrain.models.text import PAD, Decoder
 
-METHODS = ("greedy", "beam", "sample")
-
-
-@dataclasses.dataclass(frozen=True)
-class Decoding:
-    """Decoding method. Base of the options of evaluators that write captions.
-
-    Attributes:
-        method: "greedy", "beam" or "sample".
-        beams: Beam search: number of live captions per image. 1 is greedy decoding.
-        length_norm: Beam search: a caption of n tokens scores its log-probability divided by
-            n ** length_norm. 0 is the log-probability, 1 its mean over tokens (see `beam_search`).
-        temperature: Sampling: divisor of the logits.
-        top_k: Sampling: number of most likely tokens to draw from. 0 is all.
-        top_p: Sampling: probability mass of the smallest set of most likely tokens to draw from.
-    """
-
-    method: str = "greedy"
-    beams: int = 4
-    length_norm: float = 1.0
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-
-    def __post_init__(self):
-        if self.method not in METHODS:
-            raise UserError(
-                f"method: no decoding method {self.method!r}.{did_you_mean(self.method, METHODS)}"
-            )
-        for field, valid, rule in (
-            ("beams", self.beams >= 1, "must be at least 1"),
-            ("length_norm", self.length_norm >= 0, "must not be negative"),
-            (
-                "temperature",
-                self.temperature > 0,
-                "must be positive; for the limit 0 use method=greedy",
-            ),
-            ("top_k", self.top_k >= 0, "must not be negative; 0 is all tokens"),
-            ("top_p", 0 < self.top_p <= 1, "is not in (0, 1]"),
-        ):
-            if not valid:
-                raise UserError(f"{field}: {getattr(self, field)} {rule}.")
-
-    @property
-    def rows(self) -> int:
-        """Number of live captions per image, for which the cache is allocated."""
-        return self.beams if self.method == "beam" else 1
-
-    @property
-    def described(self) -> str:
-        """Readable description of the method and its settings."""
-        if self.method == "greedy":
-            return "greedy decoding"
-        if self.method == "beam":
-            return f"beam search, {self.beams} beams, log p / tokens ** {self.length_norm:g}"
-        return (
-            f"sampling, temperature {self.temperature:g}, top_k {self.top_k}, top_p {self.top_p:g}"
-        )
+__all__ = ["METHODS", "CaptionSpec", "Decoding", "Written", "beam_search", "restrict"]
 
 
 def decode(
@@ -96,6 +48,19 @@ def decode(
     keys: jax.Array | None = None,
     prompt: jax.Array | None = None,
 ) -> jax.Array:
+    """Return the first caption of each image, int32 [B, length], by `decode_all`."""
+    return decode_all(step, cache, how, spec, keys=keys, prompt=prompt).tokens[:, 0]
+
+
+def decode_all(
+    step: Step,
+    cache: Any,
+    how: Decoding,
+    spec: CaptionSpec,
+    *,
+    keys: jax.Array | None = None,
+    prompt: jax.Array | None = None,
+) -> Written:
     """Write captions by the method `how`.
 
     Args:
@@ -106,37 +71,34 @@ def decode(
         keys: Random keys [B], required for sampling.
         prompt: int32 [B, length], the tokens that each caption begins with, followed by `pad`.
             They contain neither `pad` nor `eos`. They have log-probability 0 and are excluded
-            from the token count of the length normalization.
+            from the token count of the length normalization and from `min_length`. The other rules
+            take them for a part of the caption.
 
     Returns:
-        int32 [B, length], including the prompt.
+        `how.captions` captions per image, including the prompt: the best first, or samples in the
+        order in which they were drawn; and their log-probabilities. These are sums over tokens,
+        including EOS, of log-probabilities of the model: of the softmax of its logits, before
+        rules, temperature, restrictions and diversity.
     """
-    prompt_length: jax.Array | int = 0
+    lengths: jax.Array | int = 0
+    of_rows: jax.Array | int = 0
     if prompt is not None:
         step = prompted(step, jnp.repeat(prompt, how.rows, axis=0), spec.pad)
-        prompt_length = jnp.sum(prompt != spec.pad, axis=1)
-    if how.method == "greedy":
-        return greedy(step, cache, spec)
+        lengths = jnp.sum(prompt != spec.pad, axis=1)
+        of_rows = jnp.repeat(lengths, how.rows)
+    process = how.rules(spec, of_rows)
     if how.method == "beam":
-        return beam_search(
-            step,
-            cache,
-            spec,
-            beams=how.beams,
-            length_norm=how.length_norm,
-            prompt_length=prompt_length,
-        )
+        beam = Beam(how.beams, how.length_norm, how.groups, how.diversity, how.captions)
+        return search(step, cache, spec, beam, process=process, prompt_length=lengths)
+    if how.method == "greedy":
+        return _token_by_token(step, cache, _likeliest, spec, process)
     if keys is None:
         raise ValueError("decode: sampling needs random keys.")
-    return sample(
-        step,
-        cache,
-        keys,
-        spec,
-        temperature=how.temperature,
-        top_k=how.top_k,
-        top_p=how.top_p,
-    )
+    several = spec._replace(batch=spec.batch * how.captions)
+    options = dict(temperature=how.temperature, top_k=how.top_k, top_p=how.top_p)
+    draw = _draw(_keys_of_samples(keys, how.captions, spec.length), options)
+    found = _token_by_token(step, cache, draw, several, process)
+    return Written(*(x.reshape(spec.batch, how.captions, *x.shape[2:]) for x in found))
 
 
 def prompted(step: Step, prompt: jax.Array, pad: int) -> Step:
@@ -153,7 +115,11 @@ def prompted(step: Step, prompt: jax.Array, pad: int) -> Step:
 
 def greedy(step: Step, cache: Any, spec: CaptionSpec) -> jax.Array:
     """Choose the most likely token at every position; see `decode`."""
-    return _token_by_token(step, cache, lambda logits, _: jnp.argmax(logits, axis=-1), spec)
+    return _token_by_token(step, cache, _likeliest, spec).tokens[:, 0]
+
+
+def _likeliest(logits: jax.Array, _: jax.Array) -> jax.Array:
+    return jnp.argmax(logits, axis=-1)
 
 
 def sample(
@@ -161,10 +127,7 @@ def sample(
     cache: Any,
     keys: jax.Array,
     spec: CaptionSpec,
-    *,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    **options: Any,
 ) -> jax.Array:
     """Draw each token from the distribution that `restrict` leaves; see `decode`.
 
@@ -173,46 +136,34 @@ def sample(
         cache: Cache of `step` at position 0.
         keys: Random keys [B]. A caption depends on its own key, not on the batch it is in.
         spec: Size and special tokens of the captions.
-        temperature: See `restrict`, as for `top_k` and `top_p`.
-        top_k: See `restrict`.
-        top_p: See `restrict`.
+        options: Those of `restrict`.
     """
+    return _token_by_token(step, cache, _draw(keys, options), spec).tokens[:, 0]
+
+
+def _draw(keys: jax.Array, options: dict[str, Any]) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """Return a function (logits [R, V], position) -> int32 [R] that draws with keys [R]."""
 
     def draw(logits: jax.Array, position: jax.Array) -> jax.Array:
-        logits = restrict(logits, temperature=temperature, top_k=top_k, top_p=top_p)
+        logits = restrict(logits, **options)
         at_position = jax.vmap(jax.random.fold_in, (0, None))(keys, position)
         return jax.vmap(jax.random.categorical)(at_position, logits)
 
-    return _token_by_token(step, cache, draw, spec)
+    return draw
 
 
-def restrict(
-    logits: jax.Array, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
-) -> jax.Array:
-    """Apply temperature, then top-k, then nucleus filtering to logits [R, V].
+def _keys_of_samples(keys: jax.Array, samples: int, length: int) -> jax.Array:
+    """Return keys [B * samples] for keys [B]; those of the first samples are `keys`.
 
-    Excluded tokens get -inf. Tokens that tie at a limit are all kept. The order is that of Hugging
-    Face's `generate`.
-
-    Args:
-        logits: [R, V].
-        temperature: Positive; values below 1 sharpen the distribution.
-        top_k: Number of most likely tokens to keep (Fan et al. 2018, 1805.04833). 0 keeps all.
-        top_p: Nucleus: keep the smallest set of most likely tokens whose probabilities, after
-            top-k, sum to at least this value (Holtzman et al. 2019, 1904.09751).
+    Keys of positions are `keys` folded with numbers below `length`, so others are used here.
     """
-    logits = logits / temperature
-    if 0 < top_k < logits.shape[-1]:
-        least = sharded_top_k(logits, top_k)[0][..., -1:]
-        logits = jnp.where(logits < least, -jnp.inf, logits)
-    if top_p < 1:
-        descending = -jnp.sort(-logits, axis=-1)
-        probabilities = jax.nn.softmax(descending, axis=-1)
-        # A token is needed if the more likely ones do not sum to top_p.
-        needed = jnp.cumsum(probabilities, axis=-1) - probabilities < top_p
-        least = jnp.min(jnp.where(needed, descending, jnp.inf), axis=-1, keepdims=True)
-        logits = jnp.where(logits < least, -jnp.inf, logits)
-    return logits
+
+    def of_image(key: jax.Array) -> jax.Array:
+        others = length + jnp.arange(1, samples)
+        further = jax.vmap(jax.random.fold_in, (None, 0))(key, others)
+        return jnp.concatenate([key[None], further])
+
+    return keys if samples == 1 else jax.vmap(of_image)(keys).reshape(-1)
 
 
 def _token_by_token(
@@ -220,28 +171,38 @@ def _token_by_token(
     cache: Any,
     choose: Callable[[jax.Array, jax.Array], jax.Array],
     spec: CaptionSpec,
-) -> jax.Array:
-    """Apply `choose(logits [B, V], position)` at every position until all captions have ended."""
+    process: Processor | None = None,
+) -> Written:
+    """Apply `choose(logits [B, V], position)` at every position until all captions have ended.
+
+    `process` are rules on the next token. Returns one caption per row.
+    """
+    process = process or processors.in_turn([])
 
     def unfinished(carry):
-        position, _, _, done, _ = carry
+        position, _, _, _, done, _ = carry
         return (position < spec.length) & ~jnp.all(done)
 
     def body(carry):
-        position, last, tokens, done, cache = carry
+        position, last, tokens, log_p, done, cache = carry
         logits, cache = step(last, position, cache)
-        token = jnp.where(done, spec.pad, choose(logits, position).astype(jnp.int32))
+        allowed = process(tokens, position, logits)
+        token = jnp.where(done, spec.pad, choose(allowed, position).astype(jnp.int32))
+        own = at_tokens(logits, token[:, None])[:, 0] - jax.nn.logsumexp(logits, axis=-1)
+        log_p = jnp.where(done, log_p, log_p + own)
         tokens = tokens.at[:, position].set(token)
-        return position + 1, token, tokens, done | (token == spec.eos), cache
+        return position + 1, token, tokens, log_p, done | (token == spec.eos), cache
 
     carry = (
         jnp.int32(0),
         jnp.full(spec.batch, spec.start, jnp.int32),
         jnp.full((spec.batch, spec.length), spec.pad, jnp.int32),
+        jnp.zeros(spec.batch),
         jnp.zeros(spec.batch, bool),
         cache,
     )
-    return jax.lax.while_loop(unfinished, body, carry)[2]
+    _, _, tokens, log_p, _, _ = jax.lax.while_loop(unfinished, body, carry)
+    return Written(tokens[:, None], log_p[:, None])
 
 
 def for_decoding(learner: nnx.Module) -> Any:
@@ -262,7 +223,12 @@ def for_decoding(learner: nnx.Module) -> Any:
     return learner
 
 
-def write_captions(
+def write_captions(learner: Any, images: jax.Array, how: Decoding, **options: Any) -> jax.Array:
+    """Return the first caption of each image, int32 [B, length], by `write_all`."""
+    return write_all(learner, images, how, **options).tokens[:, 0]
+
+
+def write_all(
     learner: Any,
     images: jax.Array,
     how: Decoding,
@@ -271,7 +237,7 @@ def write_captions(
     eos: int,
     keys: jax.Array | None = None,
     prompt: jax.Array | None = None,
-) -> jax.Array:
+) -> Written:
     """Write captions of images with a captioner.
 
     Args:
@@ -280,13 +246,13 @@ def write_captions(
         how: The decoding method.
         length: Maximum number of tokens per caption.
         eos: Token that ends a caption.
-        keys: See `decode`, as for `prompt`.
-        prompt: See `decode`.
+        keys: See `decode_all`, as for `prompt`.
+        prompt: See `decode_all`.
 
     Returns:
-        int32 [B, length].
+        `how.captions` captions per image and their log-probabilities, see `decode_all`.
     """
-    return decode(
+    return decode_all(
         for_decoding(learner).decode_step,
         learner.init_decoding(images, how.rows),
         how,
