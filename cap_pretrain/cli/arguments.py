@@ -1,10 +1,14 @@
 """Command-line arguments and exit statuses that the tools have in common."""
 
 import argparse
+import dataclasses
+import inspect
 import io
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from cap_pretrain import untrusted
 from cap_pretrain.errors import UserError
@@ -26,6 +30,30 @@ def positive_int(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
     return number
+
+
+def field_help(options: type) -> dict[str, str]:
+    """Return what the docstring of a class says about each of its fields, under "Attributes"."""
+    section = inspect.getdoc(options).partition("Attributes:\n")[2]
+    found: dict[str, str] = {}
+    for line in section.split("\n"):
+        if re.match(r"    \w+: ", line):
+            name, _, text = line.strip().partition(": ")
+            found[name] = text
+        elif line.startswith("        ") and found:
+            found[name] += f" {line.strip()}"
+        else:
+            break
+    return found
+
+
+def add_fields(group: argparse._ArgumentGroup, options: type, **defaults: Any) -> None:
+    """Add an argument for each field of a dataclass, documented by `field_help`."""
+    texts = field_help(options)
+    for field in dataclasses.fields(options):
+        default = defaults.get(field.name, field.default)
+        text = f"{texts[field.name]} Default: {default}.".replace("%", "%%")
+        group.add_argument(f"--{field.name}", type=type(field.default), default=default, help=text)
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:

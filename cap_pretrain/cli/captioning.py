@@ -17,11 +17,13 @@ from cap_pretrain.cli import figures
 from cap_pretrain.data import images, pipeline
 from cap_pretrain.data.text.tokenizers import encode_answer
 from cap_pretrain.errors import UserError
+from cap_pretrain.evals.inference.captioning import Caption, read_captions
 from cap_pretrain.learners.protocols import WritesCaptions, learner_type
-from cap_pretrain.models.decoding import Decoding, write_captions
+from cap_pretrain.models.decoding import Decoding, write_all
 from cap_pretrain.models.sizes import STORED
 
 Captioner = Callable[[np.ndarray], list[str]]
+ScoredCaptioner = Callable[[np.ndarray], list[list[Caption]]]
 Named = tuple[str, np.ndarray]
 """The name of an image and its pixels, uint8 [S, S, 3]."""
 
@@ -102,6 +104,14 @@ def draw_images(args: argparse.Namespace, draw: Callable[[Learner, list[Named]],
 def captioner(
     learner: Learner, how: Decoding, batch_size: int, seed: int, question: str = ""
 ) -> Captioner:
+    """Return a function that writes the first caption of each image; see `scored_captioner`."""
+    write = scored_captioner(learner, how, batch_size, seed, question)
+    return lambda pixels: [captions[0].text for captions in write(pixels)]
+
+
+def scored_captioner(
+    learner: Learner, how: Decoding, batch_size: int, seed: int, question: str = ""
+) -> ScoredCaptioner:
     """Return a function that captions up to `batch_size` images, uint8 [n, S, S, 3].
 
     Smaller batches are padded; `seed` is for sampling. If there is a `question`, the captions are
@@ -123,7 +133,7 @@ def captioner(
 
     @jax.jit
     def write(variables, pixels, keys):
-        return write_captions(
+        return write_all(
             nnx.merge(graphdef, *variables),
             pixels,
             how,
@@ -135,13 +145,14 @@ def captioner(
 
     done = 0
 
-    def captions(pixels: np.ndarray) -> list[str]:
+    def captions(pixels: np.ndarray) -> list[list[Caption]]:
         nonlocal done
         keys = jax.vmap(lambda i: rng.key(seed, i, "captions"))(done + np.arange(batch_size))
         done += len(pixels)
         # Every batch is padded to one shape, so only one program is compiled.
         padding = [(0, batch_size - len(pixels)), *[(0, 0)] * 3]
-        tokens = np.asarray(write(variables, np.pad(pixels, padding), keys))
-        return [tokenizer.decode(ids[given:]) for ids in tokens[: len(pixels)]]
+        written = jax.device_get(write(variables, np.pad(pixels, padding), keys))
+        of_images = zip(written.tokens[: len(pixels)], written.log_p, strict=False)
+        return [read_captions(tokenizer, tokens, log_p, given) for tokens, log_p in of_images]
 
     return captions

@@ -1,12 +1,19 @@
-"""Caption image files with the learner of a run, one output line per file.
+"""Caption image files with the learner of a run.
 
     python tools/caption.py --checkpoint runs/cappa --method beam --json photo.jpg scan.tif
     python tools/caption.py --checkpoint runs/vqa --question "How many dogs are there?" photo.jpg
+    python tools/caption.py --checkpoint runs/cappa --method sample --captions 5 --top_p 0.9 a.jpg
+    python tools/caption.py --checkpoint runs/cappa --method beam --groups 2 --captions 2 a.jpg
 
-A line is "NAME: CAPTION" or "NAME: not captioned: REASON"; with --json, an object with "image" and
-"caption" or "error". --question needs a run trained on questions (see configs/coco_captioning.py).
-The newest valid checkpoint is used, with averaged parameters if it has them. Exit status: 0 all
-have captions; 1 some have none; 2 there is no captioner, or an option is wrong.
+The output has a line per file: "NAME: CAPTION" or "NAME: not captioned: REASON"; with --json, an
+object with "image" and "caption" or "error". With --scores or several --captions it has a line per
+caption, "NAME: CAPTION  (log p -6.21, -0.69 per token)", and the object has "captions": a list of
+objects with "caption", "log_prob", "log_prob_per_token" and "tokens". A log-probability is in
+nats, the sum over the tokens of the caption and the one that ends it, of the learner's softmax,
+before any of the rules below. --question needs a run trained on questions (see
+configs/coco_captioning.py). The newest valid checkpoint is used, with averaged parameters if it has
+them. Exit status: 0 all have captions; 1 some have none; 2 there is no captioner, or an option is
+wrong.
 """
 
 import argparse
@@ -14,6 +21,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -22,7 +30,7 @@ from ml_collections import ConfigDict
 from cap_pretrain import untrusted
 from cap_pretrain.checkpoints.load import load_learner
 from cap_pretrain.cli import arguments
-from cap_pretrain.cli.captioning import Captioner, captioner, read_image
+from cap_pretrain.cli.captioning import ScoredCaptioner, read_image, scored_captioner
 from cap_pretrain.errors import UserError
 from cap_pretrain.models.decoding import Decoding
 
@@ -30,9 +38,9 @@ BLANK = "the learner wrote no text; answers need a run that was trained on quest
 
 
 def caption_files(
-    paths: Sequence[str], captions: Captioner, batch_size: int, data: ConfigDict
-) -> Iterator[dict[str, str]]:
-    """Yield {"image": path} with a "caption" or an "error", in the order of the paths."""
+    paths: Sequence[str], captions: ScoredCaptioner, batch_size: int, data: ConfigDict
+) -> Iterator[dict[str, Any]]:
+    """Yield {"image": path} and "caption" with "captions", or "error", in the order of paths."""
     for start in range(0, len(paths), batch_size):
         batch = [(path, read_image(path, data)) for path in paths[start : start + batch_size]]
         pixels = [found for _, found in batch if not isinstance(found, str)]
@@ -40,10 +48,26 @@ def caption_files(
         for path, found in batch:
             if isinstance(found, str):
                 yield {"image": path, "error": found}
-            elif (text := next(written)).strip():
-                yield {"image": path, "caption": text}
+            elif (several := next(written))[0].text.strip():
+                listed = [one.as_json() for one in several]
+                yield {"image": path, "caption": several[0].text, "captions": listed}
             else:
                 yield {"image": path, "error": BLANK}
+
+
+def lines(result: dict[str, Any], as_json: bool, scores: bool) -> Iterator[str]:
+    """Yield the lines of a result of `caption_files`."""
+    if as_json:
+        kept = result if scores else {k: v for k, v in result.items() if k != "captions"}
+        yield json.dumps(kept, ensure_ascii=False)
+    elif "error" in result:
+        yield f"{result['image']}: not captioned: {result['error']}"
+    elif not scores:
+        yield f"{result['image']}: {result['caption']}"
+    else:
+        for one in result["captions"]:
+            score = f"log p {one['log_prob']:.2f}, {one['log_prob_per_token']:.2f} per token"
+            yield f"{result['image']}: {one['caption']}  ({score})"
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -51,13 +75,13 @@ def _run(args: argparse.Namespace) -> int:
     options = {field.name: getattr(args, field.name) for field in dataclasses.fields(Decoding)}
     decoding = Decoding(**options)
     learner = load_learner(args.checkpoint, step=args.step)
-    captions = captioner(learner, decoding, batch_size, args.seed, args.question)
+    captions = scored_captioner(learner, decoding, batch_size, args.seed, args.question)
+    scores = args.scores or decoding.captions > 1
     failed = False
     for result in caption_files(args.images, captions, batch_size, learner.config.data):
         failed |= "error" in result
-        text = result.get("caption", f"not captioned: {result.get('error')}")
-        line = json.dumps(result, ensure_ascii=False) if args.json else f"{result['image']}: {text}"
-        print(untrusted.printable(line), flush=True)
+        for line in lines(result, args.json, scores):
+            print(untrusted.printable(line), flush=True)
     return int(failed)
 
 
@@ -70,12 +94,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object per line")
     parser.add_argument("--batch_size", type=arguments.positive_int, default=16, help="default: 16")
     parser.add_argument("--seed", type=int, default=0, help="random seed of --method sample")
-    group = parser.add_argument_group("decoding", "see Decoding in cap_pretrain/models/decoding.py")
-    for field in dataclasses.fields(Decoding):
-        kind, default = type(field.default), field.default
-        group.add_argument(
-            f"--{field.name}", type=kind, default=default, help=f"default: {default}"
-        )
+    parser.add_argument(
+        "--scores", action="store_true", help="print log-probabilities, as with several captions"
+    )
+    group = parser.add_argument_group("decoding", "docs/decoding.md has more on these options")
+    arguments.add_fields(group, Decoding)
     args = parser.parse_args(argv)
     logging.set_verbosity(logging.ERROR)
     return arguments.run(_run, args, catch=(UserError,))

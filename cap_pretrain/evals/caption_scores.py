@@ -12,7 +12,7 @@ from cap_pretrain.data.sources.base import parse_mixture
 from cap_pretrain.distributed import cluster
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.base import BatchOptions, Context, Interrupted, Result
-from cap_pretrain.evals.inference.captioning import Captioning
+from cap_pretrain.evals.inference.captioning import Caption, Captioning
 from cap_pretrain.evals.metrics import caption_metrics
 from cap_pretrain.models.decoding import Decoding
 
@@ -64,13 +64,14 @@ class CaptionScores:
 
         Raises UserError if an image has no references or a requested PTBTokenizer cannot run.
         """
-        captions = dict(self._captioning(variables))
+        captions = dict(self._captioning.scored(variables))
         found = cluster.decided(None, lambda _: self._score(captions))
         return Result(found["metrics"], found["details"], (found["line"],))
 
-    def _score(self, captions: Mapping[int, str]) -> dict[str, Any]:
+    def _score(self, written: Mapping[int, list[Caption]]) -> dict[str, Any]:
         """Return the parts of the result as JSON."""
-        kept = [self._entry(index, caption) for index, caption in captions.items()]
+        kept = [self._entry(index, captions) for index, captions in written.items()]
+        captions = [entry["caption"] for entry in kept]
         scores = caption_metrics.score(
             dict(enumerate(entry["references"] for entry in kept)),
             dict(enumerate(entry["caption"] for entry in kept)),
@@ -79,13 +80,13 @@ class CaptionScores:
             protocol=self._options.protocol,
             check=self._check,
         )
-        counts = collections.Counter(captions.values())
+        counts = collections.Counter(captions)
         ((commonest, times),) = counts.most_common(1)
         metrics = scores.metrics | {
             # These reveal a captioner that has collapsed to a few sentences.
             "distinct_share": len(counts) / len(captions),
             "commonest_share": times / len(captions),
-            "mean_words": float(np.mean([len(caption.split()) for caption in captions.values()])),
+            "mean_words": float(np.mean([len(caption.split()) for caption in captions])),
         }
         options = self._options
         protocol = caption_metrics.current_name(options.protocol)
@@ -105,16 +106,17 @@ class CaptionScores:
         line += "".join(f"; {' '.join(note.split())}" for note in scores.notes())
         return {"metrics": metrics, "details": details, "line": line}
 
-    def _entry(self, index: int, caption: str) -> dict[str, Any]:
-        """Return the id, caption and references of an image."""
+    def _entry(self, index: int, captions: list[Caption]) -> dict[str, Any]:
+        """Return the id, captions and references of an image."""
         example = self._source[index]
         if not example["captions"]:
             raise UserError(
                 f"evals: caption_scores: image {example['id']!r} of {self._dataset} has no "
                 "reference captions; every image needs one or more."
             )
-        entry = {"image_id": example["id"], "caption": caption}
-        return entry | {"references": list(example["captions"])}
+        entry = {"image_id": example["id"], "caption": captions[0].text}
+        entry |= {"references": list(example["captions"])}
+        return entry | self._captioning.recorded(captions)
 
     def _check(self) -> None:
         """Raise Interrupted if the run is stopping; the signal may have ended Java, too."""

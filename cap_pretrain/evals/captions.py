@@ -42,17 +42,20 @@ class Captions:
         size = self._context.config.data.image_size
         samples: list[dict[str, Any]] = []
         pictures, lines = [], []
-        for index, caption in self._captioning(variables):
+        for index, written in self._captioning.scored(variables):
+            caption = written[0].text
             example = self._source[index]
             references = list(example["captions"])
             question = example.get("question", "")
             sample = {"index": index, "id": example["id"]}
             sample |= {"question": question} if question else {}
-            samples.append(sample | {"caption": caption, "references": references})
+            sample |= {"caption": caption, "references": references}
+            samples.append(sample | self._captioning.recorded(written))
             if len(samples) <= self._options.shown:
                 if not pipeline.is_features(example["image"]):
                     pictures.append((pipeline.picture(example["image"], size), caption))
                 lines.append(" ".join(filter(None, (f"{example['id']}:", question, caption))))
+                lines += [f"    or: {one.text} (log p {one.log_prob:.2f})" for one in written[1:]]
                 lines += [f"    reference: {reference}" for reference in references[:1]]
         captions = [sample["caption"] for sample in samples]
         metrics = {

@@ -52,11 +52,12 @@ class QuestionAnswers:
         judged: dict[str, list[float]] = {}  # accuracies by kind; "" is the kind of unlabeled ones
         answers: list[dict[str, Any]] = []
         samples: list[dict[str, Any]] = []
-        for index, answer in self._captioning(variables):
+        for index, written in self._captioning.scored(variables):
+            answer = written[0].text
             example = self._source[index]
             answers.append({"question_id": _question_id(example["id"]), "answer": answer})
             sample: dict[str, Any] = {"id": example["id"], "question": example["question"]}
-            sample["answer"] = answer
+            sample |= {"answer": answer, **self._captioning.recorded(written)}
             if references := list(example["captions"]):
                 label = example["label"]
                 kind = self._source.class_names[label] if label >= 0 else ""

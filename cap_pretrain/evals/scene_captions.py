@@ -45,8 +45,9 @@ class SceneCaptions:
         """Caption the images and compare the captions with the scenes."""
         right, mistakes = {}, []
         by_count: dict[int, list[bool]] = {}  # number of objects -> correct captions
-        captions = list(self._captioning(variables))
-        for index, caption in captions:
+        captions = list(self._captioning.scored(variables))
+        for index, written in captions:
+            caption = written[0].text
             scene = self._source.scene(index)
             named = names_every_object(scene, caption)
             right[index] = named
@@ -58,6 +59,7 @@ class SceneCaptions:
                         "caption": caption,
                         "mentioned": mentions(caption),
                         "true": [(thing.colour, thing.shape) for thing in scene.things],
+                        **self._captioning.recorded(written),
                     }
                 )
         count = sum(right.values())

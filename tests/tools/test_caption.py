@@ -14,6 +14,7 @@ from PIL import Image
 from cap_pretrain.checkpoints.load import load_learner
 from cap_pretrain.commands import caption
 from cap_pretrain.data import pipeline
+from cap_pretrain.evals.inference.captioning import Caption
 from cap_pretrain.models.decoding import Decoding, write_captions
 from tests import toy
 
@@ -158,7 +159,8 @@ def test_error_messages(run, tokenizer_path, tmp_path, capsys):
 
 def test_a_blank_answer_is_an_error(monkeypatch, run, awkward, capsys):
     fine = [path for path, reason in awkward.items() if not reason][:2]
-    monkeypatch.setattr(caption, "captioner", lambda *_: lambda pixels: ["", "yes"][: len(pixels)])
+    answers = [[Caption("", -1.0, 1)], [Caption("yes", -2.0, 2)]]
+    monkeypatch.setattr(caption, "scored_captioner", lambda *_: lambda pixels: answers)
     options = ["--checkpoint", str(run), "--question", "Is it red?"]
     assert caption.main([*options, *fine]) == 1
     lines = capsys.readouterr().out.splitlines()
