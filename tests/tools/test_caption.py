@@ -2,7 +2,7 @@
 
 import io
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import jax
@@ -167,3 +167,39 @@ def test_a_blank_answer_is_an_error(monkeypatch, run, awkward, capsys):
     assert (
         lines[0] == f"{fine[0]}: not captioned: {caption.BLANK}" and lines[1] == f"{fine[1]}: yes"
     )
+
+
+def test_help_documents_every_option_of_decoding(capsys):
+    with pytest.raises(SystemExit) as ended:
+        caption.main(["--help"])
+    assert not ended.value.code
+    shown = " ".join(capsys.readouterr().out.split())
+    for field in fields(Decoding):
+        assert f"--{field.name} {field.name.upper()} " in shown
+    assert "Default: 0.5." in shown and "nats" in shown
+
+
+@pytest.mark.slow
+def test_several_captions_come_with_their_scores(run, awkward, capsys):
+    paths = [path for path, reason in awkward.items() if not reason][:3]
+    options = ["--checkpoint", str(run), "--method", "beam", "--beams", "4", "--captions", "3"]
+    assert caption.main([*options, "--json", *paths]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    config, tokenizer, graphdef, variables = load_learner(run)
+    score = jax.jit(nnx.merge(graphdef, *variables).score)
+    for result, path in zip(found, paths, strict=True):
+        assert result["image"] == path and result["caption"] == result["captions"][0]["caption"]
+        assert len(result["captions"]) == 3
+        image = pipeline.square(Path(path).read_bytes(), 16, "none")[None]
+        for one in result["captions"]:
+            assert one["log_prob"] == pytest.approx(one["tokens"] * one["log_prob_per_token"])
+            text = tokenizer.encode(one["caption"])
+            if one["tokens"] == np.count_nonzero(text):  # the text encodes as it was written
+                own = float(score(image, text[None, None])[0, 0])
+                assert one["log_prob"] == pytest.approx(own, abs=1e-3)
+    assert caption.main([*options, *paths[:1]]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for line, one in zip(lines, found[0]["captions"], strict=True):
+        log_p, mean = one["log_prob"], one["log_prob_per_token"]
+        text = f"{paths[0]}: {one['caption']}  (log p {log_p:.2f}, {mean:.2f} per token)"
+        assert line == text
