@@ -19,8 +19,9 @@ class Device:
 
     process_index = 0
 
-    def __init__(self, platform: str):
+    def __init__(self, platform: str, capability: str = "9.0"):
         self.platform = platform
+        self.compute_capability = capability
 
 
 def optimizer(config):
@@ -41,10 +42,10 @@ def settled(config, limit, *, devices=8, platform="gpu"):
     return automatic.settle(config, VOCAB, optimizer(config), [Device(platform)] * devices, limit)
 
 
-def needs(config, remat, fsdp):
+def needs(config, remat, fsdp, capability="9.0"):
     config = config.copy_and_resolve_references()
     config.model.remat, config.mesh.fsdp = remat, fsdp
-    return automatic.estimate(config, VOCAB, optimizer(config), [Device("gpu")] * 8)
+    return automatic.estimate(config, VOCAB, optimizer(config), [Device("gpu", capability)] * 8)
 
 
 def test_the_first_that_fits_is_taken(config, monkeypatch):
@@ -67,6 +68,12 @@ def test_policies_and_sharding_need_less_and_less(config):
     assert none.activations > lean.activations > full.activations > 0
     assert none.state == full.state
     assert needs(config, "none", 8).state < none.state / 6
+
+
+def test_gpus_before_hopper_need_more_without_rematerialization(config):
+    ampere, hopper = (needs(config, "none", 1, capability) for capability in ("8.0", "9.0"))
+    assert ampere.activations == pytest.approx(1.25 * hopper.activations, rel=1e-3)
+    assert needs(config, "full", 1, "8.0") == needs(config, "full", 1)
 
 
 def test_what_the_user_gives_is_kept(config):
