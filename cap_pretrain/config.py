@@ -67,6 +67,9 @@ def default() -> ConfigDict:
     c.eval.every_examples = 0
     c.eval.every_epochs = 0.0
     c.eval.every_share = 0.1
+    # Evaluators whose limit is not set read no more examples than take as long as the training
+    # between two evaluations (see cap_pretrain/evals/fit.py). False: all examples, or their limit.
+    c.eval.fit = True
     # Evaluators, by the name under which their results are stored (see cap_pretrain/evals).
     c.evals = ConfigDict()
     return c.lock()
@@ -278,6 +281,7 @@ def _log() -> ConfigDict:
     c.every_examples = 0
     c.every_epochs = 0.0
     c.every_share = 0.0
+    c.parameters = False  # Print the table of all parameters, which is also in parameters.txt
     c.ids = False  # Log data/ids at every step, a fingerprint of its examples and their order
     # A loss so many robust standard deviations above the median of the last 100 steps is reported
     # and logged as spike/loss; 0 disables it.

@@ -22,6 +22,7 @@ from cap_pretrain.data.text import tokenizers, words
 from cap_pretrain.distributed import cluster
 from cap_pretrain.errors import UserError
 from cap_pretrain.models.sizes import STORED
+from cap_pretrain.telemetry import console
 
 # Examples per dataset whose captions train a new sentencepiece tokenizer.
 TOKENIZER_EXAMPLES = 50_000
@@ -239,11 +240,19 @@ def _make_tokenizer(config: ConfigDict, mixture: Mixture, workdir: Path) -> None
         return
     folder, lower = (workdir / TOKENIZER_FILE).parent, config.text.lower
     if config.text.kind == "words":  # the minimum count refers to all captions
-        captions = _captions(mixture)
-        words.write_words(captions, folder, words.Rules(**config.text.words), lower)
+        with console.doing(f"Counting the words of the captions of {_images(mixture)}"):
+            captions = _captions(mixture)
+            words.write_words(captions, folder, words.Rules(**config.text.words), lower)
     else:
-        captions = _captions(mixture, TOKENIZER_EXAMPLES)
-        tokenizers.train_sentencepiece(captions, folder, config.text.vocab_size, lower)
+        images = _images(mixture, TOKENIZER_EXAMPLES)
+        with console.doing(f"Training a tokenizer on the captions of {images}"):
+            captions = _captions(mixture, TOKENIZER_EXAMPLES)
+            tokenizers.train_sentencepiece(captions, folder, config.text.vocab_size, lower)
+
+
+def _images(mixture: Mixture, limit: int | None = None) -> str:
+    """Return how many examples `_captions` reads, as "3,096 images"."""
+    return f"{sum(min(limit or len(source), len(source)) for source, _ in mixture):,} images"
 
 
 def _captions(mixture: Mixture, limit: int | None = None) -> Iterator[str]:
@@ -284,7 +293,8 @@ def in_buckets(
     if not (config.data.buckets and mixture):
         return TrainingMixture(mixture)
     assert tokenizer is not None
-    groups = [group for source, _ in mixture for group in buckets.by_length(source, tokenizer)]
+    with console.doing(f"Grouping the captions of {_images(mixture)} by length"):
+        groups = [group for source, _ in mixture for group in buckets.by_length(source, tokenizer)]
     return TrainingMixture([(group, 1.0) for group in groups])
 
 

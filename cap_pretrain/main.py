@@ -19,6 +19,7 @@ from ml_collections import config_flags
 
 from cap_pretrain import untrusted
 from cap_pretrain.errors import UserError, did_you_mean, disk_error
+from cap_pretrain.telemetry import console
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/NAME.py[:key=value,…]")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of everything that the run writes.")
@@ -42,8 +43,10 @@ def parse(argv: list[str]) -> list[str]:
             if not Path(file).is_file():
                 near = did_you_mean(file, map(str, Path("configs").glob("*.py")))
                 raise UserError(f"--config: there is no file {file!r}.{near}")
+    file = next((arg.partition("=")[2] for arg in argv if arg.startswith("--config=")), "")
     try:
-        rest = flags.FLAGS(argv)
+        with console.doing(f"Loading JAX and {file}", say=False):
+            rest = flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as e:
         raise config_error(e) from e
     if CONFIG.value is None or not WORKDIR.value:
@@ -78,17 +81,19 @@ def config_error(error: Exception) -> UserError:
 
 def main(_: list[str]) -> None:
     """Run the program after the flags are parsed."""
-    from cap_pretrain.distributed import cluster, determinism, gpu, heartbeat
-    from cap_pretrain.train import dry_run, run
+    with console.doing("Loading the training loop", say=False):
+        from cap_pretrain.distributed import cluster, determinism, gpu, heartbeat
+        from cap_pretrain.train import dry_run, run
 
     determinism.set_environment(CONFIG.value)
     gpu.set_environment()
     workdir = Path(WORKDIR.value or "")  # `parse` requires it
     given = tuple(config_flags.get_override_values(flags.FLAGS["config"]))
     if DRY_RUN.value:
-        print(dry_run(CONFIG.value, workdir, ALLOW_CHANGES.value, given))
+        console.say(dry_run(CONFIG.value, workdir, ALLOW_CHANGES.value, given))
         return
-    cluster.start(cluster.Addresses(COORDINATOR.value, PROCESSES.value, PROCESS.value))
+    with console.doing("Joining the cluster", say=False):
+        cluster.start(cluster.Addresses(COORDINATOR.value, PROCESSES.value, PROCESS.value))
     with heartbeat.watched():
         run(CONFIG.value, workdir, ALLOW_CHANGES.value, given)
 
@@ -96,7 +101,8 @@ def main(_: list[str]) -> None:
 def entry() -> int:
     """Run `main` and return the exit status."""
     try:
-        app.run(main, flags_parser=parse)
+        with console.used():
+            app.run(main, flags_parser=parse)
     except UserError as e:
         return say(e, 2)
     except OSError as e:

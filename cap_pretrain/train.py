@@ -9,7 +9,6 @@ seed and t. So the saved state is all that a restarted run needs.
 import contextlib
 import dataclasses
 import importlib
-import io
 import json
 import sys
 import types
@@ -31,9 +30,10 @@ from cap_pretrain.distributed import cluster, compile_cache, heartbeat, sharding
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.base import Interrupted
 from cap_pretrain.reports.journal import Journal
-from cap_pretrain.telemetry import flops
+from cap_pretrain.telemetry import console, flops
 from cap_pretrain.telemetry.metrics import MetricsWriter, read_metrics
 from cap_pretrain.telemetry.progress import Progress
+from cap_pretrain.training import ending
 from cap_pretrain.training import setup as setups
 from cap_pretrain.training.broken import BrokenList
 from cap_pretrain.training.changes import check_unchanged, fields, unused
@@ -55,18 +55,19 @@ def run(
     The config may differ from that of the earlier run in the fields `allow_changes`. Raises
     UserError, or `watch.Stopped` if SIGTERM or SIGINT ended the run early, after saving.
     """
-    same = {"the fields on the command line": sorted(given)}
-    cluster.check_same(fields(json.loads(configs.to_json(config))) | same)
-    config, initial = warm_start.resolve(config, given, say, workdir)
-    for line in unused(config, given):
-        say(line)
-    resuming = bool(saved_steps(workdir))
     with contextlib.ExitStack() as stack:
+        stack.enter_context(console.used()).quiet = jax.process_index() > 0
+        same = {"the fields on the command line": sorted(given)}
+        cluster.check_same(fields(json.loads(configs.to_json(config))) | same)
+        config, initial = warm_start.resolve(config, given, console.say, workdir)
+        for line in unused(config, given):
+            console.say(line)
+        resuming = bool(saved_steps(workdir))
 
         def check(config: ConfigDict) -> Earlier:
             stack.enter_context(locked(workdir))
             found = earlier(config, workdir, allow_changes)
-            compile_cache.use(config, workdir, say)  # before anything is compiled
+            compile_cache.use(config, workdir, console.say)  # before anything is compiled
             return found
 
         setup = setups.prepare(config, workdir, check, resuming=resuming)
@@ -102,12 +103,9 @@ class Run:
         self._config, self._schedule = setup.config, setup.schedule
         self._is_main = jax.process_index() == 0
         self._several_hosts = jax.process_count() > 1
-        peak = flops.system_peak(jax.devices())
-        self._progress = Progress(
-            setup.schedule.total,
-            mfu_label=peak.label,
-            stream=None if self._is_main else io.StringIO(),
-        )
+        with console.doing("Measuring the devices", say=False):
+            peak = flops.system_peak(jax.devices())
+        self._progress = Progress(setup.schedule.total, mfu_label=peak.label)
         setup.describe(self._progress, peak)
         self._timer = setup.timer(peak)
         facts = lambda: setup.facts(self._timer.flops_per_step)
@@ -127,7 +125,7 @@ class Run:
         """
         config, workdir, total = self._config, self._setup.workdir, self._schedule.total
         say = self._progress.say
-        with self._timer.pause():
+        with self._timer.pause(), console.doing("Restoring the state", say=False):
             if total:
                 self._checkpoints.prepare(self._setup.abstract)
             restored = self._checkpoints.restore_newest(self._setup.abstract, say)
@@ -160,6 +158,7 @@ class Run:
             # The hosts of a cluster cannot leave an evaluation one by one.
             interrupt=(lambda: False) if self._several_hosts else self._stop.is_set,
             weights=weights,
+            pace=lambda: self._timer.seconds_per_step / config.batch_size,
         )
 
     def catch_up(self) -> bool:
@@ -178,6 +177,7 @@ class Run:
             self.evaluate("end", done=done)
             if total:
                 self._progress.say(f"Already at step {start} of {total}: nothing to do.")
+            self._finish()
             return True
         return False
 
@@ -192,16 +192,20 @@ class Run:
         self._stack.enter_context(jax.transfer_guard("disallow"))
         self._stack.push(lambda _, error, __: heartbeat.ending(error) if error else None)
         for step, batch in batches:
-            requests = self._requests() if self._several_hosts else None
-            if self._several_hosts and step == start + 1:
-                step_fn = cluster.compiled_everywhere(step_fn, self.state, batch, requests)
-            self.state, metrics = step_fn(self.state, batch, requests)
-            metrics = self._watch.add(step, metrics)
-            due = self._due(step)
-            if step == start + 1 or due.log or due.evaluate or due.save or due.stop:
-                self._watch.check()  # waits for the device, so that the clock is right
+            first = step == start + 1
+            with self._setup.compiling() if first else contextlib.nullcontext():
+                requests = self._requests() if self._several_hosts else None
+                if self._several_hosts and first:
+                    step_fn = cluster.compiled_everywhere(step_fn, self.state, batch, requests)
+                self.state, metrics = step_fn(self.state, batch, requests)
+                metrics = self._watch.add(step, metrics)
+                due = self._due(step)
+                if first or due.log or due.evaluate or due.save or due.stop:
+                    self._watch.check()  # waits for the device, so that the clock is right
             self._timer.step_done()
-            self._progress.update(step)
+            self._progress.update(
+                step, self._first_figures(metrics) if first and not due.log else None
+            )
             if due.log:
                 self._log(step, metrics)
             with self._timer.pause():
@@ -268,6 +272,11 @@ class Run:
         save |= bool(self._watch.fault)
         return Due(last, log, evaluate, save, stop)
 
+    def _first_figures(self, metrics: dict[str, jax.Array]) -> dict[str, float]:
+        """Return what is shown of the first step, whether or not it is logged."""
+        loss = float(jax.device_get(metrics["loss"]))
+        return {"train/loss": loss, "time/compile_s": self._timer.first_step_s}
+
     def _log(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Write and print the metrics of a step."""
         values = {
@@ -300,7 +309,16 @@ class Run:
             last = True
         if last:
             self.evaluate("end")
+            self._finish()
         return last
+
+    def _finish(self) -> None:
+        """Say where the results are and what to do with them."""
+        workdir = self._setup.workdir
+        self._progress.close()
+        self._progress.say(
+            ending.lines(self._config, workdir, max(saved_steps(workdir), default=0))
+        )
 
 
 def allowed_changes(config: ConfigDict, workdir: Path, allowed: Sequence[str]) -> list[str]:
@@ -334,12 +352,6 @@ def keep_config(config: ConfigDict, workdir: Path, start: int) -> None:
     files.write_bytes(path, data)
 
 
-def say(text: str) -> None:
-    """Print a line on the first host."""
-    if jax.process_index() == 0:
-        print(text, flush=True)
-
-
 def dry_run(
     config: ConfigDict,
     workdir: Path,
@@ -350,9 +362,9 @@ def dry_run(
 
     Mistakes of the user are printed as by `run`.
     """
-    config, _ = warm_start.resolve(config, given, say, workdir)
+    config, _ = warm_start.resolve(config, given, console.say, workdir)
     for line in unused(config, given):
-        say(line)
+        console.say(line)
 
     def check(config: ConfigDict) -> Earlier:
         return earlier(config, workdir, allow_changes)

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from cap_pretrain.data.scenes.source import Scenes
 from cap_pretrain.data.scenes.text import mentions
-from cap_pretrain.data.sources.base import Source
+from cap_pretrain.data.sources.base import Source, without_image
 from cap_pretrain.data.text.word_order import shuffles, words_of
 
 
@@ -58,7 +58,7 @@ class OrderQuestions:
     def questions(self, index: int) -> list[Question]:
         """Return one question for each caption of example `index` that can be shuffled."""
         found = []
-        for k, caption in enumerate(self.source[index]["captions"]):
+        for k, caption in enumerate(without_image(self.source, index)["captions"]):
             false = shuffles(caption, f"{index}/{k}", self._same_meaning)
             if false:
                 found.append(Question(" ".join(words_of(caption)), false))

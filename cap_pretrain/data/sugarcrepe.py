@@ -6,35 +6,57 @@ replace_att, replace_obj, replace_rel, swap_att and swap_obj, each of the form
 
     {"0": {"filename": "000000085329.jpg", "caption": "…", "negative_caption": "…"}, …}
 
-The images are those of COCO's val2017.
+plain or compressed with gzip. The images are those of COCO's val2017; part of them is enough.
 """
 
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from cap_pretrain import files
+from cap_pretrain import files, untrusted
 from cap_pretrain.data.builders.files import READ_ERRORS, image_names, open_files
 from cap_pretrain.data.hard_negatives import Question
 from cap_pretrain.errors import UserError
+
+NAME = re.compile(r"((?:add|replace|swap)_(?:att|obj|rel))\.json(?:\.gz)?")
+"""The names of SugarCrepe's files, whose stem is a kind of negative; others are ignored."""
 
 
 class SugarCrepe:
     """The questions of all files by image: a `QuestionSet`. The kind of a negative is its file.
 
-    `annotations` is the folder of the JSON files, all of which are read; `images` is a folder or
-    zip with the images, possibly in subfolders. Raises UserError if the folder has no JSON files, a
-    file has another form, or an image is missing.
+    `annotations` is a copy of the repository, its folder `data`, or any folder with some of its
+    files; `images` is a folder or zip with the images, possibly in subfolders. Questions about
+    images that are not there are left out and counted. Raises UserError if the folder has none of
+    the files, a file has another form, or no image is there.
+
+    Attributes:
+        counts: for `Result.details`: the images and questions that were left out.
+        lines: for `Result.lines`: the same, in words, if there are any.
     """
 
     protocol = "SugarCrepe: each caption against its one negative, by file"
 
     def __init__(self, annotations: str, images: str):
-        self._questions: dict[str, list[Question]] = {}
+        asked: dict[str, list[Question]] = {}
         for path in _json_files(annotations):
             for name, question in _read(path):
-                self._questions.setdefault(name, []).append(question)
-        self._names = list(self._questions)
-        self.source = _Images(images, self._names)
+                asked.setdefault(name, []).append(question)
+        self.source = _Images(images, asked)
+        self._names = self.source.names
+        self._questions = {name: asked[name] for name in self._names}
+        missing = len(asked) - len(self._names)
+        left_out = sum(map(len, asked.values())) - sum(map(len, self._questions.values()))
+        self.counts = {"missing_images": missing, "questions_left_out": left_out}
+        self.lines = (
+            (
+                f"{missing:,} of {len(asked):,} images are not in {images}, so {left_out:,} "
+                "questions are left out",
+            )
+            if missing
+            else ()
+        )
 
     def questions(self, index: int) -> list[Question]:
         """Return the questions of all files about image `index`."""
@@ -42,19 +64,22 @@ class SugarCrepe:
 
 
 class _Images:
-    """Images by name, as a `Source` without captions and labels."""
+    """The images of a folder or zip that are asked about, as a `Source` without captions.
 
-    def __init__(self, path: str, names: list[str]):
+    `names` are the names by which they are asked about.
+    """
+
+    def __init__(self, path: str, asked: Iterable[str]):
         self.class_names: list[str] = []
         self._files = open_files(path)
         by_name = {name.rpartition("/")[2]: name for name in image_names(self._files)}
-        missing = [name for name in names if name not in by_name]
-        if missing:
+        self.names = [name for name in asked if name in by_name]
+        if not self.names:
             raise UserError(
-                f"{path}: {len(missing)} of {len(names)} images are missing, such as "
-                f"{missing[0]}; SugarCrepe needs the images of COCO's val2017."
+                f"{path}: none of the images that SugarCrepe asks about is there; give those of "
+                "COCO's val2017, such as 000000085329.jpg."
             )
-        self._paths = [by_name[name] for name in names]
+        self._paths = [by_name[name] for name in self.names]
 
     def __str__(self) -> str:
         return f"the images of {self._files.path}"
@@ -72,22 +97,30 @@ class _Images:
 
 
 def _json_files(folder: str) -> list[Path]:
-    paths = sorted(Path(folder).expanduser().glob("*.json"))
-    if not paths:
-        raise UserError(
-            f"{folder}: no folder with json files; give the folder `data` of SugarCrepe."
-        )
-    return paths
+    """Return SugarCrepe's files in a folder or its folder `data`, one of each kind, sorted."""
+    path = Path(folder).expanduser()
+    for place in (path, path / "data"):
+        found = {
+            match[1]: file
+            for file in sorted(place.glob("*.json*"), reverse=True)  # plain ones win
+            if (match := NAME.fullmatch(file.name))
+        }
+        if found:
+            return [found[kind] for kind in sorted(found)]
+    raise UserError(
+        f"{folder}: no folder with SugarCrepe's files, such as swap_obj.json; give a copy of "
+        "github.com/RAIVNLab/sugar-crepe (evals: composition.annotations)."
+    )
 
 
 def _read(path: Path) -> list[tuple[str, Question]]:
+    kind = path.name.partition(".")[0]
     entries = files.read_json(path)
+    fields = ("filename", "caption", "negative_caption")
     try:
-        return [
-            (e["filename"], Question(e["caption"], {path.stem: e["negative_caption"]}))
-            for e in entries.values()
-        ]
-    except (AttributeError, KeyError, TypeError) as error:
+        rows = [[untrusted.entry(e, name, str, path) for name in fields] for e in entries.values()]
+        return [(name, Question(true, {kind: false})) for name, true, false in rows]
+    except (AttributeError, UserError) as error:
         raise UserError(
             f"{path}: not a SugarCrepe file, which has the form "
             '{"0": {"filename": …, "caption": …, "negative_caption": …}, …}.'

@@ -4,8 +4,10 @@ import dataclasses
 from typing import Any
 
 from cap_pretrain import inputs
+from cap_pretrain.data.sources import subset
 from cap_pretrain.errors import UserError
-from cap_pretrain.evals.base import Context, DataOptions, Result
+from cap_pretrain.evals.base import BatchOptions, Context, Result
+from cap_pretrain.evals.fit import Work
 from cap_pretrain.evals.inference.portions import EveryImage
 from cap_pretrain.evals.metrics import ranking
 from cap_pretrain.evals.metrics.classification import accuracies, count_better_and_tied
@@ -16,8 +18,11 @@ class Accuracy:
     """Top-1, top-5 and the mean over classes of top-1, for learners that have `classify`."""
 
     @dataclasses.dataclass(frozen=True)
-    class Options(DataOptions):
-        """Settings; the dataset needs labels. `batch_size` does not affect the metrics."""
+    class Options(BatchOptions):
+        """Settings; the dataset needs labels. `batch_size` does not affect the metrics.
+
+        `limit` draws images at random, with a fixed seed, since many datasets are sorted by class.
+        """
 
         batch_size: int = 256
 
@@ -30,13 +35,18 @@ class Accuracy:
                 "encoder by linear_probe, knn or few_shot."
             )
         self._context, self._options = context, options
-        self._source = context.source(options.split, options.data)
-        inputs.check_reads(self._source, ("label",), "evals: {}, which accuracy needs")
+        source = context.source(options.split, options.data)
+        inputs.check_reads(source, ("label",), "evals: {}, which accuracy needs")
+        self._source = subset.sample(source, options.limit, seed=0)
 
         def count(learner, images, labels):
             return *count_better_and_tied(learner.classify(images), labels), labels
 
         self._count = EveryImage(context, count, options.batch_size)
+
+    def work(self) -> Work:
+        """Return the work of an evaluation."""
+        return Work(len(self._source))
 
     def __call__(self, variables: Any) -> Result:
         """Classify every image; raise UserError if none decodes or a label has no class."""

@@ -12,6 +12,7 @@ from cap_pretrain.data.scenes.text import find_mentions
 from cap_pretrain.data.scenes.world import Scene
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.base import Context, Result
+from cap_pretrain.evals.fit import Work
 from cap_pretrain.evals.inference import word_maps
 from cap_pretrain.learners.protocols import learner_type
 
@@ -70,6 +71,11 @@ class AttentionMass:
             return learner.attend(batch["image"], batch["text"]), where
 
         self._attend = context.jit(attend)
+
+    def work(self) -> Work:
+        """Return the work of an evaluation."""
+        count = min(len(self._source), self._options.count)
+        return Work(count, limits=lambda n: {"count": n})
 
     def __call__(self, variables: Any) -> Result:
         """Measure attention at words for one object; raises UserError if no caption has any."""

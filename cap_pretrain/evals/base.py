@@ -16,6 +16,7 @@ from cap_pretrain.data import pipeline, prefetch
 from cap_pretrain.data.sources.base import Source, parse_mixture
 from cap_pretrain.distributed import sharding
 from cap_pretrain.evals.exhibits import Exhibit
+from cap_pretrain.telemetry import console
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,9 +91,10 @@ class Context:
             limit=limit,
             rows=sharding.batch_rows(self.mesh, batch_size).tolist(),
         )
-        batches = prefetch.iterate(dataset)
+        batches, count = prefetch.iterate(dataset), min(limit or len(source), len(source))
         try:
-            for batch in batches:
+            for number, batch in enumerate(batches):
+                console.advance(min(number * batch_size, count), count)
                 if self.stop():
                     raise Interrupted
                 read = ("image", "text", "prompt", "label", "mask", "index")

@@ -12,6 +12,7 @@ from cap_pretrain.data.sources.base import parse_mixture
 from cap_pretrain.distributed import cluster
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.base import BatchOptions, Context, Interrupted, Result
+from cap_pretrain.evals.fit import Work
 from cap_pretrain.evals.inference.captioning import Caption, Captioning
 from cap_pretrain.evals.metrics import caption_metrics
 from cap_pretrain.models.decoding import Decoding
@@ -58,6 +59,11 @@ class CaptionScores:
             limit=options.limit or None,
             how=options,
         )
+
+    def work(self) -> Work:
+        """Return the work of an evaluation; see `Captioning.passes`."""
+        count = min(len(self._source), self._options.limit or len(self._source))
+        return Work(count, self._captioning.passes)
 
     def __call__(self, variables: Any) -> Result:
         """Caption every image and score the captions; raises Interrupted if the run is stopping.

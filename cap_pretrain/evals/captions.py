@@ -13,6 +13,7 @@ from cap_pretrain.errors import UserError
 from cap_pretrain.evals import examples, exhibits
 from cap_pretrain.evals.base import Context, DataOptions, Result
 from cap_pretrain.evals.exhibits import Exhibit, Panel
+from cap_pretrain.evals.fit import Work
 from cap_pretrain.evals.inference.captioning import Captioning
 from cap_pretrain.models.decoding import Decoding
 
@@ -36,6 +37,11 @@ class Captions:
         named = context.named(options.split, options.data)
         self._heat = examples.WordHeat(context, self._source)
         self._details = {"protocol": options.described, **named}
+
+    def work(self) -> Work:
+        """Return the work of an evaluation; see `Captioning.passes`."""
+        count = min(len(self._source), self._options.count)
+        return Work(count, self._captioning.passes, lambda n: {"count": n})
 
     def __call__(self, variables: Any) -> Result:
         """Caption the images."""

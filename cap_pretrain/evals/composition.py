@@ -12,10 +12,11 @@ from cap_pretrain.data.sources.base import Source
 from cap_pretrain.data.sugarcrepe import SugarCrepe
 from cap_pretrain.errors import UserError, did_you_mean
 from cap_pretrain.evals.base import Context, Result, ScoringOptions
+from cap_pretrain.evals.fit import Work
 from cap_pretrain.evals.inference.scoring import Scoring, Told
 from cap_pretrain.evals.metrics import ranking
 
-SETS = ("scenes", "order", "sugarcrepe")
+SETS = ("auto", "scenes", "order", "sugarcrepe")
 
 
 class Composition:
@@ -37,15 +38,16 @@ class Composition:
 
     @dataclasses.dataclass(frozen=True)
     class Options(ScoringOptions):
-        """Settings. `data` is used by "order" only, `split` by "scenes" and "order".
+        """Settings. `data` is used by "auto" and "order", `split` by all but "sugarcrepe".
 
         `questions` is "scenes" (one property of a scene changed), "order" (shuffled words, for any
-        captioned dataset), or "sugarcrepe", which needs `annotations` and `images`.
+        captioned dataset), "sugarcrepe", which needs `annotations` and `images`, or "auto": scenes
+        if the data are, else order.
         """
 
-        questions: str = "scenes"
-        annotations: str = ""  # folder with its json files
-        images: str = ""  # folder or zip with the images of COCO's val2017
+        questions: str = "auto"
+        annotations: str = ""  # SugarCrepe's folder, or its folder `data`; json or json.gz
+        images: str = ""  # folder or zip with images of COCO's val2017, perhaps not all
 
         def __post_init__(self):
             if self.questions not in SETS:
@@ -53,6 +55,11 @@ class Composition:
                     f"evals: composition.questions: no set {self.questions!r}."
                     f"{did_you_mean(self.questions, SETS)}"
                 )
+
+        @property
+        def reads_data(self) -> bool:
+            """Whether `data` has an effect."""
+            return self.questions in ("auto", "order")
 
     def __init__(self, context: Context, options: Options):
         """Build the evaluator; raise UserError if the learner scores no texts or the set is bad."""
@@ -82,6 +89,10 @@ class Composition:
         tokens = self._scoring.encode(list(number))
         return tokens, texts, self._scoring.told_apart("texts", list(number), tokens)
 
+    def work(self) -> Work:
+        """Return the work of an evaluation: an image has some ten texts."""
+        return Work(self._count, lambda n: 6.0 * n)
+
     def __call__(self, variables: Any) -> Result:
         """Score the candidates of every question."""
         scoring, (tokens, texts_of, ties) = self._scoring, self._candidates
@@ -102,15 +113,16 @@ class Composition:
                     rules["blind"] = prior[own]
                 tally.add(self._questions[where["index"][k]], rules)
                 images += bool(own)
-        return Result(tally.metrics(), self._details(images, tally) | ties.counts, ties.lines)
+        lines = (*ties.lines, *self._set.lines) if isinstance(self._set, SugarCrepe) else ties.lines
+        return Result(tally.metrics(), self._details(images, tally) | ties.counts, lines)
 
     def _details(self, images: int, tally: "Tally") -> dict:
         options = self._options
         details = self._scoring.details(options.data, options.split)
-        if options.questions != "order":
+        if not options.reads_data:
             details["dataset"] = options.questions
-        if options.questions == "sugarcrepe":
-            details["split"] = ""
+        if isinstance(self._set, SugarCrepe):
+            details |= {"split": "", **self._set.counts}
         return details | {
             "protocol": f"{self._set.protocol}; the true caption is to score highest; "
             f"{ranking.TIES}",
@@ -184,8 +196,11 @@ def question_set(
     """Open the set of questions that the options name."""
     if options.questions == "sugarcrepe":
         return SugarCrepe(options.annotations, options.images)
-    if options.questions == "order":
-        return OrderQuestions(context.source(options.split, options.data))
+    if options.reads_data:
+        source = context.source(options.split, options.data)
+        if options.questions == "order" or not isinstance(source, Scenes):
+            return OrderQuestions(source)
+        return SceneQuestions(source)
     scenes = context.source(options.split, "scenes")
     if not isinstance(scenes, Scenes):
         raise UserError('evals: composition: questions "scenes" are of the dataset `scenes` only.')

@@ -10,12 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from cap_pretrain import inputs
+from cap_pretrain.data.sources.base import without_image
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals import examples
 from cap_pretrain.evals.base import BatchOptions, Context, Result
 from cap_pretrain.evals.exhibits import Exhibit
+from cap_pretrain.evals.fit import Work
 from cap_pretrain.evals.retrieval import Retrieval
 from cap_pretrain.learners.protocols import Contrasts, EmbedsText, learner_type
+from cap_pretrain.telemetry import console
 
 UNIGRAM_CAPTIONS = 50_000  # Training captions that the unigram model is estimated from
 
@@ -69,7 +72,8 @@ class Loss:
         metrics = {name: total / max(weight_sum, 1e-9) for name, total in totals.items()}
         if self._options.unigram:
             if self._unigram is None:
-                self._unigram = {"unigram_loss": self._unigram_loss()}
+                with console.doing("Counting the tokens of training captions", say=False):
+                    self._unigram = {"unigram_loss": self._unigram_loss()}
             metrics |= self._unigram
         shown = examples.attempted(self._context, lambda: self._exhibits(variables))
         return Result(metrics, self._details | {"examples": count}, exhibits=shown)
@@ -85,6 +89,10 @@ class Loss:
             return self._retrieval(variables).exhibits
         return self._illustrations(variables)
 
+    def work(self) -> Work:
+        """Return the work of an evaluation."""
+        return Work(min(len(self._source), self._limit or len(self._source)))
+
     @property
     def _limit(self) -> int | None:
         return self._options.limit or None
@@ -97,14 +105,14 @@ class Loss:
         config, tokenizer = self._context.config, self._context.tokenizer
         train = inputs.open_data(config, config.data.split)
         counts = np.ones(tokenizer.vocab_size)
-        captions = (c for i in range(len(train)) for c in train[i]["captions"])
+        captions = (c for i in range(len(train)) for c in without_image(train, i)["captions"])
         for caption in itertools.islice(captions, UNIGRAM_CAPTIONS):
             ids = tokenizer.encode(caption)
             np.add.at(counts, ids[ids != tokenizer.pad_id], 1)
         nll = -np.log(counts / counts.sum())
         losses = []
         for index in range(min(len(self._source), self._limit or len(self._source))):
-            for caption in self._source[index]["captions"][:1]:
+            for caption in without_image(self._source, index)["captions"][:1]:
                 ids = tokenizer.encode(caption)
                 losses.append(nll[ids[ids != tokenizer.pad_id]].mean())
         return float(np.mean(losses))

@@ -9,6 +9,7 @@ import numpy as np
 
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.base import Context, Result, ScoringOptions
+from cap_pretrain.evals.fit import Work
 from cap_pretrain.evals.inference.scoring import Scoring
 
 
@@ -41,6 +42,11 @@ class Perplexity:
                 f"evals: perplexity needs captions, and {self._source} has none; name another "
                 "dataset or set data.fields."
             )
+
+    def work(self) -> Work:
+        """Return the work of an evaluation: an image, and several captions without it."""
+        count = len(self._source)
+        return Work(min(count, self._options.limit or count), lambda n: 2.0 * n)
 
     def __call__(self, variables: Any) -> Result:
         """Score every caption; raises UserError if no image can be decoded or has a caption."""

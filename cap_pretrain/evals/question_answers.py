@@ -9,6 +9,7 @@ import numpy as np
 
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.base import BatchOptions, Context, Result
+from cap_pretrain.evals.fit import Work
 from cap_pretrain.evals.inference.captioning import Captioning
 from cap_pretrain.evals.metrics.answer_accuracy import accuracy
 from cap_pretrain.models.decoding import Decoding
@@ -46,6 +47,11 @@ class QuestionAnswers:
             limit=options.limit or None,
             how=options,
         )
+
+    def work(self) -> Work:
+        """Return the work of an evaluation; see `Captioning.passes`."""
+        count = min(len(self._source), self._options.limit or len(self._source))
+        return Work(count, self._captioning.passes)
 
     def __call__(self, variables: Any) -> Result:
         """Answer every question; raises UserError if no image can be decoded."""

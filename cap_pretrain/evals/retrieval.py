@@ -11,6 +11,7 @@ from cap_pretrain.data.sources.base import without_image
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals import examples
 from cap_pretrain.evals.base import Context, Result, ScoringOptions
+from cap_pretrain.evals.fit import Work
 from cap_pretrain.evals.inference.scoring import Scoring, Told
 from cap_pretrain.evals.metrics import ranking
 from cap_pretrain.evals.retrieved import Found
@@ -65,6 +66,16 @@ class Retrieval:
         tokens = self._scoring.encode(texts)
         alike = [" ".join(text.casefold().split()) for text in texts]
         return tokens, owner, own, self._scoring.told_apart("captions", alike, tokens)
+
+    def work(self) -> Work:
+        """Return the work of an evaluation: captioners decode every caption for every image."""
+        captions = len(without_image(self._source, 0)["captions"])
+
+        def passes(images: int) -> float:
+            pairs = 0.5 * images * images * captions if self._scoring.has_prior else 0.0
+            return images * (1 + captions) + pairs
+
+        return Work(self._count, passes)
 
     def __call__(self, variables: Any) -> Result:
         """Rank all candidates in both directions."""

@@ -8,6 +8,7 @@ from cap_pretrain.data.scenes.text import mentions, names_every_object
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals import examples, exhibits
 from cap_pretrain.evals.base import Context, Result
+from cap_pretrain.evals.fit import Work
 from cap_pretrain.evals.inference.captioning import Captioning
 from cap_pretrain.models.decoding import Decoding
 
@@ -31,7 +32,7 @@ class SceneCaptions:
         source = context.source(options.split, "scenes")
         if not isinstance(source, Scenes):
             raise UserError("evals: scene_captions works on the dataset `scenes` only.")
-        self._context, self._source = context, source
+        self._context, self._source, self._count = context, source, options.count
         self._captioning = Captioning(
             context, source, batch_size=options.batch_size, limit=options.count, how=options
         )
@@ -40,6 +41,11 @@ class SceneCaptions:
             "dataset": "scenes",
             "split": options.split,
         }
+
+    def work(self) -> Work:
+        """Return the work of an evaluation; see `Captioning.passes`."""
+        count = min(len(self._source), self._count)
+        return Work(count, self._captioning.passes, lambda n: {"count": n})
 
     def __call__(self, variables: Any) -> Result:
         """Caption the images and compare the captions with the scenes."""

@@ -14,6 +14,7 @@ from cap_pretrain.data.sources import subset
 from cap_pretrain.data.sources.base import Source
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.base import Context, Result, ScoringOptions
+from cap_pretrain.evals.fit import Work
 from cap_pretrain.evals.inference.classes import TEMPLATES, ClassCaptions
 from cap_pretrain.evals.inference.scoring import Scoring
 from cap_pretrain.evals.metrics import ranking
@@ -53,6 +54,12 @@ class ZeroShot:
         self._captions = ClassCaptions(self._scoring, self.classes, self.templates)
         self._source = subset.sample(source, options.limit, seed=0)
         self._scoring.check_prior()
+
+    def work(self) -> Work:
+        """Return the work of an evaluation: captioners decode every prompt for every image."""
+        prompts = 0.5 * len(self.classes) * len(self.templates)
+        each = 1 + prompts if self._scoring.has_prior else 1
+        return Work(len(self._source), lambda n: prompts + n * each)
 
     def __call__(self, variables: Any) -> Result:
         """Classify the images; raise UserError if none is usable or a label has no name."""

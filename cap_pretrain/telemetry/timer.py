@@ -32,8 +32,9 @@ class StepTimer:
         self._created = clock()
         self._first_step_end: float | None = None
         self._compile_seconds: float | None = None
+        self.first_step_s = 0.0  # seconds of the first step, which compiles, once it is done
         self._steps_since_first = 0
-        self._productive = 0.0
+        self._productive = self._all_paused = self._last_step_end = 0.0
         self._begin_interval()
 
     def _begin_interval(self) -> None:
@@ -55,17 +56,28 @@ class StepTimer:
         start = self._clock()
         yield
         self._paused += self._clock() - start
+        self._all_paused += self._clock() - start
 
     def step_done(self) -> None:
         """Count a training step."""
         if self._first_step_end is None:
             self._first_step_end = self._clock()
             elapsed = self._first_step_end - self._begun
-            self._compile_seconds = elapsed - self._waited - self._paused
+            self.first_step_s = elapsed - self._waited - self._paused
+            self._compile_seconds = self.first_step_s
+            self._all_paused = 0.0
             self._begin_interval()
         else:
             self._steps += 1
             self._steps_since_first += 1
+            self._last_step_end = self._clock() - self._first_step_end
+
+    @property
+    def seconds_per_step(self) -> float:
+        """The mean duration of the steps after the first, pauses excluded; 0 before the second."""
+        if not self._steps_since_first:
+            return 0.0
+        return (self._last_step_end - self._all_paused) / self._steps_since_first
 
     def report(self, step: int) -> dict[str, float]:
         """End an interval at `step` and return its metrics, `time/...`.

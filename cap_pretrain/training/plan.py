@@ -140,12 +140,16 @@ def write_plan(plan: dict[str, Any], workdir: Path) -> str:
             (f"training, {plan['total_steps']:,} steps", f"{whole / 1e18:.4g} EFLOP"),
         ]
         tables.append(format_table(cost, ("arithmetic", "")))
-    memory = [(name, f"{n / 2**20:,.1f} MiB") for name, n in plan["bytes_per_device"].items()]
+    memory = [
+        (name, f"{n / 2**20:,.1f} MiB")
+        for name, n in plan["bytes_per_device"].items()
+        if name != "limit"
+    ]
     mesh = " x ".join(f"{axis} {n}" for axis, n in plan["mesh"].items())
     tables += [
         format_table(memory, (f"per device ({mesh})", "")),
-        f"batch {plan['batch_size']:,}: {plan['batch_per_device']:g} examples per device; "
-        "activations come on top (model.remat lowers them)",
+        f"batch {plan['batch_size']:,}: {plan['batch_per_device']:g} examples per device"
+        + ("" if "activations" in plan["bytes_per_device"] else "; activations come on top"),
         f"written to {workdir / 'plan.json'}",
     ]
     return "\n\n".join(tables)

@@ -1,5 +1,6 @@
 """Prepare a run: from its config to data, tokenizer, abstract state and compiled training step."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -21,13 +22,16 @@ from cap_pretrain.evals import suite
 from cap_pretrain.models import build
 from cap_pretrain.optim import optimizers
 from cap_pretrain.optim import schedule as schedules
-from cap_pretrain.telemetry import flops
+from cap_pretrain.telemetry import console, flops
 from cap_pretrain.telemetry.progress import Progress, parameter_table
 from cap_pretrain.telemetry.timer import StepTimer
-from cap_pretrain.training import automatic, plan
+from cap_pretrain.training import automatic, forecast, plan
 from cap_pretrain.training.changes import reordering
 from cap_pretrain.training.step import TrainState, init_state, make_train_step
 from cap_pretrain.validation import validate
+
+PARAMETERS = "parameters.txt"
+"""The file in a workdir that lists names, shapes and sizes of all parameters."""
 
 
 class Earlier(NamedTuple):
@@ -58,8 +62,17 @@ class Setup:
     step_fn: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
 
     def describe(self, progress: Progress, peak: flops.Peak) -> None:
-        """Print the parameters, the devices, the data and the schedule."""
-        progress.say(parameter_table(self.abstract.params))
+        """Print the parameters, the devices, the data and the schedule.
+
+        The table of all parameters goes to parameters.txt in the workdir.
+        """
+        table = parameter_table(self.abstract.params)
+        if jax.process_index() == 0:
+            files.write_text(self.workdir / PARAMETERS, table + "\n")
+        if self.config.log.parameters:
+            progress.say(table)
+        total = plan.count_parameters(self.abstract.params)["total"]
+        progress.say(f"{total:,} parameters, listed in {self.workdir / PARAMETERS}")
         devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         progress.say(f"{devices}, mesh {dict(self.mesh.shape)}")
         for line in [*gpu.describe(), *inputs.describe(self.config, self.mixture), *self.notes]:
@@ -67,6 +80,10 @@ class Setup:
         if self.schedule.total:
             progress.say(schedules.describe(self.config, self.schedule))
             progress.say(f"MFU is relative to {peak.source}" if peak.flops else peak.source)
+
+    def compiling(self) -> contextlib.AbstractContextManager[object]:
+        """Return a context for the first step that says that, and about how long, it compiles."""
+        return console.doing("Compiling the training step")
 
     def timer(self, peak: flops.Peak) -> StepTimer:
         """Return the timer of the run. The clock starts here."""
@@ -127,9 +144,7 @@ def prepare(
     validate(config, tokenizer=resuming and inputs.tokenizer_path(workdir).exists())
     build.check_device(config)
     sharding.make_mesh(config)  # refuses one that is not possible
-    sources = inputs.open_sources(config) if configs.trains(config) else []
-    config = inputs.completed(config, sources)
-    suite.check(config)
+    sources, config = _opened(config)
     files.make_workdir(workdir)
     cluster.check_shared(workdir)
     earlier = check(config)
@@ -143,14 +158,15 @@ def prepare(
     # Checkpoints are read as they were saved, so a run that only evaluates keeps the optimizer.
     idle = not schedule.total and not resuming
     optimizer = functools.partial(make_optimizer, config, rate, idle=idle)
-    choice = _settle(config, tokenizer.vocab_size, optimizer, trains=bool(schedule.total))
-    mesh = sharding.make_mesh(choice.config)
-    init, abstract, graphdef, tx = init_state(
-        lambda key: learners.build(choice.config, tokenizer.vocab_size, key),
-        optimizer,
-        choice.config,
-        mesh,
-    )
+    with console.doing(f"Building {config.learner.name} {config.model.name}"):
+        choice = _settle(config, tokenizer.vocab_size, optimizer, trains=bool(schedule.total))
+        mesh = sharding.make_mesh(choice.config)
+        init, abstract, graphdef, tx = init_state(
+            lambda key: learners.build(choice.config, tokenizer.vocab_size, key),
+            optimizer,
+            choice.config,
+            mesh,
+        )
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     step_fn = make_train_step(graphdef, tx, rate, choice.config, shardings)
     notes = [*inputs.held_out(config, sources), *schedules.notes(config, schedule)]
@@ -167,9 +183,7 @@ def dry_run(
     """Write `workdir/plan.json` and return it as text, from abstract shapes; see `prepare`."""
     kept = resuming and inputs.tokenizer_path(workdir).exists()
     validate(config, tokenizer=kept)
-    sources = inputs.open_sources(config) if configs.trains(config) else []
-    config = inputs.completed(config, sources)
-    suite.check(config)
+    sources, config = _opened(config)
     files.make_workdir(workdir)
     earlier = check(config)
     tokenizer = (
@@ -191,10 +205,29 @@ def dry_run(
         total_steps=schedule.total,
         make_optimizer=optimizer,
     )
+    foreseen = forecast.datasets(config, sources) if sources else []
+    if trains:
+        needed, text = forecast.memory(choice.config, vocab_size, optimizer)
+        made["bytes_per_device"] |= needed
+        made["seconds"], line = forecast.duration(made, workdir)
+        foreseen += [text, line]
     notes = [*inputs.held_out(config, sources), *schedules.notes(config, schedule)]
     length = [schedules.describe(config, schedule)] if schedule.total else []
     lines = "\n".join([*changes, *length, plan.write_plan(made, workdir)])
-    return "\n\n".join(filter(None, [lines, choice.line, *notes]))
+    return "\n\n".join(filter(None, [lines, "\n".join(foreseen), choice.line, *notes]))
+
+
+def _opened(config: ConfigDict) -> tuple[inputs.Mixture, ConfigDict]:
+    """Open the training data, complete the config, and check what its evaluators need."""
+    sources: inputs.Mixture = []
+    if configs.trains(config):
+        with console.doing(f"Opening {config.data.name}"):
+            sources = inputs.open_sources(config)
+            config = inputs.completed(config, sources)
+    if config.evals:
+        with console.doing(f"Checking what is evaluated: {', '.join(config.evals)}"):
+            config = suite.check(config)
+    return sources, config
 
 
 def _settle(

@@ -1,5 +1,6 @@
 """Questions about images are deterministic and have a true caption and false ones by kind."""
 
+import gzip
 import json
 import zipfile
 from collections import Counter
@@ -154,12 +155,34 @@ def test_sugarcrepe_reads_images_out_of_a_zip(files, tmp_path):
     assert folder.source[1] == zipped.source[1]
 
 
+def test_sugarcrepe_is_read_from_the_authors_repository(files):
+    """With its other files, and with files that were compressed."""
+    data, images = files
+    plain = SugarCrepe(str(data), str(images))
+    packed = data / "swap_att.json"
+    (data / "swap_att.json.gz").write_bytes(gzip.compress(packed.read_bytes()))
+    packed.unlink()
+    (data / "results.json").write_text("[1, 2]")
+    (data / "swap_att.txt").write_text("notes")
+    (data.parent / "README.md").write_text("notes")
+    (data.parent / "package.json").write_text("{}")
+    found = SugarCrepe(str(data.parent), str(images))
+    assert [found.questions(k) for k in range(2)] == [plain.questions(k) for k in range(2)]
+
+
 def test_sugarcrepe_reports_what_is_missing(files, tmp_path):
     data, images = files
+    assert SugarCrepe(str(data), str(images)).lines == ()
+    (images / "val2017" / "000000000002.jpg").unlink()
+    partial = SugarCrepe(str(data), str(images))
+    assert partial.counts == {"missing_images": 1, "questions_left_out": 2}
+    (line,) = partial.lines
+    assert line.startswith("1 of 2 images are not in ") and "so 2 questions are left out" in line
+    assert [q.true for q in partial.questions(0)] == ["one dog"] and len(partial.source) == 1
     (images / "val2017" / "000000000001.jpg").unlink()
-    with pytest.raises(UserError, match="1 of 2 images are missing, such as 000000000001.jpg"):
+    with pytest.raises(UserError, match="none of the images that SugarCrepe asks about"):
         SugarCrepe(str(data), str(images))
-    with pytest.raises(UserError, match="no folder with json files"):
+    with pytest.raises(UserError, match="no folder with SugarCrepe's files"):
         SugarCrepe(str(tmp_path / "nowhere"), str(images))
     for content, message in (("[1]", "not a SugarCrepe file"), ("{", "is not JSON")):
         (data / "add_att.json").write_text(content)

@@ -13,6 +13,7 @@ from cap_pretrain.errors import UserError
 from cap_pretrain.evals import suite
 from cap_pretrain.evals.base import Context
 from cap_pretrain.learners import build
+from cap_pretrain.telemetry import console
 from cap_pretrain.training.step import split_learner
 from tests import toy
 from tests.data.test_sources import write
@@ -188,6 +189,23 @@ def test_a_dataset_without_a_validation_split_gets_one(data):
     c.data.update({"class_min": 0, "class_max": 0, "eval_split": "train[:10%]"})
     assert len(ids("train")) == 40 and not inputs.held_out(c, inputs.open_sources(c))
     assert len(ids(c.data.eval_split)) == 4 and not refusal(c)
+
+
+def test_every_dataset_of_a_mixture_is_evaluated_and_tiny_ones_are_named(data, capsys):
+    c = config(
+        data, "captioned:2+everything+bare", val=section("loss"), kinds=section("composition")
+    )
+    with console.used():
+        checked = suite.check(c)
+    assert {name: own.data for name, own in checked.evals.items()} == {
+        "val": "", "val_everything": "everything", "kinds": "", "kinds_everything": "everything"
+    }  # fmt: skip
+    assert checked.evals.is_locked and "val_everything" not in c.evals
+    said = capsys.readouterr().out
+    assert "bare is not evaluated as evals.val_bare: " in said and "has no text" in said
+    assert said.count("has only 4 examples, so figures vary by chance") == 3, said
+    single = config(data, "captioned", val=section("loss"))
+    assert suite.check(single) is single
 
 
 def test_a_start_that_failed_binds_nothing(tmp_path):

@@ -81,6 +81,7 @@ class Captioning:
             )
         self._context, self._source = context, source
         self._batch_size, self._limit = batch_size, limit
+        self._beams = how.beams if how.method == "beam" else 1
         length, seed = context.config.text.length, context.config.seed
 
         def caption(learner, batch):
@@ -95,6 +96,13 @@ class Captioning:
         self._several = how.captions > 1
         self._caption = context.jit(caption)
         self._gather = context.jit(lambda _, arrays: arrays)
+
+    def passes(self, images: int) -> float:
+        """Return the forward passes that take as long as captions of so many images, about.
+
+        Tokens are written one by one, so decoding keeps a device less busy than training does.
+        """
+        return 2.0 * images * (1 + self._beams) / 2
 
     def __call__(self, variables: Any) -> Iterator[tuple[int, str]]:
         """Yield (index, first caption) in order, for images that can be decoded."""

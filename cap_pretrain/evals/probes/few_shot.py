@@ -11,6 +11,7 @@ import numpy as np
 from cap_pretrain.data.sources import subset
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.base import Context, Result
+from cap_pretrain.evals.fit import Work
 from cap_pretrain.evals.metrics import classification
 from cap_pretrain.evals.probes import probing
 from cap_pretrain.evals.probes.features import Labelled, on_one_device
@@ -62,6 +63,10 @@ class FewShot:
         self._splits = probing.Splits(
             context, options, options.validation_split if choosing else None
         )
+
+    def work(self) -> Work:
+        """Return the work of an evaluation."""
+        return self._splits.work()
 
     def __call__(self, variables: Any) -> Result:
         """Fit the draws of each number of shots and test them."""

@@ -13,6 +13,7 @@ from cap_pretrain.errors import UserError
 from cap_pretrain.evals import examples
 from cap_pretrain.evals.base import Context, Result
 from cap_pretrain.evals.exhibits import COUNT, Exhibit
+from cap_pretrain.evals.fit import Work
 from cap_pretrain.evals.metrics import classification
 from cap_pretrain.evals.probes import probing
 from cap_pretrain.evals.probes.features import on_one_device
@@ -49,6 +50,10 @@ class KNearestNeighbours:
     def __init__(self, context: Context, options: Options):
         self._context, self._options = context, options
         self._splits = probing.Splits(context, options)
+
+    def work(self) -> Work:
+        """Return the work of an evaluation."""
+        return self._splits.work()
 
     def __call__(self, variables: Any) -> Result:
         """Classify the test split."""

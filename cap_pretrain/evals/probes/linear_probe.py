@@ -8,6 +8,7 @@ import numpy as np
 
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.base import Context, Result
+from cap_pretrain.evals.fit import Work
 from cap_pretrain.evals.metrics import classification
 from cap_pretrain.evals.probes import logistic, probing
 from cap_pretrain.evals.probes.features import on_one_device
@@ -53,6 +54,10 @@ class LinearProbe:
         self._splits = probing.Splits(
             context, options, options.validation_split if choosing else None
         )
+
+    def work(self) -> Work:
+        """Return the work of an evaluation."""
+        return self._splits.work()
 
     def __call__(self, variables: Any) -> Result:
         """Choose C, fit the classifier and test it."""

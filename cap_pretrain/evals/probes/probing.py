@@ -11,10 +11,14 @@ from cap_pretrain.data.sources import subset
 from cap_pretrain.data.sources.base import Source, without_image
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.base import Context, DataOptions
+from cap_pretrain.evals.fit import Work
 from cap_pretrain.evals.probes.features import Features, Labelled
 
 HELD_OUT = 0.1
 """Fraction of the training split to choose settings on if there is no validation split."""
+
+LEAST_PROBED = 2000
+"""Images that are encoded in a short run: with few in each class a probe cannot be fitted."""
 
 TOO_FEW = (
     f"evals: {{}} training images are too few to hold out {HELD_OUT:.0%} of every class; set "
@@ -98,6 +102,16 @@ class Splits:
                 check_held_out(source)
         if len(self._class_names) == 1:
             raise UserError(ONE_CLASS)
+
+    def work(self) -> Work:
+        """Return the work of an evaluation: encoding all splits."""
+        images, test = sum(map(len, self.sources.values())), len(self.sources["test"])
+
+        def limits(count: int) -> dict[str, int]:
+            own = max(1, count * test // images)
+            return {"limit": own, "train_limit": max(1, count - own)}
+
+        return Work(images, limits=limits, least=LEAST_PROBED)
 
     def _check_apart(self) -> None:
         """Raise UserError if a split to fit to overlaps the held-out part that is the test split.

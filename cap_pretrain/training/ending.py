@@ -1,0 +1,42 @@
+"""What a run says at its end: where the results are, and two commands to go on with."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from shlex import quote
+
+from ml_collections import ConfigDict
+
+from cap_pretrain.learners import learner_class
+from cap_pretrain.learners.protocols import Classifies, EmbedsText, WritesCaptions
+
+MAIN = "python -m cap_pretrain.main"
+
+
+def lines(config: ConfigDict, workdir: Path, step: int) -> str:
+    """Return where a finished run has left what, and what to do next with it.
+
+    `step` is that of its newest checkpoint, 0 if there is none.
+    """
+    found = [
+        f"{workdir / name}" for name in ("metrics.jsonl", "evals") if (workdir / name).exists()
+    ]
+    if step:
+        found.append(f"{workdir / 'checkpoints' / str(step)}")
+    text = f"Results: {', '.join(found)}"
+    commands = _commands(config, workdir) if step else []
+    return "\n".join([text, *(f"Next: {command}" for command in commands)])
+
+
+def _commands(config: ConfigDict, workdir: Path) -> Sequence[str]:
+    run, kind = quote(str(workdir)), learner_class(config.learner.name)
+    export = f"cap export --checkpoint {run} --out {run}/exported"
+    if issubclass(kind, WritesCaptions):
+        return [f"cap caption --checkpoint {run} photo.jpg", export]
+    if issubclass(kind, Classifies):
+        evaluators = "accuracy"
+    else:
+        evaluators = "retrieval" if issubclass(kind, EmbedsText) else "knn+linear_probe"
+    data = "" if evaluators == "retrieval" else ",data=LABELLED_DATASET"
+    judge = f"{MAIN} --config=configs/evaluate.py:evals={evaluators}{data} "
+    judge += f"--workdir={run}_judged --config.encoder={run}"
+    return [judge, export]
