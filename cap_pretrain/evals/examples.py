@@ -76,7 +76,7 @@ def captioned(
         lines = [Line("caption", caption, is_right(source, index, caption))]
         if question := example.get("question", ""):
             lines.insert(0, Line("question", question))
-        lines += [Line("reference", text) for text in example["captions"][:3]]
+        lines += [Line("reference", text) for text in list(dict.fromkeys(example["captions"]))[:3]]
         panels = (Panel(original(example["image"])), *(heat or {}).get(index, ()))
         yield Exhibit(str(example["id"]), panels, tuple(lines))
 
@@ -128,7 +128,7 @@ def heated(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
     gray = cv2.resize(gray, size, interpolation=cv2.INTER_NEAREST)[..., None]
     smooth = np.clip(cv2.resize(heat, size, interpolation=cv2.INTER_CUBIC), 0, 1)
     colors = cv2.applyColorMap((255 * smooth).astype(np.uint8), cv2.COLORMAP_INFERNO)[..., ::-1]
-    return (0.4 * gray + 0.6 * colors).astype(np.uint8)
+    return (0.5 * gray + 0.5 * colors).astype(np.uint8)
 
 
 class Illustrations:

@@ -74,7 +74,7 @@ def table(
 def image(data: bytes, kind: str, **attributes: Any) -> Markup:
     """Return an image of type `kind`, as image/png, that the page contains."""
     source = f"data:{kind};base64,{base64.b64encode(data).decode()}"
-    return element("img", **({"alt": "", "loading": "lazy"} | attributes), src=source)
+    return element("img", **({"alt": ""} | attributes), src=source)
 
 
 def document(

@@ -113,7 +113,7 @@ def _curves(made: Sequence[Chart], runs: Sequence[Run]) -> Markup:
         element("button", "Show all", type="button", class_="reset", disabled=""),
         element("small", "Drag to zoom, double-click to show all."),
     ]
-    hidden = element("summary", f"{len(more)} more curves of training")
+    hidden = element("summary", f"More curves of training ({len(more)})")
     return titled(
         "Curves",
         element("div", tools, class_="tools"),

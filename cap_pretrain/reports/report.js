@@ -160,9 +160,11 @@
     draw() {
       const width = Math.max(200, this.svg.clientWidth || this.figure.clientWidth - 20);
       const height = this.figure.classList.contains("first") ? 280 : 190;
-      const [left, right, top, bottom] = [50, width - 12, 8, height - 22];
-      Object.assign(this, { left, right, top, bottom });
       this.prepare();
+      const marks = this.log ? logTicks(this.y0, this.y1) : ticks(this.y0, this.y1, height / 45);
+      const letters = Math.max(2, ...marks.map((y) => short(y).length));
+      const [left, right, top, bottom] = [16 + 6.5 * letters, width - 12, 8, height - 22];
+      Object.assign(this, { left, right, top, bottom });
       const along = (x) => left + (x - this.x0) / (this.x1 - this.x0) * (right - left);
       const scale = this.log ? Math.log : (y) => y;
       const span = scale(this.y1) - scale(this.y0);
@@ -171,7 +173,6 @@
       this.svg.replaceChildren();
       this.svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
       this.svg.setAttribute("height", height);
-      const marks = this.log ? logTicks(this.y0, this.y1) : ticks(this.y0, this.y1, height / 45);
       for (const y of marks) {
         make(this.svg, "line", { class: "grid", x1: left, x2: right, y1: up(y), y2: up(y) });
         make(this.svg, "text", { x: left - 6, y: up(y) + 4, "text-anchor": "end" }, short(y));

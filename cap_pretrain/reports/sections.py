@@ -109,7 +109,7 @@ def _examples_of(runs: Sequence[Run], name: str, budget: Sequence[int]) -> Marku
             )
     if not by_title:
         return markup()
-    steps = [f"{run.shown[name]['step']:,}" for run in runs if name in run.shown]
+    steps = dict.fromkeys(f"{run.shown[name]['step']:,}" for run in runs if name in run.shown)
     heading = element("h3", element("code", name), element("small", f" at step {', '.join(steps)}"))
     if len(runs) == 1:
         kind = "exhibit broad" if broad else "exhibit"
@@ -119,10 +119,16 @@ def _examples_of(runs: Sequence[Run], name: str, budget: Sequence[int]) -> Marku
         ]
     else:
         cards = [
-            element("article", _title(title), _beside(runs, own), class_="exhibit broad")
+            element(
+                "article",
+                _title(title),
+                _beside(runs, own),
+                class_="exhibit broad" if broad else "exhibit",
+            )
             for title, own in by_title.items()
         ]
-    return markup(heading, element("div", cards, class_="exhibits"))
+    kind = "exhibits" if len(runs) == 1 else "exhibits two"
+    return markup(heading, element("div", cards, class_=kind))
 
 
 def _title(title: str) -> Markup:
