@@ -1,5 +1,6 @@
 """What a run writes for its report: facts of itself, and the page after evaluations."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from absl import logging
 
 import cap_pretrain
 from cap_pretrain import files, reports
+from cap_pretrain.errors import UserError
 from cap_pretrain.reports import workdir
 
 PERIOD = 30.0
@@ -61,9 +63,9 @@ class Journal:
         """Write facts.json, with the time of this start so far."""
         path = self._folder / workdir.FOLDER / workdir.FACTS
         if not self._noted:
-            earlier = files.read_json(path) if path.exists() else {}
-            starts = earlier.get("starts") if isinstance(earlier, dict) else None
-            self._starts = starts if isinstance(starts, list) else []
+            with contextlib.suppress(UserError):  # a damaged file is replaced
+                earlier = files.read_json(path) if path.exists() else {}
+                self._starts = workdir.entries(earlier, "starts")
             self._noted = self._facts() | {"versions": versions(), "commit": commit()}
         own = {
             **{"at": self._at, "step": step, "devices": jax.device_count()},

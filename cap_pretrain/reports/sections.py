@@ -6,7 +6,7 @@ from typing import Any
 from cap_pretrain.pages.markup import Markup, element, image, markup, table
 from cap_pretrain.reports import deltas, series
 from cap_pretrain.reports.series import figure
-from cap_pretrain.reports.workdir import Run, entries, section, whole
+from cap_pretrain.reports.workdir import Run, entries, finite, section, whole
 
 UP = 160
 """Small images are drawn larger, by a whole factor, up to this longer side in pixels."""
@@ -338,15 +338,14 @@ def costs(run: Run) -> dict[str, float]:
 
 
 def _amount(value: Any) -> float:
-    usable = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if usable else 0.0
+    return float(finite(value) or 0)
 
 
 def _seconds_in_steps(run: Run) -> float:
     """Return the time that logged steps took, without compiling, evaluating and saving."""
     seconds, last = 0.0, 0
     for line in run.metrics:
-        if (took := line.get("time/step_ms")) is not None:
+        if (took := finite(line.get("time/step_ms"))) is not None:
             seconds += took / 1000 * max(0, line["step"] - last)
         if "train/loss" in line:
             last = line["step"]

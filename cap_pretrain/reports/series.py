@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from cap_pretrain.reports.workdir import SPIKE, Run
+from cap_pretrain.reports.workdir import SPIKE, Run, finite
 
 POINTS = 1000
 """Points of a curve at most, about two for each pixel of a wide chart's width."""
@@ -48,7 +48,7 @@ def points(run: Run) -> dict[str, Points]:
     for line in run.metrics:
         for name, value in line.items():
             if name != "step":
-                found.setdefault(name, {})[line["step"]] = value
+                found.setdefault(name, {})[line["step"]] = finite(value)
     return {name: (sorted(own), [own[step] for step in sorted(own)]) for name, own in found.items()}
 
 
@@ -118,7 +118,7 @@ def _spikes(runs: Sequence[Run]) -> list[dict[str, Any]]:
     found = []
     for k, run in enumerate(runs):
         for line in run.metrics:
-            loss = line.get(SPIKE)
+            loss = finite(line.get(SPIKE))
             if loss is not None:
                 text = f"step {line['step']}: the loss spikes to {loss:.4g}"
                 found.append({"run": k, "x": line["step"], "y": loss, "text": text})
@@ -196,7 +196,7 @@ def figure(value: Any) -> str:
     """Return a number for people: four digits, thousands separated."""
     if value is None:
         return "not finite"
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) >= 1e300:
         return str(value)
     if float(value).is_integer() and abs(value) < 1e15:
         return f"{int(value):,}"

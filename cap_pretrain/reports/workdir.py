@@ -70,7 +70,7 @@ class Run:
         found = self.facts.get("batches")
         with contextlib.suppress(TypeError, ValueError):
             if found:
-                return [(int(step), int(size)) for step, size in found]
+                return [(whole(step), whole(size)) for step, size in found]
         return [(0, whole(self.config.get("batch_size")))]
 
     @property
@@ -87,16 +87,22 @@ def section(values: Any, name: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def entries(values: dict[str, Any], name: str) -> list[dict[str, Any]]:
+def entries(values: Any, name: str) -> list[dict[str, Any]]:
     """Return those parts of the list `values[name]` that are dicts; [] if it is no list."""
-    found = values.get(name)
+    found = values.get(name) if isinstance(values, dict) else None
     return [part for part in found if isinstance(part, dict)] if isinstance(found, list) else []
+
+
+def finite(value: Any) -> float | None:
+    """Return a number from a file, or None if it is none, not finite or beyond any use."""
+    usable = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if usable and abs(value) < 1e300 else None
 
 
 def whole(value: Any) -> int:
     """Return a number from a file as an integer, or 0 if it is none."""
-    usable = isinstance(value, int | float) and abs(value) < 2**63
-    return int(value) if usable else 0
+    found = finite(value) or 0
+    return int(found) if abs(found) < 2**63 else 0
 
 
 def read_all(paths: Sequence[Path]) -> list[Run]:

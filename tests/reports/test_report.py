@@ -109,10 +109,20 @@ def test_damaged_files_leave_the_rest(tmp_path):
     made.Page(reports.render(folder))
 
 
-@pytest.mark.parametrize("facts", ['{"data": 3, "starts": [1]}', '{"batches": [["a"]]}', "[]"])
+@pytest.mark.parametrize(
+    "facts",
+    [
+        '{"data": 3, "starts": [1], "devices": [], "epoch": "x"}',
+        '{"batches": [["a"]], "parameters": {"total": null}}',
+        f'{{"starts": [{{"seconds": 1{"0" * 400}, "devices": NaN}}], "batches": [[0, Infinity]]}}',
+        "[]",
+    ],
+)
 def test_facts_of_other_types_are_left_out(facts, tmp_path):
     folder = made.workdir(tmp_path / "run")
     (folder / "report" / "facts.json").write_text(facts)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(f'{{"step": 301, "train/loss": NaN, "spike/loss": 1{"0" * 400}}}\n')
     made.Page(reports.render(folder))
 
 
