@@ -15,6 +15,7 @@ from cap_pretrain.data.scenes.source import Scenes
 from cap_pretrain.data.scenes.text import names_every_object
 from cap_pretrain.data.sources.base import Source
 from cap_pretrain.distributed import sharding
+from cap_pretrain.errors import UserError
 from cap_pretrain.evals.base import Context, Interrupted
 from cap_pretrain.evals.exhibits import COUNT, Exhibit, Line, Panel, original
 from cap_pretrain.evals.inference import word_maps
@@ -36,7 +37,8 @@ COMPARED = 32
 def attempted(context: Context, make: Callable[[], Iterable[Exhibit]]) -> tuple[Exhibit, ...]:
     """Return up to COUNT examples that `make` returns; if it fails, warn and return none.
 
-    What people look at must not end a run. Outside a run, without a workdir, there are none.
+    What people look at must not end a run. Outside a run, without a workdir, there are none, nor
+    where a UserError says that they do not fit, as for a dataset without images.
     """
     if context.workdir is None:
         return ()
@@ -44,6 +46,8 @@ def attempted(context: Context, make: Callable[[], Iterable[Exhibit]]) -> tuple[
         return tuple(made for made, _ in zip(make(), range(COUNT), strict=False))
     except Interrupted:
         raise
+    except UserError:
+        return ()
     except Exception as error:  # of whatever kind
         logging.warning("No examples for the report: %s", error)
         return ()

@@ -94,7 +94,7 @@ def test_zoom_by_pointer_and_values_by_keyboard(opened, page_of):
     assert chart.inner_html() != whole
     chart.focus()
     page.keyboard.press("Escape")
-    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Home")
     page.keyboard.press("ArrowRight")
     said = page.locator("[aria-live]").first.text_content()
     assert "step 2" in said and f"{made.lines()[1]['train/loss']:.5g}" in said
