@@ -37,7 +37,7 @@ def _serve(args: argparse.Namespace) -> None:
     except OSError as error:
         raise UserError(f"--serve: port {args.serve}: {error.strerror}; choose another.") from error
     with serving:
-        print(f"http://{server.HOST}:{serving.server_address[1]} (Ctrl-C ends it)", flush=True)
+        print(f"http://{server.HOST}:{serving.server_port} (Ctrl-C ends it)", flush=True)
         try:
             serving.serve_forever()
         except KeyboardInterrupt:

@@ -25,7 +25,7 @@ def markup(*content: Any) -> Markup:
     Lists, tuples and generators stand for their parts. Control characters and lone surrogates are
     written as escapes such as \x00.
     """
-    parts = []
+    parts: list[str] = []
     for part in content:
         if isinstance(part, Markup):
             parts.append(part)

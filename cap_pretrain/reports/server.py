@@ -23,8 +23,7 @@ def server(render: Callable[[], str], port: int) -> http.server.ThreadingHTTPSer
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            port = self.server.server_address[1]
-            names = {f"{HOST}:{port}", f"localhost:{port}"}
+            names = {f"{host}:{serving.server_port}" for host in (HOST, "localhost")}
             if self.headers.get("Host") not in names:
                 return self.send_error(403)
             if urlsplit(self.path).path != "/":
@@ -46,4 +45,5 @@ def server(render: Callable[[], str], port: int) -> http.server.ThreadingHTTPSer
         def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - its own name
             """Print nothing for each request."""
 
-    return http.server.ThreadingHTTPServer((HOST, port), Handler)
+    serving = http.server.ThreadingHTTPServer((HOST, port), Handler)
+    return serving
