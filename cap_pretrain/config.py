@@ -286,6 +286,9 @@ def _log() -> ConfigDict:
     # A loss so many robust standard deviations above the median of the last 100 steps is reported
     # and logged as spike/loss; 0 disables it.
     c.spikes = 8.0
+    # Experiment trackers that get the figures, samples and config, joined by "+": wandb, mlflow.
+    # TensorBoard files are always written.
+    c.trackers = "tensorboard"
     return c
 
 

@@ -30,7 +30,7 @@ from cap_pretrain.distributed import cluster, compile_cache, heartbeat, sharding
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.base import Interrupted
 from cap_pretrain.reports.journal import Journal
-from cap_pretrain.telemetry import console, flops
+from cap_pretrain.telemetry import console, flops, trackers
 from cap_pretrain.telemetry.metrics import MetricsWriter, read_metrics
 from cap_pretrain.telemetry.progress import Progress
 from cap_pretrain.training import ending
@@ -143,11 +143,16 @@ class Run:
             say("\n".join([f"Resuming from step {start}.", *self._setup.changes]))
         if self._is_main:
             keep_config(config, workdir, start)
-        self._logged = [line for line in read_metrics(workdir) if line["step"] == start]
+        lines = read_metrics(workdir)
+        self._logged = [line for line in lines if line["step"] == start]
         # Without a checkpoint a run starts over, and so do the metrics of step 0.
         keep_until = start if start or not total else -1
-        self._writer = MetricsWriter(workdir, enabled=self._is_main, keep_until=keep_until)
-        self._stack.callback(self._writer.close)
+        opened = []
+        if self._is_main:
+            about = trackers.Run(workdir, json.loads(configs.to_json(config)), lines, keep_until)
+            opened = trackers.start(config.log.trackers, about, say)
+        self._writer = MetricsWriter(workdir, self._is_main, keep_until, opened)
+        self._stack.push(lambda _, error, __: self._writer.close(failed=error is not None))
         self._watch = Watch(config, workdir, self._writer, self._progress)
         self._stop = self._stack.enter_context(StopRequest())
         weights = initial.source if initial and not (start or total) else ""

@@ -17,6 +17,7 @@ from cap_pretrain.models.layers import ACTIVATIONS, REMAT_POLICIES
 from cap_pretrain.models.sizes import STORED, Size
 from cap_pretrain.optim import optimizers
 from cap_pretrain.optim.plateau import Plateau
+from cap_pretrain.telemetry import trackers
 from cap_pretrain.untrusted import parsing
 
 DURATIONS = ("_steps", "_examples", "_epochs", "_share")
@@ -113,6 +114,7 @@ def validate(config: ConfigDict, *, tokenizer: bool = False) -> None:
     if not there:
         raise UserError(f"text.tokenizer: there is no file {config.text.tokenizer!r}.")
     words.Rules(**config.text.words)
+    trackers.check(config.log.trackers)
     _check_rules(config)
     _check_learner(config)
     _check_evals(config)

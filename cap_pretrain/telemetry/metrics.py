@@ -1,4 +1,4 @@
-"""Writing and reading the metrics of a run: `metrics.jsonl` and TensorBoard event files."""
+"""Writing and reading the metrics of a run: `metrics.jsonl`, TensorBoard files and trackers."""
 
 import contextlib
 import json
@@ -12,6 +12,7 @@ import numpy as np
 
 from cap_pretrain import files, untrusted
 from cap_pretrain.errors import UserError
+from cap_pretrain.telemetry.trackers.guard import Guarded
 
 
 class MetricsWriter:
@@ -20,13 +21,18 @@ class MetricsWriter:
     Methods raise OSError, with the name of the file, if they cannot write; a disk that is full for
     TensorBoard could not hold the next checkpoint either. Without `enabled`, for all hosts but one,
     they do nothing. Steps after `keep_until`, from an earlier process that was killed, are dropped,
-    as is a truncated last line, so that every step appears once.
+    as is a truncated last line, so that every step appears once. `trackers` receive the same, and
+    never raise.
     """
 
     def __init__(
-        self, workdir: str | os.PathLike[str], enabled: bool = True, keep_until: int = -1
+        self,
+        workdir: str | os.PathLike[str],
+        enabled: bool = True,
+        keep_until: int = -1,
+        trackers: Sequence[Guarded] = (),
     ) -> None:
-        self._enabled = enabled
+        self._enabled, self._trackers = enabled, trackers
         if not enabled:
             return
         # Imported here because it takes a second if torch is installed.
@@ -49,25 +55,34 @@ class MetricsWriter:
         line = json.dumps({"step": int(step)} | finite, allow_nan=False) + "\n"
         self._lines.write(line.encode())
         self._board.scalars(int(step), values)
+        for tracker in self._trackers:
+            tracker.scalars(int(step), values)
 
     def text(self, step: int, tag: str, text: str) -> None:
-        """Add a Markdown text to TensorBoard."""
+        """Add a Markdown text to TensorBoard and to the trackers."""
         if self._enabled:
             self._board.text(int(step), tag, text)
+            for tracker in self._trackers:
+                tracker.text(int(step), tag, text)
 
     def images(self, step: int, tag: str, images: np.ndarray, captions: Sequence[str]) -> None:
-        """Add images (uint8 [N, H, W, 3], one grid) and their N captions to TensorBoard."""
+        """Add images (uint8 [N, H, W, 3], one grid in TensorBoard) and their N captions."""
         if len(images) != len(captions):
             raise ValueError(f"{len(images)} images but {len(captions)} captions for {tag!r}")
         if self._enabled:
+            listed = "\n".join(f"{i}. {c}" for i, c in enumerate(captions, 1))
             self._board.images(int(step), tag, np.asarray(images))
-            self.text(step, tag, "\n".join(f"{i}. {c}" for i, c in enumerate(captions, 1)))
+            self._board.text(int(step), tag, listed)
+            for tracker in self._trackers:
+                tracker.images(int(step), tag, images, captions)
 
-    def close(self) -> None:
-        """Close the files."""
+    def close(self, failed: bool = False) -> None:
+        """Close the files and the trackers, as `failed` if an error or a signal ends the run."""
         if self._enabled:
             self._lines.close()
             self._board.close()
+            for tracker in self._trackers:
+                tracker.close(failed)
 
 
 def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
