@@ -23,6 +23,8 @@ CASES = {
         f"pretrain-{objective}": ("pretrain", f"objective={objective}")
         for objective in ("cappa", "cap", "clip", "siglip")
     },
+    "small-cap": ("small", "devices=cpu-2"),
+    "small-clip": ("small", "objective=clip,devices=gpu-1"),
 }
 
 # The default run trains this captioner; checkpoints/test_warm_start.py trains pretrain-clip.

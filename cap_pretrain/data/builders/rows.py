@@ -64,7 +64,7 @@ def check_table(path: Path, form: Form, needed: Collection[str]) -> None:
     Raises UserError if a column is missing, the text has another encoding, or the file cannot be
     read.
     """
-    columns = _columns(path, form)
+    columns = column_names(path, form)
     for name in needed:
         if name not in columns:
             raise UserError(
@@ -114,7 +114,8 @@ def count_rows(path: Path) -> int:
     return _parquet(path).metadata.num_rows
 
 
-def _columns(path: Path, form: Form) -> Sequence[str]:
+def column_names(path: Path, form: Form) -> Sequence[str]:
+    """Return the names of a table's columns; raises UserError if it cannot be read."""
     if is_parquet(path):
         return _parquet(path).schema_arrow.names
     return form.names or next(_text_rows(path, form), [])

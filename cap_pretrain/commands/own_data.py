@@ -1,0 +1,190 @@
+"""Train on a folder of photos and a table of their captions, at one go.
+
+    cap train my_photos captions.csv
+    cap train my_photos captions.csv --objective clip --workdir runs/clip --config.total_steps=500
+
+The table (CSV, TSV or Parquet) has a row for each caption, with the columns `image` and `caption`
+or the names given. A dataset is built in WORKDIR/dataset, and a model is trained with the settings
+of configs/small.py. A tenth of the images, with all of their captions, is held out for validation.
+The same command resumes an interrupted build or run. Other options are those of a run, such as
+--config.some.field=value.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cap_pretrain import files
+from cap_pretrain.checkpoints.checkpoint import saved_steps
+from cap_pretrain.cli import arguments
+from cap_pretrain.commands import build_dataset
+from cap_pretrain.data.builders import rows, units
+from cap_pretrain.data.sources.base import INFO_FILE
+from cap_pretrain.errors import UserError
+from cap_pretrain.small import config as small
+from cap_pretrain.small import facts
+
+COLUMNS = {
+    "image": (
+        *("image", "file", "file_name", "filename", "image_name", "image_path", "path", "photo"),
+        *("img", "picture", "name"),
+    ),
+    "caption": ("caption", "captions", "text", "description", "title", "sentence", "comment"),
+}
+"""Usual names of the columns, from the first choice on; case does not matter."""
+
+RECORD = "own_data.json"
+"""In a workdir: what its dataset was built from, and the devices that its settings are for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Started:
+    """The content of RECORD.
+
+    Attributes:
+        devices: As for `configs/small.py`.
+        source: Photos, table and columns, with the state of these files (`units.settings_of`).
+    """
+
+    devices: str
+    source: Any
+
+    @staticmethod
+    def read(workdir: Path) -> "Started | None":
+        """Return the record of an earlier start; None if there is none, or it is damaged."""
+        try:
+            found = files.read_json(workdir / RECORD)
+            return Started(str(facts.devices_of(found["devices"])), found["source"])
+        except (OSError, ValueError, KeyError, TypeError, UserError):
+            return None
+
+
+def is_own_data(argv: Sequence[str]) -> bool:
+    """Return whether the arguments of `cap train` begin with a folder or zip, and a table."""
+    return len(argv) >= 2 and not argv[0].startswith("-") and not argv[1].startswith("-")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Build, train and return the exit status, which is that of a run."""
+    parser = arguments.documented_parser(__doc__)
+    parser.add_argument("photos", type=Path, help="folder or zip of the images")
+    parser.add_argument("table", type=Path, help="CSV, TSV or Parquet with a row for each caption")
+    parser.add_argument("--workdir", type=Path, help="default: runs/NAME_OF_THE_FOLDER")
+    what = "what to learn; default: cap"
+    parser.add_argument("--objective", choices=tuple(small.OBJECTIVES), default="cap", help=what)
+    parser.add_argument("--image", default="", help="column of image names; default: found")
+    parser.add_argument("--caption", default="", help="column of captions; default: found")
+    args, others = parser.parse_known_args(argv)
+    return arguments.run(functools.partial(_train, others=others), args, catch=(UserError,))
+
+
+def _train(args: argparse.Namespace, others: Sequence[str]) -> int:
+    workdir = (args.workdir or Path("runs") / _name(args.photos)).expanduser().absolute()
+    dataset = workdir / "dataset" / _name(args.photos)
+    if found := {",", "+"} & set(str(dataset)):
+        raise UserError(
+            f"--workdir: {str(dataset)!r} contains {found.pop()!r}, which separates datasets; "
+            "choose a folder without it."
+        )
+    started = _built(args, workdir, dataset)
+    code = start(
+        [
+            f"--config={small.__file__}:data={dataset},objective={args.objective},"
+            f"devices={started.devices}",
+            f"--workdir={workdir}",
+            *others,
+        ]
+    )
+    if not code and saved_steps(workdir):
+        print(_ending(args, workdir))
+    return code
+
+
+def start(argv: list[str]) -> int:
+    """Run `python -m cap_pretrain.main` with these arguments; return its exit status."""
+    from cap_pretrain import main as program
+
+    sys.argv = ["cap train", *argv]
+    return program.entry()
+
+
+def _name(photos: Path) -> str:
+    """Return the name of a dataset for a folder or zip: lower-case letters, digits and _."""
+    name = re.sub("[^a-z0-9]+", "_", photos.expanduser().absolute().stem.lower()).strip("_")
+    return name if name[:1].isalpha() else f"photos_{name}".rstrip("_")
+
+
+def _built(args: argparse.Namespace, workdir: Path, dataset: Path) -> Started:
+    """Build the dataset, unless an earlier start did; return what to record of this one.
+
+    Raises UserError if photos or table have changed since the run took its first steps.
+    """
+    earlier = Started.read(workdir)
+    finished = any(dataset.glob(f"*/{INFO_FILE}"))
+    if earlier and finished and not (args.photos.exists() and args.table.exists()):
+        print(f"Using the dataset {dataset}; {args.photos} or {args.table} is gone since.")
+        return earlier
+    image, caption = _columns(args)
+    names = {"photos": args.photos, "table": args.table}
+    named = {name: str(path.expanduser().resolve()) for name, path in names.items()}
+    source = units.settings_of(named | {"image": image, "caption": caption})
+    source = json.loads(json.dumps(source))
+    if earlier and finished and earlier.source == source:
+        return earlier
+    if finished and saved_steps(workdir):
+        raise UserError(
+            f"{workdir}: {args.photos} or {args.table} has changed since this run began; choose "
+            "another --workdir, or remove this one to begin again."
+        )
+    print(f"Building a dataset from {args.photos} and {args.table}.", flush=True)
+    options = ["--name", dataset.name, "--out", dataset.parent, "--overwrite"]
+    options += ["--tables", named["table"], "--images", named["photos"]]
+    # Rows with a URL would be examples of their own, so that an image could be in both parts.
+    options += ["--image", image, "--caption", caption, "--url", "", "--dedup", "exact"]
+    files.make_workdir(workdir)
+    if build_dataset.main(["csv", *map(str, options)]):
+        raise UserError("the dataset is not built; mend what is said above, and run this again.")
+    started = Started(str(facts.present()), source)
+    files.write_text(workdir / RECORD, json.dumps(dataclasses.asdict(started), indent=2) + "\n")
+    return started
+
+
+def _columns(args: argparse.Namespace) -> list[str]:
+    """Return the names of the columns of images and captions; raises UserError."""
+    table = rows.table_files(args.table.expanduser())[0]
+    present = rows.column_names(table, rows.Form())
+    by_name = {name.strip().lower(): name for name in reversed(present)}
+    found = []
+    for column, usual in COLUMNS.items():
+        given = getattr(args, column)
+        name = given or next((by_name[name] for name in usual if name in by_name), "")
+        if not name:
+            shown = ", ".join(map(repr, present[:10]))
+            raise UserError(
+                f"{table}: no column is called {column!r} (found: {shown}); name it with "
+                f"--{column}, or give the table a first row with the names of its columns."
+            )
+        found.append(name)
+    return found
+
+
+def _ending(args: argparse.Namespace, workdir: Path) -> str:
+    """Return where the results are, and commands to go on with."""
+    shown = workdir
+    if workdir.is_relative_to(Path.cwd()):
+        shown = workdir.relative_to(Path.cwd())
+    lines = [f"The run is in {shown}: losses in metrics.jsonl, evaluations in evals/."]
+    if args.objective.startswith("cap"):
+        lines.append(f"Caption a photo:  cap caption --checkpoint {shown} PHOTO.jpg")
+    lines.append(f"Use the encoder:  cap export --checkpoint {shown} --out encoder")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,254 @@
+"""Rules that choose the settings of a small run, each with its reason in one line.
+
+RESULTS.md ("Starting small") has the runs on which these rules were chosen: Flickr8k and three sets
+made from it and from ten classes of ImageNet, on CPU cores. Rules for GPUs extend them.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+CAPTIONERS = ("cap", "cappa")
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What the rules depend on, of a dataset."""
+
+    images: int  # that train
+    held_out: int  # images held out of training; 0: the dataset has its own validation split
+    captions: float  # of an image, on average
+    words: int  # in all training captions
+    characters: int  # that differ, in lower case
+    tokens: int  # of a usual long caption with `vocabulary` pieces, EOS included
+    side: int  # median of the shorter sides in pixels; 0: images are drawn at any size
+    sided: float  # share of the captions that say left or right
+
+
+@dataclasses.dataclass(frozen=True)
+class Devices:
+    """Devices of one kind, cpu, gpu or tpu; of a CPU, `count` is the number of cores."""
+
+    kind: str
+    count: int
+
+    @property
+    def parts(self) -> int:
+        """Into how many equal parts a batch is cut; all cores share one part."""
+        return 1 if self.kind == "cpu" else self.count
+
+    def __str__(self) -> str:
+        return f"{self.kind}-{self.count}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Config fields with their values, and a line that states them with the reason."""
+
+    fields: dict[str, Any]
+    line: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A model and its images: square images of `side` pixels, cut into patches of `patch`."""
+
+    side: int
+    patch: int
+    width: int
+    depth: int
+    decoder: int  # layers of the caption decoder
+
+    @property
+    def heads(self) -> int:
+        """Heads of 32 units."""
+        return self.width // 32
+
+
+# From the smallest; the first whose number of images is not below that of the dataset is used.
+SHAPES = {
+    "cpu": ((2_000, Shape(64, 16, 128, 3, 2)), (math.inf, Shape(96, 16, 192, 4, 2))),
+    "gpu": (
+        (2_000, Shape(96, 16, 192, 4, 2)),
+        (20_000, Shape(128, 16, 256, 6, 3)),
+        (math.inf, Shape(192, 16, 384, 8, 4)),
+    ),
+}
+
+BATCH = {True: {"cpu": 32, "gpu": 128}, False: {"cpu": 64, "gpu": 256}}
+"""Largest batch of captioners (True) and of contrastive learners, which compare its examples."""
+EPOCHS, EPOCHS_AT, LEAST_EPOCHS = 40, 1_000, 10
+"""Epochs for so many captions; they fall with the square root of the number of captions."""
+EXAMPLES = {"cpu": 400_000, "gpu": 4_000_000}
+"""Most examples that a run shows: an hour or less on the usual machine."""
+SHORTEST = 200
+"""Fewest steps of a run."""
+RATE, RATE_WIDTH = 3e-3, 128
+"""Learning rate of AdamW at this width; it falls with the width."""
+DECAY = 0.05
+FEW = 10_000
+"""Captions below which dropout helps."""
+LONGEST_TEXT = 128
+"""Most tokens of a caption; longer ones are cut."""
+PARALLEL = 0.5
+"""Share of parallel prediction in CapPa; the paper's 0.75 suits long runs (see quickstart.py)."""
+MOST_EVALUATED = 1000
+"""Most images of an evaluation."""
+SIDED = 0.01
+"""Largest share of captions with left or right at which images are mirrored."""
+
+
+def choose(facts: Facts, devices: Devices, objective: str) -> list[Choice]:
+    """Return the choices for a dataset and devices, in the order in which they are printed."""
+    shape = _shape(facts, devices)
+    batch = _batch(facts, devices, objective)
+    steps = _steps(facts, devices, batch)
+    return [
+        _image_choice(facts, devices, shape),
+        _model_choice(facts, devices, shape),
+        _text_choice(facts),
+        _batch_choice(devices, objective, batch),
+        _length_choice(facts, batch, steps),
+        _optimizer_choice(shape),
+        _regularization_choice(facts),
+        _evaluation_choice(facts, steps, batch),
+    ]
+
+
+def held_out(images: int) -> int:
+    """Return how many of all images validate, where a dataset has no split for that."""
+    return min(1000, max(1, images // 10))
+
+
+def vocabulary(words: int, characters: int) -> int:
+    """Return the number of pieces for a text of so many words and different characters."""
+    pieces = max(10 * math.sqrt(words), 2 * characters)
+    return 2 ** min(15, max(9, round(math.log2(pieces))))
+
+
+def _shape(facts: Facts, devices: Devices) -> Shape:
+    """Return the model's shape, with images no larger than those of the dataset."""
+    table = SHAPES["cpu" if devices.kind == "cpu" else "gpu"]
+    shape = next(shape for most, shape in table if facts.images <= most)
+    if not facts.side:
+        return shape
+    patches = max(2, min(shape.side, facts.side) // shape.patch)
+    return dataclasses.replace(shape, side=patches * shape.patch)
+
+
+def _batch(facts: Facts, devices: Devices, objective: str) -> int:
+    """Return the batch size, a multiple of the parts that the devices cut it into.
+
+    It is at most a quarter of the dataset: contrastive learners compare distinct images.
+    """
+    most = BATCH[objective in CAPTIONERS]["cpu" if devices.kind == "cpu" else "gpu"]
+    size = 2 ** int(math.log2(max(4, min(most, facts.images // 4))))
+    return max(1, round(size / devices.parts)) * devices.parts
+
+
+def _steps(facts: Facts, devices: Devices, batch: int) -> int:
+    """Return the length of the run in steps."""
+    most = EXAMPLES["cpu" if devices.kind == "cpu" else "gpu"]
+    examples = min(most, epochs(facts) * facts.images)
+    return max(SHORTEST, round(examples / batch))
+
+
+def _image_choice(facts: Facts, devices: Devices, shape: Shape) -> Choice:
+    found = (
+        f"the shorter side of a usual image is {facts.side}" if facts.side else "images are drawn"
+    )
+    why = f"a {devices.kind.upper()} with {facts.images:,} images; {found}"
+    return Choice(
+        {"data.image_size": shape.side},
+        f"images: {shape.side} x {shape.side} pixels, whole ({why})",
+    )
+
+
+def _model_choice(facts: Facts, devices: Devices, shape: Shape) -> Choice:
+    fields = {
+        "model.name": f"mu/{shape.patch}",
+        "model.width": shape.width,
+        "model.depth": shape.depth,
+        "model.mlp": 4 * shape.width,
+        "model.heads": shape.heads,
+        "model.decoder_depth": shape.decoder,
+    }
+    return Choice(
+        fields,
+        f"model: patches of {shape.patch}, width {shape.width}, {shape.depth} layers and "
+        f"{shape.decoder} for text (what {facts.images:,} images can teach on {devices})",
+    )
+
+
+def epochs(facts: Facts) -> float:
+    """Return how often a run may show each image before it learns captions by heart."""
+    return max(LEAST_EPOCHS, EPOCHS * math.sqrt(EPOCHS_AT / facts.images))
+
+
+def _text_choice(facts: Facts) -> Choice:
+    pieces = vocabulary(facts.words, facts.characters)
+    length = min(LONGEST_TEXT, max(8, 4 * math.ceil(facts.tokens / 4)))
+    return Choice(
+        {"text.vocab_size": pieces, "text.length": length},
+        f"text: at most {pieces:,} pieces (about {facts.words:,} words of captions), {length} tokens "
+        f"(99 of 100 captions have at most {facts.tokens})",
+    )
+
+
+def _batch_choice(devices: Devices, objective: str, batch: int) -> Choice:
+    why = "many steps for few examples" if objective in CAPTIONERS else "texts to tell apart"
+    if devices.parts > 1:
+        why += f", a multiple of {devices.parts} devices"
+    return Choice({"batch_size": batch}, f"batch: {batch} images ({why})")
+
+
+def _length_choice(facts: Facts, batch: int, steps: int) -> Choice:
+    shown = steps * batch / facts.images
+    why = "before captions are learned by heart" if shown >= 0.9 * epochs(facts) else "in its time"
+    line = f"length: {steps:,} steps, {shown:.3g} times through the images ({why})"
+    return Choice({"total_steps": steps, "log.every_steps": max(10, steps // 50)}, line)
+
+
+def _optimizer_choice(shape: Shape) -> Choice:
+    rate = float(f"{RATE * RATE_WIDTH / shape.width:.1g}")
+    fields = {
+        "optim.name": "adamw",
+        "optim.lr": rate,
+        "optim.b2": 0.95,
+        "optim.weight_decay": DECAY,
+        "optim.warmup_share": 0.05,
+        "optim.decay": "cosine",
+    }
+    return Choice(
+        fields,
+        f"optimizer: AdamW, rate {rate:g} (for width {shape.width}), warm-up over 5% of the steps, "
+        "then cosine decay (short runs learn faster than with Adafactor at 1e-3)",
+    )
+
+
+def _regularization_choice(facts: Facts) -> Choice:
+    flip = facts.sided <= SIDED
+    dropout = 0.1 if facts.images * facts.captions < FEW else 0.0
+    mirrored = "half of the images are mirrored" if flip else "no image is mirrored"
+    return Choice(
+        {"data.flip": flip, "model.dropout": dropout},
+        f"against overfitting: {mirrored} ({facts.sided:.1%} of the captions say left or right), "
+        f"dropout {dropout:g} ({facts.images * facts.captions:,.0f} captions)",
+    )
+
+
+def _evaluation_choice(facts: Facts, steps: int, batch: int) -> Choice:
+    limit = max(min(64, MOST_EVALUATED), min(MOST_EVALUATED, round(0.03 * steps * batch)))
+    fields = {
+        "eval.every_share": 0.1,
+        "checkpoint.every_share": 0.1,
+        "checkpoint.every_minutes": 5.0,
+        "data.held_out": facts.held_out or -1,
+        "evals.val.limit": limit,
+    }
+    where = f"{facts.held_out:,} held-out images" if facts.held_out else "the validation split"
+    return Choice(
+        fields,
+        f"evaluation: every tenth of the run, on at most {limit:,} of {where} (a tenth of the time "
+        "or less)",
+    )

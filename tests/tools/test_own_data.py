@@ -1,0 +1,133 @@
+"""Tests of training on a folder of photos and a table of captions at one go."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cap_pretrain import inputs
+from cap_pretrain.commands import own_data
+from cap_pretrain.small import config as small
+from tests import toy
+from tests.tools.test_build_dataset import jpeg, write_files
+
+PHOTOS = {f"{n}.jpg": jpeg(n) for n in range(20)} | {"copy_of_3.jpg": jpeg(3)}
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    """Return the folder of photos beside captions.csv, in the present folder."""
+    monkeypatch.chdir(tmp_path)
+    write_table("captions.csv", [(f"img/{name}", f"photo {name}") for name in PHOTOS])
+    with Path("captions.csv").open(
+        "a"
+    ) as file:  # further captions, far from the first of their image
+        file.write("".join(f"img/{n}.jpg,again {n}\n" for n in range(20)))
+    return write_files(tmp_path / "My Photos", PHOTOS)
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Return a list of the arguments with which runs are started, instead of starting them."""
+    calls = []
+    monkeypatch.setattr(own_data, "start", lambda argv: calls.append(argv) or 0)
+    return calls
+
+
+def write_table(path, rows, names=("File_Name", "caption", "url")):
+    with Path(path).open("w", newline="") as file:
+        csv.writer(file).writerows([names, *rows] if len(rows[0]) > 2 else [names[:2], *rows])
+
+
+def config_of(argv):
+    """Return the config that the arguments of a run name."""
+    path, _, arg = argv[0].removeprefix("--config=").partition(":")
+    assert path == small.__file__
+    return small.get_config(arg)
+
+
+def test_it_builds_and_starts_and_a_second_start_is_the_same(photos, started, tmp_path, capsys):
+    command = ["My Photos", "captions.csv", "--objective", "clip", "--config.total_steps=3"]
+    assert own_data.main(command) == 0
+    first = capsys.readouterr().out
+    assert "Building a dataset" in first and "20 of 21 kept; dropped: 1 duplicate image" in first
+    assert own_data.main(command) == 0
+    assert "Building" not in capsys.readouterr().out
+    assert started[0] == started[1]
+    assert started[0][1:] == [f"--workdir={tmp_path / 'runs' / 'my_photos'}", command[-1]]
+    c = config_of(started[0])
+    assert c.learner.name == "dual_encoder"
+    assert c.data.name == str(tmp_path / "runs" / "my_photos" / "dataset" / "my_photos")
+
+
+def test_no_image_is_in_both_parts(photos, started):
+    rows = [(f"{n}.jpg", f"caption {k}", f"http://{n}") for k in range(3) for n in range(20)]
+    write_table("captions.csv", rows)
+    assert own_data.main(["My Photos", "captions.csv"]) == 0
+    c = config_of(started[0])
+    parts = [inputs.open_data(c, split) for split in ("train", "val")]
+    found = [[part[i] for i in range(len(part))] for part in parts]
+    assert [len(part) for part in found] == [18, 2]
+    assert all(len(example["captions"]) == 3 for part in found for example in part)
+    names = [{example["id"] for example in part} for part in found]
+    assert not names[0] & names[1]
+
+
+def test_settings_are_those_of_the_first_start_on_any_machine(photos, started, monkeypatch):
+    own_data.main(["My Photos", "captions.csv"])
+    monkeypatch.setattr(os, "cpu_count", lambda: 99)
+    own_data.main(["My Photos", "captions.csv"])
+    assert started[0] == started[1]
+
+
+def test_changed_photos_are_built_again_but_not_within_a_run(photos, started, capsys):
+    own_data.main(["My Photos", "captions.csv"])
+    write_table("captions.csv", [(f"{n}.jpg", "new") for n in range(20)])
+    assert own_data.main(["My Photos", "captions.csv"]) == 0
+    assert capsys.readouterr().out.count("Building") == 2
+    checkpoints = photos.parent / "runs" / "my_photos" / "checkpoints"
+    (checkpoints / "3").mkdir(parents=True)
+    assert own_data.main(["My Photos", "captions.csv"]) == 0  # nothing has changed
+    write_table("captions.csv", [(f"{n}.jpg", "newer") for n in range(20)])
+    assert own_data.main(["My Photos", "captions.csv"]) == 2
+    assert "captions.csv has changed since this run began" in capsys.readouterr().err
+    Path("captions.csv").unlink()
+    assert own_data.main(["My Photos", "captions.csv"]) == 0  # the dataset is all that it needs
+
+
+def test_mistakes_name_the_file(photos, started, tmp_path, capsys):
+    def said(*command):
+        assert own_data.main(list(command)) == 2
+        return capsys.readouterr().err
+
+    assert "no.csv" in said("My Photos", "no.csv")
+    write_table("odd.csv", [("1.jpg", "a")], names=("photo", "what is seen"))
+    assert "no column is called 'caption' (found: 'photo', 'what is seen')" in said(
+        "My Photos", "odd.csv"
+    )
+    assert own_data.main(["My Photos", "odd.csv", "--caption", "what is seen"]) == 0
+    assert "no such folder or zip" in said("no_photos", "captions.csv")
+    assert "separates datasets" in said("My Photos", "captions.csv", "--workdir", "a,b")
+    assert not (tmp_path / "a,b").exists()
+    assert len(started) == 1
+
+
+@pytest.mark.slow
+def test_a_run_from_photos_to_captions(photos, tmp_path):
+    command = [sys.executable, "-m", "cap_pretrain.commands.own_data", "My Photos", "captions.csv"]
+    command += ["--config.total_steps=4", "--config.data.image_size=16", "--config.model.width=32"]
+    command += ["--config.model.mlp=64", "--config.model.heads=2", "--config.log.every_steps=2"]
+    done = [subprocess.run(command, capture_output=True, text=True) for _ in range(2)]
+    assert [run.returncode for run in done] == [0, 0], done[0].stderr
+    assert "cap caption --checkpoint runs/my_photos" in done[0].stdout
+    assert "batch: 4 images" in done[0].stdout
+    assert "Already at step 4 of 4" in done[1].stdout + done[1].stderr
+    workdir = tmp_path / "runs" / "my_photos"
+    assert [line["step"] for line in toy.losses(workdir)] == [2, 4]
+    assert json.loads((workdir / "evals" / "val" / "4.json").read_text())["examples"] == 2
+    assert np.isfinite(toy.losses(workdir)[-1]["train/loss"])
