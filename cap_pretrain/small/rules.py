@@ -190,7 +190,7 @@ def _text_choice(facts: Facts) -> Choice:
     length = min(LONGEST_TEXT, max(8, 4 * math.ceil(facts.tokens / 4)))
     return Choice(
         {"text.vocab_size": pieces, "text.length": length},
-        f"text: at most {pieces:,} pieces, {length} tokens (about {facts.words:,} words in captions; "
+        f"text: at most {pieces:,} pieces, {length} tokens ({facts.words:,} words in captions; "
         f"99 in 100 captions have at most {facts.tokens} tokens)",
     )
 
