@@ -63,6 +63,7 @@ def default() -> ConfigDict:
     c.checkpoint = _checkpoint()
     c.log = _log()
     c.eval = ConfigDict()
+    # How often the evaluators run.
     c.eval.every_steps = 0
     c.eval.every_examples = 0
     c.eval.every_epochs = 0.0
@@ -141,8 +142,8 @@ def _data() -> ConfigDict:
     # "scenes", a TFDS name, the path or URL (gs://, s3://, … as supported by fsspec) of a dataset
     # in TFDS format, or a mixture "a:0.2+b:0.8".
     c.name = "scenes"
-    c.split = "train"
-    c.eval_split = "val"
+    c.split = "train"  # The split to train on
+    c.eval_split = "val"  # The split that evaluators read by default
     # If the first dataset has only the split train, this many random examples of it, the same in
     # every run, are held out of training as "val". -1: a twentieth, at most 10,000; 0: none.
     c.held_out = -1
@@ -189,7 +190,7 @@ def _text() -> ConfigDict:
     c.vocab_size = 32_000
     # Tokens per caption, EOS included; shorter captions are padded, longer ones cut, EOS kept.
     c.length = 64
-    c.lower = True
+    c.lower = True  # Lower-case the captions
     # How text is split into words, and which words are kept (see cap_pretrain/data/text/words.py).
     c.words = ConfigDict(dataclasses.asdict(words.Rules()))
     return c
@@ -197,8 +198,8 @@ def _text() -> ConfigDict:
 
 def _optim() -> ConfigDict:
     c = ConfigDict()
-    c.name = "adafactor"
-    c.lr = 1e-3
+    c.name = "adafactor"  # The optimizer: adamw, adafactor, lion, sgd or lars
+    c.lr = 1e-3  # The highest learning rate, reached after the warm-up
     # The batch size for which `lr` is given; with another one the learning rate is scaled linearly
     # (Goyal et al. 2017, 1706.02677, section 2.1). 0: `lr` is for `batch_size`.
     c.lr_batch = 0
@@ -242,12 +243,13 @@ def _optim() -> ConfigDict:
 
 def _mesh() -> ConfigDict:
     c = ConfigDict()
-    # Devices along each axis; at most one may be -1, which takes all remaining devices.
+    # Devices that split the batch and hold the same parameters. Of the three axes (data, fsdp,
+    # tensor), at most one may be -1, which takes all remaining devices.
     c.data = -1
-    # 0: 16 on TPUs, or fewer on slices of less than 32 chips; on GPUs those of a host, at most 8;
-    # on CPUs 1.
+    # Devices that split the batch, and parameters and optimizer state among them. 0: 16 on TPUs, or
+    # fewer on slices of less than 32 chips; on GPUs those of a host, at most 8; on CPUs 1.
     c.fsdp = 0
-    c.tensor = 1
+    c.tensor = 1  # Shards heads, hidden units and the vocabulary
     # Sharding rules tried before the built-in ones: (regular expression, for each trailing
     # dimension an axis, several or None), as (".*/mlp/up/kernel", ("fsdp", "tensor")) or
     # (".*/mlp/up/bias", (("tensor", "fsdp"),)). An axis that does not divide its dimension moves to
@@ -258,6 +260,7 @@ def _mesh() -> ConfigDict:
 
 def _checkpoint() -> ConfigDict:
     c = ConfigDict()
+    # How often a checkpoint is saved.
     c.every_steps = 0
     c.every_examples = 0
     c.every_epochs = 0.0
@@ -277,6 +280,7 @@ def _checkpoint() -> ConfigDict:
 
 def _log() -> ConfigDict:
     c = ConfigDict()
+    # How often loss, speed and other metrics are logged.
     c.every_steps = 50
     c.every_examples = 0
     c.every_epochs = 0.0

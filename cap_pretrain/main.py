@@ -11,6 +11,7 @@ another host of the cluster is lost (start again).
 import contextlib
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -18,6 +19,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from cap_pretrain import untrusted
+from cap_pretrain.cli import config_files
 from cap_pretrain.errors import UserError, did_you_mean, disk_error
 from cap_pretrain.telemetry import console
 
@@ -37,18 +39,16 @@ DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only write the plan: sizes, FLOPs
 def parse(argv: list[str]) -> list[str]:
     """Return the arguments that are left after the flags; raise UserError if a flag is wrong."""
     logging.set_verbosity(logging.WARNING)  # of libraries; --verbosity=0 shows more
-    for arg in argv:
-        if arg.startswith("--config="):
-            file = arg.removeprefix("--config=").split(":")[0]
-            if not Path(file).is_file():
-                near = did_you_mean(file, map(str, Path("configs").glob("*.py")))
-                raise UserError(f"--config: there is no file {file!r}.{near}")
+    if {"-h", "--help"} & set(argv[1:]):
+        print(usage())
+        sys.exit(0)
+    argv = [_with_file(arg) for arg in argv]
     file = next((arg.partition("=")[2] for arg in argv if arg.startswith("--config=")), "")
     try:
         with console.doing(f"Loading JAX and {file}", say=False):
             rest = flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as e:
-        raise config_error(e) from e
+        raise config_error(e, argv) from e
     if CONFIG.value is None or not WORKDIR.value:
         missing = "--config" if CONFIG.value is None else "--workdir"
         raise UserError(f"{missing} is missing; give --config=configs/NAME.py --workdir=DIR.")
@@ -62,8 +62,30 @@ def parse(argv: list[str]) -> list[str]:
     return rest
 
 
-def config_error(error: Exception) -> UserError:
-    """Return the message for an exception that absl or ml_collections raised for a flag."""
+def usage() -> str:
+    """Return the text of --help: the flags and the configs."""
+    lines = [__doc__.rstrip(), "", "Flags:"]
+    known = (CONFIG, WORKDIR, ALLOW_CHANGES, DRY_RUN, COORDINATOR, PROCESSES, PROCESS)
+    lines += [f"  --{flag.name:20}  {flags.FLAGS[flag.name].help}" for flag in known]
+    lines += ["", "Configs (`cap configs` has their arguments, `cap fields` all fields):"]
+    lines += [f"  {found.path.stem:16}  {found.purpose}" for found in config_files.listed()]
+    return "\n".join(lines)
+
+
+def _with_file(arg: str) -> str:
+    """Return an argument of the program with the file that --config=NAME[:key=value,…] means."""
+    flag, equals, value = arg.partition("=")
+    if flag not in ("--config", "-config") or not equals:
+        return arg
+    name, colon, rest = value.partition(":")
+    try:
+        return f"--config={config_files.find(name)}{colon}{rest}"
+    except UserError as error:
+        raise UserError(f"--config: {error}") from error
+
+
+def config_error(error: Exception, argv: Sequence[str] = ()) -> UserError:
+    """Return the message for an exception that the parsing of flags in `argv` raised."""
     if isinstance(error, flags.UnrecognizedFlagError):
         near = did_you_mean(error.flagname, ("config", "workdir", "allow_changes", "dry_run"))
         return UserError(f"--{error.flagname}: there is no such flag.{near}")
@@ -75,8 +97,20 @@ def config_error(error: Exception) -> UserError:
         while error.args and isinstance(error.args[0], Exception):
             error = error.args[0]
         name, _, hint = str(error.args[0]).partition("\n")
-        return UserError(f"--config: no field {name}. {hint}".rstrip())
+        hint = f"{hint}{_where(argv)}".strip() or "`cap fields` lists all fields."
+        return UserError(f"--config: no field {name}. {hint}")
     return UserError(f"--config: {str(error).splitlines()[0]}")
+
+
+def _where(argv: Sequence[str]) -> str:
+    """Return a hint where the first field in `argv` is that the config does not have."""
+    from cap_pretrain.cli import documentation
+
+    given = [arg[9:].partition("=")[0] for arg in argv if arg.startswith("--config.")]
+    name, _, rest = next(arg for arg in argv if arg.startswith("--config="))[9:].partition(":")
+    get_config = config_files.load(Path(name), "get_config")
+    config = get_config(rest) if rest else get_config()
+    return documentation.where(given, config)
 
 
 def main(_: list[str]) -> None:

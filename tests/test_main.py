@@ -43,6 +43,7 @@ def command(monkeypatch, capsys):
     [
         ([QUICKSTART, "--config.optm.lr=1"], """no field 'optm'. Did you mean "optim\""""),
         ([QUICKSTART, "--config.optim.rl=1"], "no field 'rl'"),
+        ([QUICKSTART, "--config.image_size=64"], "'image_size'. The field is data.image_size."),
         ([QUICKSTART, "--config.learner.averge=token"], '''Did you mean "average"'''),
         ([QUICKSTART, "--config.evals.val.limt=1"], '''Did you mean "limit"'''),
         ([QUICKSTART, "--config.total_steps=many"], "--config.total_steps=many: invalid"),
@@ -73,6 +74,12 @@ def test_mistakes_are_told_in_a_line_or_two(args, said, command, tmp_path):
     assert code == 2
     assert said in stderr
     assert len(stderr.strip().splitlines()) <= 2 and "Traceback" not in stderr
+
+
+def test_help_lists_flags_and_configs(command):
+    code, stdout, _ = command("--help")
+    assert code == 0 and "--allow_changes" in stdout
+    assert all(f"  {path.stem} " in stdout for path in toy.CONFIGS.glob("*.py"))
 
 
 def test_a_workdir_must_be_named_and_be_one(command, tmp_path):

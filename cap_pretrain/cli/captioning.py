@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -28,7 +28,7 @@ Named = tuple[str, np.ndarray]
 """The name of an image and its pixels, uint8 [S, S, 3]."""
 
 
-def evaluation_crop(data: ConfigDict) -> str:
+def evaluation_crop(data: ConfigDict) -> Literal["none", "center"]:
     """Return how a run with this `config.data` crops images to squares for evaluation."""
     return "none" if data.crop == "none" else "center"
 

@@ -16,9 +16,12 @@ class Command(NamedTuple):
     purpose: str
 
 
-TRAIN, USE, DATA, CHECK = "Train and evaluate", "Use a model", "Data", "Check"
+TRAIN, USE, DATA = "Train and evaluate", "Use a model", "Data"
+LOOK, CHECK = "Look up", "Check"
 
 REGISTRY = {
+    "train": Command("train", TRAIN, "train a model as a config says, or resume a run"),
+    "evaluate": Command("evaluate", TRAIN, "evaluate a run or a pretrained encoder"),
     "sweep": Command("sweep", TRAIN, "run a sweep, and tabulate or plot its results"),
     "report": Command("report", TRAIN, "make one page of runs: curves, examples, cost"),
     "results": Command("results_table", TRAIN, "print evaluation results of runs as a table"),
@@ -36,6 +39,8 @@ REGISTRY = {
     "sheet": Command("contact_sheet", DATA, "draw a grid of images with their captions"),
     "held_out": Command("held_out", DATA, "list test images, to exclude them from a build"),
     "permutations": Command("make_permutations", DATA, "generate permutations for the jigsaw task"),
+    "configs": Command("configs", LOOK, "list the configs with their arguments"),
+    "fields": Command("fields", LOOK, "print the documentation of config fields"),
     "check": Command("check_topology", CHECK, "predict memory and step time on TPUs or GPUs"),
     "compare": Command("compare_runs", CHECK, "compare two runs bit by bit"),
     "rehearse": Command("kill_and_resume", CHECK, "check that killed runs resume exactly"),

@@ -18,6 +18,7 @@ import importlib
 import shlex
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from cap_pretrain.cli import arguments
 from cap_pretrain.data.builders import ALIASES, FORMATS, beam, filters, units
@@ -30,7 +31,7 @@ _WITHOUT_EFFECT = ("out", "overwrite", "workers", "beam")
 class _Parser(argparse.ArgumentParser):
     """A parser that reports errors in one line, because the usage of a format is long."""
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
 

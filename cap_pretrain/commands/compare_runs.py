@@ -42,10 +42,11 @@ def compare(a: Path, b: Path, only_losses_within: float | None = None) -> Compar
 
     `only_losses_within`, a relative difference, is for losses only; metrics `data/…` stay exact.
     """
-    metrics = [read_metrics(workdir) for workdir in (a, b)]
+    first, second = read_metrics(a), read_metrics(b)
     if only_losses_within is not None:
-        return _compare_metrics(*map(_losses_and_data, metrics), only_losses_within)
-    found = [_compare_metrics(*metrics, 0.0), _compare_checkpoints(a, b)]
+        selected = _losses_and_data(first), _losses_and_data(second)
+        return _compare_metrics(*selected, only_losses_within)
+    found = [_compare_metrics(first, second, 0.0), _compare_checkpoints(a, b)]
     return Comparison(
         tuple(line for part in found for line in part.differences),
         "; ".join(part.compared for part in found),
@@ -133,7 +134,7 @@ def _compare_checkpoints(a: Path, b: Path) -> Comparison:
     for step in common:
         x, y = (_load(workdir, step) for workdir in (a, b))
         sizes = (len(x), sum(array.size for array in x.values()))
-        differing = [name for name in x | y if not _same_array(x.get(name), y.get(name))]
+        differing = [name for name in {**x, **y} if not _same_array(x.get(name), y.get(name))]
         if differing:
             what = _array_difference(x.get(differing[0]), y.get(differing[0]))
             differences.append(

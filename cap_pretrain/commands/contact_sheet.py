@@ -7,6 +7,7 @@ A run's are its latest sample captions (the evaluator `samples` in configs/).
 """
 
 import argparse
+import math
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -55,7 +56,7 @@ def draw(pictures: Sequence[Picture], columns: int, side: int) -> Image.Image:
     """Return a grid of the pictures, each `side` pixels wide and above its caption."""
     gap = 8
     font = ImageFont.load_default(max(11, side // 10))
-    line = font.getbbox("Ag")[3] + 2
+    line = math.ceil(font.getbbox("Ag")[3]) + 2
     letters = max(1, int(side / font.getlength("n")))
     captions = [
         textwrap.wrap(untrusted.printable(caption, keep="\n\t"), letters) for _, caption in pictures

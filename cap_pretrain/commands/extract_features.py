@@ -48,7 +48,7 @@ WHAT = ("pooled", "tokens", "head")
 DTYPES = ("float32", "float16")
 
 
-def encode(learner: nnx.Module, images: jax.Array, what: str, dtype: Any) -> jax.Array:
+def encode(learner: Any, images: jax.Array, what: str, dtype: Any) -> jax.Array:
     """Encode images, uint8 [B, H, W, 3], as `dtype` [B, 1 + N, D]: a vector and N tokens.
 
     N is 0 unless `what` is "tokens". For "head" the learner needs `features`.
@@ -67,6 +67,7 @@ def extract(args: argparse.Namespace) -> Iterator[str]:
     from cap_pretrain.data.builders.features import FeatureDataset
 
     config, initial = warm_start.resolve(_config(args))
+    assert initial, "--encoder is required"
     tokenizer = _tokenizer(config, args.what)
     splits = {split.partition("[")[0]: split for split in args.splits}
     if len(splits) < len(args.splits):

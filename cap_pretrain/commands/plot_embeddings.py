@@ -86,7 +86,7 @@ def of_words(learner: Learner, source: Source, count: int) -> Points:
     tokenizer = learner.tokenizer
     _check_text(learner, source)
     counts: collections.Counter[str] = collections.Counter()
-    tokens = {}  # token ids of each word's first occurrence
+    tokens: dict[str, np.ndarray] = {}  # token ids of each word's first occurrence
     for index in range(min(EXAMPLES, len(source))):
         for caption in source[index]["captions"]:
             ids = tokenizer.encode(caption)
@@ -94,7 +94,7 @@ def of_words(learner: Learner, source: Source, count: int) -> Points:
                 counts[word.text] += 1
                 tokens.setdefault(word.text, ids[list(word.tokens)])
     module = nnx.merge(learner.graphdef, *learner.variables)
-    part = module.text_tower if isinstance(module, EmbedsText) else module.decoder
+    part = getattr(module, "text_tower" if isinstance(module, EmbedsText) else "decoder")
     embedding = np.asarray(part.embedding.embedding[...], np.float32)
     words = [word for word, _ in counts.most_common(count)]
     vectors = np.array([embedding[tokens[word]].mean(0) for word in words])
@@ -124,7 +124,8 @@ def _of_examples(
         vectors = compute(variables, {"image": batch["image"], "text": batch["text"]})
         real = batch["mask"]
         parts.append([np.asarray(a)[real] for a in (vectors, batch["label"], batch["image"])])
-    return Points(*map(np.concatenate, zip(*parts, strict=True)))
+    vectors, labels, thumbnails = map(np.concatenate, zip(*parts, strict=True))
+    return Points(vectors, labels, thumbnails)
 
 
 def _check_text(learner: Learner, source: Source) -> None:

@@ -99,8 +99,7 @@ def overlays(image: np.ndarray, maps: np.ndarray) -> list[np.ndarray]:
     drawn = []
     for map_ in maps:
         heat = cv2.resize(map_ / brightest, (side, side), interpolation=cv2.INTER_CUBIC)
-        heat = np.clip(heat, 0, 1)
-        drawn.append(0.4 * gray + 0.6 * colors(heat)[..., :3])
+        drawn.append(0.4 * gray + 0.6 * colors(heat.clip(0, 1))[..., :3])
     return drawn
 
 

@@ -54,7 +54,8 @@ def run(args: argparse.Namespace) -> int:
 def status(args: argparse.Namespace) -> int:
     """Print one line per trial."""
     running = runner.is_locked(args.out)
-    rows, count = [], {}
+    rows: list[tuple[str, ...]] = []
+    count: dict[str, int] = {}
     for trial in _trials(args):
         now = results.status(trial, args.out, running)
         count[now.state] = count.get(now.state, 0) + 1
@@ -74,7 +75,8 @@ def table(args: argparse.Namespace) -> int:
     if args.pivot:
         if len(args.figures) > 1:
             raise UserError("--pivot: shows one metric; name only one in --figures.")
-        rows = results.pivot(rows, *args.pivot, args.figures[0])
+        down, across = args.pivot
+        rows = results.pivot(rows, down, across, args.figures[0])
     print(tables.written(rows, args.format))
     return 0
 

@@ -106,11 +106,16 @@ def _momentum(c: ConfigDict, *, nesterov: bool) -> optax.GradientTransformation:
     return optax.trace(decay, nesterov=nesterov, accumulator_dtype=c.moment_dtype or None)
 
 
+def _nesterov(c: ConfigDict) -> optax.GradientTransformation:
+    """Return Nesterov momentum (Sutskever et al. 2013), or plain SGD with optim.b1=-1."""
+    return _momentum(c, nesterov=True)
+
+
 OPTIMIZERS = {
     "adamw": Optimizer(_adamw),
     "adafactor": Optimizer(_adafactor),
     "lion": Optimizer(_lion),
-    "sgd": Optimizer(lambda _: optax.identity(), lambda c: _momentum(c, nesterov=True)),
+    "sgd": Optimizer(lambda _: optax.identity(), _nesterov),
     "lars": Optimizer(lambda _: optax.identity(), _lars),
 }
 

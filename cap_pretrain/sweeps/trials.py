@@ -6,10 +6,8 @@ each run; `arg` is what follows the colon of `NAME.py:key=value,…`, as for con
 
 import ast
 import dataclasses
-import importlib.util
 import json
 import re
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -20,6 +18,7 @@ from ml_collections import ConfigDict
 from cap_pretrain import config as configs
 from cap_pretrain import files, untrusted
 from cap_pretrain.checkpoints.checkpoint import saved_steps
+from cap_pretrain.cli import config_files
 from cap_pretrain.errors import UserError, did_you_mean
 from cap_pretrain.training.changes import check_unchanged
 
@@ -51,7 +50,7 @@ class Trial:
     def resolved(self) -> ConfigDict:
         """Return the config; raises UserError if its file is missing or an override is invalid."""
         file, _, arg = self.config.partition(":")
-        get_config = _function(Path(file), "get_config")
+        get_config = config_files.load(config_files.find(file), "get_config")
         config = get_config(arg) if arg else get_config()
         for field, value in self.overrides.items():
             try:
@@ -75,7 +74,7 @@ def load(sweep: str, extra: Mapping[str, Any]) -> list[Trial]:
     Raises UserError if the file is missing, or has no trials, invalid names, or a name twice.
     """
     file, _, arg = sweep.partition(":")
-    function = _function(Path(file), "sweep")
+    function = config_files.load(config_files.find(file, config_files.SWEEPS), "sweep")
     trials = [
         dataclasses.replace(trial, overrides={**trial.overrides, **extra})
         for trial in (function(arg) if arg else function())
@@ -159,19 +158,3 @@ def record(folder: Path) -> dict[str, Any]:
     """
     path = folder / RECORD_FILE
     return untrusted.checked(files.read_json(path), "record", dict, path) if path.exists() else {}
-
-
-def _function(file: Path, name: str) -> Any:
-    """Import a function from a Python file; raise UserError if there is none."""
-    if not file.is_file():
-        near = did_you_mean(str(file), map(str, file.parent.glob("*.py")))
-        raise UserError(f"there is no file {str(file)!r}.{near}")
-    spec = importlib.util.spec_from_file_location(f"_{file.stem}", file)
-    if spec is None or spec.loader is None:
-        raise UserError(f"{file}: not a Python file; its name must end in .py.")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up here
-    spec.loader.exec_module(module)
-    if not hasattr(module, name):
-        raise UserError(f"{file}: has no function {name}().")
-    return getattr(module, name)

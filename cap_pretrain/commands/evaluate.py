@@ -1,0 +1,47 @@
+"""Evaluate a run or a pretrained encoder without training: the same as configs/evaluate.py.
+
+    cap evaluate runs/cappa --evals=retrieval+composition
+    cap evaluate runs/cappa/checkpoints/300 --evals=linear_probe+knn --data=imagenette
+    cap evaluate exported/cappa --evals=knn --data=imagenette --workdir=runs/judged
+
+RUN is a workdir, one of its checkpoints, an exported encoder, or one of another library. Results
+are printed and written to WORKDIR/evals. Further arguments go to the program of `cap train`, as
+--config.evals.retrieval.limit=5000; `cap fields evals.NAME` lists the options of an evaluator.
+"""
+
+from pathlib import PurePath
+from typing import NoReturn
+
+from cap_pretrain.cli import arguments
+from cap_pretrain.commands import train
+
+
+def main(argv: list[str] | None = None) -> NoReturn:
+    """Run the program with its arguments and end the process with its exit status."""
+    parser = arguments.documented_parser(__doc__)
+    parser.allow_abbrev = False
+    parser.add_argument("run", metavar="RUN", help="workdir, checkpoint or encoder to evaluate")
+    parser.add_argument("--evals", default="loss", help="evaluators, joined by +; default: loss")
+    parser.add_argument("--data", default="", help="dataset; default: that of the run's training")
+    where = "folder of the results; default: beside RUN, with _evaluated added to its name"
+    parser.add_argument("--workdir", help=where)
+    args, rest = parser.parse_known_args(argv)
+    if args.workdir is None and "://" in args.run:
+        parser.error("--workdir is needed, because RUN is a URL.")
+    chosen = ",".join([f"evals={args.evals}", *[f"data={args.data}"] * bool(args.data)])
+    workdir = args.workdir or beside(args.run)
+    train.main(
+        [f"evaluate:{chosen}", f"--workdir={workdir}", f"--config.encoder={args.run}", *rest]
+    )
+
+
+def beside(run: str) -> str:
+    """Return the default folder of results: runs/a -> runs/a_evaluated, or …_STEP_evaluated."""
+    path = PurePath(run)
+    if path.parent.name == "checkpoints":
+        return f"{path.parent.parent}_{path.name}_evaluated"
+    return f"{path}_evaluated"
+
+
+if __name__ == "__main__":
+    main()
