@@ -120,6 +120,7 @@ def where(given: Iterable[str], config: ConfigDict) -> str:
     return ""
 
 
+@functools.cache
 def of_config() -> Section:
     """Return the documentation of all fields of the default config, except options of others."""
     default = configs.fields(configs.default().to_dict())
@@ -138,11 +139,13 @@ def of_config() -> Section:
     return Section("", "", entries)
 
 
+@functools.cache
 def of_learner(name: str) -> Section:
     """Return the documentation of a learner and its options."""
     return _of_class("learner", name, learners.learner_class(name), "learner.")
 
 
+@functools.cache
 def of_evaluator(name: str) -> Section:
     """Return the documentation of an evaluator and its options, an entry of `config.evals`."""
     return _of_class("evals", name, evals.evaluator_class(name), f"evals.{name}.")

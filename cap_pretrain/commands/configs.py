@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit status: 0 done, 2 the user's mistake."""
     parser = arguments.documented_parser(__doc__)
     parser.add_argument("name", nargs="?", metavar="NAME", help="config or sweep to describe")
-    return arguments.run(_run, parser.parse_args(argv))
+    return arguments.run(_run, parser.parse_args(argv), catch=(UserError,))
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -26,11 +26,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = arguments.documented_parser(__doc__)
     what = "field, section, evals.EVALUATOR, learner.LEARNER or part of a name; default: all"
     parser.add_argument("prefix", nargs="?", default="", metavar="PREFIX", help=what)
-    return arguments.run(_run, parser.parse_args(argv))
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args([arg.removeprefix("--config.") for arg in argv])
+    return arguments.run(_run, args, catch=(UserError,))
 
 
 def _run(args: argparse.Namespace) -> int:
-    print("\n".join(_lines(args.prefix.removeprefix("--").removeprefix("config.").rstrip("."))))
+    print("\n".join(_lines(args.prefix.removeprefix("config.").rstrip("."))))
     return 0
 
 

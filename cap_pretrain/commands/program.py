@@ -12,7 +12,19 @@ from cap_pretrain.errors import did_you_mean
 
 def main(argv: list[str] | None = None) -> int:
     """Run `cap COMMAND …` and return its exit status; 2 if there is no such command."""
-    argv = sys.argv[1:] if argv is None else argv
+    try:
+        status = _run(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # as by `cap … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(overview())
         return 0
@@ -26,14 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"cap: there is no command {name!r}.{did_you_mean(name, REGISTRY)}", file=sys.stderr)
         return 2
     sys.argv = [f"cap {name}", *rest]  # argparse and absl name the program in their messages
-    try:
-        return importlib.import_module(f"cap_pretrain.commands.{command.module}").main(rest)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # as after `cap … | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    return importlib.import_module(f"cap_pretrain.commands.{command.module}").main(rest)
 
 
 def overview() -> str:

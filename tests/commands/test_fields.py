@@ -1,4 +1,4 @@
-"""`cap fields`: every field is there, with its default and documentation; hints where fields are."""
+"""`cap fields`: every field with its default and documentation, and hints where fields are."""
 
 import pytest
 
