@@ -93,17 +93,8 @@ def _train(args: argparse.Namespace, others: Sequence[str]) -> int:
             "choose a folder without it."
         )
     started = _built(args, workdir, dataset)
-    code = start(
-        [
-            f"--config={small.__file__}:data={dataset},objective={args.objective},"
-            f"devices={started.devices}",
-            f"--workdir={workdir}",
-            *others,
-        ]
-    )
-    if not code and saved_steps(workdir):
-        print(_ending(args, workdir))
-    return code
+    settings = f"data={dataset},objective={args.objective},devices={started.devices}"
+    return start([f"--config={small.__file__}:{settings}", f"--workdir={workdir}", *others])
 
 
 def start(argv: list[str]) -> int:
@@ -172,18 +163,6 @@ def _columns(args: argparse.Namespace) -> list[str]:
             )
         found.append(name)
     return found
-
-
-def _ending(args: argparse.Namespace, workdir: Path) -> str:
-    """Return where the results are, and commands to go on with."""
-    shown = workdir
-    if workdir.is_relative_to(Path.cwd()):
-        shown = workdir.relative_to(Path.cwd())
-    lines = [f"The run is in {shown}: losses in metrics.jsonl, evaluations in evals/."]
-    if args.objective.startswith("cap"):
-        lines.append(f"Caption a photo:  cap caption --checkpoint {shown} PHOTO.jpg")
-    lines.append(f"Use the encoder:  cap export --checkpoint {shown} --out encoder")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def resolve(
     if captions:
         c.evals.samples = evals.defaults("captions", count=8, shown=3)
     else:
-        c.evals.retrieval = evals.defaults("retrieval", when="end", limit=rules.MOST_EVALUATED)
+        c.evals.retrieval = evals.defaults("retrieval", when="end")
     choices = rules.choose(measured, devices, objective)
     for choice in choices:
         c.update_from_flattened_dict(choice.fields)

@@ -92,8 +92,6 @@ LONGEST_TEXT = 128
 """Most tokens of a caption; longer ones are cut."""
 PARALLEL = 0.5
 """Share of parallel prediction in CapPa; the paper's 0.75 suits long runs (see quickstart.py)."""
-MOST_EVALUATED = 1000
-"""Most images of an evaluation."""
 SIDED = 0.01
 """Largest share of captions with left or right at which images are mirrored."""
 
@@ -111,7 +109,7 @@ def choose(facts: Facts, devices: Devices, objective: str) -> list[Choice]:
         _length_choice(facts, batch, steps),
         _optimizer_choice(shape),
         _regularization_choice(facts),
-        _evaluation_choice(facts, steps, batch),
+        _evaluation_choice(facts),
     ]
 
 
@@ -237,18 +235,12 @@ def _regularization_choice(facts: Facts) -> Choice:
     )
 
 
-def _evaluation_choice(facts: Facts, steps: int, batch: int) -> Choice:
-    limit = max(min(64, MOST_EVALUATED), min(MOST_EVALUATED, round(0.03 * steps * batch)))
+def _evaluation_choice(facts: Facts) -> Choice:
     fields = {
         "eval.every_share": 0.1,
         "checkpoint.every_share": 0.1,
         "checkpoint.every_minutes": 5.0,
         "data.held_out": facts.held_out or -1,
-        "evals.val.limit": limit,
     }
     where = f"{facts.held_out:,} held-out images" if facts.held_out else "the validation split"
-    return Choice(
-        fields,
-        f"evaluation: every tenth of the run, on at most {limit:,} of {where} (a tenth of the time "
-        "or less)",
-    )
+    return Choice(fields, f"evaluation: ten times, on {where} (for no longer than the training)")

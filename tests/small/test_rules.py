@@ -41,8 +41,6 @@ def test_settings_are_valid_and_sane_at_every_size(objective):
         made = schedule.make_schedule(c, epoch=images)
         assert 1 <= made.warmup < made.total and made.evaluate * 10 >= made.total
         assert 2 * made.log <= made.total
-        evaluated = c.evals.val.limit * 10  # a forward pass is a third of a training step
-        assert evaluated / 3 <= 0.35 * examples
 
 
 def test_larger_datasets_get_more_of_everything():
