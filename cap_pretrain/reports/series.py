@@ -1,6 +1,7 @@
 """Curves of runs, thinned so that a page stays small, and the figures at their end."""
 
 import dataclasses
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -12,11 +13,16 @@ POINTS = 1000
 ALL_POINTS = 60_000
 """Points of all curves of a page at most: about 1.2 MB of JSON."""
 
-LOWER = ("loss", "perplexity", "mean_rank", "error", "cross_entropy", "ab_error")
-"""Last words of metrics of which less is better."""
+LOWER = re.compile("loss$|perplexity|bits_per_|mean_rank|error$|cross_entropy$")
+"""Metrics of which less is better, by their last word."""
 
-UNRANKED = ("step_ms", "words", "distinct_share", "chance", "unigram_loss", "rate", "norm")
-"""Last words of metrics that are neither better higher nor lower."""
+HIGHER = re.compile(
+    "accuracy|top[15]|_r(1|5|10)(_|$)|Bleu|CIDEr|METEOR|ROUGE|SPICE|likelihood|cosine"
+)
+"""Metrics of which more is better, by their last word."""
+
+UNRANKED = re.compile("unigram|chance|_std$")
+"""Metrics that are only there to compare others with."""
 
 Points = tuple[list[int], list[float | None]]
 """Steps, ascending, and values; None is a value that is not finite."""
@@ -185,11 +191,9 @@ def finals(run: Run) -> dict[str, dict[str, Any]]:
 def direction(name: str) -> str:
     """Return whether "lower" or "higher" values of a metric are better; "" if it is not known."""
     kind, _, last = name.rpartition("/")
-    if last.endswith(UNRANKED) or kind in ("data", "spike"):
+    if kind in ("time", "data", "spike") or UNRANKED.search(last):
         return ""
-    if last.endswith(LOWER) or "mean_rank" in last:
-        return "lower"
-    return "" if kind in ("time", "train") and "accuracy" not in last else "higher"
+    return "lower" if LOWER.search(last) else "higher" if HIGHER.search(last) else ""
 
 
 def figure(value: Any) -> str:
