@@ -111,7 +111,7 @@ def _curves(made: Sequence[Chart], runs: Sequence[Run]) -> Markup:
         element("label", element("input", type="checkbox", id="log"), " logarithmic loss"),
         element("label", "smoothing ", smooth),
         element("button", "Show all", type="button", class_="reset", disabled=""),
-        element("small", "Drag to zoom, double-click to show all."),
+        element("small", "Drag to zoom, double-click to show all.", class_="hint"),
     ]
     hidden = element("summary", f"More curves of training ({len(more)})")
     return titled(

@@ -281,7 +281,7 @@ def data(run: Run) -> Markup:
         parts.append(table(losses, ("", "n", "n"), head))
     count, listed = run.broken
     if count:
-        note = f"{count:,} examples did not decode and were replaced by neighbors (broken.jsonl):"
+        note = f"Examples that did not decode and were replaced (broken.jsonl): {count:,}"
         rows = [[line.get("id"), line.get("dataset"), line.get("reason")] for line in listed]
         parts += [element("p", note), table(rows, head=("id", "dataset", "reason"))]
     elif parts:
