@@ -19,6 +19,7 @@ from typing import Any
 import cv2
 import numpy as np
 import simplejpeg
+from absl import logging
 
 from cap_pretrain import files, untrusted
 from cap_pretrain.data import images, pipeline
@@ -83,6 +84,14 @@ def original(image: bytes | np.ndarray) -> np.ndarray:
 def path(workdir: Path, name: str) -> Path:
     """Return the file of the examples of evaluator `name`."""
     return workdir / FOLDER / f"{name}.shown.json"
+
+
+def keep(workdir: Path, name: str, step: int, shown: Sequence[Exhibit]) -> None:
+    """Write the examples of evaluator `name`; if that fails, warn, and the run goes on."""
+    try:
+        write(path(workdir, name), step, shown)
+    except Exception as error:  # of whatever kind
+        logging.warning("%s was not written: %s", path(workdir, name), error)
 
 
 def write(where: Path, step: int, shown: Sequence[Exhibit]) -> None:

@@ -155,7 +155,7 @@ class Suite:
             if self._write:
                 write_result(path, section, step, result, **self._weights)
                 if result.exhibits:
-                    exhibits.write(exhibits.path(self._workdir, name), step, result.exhibits)
+                    exhibits.keep(self._workdir, name, step, result.exhibits)
             yield name, result
 
     def _prepared(self, name: str, section: ConfigDict) -> tuple[Any, ConfigDict]:
