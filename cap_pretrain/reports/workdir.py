@@ -25,6 +25,7 @@ class Run:
         name: Short name, different from that of other runs in the report.
         folder: The workdir.
         config: Content of config.json.
+        evaluators: Their sections of the config, {} for one that only has results.
         metrics: Lines of metrics.jsonl, in order.
         facts: Content of report/facts.json; {} for a run before there were such files.
         plan: Content of plan.json, which only a dry run writes; or {}.
@@ -39,6 +40,7 @@ class Run:
     name: str
     folder: Path
     config: dict[str, Any]
+    evaluators: dict[str, dict[str, Any]]
     metrics: list[dict[str, Any]]
     facts: dict[str, Any]
     plan: dict[str, Any]
@@ -48,11 +50,6 @@ class Run:
     broken: tuple[int, list[dict[str, Any]]]
     builds: dict[str, dict[str, Any]]
     problems: list[str]
-
-    @property
-    def evaluators(self) -> dict[str, Any]:
-        """The section `evals` of the config, as far as it has sections."""
-        return {k: v for k, v in section(self.config, "evals").items() if isinstance(v, dict)}
 
     @property
     def step(self) -> int:
@@ -146,10 +143,8 @@ def read(folder: Path, name: str) -> Run:
 
     config = attempt(folder / "config.json", dict)
     results, shown, earlier = {}, {}, {}
-    for evaluator in section(config, "evals"):
-        # It is part of a path, and another config may come from anywhere.
-        if Path(evaluator).name != evaluator:
-            continue
+    evaluators = _evaluators(folder, config)
+    for evaluator in evaluators:
         try:
             results[evaluator] = suite.newest_result(folder, evaluator)[1]
         except (UserError, OSError, RecursionError) as error:
@@ -165,6 +160,7 @@ def read(folder: Path, name: str) -> Run:
         name=name,
         folder=folder,
         config=config,
+        evaluators=evaluators,
         metrics=read_metrics(folder),
         facts=facts,
         plan=attempt(folder / "plan.json", dict),
@@ -175,6 +171,16 @@ def read(folder: Path, name: str) -> Run:
         builds=_builds(section(config, "data"), facts, attempt),
         problems=problems,
     )
+
+
+def _evaluators(folder: Path, config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the sections of evaluators in the config, and {} for others that have results."""
+    found = {name: section(section(config, "evals"), name) for name in section(config, "evals")}
+    results = folder / "evals"
+    folders = sorted(path.name for path in results.iterdir()) if results.is_dir() else []
+    found |= {name: {} for name in folders if name not in found and (results / name).is_dir()}
+    # A name is part of paths, and a config may come from anywhere.
+    return {name: own for name, own in found.items() if Path(name).name == name}
 
 
 def _spread(paths: dict[int, Path]) -> dict[int, Path]:
