@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -22,10 +22,26 @@ from cap_pretrain.learners.protocols import WritesCaptions, learner_type
 from cap_pretrain.models.decoding import Decoding, write_all
 from cap_pretrain.models.sizes import STORED
 
+T = TypeVar("T")
 Captioner = Callable[[np.ndarray], list[str]]
 ScoredCaptioner = Callable[[np.ndarray], list[list[Caption]]]
-Named = tuple[str, np.ndarray]
-"""The name of an image and its pixels, uint8 [S, S, 3]."""
+
+PHOTO = 512
+"""Longer side of a photo that is shown at most, in pixels."""
+
+
+class Named(NamedTuple):
+    """An image and its name.
+
+    Attributes:
+        name: Name of the file, or id of the example.
+        image: What the learner reads, uint8 [S, S, 3].
+        photo: The image at its own size and aspect, but not above `PHOTO`, uint8 [H, W, 3].
+    """
+
+    name: str
+    image: np.ndarray
+    photo: np.ndarray
 
 
 def evaluation_crop(data: ConfigDict) -> Literal["none", "center"]:
@@ -38,9 +54,18 @@ def read_image(path: str, data: ConfigDict) -> np.ndarray | str:
 
     Returns the image, uint8 [S, S, 3], or the reason it cannot be read.
     """
+    return _read(path, lambda file: _preprocessed(file, data))
+
+
+def _preprocessed(image: bytes | np.ndarray, data: ConfigDict) -> np.ndarray:
+    return pipeline.square(image, data.image_size, evaluation_crop(data))
+
+
+def _read(path: str, use: Callable[[bytes], T]) -> T | str:
+    """Return `use(content)` of an image file, or the reason it cannot be read."""
     try:
         with untrusted.open_regular(Path(path)) as file:
-            return pipeline.square(file.read(), data.image_size, evaluation_crop(data))
+            return use(file.read())
     except images.ImageError as error:
         return str(error)
     except OSError as error:
@@ -61,25 +86,26 @@ def dataset_images(learner: Learner, data: str, split: str, count: int) -> list[
         image = example["image"]
         if not isinstance(image, bytes) and np.ndim(image) != 3:
             raise UserError(f"--data: {source} holds stored features; choose one with images.")
-        image = pipeline.square(image, section.image_size, evaluation_crop(section))
-        found.append((example["id"], image))
+        read = _preprocessed(image, section)
+        found.append(Named(example["id"], read, pipeline.photo(image, PHOTO)))
     return found
 
 
 def file_images(learner: Learner, paths: Sequence[str]) -> list[Named]:
     """Return the images of files, preprocessed for evaluation; report unreadable ones on stderr."""
     found = []
+    data = learner.config.data
     for path in paths:
-        image = read_image(path, learner.config.data)
+        image = _read(path, lambda file: (_preprocessed(file, data), pipeline.photo(file, PHOTO)))
         if isinstance(image, str):
             print(f"{untrusted.printable(path)}: not drawn: {image}", file=sys.stderr)
         else:
-            found.append((Path(path).name, image))
+            found.append(Named(Path(path).name, *image))
     return found
 
 
 def draw_images(args: argparse.Namespace, draw: Callable[[Learner, list[Named]], Any]) -> int:
-    """Draw the images that the arguments name and save the figure that `draw` returns.
+    """Draw the images that the arguments name and save the figure, or pages, of `draw`.
 
     `args` are those of `add_checkpoint`, `add_figure` and `add_images` in `cli.arguments`. Returns
     the exit status: 0 all images are drawn, 1 some files are unreadable, 2 all files are. Raises
@@ -96,8 +122,9 @@ def draw_images(args: argparse.Namespace, draw: Callable[[Learner, list[Named]],
         named = dataset_images(learner, args.data, args.split, args.count)
     if not named:
         return 2
-    figures.save(draw(learner, named), args.out)
-    print(f"wrote {args.out}")
+    drawn = draw(learner, named)
+    for page in figures.save_pages(drawn if isinstance(drawn, list) else [drawn], args.out):
+        print(f"wrote {page}")
     return int(len(named) < len(args.images))
 
 

@@ -1,14 +1,19 @@
 """Create and save figures for the tools. matplotlib is an optional dependency of this module."""
 
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+import numpy as np
 
 from cap_pretrain import untrusted
 from cap_pretrain.errors import UserError
 
 SUFFIXES = (".png", ".svg")
+DPI = 128  # pixels per inch of pages; at 8 points, lower-case letters are about 8 pixels high
+TITLE = 22  # pixels above a panel for its title
 
 
 def imported(name: str) -> ModuleType:
@@ -25,6 +30,35 @@ def imported(name: str) -> ModuleType:
 def new_figure(width: float, height: float) -> Any:
     """Return an empty matplotlib Figure of this size, in inches."""
     return imported("matplotlib.figure").Figure((width, height), layout="constrained")
+
+
+def new_page(width: int, height: int) -> Any:
+    """Return an empty matplotlib Figure of this size in pixels, to place panels on."""
+    # Sizes in inches are exact, because DPI is a power of two.
+    return imported("matplotlib.figure").Figure((width / DPI, height / DPI), dpi=DPI)
+
+
+def place(page: Any, image: np.ndarray, x: int, y: int, title: str) -> None:
+    """Draw an image [H, W, 3], pixel by pixel, with its upper left corner at (x, y).
+
+    The title is above it, in `TITLE` pixels, and cut if it is too long.
+    """
+    width, height = (round(side * DPI) for side in page.get_size_inches())
+    rows, columns = image.shape[:2]
+    corner = x / width, 1 - (y + rows) / height
+    axis = page.add_axes((*corner, columns / width, rows / height))
+    axis.imshow(image, interpolation="nearest", aspect="auto")
+    axis.set_axis_off()
+    axis.set_title(title, fontsize=8, pad=3)
+
+
+def save_pages(pages: Sequence[Any], out: Path) -> list[Path]:
+    """Write figures to `out`, and further ones beside it: NAME-2.png, …; return their paths."""
+    further = [out.with_stem(f"{out.stem}-{n}") for n in range(2, len(pages) + 1)]
+    paths = [out, *further]
+    for page, path in zip(pages, paths, strict=True):
+        save(page, path)
+    return paths
 
 
 def check_name(out: Path) -> None:

@@ -47,7 +47,7 @@ def draw(named: Sequence[Named], predicted: np.ndarray) -> Any:
     """Return a figure with a row per image: the image, its lightness, and its colorization."""
     figure = figures.new_figure(3 * PANEL, (PANEL + 0.2) * len(named))
     axes = figure.subplots(len(named), 3, squeeze=False)
-    for row, (name, image), colored in zip(axes, named, predicted, strict=True):
+    for row, (name, image, _), colored in zip(axes, named, predicted, strict=True):
         titles = [name[-18:], "lightness", "colorized"]  # long file names differ at the end
         panels = [image, lab.gray(image / 255), colored]
         for axis, title, panel in zip(row, titles, panels, strict=True):
@@ -58,7 +58,7 @@ def draw(named: Sequence[Named], predicted: np.ndarray) -> Any:
 
 
 def _draw(learner: Learner, named: list[Named]) -> Any:
-    return draw(named, colorized(learner, np.stack([image for _, image in named])))
+    return draw(named, colorized(learner, np.stack([one.image for one in named])))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -4,8 +4,10 @@
     python tools/show_attention.py --checkpoint runs/cappa --data scenes --count 3 --out scenes.png
 
 A heat map per word of the caption, the run's own (greedy) or --caption, follows each image: the
-mean over the word's tokens and, for a transformer, over the heads of one decoder layer. Maps of an
-image share a color scale, which ends at their maximum. The newest valid checkpoint is used, with
+mean over the word's tokens and, for a transformer, over the heads of one decoder layer. Maps are
+drawn over the photo at its own size, up to 512 pixels; where the learner reads a central square,
+the rest is dark. Maps of an image share a color scale, which ends at their maximum. What does not
+fit on a page goes to further ones, NAME-2.png and so on. The newest valid checkpoint is used, with
 averaged parameters if it has them. Exit status: 0 all are drawn; 1 some files are no images; 2
 nothing to draw, or an option is wrong.
 """
@@ -23,22 +25,45 @@ from flax import nnx
 
 from cap_pretrain.checkpoints.load import Learner
 from cap_pretrain.cli import arguments, figures
-from cap_pretrain.cli.captioning import Named, captioner, draw_images
+from cap_pretrain.cli.captioning import Named, captioner, draw_images, evaluation_crop
 from cap_pretrain.evals.inference import word_maps
 from cap_pretrain.learners.protocols import learner_type
 from cap_pretrain.models.decoding import Decoding
 
-PANEL = 1.4  # inches
-SIDE = 256  # minimum pixels of a panel
+SIDE = 256  # pixels of the longer side of a panel at least: smaller images are enlarged
+GAP = 8  # pixels beside and below a panel
+PAGE = (
+    2048,
+    3072,
+)  # width and height of a page in pixels, which fewer columns and rows may not fill
+COLUMNS = 8  # panels per row at most, by default
 
 
 class Attended(NamedTuple):
     """An image and the attention map of each word of its caption."""
 
     name: str
-    image: np.ndarray  # uint8 [S, S, 3]
+    image: np.ndarray  # what the learner reads, uint8 [S, S, 3]
     words: list[str]
     maps: np.ndarray  # float32 [len(words), H, W]
+    photo: np.ndarray  # uint8 [height, width, 3], what is drawn
+
+
+class Row(NamedTuple):
+    """Panels of one size [H, W, 3] beside each other, with their titles."""
+
+    panels: list[np.ndarray]
+    titles: list[str]
+
+    @property
+    def height(self) -> int:
+        """Height in pixels, with the titles and the gap below."""
+        return len(self.panels[0]) + figures.TITLE + GAP
+
+    @property
+    def step(self) -> int:
+        """Distance of neighboring panels in pixels."""
+        return self.panels[0].shape[1] + GAP
 
 
 def attend_words(
@@ -51,7 +76,7 @@ def attend_words(
     """
     _, tokenizer, graphdef, variables = learner
     word_maps.check_attends(learner_type(graphdef), by_layer=bool(layer))
-    pixels = np.stack([image for _, image in named])
+    pixels = np.stack([one.image for one in named])
     write = captioner(learner, Decoding(), len(pixels), seed=0)
     captions = [caption] * len(pixels) if caption else write(pixels)
     text = np.stack([tokenizer.encode(caption) for caption in captions])
@@ -62,44 +87,84 @@ def attend_words(
 
     attention = np.asarray(attend(variables, pixels, text))
     found = []
-    for (name, image), ids, row in zip(named, text, attention, strict=True):
+    for one, ids, row in zip(named, text, attention, strict=True):
         _, words = word_maps.words_of(tokenizer, ids)
         maps = word_maps.word_maps(row, words)
-        found.append(Attended(name, image, [word.text for word in words], maps))
+        titles = [word.text for word in words]
+        found.append(Attended(one.name, one.image, titles, maps, one.photo))
     return found
 
 
-def draw(attended: Sequence[Attended], columns: int) -> Any:
-    """Return a figure with `columns` panels per row; every image starts a new row."""
-    blocks = [-(-(1 + len(found.words)) // columns) for found in attended]
-    columns = min(columns, max(1 + len(found.words) for found in attended))
-    figure = figures.new_figure(PANEL * columns, (PANEL + 0.2) * sum(blocks))
-    axes = figure.subplots(sum(blocks), columns, squeeze=False)
-    for axis in axes.flat:
-        axis.set_axis_off()
-    first = 0
-    for found, rows in zip(attended, blocks, strict=True):
-        panels = axes[first : first + rows].flat
-        first += rows
-        heated = overlays(found.image, found.maps)
-        titles = [found.name[-18:], *found.words]  # long file names differ at the end
-        for axis, title, panel in zip(panels, titles, [found.image, *heated], strict=False):
-            axis.imshow(panel)
-            axis.set_title(title, fontsize=9)
-    return figure
+def draw(attended: Sequence[Attended], columns: int | None, crop: str) -> list[Any]:
+    """Return pages of rows of up to `columns` panels; every image starts a new row.
+
+    `columns` is by default as many as a page of `PAGE` has room for. `crop` is how the learner's
+    image was cut from the photo, "none" or "center".
+    """
+    blocks = [_rows(found, columns, crop) for found in attended]
+    pages: list[list[Row]] = [[]]
+    for block in blocks:
+        if sum(row.height for row in [*pages[-1], *block]) > PAGE[1] and pages[-1]:
+            pages.append([])
+        for row in block:
+            if sum(each.height for each in [*pages[-1], row]) > PAGE[1] and pages[-1]:
+                pages.append([])
+            pages[-1].append(row)
+    width = max(len(row.panels) * row.step for block in blocks for row in block)
+    return [_page(rows, width) for rows in pages]
 
 
-def overlays(image: np.ndarray, maps: np.ndarray) -> list[np.ndarray]:
-    """Return maps [n, H, W] as n smooth heat maps [side, side, 3] in [0, 1] over a gray image."""
+def _rows(found: Attended, columns: int | None, crop: str) -> list[Row]:
+    """Return the photo and the heat map of each word, wrapped into rows."""
+    photo = enlarged(found.photo)
+    panels = [photo, *overlays(found.photo, found.maps, crop)]
+    # Long file names differ at the end.
+    titles = [found.name[-max(18, photo.shape[1] // 14) :], *found.words]
+    columns = columns or max(1, min(COLUMNS, PAGE[0] // (photo.shape[1] + GAP)))
+    starts = range(0, len(panels), columns)
+    return [Row(panels[n : n + columns], titles[n : n + columns]) for n in starts]
+
+
+def _page(rows: Sequence[Row], width: int) -> Any:
+    page = figures.new_page(width, sum(row.height for row in rows))
+    top = 0
+    for row in rows:
+        for k, (panel, title) in enumerate(zip(row.panels, row.titles, strict=True)):
+            figures.place(page, panel, GAP // 2 + k * row.step, top + figures.TITLE, title)
+        top += row.height
+    return page
+
+
+def enlarged(image: np.ndarray) -> np.ndarray:
+    """Return the image [H, W, 3], enlarged to `SIDE` if it is smaller."""
+    scale = SIDE / max(image.shape[:2])
+    if scale <= 1:
+        return image
+    height, width = (max(1, round(side * scale)) for side in image.shape[:2])
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+def overlays(photo: np.ndarray, maps: np.ndarray, crop: str = "none") -> list[np.ndarray]:
+    """Return maps [n, H, W] as n smooth heat maps over a gray photo, [height, width, 3] in [0, 1].
+
+    With `crop="center"` they cover the largest central square, and the rest is darkened.
+    """
     colors = figures.imported("matplotlib").colormaps["inferno"]
-    side = max(SIDE, len(image))
-    gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32)[..., None] / 255
-    gray = cv2.resize(gray, (side, side), interpolation=cv2.INTER_LINEAR)[..., None]
+    gray = cv2.cvtColor(enlarged(photo), cv2.COLOR_RGB2GRAY).astype(np.float32)[..., None] / 255
+    height, width = gray.shape[:2]
+    side = min(height, width)
+    top, left = ((height - side) // 2, (width - side) // 2) if crop == "center" else (0, 0)
+    inside = np.s_[top : height - top, left : width - left]
+    inner_height, inner_width = gray[inside].shape[:2]
     brightest = max(float(np.max(maps, initial=0)), np.finfo(np.float32).tiny)
     drawn = []
     for map_ in maps:
-        heat = cv2.resize(map_ / brightest, (side, side), interpolation=cv2.INTER_CUBIC)
-        drawn.append(0.4 * gray + 0.6 * colors(heat.clip(0, 1))[..., :3])
+        heat = cv2.resize(
+            map_ / brightest, (inner_width, inner_height), interpolation=cv2.INTER_CUBIC
+        )
+        over = np.repeat(0.25 * gray, 3, axis=2)
+        over[inside] = 0.4 * gray[inside] + 0.6 * colors(heat.clip(0, 1))[..., :3]
+        drawn.append(over)
     return drawn
 
 
@@ -107,7 +172,8 @@ def _run(args: argparse.Namespace) -> int:
     layer = {"layer": args.layer} if "layer" in args else {}
 
     def draw_attention(learner: Learner, named: list[Named]) -> Any:
-        return draw(attend_words(learner, named, args.caption, layer), args.columns)
+        crop = evaluation_crop(learner.config.data)
+        return draw(attend_words(learner, named, args.caption, layer), args.columns, crop)
 
     return draw_images(args, draw_attention)
 
@@ -126,7 +192,9 @@ def main(argv: list[str] | None = None) -> int:
         help="decoder layer: 0 is the first, -1 the last (default), mean averages over all",
     )
     parser.add_argument(
-        "--columns", type=arguments.positive_int, default=8, help="panels per row; default: 8"
+        "--columns",
+        type=arguments.positive_int,
+        help=f"panels per row; default: up to {COLUMNS}, as many as fit {PAGE[0]} pixels",
     )
     args = parser.parse_args(argv)
     logging.set_verbosity(logging.ERROR)

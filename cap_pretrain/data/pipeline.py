@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, TypeGuard
 
+import cv2
 import grain
 import numpy as np
 
@@ -297,12 +298,31 @@ def picture(image: bytes | np.ndarray, size: int) -> np.ndarray:
 
     Raises ImageError if it does not decode, UserError if it holds features.
     """
+    _check_shows(image)
+    return square(image, size, "none")
+
+
+def photo(image: bytes | np.ndarray, longest: int) -> np.ndarray:
+    """Return the image as uint8 [H, W, 3] at its own size and aspect, for display.
+
+    It is scaled down if one side has more than `longest` pixels. Raises ImageError if it does not
+    decode, UserError if it holds features.
+    """
+    _check_shows(image)
+    pixels = images.decode(image, longest) if isinstance(image, bytes) else np.asarray(image)
+    scale = longest / max(pixels.shape[:2])
+    if scale >= 1:
+        return pixels
+    height, width = (max(1, round(side * scale)) for side in pixels.shape[:2])
+    return cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
+
+
+def _check_shows(image: bytes | np.ndarray) -> None:
     if is_features(image):
         raise UserError(
             "data: the dataset holds features of an encoder, so there are no images to show; "
             "name the dataset they were extracted from."
         )
-    return square(image, size, "none")
 
 
 def square(

@@ -82,15 +82,15 @@ def test_maps_are_the_learners_attention(run):
     source = inputs.open_data(config, "val")
     assert isinstance(source, Scenes)
     named = captioning.dataset_images(learner, "", "novel", 3)
-    assert [name for name, _ in named] == ["novel/0", "novel/1", "novel/2"]
+    assert [one.name for one in named] == ["novel/0", "novel/1", "novel/2"]
     caption = "a red ring"
     for layer in ({}, {"layer": None}):
         attended = show_attention.attend_words(learner, named, caption, layer)
-        images = np.stack([image for _, image in named])
+        images = np.stack([one.image for one in named])
         text = np.tile(tokenizer.encode(caption), (3, 1))
         attend = jax.jit(lambda v, *a, layer=layer: nnx.merge(graphdef, *v).attend(*a, **layer))
         attention = np.asarray(attend(variables, images, text))[:, :, 1:]  # without the class token
-        for found, row, (name, image) in zip(attended, attention, named, strict=True):
+        for found, row, (name, image, _) in zip(attended, attention, named, strict=True):
             assert (found.name, found.words) == (name, caption.split())
             np.testing.assert_array_equal(found.image, image)
             assert found.maps.shape == (3, 2, 2)
