@@ -38,18 +38,22 @@ def new_page(width: int, height: int) -> Any:
     return imported("matplotlib.figure").Figure((width / DPI, height / DPI), dpi=DPI)
 
 
+def fit_layout(figure: Any) -> None:
+    """Move the axes of a figure to where they are when it is saved."""
+    imported("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
+    figure.draw_without_rendering()
+
+
 def place(page: Any, image: np.ndarray, x: int, y: int, title: str) -> None:
     """Draw an image [H, W, 3], pixel by pixel, with its upper left corner at (x, y).
 
-    The title is above it, in `TITLE` pixels, and cut if it is too long.
+    The title is above it, within `TITLE` pixels.
     """
     width, height = (round(side * DPI) for side in page.get_size_inches())
     rows, columns = image.shape[:2]
-    corner = x / width, 1 - (y + rows) / height
-    axis = page.add_axes((*corner, columns / width, rows / height))
-    axis.imshow(image, interpolation="nearest", aspect="auto")
-    axis.set_axis_off()
-    axis.set_title(title, fontsize=8, pad=3)
+    page.figimage(image, x, height - y - rows)
+    where = (x + columns / 2) / width, 1 - (y - 4) / height
+    page.text(*where, title, fontsize=8, ha="center", va="baseline")
 
 
 def save_pages(pages: Sequence[Any], out: Path) -> list[Path]:

@@ -3,15 +3,17 @@
     python tools/contact_sheet.py --data scenes --split novel --image_size 96 --out scenes.png
     python tools/contact_sheet.py --workdir runs/quickstart --out captions.png
 
-A run's are its latest sample captions (the evaluator `samples` in configs/).
+A run's are its latest sample captions (the evaluator `samples` in configs/), with references in
+gray. Words of a caption that no reference has are red. Captions of `scenes` are judged: a frame is
+green if a caption names color and shape of every object, and of no other, else red.
 """
 
 import argparse
 import math
 import sys
-import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -19,22 +21,53 @@ from PIL import Image, ImageDraw, ImageFont
 from cap_pretrain import inputs, untrusted
 from cap_pretrain.checkpoints.load import read_config
 from cap_pretrain.cli import arguments
+from cap_pretrain.cli.captioning import PHOTO
 from cap_pretrain.data import pipeline
+from cap_pretrain.data.scenes.source import Scenes
+from cap_pretrain.data.scenes.text import names_every_object
 from cap_pretrain.data.sources.open import open_source
 from cap_pretrain.errors import UserError
+from cap_pretrain.evals.inference import word_maps
 from cap_pretrain.evals.suite import newest_result
-from cap_pretrain.untrusted import bounded, entry
+from cap_pretrain.untrusted import bounded, checked, entry
 
-Picture = tuple[np.ndarray, str]
-"""An image, uint8 [S, S, 3], and its caption."""
+GAP = 8  # pixels between pictures
+FRAME = 3  # pixels
+WRONG, RIGHT, BLACK, QUIET = "#c62828", "#2e7d32", "black", "#666666"
+LEGEND = "Red words are in no reference."
+VERDICTS = "Green frame: every object is named, and no other. Red frame: not so."
+
+
+class Picture(NamedTuple):
+    """An image and texts about it.
+
+    Attributes:
+        image: uint8 [H, W, 3].
+        caption: Text below it.
+        references: Texts that are known to be right.
+        right: Whether the caption is right; None if that is not known.
+    """
+
+    image: np.ndarray
+    caption: str
+    references: tuple[str, ...] = ()
+    right: bool | None = None
+
+
+class _Line(NamedTuple):
+    """A line of text: words with their colors, and whether it is small."""
+
+    words: tuple[tuple[str, str], ...]
+    small: bool = False
 
 
 def of_dataset(data: str, split: str, size: int) -> Iterator[Picture]:
-    """Yield the images of a dataset, uint8 [size, size, 3], with their first captions."""
+    """Yield the images of a dataset with their first captions, and the others as references."""
     source = open_source(data, split, image_size=size)
     for index in range(len(source)):
         example = source[index]
-        yield pipeline.picture(example["image"], size), "; ".join(example["captions"][:1])
+        first, *others = [*example["captions"], ""]
+        yield Picture(pipeline.photo(example["image"], PHOTO), first, tuple(others[:-1]))
 
 
 def of_run(workdir: Path, evaluation: str) -> Iterator[Picture]:
@@ -49,27 +82,113 @@ def of_run(workdir: Path, evaluation: str) -> Iterator[Picture]:
     for sample in entry(result, "samples", list, path):
         index = bounded(entry(sample, "index", int, path), "index", 0, len(source) - 1, path)
         caption = entry(sample, "caption", str, path)
-        yield pipeline.picture(source[index]["image"], config.data.image_size), caption
+        references = checked(sample.get("references", []), "references", list, path)
+        references = tuple(checked(text, "references", str, path) for text in references)
+        right = None
+        if isinstance(source, Scenes):
+            right = names_every_object(source.scene(index), caption)
+        yield Picture(pipeline.photo(source[index]["image"], PHOTO), caption, references, right)
 
 
-def draw(pictures: Sequence[Picture], columns: int, side: int) -> Image.Image:
-    """Return a grid of the pictures, each `side` pixels wide and above its caption."""
-    gap = 8
-    font = ImageFont.load_default(max(11, side // 10))
-    line = math.ceil(font.getbbox("Ag")[3]) + 2
-    letters = max(1, int(side / font.getlength("n")))
-    captions = [
-        textwrap.wrap(untrusted.printable(caption, keep="\n\t"), letters) for _, caption in pictures
-    ]
-    step_x, step_y = side + gap, side + gap + line * max(map(len, captions))
-    rows = -(-len(pictures) // columns)
-    sheet = Image.new("RGB", (columns * step_x + gap, rows * step_y + gap), "white")
-    pen = ImageDraw.Draw(sheet)
-    for k, (image, _) in enumerate(pictures):
-        x, y = gap + k % columns * step_x, gap + k // columns * step_y
-        sheet.paste(Image.fromarray(image).resize((side, side)), (x, y))
-        pen.multiline_text((x, y + side + 1), "\n".join(captions[k]), "black", font, spacing=2)
+def unfounded(picture: Picture) -> set[str]:
+    """Return the words of a caption, in lower case, that no reference has."""
+    if picture.right or not picture.references:
+        return set()
+    return _words(picture.caption) - _words(" ".join(picture.references))
+
+
+def _words(text: str) -> set[str]:
+    return set(word_maps.WORD.findall(text.lower()))
+
+
+def draw(pictures: Sequence[Picture], columns: int, side: int, references: int = 0) -> Image.Image:
+    """Return a grid of pictures, fitted into squares of `side` pixels, above their captions.
+
+    Up to so many references follow each caption. Words that no reference has are red; a frame says
+    whether a caption is right.
+    """
+    fonts = {
+        small: ImageFont.load_default(max(11, side // (12 if small else 10))) for small in (0, 1)
+    }
+    line = math.ceil(fonts[0].getbbox("Ag")[3]) + 2
+    texts = [_lines(picture, references, fonts, side) for picture in pictures]
+    grid = [range(n, min(n + columns, len(pictures))) for n in range(0, len(pictures), columns)]
+    heights = [side + 2 * GAP + line * max(len(texts[k]) for k in row) for row in grid]
+    notes = _notes(pictures, references, fonts[1], columns * (side + GAP))
+    sheet = Image.new(
+        "RGB", (columns * (side + GAP) + GAP, sum(heights) + GAP + line * len(notes)), "white"
+    )
+    pen, top = ImageDraw.Draw(sheet), GAP
+    for row, height in zip(grid, heights, strict=True):
+        for k in row:
+            left = GAP + (k - row[0]) * (side + GAP)
+            _place(sheet, pen, pictures[k], (left, top), side)
+            _write(pen, texts[k], (left, top + side + FRAME + 1), line, fonts)
+        top += height
+    _write(pen, notes, (GAP, top), line, fonts)
     return sheet
+
+
+def _place(
+    sheet: Image.Image,
+    pen: ImageDraw.ImageDraw,
+    picture: Picture,
+    corner: tuple[int, int],
+    side: int,
+) -> None:
+    """Draw the image in a square, with a frame if its caption is judged."""
+    height, width = picture.image.shape[:2]
+    scale = side / max(height, width)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    left, top = corner[0] + (side - size[0]) // 2, corner[1] + side - size[1]
+    if picture.right is not None:
+        box = (left - FRAME, top - FRAME, left + size[0] + FRAME - 1, top + size[1] + FRAME - 1)
+        pen.rectangle(box, fill=RIGHT if picture.right else WRONG)
+    sheet.paste(Image.fromarray(picture.image).resize(size), (left, top))
+
+
+def _lines(picture: Picture, references: int, fonts: Any, width: int) -> list[_Line]:
+    """Return the caption and references of a picture, wrapped to `width` pixels."""
+    bad = unfounded(picture)
+    colors = [WRONG if _words(word) & bad else BLACK for word in picture.caption.split()]
+    found = _wrapped(picture.caption, colors, fonts[0], width)
+    for text in picture.references[:references]:
+        quiet = _wrapped(text, [QUIET] * len(text.split()), fonts[1], width)
+        found += [line._replace(small=True) for line in quiet]
+    return found
+
+
+def _wrapped(text: str, colors: Sequence[str], font: Any, width: int) -> list[_Line]:
+    lines: list[list[tuple[str, str]]] = [[]]
+    for word, color in zip(text.split(), colors, strict=True):
+        word = untrusted.printable(word)
+        so_far = " ".join(shown for shown, _ in [*lines[-1], (word, color)])
+        if lines[-1] and font.getlength(so_far) > width:
+            lines.append([])
+        lines[-1].append((word, color))
+    return [_Line(tuple(words)) for words in lines if words]
+
+
+def _write(
+    pen: ImageDraw.ImageDraw, lines: Sequence[_Line], corner: tuple[int, int], step: int, fonts: Any
+) -> None:
+    for n, line in enumerate(lines):
+        x, font = float(corner[0]), fonts[line.small]
+        for word, color in line.words:
+            pen.text((x, corner[1] + n * step), word, color, font)
+            x += font.getlength(f"{word} ")
+
+
+def _notes(pictures: Sequence[Picture], references: int, font: Any, width: int) -> list[_Line]:
+    """Return what the colors mean, where they occur."""
+    texts = [VERDICTS] * any(picture.right is not None for picture in pictures)
+    texts += [LEGEND] * any(unfounded(picture) for picture in pictures)
+    texts += ["Gray: references."] * bool(references and any(one.references for one in pictures))
+    text = " ".join(texts)
+    return [
+        line._replace(small=True)
+        for line in _wrapped(text, [QUIET] * len(text.split()), font, width)
+    ]
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -78,7 +197,8 @@ def _run(args: argparse.Namespace) -> int:
     else:
         found = of_dataset(args.data, args.split, args.image_size)
     pictures = [picture for picture, _ in zip(found, range(args.count), strict=False)]
-    draw(pictures, args.columns, args.side).save(args.out)
+    shown = bool(args.workdir) if args.references is None else args.references
+    draw(pictures, args.columns, args.side, int(shown)).save(args.out)
     print(f"wrote {args.out}")
     return 0
 
@@ -95,6 +215,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=8, help="number of images; default: 8")
     parser.add_argument("--columns", type=int, default=4, help="images per row; default: 4")
     parser.add_argument("--side", type=int, default=144, help="pixels per image; default: 144")
+    parser.add_argument(
+        "--references",
+        type=int,
+        help="reference captions per image; default: 1 with --workdir, 0 with --data",
+    )
     parser.add_argument("--out", required=True, type=Path, help="output image file")
     return arguments.run(_run, parser.parse_args(argv))
 

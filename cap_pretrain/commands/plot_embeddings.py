@@ -5,7 +5,8 @@
 
 images are the encoder's pooled features; captions are the first ones, by a dual encoder's text
 embedding, else the mean of token embeddings; words are the most frequent ones of the captions, by
-the mean of token embeddings. Colors are the images' labels, if any. Dimensions are reduced by t-SNE
+the mean of token embeddings. Colors are the images' labels, if any; of more than 20 classes, the
+most frequent ones that have room are named at their centers. Dimensions are reduced by t-SNE
 (van der Maaten and Hinton 2008) or PCA, deterministically. The newest valid checkpoint is used,
 with averaged parameters if it has them. Exit status: 0 done, 2 the user's mistake.
 """
@@ -39,6 +40,7 @@ BATCH = 64
 COMPONENTS = 30  # principal components given to t-SNE, as in its authors' experiments (section 4.2)
 PERPLEXITY = 30  # of t-SNE; its authors recommend 5 to 50 (section 2)
 LEGEND = 20  # maximum classes in a legend: more colors cannot be told apart
+LABELS = 60  # maximum classes that are named at their centers
 COUNTS = {"images": 1000, "captions": 1000, "words": 150}
 METHODS = ("tsne", "pca")
 EXAMPLES = 2000  # number of examples whose captions give the word frequencies
@@ -188,7 +190,34 @@ def draw(points: Points, xy: np.ndarray, class_names: Sequence[str], thumbnails:
     if present != [-1] and len(present) <= LEGEND:
         # Named explicitly, because matplotlib hides labels that begin with "_".
         figure.legend(handles, names, loc="outside right upper", fontsize=8, markerscale=1.5)
+    elif present != [-1]:
+        _name_clusters(figure, points.labels, xy, class_names)
     return figure
+
+
+def _name_clusters(
+    figure: Any, labels: np.ndarray, xy: np.ndarray, class_names: Sequence[str]
+) -> None:
+    """Write names of classes at the medians of their points, the most frequent first.
+
+    Names that would cover an earlier one are left out, and a note says how many are there.
+    """
+    axis = figure.axes[0]
+    outline = figures.imported("matplotlib.patheffects").withStroke(linewidth=2.5, foreground="w")
+    found, counts = np.unique(labels[labels >= 0], return_counts=True)
+    note = axis.text(0.005, 0.005, "0", transform=axis.transAxes, fontsize=8, color="#444444")
+    figures.fit_layout(figure)
+    taken = [note.get_window_extent()]
+    for label in found[np.argsort(-counts, kind="stable")][:LABELS]:
+        center = np.median(xy[labels == label], axis=0)
+        text = axis.text(*center, class_names[label], ha="center", va="center", fontsize=9)
+        text.set_path_effects([outline])
+        place = text.get_window_extent().padded(2)
+        if any(place.overlaps(other) for other in taken):
+            text.remove()
+        else:
+            taken.append(place)
+    note.set_text(f"{len(taken) - 1} of {len(found)} classes are named, the most frequent first")
 
 
 def _colors(count: int) -> list[Any]:
@@ -197,7 +226,9 @@ def _colors(count: int) -> list[Any]:
         return list(maps["tab10"].colors[:count])
     if count <= LEGEND:
         return list(maps["tab20"].colors[:count])
-    return list(maps["hsv"](np.arange(count) / count))
+    # Neighbors in hue differ in brightness.
+    shades = np.where(np.arange(count) % 2, 0.6, 1.0)[:, None]
+    return list(maps["hsv"](np.arange(count) / count)[:, :3] * shades)
 
 
 def _put_thumbnails(axis: Any, images: np.ndarray, xy: np.ndarray, color: Any) -> None:

@@ -5,14 +5,17 @@
     python tools/sweep.py table runs/sweep --figures val/loss:min scores/CIDEr --sort val/loss:min
     python tools/sweep.py table runs/sweep --figures val/loss:min --pivot optim.lr learner.layers
     python tools/sweep.py plot runs/sweep --x parameters --y val/loss --by objective --out loss.svg
+    python tools/sweep.py plot runs/sweep --pivot optim.lr batch_size --y val/loss:min --out a.png
 
 `run` starts each trial in OUT/TRIAL, with its output in log.txt. The same command resumes a sweep:
 finished trials are skipped, interrupted ones resume exactly. Overrides after `--`, such as
 --config.seed=1, apply to all trials. --print prints the command of each, to run it on a cluster.
 `table` shows metrics of metrics.jsonl: the last value, or the best with ":min" or ":max"; 1-NAME is
 the error of an accuracy, as in 1-accuracy/top1. `plot` draws a metric against parameters,
-parameters/PART, examples, flops or any numeric field on logarithmic axes, and fits the power law y
-= a x^-b, or y = a x^-b + c with --offset; bands are 95% intervals from the fit's covariance. Exit
+parameters/PART, examples, flops or any numeric field on logarithmic axes. Where x is a scale and
+has enough different values, it fits the power law y = a x^-b, or y = a x^-b + c with --offset;
+bands are 95% intervals from the fit's covariance. Other points, as over learning rates, are joined
+by lines. `plot --pivot` draws a heat map over two fields, one for each value of the others. Exit
 status: 0 done; 1 trials failed after all retries; 2 the user's mistake; 143 stopped by SIGTERM
 after all trials saved a checkpoint (130 by Ctrl-C).
 """
@@ -29,10 +32,16 @@ import numpy as np
 from cap_pretrain.cli import arguments, figures
 from cap_pretrain.errors import UserError
 from cap_pretrain.sweeps import power_law, results, runner, trials
+from cap_pretrain.sweeps.results import Row
 from cap_pretrain.sweeps.trials import Trial
 from cap_pretrain.telemetry import tables
 from cap_pretrain.telemetry.progress import format_duration
 from cap_pretrain.telemetry.tables import format_table
+
+# What a loss can follow a power law of; parameters/PART as well.
+SCALES = ("parameters", "examples", "flops", "total_examples", "total_steps", "total_epochs")
+MIN_POINTS = 5  # of fewer points, the 95% band of an exponent is often wider than the exponent
+LUMA = (0.299, 0.587, 0.114)  # brightness of red, green and blue (ITU-R BT.601)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -82,9 +91,22 @@ def table(args: argparse.Namespace) -> int:
 
 
 def plot(args: argparse.Namespace) -> int:
-    """Plot a metric with a fitted power law and its band for each group."""
+    """Plot a metric: as heat maps over two fields, or over one x with lines or power laws."""
     figures.check_name(args.file)
     chosen = _trials(args)
+    if args.pivot:
+        figure = _heat_maps(chosen, args)
+    elif args.x:
+        figure = _curves(chosen, args)
+    else:
+        raise UserError("plot: needs --x, or --pivot for a heat map.")
+    figures.save(figure, args.file)
+    print(f"wrote {args.file}")
+    return 0
+
+
+def _curves(chosen: Sequence[Trial], args: argparse.Namespace) -> Any:
+    """Return a figure of the points of each group, with its power law or a line; report laws."""
     points: dict[str, list[tuple[float, float]]] = {}
     for trial, row in zip(chosen, results.rows(chosen, args.out, [args.y]), strict=True):
         if row[args.y] is not None:
@@ -97,13 +119,79 @@ def plot(args: argparse.Namespace) -> int:
     for group, xy in points.items():
         try:
             fitted = power_law.frontier(xy) if args.frontier else xy
+            _check_scales(args.x, fitted, args.min_points)
             laws[group] = power_law.fit(*np.array(fitted).T, offset=args.offset)
             print(f"{group or args.y}: {laws[group]}")
         except UserError as error:
             print(f"{group or args.y}: no power law: {error}")
-    figures.save(draw(points, laws, args.x, args.y), args.file)
-    print(f"wrote {args.file}")
-    return 0
+    return draw(points, laws, args.x, args.y)
+
+
+def _check_scales(x_name: str, points: Sequence[tuple[float, float]], least: int) -> None:
+    """Raise UserError unless a power law of these points (x, y) can mean something."""
+    scales = x_name in SCALES or x_name.startswith("parameters/")
+    if not scales:
+        raise UserError(
+            f"{x_name} is a setting with a best value, not a scale such as {', '.join(SCALES[:3])}."
+        )
+    different = len({x for x, _ in points})
+    if different < least:
+        raise UserError(f"{different} different x are too few; --min_points is {least}.")
+
+
+def _heat_maps(chosen: Sequence[Trial], args: argparse.Namespace) -> Any:
+    """Return a figure with a heat map for each combination of the fields besides the two."""
+    down, across = args.pivot
+    rows = results.pivot(results.rows(chosen, args.out, [args.y]), down, across, args.y)
+    names = [name for name in rows[0] if name.startswith(f"{across}=")]
+    others = [name for name in rows[0] if name not in (*names, down)]
+    maps: dict[str, list[Row]] = {}
+    for row in rows:
+        maps.setdefault("  ".join(f"{name}={row[name]}" for name in others), []).append(row)
+    every = [row[name] for row in rows for name in names if row[name] is not None]
+    if not every:
+        raise UserError(f"--y: no trial has {args.y} yet.")
+    best = max if args.y.endswith(":max") else min
+    columns = min(len(maps), 3)
+    tall = -(-len(maps) // columns)
+    height = max(len(part) for part in maps.values()) * 0.45 + 1.2
+    figure = figures.new_figure(columns * (len(names) * 0.75 + 1.2) + 1, tall * height)
+    axes = figure.subplots(tall, columns, squeeze=False)
+    for axis in axes.flat[len(maps) :]:
+        axis.set_axis_off()
+    for axis, (title, part) in zip(axes.flat, maps.items(), strict=False):
+        values = np.array([[row[name] for name in names] for row in part], np.float64)
+        shown = axis.imshow(
+            values,
+            "viridis_r" if best is min else "viridis",
+            vmin=min(every),
+            vmax=max(every),
+            aspect="auto",
+        )
+        _annotate(axis, shown, values, best(every))
+        axis.set_xticks(range(len(names)), [name.removeprefix(f"{across}=") for name in names])
+        axis.set_yticks(range(len(part)), [f"{row[down]}" for row in part])
+        axis.set_xlabel(across)
+        axis.set_ylabel(down)
+        axis.set_title(title, fontsize=9)
+    figure.colorbar(shown, ax=axes, label=args.y)
+    return figure
+
+
+def _annotate(axis: Any, shown: Any, values: np.ndarray, best: float) -> None:
+    """Write values into the cells of a heat map `shown`, and draw a box around the best."""
+    rectangle = figures.imported("matplotlib.patches").Rectangle
+    centered = dict(ha="center", va="center", fontsize=8)
+    for (y, x), value in np.ndenumerate(values):
+        if np.isnan(value):
+            axis.text(x, y, "–", **centered)
+            continue
+        bright = np.dot(shown.cmap(shown.norm(value))[:3], LUMA) > 0.5
+        text = axis.text(x, y, f"{value:.3g}", color="black" if bright else "white", **centered)
+        if value == best:
+            text.set_weight("bold")
+            box = (x - 0.48, y - 0.46), 0.96, 0.92
+            axis.add_patch(rectangle(*box, fill=False, edgecolor="red", linewidth=2))
 
 
 def _x(trial: Trial, args: argparse.Namespace) -> float:
@@ -126,31 +214,57 @@ def draw(
     x_name: str,
     y_name: str,
 ) -> Any:
-    """Return a figure of each group's points (x, y), power law, if fitted, and 95% band."""
+    """Return a figure of each group's points (x, y), with its power law and 95% band.
+
+    A group without a law has a line through the mean of the points at each x. The axes hold points,
+    curves and bands.
+    """
     figure = figures.new_figure(7, 5)
     axis = figure.subplots()
-    axis.set_xscale("log")
-    axis.set_yscale("log")
+    every = [number for xy in points.values() for number in np.array(xy).T]
+    for scale, values in ((axis.set_xscale, every[::2]), (axis.set_yscale, every[1::2])):
+        positive = all(np.all(own > 0) for own in values)
+        scale("log" if positive else "linear")
+    held = []
     for number, (group, xy) in enumerate(points.items()):
         x, y = np.array(xy).T
         color, label = f"C{number}", group or y_name
+        held.append(y)
         if law := laws.get(group):
             grid = np.geomspace(x.min(), x.max(), 100)
             axis.plot(grid, law(grid), color=color)
+            held.append(law(grid))
             if np.isfinite(law.spread):
-                axis.fill_between(grid, *law.band(grid), color=color, alpha=0.15, linewidth=0)
+                low, high = law.band(grid)
+                axis.fill_between(grid, low, high, color=color, alpha=0.15, linewidth=0)
+                held += [low, high]
             offset = f" + {law.c:.3g}" if len(law.covariance) == 3 else ""
             label += f": {law.a:.3g} x^{-law.b:.3g}{offset}"
+        else:
+            steps = np.unique(x)
+            axis.plot(steps, [y[x == step].mean() for step in steps], color=color, alpha=0.6)
         axis.scatter(x, y, s=20, color=color, label=label)
-    every = [y for xy in points.values() for _, y in xy]
-    axis.set_ylim(0.9 * min(every), 1.1 * max(every))
-    for formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-        formatter(lambda y, _: f"{y:g}")
+    _fit_y(axis, np.concatenate(held))
     axis.set_xlabel(x_name)
     axis.set_ylabel(y_name)
     axis.grid(True, which="both", alpha=0.2)
     axis.legend(fontsize=8)
     return figure
+
+
+def _fit_y(axis: Any, values: np.ndarray) -> None:
+    """Let the y axis hold the values, and label it with plain numbers."""
+    low, high = values.min(), values.max()
+    if axis.get_yscale() == "log":
+        axis.set_ylim(low / 1.1, high * 1.1)
+        ticker = figures.imported("matplotlib.ticker")
+        axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5), numticks=20))
+        axis.yaxis.set_minor_locator(ticker.LogLocator(subs=range(1, 10), numticks=99))
+        axis.yaxis.set_minor_formatter(ticker.NullFormatter())
+    else:
+        margin = 0.05 * (high - low) or 1.0
+        axis.set_ylim(low - margin, high + margin)
+    axis.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
 
 
 def _trials(args: argparse.Namespace) -> Sequence[Trial]:
@@ -198,12 +312,21 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
             sub.add_argument("--pivot", nargs=2, metavar=("DOWN", "ACROSS"), help="two fields")
             sub.add_argument("--format", choices=tables.FORMATS, default="text")
         if command is plot:
-            sub.add_argument("--x", required=True, help="parameters, examples, flops or a field")
+            sub.add_argument("--x", help="parameters, examples, flops or a field")
+            sub.add_argument(
+                "--pivot", nargs=2, metavar=("DOWN", "ACROSS"), help="heat map over two fields"
+            )
             sub.add_argument("--y", required=True, help="metric: NAME[:min|max|last]")
             sub.add_argument("--by", nargs="+", default=[], help="fields to group trials by")
             sub.add_argument("--offset", action="store_true", help="also fit an irreducible term")
             frontier = "fit only the lower envelope: points with no better one at smaller x"
             sub.add_argument("--frontier", action="store_true", help=frontier)
+            sub.add_argument(
+                "--min_points",
+                type=arguments.positive_int,
+                default=MIN_POINTS,
+                help=f"different x that a power law is fitted to at least; default: {MIN_POINTS}",
+            )
             sub.add_argument("--out", dest="file", required=True, type=Path, help="*.png or *.svg")
     args = parser.parse_args(argv[:cut])
     args.extra = argv[cut + 1 :]

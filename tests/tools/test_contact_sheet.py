@@ -33,8 +33,8 @@ def test_a_sheet_of_a_run_shows_its_latest_captions(tmp_path):
         samples = [{"index": 3, "caption": caption}]
         content = {"options": {"data": "", "split": ""}, "samples": samples}
         (folder / f"{step}.json").write_text(json.dumps(content))
-    ((image, caption),) = contact_sheet.of_run(tmp_path, "samples")
-    assert caption == "a red ring"
+    ((image, caption, references, right),) = contact_sheet.of_run(tmp_path, "samples")
+    assert caption == "a red ring" and references == () and right is False
     options = c.data.scenes.to_dict()
     np.testing.assert_array_equal(image, Scenes("val", 16, **options)[3]["image"])
 
@@ -43,3 +43,27 @@ def test_a_run_without_samples_is_the_users_mistake(tmp_path, capsys):
     out = str(tmp_path / "sheet.png")
     assert contact_sheet.main(["--workdir", str(tmp_path), "--out", out]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def colors_of(sheet):
+    return {color for _, color in sheet.getcolors(1 << 20)}
+
+
+def test_references_and_what_is_wrong():
+    image, side = np.full((20, 40, 3), 99, np.uint8), 40
+    picture = contact_sheet.Picture(image, "A red ring, and a dog.", ("a blue ring and a dog",))
+    assert contact_sheet.unfounded(picture) == {"red"}
+    assert not contact_sheet.unfounded(picture._replace(right=True))
+    assert not contact_sheet.unfounded(picture._replace(references=()))
+
+    red, green = (198, 40, 40), (46, 125, 50)
+    fine = picture._replace(caption="a blue ring")
+    plain = contact_sheet.draw([fine], 1, side)
+    pixels = np.asarray(plain)[8:48, 8:48]  # the aspect stays, and the image stands on its caption
+    assert (pixels[20:] == 99).all() and (pixels[:20] == 255).all()
+    assert not colors_of(plain) & {red, green}
+    with_reference = contact_sheet.draw([fine], 1, side, references=1)
+    assert with_reference.height > plain.height
+    judged = [fine._replace(right=True), picture._replace(right=False)]
+    assert colors_of(contact_sheet.draw(judged, 2, side)) >= {red, green}
+    assert red in colors_of(contact_sheet.draw([picture], 1, side))

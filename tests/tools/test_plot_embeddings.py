@@ -163,6 +163,22 @@ def test_images_without_labels_and_of_many_classes():
     assert len({tuple(group.get_facecolor()[0]) for group in groups}) == 30
 
 
+def test_many_classes_are_named_at_their_centers_where_there_is_room():
+    rng = np.random.default_rng(0)
+    centers = np.stack(np.meshgrid(np.arange(6.0), np.arange(5.0)), -1).reshape(-1, 2)
+    centers[29] = centers[0] + 0.01  # the rarest class is where the most frequent one is
+    labels = np.repeat(np.arange(30), np.arange(40, 10, -1))
+    xy = centers[labels] + 0.05 * rng.standard_normal((len(labels), 2))
+    points = plot_embeddings.Points(xy, labels, np.zeros((0, 1, 1, 3), np.uint8))
+    names = [f"class {i}" for i in range(30)]
+    axis = plot_embeddings.draw(points, xy, names, thumbnails=False).axes[0]
+    note, *texts = axis.texts
+    assert [text.get_text() for text in texts] == names[:29]
+    assert note.get_text().startswith("29 of 30 classes")
+    for text, center in zip(texts, centers, strict=False):
+        np.testing.assert_allclose(text.get_position(), center, atol=0.1)
+
+
 def test_learners_and_datasets_without_text(runs, read):
     learner = read(runs["captioner"])
     source = opened(learner)[2]

@@ -108,6 +108,31 @@ def test_bright_is_where_attention_is():
     assert not show_attention.overlays(image, maps[:0])
 
 
+def test_maps_cover_the_part_of_the_photo_that_is_read():
+    wide = np.full((256, 512, 3), 200, np.uint8)
+    (whole,) = show_attention.overlays(wide, np.full((1, 2, 2), 0.25, np.float32))
+    assert whole.shape == wide.shape and np.ptp(whole[..., 0]) < 1e-6
+    (middle,) = show_attention.overlays(wide, np.full((1, 2, 2), 0.25, np.float32), "center")
+    assert np.ptp(middle[:, 128:384, 0]) < 1e-6
+    assert middle[:, :128].max() == middle[:, 384:].max() < middle[:, 128:384, 0].min()
+
+
+@pytest.mark.slow
+def test_long_captions_and_many_images_go_to_further_pages(tmp_path):
+    maps = np.full((40, 2, 2), 0.25, np.float32)
+    photo = np.zeros((300, 400, 3), np.uint8)
+    one = show_attention.Attended("a.jpg", photo, ["word"] * 40, maps, photo)
+    pages = show_attention.draw([one, one], None, "none")  # 41 panels each, 5 per row
+    sizes = [[round(side * 128) for side in page.get_size_inches()] for page in pages]
+    assert [width for width, _ in sizes] == [5 * (400 + 8)] * 2
+    assert [height for _, height in sizes] == [9 * (300 + 22 + 8)] * 2
+    panels = [image.get_array() for image in pages[0].images]
+    assert len(panels) == 41 and {panel.shape for panel in panels} == {(300, 400, 3)}
+    paths = figures.save_pages([figures.new_page(9, 9)] * 3, tmp_path / "a.png")
+    assert [path.name for path in paths] == ["a.png", "a-2.png", "a-3.png"]
+    assert all(Image.open(path).size == (9, 9) for path in paths)
+
+
 def test_error_messages(run, photo, tokenizer_path, tmp_path, capsys):
     def error(*arguments, checkpoint=run, out="out.png"):
         arguments = ["--checkpoint", str(checkpoint), "--out", str(tmp_path / out), *arguments]

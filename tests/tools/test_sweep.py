@@ -1,5 +1,7 @@
 """Tests of tools/sweep.py: slots, retries, resuming, locking, status, tables and plots."""
 
+import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -9,12 +11,14 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cap_pretrain.commands import sweep
 from cap_pretrain.errors import UserError
-from cap_pretrain.sweeps import runner, trials
+from cap_pretrain.sweeps import power_law, runner, trials
 from tests import toy
+from tests.tools.drawing import words_in
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 QUICKSTART = toy.CONFIGS / "quickstart.py"
@@ -217,7 +221,8 @@ def test_tables_and_plots(run, out, tmp_path, capsys):
     picture = tmp_path / "plot.svg"
     arguments = ["plot", str(out), "--x=optim.lr", "--y=val/loss"]
     assert sweep.main([*arguments, f"--out={picture}"]) == 0
-    assert capsys.readouterr().out.startswith("val/loss: 2 x^-0.5  (4 points; b in [0.5, 0.5])")
+    reason = "val/loss: no power law: optim.lr is a setting with a best value, not a scale"
+    assert capsys.readouterr().out.startswith(reason)
     assert "optim.lr" in picture.read_text()
     for wrong, message in {
         "--out=plot.gif": "must end in .png or .svg",
@@ -266,3 +271,57 @@ def test_a_real_sweep_is_interrupted_and_resumes(tmp_path):
     for trial in trials.read(out):
         steps = [line["step"] for line in toy.losses(out / trial.name)]
         assert steps == sorted(set(steps)) and steps[-1] == 50
+
+
+def finished(out, names_and_fields, losses):
+    """Write trials that are finished, with these fields and losses."""
+    listing = [
+        trials.Trial(name, "configs/recurrent.py:size=toy", fields)
+        for name, fields in names_and_fields
+    ]
+    for trial, loss in zip(listing, losses, strict=True):
+        (out / trial.name).mkdir(parents=True)
+        line = json.dumps({"step": 1, "val/loss": loss})
+        (out / trial.name / "metrics.jsonl").write_text(line + "\n")
+    (out / trials.SWEEP_FILE).write_text(json.dumps([dataclasses.asdict(t) for t in listing]))
+
+
+def test_two_fields_make_a_heat_map(tmp_path, capsys):
+    fields = [
+        (f"lr{lr}_b{size}_s{seed}", {"optim.lr": lr, "batch_size": size, "seed": seed})
+        for lr, size, seed in itertools.product((0.1, 0.3), (8, 16, 32), (0, 1))
+    ]
+    losses = [1.5, 1.7, 2.5, 2.5, 3.0, 3.0, 4.0, 4.0, 1.2, 1.4, 9.0, 9.0]
+    finished(tmp_path / "sweep", fields, losses)
+    arguments = ["plot", str(tmp_path / "sweep"), "--y", "val/loss:min", "--out"]
+    picture = tmp_path / "heat.svg"
+    assert sweep.main([*arguments, str(picture), "--pivot", "optim.lr", "batch_size"]) == 0
+    shown = words_in(picture)
+    assert {"1.6", "2.5", "3", "4", "1.3", "9"} <= set(shown)  # seeds are averaged
+    assert {"optim.lr", "batch_size", "val/loss:min", "0.1", "32"} <= set(shown)
+    assert sweep.main([*arguments, str(picture)]) == 2
+    assert "needs --x, or --pivot" in capsys.readouterr().err
+
+
+def test_power_laws_need_a_scale_and_enough_points(tmp_path, capsys):
+    fields = [(f"n{n}", {"total_examples": n}) for n in (100, 200, 400, 800)]
+    finished(tmp_path / "sweep", fields, [2.0, 1.9, 1.2, 1.3])
+    out = tmp_path / "plot.png"
+    arguments = ["plot", str(tmp_path / "sweep"), "--x=total_examples", "--y=val/loss"]
+    assert sweep.main([*arguments, f"--out={out}"]) == 0
+    reason = "val/loss: no power law: 4 different x are too few; --min_points is 5."
+    assert capsys.readouterr().out.splitlines() == [reason, f"wrote {out}"]
+    points = [(100.0, 2.0), (200.0, 1.9), (400.0, 1.2)]
+    sweep._check_scales("flops", points, least=3)
+    with pytest.raises(UserError, match=r"learner.layers is a setting .*, not a scale"):
+        sweep._check_scales("learner.layers", points, least=3)
+
+
+def test_the_axes_hold_curves_and_bands():
+    x = np.geomspace(1, 100, 6)
+    points = {"a": [*zip(x, 5 * x**-0.5 * [1.5, 0.6, 1.2, 0.7, 1.6, 0.8], strict=True)]}
+    law = power_law.fit(*np.array(points["a"]).T)
+    axis = sweep.draw(points, {"a": law}, "x", "y").axes[0]
+    low, high = law.band(x)
+    bottom, top = axis.get_ylim()
+    assert bottom < low.min() < min(y for _, y in points["a"]) and high.max() < top

@@ -12,7 +12,7 @@ from cap_pretrain.data.text.tokenizers import Tokenizer
 from cap_pretrain.errors import UserError
 from cap_pretrain.learners.protocols import Attends
 
-_WORD = re.compile(r"\w+(?:['’-]\w+)*")
+WORD = re.compile(r"\w+(?:['’-]\w+)*")
 
 
 class Word(NamedTuple):
@@ -39,7 +39,7 @@ def words_of(tokenizer: Tokenizer, ids: Iterable[int]) -> tuple[str, list[Word]]
         rest = text[before:]
         starts.append(before + len(rest) - len(rest.lstrip()))
     found = []
-    for match in _WORD.finditer(text):
+    for match in WORD.finditer(text):
         overlap = (starts[k] < match.end() and starts[k + 1] > match.start() for k in range(count))
         tokens = tuple(k for k, some in enumerate(overlap) if some)
         found.append(Word(match[0], match.start(), tokens))
