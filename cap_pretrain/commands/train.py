@@ -3,24 +3,42 @@
     cap train quickstart --workdir=runs/quickstart
     cap train pretrain:objective=cap,data=data/mine --workdir=runs/cap --config.total_steps=9000
     cap train --config=configs/pretrain.py --workdir=runs/cappa --dry_run
+    cap train my_photos captions.csv
 
 The config comes first, or as --config. See `cap train --help` for the flags, `cap configs` for the
-configs and `cap fields` for their fields.
+configs and `cap fields` for their fields. A folder of photos and a table of captions are built into
+a dataset, and a model is trained on it: see `cap train my_photos captions.csv --help`.
 """
 
 import sys
 from typing import NoReturn
 
 from cap_pretrain import main as program
+from cap_pretrain.errors import UserError
+from cap_pretrain.telemetry import console
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run the program with its arguments and end the process with its exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv and not argv[0].startswith("-"):
+    if len(argv) > 1 and not any(arg.startswith("-") for arg in argv[:2]):
+        argv = _on_own_data(argv)
+    elif argv and not argv[0].startswith("-"):
         argv = [f"--config={argv[0]}", *argv[1:]]
     sys.argv = [sys.argv[0], *argv]
     program.leave()
+
+
+def _on_own_data(argv: list[str]) -> list[str]:
+    """Build the dataset that photos and a table make; return the arguments of the run."""
+    with console.used():
+        with console.doing("Loading what reads photos", say=False):
+            from cap_pretrain.cli import own_data
+            from cap_pretrain.data.builders.units import UnfinishedError
+        try:
+            return own_data.prepare(argv)
+        except (UserError, UnfinishedError, OSError) as error:
+            sys.exit(program.say(error, 2))
 
 
 if __name__ == "__main__":

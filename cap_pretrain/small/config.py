@@ -4,6 +4,7 @@ from ml_collections import ConfigDict
 
 from cap_pretrain import config, evals, learners
 from cap_pretrain.small import facts, rules
+from cap_pretrain.telemetry import console
 
 OBJECTIVES = {
     "cap": ("captioner", {"parallel_fraction": 0.0}),
@@ -14,7 +15,7 @@ OBJECTIVES = {
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """Return the config for `data=…,objective=cap|cappa|clip|siglip,devices=…`; print the choices.
+    """Return the config for `data=…,objective=cap|cappa|clip|siglip,devices=…`; say the choices.
 
     Raises UserError if the arguments or the dataset do not fit.
     """
@@ -22,7 +23,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     devices = facts.devices_of(args.devices)
     measured = facts.measure(args.data)
     made, lines = resolve(args.data, args.objective, measured, devices)
-    print("\n".join([f"Settings for {args.data} on {devices}:", *lines]), flush=True)
+    console.say("\n".join([f"Settings for {args.data} on {devices}:", *lines]))
     return made
 
 

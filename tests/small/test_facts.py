@@ -7,6 +7,7 @@ import pytest
 from cap_pretrain import inputs
 from cap_pretrain.errors import UserError
 from cap_pretrain.small import config, facts
+from cap_pretrain.telemetry import console
 from tests.tools.test_build_dataset import jpeg, run, write_captions, write_files
 
 
@@ -36,7 +37,8 @@ def test_facts_of_a_dataset(dataset):
 
 
 def test_the_run_holds_out_as_many_as_the_facts_say(dataset, capsys):
-    c = config.get_config(f"data={dataset},devices=cpu-2")
+    with console.used():
+        c = config.get_config(f"data={dataset},devices=cpu-2")
     found = facts.measure(str(dataset))
     assert len(inputs.open_data(c, "train")) == found.images
     assert len(inputs.open_data(c, "val")) == found.held_out

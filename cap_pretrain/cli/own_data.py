@@ -14,21 +14,26 @@ import argparse
 import dataclasses
 import functools
 import json
+import os
 import re
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import tensorflow_datasets as tfds
 
 from cap_pretrain import files
 from cap_pretrain.checkpoints.checkpoint import saved_steps
 from cap_pretrain.cli import arguments
-from cap_pretrain.commands import build_dataset
 from cap_pretrain.data.builders import rows, units
+from cap_pretrain.data.builders.build import build
+from cap_pretrain.data.builders.filters import Filters
+from cap_pretrain.data.builders.formats import table
 from cap_pretrain.data.sources.base import INFO_FILE
 from cap_pretrain.errors import UserError
 from cap_pretrain.small import config as small
 from cap_pretrain.small import facts
+from cap_pretrain.telemetry import console
 
 COLUMNS = {
     "image": (
@@ -64,15 +69,21 @@ class Started:
         except (OSError, ValueError, KeyError, TypeError, UserError):
             return None
 
+    def is_of(self, named: Mapping[str, str]) -> bool:
+        """Return whether the dataset was built from the files with these paths."""
+        texts = self.source[0] if isinstance(self.source, list) and self.source else {}
+        return isinstance(texts, dict) and all(
+            texts.get(name) == [path] for name, path in named.items()
+        )
 
-def is_own_data(argv: Sequence[str]) -> bool:
-    """Return whether the arguments of `cap train` begin with a folder or zip, and a table."""
-    return len(argv) >= 2 and not argv[0].startswith("-") and not argv[1].startswith("-")
 
+def prepare(argv: Sequence[str]) -> list[str]:
+    """Build the dataset that the arguments of `cap train` name; return those of the run.
 
-def main(argv: list[str] | None = None) -> int:
-    """Build, train and return the exit status, which is that of a run."""
+    Ends the program after --help. Raises UserError, UnfinishedError or OSError.
+    """
     parser = arguments.documented_parser(__doc__)
+    parser.allow_abbrev = False
     parser.add_argument("photos", type=Path, help="folder or zip of the images")
     parser.add_argument("table", type=Path, help="CSV, TSV or Parquet with a row for each caption")
     parser.add_argument("--workdir", type=Path, help="default: runs/NAME_OF_THE_FOLDER")
@@ -81,10 +92,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--image", default="", help="column of image names; default: found")
     parser.add_argument("--caption", default="", help="column of captions; default: found")
     args, others = parser.parse_known_args(argv)
-    return arguments.run(functools.partial(_train, others=others), args, catch=(UserError,))
-
-
-def _train(args: argparse.Namespace, others: Sequence[str]) -> int:
     workdir = (args.workdir or Path("runs") / _name(args.photos)).expanduser().absolute()
     dataset = workdir / "dataset" / _name(args.photos)
     if found := {",", "+"} & set(str(dataset)):
@@ -92,17 +99,9 @@ def _train(args: argparse.Namespace, others: Sequence[str]) -> int:
             f"--workdir: {str(dataset)!r} contains {found.pop()!r}, which separates datasets; "
             "choose a folder without it."
         )
-    started = _built(args, workdir, dataset)
-    settings = f"data={dataset},objective={args.objective},devices={started.devices}"
-    return start([f"--config={small.__file__}:{settings}", f"--workdir={workdir}", *others])
-
-
-def start(argv: list[str]) -> int:
-    """Run `python -m cap_pretrain.main` with these arguments; return its exit status."""
-    from cap_pretrain import main as program
-
-    sys.argv = ["cap train", *argv]
-    return program.entry()
+    devices = _built(args, workdir, dataset).devices
+    settings = f"data={dataset},objective={args.objective},devices={devices}"
+    return [f"--config={small.__file__}:{settings}", f"--workdir={workdir}", *others]
 
 
 def _name(photos: Path) -> str:
@@ -117,13 +116,14 @@ def _built(args: argparse.Namespace, workdir: Path, dataset: Path) -> Started:
     Raises UserError if photos or table have changed since the run took its first steps.
     """
     earlier = Started.read(workdir)
-    finished = any(dataset.glob(f"*/{INFO_FILE}"))
-    if earlier and finished and not (args.photos.exists() and args.table.exists()):
-        print(f"Using the dataset {dataset}; {args.photos} or {args.table} is gone since.")
-        return earlier
-    image, caption = _columns(args)
     names = {"photos": args.photos, "table": args.table}
     named = {name: str(path.expanduser().resolve()) for name, path in names.items()}
+    finished = any(dataset.glob(f"*/{INFO_FILE}"))
+    there = all(map(os.path.exists, named.values()))
+    if earlier and finished and not there and earlier.is_of(named):
+        console.say(f"Using {dataset}, because {args.photos} or {args.table} is no longer there.")
+        return earlier
+    image, caption = _columns(args)
     source = units.settings_of(named | {"image": image, "caption": caption})
     source = json.loads(json.dumps(source))
     if earlier and finished and earlier.source == source:
@@ -133,14 +133,22 @@ def _built(args: argparse.Namespace, workdir: Path, dataset: Path) -> Started:
             f"{workdir}: {args.photos} or {args.table} has changed since this run began; choose "
             "another --workdir, or remove this one to begin again."
         )
-    print(f"Building a dataset from {args.photos} and {args.table}.", flush=True)
-    options = ["--name", dataset.name, "--out", dataset.parent, "--overwrite"]
-    options += ["--tables", named["table"], "--images", named["photos"]]
+    tfds.disable_progress_bar()  # cap_pretrain shows its own
     # Rows with a URL would be examples of their own, so that an image could be in both parts.
-    options += ["--image", image, "--caption", caption, "--url", "", "--dedup", "exact"]
+    columns = table.Columns(caption=(caption,), image=image, url="")
+    photos, tables = Path(named["photos"]), Path(named["table"])
+    make = functools.partial(
+        table.Dataset,
+        {"train": tables},
+        {"": photos},
+        columns,
+        filters=Filters(dedup="exact"),
+    )
     files.make_workdir(workdir)
-    if build_dataset.main(["csv", *map(str, options)]):
-        raise UserError("the dataset is not built; mend what is said above, and run this again.")
+    with console.doing(f"Building a dataset from {args.photos} and {args.table}"):
+        folder, builder = build(make, dataset.name, dataset.parent, overwrite=True, settings=source)
+    report = builder.report["train"].summary()
+    console.say(f"{report}\nWritten to {folder}; its report.html lists dropped examples.")
     started = Started(str(facts.present()), source)
     files.write_text(workdir / RECORD, json.dumps(dataclasses.asdict(started), indent=2) + "\n")
     return started
@@ -148,8 +156,8 @@ def _built(args: argparse.Namespace, workdir: Path, dataset: Path) -> Started:
 
 def _columns(args: argparse.Namespace) -> list[str]:
     """Return the names of the columns of images and captions; raises UserError."""
-    table = rows.table_files(args.table.expanduser())[0]
-    present = rows.column_names(table, rows.Form())
+    path = rows.table_files(args.table.expanduser())[0]
+    present = rows.column_names(path, rows.Form())
     by_name = {name.strip().lower(): name for name in reversed(present)}
     found = []
     for column, usual in COLUMNS.items():
@@ -158,12 +166,8 @@ def _columns(args: argparse.Namespace) -> list[str]:
         if not name:
             shown = ", ".join(map(repr, present[:10]))
             raise UserError(
-                f"{table}: no column is called {column!r} (found: {shown}); name it with "
+                f"{path}: no column is called {column!r} (found: {shown}); name it with "
                 f"--{column}, or give the table a first row with the names of its columns."
             )
         found.append(name)
     return found
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,8 @@
 """Tests of training on a folder of photos and a table of captions at one go."""
 
+import contextlib
 import csv
+import io
 import json
 import os
 import subprocess
@@ -11,8 +13,11 @@ import numpy as np
 import pytest
 
 from cap_pretrain import inputs
-from cap_pretrain.commands import own_data
+from cap_pretrain.cli import own_data
+from cap_pretrain.commands import train
+from cap_pretrain.errors import UserError
 from cap_pretrain.small import config as small
+from cap_pretrain.telemetry import console
 from tests import toy
 from tests.tools.test_build_dataset import jpeg, write_files
 
@@ -31,14 +36,6 @@ def photos(tmp_path, monkeypatch):
     return write_files(tmp_path / "My Photos", PHOTOS)
 
 
-@pytest.fixture
-def started(monkeypatch):
-    """Return a list of the arguments with which runs are started, instead of starting them."""
-    calls = []
-    monkeypatch.setattr(own_data, "start", lambda argv: calls.append(argv) or 0)
-    return calls
-
-
 def write_table(path, rows, names=("File_Name", "caption", "url")):
     with Path(path).open("w", newline="") as file:
         csv.writer(file).writerows([names, *rows] if len(rows[0]) > 2 else [names[:2], *rows])
@@ -51,25 +48,28 @@ def config_of(argv):
     return small.get_config(arg)
 
 
-def test_it_builds_and_starts_and_a_second_start_is_the_same(photos, started, tmp_path, capsys):
-    command = ["My Photos", "captions.csv", "--objective", "clip", "--config.total_steps=3"]
-    assert own_data.main(command) == 0
-    first = capsys.readouterr().out
-    assert "Building a dataset" in first and "20 of 21 kept; dropped: 1 duplicate image" in first
-    assert own_data.main(command) == 0
-    assert "Building" not in capsys.readouterr().out
-    assert started[0] == started[1]
-    assert started[0][1:] == [f"--workdir={tmp_path / 'runs' / 'my_photos'}", command[-1]]
-    c = config_of(started[0])
+def prepared(*command):
+    """Return the arguments of the run that `cap train` would start, and what it says."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), console.used():
+        return own_data.prepare(["My Photos", "captions.csv", *command]), said.getvalue()
+
+
+def test_it_builds_and_a_second_start_is_the_same(photos, tmp_path):
+    command = ["--objective", "clip", "--config.total_steps=3"]
+    first, said = prepared(*command)
+    assert "Building a dataset" in said and "20 of 21 kept; dropped: 1 duplicate image" in said
+    assert prepared(*command) == (first, "")
+    assert first[1:] == [f"--workdir={tmp_path / 'runs' / 'my_photos'}", command[-1]]
+    c = config_of(first)
     assert c.learner.name == "dual_encoder"
     assert c.data.name == str(tmp_path / "runs" / "my_photos" / "dataset" / "my_photos")
 
 
-def test_no_image_is_in_both_parts(photos, started):
+def test_no_image_is_in_both_parts(photos):
     rows = [(f"{n}.jpg", f"caption {k}", f"http://{n}") for k in range(3) for n in range(20)]
     write_table("captions.csv", rows)
-    assert own_data.main(["My Photos", "captions.csv"]) == 0
-    c = config_of(started[0])
+    c = config_of(prepared()[0])
     parts = [inputs.open_data(c, split) for split in ("train", "val")]
     found = [[part[i] for i in range(len(part))] for part in parts]
     assert [len(part) for part in found] == [18, 2]
@@ -78,48 +78,53 @@ def test_no_image_is_in_both_parts(photos, started):
     assert not names[0] & names[1]
 
 
-def test_settings_are_those_of_the_first_start_on_any_machine(photos, started, monkeypatch):
-    own_data.main(["My Photos", "captions.csv"])
+def test_settings_are_those_of_the_first_start_on_any_machine(photos, monkeypatch):
+    first, _ = prepared()
     monkeypatch.setattr(os, "cpu_count", lambda: 99)
-    own_data.main(["My Photos", "captions.csv"])
-    assert started[0] == started[1]
+    assert prepared() == (first, "")
 
 
-def test_changed_photos_are_built_again_but_not_within_a_run(photos, started, capsys):
-    own_data.main(["My Photos", "captions.csv"])
+def test_changed_captions_are_built_again_but_not_within_a_run(photos):
+    first, _ = prepared()
     write_table("captions.csv", [(f"{n}.jpg", "new") for n in range(20)])
-    assert own_data.main(["My Photos", "captions.csv"]) == 0
-    assert capsys.readouterr().out.count("Building") == 2
-    checkpoints = photos.parent / "runs" / "my_photos" / "checkpoints"
-    (checkpoints / "3").mkdir(parents=True)
-    assert own_data.main(["My Photos", "captions.csv"]) == 0  # nothing has changed
+    again, said = prepared()
+    assert first == again and "Building" in said
+    (photos.parent / "runs" / "my_photos" / "checkpoints" / "3").mkdir(parents=True)
+    assert prepared() == (first, "")  # nothing has changed
     write_table("captions.csv", [(f"{n}.jpg", "newer") for n in range(20)])
-    assert own_data.main(["My Photos", "captions.csv"]) == 2
-    assert "captions.csv has changed since this run began" in capsys.readouterr().err
+    with pytest.raises(UserError, match="captions.csv has changed since this run began"):
+        prepared()
     Path("captions.csv").unlink()
-    assert own_data.main(["My Photos", "captions.csv"]) == 0  # the dataset is all that it needs
+    assert prepared()[0] == first  # the dataset is all that it needs
 
 
-def test_mistakes_name_the_file(photos, started, tmp_path, capsys):
-    def said(*command):
-        assert own_data.main(list(command)) == 2
-        return capsys.readouterr().err
+def test_mistakes_name_the_file(photos, tmp_path):
+    def refused(match, *command):
+        with pytest.raises(UserError, match=match):
+            own_data.prepare(list(command))
 
-    assert "no.csv" in said("My Photos", "no.csv")
+    refused("no.csv", "My Photos", "no.csv")
     write_table("odd.csv", [("1.jpg", "a")], names=("photo", "what is seen"))
-    assert "no column is called 'caption' (found: 'photo', 'what is seen')" in said(
-        "My Photos", "odd.csv"
-    )
-    assert own_data.main(["My Photos", "odd.csv", "--caption", "what is seen"]) == 0
-    assert "no such folder or zip" in said("no_photos", "captions.csv")
-    assert "separates datasets" in said("My Photos", "captions.csv", "--workdir", "a,b")
+    refused("no column is called 'caption' .found: 'photo', 'what is s", "My Photos", "odd.csv")
+    assert own_data.prepare(["My Photos", "odd.csv", "--caption", "what is seen"])
+    refused("no such folder or zip", "no_photos", "captions.csv")
+    refused("separates datasets", "My Photos", "captions.csv", "--workdir", "a,b")
     assert not (tmp_path / "a,b").exists()
-    assert len(started) == 1
+
+
+def test_cap_train_takes_photos_and_a_table(photos, monkeypatch, capsys):
+    monkeypatch.setattr(train.program, "leave", lambda: print(*sys.argv))
+    monkeypatch.setattr(sys, "argv", ["cap train"])
+    train.main(["My Photos", "captions.csv"])
+    assert f"cap train --config={small.__file__}:data=" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as left:
+        train.main(["My Photos", "no.csv"])
+    assert left.value.code == 2 and "no.csv" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_a_run_from_photos_to_captions(photos, tmp_path):
-    command = [sys.executable, "-m", "cap_pretrain.commands.own_data", "My Photos", "captions.csv"]
+    command = [sys.executable, "-m", "cap_pretrain.commands", "train", "My Photos", "captions.csv"]
     command += ["--config.total_steps=4", "--config.data.image_size=16", "--config.model.width=32"]
     command += ["--config.model.mlp=64", "--config.model.heads=2", "--config.log.every_steps=2"]
     done = [subprocess.run(command, capture_output=True, text=True) for _ in range(2)]
