@@ -79,6 +79,6 @@ class SceneCaptions:
         )
         details = self._details | {"images": len(captions), "mistakes": mistakes}
         chosen = set(examples.balanced(right, exhibits.COUNT))
-        shown = [pair for pair in captions if pair[0] in chosen]
+        shown = [(index, written[0].text) for index, written in captions if index in chosen]
         found = examples.attempted(self._context, lambda: examples.captioned(self._source, shown))
         return Result(metrics, details, (line,), exhibits=found)

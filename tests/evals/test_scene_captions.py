@@ -5,13 +5,14 @@ import pytest
 from cap_pretrain.data.scenes.source import Scenes
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals import scene_captions
+from cap_pretrain.evals.inference.captioning import Caption
 from cap_pretrain.evals.scene_captions import SceneCaptions
 
 SOURCE = Scenes("val", 16, length_val=20, partial_captions=False, max_objects=2)
 
 
 class Context:
-    workdir = None
+    workdir = None  # outside a run
 
     def __init__(self, source=SOURCE):
         self._source = source
@@ -25,16 +26,22 @@ class Context:
 def judged(monkeypatch):
     """Return a function from captions to the evaluator's result."""
 
-    def judge(captions):
+    def judge(captions, workdir=None):
         class Captioning:
             def __init__(self, context, source, *, batch_size, limit, how):
                 assert limit == 20 and how.method == "greedy"
 
-            def __call__(self, variables):
-                yield from captions.items()
+            def scored(self, variables):
+                for index, text in captions.items():
+                    yield index, [Caption(text, -1.0, 3)]
+
+            def recorded(self, written):
+                return {}
 
         monkeypatch.setattr(scene_captions, "Captioning", Captioning)
-        return SceneCaptions(Context(), SceneCaptions.Options(count=20))(None)
+        context = Context()
+        context.workdir = workdir
+        return SceneCaptions(context, SceneCaptions.Options(count=20))(None)
 
     return judge
 
@@ -75,6 +82,18 @@ def test_wrong_captions_are_wrong_and_listed(judged):
     assert mistakes[two[0]]["caption"] == captions[two[0]]
     assert mistakes[two[0]]["mentioned"] == [(first.colour, first.shape)]
     assert (second.colour, second.shape) in mistakes[two[0]]["true"]
+
+
+def test_a_run_shows_right_and_wrong_captions(judged, tmp_path):
+    captions = {i: right(i) if i % 2 else "a lamp" for i in range(20)}
+    assert not judged(captions).exhibits
+    shown = judged(captions, tmp_path).exhibits
+    assert [exhibit.title for exhibit in shown] == [f"val/{i}" for i in range(12)]
+    for i, exhibit in enumerate(shown):
+        caption, reference = exhibit.lines[:2]
+        assert (caption.text, caption.right) == (captions[i], i % 2 == 1)
+        assert reference.text == SOURCE[i]["captions"][0]
+        assert (exhibit.panels[0].image == SOURCE[i]["image"]).all()
 
 
 def test_exchanged_colours_are_wrong(judged):
