@@ -67,22 +67,27 @@ class Shape:
 
 # From the smallest; the first whose number of images is not below that of the dataset is used.
 SHAPES = {
-    "cpu": ((2_000, Shape(64, 16, 128, 3, 2)), (math.inf, Shape(96, 16, 192, 4, 2))),
+    "cpu": (
+        (2_000, Shape(64, 16, 128, 3, 2)),
+        (20_000, Shape(96, 16, 128, 4, 2)),
+        (math.inf, Shape(96, 16, 192, 4, 2)),
+    ),
     "gpu": (
         (2_000, Shape(96, 16, 192, 4, 2)),
         (20_000, Shape(128, 16, 256, 6, 3)),
         (math.inf, Shape(192, 16, 384, 8, 4)),
     ),
 }
-
 BATCH = {True: {"cpu": 32, "gpu": 128}, False: {"cpu": 64, "gpu": 256}}
 """Largest batch of captioners (True) and of contrastive learners, which compare its examples."""
-EPOCHS, EPOCHS_AT, LEAST_EPOCHS = 40, 1_000, 10
-"""Epochs for so many captions; they fall with the square root of the number of captions."""
+PASSES, PASSES_AT, SLOPE, LEAST_PASSES = 10, 1_000, 0.15, 5
+"""How often a run shows each caption: PASSES for PASSES_AT captions; with more captions fewer, by a
+power law with the exponent SLOPE, since there is less to gain from a repetition. With more passes
+than this, few captions are learned by heart, and the validation loss rises."""
 EXAMPLES = {"cpu": 400_000, "gpu": 4_000_000}
 """Most examples that a run shows: an hour or less on the usual machine."""
-SHORTEST = 200
-"""Fewest steps of a run."""
+STEPS = {True: 300, False: 150}
+"""Fewest steps, like BATCH, for which the batch is reduced."""
 RATE, RATE_WIDTH = 3e-3, 128
 """Learning rate of AdamW at this width; it falls with the width."""
 DECAY = 0.05
@@ -99,8 +104,9 @@ SIDED = 0.01
 def choose(facts: Facts, devices: Devices, objective: str) -> list[Choice]:
     """Return the choices for a dataset and devices, in the order in which they are printed."""
     shape = _shape(facts, devices)
-    batch = _batch(facts, devices, objective)
-    steps = _steps(facts, devices, batch)
+    examples = _examples(facts, devices)
+    batch = _batch(facts, devices, objective, examples)
+    steps = max(1, round(examples / batch))
     return [
         _image_choice(facts, devices, shape),
         _model_choice(facts, devices, shape),
@@ -120,7 +126,7 @@ def held_out(images: int) -> int:
 
 def vocabulary(words: int, characters: int) -> int:
     """Return the number of pieces for a text of so many words and different characters."""
-    pieces = max(10 * math.sqrt(words), 2 * characters)
+    pieces = max(6 * math.sqrt(words), 2 * characters)
     return 2 ** min(15, max(9, round(math.log2(pieces))))
 
 
@@ -134,21 +140,22 @@ def _shape(facts: Facts, devices: Devices) -> Shape:
     return dataclasses.replace(shape, side=patches * shape.patch)
 
 
-def _batch(facts: Facts, devices: Devices, objective: str) -> int:
+def _examples(facts: Facts, devices: Devices) -> float:
+    """Return how many examples a run shows."""
+    most = EXAMPLES["cpu" if devices.kind == "cpu" else "gpu"]
+    return min(most, passes(facts) * facts.images * facts.captions)
+
+
+def _batch(facts: Facts, devices: Devices, objective: str, examples: float) -> int:
     """Return the batch size, a multiple of the parts that the devices cut it into.
 
-    It is at most a quarter of the dataset: contrastive learners compare distinct images.
+    It leaves STEPS steps, and is at most a quarter of the dataset, so that a batch holds different
+    images.
     """
-    most = BATCH[objective in CAPTIONERS]["cpu" if devices.kind == "cpu" else "gpu"]
-    size = 2 ** int(math.log2(max(4, min(most, facts.images // 4))))
+    kind, captions = "cpu" if devices.kind == "cpu" else "gpu", objective in CAPTIONERS
+    most = min(BATCH[captions][kind], examples / STEPS[captions], facts.images / 4)
+    size = 2 ** int(math.log2(max(8, most)))
     return max(1, round(size / devices.parts)) * devices.parts
-
-
-def _steps(facts: Facts, devices: Devices, batch: int) -> int:
-    """Return the length of the run in steps."""
-    most = EXAMPLES["cpu" if devices.kind == "cpu" else "gpu"]
-    examples = min(most, epochs(facts) * facts.images)
-    return max(SHORTEST, round(examples / batch))
 
 
 def _image_choice(facts: Facts, devices: Devices, shape: Shape) -> Choice:
@@ -178,9 +185,10 @@ def _model_choice(facts: Facts, devices: Devices, shape: Shape) -> Choice:
     )
 
 
-def epochs(facts: Facts) -> float:
-    """Return how often a run may show each image before it learns captions by heart."""
-    return max(LEAST_EPOCHS, EPOCHS * math.sqrt(EPOCHS_AT / facts.images))
+def passes(facts: Facts) -> float:
+    """Return how often a run may show each caption before it learns them by heart."""
+    captions = facts.images * facts.captions
+    return max(LEAST_PASSES, PASSES * (PASSES_AT / captions) ** SLOPE)
 
 
 def _text_choice(facts: Facts) -> Choice:
@@ -194,21 +202,28 @@ def _text_choice(facts: Facts) -> Choice:
 
 
 def _batch_choice(devices: Devices, objective: str, batch: int) -> Choice:
-    why = "many steps for few examples" if objective in CAPTIONERS else "texts to tell apart"
+    most = BATCH[objective in CAPTIONERS]["cpu" if devices.kind == "cpu" else "gpu"]
+    why = (
+        f"as many as {devices} is fast with" if batch >= most else "so that there are enough steps"
+    )
     if devices.parts > 1:
         why += f", a multiple of {devices.parts} devices"
     return Choice({"batch_size": batch}, f"batch: {batch} images ({why})")
 
 
 def _length_choice(facts: Facts, batch: int, steps: int) -> Choice:
-    shown = steps * batch / facts.images
-    why = "before captions are learned by heart" if shown >= 0.9 * epochs(facts) else "in its time"
-    line = f"length: {steps:,} steps, {shown:.3g} times through the images ({why})"
+    shown = steps * batch
+    times = shown / (facts.images * facts.captions)
+    why = "more would be learned by heart" if times >= 0.9 * passes(facts) else "a run of an hour"
+    line = (
+        f"length: {steps:,} steps, {shown / facts.images:.3g} epochs (each caption {times:.2g} "
+        f"times; {why})"
+    )
     return Choice({"total_steps": steps, "log.every_steps": max(10, steps // 50)}, line)
 
 
 def _optimizer_choice(shape: Shape) -> Choice:
-    rate = float(f"{RATE * RATE_WIDTH / shape.width:.1g}")
+    rate = float(f"{RATE * RATE_WIDTH / shape.width:.2g}")
     fields = {
         "optim.name": "adamw",
         "optim.lr": rate,

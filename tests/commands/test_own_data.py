@@ -130,7 +130,7 @@ def test_a_run_from_photos_to_captions(photos, tmp_path):
     done = [subprocess.run(command, capture_output=True, text=True) for _ in range(2)]
     assert [run.returncode for run in done] == [0, 0], done[0].stderr
     assert "cap caption --checkpoint " in done[0].stdout
-    assert "batch: 4 images" in done[0].stdout
+    assert "batch: 8 images" in done[0].stdout
     assert "Already at step 4 of 4" in done[1].stdout + done[1].stderr
     workdir = tmp_path / "runs" / "my_photos"
     assert [line["step"] for line in toy.losses(workdir)] == [2, 4]
