@@ -14,6 +14,9 @@ Fields = dict[str, Any]
 
 ABSENT = "—"
 
+LONGEST = 200
+"""Characters of a value that are shown."""
+
 
 def from_default(config: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Return the fields that differ from the default, with their value and the default.
@@ -56,5 +59,6 @@ def between(runs: Sequence[Run]) -> dict[str, list[Any]]:
 
 
 def written(value: Any) -> str:
-    """Return the value of a field as text."""
-    return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
+    """Return the value of a field as text, cut if it is longer than LONGEST."""
+    text = value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}… ({len(text):,} characters)"

@@ -14,6 +14,9 @@ UP = 160
 IMAGE_BYTES = 3_000_000
 """Bytes of all images of a page at most: about 4 MB in base64."""
 
+WIDE = 3
+"""Images of an example that stand beside those of another one; more take the whole width."""
+
 MARKS = {True: ("right", "✓", "right"), False: ("wrong", "✗", "wrong")}
 """CSS class, sign and word for what is right or wrong."""
 
@@ -96,43 +99,32 @@ def examples(runs: Sequence[Run]) -> Markup:
 
 def _examples_of(runs: Sequence[Run], name: str, budget: Sequence[int]) -> Markup:
     by_title: dict[str, dict[int, Markup]] = {}
-    broad = False
+    widest: dict[str, int] = {}  # panels of an example, those of all runs together
     for k, run in enumerate(runs):
         left = budget[k]
         for exhibit in run.shown.get(name, {}).get("exhibits", ()):
-            left -= sum(len(panel["data"]) for panel in exhibit["panels"])
+            title, panels = exhibit["title"], exhibit["panels"]
+            left -= sum(len(panel["data"]) for panel in panels)
             if left < 0:
                 break
-            broad |= len(exhibit["panels"]) > 1
-            by_title.setdefault(exhibit["title"], {})[k] = _exhibit(
-                exhibit, _earlier(run, name, exhibit["title"])
-            )
+            widest[title] = widest.get(title, 0) + len(panels)
+            shown = _exhibit(exhibit, _earlier(run, name, title))
+            by_title.setdefault(title, {})[k] = shown
     if not by_title:
         return markup()
     steps = dict.fromkeys(f"{run.shown[name]['step']:,}" for run in runs if name in run.shown)
     heading = element("h3", element("code", name), element("small", f" at step {', '.join(steps)}"))
-    if len(runs) == 1:
-        kind = "exhibit broad" if broad else "exhibit"
-        cards = [
-            element("article", _title(title), own[0], class_=kind)
-            for title, own in by_title.items()
-        ]
-    else:
-        cards = [
-            element(
-                "article",
-                _title(title),
-                _beside(runs, own),
-                class_="exhibit broad" if broad else "exhibit",
-            )
-            for title, own in by_title.items()
-        ]
-    kind = "exhibits" if len(runs) == 1 else "exhibits two"
+    cards = [
+        element(
+            "article",
+            element("small", title),
+            own[0] if len(runs) == 1 else _beside(runs, own),
+            class_="exhibit broad" if widest[title] > WIDE else "exhibit",
+        )
+        for title, own in by_title.items()
+    ]
+    kind = "exhibits two" if min(widest.values()) > 1 else "exhibits"
     return markup(heading, element("div", cards, class_=kind))
-
-
-def _title(title: str) -> Markup:
-    return element("small", title)
 
 
 def _beside(runs: Sequence[Run], own: Mapping[int, Markup]) -> Markup:
