@@ -117,7 +117,7 @@ def _model() -> ConfigDict:
     c.colours = "rgb"
     # Attention kernel: xla, cudnn (fused; NVIDIA GPUs, half precision), keep (explicit gradient,
     # weights kept rounded), recompute (weights computed again in the backward pass), auto (cudnn
-    # where it runs, keep on TPUs, a form for CPUs there, else xla).
+    # where it runs, keep on TPUs (recompute on v4), a form for CPUs there, else xla).
     c.attention = "auto"
     # Rematerialization policy of transformers: none (keep everything), full, dots, dots_no_batch,
     # lean (the fastest on TPUs; see cap_pretrain/models/compute.py). auto is lean on TPUs, none on

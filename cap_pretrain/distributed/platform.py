@@ -20,6 +20,11 @@ def platform() -> str:
     return platform_of(device) if device else jax.default_backend()
 
 
+def device_kind() -> str:
+    """Return the kind of the default devices, or of the device in `tracing_for`: "TPU v4", say."""
+    return (_DEVICE.get() or jax.devices()[0]).device_kind
+
+
 @contextlib.contextmanager
 def tracing_for(device: jax.Device) -> Iterator[None]:
     """Trace for a device that this machine lacks: one of a topology, for its compiler."""

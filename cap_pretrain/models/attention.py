@@ -16,7 +16,7 @@ from absl import logging
 from jax.ad_checkpoint import checkpoint_name
 
 from cap_pretrain.distributed.determinism import compiler_options
-from cap_pretrain.distributed.platform import platform
+from cap_pretrain.distributed.platform import device_kind, platform
 
 # Names under which rematerialization policies can keep the result, and the weights if `keep`.
 ATTENDED, WEIGHTS = "attended", "weights"
@@ -80,6 +80,17 @@ def _backward(keep, residuals, gradient):
 
 
 explicit_attention.defvjp(_forward, _backward)
+
+
+def usual_attention() -> str:
+    """Return how attention is computed where neither cuDNN nor the form for CPUs serves.
+
+    On a TPU v4, reading stored weights takes longer than computing them again; on v5e and v5p it
+    does not (BENCHMARKS.md, "The step's memory traffic").
+    """
+    if platform() != "tpu":
+        return "xla"
+    return "recompute" if device_kind() == "TPU v4" else "keep"
 
 
 def fused_attention_works(

@@ -18,7 +18,12 @@ from jax.sharding import PartitionSpec as P
 
 from cap_pretrain.distributed.platform import platform
 from cap_pretrain.models import cpu
-from cap_pretrain.models.attention import ATTENDED, explicit_attention, fused_attention_works
+from cap_pretrain.models.attention import (
+    ATTENDED,
+    explicit_attention,
+    fused_attention_works,
+    usual_attention,
+)
 from cap_pretrain.models.compute import REMAT_POLICIES, Compute
 from cap_pretrain.models.elementwise import LayerNorm, gelu_tanh
 from cap_pretrain.models.sizes import Size
@@ -187,8 +192,7 @@ class Attention(nnx.Module):
         kind = self.compute.attention
         if kind == "auto":
             fused = fused_attention_works(query, keys, mask is not None, self.compute.deterministic)
-            usual = "keep" if platform() == "tpu" else "xla"
-            kind = "cudnn" if fused else "cpu" if cpu.serves(query.dtype) else usual
+            kind = "cudnn" if fused else "cpu" if cpu.serves(query.dtype) else usual_attention()
         if kind == "cpu":
             out = cpu.attention(query, keys, values, mask)
         elif kind in ("recompute", "keep"):

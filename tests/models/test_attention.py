@@ -2,14 +2,16 @@
 
 import functools
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cap_pretrain.distributed.platform import tracing_for
 from cap_pretrain.models import layers
-from cap_pretrain.models.attention import explicit_attention
+from cap_pretrain.models.attention import explicit_attention, usual_attention
 from cap_pretrain.models.sizes import Size
 
 MASKS = {
@@ -69,3 +71,11 @@ def test_blocks_that_keep_little_have_the_same_gradients():
     # No weights [layers, batch, heads, T, T] are stored for the backward pass.
     kept = re.compile(r"f32\[3,[\d,]*5,5\]")
     assert kept.search(str(plain)) and not kept.search(str(lean))
+
+
+@pytest.mark.parametrize(
+    ("kind", "wanted"), [("TPU v4", "recompute"), ("TPU v5 lite", "keep"), ("TPU v5", "keep")]
+)
+def test_tpus_keep_weights_where_that_is_faster(kind, wanted):
+    with tracing_for(SimpleNamespace(platform="tpu", device_kind=kind)):
+        assert usual_attention() == wanted
