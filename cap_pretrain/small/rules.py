@@ -84,8 +84,9 @@ PASSES, PASSES_AT, SLOPE, LEAST_PASSES = 10, 1_000, 0.15, 5
 """How often a run shows each caption: PASSES for PASSES_AT captions; with more captions fewer, by a
 power law with the exponent SLOPE, since there is less to gain from a repetition. With more passes
 than this, few captions are learned by heart, and the validation loss rises."""
-EXAMPLES = {"cpu": 400_000, "gpu": 4_000_000}
-"""Most examples that a run shows: an hour or less on the usual machine."""
+EXAMPLES_A_CORE, EXAMPLES_LEAST, EXAMPLES_GPU = 100_000, 200_000, 4_000_000
+"""Most examples that a run shows, which bounds its time: for each core of a CPU, for a CPU with few
+cores, and on GPUs."""
 STEPS = {True: 300, False: 150}
 """Fewest steps, like BATCH, for which the batch is reduced."""
 RATE, RATE_WIDTH = 3e-3, 128
@@ -112,7 +113,7 @@ def choose(facts: Facts, devices: Devices, objective: str) -> list[Choice]:
         _model_choice(facts, devices, shape),
         _text_choice(facts),
         _batch_choice(devices, objective, batch),
-        _length_choice(facts, batch, steps),
+        _length_choice(facts, devices, batch, steps),
         _optimizer_choice(shape),
         _regularization_choice(facts),
         _evaluation_choice(facts),
@@ -142,7 +143,9 @@ def _shape(facts: Facts, devices: Devices) -> Shape:
 
 def _examples(facts: Facts, devices: Devices) -> float:
     """Return how many examples a run shows."""
-    most = EXAMPLES["cpu" if devices.kind == "cpu" else "gpu"]
+    most = EXAMPLES_GPU
+    if devices.kind == "cpu":
+        most = max(EXAMPLES_LEAST, EXAMPLES_A_CORE * devices.count)
     return min(most, passes(facts) * facts.images * facts.captions)
 
 
@@ -211,10 +214,11 @@ def _batch_choice(devices: Devices, objective: str, batch: int) -> Choice:
     return Choice({"batch_size": batch}, f"batch: {batch} images ({why})")
 
 
-def _length_choice(facts: Facts, batch: int, steps: int) -> Choice:
+def _length_choice(facts: Facts, devices: Devices, batch: int, steps: int) -> Choice:
     shown = steps * batch
     times = shown / (facts.images * facts.captions)
-    why = "more would be learned by heart" if times >= 0.9 * passes(facts) else "a run of an hour"
+    enough = times >= 0.9 * passes(facts)
+    why = "more would be learned by heart" if enough else f"the most for {devices}"
     line = (
         f"length: {steps:,} steps, {shown / facts.images:.3g} epochs (each caption {times:.2g} "
         f"times; {why})"
