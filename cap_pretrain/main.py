@@ -62,9 +62,9 @@ def parse(argv: list[str]) -> list[str]:
     return rest
 
 
-def usage() -> str:
-    """Return the text of --help: the flags and the configs."""
-    lines = [__doc__.rstrip(), "", "Flags:"]
+def usage(about: str = __doc__) -> str:
+    """Return the text of --help: what the program does, the flags and the configs."""
+    lines = [about.rstrip(), "", "Flags:"]
     known = (CONFIG, WORKDIR, ALLOW_CHANGES, DRY_RUN, COORDINATOR, PROCESSES, PROCESS)
     lines += [f"  --{flag.name:20}  {flags.FLAGS[flag.name].help}" for flag in known]
     lines += ["", "Configs (`cap configs` has their arguments, `cap fields` all fields):"]

@@ -15,9 +15,8 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from cap_pretrain.cli.captioning import evaluation_crop, read_image
+from cap_pretrain.cli.captioning import evaluation_crop, image_paths, read_image
 from cap_pretrain.data import images, pipeline
-from cap_pretrain.data.builders import files
 from cap_pretrain.errors import UserError
 
 Images: TypeAlias = Any
@@ -76,12 +75,8 @@ def _items(given: Any, name: str) -> Iterator[Item]:
 def _of_path(text: str) -> Iterator[Item]:
     if "://" in text:
         raise UserError(f"{text}: is a URL; copy the images to a folder and give its path.")
-    path = Path(text).expanduser()
-    names = [path]
-    if path.is_dir():
-        names = [path / name for name in files.image_names(files.open_files(path))]
-    for file in names:
-        yield Item(str(file), functools.partial(read_image, str(file)))
+    for file in image_paths([str(Path(text).expanduser())]):
+        yield Item(file, functools.partial(read_image, file))
 
 
 def _checked(given: Any, name: str) -> np.ndarray:

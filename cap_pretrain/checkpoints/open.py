@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 from jax.sharding import Mesh
 
@@ -11,6 +12,35 @@ from cap_pretrain.checkpoints import warm_start
 from cap_pretrain.checkpoints.load import Learner, Say, assemble, load_learner, to_stderr
 from cap_pretrain.data.text.tokenizers import NoText
 from cap_pretrain.errors import UserError
+
+
+class Run(NamedTuple):
+    """The workdir of a run, and the step of one of its checkpoints; None is the newest valid."""
+
+    workdir: Path
+    step: int | None
+
+
+def run_of(path: str | os.PathLike[str], step: int | None = None) -> Run | None:
+    """Return the run that a path names; None if it names none, as an exported encoder.
+
+    The path is a workdir, or one checkpoint of it (runs/cappa/checkpoints/300). Raises UserError if
+    it is a URL, or if `step` is another one than that of the path.
+    """
+    text = os.fspath(path)
+    if "://" in text:
+        raise UserError(f"{text}: is a URL; copy what it names to a folder and give its path.")
+    workdir, own = warm_start.which_run(Path(text).expanduser())
+    if step is not None and own not in (None, step):
+        raise UserError(f"step: {step} is given, but {text} is the checkpoint of step {own}.")
+    if warm_start.is_run(workdir) or (workdir / "metrics.jsonl").is_file():
+        return Run(workdir, own if step is None else step)
+    return None
+
+
+def run_at(path: str | os.PathLike[str], step: int | None = None) -> Run:
+    """Return the run that a path names, see `run_of`, or is taken to name if it is incomplete."""
+    return run_of(path, step) or Run(Path(path), step)
 
 
 def open_learner(
@@ -30,19 +60,15 @@ def open_learner(
         UserError: There is none of these, the path is a URL, or `step` is given for a path that has
             no steps.
     """
+    run = run_of(path, step)
+    if run:
+        return load_learner(run.workdir, mesh, run.step, say)
     text = os.fspath(path)
-    if "://" in text:
-        raise UserError(f"{text}: is a URL; copy what it names to a folder and give its path.")
     place = Path(text).expanduser()
-    run, own = warm_start.which_run(place)
-    if step is not None and own not in (None, step):
-        raise UserError(f"step: {step} is given, but {text} is the checkpoint of step {own}.")
-    if warm_start.is_run(run) or (run / "metrics.jsonl").is_file():
-        return load_learner(run, mesh, own if step is None else step, say)
     if not place.exists():
         raise UserError(
-            f"{text}: no such file or folder; give the workdir of a run, a checkpoint in it, an "
-            "exported folder or a folder of transformers."
+            f"{text}: is not the folder of a run: no such file or folder; give the workdir of a "
+            "run, a checkpoint in it, an exported folder or a folder of transformers."
         )
     if step is not None:
         raise UserError(f"step: {text} is not a workdir, so it has no steps; leave step out.")

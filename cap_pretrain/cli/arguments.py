@@ -1,17 +1,19 @@
 """Command-line arguments and exit statuses that the tools have in common."""
 
 import argparse
+import contextlib
 import dataclasses
 import inspect
 import io
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from cap_pretrain import untrusted
 from cap_pretrain.errors import UserError
+from cap_pretrain.telemetry import console
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -57,8 +59,9 @@ def add_fields(group: argparse._ArgumentGroup, options: type, **defaults: Any) -
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    """Add --checkpoint, a run's workdir, and --step, one of its checkpoints."""
-    parser.add_argument("--checkpoint", required=True, type=Path, help="workdir of a run")
+    """Add --checkpoint, what `checkpoints.open` accepts, and --step, a checkpoint of a run."""
+    what = "workdir of a run, a checkpoint in it (RUN/checkpoints/STEP), or an exported encoder"
+    parser.add_argument("--checkpoint", required=True, metavar="RUN", help=what)
     parser.add_argument("--step", type=int, help="step of the checkpoint; default: the newest")
 
 
@@ -75,10 +78,19 @@ def add_dataset(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> No
 
 def add_images(parser: argparse.ArgumentParser) -> None:
     """Add IMAGE files, and the dataset to take images from if there are none."""
-    parser.add_argument("images", nargs="*", metavar="IMAGE", help="image file")
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help="image file, or folder of some")
     group = parser.add_argument_group("without IMAGE")
     add_dataset(group)
     group.add_argument("--count", type=positive_int, default=4, help="number of images; default: 4")
+
+
+@contextlib.contextmanager
+def waiting(text: str) -> Iterator[None]:
+    """Show what is done, and for how long, while the context lasts, on stderr if a terminal."""
+    with console.used(sys.stderr) as shown:
+        shown.quiet = shown.quiet or not shown.terminal
+        with shown.doing(text, say=False):
+            yield
 
 
 def run(

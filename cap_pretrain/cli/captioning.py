@@ -12,9 +12,11 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from cap_pretrain import inputs, rng, untrusted
-from cap_pretrain.checkpoints.load import Learner, load_learner
-from cap_pretrain.cli import figures
+from cap_pretrain.checkpoints.load import Learner
+from cap_pretrain.checkpoints.open import open_learner
+from cap_pretrain.cli import arguments, figures
 from cap_pretrain.data import images, pipeline
+from cap_pretrain.data.builders import files
 from cap_pretrain.data.text.tokenizers import encode_answer
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.inference.captioning import Caption, read_captions
@@ -72,6 +74,21 @@ def _read(path: str, use: Callable[[bytes], T]) -> T | str:
         return error.strerror or str(error)
 
 
+def image_paths(given: Sequence[str]) -> list[str]:
+    """Return paths of files with the image files of each folder in its place, sorted by name.
+
+    Raises UserError if a folder has no images.
+    """
+    found: list[str] = []
+    for path in given:
+        folder = Path(path).expanduser()
+        if folder.is_dir():
+            found += (str(folder / name) for name in files.image_names(files.open_files(folder)))
+        else:
+            found.append(path)
+    return found
+
+
 def dataset_images(learner: Learner, data: str, split: str, count: int) -> list[Named]:
     """Return up to `count` first images of a split, preprocessed for evaluation, with their ids.
 
@@ -115,17 +132,22 @@ def draw_images(args: argparse.Namespace, draw: Callable[[Learner, list[Named]],
     figures.check_name(args.out)
     if args.images and (args.data or args.split):
         raise UserError("--data, --split: cannot be combined with IMAGE files; give one of them.")
-    learner = load_learner(args.checkpoint, step=args.step)
-    if args.images:
-        named = file_images(learner, args.images)
+    paths = image_paths(args.images)
+    with arguments.waiting(f"Loading {args.checkpoint}"):
+        learner = open_learner(args.checkpoint, args.step)
+    if paths:
+        named = file_images(learner, paths)
     else:
         named = dataset_images(learner, args.data, args.split, args.count)
     if not named:
         return 2
-    drawn = draw(learner, named)
-    for page in figures.save_pages(drawn if isinstance(drawn, list) else [drawn], args.out):
+    with arguments.waiting(f"Computing {len(named)} images"):
+        drawn = draw(learner, named)
+    with arguments.waiting(f"Drawing {args.out}"):
+        pages = figures.save_pages(drawn if isinstance(drawn, list) else [drawn], args.out)
+    for page in pages:
         print(f"wrote {page}")
-    return int(len(named) < len(args.images))
+    return int(len(named) < len(paths))
 
 
 def captioner(

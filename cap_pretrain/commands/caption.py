@@ -26,11 +26,12 @@ from typing import Any
 import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from cap_pretrain import untrusted
-from cap_pretrain.checkpoints.load import load_learner
+from cap_pretrain.checkpoints.open import open_learner
 from cap_pretrain.cli import arguments
-from cap_pretrain.cli.captioning import ScoredCaptioner, read_image, scored_captioner
+from cap_pretrain.cli.captioning import ScoredCaptioner, image_paths, read_image, scored_captioner
 from cap_pretrain.errors import UserError
 from cap_pretrain.models.decoding import Decoding
 
@@ -71,14 +72,19 @@ def lines(result: dict[str, Any], as_json: bool, scores: bool) -> Iterator[str]:
 
 
 def _run(args: argparse.Namespace) -> int:
-    batch_size = min(args.batch_size, len(args.images))
+    paths = image_paths(args.images)
+    batch_size = min(args.batch_size, len(paths))
     options = {field.name: getattr(args, field.name) for field in dataclasses.fields(Decoding)}
     decoding = Decoding(**options)
-    learner = load_learner(args.checkpoint, step=args.step)
+    with arguments.waiting(f"Loading {args.checkpoint}"):
+        learner = open_learner(args.checkpoint, args.step)
     captions = scored_captioner(learner, decoding, batch_size, args.seed, args.question)
     scores = args.scores or decoding.captions > 1
     failed = False
-    for result in caption_files(args.images, captions, batch_size, learner.config.data):
+    results = caption_files(paths, captions, batch_size, learner.config.data)
+    # The lines themselves show the progress on a terminal.
+    hidden = True if sys.stdout.isatty() else None
+    for result in tqdm(results, total=len(paths), unit="img", disable=hidden):
         failed |= "error" in result
         for line in lines(result, args.json, scores):
             print(untrusted.printable(line), flush=True)
@@ -88,7 +94,7 @@ def _run(args: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run the tool and return its exit status (see above)."""
     parser = arguments.documented_parser(__doc__)
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image file")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image file, or folder of some")
     arguments.add_checkpoint(parser)
     parser.add_argument("--question", default="", help="question to answer about each image")
     parser.add_argument("--json", action="store_true", help="print one JSON object per line")

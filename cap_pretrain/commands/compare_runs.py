@@ -4,7 +4,8 @@
 
 Compares metrics.jsonl (except times and `spike/…`) and every array of the checkpoints in common:
 parameters, other variables, moving average, optimizer state; or losses alone, for a run on another
-mesh or machine, which rounds differently. Exit status: 0 the same; 1 different, with the first
+mesh or machine, which rounds differently. Of runs/a/checkpoints/300, only that checkpoint is
+compared. Exit status: 0 the same; 1 different, with the first
 metric and the first array that differ, and by how much; 2 they cannot be compared.
 """
 
@@ -16,9 +17,11 @@ from pathlib import Path
 
 import numpy as np
 from absl import logging
+from tqdm import tqdm
 
 from cap_pretrain import untrusted
 from cap_pretrain.checkpoints import checkpoint
+from cap_pretrain.checkpoints.open import run_at
 from cap_pretrain.cli import arguments
 from cap_pretrain.errors import UserError
 
@@ -37,11 +40,21 @@ class Comparison:
     compared: str  # how much was compared, in words
 
 
-def compare(a: Path, b: Path, only_losses_within: float | None = None) -> Comparison:
+def compare(
+    a: Path,
+    b: Path,
+    only_losses_within: float | None = None,
+    steps: tuple[int | None, int | None] = (None, None),
+) -> Comparison:
     """Compare workdirs; raises UserError if one is corrupt or no checkpoint is in common.
 
     `only_losses_within`, a relative difference, is for losses only; metrics `data/…` stay exact.
+    With `steps`, only these two checkpoints are compared; None is the step of the other.
     """
+    if any(step is not None for step in steps):
+        first, second = (next(s for s in (own, *steps) if s is not None) for own in steps)
+        difference, sizes = _compare_checkpoint((a, first), (b, second))
+        return Comparison((difference,) * bool(difference), f"two checkpoints, {sizes}")
     first, second = read_metrics(a), read_metrics(b)
     if only_losses_within is not None:
         selected = _losses_and_data(first), _losses_and_data(second)
@@ -131,25 +144,30 @@ def _compare_checkpoints(a: Path, b: Path) -> Comparison:
             f"{b} has {steps_b or 'none'}."
         )
     differences = []
-    for step in common:
-        x, y = (_load(workdir, step) for workdir in (a, b))
-        sizes = (len(x), sum(array.size for array in x.values()))
-        differing = [name for name in {**x, **y} if not _same_array(x.get(name), y.get(name))]
-        if differing:
-            what = _array_difference(x.get(differing[0]), y.get(differing[0]))
-            differences.append(
-                f"checkpoint {step}: {differing[0]} {what}; {len(differing)} arrays differ, "
-                f"{len(x.keys() & y.keys())} compared"
-            )
+    for step in tqdm(common, unit="checkpoint", disable=None):
+        difference, sizes = _compare_checkpoint((a, step), (b, step))
+        if difference:
+            differences.append(difference)
             break
     if steps_a[-1] != steps_b[-1]:
         differences.append(f"last checkpoint: of step {steps_a[-1]} in A, {steps_b[-1]} in B")
-    arrays, numbers = sizes
-    compared = (
-        f"{len(common)} checkpoints (the last of step {common[-1]}), "
-        f"each {arrays} arrays of {numbers:,} numbers"
-    )
+    compared = f"{len(common)} checkpoints (the last of step {common[-1]}), {sizes}"
     return Comparison(tuple(differences), compared)
+
+
+def _compare_checkpoint(a: tuple[Path, int], b: tuple[Path, int]) -> tuple[str, str]:
+    """Compare checkpoints (workdir, step); return what differs, or "", and their sizes in words."""
+    x, y = _load(*a), _load(*b)
+    sizes = f"each {len(x)} arrays of {sum(array.size for array in x.values()):,} numbers"
+    differing = [name for name in {**x, **y} if not _same_array(x.get(name), y.get(name))]
+    if not differing:
+        return "", sizes
+    what = _array_difference(x.get(differing[0]), y.get(differing[0]))
+    steps = f"{a[1]}" if a[1] == b[1] else f"{a[1]} and {b[1]}"
+    return (
+        f"checkpoint {steps}: {differing[0]} {what}; {len(differing)} arrays differ, "
+        f"{len(x.keys() & y.keys())} compared"
+    ), sizes
 
 
 def _load(workdir: Path, step: int) -> Mapping[str, np.ndarray]:
@@ -184,8 +202,9 @@ def _bits(x: np.ndarray) -> np.ndarray:
 def main(argv: list[str] | None = None) -> int:
     """Run the tool and return its exit status (see above)."""
     parser = arguments.documented_parser(__doc__)
-    parser.add_argument("a", type=Path, metavar="A", help="workdir of a run")
-    parser.add_argument("b", type=Path, metavar="B", help="workdir of another run")
+    what = "workdir of a run, or one checkpoint of it, as runs/a/checkpoints/300"
+    parser.add_argument("a", metavar="A", help=what)
+    parser.add_argument("b", metavar="B", help="another one")
     parser.add_argument(
         "--only_losses_within",
         type=float,
@@ -198,7 +217,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    result = compare(args.a, args.b, args.only_losses_within)
+    a, b = (run_at(path) for path in (args.a, args.b))
+    result = compare(a.workdir, b.workdir, args.only_losses_within, (a.step, b.step))
     if result.differences:
         print(f"different: A is {args.a}, B is {args.b}", *result.differences, sep="\n")
         return 1

@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from cap_pretrain import inputs, untrusted
 from cap_pretrain.checkpoints.load import read_config
+from cap_pretrain.checkpoints.open import run_at
 from cap_pretrain.cli import arguments
 from cap_pretrain.cli.captioning import PHOTO
 from cap_pretrain.data import pipeline
@@ -70,11 +71,16 @@ def of_dataset(data: str, split: str, size: int) -> Iterator[Picture]:
         yield Picture(pipeline.photo(example["image"], PHOTO), first, tuple(others[:-1]))
 
 
-def of_run(workdir: Path, evaluation: str) -> Iterator[Picture]:
-    """Yield images and captions of a run's latest evaluation; raises UserError if it has none."""
-    path, result = newest_result(workdir, evaluation)
+def of_run(run: str, evaluation: str) -> Iterator[Picture]:
+    """Yield images and captions of a run's latest evaluation; raises UserError if it has none.
+
+    `run` is a workdir, or a checkpoint in it, whose evaluation is taken then.
+    """
+    workdir, step = run_at(run)
+    path, result = newest_result(workdir, evaluation, step)
     if path is None:
-        raise UserError(f"{workdir}: has no evals/{evaluation}; run the evaluation first.")
+        of_step = "" if step is None else f"/{step}.json"
+        raise UserError(f"{workdir}: has no evals/{evaluation}{of_step}; run the evaluation first.")
     config = read_config(workdir)
     options = entry(result, "options", dict, path)
     split, data = (entry(options, name, str, path) for name in ("split", "data"))
@@ -208,7 +214,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = arguments.documented_parser(__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--data", help="dataset or its path")
-    what.add_argument("--workdir", type=Path, help="workdir of a run")
+    what.add_argument("--workdir", metavar="RUN", help="workdir of a run, or a checkpoint in it")
     parser.add_argument("--split", default="train", help="with --data; default: train")
     parser.add_argument("--image_size", type=int, default=96, help="with --data; default: 96")
     parser.add_argument("--evaluation", default="samples", help="with --workdir; default: samples")

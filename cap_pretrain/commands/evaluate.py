@@ -9,14 +9,14 @@ are printed and written to WORKDIR/evals. Further arguments go to the program of
 --config.evals.retrieval.limit=5000; `cap fields evals.NAME` lists the options of an evaluator.
 """
 
+import sys
 from pathlib import PurePath
-from typing import NoReturn
 
 from cap_pretrain.cli import arguments
 from cap_pretrain.commands import train
 
 
-def main(argv: list[str] | None = None) -> NoReturn:
+def main(argv: list[str] | None = None) -> int:
     """Run the program with its arguments and end the process with its exit status."""
     parser = arguments.documented_parser(__doc__)
     parser.allow_abbrev = False
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
         parser.error("--workdir is needed, because RUN is a URL.")
     chosen = ",".join([f"evals={args.evals}", *[f"data={args.data}"] * bool(args.data)])
     workdir = args.workdir or beside(args.run)
-    train.main(
+    return train.main(
         [f"evaluate:{chosen}", f"--workdir={workdir}", f"--config.encoder={args.run}", *rest]
     )
 
@@ -44,4 +44,4 @@ def beside(run: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cap_pretrain.checkpoints.load import read_config, read_weights
+from cap_pretrain.checkpoints.open import run_at
 from cap_pretrain.cli import arguments
 from cap_pretrain.convert import card, export
 from cap_pretrain.errors import UserError
@@ -76,7 +77,10 @@ def complete_or_not_there(out: Path) -> Iterator[Path]:
 
 
 def _run(args: argparse.Namespace) -> int:
-    print(write(args.checkpoint, args.step, args.out))
+    run = run_at(args.checkpoint, args.step)
+    with arguments.waiting(f"Exporting {args.checkpoint}"):
+        report = write(run.workdir, run.step, args.out)
+    print(report)
     return 0
 
 

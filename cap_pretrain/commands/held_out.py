@@ -13,6 +13,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from tqdm import tqdm
+
 from cap_pretrain import untrusted
 from cap_pretrain.cli import arguments
 from cap_pretrain.errors import UserError
@@ -55,7 +57,7 @@ def _lines(dataset: str, splits: Sequence[str], ids: bool) -> Iterator[list[str]
 
     for split in splits:
         source = open_source(dataset, split, image_size=hashes.LOOK)
-        for index in range(len(source)):
+        for index in tqdm(range(len(source)), desc=split, unit="img", disable=None):
             example = source[index]
             data = example["image"]
             if not isinstance(data, bytes):

@@ -14,7 +14,8 @@ from cap_pretrain.learners import permutations
 
 
 def _run(args: argparse.Namespace) -> int:
-    chosen = permutations.greedy(args.count, args.rule, args.seed)
+    with arguments.waiting(f"Choosing {args.count} permutations"):
+        chosen = permutations.greedy(args.count, args.rule, args.seed)
     permutations.write(args.out, chosen)
     mean, smallest = permutations.distances(chosen)
     print(

@@ -22,9 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax import nnx
+from tqdm import tqdm
 
 from cap_pretrain import inputs
-from cap_pretrain.checkpoints.load import Learner, load_learner
+from cap_pretrain.checkpoints.load import Learner
+from cap_pretrain.checkpoints.open import open_learner
 from cap_pretrain.cli import arguments, figures
 from cap_pretrain.cli.captioning import evaluation_crop
 from cap_pretrain.data import pipeline, prefetch
@@ -89,7 +91,7 @@ def of_words(learner: Learner, source: Source, count: int) -> Points:
     _check_text(learner, source)
     counts: collections.Counter[str] = collections.Counter()
     tokens: dict[str, np.ndarray] = {}  # token ids of each word's first occurrence
-    for index in range(min(EXAMPLES, len(source))):
+    for index in tqdm(range(min(EXAMPLES, len(source))), unit="img", disable=None):
         for caption in source[index]["captions"]:
             ids = tokenizer.encode(caption)
             for word in word_maps.words_of(tokenizer, ids)[1]:
@@ -122,7 +124,7 @@ def _of_examples(
         limit=count,
     )
     parts = []
-    for batch in prefetch.iterate(dataset):
+    for batch in tqdm(prefetch.iterate(dataset), total=len(dataset), unit="batch", disable=None):
         vectors = compute(variables, {"image": batch["image"], "text": batch["text"]})
         real = batch["mask"]
         parts.append([np.asarray(a)[real] for a in (vectors, batch["label"], batch["image"])])
@@ -244,11 +246,13 @@ def _run(args: argparse.Namespace) -> int:
     figures.check_name(args.out)
     if args.thumbnails and args.what == "words":
         raise UserError("--thumbnails: words have no images; remove the option.")
-    learner = load_learner(args.checkpoint, step=args.step)
+    with arguments.waiting(f"Loading {args.checkpoint}"):
+        learner = open_learner(args.checkpoint, args.step)
     split = args.split or learner.config.data.eval_split
     source = inputs.open_data(learner.config, split, args.data)
     points = SOURCES[args.what](learner, source, args.count or COUNTS[args.what])
-    xy = places(points.vectors, args.method)
+    with arguments.waiting(f"Placing {len(points.vectors):,} points"):
+        xy = places(points.vectors, args.method)
     figures.save(draw(points, xy, source.class_names, args.thumbnails), args.out)
     print(f"wrote {args.out}: {len(xy)} {args.what}")
     return 0

@@ -147,13 +147,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     captions, references, extra = _read(args)
-    scores = caption_metrics.score(
-        references,
-        {image: texts[0] for image, texts in captions.items()},
-        tokenizer="none" if args.tokenized else args.tokenizer,
-        spice=args.spice,
-        protocol=args.protocol,
-    )
+    with arguments.waiting(f"Scoring {len(captions):,} captions"):
+        scores = caption_metrics.score(
+            references,
+            {image: texts[0] for image, texts in captions.items()},
+            tokenizer="none" if args.tokenized else args.tokenizer,
+            spice=args.spice,
+            protocol=args.protocol,
+        )
     if args.per_image:
         rows = [
             {"image_id": i, **{name: by_image[i] for name, by_image in scores.per_image.items()}}

@@ -39,8 +39,9 @@ def open_encoder(path: str | Path) -> Pretrained:
         return torchvision.read(weights) or openai.read(weights)
     found = "has neither a" if path.is_dir() else "is not a file, nor a folder with a"
     raise UserError(
-        f"{path}: {found} {huggingface.CONFIG} of transformers, an {openai.CONFIG} or one file of "
-        "weights. Nothing is downloaded here: fetch the encoder first and give its path."
+        f"{path}: is not the folder of a run, and {found} {huggingface.CONFIG} of transformers, an "
+        f"{openai.CONFIG} or one file of weights. Nothing is downloaded here: "
+        "fetch the encoder first and give its path."
     )
 
 

@@ -84,15 +84,17 @@ def _build(context: Context, name: str, section: ConfigDict) -> Any:
     return evals.evaluator_class(section.evaluator)(context, evals.options(name, section))
 
 
-def newest_result(workdir: Path, name: str) -> tuple[Path | None, dict[str, Any]]:
+def newest_result(
+    workdir: Path, name: str, step: int | None = None
+) -> tuple[Path | None, dict[str, Any]]:
     """Return the newest file of an evaluator's results and its content; None and {} without any.
 
-    Raises UserError if it cannot be read.
+    With `step`, the file is that of the step. Raises UserError if it cannot be read.
     """
     found = files.numbered(workdir / "evals" / name, ".json")
-    if not found:
+    if not found or step not in (None, *found):
         return None, {}
-    path = found[max(found)]
+    path = found[max(found) if step is None else step]
     return path, untrusted.checked(files.read_json(path), "result", dict, path)
 
 

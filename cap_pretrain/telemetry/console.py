@@ -181,13 +181,16 @@ _current: Console | None = None  # the module's docstring says why there is one
 
 
 @contextlib.contextmanager
-def used() -> Iterator[Console]:
-    """Use a console on stdout in this process while the context lasts, unless one is in use."""
+def used(stream: TextIO | None = None) -> Iterator[Console]:
+    """Use a console in this process while the context lasts, unless one is in use.
+
+    `stream` is by default stdout.
+    """
     global _current
     if _current is not None:
         yield _current
         return
-    _current = console = Console()
+    _current = console = Console(stream)
     try:
         yield console
     finally:

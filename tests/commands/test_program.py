@@ -83,6 +83,12 @@ def test_train_takes_a_config_by_position(given):
     assert given() == ["--config=x.py", "--dry_run"]
 
 
+def test_train_on_photos_builds_a_dataset_first(given, monkeypatch):
+    monkeypatch.setattr("cap_pretrain.cli.own_data.prepare", lambda argv: ["--config=x", argv[2]])
+    train.main(["photos", "captions.csv", "--workdir=a"])
+    assert given() == ["--config=x", "--workdir=a"]
+
+
 @pytest.mark.parametrize(
     ("run", "workdir"),
     [("runs/a", "runs/a_evaluated"), ("runs/a/checkpoints/30", "runs/a_30_evaluated")],

@@ -14,6 +14,7 @@ from PIL import Image
 from cap_pretrain.checkpoints.load import load_learner
 from cap_pretrain.commands import caption
 from cap_pretrain.data import pipeline
+from cap_pretrain.data.builders import files
 from cap_pretrain.evals.inference.captioning import Caption
 from cap_pretrain.models.decoding import Decoding, write_all, write_captions
 from tests import toy
@@ -104,6 +105,22 @@ def test_twelve_awkward_files(run, awkward, capsys):
             assert line.startswith(f"{path}: not captioned: {reason}")
         else:
             assert line == f"{path}: {captions[path]}"
+
+
+def test_a_folder_of_images_and_a_checkpoint_by_its_path(run, awkward, capsys):
+    paths = sorted(awkward)
+    folder, one = Path(paths[0]).parent, next(path for path in awkward if not awkward[path])
+    for given in ([str(folder), one], [*paths, one]):
+        caption.main(["--checkpoint", str(run), *given])
+    checkpoint = next(path for path in (run / "checkpoints").iterdir() if path.name.isdecimal())
+    assert caption.main(["--checkpoint", str(checkpoint), one]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    pictures = [path for path in paths if Path(path).suffix in files.IMAGE_SUFFIXES]
+    assert [line.partition(": ")[0] for line in lines[: len(pictures) + 1]] == [*pictures, one]
+    assert lines[-1] == lines[len(pictures)] == lines[-2]
+    (folder.parent / "empty").mkdir(exist_ok=True)
+    assert caption.main(["--checkpoint", str(run), str(folder.parent / "empty")]) == 2
+    assert "no images in it" in capsys.readouterr().err
 
 
 def test_json_and_the_other_decodings(run, awkward, capsys):

@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 from cap_pretrain import learners
-from cap_pretrain.checkpoints.load import load_learner
+from cap_pretrain.checkpoints.open import open_learner
 from cap_pretrain.checkpoints.warm_start import resolve
 from cap_pretrain.cli import captioning
 from cap_pretrain.commands import colorize
@@ -41,7 +41,7 @@ def test_rows_of_three(run, photo, tmp_path, capsys):
 
 
 def test_lightness_is_kept_and_colors_are_predicted(run):
-    learner = load_learner(run)
+    learner = open_learner(run)
     pixels = np.random.default_rng(0).integers(90, 160, (2, 16, 16, 3), np.uint8)
     found = colorize.colorized(learner, pixels)
     assert found.shape == pixels.shape and found.dtype == np.uint8
@@ -77,6 +77,6 @@ def test_error_messages(run, photo, monkeypatch, tmp_path, capsys):
     assert "cannot be combined with IMAGE files" in error(photo, "--data", "scenes")
     c = toy.config("rotation", model__depth=1)
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: learners.build(c, 0, jax.random.key(0))))
-    another = load_learner(run)._replace(config=c, graphdef=graphdef)
-    monkeypatch.setattr(captioning, "load_learner", lambda *_, **__: another)
+    another = open_learner(run)._replace(config=c, graphdef=graphdef)
+    monkeypatch.setattr(captioning, "open_learner", lambda *_, **__: another)
     assert "a rotation does not predict colors" in error(photo)

@@ -88,6 +88,18 @@ def test_a_copy_is_the_same_whatever_time_it_took(run, other):
     )
 
 
+def test_checkpoints_by_their_paths(run, other, capsys):
+    def main(a, b):
+        status = compare_runs.main([str(run / a), str(other / b)])
+        return status, capsys.readouterr().out.splitlines()[-1]
+
+    same = "the same: two checkpoints, each 9 arrays of 41 numbers"
+    for paths in (("checkpoints/2", "checkpoints/2"), ("", "checkpoints/4")):
+        assert main(*paths) == (0, same)
+    status, line = main("checkpoints/2", "checkpoints/4")
+    assert status == 1 and line.startswith("checkpoint 2 and 4: learner/")
+
+
 def one_bit(array, index=-1):
     bits = np.array(array).reshape(-1).view(f"u{array.dtype.itemsize}")
     bits[index] ^= 1

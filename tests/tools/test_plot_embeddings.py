@@ -9,7 +9,7 @@ from flax import nnx
 from PIL import Image
 
 from cap_pretrain import inputs
-from cap_pretrain.checkpoints.load import load_learner
+from cap_pretrain.checkpoints.open import open_learner
 from cap_pretrain.commands import plot_embeddings
 from cap_pretrain.commands.plot_embeddings import places, principal_components
 from cap_pretrain.data.text import tokenizers
@@ -35,8 +35,8 @@ def runs(tokenizer_path, tmp_path_factory):
 def read():
     """Load each run once."""
     with pytest.MonkeyPatch.context() as patch:
-        read = functools.cache(load_learner)
-        patch.setattr(plot_embeddings, "load_learner", read)
+        read = functools.cache(open_learner)
+        patch.setattr(plot_embeddings, "open_learner", read)
         yield lambda run: read(run, step=None)
 
 

@@ -33,6 +33,18 @@ def test_one_row_per_run(runs, capsys):
     ]
 
 
+def test_a_folder_stands_for_the_runs_below_it(runs, tmp_path, capsys):
+    (tmp_path / "clip/checkpoints/9").mkdir(parents=True)
+    (tmp_path / "clip/config.json").write_text("{}")
+    assert results_table.main([str(tmp_path), "--figures", "probe/top1"]) == 0
+    assert capsys.readouterr().out.splitlines()[2:] == ["| cap | 0.25 |", "| clip | 0.5 |"]
+    checkpoint = str(tmp_path / "clip/checkpoints/9")
+    assert results_table.main([checkpoint, "--figures", "probe/top1"]) == 0
+    assert capsys.readouterr().out.splitlines()[2:] == ["| clip/9 | 0.3 |"]
+    assert results_table.main([str(tmp_path / "none"), "--figures", "probe/top1"]) == 2
+    assert "there is no such folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -9,7 +9,7 @@ from flax import nnx
 from PIL import Image
 
 from cap_pretrain import inputs
-from cap_pretrain.checkpoints.load import load_learner
+from cap_pretrain.checkpoints.open import open_learner
 from cap_pretrain.cli import captioning, figures
 from cap_pretrain.commands import show_attention
 from cap_pretrain.data.scenes.source import Scenes
@@ -31,7 +31,7 @@ def run(tokenizer_path, tmp_path_factory):
 def read_once():
     """Load each run once."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(captioning, "load_learner", functools.cache(load_learner))
+        patch.setattr(captioning, "open_learner", functools.cache(open_learner))
         yield
 
 
@@ -77,7 +77,7 @@ def test_the_runs_own_data_and_captions(run, tmp_path):
 
 
 def test_maps_are_the_learners_attention(run):
-    learner = captioning.load_learner(run)
+    learner = captioning.open_learner(run)
     config, tokenizer, graphdef, variables = learner
     source = inputs.open_data(config, "val")
     assert isinstance(source, Scenes)
@@ -161,7 +161,7 @@ def test_stored_features_are_not_images(run, monkeypatch):
     with pytest.raises(
         UserError, match="--data: stored holds stored features; choose one with images"
     ):
-        captioning.dataset_images(captioning.load_learner(run), "", "", 1)
+        captioning.dataset_images(captioning.open_learner(run), "", "", 1)
 
 
 def test_without_matplotlib(monkeypatch):
