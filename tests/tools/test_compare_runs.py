@@ -18,7 +18,7 @@ from cap_pretrain.commands import compare_runs
 from cap_pretrain.training.step import TrainState
 from tests import toy
 
-TOOL = Path(compare_runs.__file__)
+TOOL = Path(compare_runs.__file__).parents[2] / "tools" / "compare_runs.py"
 TIMES = itertools.count()
 KERNEL = np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4)
 
