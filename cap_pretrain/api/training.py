@@ -1,6 +1,5 @@
 """`cap_pretrain.train`: what the command line does, from Python."""
 
-import importlib.util
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,13 +11,12 @@ from cap_pretrain import config as configs
 from cap_pretrain.api.loading import load
 from cap_pretrain.api.model import Model
 from cap_pretrain.checkpoints.checkpoint import saved_steps
+from cap_pretrain.cli import config_files
 from cap_pretrain.distributed import determinism, gpu, heartbeat
 from cap_pretrain.errors import UserError, did_you_mean
 from cap_pretrain.telemetry.metrics import read_metrics
 from cap_pretrain.train import run
 from cap_pretrain.training.changes import fields
-
-CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 class Trained(NamedTuple):
@@ -85,18 +83,10 @@ def named(text: str) -> ConfigDict:
     Raises UserError if there is none, or it does not take these arguments.
     """
     name, colon, arguments = text.partition(":")
-    path = Path(name).expanduser() if name.endswith(".py") else CONFIGS / f"{name}.py"
-    if not path.is_file():
-        near = did_you_mean(name, (file.stem for file in CONFIGS.glob("*.py")))
-        raise UserError(f"config: there is no config {name!r}.{near}")
-    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
-    assert spec is not None and spec.loader is not None  # because of the suffix
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise UserError(f"config: {path} has no function get_config.")
+    path = config_files.find(os.path.expanduser(name))
+    get_config = config_files.load(path, "get_config")
     try:
-        return module.get_config(arguments) if colon else module.get_config()
+        return get_config(arguments) if colon else get_config()
     except TypeError as error:
         raise UserError(f"config: {text!r} does not fit {path.name} ({error}).") from error
 

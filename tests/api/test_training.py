@@ -6,7 +6,7 @@ import cap_pretrain
 from cap_pretrain import train
 from cap_pretrain.api.training import changed, named
 from cap_pretrain.errors import UserError
-from tests import toy
+from tests import quick, toy
 
 
 def test_configs_are_named_and_changed():
@@ -17,7 +17,10 @@ def test_configs_are_named_and_changed():
     assert config.total_steps == 366_500 and fresh.is_locked
     assert named(str(toy.CONFIGS / "quickstart.py")).total_steps == 5000
     for call, message in (
-        (lambda: named("pretrian"), "there is no config 'pretrian'. Did you mean 'pretrain'"),
+        (
+            lambda: named("pretrian"),
+            "there is no file 'pretrian'. Did you mean 'configs/pretrain.py'",
+        ),
         (lambda: named("pretrain:objectiv=cap"), "no argument 'objectiv'"),
         (lambda: named("quickstart:a=b"), "'quickstart:a=b' does not fit quickstart.py"),
         (lambda: changed(config, {"optim.learning": 1}), "no field 'optim.learning'"),
@@ -33,13 +36,13 @@ def test_configs_are_named_and_changed():
 
 @pytest.mark.slow
 def test_training_returns_its_metrics_and_resumes(tmp_path, capsys):
-    config = toy.config(model__depth=1, text__length=8)
+    config = toy.config(quick.NAME, text__length=8)
     done = cap_pretrain.train(config, tmp_path / "run", {"total_steps": 3})
     assert done.step == 3 and config.total_steps == 2
     assert done.metrics["train/loss"] == toy.lines(tmp_path / "run")[-1]["train/loss"]
-    assert done.load().methods[:2] == ("embed", "caption")
-    before = capsys.readouterr().out
+    assert done.load().methods == ("embed",)
+    capsys.readouterr()
     again = cap_pretrain.train(config, str(tmp_path / "run"), {"total_steps": 3})
-    assert again.metrics == done.metrics and "nothing to do" in capsys.readouterr().out + before
+    assert again.metrics == done.metrics and "nothing to do" in capsys.readouterr().out
     with pytest.raises(UserError, match="batch_size"):
         cap_pretrain.train(config, tmp_path / "other", {"batch_size": 0})
