@@ -83,7 +83,7 @@ def named(text: str) -> ConfigDict:
     Raises UserError if there is none, or it does not take these arguments.
     """
     name, colon, arguments = text.partition(":")
-    path = config_files.find(os.path.expanduser(name))
+    path = config_files.find(str(Path(name).expanduser()))
     get_config = config_files.load(path, "get_config")
     try:
         return get_config(arguments) if colon else get_config()
