@@ -26,7 +26,7 @@ class Work:
         mesh: Its devices share each batch.
         batch_size: Images at a time; rounded up to a multiple of the devices.
         compute: Maps images uint8 [B, S, S, 3] on the devices, and the number of the first one, to
-            an array [B, …], each image independently of the others.
+            an array [B, …] or a tree of them, each image independently of the others.
     """
 
     data: ConfigDict
@@ -42,7 +42,7 @@ class Work:
 
 def computed(
     items: Sequence[Item], work: Work, unreadable: dict[str, str] | None = None
-) -> Iterator[tuple[list[str], np.ndarray]]:
+) -> Iterator[tuple[list[str], Any]]:
     """Yield the names [n] and results [n, …] of images, in batches.
 
     Args:
@@ -117,6 +117,6 @@ def _readable(
     return names, squares
 
 
-def _fetched(names: list[str], rows: Any) -> tuple[list[str], np.ndarray]:
+def _fetched(names: list[str], rows: Any) -> tuple[list[str], Any]:
     """Return names and their rows on this host, without those of padding."""
-    return names, np.asarray(rows)[: len(names)]
+    return names, jax.tree.map(lambda array: np.asarray(array)[: len(names)], rows)

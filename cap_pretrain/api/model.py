@@ -19,6 +19,7 @@ from cap_pretrain.data.text.tokenizers import encode_answer
 from cap_pretrain.errors import UserError, did_you_mean
 from cap_pretrain.evals.base import Context
 from cap_pretrain.evals.inference import word_maps
+from cap_pretrain.evals.inference.captioning import Caption, read_captions
 from cap_pretrain.evals.inference.classes import TEMPLATES, ClassCaptions
 from cap_pretrain.evals.inference.scoring import Scoring
 from cap_pretrain.learners.protocols import (
@@ -30,7 +31,7 @@ from cap_pretrain.learners.protocols import (
     learner_type,
 )
 from cap_pretrain.models import readout
-from cap_pretrain.models.decoding import Decoding, write_captions
+from cap_pretrain.models.decoding import Decoding, write_all
 from cap_pretrain.models.layers import normalize_images
 from cap_pretrain.models.sizes import STORED
 
@@ -176,7 +177,11 @@ class Model:
             scoring = self._scoring(16)
             return scoring.text_features(self._variables, scoring.encode(_texts(texts, "texts")))
 
-    def caption(
+    def caption(self, images: Images, **options: Any) -> list[str]:
+        """Write a caption of each image, the first of `captions`, with the same options."""
+        return [several[0].text for several in self.captions(images, **options)]
+
+    def captions(
         self,
         images: Images,
         *,
@@ -185,39 +190,42 @@ class Model:
         seed: int = 0,
         batch_size: int = 32,
         **decoding: Any,
-    ) -> list[str]:
-        """Write a caption of each image, or an answer to a question about it.
+    ) -> list[list[Caption]]:
+        """Write captions of each image, or answers to a question, with their log-probabilities.
 
         Args:
             images: See the class.
             beams: Captions that beam search keeps; 1 is greedy decoding.
             question: For runs that were trained on questions.
-            seed: Of `method="sample"`. Caption i depends on the seed, i and the image.
+            seed: Of `method="sample"`. The captions of image i depend on the seed, i and the image.
             batch_size: Images at a time; affects speed and memory.
-            **decoding: Further fields of `models.decoding.Decoding`, such as method="sample",
-                temperature=0.7 or length_norm=0.
+            **decoding: Further fields of `models.decoding.Decoding`, such as captions=5,
+                method="sample", temperature=0.7 or min_length=5.
         """
         self._check("caption")
         how = _decoding(beams, decoding)
-        given = encode_answer(self._tokenizer, question, None)
+        ids, given = encode_answer(self._tokenizer, question, None)
         length, eos = self.config.text.length, self._tokenizer.eos_id
 
         def write(learner: Any, pixels: jax.Array, first: jax.Array, prompt: jax.Array):
             numbers = first + jnp.arange(len(pixels))
             keys = jax.vmap(lambda i: rng.key(seed, i, "captions"))(numbers)
-            prompts = jnp.tile(prompt, (len(pixels), 1)) if given[1] else None
-            return write_captions(
+            prompts = jnp.tile(prompt, (len(pixels), 1)) if given else None
+            return write_all(
                 learner, pixels, how, length=length, eos=eos, keys=keys, prompt=prompts
             )
 
         own = seed if how.method == "sample" else None
-        program = self._compiled(("caption", how, own, bool(given[1])), write)
-        tokens = self._each(
-            images,
-            batch_size,
-            lambda pixels, first: program(self._variables, pixels, np.int32(first), given[0]),
-        )
-        return [self._tokenizer.decode(ids[given[1] :]) for ids in tokens]
+        program = self._compiled(("captions", how, own, bool(given)), write)
+
+        def compute(pixels: jax.Array, first: int) -> Any:
+            return program(self._variables, pixels, np.int32(first), ids)
+
+        return [
+            read_captions(self._tokenizer, tokens, log_p, given)
+            for _, written in self._batches(images, batch_size, compute)
+            for tokens, log_p in zip(written.tokens, written.log_p, strict=True)
+        ]
 
     def score(
         self, images: Images, texts: str | Sequence[str], *, batch_size: int = 16
@@ -340,7 +348,7 @@ class Model:
         batch_size: int,
         compute: Callable[[jax.Array, int], Any],
         unreadable: dict[str, str] | None = None,
-    ) -> Iterator[tuple[list[str], np.ndarray]]:
+    ) -> Iterator[tuple[list[str], Any]]:
         """Yield the names and the rows of `_each`; `unreadable` as for `embed_batches`."""
         if self.config.model.name == STORED:
             raise UserError(

@@ -15,7 +15,7 @@ from cap_pretrain import rules
 from cap_pretrain.api.images import listed
 from cap_pretrain.api.model import Model
 from cap_pretrain.checkpoints.load import Learner, assemble, load_learner
-from cap_pretrain.cli.captioning import captioner
+from cap_pretrain.cli.captioning import captioner, scored_captioner
 from cap_pretrain.data.text.tokenizers import NoText, SentencePieceTokenizer
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.base import Context
@@ -136,11 +136,15 @@ def test_captions_are_those_of_the_command(tokenizer_path):
     pixels = np.stack([item.read(model.config.data) for item in listed(IMAGES)])
     for how, options in (
         (Decoding(), {"batch_size": 4}),
-        (Decoding(method="beam", beams=2), {"beams": 2}),
         (Decoding(method="sample"), {"method": "sample", "seed": 5, "batch_size": 4}),
     ):
         expected = captioner(learner, how, len(pixels), options.get("seed", 0))(pixels)
         assert model.caption(IMAGES, **options) == expected and len(set(expected)) > 1
+    how = Decoding(method="beam", beams=2, captions=2)
+    expected = scored_captioner(learner, how, len(pixels), 0)(pixels)
+    for ours, theirs in zip(model.captions(IMAGES, beams=2, captions=2), expected, strict=True):
+        assert [one.text for one in ours] == [one.text for one in theirs] and len(ours) == 2
+        np.testing.assert_allclose(ours[1].log_prob, theirs[1].log_prob, rtol=1e-4)
     question = "is it a red circle or a blue star"
     expected = captioner(learner, Decoding(), len(pixels), 0, question)(pixels)
     assert model.caption(IMAGES, question=question, batch_size=4) == expected

@@ -25,12 +25,11 @@ def theirs(folder, cls):
 def test_an_export_of_ours(tokenizer_path, tmp_path):
     make_run(tmp_path / "run", tokenizer_path, pool="map")
     assert export(tmp_path / "run", tmp_path / "out") == 0
-    model, run = cap_pretrain.load(tmp_path / "out"), cap_pretrain.load(tmp_path / "run")
+    model = cap_pretrain.load(tmp_path / "out")
     out = theirs(tmp_path / "out", transformers.SiglipVisionModel)
     np.testing.assert_allclose(model.embed(IMAGES), out.pooler_output, atol=1e-3)
     mean = out.last_hidden_state.mean(1)
     np.testing.assert_allclose(model.embed(IMAGES, what="tokens"), mean, atol=1e-3)
-    np.testing.assert_allclose(model.embed(IMAGES), run.embed(IMAGES), atol=1e-5)
     assert model.learner == "encoder" and model.methods == ("embed",)
 
 
