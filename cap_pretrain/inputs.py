@@ -240,8 +240,11 @@ def _make_tokenizer(config: ConfigDict, mixture: Mixture, workdir: Path) -> None
         return
     folder, lower = (workdir / TOKENIZER_FILE).parent, config.text.lower
     if config.text.kind == "words":  # the minimum count refers to all captions
-        with console.doing(f"Counting the words of the captions of {_images(mixture)}"):
-            captions = _captions(mixture)
+        # All captions of a stored dataset, but no million scenes, which have few words.
+        drawn = all(name in GENERATED for name, _ in parse_mixture(config.data.name))
+        limit = TOKENIZER_EXAMPLES if drawn else None
+        with console.doing(f"Counting the words of the captions of {_images(mixture, limit)}"):
+            captions = _captions(mixture, limit)
             words.write_words(captions, folder, words.Rules(**config.text.words), lower)
     else:
         images = _images(mixture, TOKENIZER_EXAMPLES)

@@ -27,6 +27,7 @@ from cap_pretrain.checkpoints.load import read_batch_sizes
 from cap_pretrain.checkpoints.warm_start import PretrainedWeights
 from cap_pretrain.data import prefetch
 from cap_pretrain.distributed import cluster, compile_cache, heartbeat, sharding
+from cap_pretrain.distributed.ahead import Ahead
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.base import Interrupted
 from cap_pretrain.reports.journal import Journal
@@ -125,8 +126,11 @@ class Run:
         """
         config, workdir, total = self._config, self._setup.workdir, self._schedule.total
         say = self._progress.say
-        with self._timer.pause(), console.doing("Restoring the state", say=False):
-            if total:
+        ends = (self._checkpoints.latest_step() or 0) >= total
+        compiling = contextlib.nullcontext() if ends else self._setup.compiling()
+        with self._timer.pause(), compiling:
+            self._step_fn = self._setup.step_fn if ends else self._setup.compiled_ahead()
+            if total and not isinstance(self._step_fn, Ahead):
                 self._checkpoints.prepare(self._setup.abstract)
             restored = self._checkpoints.restore_newest(self._setup.abstract, say)
             self.state = restored or self._setup.init()
@@ -192,13 +196,14 @@ class Run:
         Raises `Stopped` if a signal stopped the run, after saving, and UserError if a loss or
         gradient is not finite or too many images are broken.
         """
-        start, step_fn = int(self.state.step), self._setup.step_fn
+        start, step_fn = int(self.state.step), self._step_fn
         batches = self._open_batches(start)
         self._stack.enter_context(jax.transfer_guard("disallow"))
         self._stack.push(lambda _, error, __: heartbeat.ending(error) if error else None)
         for step, batch in batches:
             first = step == start + 1
-            with self._setup.compiling() if first else contextlib.nullcontext():
+            doing = console.doing("Compiling the training step", say=False)
+            with doing if first else contextlib.nullcontext():
                 requests = self._requests() if self._several_hosts else None
                 if self._several_hosts and first:
                     step_fn = cluster.compiled_everywhere(step_fn, self.state, batch, requests)
@@ -211,6 +216,8 @@ class Run:
             self._progress.update(
                 step, self._first_figures(metrics) if first and not due.log else None
             )
+            if first and not start and isinstance(step_fn, Ahead):  # the first step comes first
+                self._checkpoints.prepare(self._setup.abstract, background=True)
             if due.log:
                 self._log(step, metrics)
             with self._timer.pause():

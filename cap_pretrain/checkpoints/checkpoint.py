@@ -34,6 +34,7 @@ from cap_pretrain.checkpoints.manifest import (
 )
 from cap_pretrain.checkpoints.orbax_setup import configure_orbax
 from cap_pretrain.distributed import cluster
+from cap_pretrain.distributed.ahead import Ahead
 from cap_pretrain.errors import UserError, disk_error
 from cap_pretrain.fingerprint import fingerprints
 from cap_pretrain.optim.schedule import BatchSizes
@@ -190,9 +191,10 @@ class Checkpoints:
         }
         return min(known, key=known.__getitem__, default=None)
 
-    def prepare(self, abstract: TrainState) -> None:
+    def prepare(self, abstract: TrainState, *, background: bool = False) -> None:
         """Compile the fingerprints of a state ahead of time, so that no step waits for them."""
-        self._fingerprints = jax.jit(fingerprints).lower(_items(abstract)).compile()
+        program, items = jax.jit(fingerprints), _items(abstract)
+        self._fingerprints = Ahead(program, items) if background else program.lower(items).compile()
 
     def minutes_passed(self) -> bool:
         """Return whether `checkpoint.every_minutes` (0: never) passed since the last save here."""

@@ -50,12 +50,12 @@ class Task:
     def line(self, width: int) -> str:
         """Return the name and duration; with parts also how many are done and the time left."""
         seconds = time.monotonic() - self.begun
-        text = f"{self._text}: {short_duration(seconds)}"
         if not self._total:
-            return text
-        text += f", {self._done:,} of {self._total:,}"
+            return f"{self._text}: {short_duration(seconds)}"
+        text = f"{self._done:,} of {self._total:,} after {short_duration(seconds)}"
         if self._done:
             text += f", about {short_duration(seconds * (self._total / self._done - 1))} left"
+        text += f": {self._text}"
         return f"{bar(self._done / self._total, 20)} {text}" if width else text
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -17,12 +18,14 @@ from cap_pretrain import config as configs
 from cap_pretrain import files, inputs, learners
 from cap_pretrain.data.sources.base import parse_mixture
 from cap_pretrain.distributed import cluster, gpu, sharding
+from cap_pretrain.distributed.ahead import Ahead
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals import suite
 from cap_pretrain.models import build
 from cap_pretrain.optim import optimizers
 from cap_pretrain.optim import schedule as schedules
 from cap_pretrain.telemetry import console, flops
+from cap_pretrain.telemetry.metrics import read_metrics
 from cap_pretrain.telemetry.progress import Progress, parameter_table
 from cap_pretrain.telemetry.timer import StepTimer
 from cap_pretrain.training import automatic, forecast, plan
@@ -32,6 +35,9 @@ from cap_pretrain.validation import validate
 
 PARAMETERS = "parameters.txt"
 """The file in a workdir that lists names, shapes and sizes of all parameters."""
+
+
+COMPILED = "time/compile_s"  # in metrics.jsonl
 
 
 class Earlier(NamedTuple):
@@ -81,9 +87,34 @@ class Setup:
             progress.say(schedules.describe(self.config, self.schedule))
             progress.say(f"MFU is relative to {peak.source}" if peak.flops else peak.source)
 
+    def compiled_ahead(self) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+        """Return the training step, which compiles in the background where that is safe.
+
+        On GPUs and TPUs, what runs meanwhile could disturb the measurements of their compilers, and
+        the hosts of a cluster compile together (see `cluster.compiled_everywhere`).
+        """
+        alone = jax.default_backend() == "cpu" and jax.process_count() == 1
+        if not (alone and self.schedule.total and hasattr(self.step_fn, "lower")):
+            return self.step_fn
+        batch = plan.abstract_batch(self.config)
+        count = (self.config.batch_size,)
+        batch["broken"] = jax.ShapeDtypeStruct(count, np.bool_)
+        if self.config.log.ids:
+            batch["index"] = jax.ShapeDtypeStruct(count, np.int32)
+        spread = sharding.batch_sharding(self.mesh)
+        batch = {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=spread)
+            for name, leaf in batch.items()
+        }
+        return Ahead(self.step_fn, self.abstract, batch, None)
+
     def compiling(self) -> contextlib.AbstractContextManager[object]:
-        """Return a context for the first step that says that, and about how long, it compiles."""
-        return console.doing("Compiling the training step")
+        """Return a context that says that, and about how long, the training step compiles."""
+        before = [line[COMPILED] for line in read_metrics(self.workdir) if COMPILED in line]
+        usual = "on a CPU 5 to 30 s" if jax.default_backend() == "cpu" else "some minutes at most"
+        if before:
+            usual = f"{console.short_duration(before[-1])} at an earlier start"
+        return console.doing(f"Compiling the training step, {usual}")
 
     def timer(self, peak: flops.Peak) -> StepTimer:
         """Return the timer of the run. The clock starts here."""

@@ -140,6 +140,13 @@ def test_sugarcrepe_files_are_evaluated(small, tmp_path):
     assert "accuracy_all" not in metrics and "blind_swap_obj" in metrics
 
 
+def test_questions_are_about_the_runs_own_data(small):
+    drawn, _ = small["captioner"]
+    assert isinstance(composition.question_set(drawn, Composition.Options()), SceneQuestions)
+    own, _ = stubs.context(stubs.Oracle, stubs.Pictures([["a dog in red"]]))
+    assert isinstance(composition.question_set(own, Composition.Options()), OrderQuestions)
+
+
 def test_mistakes_are_the_users(small):
     with pytest.raises(UserError, match="no set 'scene'. Did you mean 'scenes'?"):
         Composition.Options(questions="scene")

@@ -1,15 +1,17 @@
 """Evaluations that do not outlast the training they belong to."""
 
 import dataclasses
+import json
 
 import pytest
 from ml_collections import ConfigDict
 
-from cap_pretrain import evals
+from cap_pretrain import evals, train
 from cap_pretrain.evals import members
 from cap_pretrain.evals.base import BatchOptions
 from cap_pretrain.evals.fit import LEAST, Work, fitted
 from cap_pretrain.evals.retrieval import Retrieval
+from tests import quick, toy
 
 
 @pytest.mark.parametrize(
@@ -67,3 +69,23 @@ def test_every_member_of_a_mixture_gets_a_section():
     assert found["val_coco"].limit == 7 and found["order_coco"].questions == "order"
     c.data.name = "a/coco"
     assert members.sections(c) == {}
+
+
+@pytest.mark.slow
+def test_a_short_run_is_evaluated_on_less_unless_told_otherwise(tokenizer_path, tmp_path, capsys):
+    c = toy.config(quick.NAME, data__scenes__length_val=500, text__tokenizer=str(tokenizer_path))
+    c.total_steps, c.eval.every_steps = 4, 2
+    c.evals = ConfigDict({"val": evals.defaults("loss"), "own": evals.defaults("loss", limit=300)})
+
+    def read(name):
+        results = [json.loads(p.read_text()) for p in (tmp_path / name / "evals").glob("*/*.json")]
+        return sorted((r["examples"], r["options"]["limit"]) for r in results)
+
+    train.run(c, tmp_path / "short")
+    assert read("short") == [(LEAST, LEAST)] * 2 + [(300, 300)] * 2
+    said = capsys.readouterr().out
+    assert said.count("evals.val reads 64 of 500 examples, since all would take longer") == 1
+    assert "Evaluating val on 64 examples" in said and "Evaluating own on 300 examples" in said
+    c.eval.fit = False
+    train.run(c, tmp_path / "all")
+    assert read("all") == [(300, 300)] * 2 + [(500, 0)] * 2
