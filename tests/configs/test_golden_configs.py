@@ -23,8 +23,6 @@ CASES = {
         f"pretrain-{objective}": ("pretrain", f"objective={objective}")
         for objective in ("cappa", "cap", "clip", "siglip")
     },
-    "small-cap": ("small", "devices=cpu-2"),
-    "small-clip": ("small", "objective=clip,devices=gpu-1"),
 }
 
 # The default run trains this captioner; checkpoints/test_warm_start.py trains pretrain-clip.
@@ -59,7 +57,12 @@ PRETEXT = {
     for task, cls in learners.pretexts().items()
     for recipe in map(FORMER_NAMES.get, cls.RECIPES, cls.RECIPES)
 }
-ALL = CASES | WITH_ENCODER | RECURRENT | PRETEXT
+# Trained in tests/commands/test_own_data.py, validated in tests/small/test_rules.py.
+SMALL = {
+    "small-cap": ("small", "devices=cpu-2"),
+    "small-clip": ("small", "objective=clip,devices=gpu-1"),
+}
+ALL = CASES | SMALL | WITH_ENCODER | RECURRENT | PRETEXT
 
 
 def test_every_config_has_a_case():
