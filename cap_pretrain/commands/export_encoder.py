@@ -1,30 +1,50 @@
-"""Export the encoder of a run as a folder that `transformers` loads as SiglipVisionModel.
+"""Export the encoder of a run as a folder that another library loads.
 
     python tools/export_encoder.py --checkpoint runs/cappa --out exported/cappa
+    python tools/export_encoder.py --checkpoint runs/clip --layout open_clip --out exported/clip
+    python tools/export_encoder.py --checkpoint runs/clip --to hub --repo OWNER/NAME --dry_run
 
-The folder has weights (safetensors; averaged ones, if any), config.json, preprocessor_config.json
-and a model card (README.md) with the config and the metrics in evals/. A CLIP or SigLIP run is also
-written whole, with its tokenizer, to OUT/siglip, a SiglipModel. --config.encoder=OUT loads OUT.
+The folder has weights (safetensors; averaged ones, if any), config files, preprocessing and a model
+card (README.md) with the run's config and figures. For transformers it is a SiglipVisionModel; a
+CLIP or SigLIP run is also written whole, with its tokenizer, to OUT/siglip, a SiglipModel, and
+--config.encoder=OUT loads OUT. --layout=open_clip writes such a run whole, --layout=timm a ViT.
 """
 
 import argparse
 import contextlib
+import dataclasses
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from cap_pretrain.checkpoints.load import read_config, read_weights
 from cap_pretrain.checkpoints.open import run_at
 from cap_pretrain.cli import arguments
-from cap_pretrain.convert import card, export
+from cap_pretrain.convert import layouts
+from cap_pretrain.convert.layouts import card, hub
 from cap_pretrain.errors import UserError
 from cap_pretrain.inputs import TOKENIZER_FILE
+from cap_pretrain.telemetry.metrics import read_metrics
 
-DUAL = "siglip"  # folder of the SiglipModel
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """How an export is written.
+
+    Attributes:
+        layout: One of `layouts.LAYOUTS`.
+        licence: Licence of the weights for the model card; "" leaves a note to fill in.
+        place: What the files of the export call their place, see `layouts.Source`; "" is a folder.
+    """
+
+    layout: str = "transformers"
+    licence: str = ""
+    place: str = ""
 
 
-def write(workdir: Path, step: int | None, out: Path) -> str:
+def write(workdir: Path, step: int | None, out: Path, choice: Choice = Choice()) -> str:
     """Write the folder `out`, completely or not at all, and return a report.
 
     `step` None is the newest valid one. Raises UserError if nothing can be exported or `out`
@@ -32,15 +52,16 @@ def write(workdir: Path, step: int | None, out: Path) -> str:
     """
     config = read_config(workdir)
     step, averaged, params, _ = read_weights(workdir, step)
-    encoder = {k.removeprefix("encoder/"): v for k, v in params.items() if k.startswith("encoder/")}
-    left_out = export.why_not_whole(config)
-    if not left_out and not (workdir / TOKENIZER_FILE).exists():
-        left_out = "the text tower, because transformers has no tokenizer of whole words"
+    path = workdir / TOKENIZER_FILE
+    source = layouts.Source(
+        config,
+        params,
+        path.read_bytes() if path.exists() else None,
+        choice.place or f"local-dir:{out.absolute()}",
+    )
+    encoder = source.inside("encoder")
     with complete_or_not_there(out) as folder:
-        export.write_vision_model(folder, config, encoder)
-        if not left_out:
-            tokenizer = (workdir / TOKENIZER_FILE).read_bytes()
-            export.write_dual_encoder(folder / DUAL, config, params, tokenizer)
+        written = layouts.write(choice.layout, folder, source)
         card.write_card(
             folder / "README.md",
             config,
@@ -49,15 +70,25 @@ def write(workdir: Path, step: int | None, out: Path) -> str:
                 parameters=sum(array.size for array in encoder.values()),
                 averaged=averaged,
                 evaluations=card.read_evaluations(workdir, step),
-                dual="" if left_out else DUAL,
-                left_out=left_out,
+                figures=_figures(workdir, step),
+                written=written,
+                licence=choice.licence,
             ),
         )
     kind = "averaged parameters" if averaged else "parameters"
-    report = f"wrote {out}: {kind} of the {config.model.name} encoder at step {step}"
-    if left_out:
-        return f"{report}\nnot included: {left_out}"
-    return f"{report}\nwrote {out / DUAL}: the same with text tower and tokenizer"
+    lines = [f"wrote {out}: {kind} of the {config.model.name} encoder at step {step}"]
+    if written.left_out:
+        return "\n".join([*lines, f"not included: {written.left_out}"])
+    return "\n".join([*lines, *(f"wrote {out}/{part}" for part in written.parts)])
+
+
+def _figures(workdir: Path, step: int) -> dict[str, float | None]:
+    """Return the last value of each figure up to a step."""
+    found: dict[str, float | None] = {}
+    for line in read_metrics(workdir):
+        if line["step"] <= step:
+            found |= {name: value for name, value in line.items() if name != "step"}
+    return found
 
 
 @contextlib.contextmanager
@@ -77,18 +108,51 @@ def complete_or_not_there(out: Path) -> Iterator[Path]:
 
 
 def _run(args: argparse.Namespace) -> int:
+    to_hub = args.to == "hub"
+    if to_hub != bool(args.repo):
+        raise UserError("--repo: --to hub and --repo OWNER/NAME go together.")
+    if not to_hub and not args.out:
+        raise UserError("--out: is missing; name a folder to create, or give --to hub.")
+    if to_hub:
+        hub.check(args.repo, token=not args.dry_run)
     run = run_at(args.checkpoint, args.step)
-    with arguments.waiting(f"Exporting {args.checkpoint}"):
-        report = write(run.workdir, run.step, args.out)
-    print(report)
+    place = f"hf-hub:{args.repo}" if to_hub else ""
+    choice = Choice(args.layout, args.licence, place)
+    with tempfile.TemporaryDirectory() as temporary:
+        kept = args.out and not args.dry_run
+        out = args.out if kept else Path(temporary) / (args.out.name if args.out else "export")
+        with arguments.waiting(f"Exporting {args.checkpoint}"):
+            report = write(run.workdir, run.step, out, choice)
+        if args.dry_run:
+            print(_planned(out, args))
+            return 0
+        print(report)
+        if to_hub:
+            print(f"uploaded {len(hub.listing(out))} files to {hub.upload(out, args.repo)}")
     return 0
+
+
+def _planned(folder: Path, args: argparse.Namespace) -> str:
+    """Return what an export would write or upload, one file a line."""
+    files = hub.listing(folder)
+    verb = f"would upload to the hub as {args.repo}" if args.repo else f"would write {args.out}"
+    lines = [f"{verb}: {len(files)} files, {sum(size for _, size in files):,} bytes"]
+    return "\n".join([*lines, *(f"  {name}  {size:,} bytes" for name, size in files)])
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the tool and return its exit status: 0 done, 2 the user's mistake."""
     parser = arguments.documented_parser(__doc__)
     arguments.add_checkpoint(parser)
-    parser.add_argument("--out", type=Path, required=True, help="folder to create")
+    parser.add_argument("--out", type=Path, help="folder to create")
+    kinds = "; ".join(f"{name}: {what}" for name, what in layouts.LAYOUTS.items())
+    parser.add_argument(
+        "--layout", default="transformers", choices=list(layouts.LAYOUTS), help=kinds
+    )
+    parser.add_argument("--licence", default="", help="licence of the weights for the model card")
+    parser.add_argument("--to", default="folder", choices=["folder", "hub"], help="where to")
+    parser.add_argument("--repo", default="", help="with --to hub: OWNER/NAME on the hub")
+    parser.add_argument("--dry_run", action="store_true", help="only list what would be written")
     return arguments.run(_run, parser.parse_args(argv))
 
 

@@ -6,8 +6,6 @@ attention is the mean, the value is the identity, the output projection is ours,
 zero. A `map` head ends in such an MLP, so with it only the vision encoder is exported.
 """
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +15,17 @@ from ml_collections import ConfigDict
 from cap_pretrain.convert import fast_tokenizer, siglip
 from cap_pretrain.convert.encoder import OURS, Form
 from cap_pretrain.convert.huggingface import ACTIVATIONS
+from cap_pretrain.convert.layouts.base import (
+    Params,
+    check_encoder,
+    vit_form,
+    write_json,
+    write_tensors,
+)
 from cap_pretrain.convert.tables import to_torch
 from cap_pretrain.errors import UserError
-from cap_pretrain.models.build import encoder_options, encoder_size
+from cap_pretrain.models.build import encoder_size
 from cap_pretrain.models.layers import Details
-from cap_pretrain.models.sizes import CONVNETS, parse_name
-
-Params = Mapping[str, np.ndarray]  # by path
 
 _HIDDEN_ACTS = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
 _BILINEAR = 2  # of PIL, as in the files of image processors
@@ -31,25 +33,14 @@ _BILINEAR = 2  # of PIL, as in the files of image processors
 
 def form(config: ConfigDict) -> Form:
     """Return the architecture of an encoder; raises UserError if SigLIP cannot express it."""
-    if config.model.name in CONVNETS:
-        raise UserError(
-            f"model.name: {config.model.name} is not a SiglipVisionModel, and cannot be "
-            "exported; pass its workdir as --config.encoder instead."
-        )
-    if config.model.colours != "rgb":
-        raise UserError(
-            f"model.colours: the encoder takes {config.model.colours} only, which image processors "
-            "of transformers cannot compute, so it cannot be exported; pass its workdir as "
-            "--config.encoder instead."
-        )
-    options = encoder_options(config)
+    made = vit_form(config, "transformers", "is not a SiglipVisionModel, and cannot be exported")
+    options = made.options
     if options.class_token or options.pre_norm or options.final_norm != "tokens":
         raise UserError(
             "model: an encoder with a class token, with a norm before its blocks or without one "
             "after them (as in CLIP) is not a SiglipVisionModel, and cannot be exported."
         )
-    _, patch = parse_name(config.model.name)
-    return Form(encoder_size(config), patch, config.data.image_size, options)
+    return made
 
 
 def write_vision_model(folder: Path, config: ConfigDict, encoder: Params) -> None:
@@ -57,12 +48,7 @@ def write_vision_model(folder: Path, config: ConfigDict, encoder: Params) -> Non
 
     Raises UserError if it cannot express the encoder, or if `config` describes another one.
     """
-    shapes = form(config).shapes()
-    if {path: array.shape for path, array in encoder.items()} != shapes:
-        raise UserError(
-            "model: the encoder in the checkpoint is not the one that config.json describes; only "
-            "ViTs can be exported."
-        )
+    check_encoder(config, encoder, form(config))
     architecture = {"architectures": ["SiglipVisionModel"], **vision_config(config)}
     _write(folder, config, architecture, _vision_tensors(encoder))
 
@@ -215,14 +201,7 @@ def _write(
     tensors: dict[str, np.ndarray],
     **preprocessing: Any,
 ) -> None:
-    from safetensors.numpy import save_file
-
     folder.mkdir(parents=True, exist_ok=True)
-    # transformers rejects weights without this metadata.
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    preprocessing = preprocessor_config(config) | preprocessing
-    for name, content in (
-        ("config.json", architecture),
-        ("preprocessor_config.json", preprocessing),
-    ):
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_tensors(folder / "model.safetensors", tensors)
+    write_json(folder / "config.json", architecture)
+    write_json(folder / "preprocessor_config.json", preprocessor_config(config) | preprocessing)

@@ -27,6 +27,7 @@ class Fused(NamedTuple):
 
     name: str  # its tensors are NAME_weight and NAME_bias
     third: int
+    separator: str = "_"  # after the name
 
 
 class Computed(NamedTuple):
@@ -113,7 +114,7 @@ def _entry(table: Table, path: str) -> Entry:
     module, _, leaf = path.rpartition("/")
     entry = table[module]
     if isinstance(entry, Fused):
-        return Fused(f"{entry.name}_{_LEAVES[leaf]}", entry.third)
+        return entry._replace(name=f"{entry.name}{entry.separator}{_LEAVES[leaf]}")
     return f"{entry}.{_LEAVES[leaf]}"
 
 

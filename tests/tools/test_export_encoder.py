@@ -11,8 +11,9 @@ from cap_pretrain import config as configs
 from cap_pretrain import rules
 from cap_pretrain.checkpoints.checkpoint import Checkpoints
 from cap_pretrain.commands import export_encoder
-from cap_pretrain.convert import card, open_encoder
+from cap_pretrain.convert import open_encoder
 from cap_pretrain.convert.export import form
+from cap_pretrain.convert.layouts import card, hub
 from cap_pretrain.data.text.tokenizers import SentencePieceTokenizer
 from cap_pretrain.errors import UserError
 from cap_pretrain.training.step import TrainState
@@ -147,7 +148,8 @@ def test_a_projection_after_a_map_head_is_not_exported_and_reported(
     assert message in capsys.readouterr().out
     assert message in (tmp_path / "out" / "README.md").read_text()
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        *("README.md", "config.json", "model.safetensors", "preprocessor_config.json"),
+        *("README.md", "config.json", "image_processing_cap.py", "model.safetensors"),
+        "preprocessor_config.json",
     ]
 
 
@@ -226,11 +228,74 @@ def test_the_card_has_config_and_metrics_but_no_paths(run, tmp_path):
         folder = tmp_path / "run" / "evals" / "retrieval"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{step}.json").write_text(json.dumps(result))
-    assert export(tmp_path / "run", tmp_path / "out") == 0
+    lines = [
+        {"step": 3, "train/loss": 9.0, "time/images_per_s": 1234.4},
+        {"step": 5, "train/loss": 1.25},
+        {"step": 6, "train/loss": 7.0},  # of a later start
+    ]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(f"{json.dumps(x)}\n" for x in lines))
+    assert export(tmp_path / "run", tmp_path / "out", "--licence=apache-2.0") == 0
     text = (tmp_path / "out" / "README.md").read_text()
+    assert "up to step 5: training loss 1.25, images per second 1,234." in text
+    assert text.startswith("---\nlibrary_name: transformers\n") and "license: apache-2.0" in text
     row = "| `retrieval` | flickr8k test | recall 0.3125 | images 1,000 | R@1/5/10 of pairs.json |"
     assert row in text
     assert '"name": "flickr8k:0.5+my_data:0.5"' in text and '"tokenizer.model"' in text
     assert "encoder/blocks/.*" in text and '"parallel_fraction": 0.0' in text
     for word in ("somebody", "/mnt", "~", str(tmp_path)):
         assert word not in text
+
+
+class Hub:
+    """Plays huggingface_hub.HfApi; keeps what it is asked."""
+
+    CALLS: list = []
+
+    def create_repo(self, repo, **options):
+        self.CALLS.append((repo, options))
+        return f"https://hub/{repo}"
+
+    def upload_folder(self, *, repo_id, folder_path, commit_message):
+        names = [name for name, _ in hub.listing(folder_path)]
+        card = (folder_path / "README.md").read_text()
+        self.CALLS.append((repo_id, names, "TODO: the licence of the weights." in card))
+
+
+@pytest.fixture
+def hub_calls(monkeypatch):
+    """Put `Hub` in the place of the hub, and return its calls."""
+    monkeypatch.setattr(Hub, "CALLS", [])
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    return Hub.CALLS
+
+
+def test_a_dry_run_lists_what_the_upload_takes(run, hub_calls, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_secret")
+    arguments = ["--checkpoint", str(run[0]), "--layout=timm", "--to=hub", "--repo=me/vit"]
+    assert export_encoder.main([*arguments, "--dry_run"]) == 0
+    assert not hub_calls
+    head, *lines = capsys.readouterr().out.splitlines()
+    listed = [line.split()[0] for line in lines]
+    assert head.startswith("would upload to the hub as me/vit: 3 files, ")
+    assert export_encoder.main(arguments) == 0
+    ((repo, options), (again, uploaded, noted)) = hub_calls
+    assert repo == again == "me/vit" and options["private"] and uploaded == listed and noted
+    out, err = capsys.readouterr()
+    assert "uploaded 3 files to https://hub/me/vit" in out and "hf_secret" not in out + err
+    # Without the hub it lists what would be written, and writes nothing.
+    to = ["--checkpoint", str(run[0]), "--out", str(tmp_path / "out"), "--dry_run"]
+    assert export_encoder.main(to) == 0
+    assert "would write" in capsys.readouterr().out and not (tmp_path / "out").exists()
+
+
+def test_nothing_is_sent_without_a_token_and_a_name(run, hub_calls, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    for arguments, message in (
+        (["--to=hub"], "--repo: --to hub and --repo OWNER/NAME go together"),
+        (["--to=hub", "--repo=a b"], "--repo: 'a b' is not a name on the hub"),
+        (["--to=hub", "--repo=me/vit"], "--to: the hub needs a token with write access"),
+        ([], "--out: is missing"),
+    ):
+        assert export_encoder.main(["--checkpoint", str(run[0]), *arguments]) == 2
+        assert message in capsys.readouterr().err
+    assert not hub_calls

@@ -10,6 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from cap_pretrain import files
+from cap_pretrain.convert.layouts.base import Written
 from cap_pretrain.untrusted import checked
 
 # Parts of a config that concern the machine and the logging, not the training itself.
@@ -19,10 +20,11 @@ _NOT_SHOWN_OF_DATA = ("dir", "workers", "eval_split")
 # An absolute path, one relative to a home or parent folder, or a URL after its scheme.
 _FOLDERS = re.compile(r"(?:(?<=^)|(?<=[\s:+,;=('\"]))(?:~\w*|\.{1,2})?/(?:[^\s:+,;)'\"/]*/)*")
 
-_POOLED = {
-    "gap": "`outputs.last_hidden_state.mean(1)` (the model has no pooling head)",
-    "map": "`outputs.pooler_output` (attention pooling)",
-}
+_TRAINING = (  # tag, label and format of figures of the training
+    ("train/loss", "training loss", "{:.4g}".format),
+    ("time/images_per_s", "images per second", "{:,.0f}".format),
+    ("time/goodput", "share of time spent on steps", "{:.0%}".format),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,56 +35,55 @@ class Exported:
     parameters: int  # number of parameters of the encoder
     averaged: bool  # whether they are the moving average of the trained parameters
     evaluations: Mapping[str, Mapping[str, Any]]  # by name, from `read_evaluations`
-    dual: str  # folder of the SiglipModel inside the export; "" if there is none
-    left_out: str  # what could not be exported, and why; "" if nothing
+    figures: Mapping[str, float | None]  # the last ones of the training up to that step, by tag
+    written: Written  # by the layout
+    licence: str = ""  # of the weights, in the hub's spelling; "" leaves a note to fill in
 
 
 def write_card(path: Path, config: ConfigDict, exported: Exported) -> None:
     """Write a README.md in the form of the Hugging Face hub."""
-    name, side = config.model.name, config.data.image_size
+    name, side, written = config.model.name, config.data.image_size, exported.written
+    head = {"library_name": written.library, "pipeline_tag": "image-feature-extraction"}
+    if exported.licence:
+        head["license"] = exported.licence
+    lines = "\n".join(f"{k}: {v}" for k, v in head.items())
+    licence = f"`{exported.licence}`." if exported.licence else "TODO: the licence of the weights."
     paragraphs = [
-        "---\nlibrary_name: transformers\npipeline_tag: image-feature-extraction\n---",
+        f"---\n{lines}\n---",
         f"# ViT-{name}, pretrained by cap_pretrain",
         f"A vision encoder ({exported.parameters:,} parameters, images of {side} x {side}) from "
         f"step {exported.step:,} of a run with the learner `{config.learner.name}`"
         + (", the moving average of its parameters." if exported.averaged else "."),
-        "```python\nfrom transformers import AutoImageProcessor, SiglipVisionModel\n\n"
-        "processor = AutoImageProcessor.from_pretrained(FOLDER)\n"
-        "model = SiglipVisionModel.from_pretrained(FOLDER)\n"
-        'outputs = model(**processor(images=image, return_tensors="pt"))\n```',
-        f"Tokens of the patches: `outputs.last_hidden_state`. The pooled vector that the run's own "
-        f"evaluations used: {_POOLED[config.model.pool]}. In cap_pretrain it is "
-        "`--config.encoder=FOLDER`. The processor interpolates where the run averaged areas, so "
-        "pixels differ slightly.",
+        *written.usage,
     ]
-    if exported.dual:
-        paragraphs += _dual_encoder(exported.dual, config.learner.contrast)
-    if exported.left_out:
-        paragraphs += [f"Not included: {exported.left_out}."]
+    if written.left_out:
+        paragraphs += [f"Not included: {written.left_out}."]
     if exported.evaluations:
         paragraphs += [f"## Metrics at step {exported.step:,}", _table(exported.evaluations)]
+    paragraphs += ["## Data", _data(config), "## Training"]
+    if exported.figures:
+        paragraphs += [_figures(exported)]
     training = json.dumps(_shown(config), indent=2)
-    paragraphs += ["## Training", f"```json\n{training}\n```"]
+    paragraphs += [f"```json\n{training}\n```"]
+    paragraphs += ["## Licence", f"{licence}", "## Limits"]
+    paragraphs += ["TODO: intended use, known errors, and whom they concern."]
     path.write_text("\n\n".join(paragraphs) + "\n", encoding="utf-8")
 
 
-def _dual_encoder(folder: str, contrast: str) -> list[str]:
-    probabilities = (
-        "`logits_per_image.softmax(-1)` over the texts"
-        if contrast == "softmax"
-        else "`logits_per_image.sigmoid()`"
-    )
-    return [
-        "## Images and texts",
-        f"```python\nfrom transformers import AutoProcessor, SiglipModel\n\n"
-        f'processor = AutoProcessor.from_pretrained(FOLDER, subfolder="{folder}")\n'
-        f'model = SiglipModel.from_pretrained(FOLDER, subfolder="{folder}")\n'
-        'inputs = processor(images=image, text=texts, padding="max_length", truncation=True, '
-        'return_tensors="pt")\noutputs = model(**inputs)\n```',
-        f"Probabilities: {probabilities}. The padding is required, since the text tower treats it "
-        "like any other token. `tokenizer.json` gives the token ids of the training; the class "
-        "`SiglipTokenizer` would not, since it removes punctuation.",
+def _data(config: ConfigDict) -> str:
+    """Return a sentence about the training data."""
+    members = without_folders(str(config.data.name))
+    return f"Trained on `{members}`. TODO: where the data comes from and who may use it."
+
+
+def _figures(exported: Exported) -> str:
+    """Return the last figures of the training as a sentence."""
+    shown = [
+        f"{label} {form(exported.figures[tag])}"
+        for tag, label, form in _TRAINING
+        if exported.figures.get(tag) is not None
     ]
+    return f"At the last report up to step {exported.step:,}: {', '.join(shown)}."
 
 
 def read_evaluations(workdir: Path, step: int) -> dict[str, dict[str, Any]]:
