@@ -91,7 +91,7 @@ class WordHeat:
     def __init__(self, context: Context, source: Source):
         self._context, self._source = context, source
         self._attends = issubclass(learner_type(context.graphdef), Attends)
-        self._attend = context.jit(lambda learner, *arrays: learner.attend(*arrays))
+        self._attend = context.jit(lambda learner, *arrays: learner.attend(*arrays), hasty=True)
 
     def __call__(self, variables: Any, captions: Sequence[str]) -> dict[int, tuple[Panel, ...]]:
         """Return maps of the captions of the first images, by the image's index; {} if none."""
@@ -143,7 +143,7 @@ class Illustrations:
         self._learner = learner_type(context.graphdef)
         key = functools.partial(rng.key, context.config.seed, 0, "illustrations")
         self._illustrate = context.jit(
-            lambda learner, batch: (learner.illustrate(batch, key()), batch["mask"])
+            lambda learner, batch: (learner.illustrate(batch, key()), batch["mask"]), hasty=True
         )
 
     def __call__(self, variables: Any) -> Iterator[Exhibit]:

@@ -76,9 +76,10 @@ class KNearestNeighbours:
         for part, features in (("train", data.train), ("test", data.test)):
             if len(features.labels) != len(sources[part]):
                 return  # some were left out, so rows are not the numbers of examples
-        some = data.test.features[:CANDIDATES]
-        cosines = np.asarray(_unit(some)) @ np.asarray(_unit(data.train.features)).T
-        nearest = np.argsort(-cosines, axis=1, kind="stable")[:, :SHOWN]
+        some, train = data.test.features[:CANDIDATES], data.train.features
+        # In the order of the cosine: the length of the test image's features does not matter.
+        lengths = np.maximum(np.linalg.norm(train, axis=1), 1e-12)
+        nearest = np.argsort(-(some @ train.T) / lengths, axis=1, kind="stable")[:, :SHOWN]
         same = data.train.labels[nearest] == data.test.labels[: len(some), None]
         for k in examples.balanced({k: bool(own[0]) for k, own in enumerate(same)}, COUNT):
             found = [
