@@ -66,5 +66,7 @@ class Found:
                 Panel(original(source[int(i)]["image"]), f"{n}.", bool(i == owner[texts[k]]))
                 for n, i in enumerate(ranked[:, k], 1)
             )
-            title = f"images for a caption of {without_image(source, int(owner[texts[k]]))['id']}"
-            yield Exhibit(title, panels, (Line("caption", caption(int(texts[k]))),))
+            text = int(texts[k])
+            of = without_image(source, int(owner[text]))["id"]
+            title = f"images for caption {1 + text - first[text]} of {of}"
+            yield Exhibit(title, panels, (Line("caption", caption(text)),))

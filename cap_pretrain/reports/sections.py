@@ -119,12 +119,16 @@ def _examples_of(runs: Sequence[Run], name: str, budget: Sequence[int]) -> Marku
             "article",
             element("small", title),
             own[0] if len(runs) == 1 else _beside(runs, own),
-            class_="exhibit broad" if widest[title] > WIDE else "exhibit",
+            class_=f"exhibit {_width(widest[title])}",
         )
         for title, own in by_title.items()
     ]
-    kind = "exhibits two" if min(widest.values()) > 1 else "exhibits"
-    return markup(heading, element("div", cards, class_=kind))
+    return markup(heading, element("div", cards, class_="exhibits"))
+
+
+def _width(panels: int) -> str:
+    """Return the CSS class of an example with so many images."""
+    return "single" if panels < 2 else "double" if panels <= WIDE else "broad"
 
 
 def _beside(runs: Sequence[Run], own: Mapping[int, Markup]) -> Markup:

@@ -54,7 +54,7 @@ def test_retrieved_examples_are_the_best_of_the_score_matrix():
     assert [line.text for line in own.lines[:3]] == [f"{k // 2} {'ab'[k % 2]}" for k in best]
     assert [line.right for line in own.lines[:3]] == [k // 2 == 2 for k in best]
     assert own.lines[0].right and own.panels[0].image[0, 0, 0] == 80
-    image = by_title["images for a caption of id2"]
+    image = by_title["images for caption 1 of id2"]
     assert image.panels[0].right and image.panels[0].image[0, 0, 0] == 80
 
 
