@@ -172,7 +172,7 @@ def search(
         `captions` captions per image. Their log-probabilities are those of the model, without
         `process` and diversity.
     """
-    searches, beams = spec.batch * how.groups, how.beams // how.groups
+    beams = how.beams // how.groups
     if jnp.ndim(prompt_length):
         prompt_length = jnp.repeat(jnp.asarray(prompt_length), how.groups)
     prompt_length = jnp.reshape(prompt_length, (-1, 1))
@@ -207,11 +207,18 @@ def search(
         done = now.done | (complete >= beams) | (bound <= best.score[:, -1])
         return _Beams(now.position + 1, tokens, scores, log_p, best, complete, done, (own, shared))
 
+    begin = _begin(spec, how, cache)
+    return _merged(jax.lax.while_loop(unfinished, body, begin).best, how)
+
+
+def _begin(spec: CaptionSpec, how: Beam, cache: tuple[Any, Any]) -> _Beams:
+    """Return the state of searches before the first token."""
+    searches, beams = spec.batch * how.groups, how.beams // how.groups
     kept = min(beams, how.captions)
     nothing = jnp.full((searches, kept), -jnp.inf)
     # All captions are empty at first, so only one of them is live.
     scores = jnp.full((searches, beams), -jnp.inf).at[:, 0].set(0.0)
-    begin = _Beams(
+    return _Beams(
         position=jnp.int32(0),
         tokens=jnp.full((searches, beams, spec.length), spec.pad, jnp.int32),
         scores=scores,
@@ -221,7 +228,6 @@ def search(
         done=jnp.zeros(searches, bool),
         cache=cache,
     )
-    return _merged(jax.lax.while_loop(unfinished, body, begin).best, how)
 
 
 def _expand(
