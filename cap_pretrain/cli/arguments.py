@@ -36,7 +36,7 @@ def positive_int(text: str) -> int:
 
 def field_help(options: type) -> dict[str, str]:
     """Return what the docstring of a class says about each of its fields, under "Attributes"."""
-    section = inspect.getdoc(options).partition("Attributes:\n")[2]
+    section = (inspect.getdoc(options) or "").partition("Attributes:\n")[2]
     found: dict[str, str] = {}
     for line in section.split("\n"):
         if re.match(r"    \w+: ", line):

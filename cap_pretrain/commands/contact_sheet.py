@@ -5,12 +5,15 @@
 
 A run's are its latest sample captions (the evaluator `samples` in configs/), with references in
 gray. Words of a caption that no reference has are red. Captions of `scenes` are judged: a frame is
-green if a caption names color and shape of every object, and of no other, else red.
+green if a caption names color and shape of every object, and of no other, else red; red words name
+objects that are not there.
 """
 
 import argparse
 import math
+import re
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +28,8 @@ from cap_pretrain.cli import arguments
 from cap_pretrain.cli.captioning import PHOTO
 from cap_pretrain.data import pipeline
 from cap_pretrain.data.scenes.source import Scenes
-from cap_pretrain.data.scenes.text import names_every_object
+from cap_pretrain.data.scenes.text import find_mentions, names_every_object
+from cap_pretrain.data.scenes.world import Scene
 from cap_pretrain.data.sources.open import open_source
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.inference import word_maps
@@ -35,8 +39,8 @@ from cap_pretrain.untrusted import bounded, checked, entry
 GAP = 8  # pixels between pictures
 FRAME = 3  # pixels
 WRONG, RIGHT, BLACK, QUIET = "#c62828", "#2e7d32", "black", "#666666"
-LEGEND = "Red words are in no reference."
-VERDICTS = "Green frame: every object is named, and no other. Red frame: not so."
+UNFOUNDED = "Red words are in no reference."
+VERDICTS = "Green: every object is named, and no other. Red: not so; red words name no object."
 
 
 class Picture(NamedTuple):
@@ -47,12 +51,14 @@ class Picture(NamedTuple):
         caption: Text below it.
         references: Texts that are known to be right.
         right: Whether the caption is right; None if that is not known.
+        wrong: Where its wrong words begin.
     """
 
     image: np.ndarray
     caption: str
     references: tuple[str, ...] = ()
     right: bool | None = None
+    wrong: frozenset[int] = frozenset()
 
 
 class _Line(NamedTuple):
@@ -67,8 +73,9 @@ def of_dataset(data: str, split: str, size: int) -> Iterator[Picture]:
     source = open_source(data, split, image_size=size)
     for index in range(len(source)):
         example = source[index]
-        first, *others = [*example["captions"], ""]
-        yield Picture(pipeline.photo(example["image"], PHOTO), first, tuple(others[:-1]))
+        captions = tuple(example["captions"])
+        first = captions[0] if captions else ""
+        yield Picture(pipeline.photo(example["image"], PHOTO), first, captions[1:])
 
 
 def of_run(run: str, evaluation: str) -> Iterator[Picture]:
@@ -88,23 +95,34 @@ def of_run(run: str, evaluation: str) -> Iterator[Picture]:
     for sample in entry(result, "samples", list, path):
         index = bounded(entry(sample, "index", int, path), "index", 0, len(source) - 1, path)
         caption = entry(sample, "caption", str, path)
-        references = checked(sample.get("references", []), "references", list, path)
-        references = tuple(checked(text, "references", str, path) for text in references)
-        right = None
+        texts = checked(sample.get("references", []), "references", list, path)
+        references = tuple(checked(text, "references", str, path) for text in texts)
+        image = pipeline.photo(source[index]["image"], PHOTO)
         if isinstance(source, Scenes):
-            right = names_every_object(source.scene(index), caption)
-        yield Picture(pipeline.photo(source[index]["image"], PHOTO), caption, references, right)
+            scene = source.scene(index)
+            right, wrong = names_every_object(scene, caption), misnamed(scene, caption)
+        else:
+            right, wrong = None, unfounded(caption, references)
+        yield Picture(image, caption, references, right, wrong)
 
 
-def unfounded(picture: Picture) -> set[str]:
-    """Return the words of a caption, in lower case, that no reference has."""
-    if picture.right or not picture.references:
-        return set()
-    return _words(picture.caption) - _words(" ".join(picture.references))
+def misnamed(scene: Scene, caption: str) -> frozenset[int]:
+    """Return where the words for objects begin that the scene does not have."""
+    left, wrong = Counter(scene.pairs), []
+    for mention in find_mentions(caption):
+        pair = (mention.colour, mention.shape)
+        if left[pair] > 0:
+            left[pair] -= 1
+        else:
+            wrong += [at for at in (mention.colour_at, mention.shape_at) if at is not None]
+    return frozenset(wrong)
 
 
-def _words(text: str) -> set[str]:
-    return set(word_maps.WORD.findall(text.lower()))
+def unfounded(caption: str, references: Sequence[str]) -> frozenset[int]:
+    """Return where the words of a caption begin that no reference has; none without references."""
+    known = set(word_maps.WORD.findall(" ".join(references).lower()))
+    words = word_maps.WORD.finditer(caption.lower())
+    return frozenset(word.start() for word in words if known and word[0] not in known)
 
 
 def draw(pictures: Sequence[Picture], columns: int, side: int, references: int = 0) -> Image.Image:
@@ -155,8 +173,9 @@ def _place(
 
 def _lines(picture: Picture, references: int, fonts: Any, width: int) -> list[_Line]:
     """Return the caption and references of a picture, wrapped to `width` pixels."""
-    bad = unfounded(picture)
-    colors = [WRONG if _words(word) & bad else BLACK for word in picture.caption.split()]
+    words = re.finditer(r"\S+", picture.caption)
+    bad = [any(at in picture.wrong for at in range(*word.span())) for word in words]
+    colors = [WRONG if one else BLACK for one in bad]
     found = _wrapped(picture.caption, colors, fonts[0], width)
     for text in picture.references[:references]:
         quiet = _wrapped(text, [QUIET] * len(text.split()), fonts[1], width)
@@ -187,8 +206,9 @@ def _write(
 
 def _notes(pictures: Sequence[Picture], references: int, font: Any, width: int) -> list[_Line]:
     """Return what the colors mean, where they occur."""
-    texts = [VERDICTS] * any(picture.right is not None for picture in pictures)
-    texts += [LEGEND] * any(unfounded(picture) for picture in pictures)
+    judged = any(picture.right is not None for picture in pictures)
+    texts = [VERDICTS] * judged
+    texts += [UNFOUNDED] * (not judged and any(picture.wrong for picture in pictures))
     texts += ["Gray: references."] * bool(references and any(one.references for one in pictures))
     text = " ".join(texts)
     return [

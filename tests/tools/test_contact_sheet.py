@@ -33,8 +33,9 @@ def test_a_sheet_of_a_run_shows_its_latest_captions(tmp_path):
         samples = [{"index": 3, "caption": caption}]
         content = {"options": {"data": "", "split": ""}, "samples": samples}
         (folder / f"{step}.json").write_text(json.dumps(content))
-    ((image, caption, references, right),) = contact_sheet.of_run(tmp_path, "samples")
+    ((image, caption, references, right, wrong),) = contact_sheet.of_run(tmp_path, "samples")
     assert caption == "a red ring" and references == () and right is False
+    assert wrong == {2, 6}  # where "red" and "ring" begin
     options = c.data.scenes.to_dict()
     np.testing.assert_array_equal(image, Scenes("val", 16, **options)[3]["image"])
 
@@ -52,9 +53,15 @@ def colors_of(sheet):
 def test_references_and_what_is_wrong():
     image, side = np.full((20, 40, 3), 99, np.uint8), 40
     picture = contact_sheet.Picture(image, "A red ring, and a dog.", ("a blue ring and a dog",))
-    assert contact_sheet.unfounded(picture) == {"red"}
-    assert not contact_sheet.unfounded(picture._replace(right=True))
-    assert not contact_sheet.unfounded(picture._replace(references=()))
+    assert contact_sheet.unfounded(picture.caption, picture.references) == {2}
+    assert not contact_sheet.unfounded(picture.caption, ())
+    scene = Scenes("val", 16, max_objects=2, shapes=4).scene(3)
+    (color, shape), *_ = scene.pairs
+    other = "star" if shape != "star" else "circle"
+    caption = f"a {color} {shape} and a {color} {other}"
+    wrong = contact_sheet.misnamed(scene, caption)
+    if (color, other) not in scene.pairs:
+        assert wrong == {caption.rindex(color), caption.rindex(other)}
 
     red, green = (198, 40, 40), (46, 125, 50)
     fine = picture._replace(caption="a blue ring")
@@ -66,4 +73,4 @@ def test_references_and_what_is_wrong():
     assert with_reference.height > plain.height
     judged = [fine._replace(right=True), picture._replace(right=False)]
     assert colors_of(contact_sheet.draw(judged, 2, side)) >= {red, green}
-    assert red in colors_of(contact_sheet.draw([picture], 1, side))
+    assert red in colors_of(contact_sheet.draw([picture._replace(wrong=frozenset({2}))], 1, side))
