@@ -92,8 +92,6 @@ STEPS = {True: 300, False: 150}
 RATE, RATE_WIDTH = 3e-3, 128
 """Learning rate of AdamW at this width; it falls with the width."""
 DECAY = 0.05
-FEW = 10_000
-"""Captions below which dropout helps."""
 LONGEST_TEXT = 128
 """Most tokens of a caption; longer ones are cut."""
 PARALLEL = 0.5
@@ -115,7 +113,7 @@ def choose(facts: Facts, devices: Devices, objective: str) -> list[Choice]:
         _batch_choice(devices, objective, batch),
         _length_choice(facts, devices, batch, steps),
         _optimizer_choice(shape),
-        _regularization_choice(facts),
+        _augmentation_choice(facts),
         _evaluation_choice(facts),
     ]
 
@@ -243,14 +241,12 @@ def _optimizer_choice(shape: Shape) -> Choice:
     )
 
 
-def _regularization_choice(facts: Facts) -> Choice:
+def _augmentation_choice(facts: Facts) -> Choice:
     flip = facts.sided <= SIDED
-    dropout = 0.1 if facts.images * facts.captions < FEW else 0.0
     mirrored = "half of the images are mirrored" if flip else "no image is mirrored"
     return Choice(
-        {"data.flip": flip, "model.dropout": dropout},
-        f"against overfitting: {mirrored} ({facts.sided:.1%} of the captions say left or right), "
-        f"dropout {dropout:g} ({facts.images * facts.captions:,.0f} captions)",
+        {"data.flip": flip},
+        f"augmentation: {mirrored} ({facts.sided:.1%} of the captions say left or right)",
     )
 
 

@@ -33,7 +33,7 @@ def test_settings_are_valid_and_sane_at_every_size(objective):
         validate(c)
         examples = c.total_steps * c.batch_size
         assert c.batch_size <= images / 4 and c.batch_size & (c.batch_size - 1) == 0
-        assert 3 <= examples / (images * captions) <= 15 or c.total_steps >= 6_000
+        assert 3 <= examples / (images * captions) <= 15 or examples >= 199_000
         assert 100 <= c.total_steps <= 50_000
         assert 32 <= c.data.image_size <= 224
         assert 512 <= c.text.vocab_size <= 32_768 and c.text.length == 24
@@ -51,7 +51,6 @@ def test_larger_datasets_get_more_of_everything():
             lambda c: c.model.width * c.model.depth,
             lambda c: c.data.image_size,
             lambda c: c.text.vocab_size,
-            lambda c: -c.model.dropout,
         ):
             values = [field(c) for c in made]
             assert values == sorted(values)
