@@ -4,7 +4,8 @@ from pathlib import Path
 
 from cap_pretrain.convert import huggingface, openai, torchvision
 from cap_pretrain.convert.encoder import Pretrained
-from cap_pretrain.convert.weights import SUFFIXES, few, open_file
+from cap_pretrain.convert.layouts import timm
+from cap_pretrain.convert.weights import SUFFIXES, few, open_file, read_json
 from cap_pretrain.errors import UserError
 
 __all__ = ["Pretrained", "crops_center", "open_encoder"]
@@ -16,12 +17,12 @@ def open_encoder(path: str | Path) -> Pretrained:
     `path` is a file (.safetensors, .pt or .pth) in the layout of OpenAI's CLIP, or with the state
     dict of a ResNet or AlexNet under torchvision's names, such as VISSL's; a folder with one such
     file; or a folder that `transformers` wrote, with a CLIP, SigLIP or ViT or its vision model
-    alone, or OpenCLIP. Nothing is downloaded, and a file whose reading would execute code is
-    refused.
+    alone, or OpenCLIP, or an export in any layout. Nothing is downloaded, and a file whose reading
+    would execute code is refused.
     """
     path = Path(path)
     for config, opens in (
-        (huggingface.CONFIG, huggingface.open_folder),
+        (huggingface.CONFIG, _open_config),
         (openai.CONFIG, openai.open_folder),
     ):
         if (path / config).is_file():
@@ -53,3 +54,9 @@ def crops_center(path: str | Path) -> bool:
     """
     path = Path(path)
     return not (path / huggingface.CONFIG).is_file() or huggingface.crops_center(path)
+
+
+def _open_config(folder: Path) -> Pretrained:
+    """Read a folder with a config.json, which transformers and timm write."""
+    of_timm = "model_args" in read_json(folder / huggingface.CONFIG)
+    return (timm if of_timm else huggingface).open_folder(folder)

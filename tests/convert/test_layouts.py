@@ -1,14 +1,18 @@
 """OpenCLIP and timm load what we export for them and compute the same, in the extra `layouts`."""
 
 import importlib.util
+import json
 import sys
 
 import numpy as np
 import pytest
 
+from cap_pretrain import rules
 from cap_pretrain.commands import export_encoder
+from cap_pretrain.convert import open_encoder
 from cap_pretrain.convert.layouts.base import mlp_ratio
 from cap_pretrain.data.text.tokenizers import SentencePieceTokenizer
+from cap_pretrain.errors import UserError
 from tests import tiny
 from tests.parity import require
 from tests.tools.test_export_encoder import make_run
@@ -102,6 +106,29 @@ def test_timm_computes_the_same(fields, tokenizer_path, tmp_path):
 
     pixels = transform(Image.fromarray(images[0]))
     np.testing.assert_allclose(pixels, normalized(images)[0], atol=1e-6)
+
+
+@pytest.mark.parametrize(("layout", "fields"), [("timm", {"pool": "map"}), ("open_clip", CLIP)])
+def test_an_export_is_read_back(layout, fields, tokenizer_path, tmp_path):
+    options = {"contrast": "sigmoid"}
+    _, split = make_run(tmp_path / "run", tokenizer_path, "dual_encoder", options, **fields)
+    assert export(tmp_path / "run", tmp_path / "out", f"--layout={layout}") == 0
+    back = open_encoder(tmp_path / "out")
+    assert back.image_size == tiny.SIDE
+    assert {k: v for k, v in back.model.items() if k in fields} == fields
+    found, expected = rules.flatten(back.params), rules.flatten(split[1]["encoder"])
+    if fields is CLIP:  # the bias has moved into the positions
+        expected["positions"] = expected["positions"] + expected["patch_embedding/bias"]
+        expected["patch_embedding/bias"] = np.zeros_like(expected["patch_embedding/bias"])
+    assert found.keys() == expected.keys()
+    for path, array in found.items():
+        np.testing.assert_array_equal(array, expected[path], err_msg=path)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    for damage in ({"depth": 0}, {"global_pool": "prr"}, {"embed_dim": 2**40}, {"mlp_ratio": "x"}):
+        damaged = config | {"model_args": config["model_args"] | damage}
+        (tmp_path / "out" / "config.json").write_text(json.dumps(damaged))
+        with pytest.raises(UserError, match=r"config\.json"):
+            open_encoder(tmp_path / "out")
 
 
 def test_what_a_layout_cannot_hold_is_refused(tokenizer_path, tmp_path, capsys):

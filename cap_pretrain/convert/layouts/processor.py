@@ -6,7 +6,9 @@ the source of our own functions, so that it cannot differ from them.
 
 import inspect
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from cap_pretrain.data import image_files, images
 
@@ -67,7 +69,13 @@ def _like(image, pixels):
 
 def write(folder: Path) -> None:
     """Write the processor's code, and name it in the preprocessor_config.json of `folder`."""
-    used = (images._central, images._scale, images._part, images._samples, images._smoothing)
+    used: tuple[Callable[..., Any], ...] = (
+        images._central,
+        images._scale,
+        images._part,
+        images._samples,
+        images._smoothing,
+    )
     used += (images._rgb, images._gray_to_rgb)
     functions = [inspect.getsource(function) for function in (*used, images._resize)]
     code = "\n\n".join([_HEAD, *functions, _CLASS])

@@ -1,4 +1,4 @@
-"""Export of ViTs as folders that timm loads: config.json and model.safetensors.
+"""Export of ViTs as folders that timm loads, config.json and model.safetensors, and their import.
 
 timm's VisionTransformer has every option of ours: with and without class token, pooled by the mean,
 by attention or by the class token, and with the last norm before or after pooling.
@@ -10,7 +10,22 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from cap_pretrain.convert.encoder import OURS, Form
+from cap_pretrain.convert import openai
+from cap_pretrain.convert.encoder import (
+    MAX_DEPTH,
+    MAX_GRID,
+    MAX_HEADS,
+    MAX_MLP,
+    MAX_PATCH,
+    MAX_PIXEL,
+    MAX_WIDTH,
+    MIN_STD,
+    OURS,
+    Form,
+    Pretrained,
+    assemble,
+    per_channel,
+)
 from cap_pretrain.convert.layouts.base import (
     BILINEAR,
     Params,
@@ -22,8 +37,14 @@ from cap_pretrain.convert.layouts.base import (
     write_json,
     write_tensors,
 )
-from cap_pretrain.convert.tables import Entry, Fused, to_torch
+from cap_pretrain.convert.tables import Computed, Entry, Fused, to_torch
+from cap_pretrain.convert.weights import open_folder as open_weights
+from cap_pretrain.convert.weights import read_json
 from cap_pretrain.errors import UserError
+from cap_pretrain.models.layers import ACTIVATIONS
+from cap_pretrain.models.sizes import Size
+from cap_pretrain.models.vit import Options
+from cap_pretrain.untrusted import bounded, entry, shown
 
 ARCHITECTURES = {1e-6: "vit_base_patch16_224", 1e-5: "vit_base_patch16_clip_224"}
 """Models of timm by the epsilon of their norms, which no argument sets; all else is overridden."""
@@ -54,6 +75,27 @@ NAMES: dict[str, Entry] = {
     "head/mlp/up": "attn_pool.mlp.fc1",
     "head/mlp/down": "attn_pool.mlp.fc2",
 }
+
+_FOLDED: dict[str, Entry] = {"patch_embedding/bias": None}  # in the positions, with `pre_norm`
+
+
+def _half(leaf: str, part: int) -> Computed:
+    """Return the entry of keys (0) or values (1) of attention pooling, which are stacked."""
+    return Computed(
+        (f"attn_pool.kv.{leaf}",), lambda both: both.reshape(2, -1, *both.shape[1:])[part]
+    )
+
+
+READ: dict[str, Entry] = NAMES | {
+    "positions": Computed(("pos_embed",), lambda positions: positions[0]),
+    "class_token": Computed(("cls_token",), lambda token: token[0]),
+    **{
+        f"head/attention/{name}/{ours}": _half(theirs, part)
+        for part, name in enumerate(("key", "value"))
+        for ours, theirs in (("kernel", "weight"), ("bias", "bias"))
+    },
+}
+"""Where our parameters are in timm's tensors."""
 
 
 def write(folder: Path, source: Source) -> Written:
@@ -140,3 +182,62 @@ def tensors(encoder: Params, form: Form) -> dict[str, np.ndarray]:
             found[f"attn_pool.kv.{leaf}"] = np.concatenate(parts)
     stacked = {name: found[name][None] for name in ("pos_embed", "cls_token") if name in found}
     return found | stacked
+
+
+def open_folder(folder: Path) -> Pretrained:
+    """Read the encoder of an export for timm or OpenCLIP; see `convert.open_encoder`.
+
+    Raises UserError if it is none, or another of timm's models.
+    """
+    where = folder / "config.json"
+    config = read_json(where)
+    form = _form(config, where)
+    preprocessing = entry(config, "pretrained_cfg", dict, where)
+    names = READ | _FOLDED if form.options.pre_norm else READ
+    names |= {"norm": "fc_norm"} if form.options.final_norm == "pooled" else {}
+    weights = open_weights(folder, "model.safetensors", openai.WEIGHTS[0])
+    return assemble(
+        form,
+        weights.without("visual.trunk."),
+        names,
+        ignored=("visual.head.", "text.", "logit_"),
+        mean=per_channel(entry(preprocessing, "mean", list, where), "mean", -MAX_PIXEL, where),
+        std=per_channel(entry(preprocessing, "std", list, where), "std", MIN_STD, where),
+        source="ViT of timm",
+    )
+
+
+def _form(config: dict[str, Any], where: Path) -> Form:
+    """Return the architecture in a config.json that `model_config` wrote."""
+    args = entry(config, "model_args", dict, where)
+    architecture = entry(config, "architecture", str, where)
+    epsilons = {name: eps for eps, name in ARCHITECTURES.items()}
+    pools = {theirs: ours for ours, theirs in _POOLS.items()}
+    pool, activation = (entry(args, name, str, where) for name in ("global_pool", "act_layer"))
+    for value, known in ((architecture, epsilons), (pool, pools), (activation, ACTIVATIONS)):
+        if value not in known:
+            raise UserError(
+                f"{where}: {shown(value)} is not supported; only exports of cap_pretrain for timm "
+                "and OpenCLIP can be read."
+            )
+
+    def number(name: str, most: int) -> int:
+        return bounded(entry(args, name, int, where), name, 1, most, where)
+
+    width, patch = number("embed_dim", MAX_WIDTH), number("patch_size", MAX_PATCH)
+    ratio = entry(args, "mlp_ratio", (int, float), where)
+    mlp = int(width * bounded(ratio, "mlp_ratio", 0, MAX_MLP, where, kind=(int, float)))
+    flags = {n: entry(args, n, bool, where) for n in ("class_token", "pre_norm", "fc_norm")}
+    return Form(
+        Size(width, number("depth", MAX_DEPTH), mlp, number("num_heads", MAX_HEADS)),
+        patch=patch,
+        image_size=number("img_size", MAX_PATCH * MAX_GRID) // patch * patch,
+        options=Options(
+            activation=activation,
+            norm_eps=epsilons[architecture],
+            pool=pools[pool],
+            class_token=flags["class_token"],
+            pre_norm=flags["pre_norm"],
+            final_norm="pooled" if flags["fc_norm"] else "tokens",
+        ),
+    )
