@@ -1,1 +1,1 @@
-"""Parts shared by the command-line tools in tools/."""
+"""Parts shared by the commands of `cap`."""

@@ -1,12 +1,12 @@
 r"""Build a dataset in TFDS format (ArrayRecord) from images and captions, or from class folders.
 
-    python tools/build_dataset.py captions_json --name my_data --out data \
+    cap build captions_json --name my_data --out data \
         --annotations train=captions_train.json.gz val=captions_val.json.gz \
         --images train=images_train.zip val=images_val.zip
-    python tools/build_dataset.py image_folder --name my_classes --out data \
+    cap build image_folder --name my_classes --out data \
         --images train=train.zip val=val.zip --classes classes.json
-    python tools/build_dataset.py webdataset --name my_data --out data --shards tars
-    python tools/build_dataset.py csv --name my_data --out data --tables a.csv --images photos
+    cap build webdataset --name my_data --out data --shards tars
+    cap build csv --name my_data --out data --tables a.csv --images photos
 
 Training reads it by its path, `data=data/my_data`. report.html and report.json there count dropped
 examples, and dropped.jsonl lists them. The same command resumes an interrupted build.

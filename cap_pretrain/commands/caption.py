@@ -1,9 +1,9 @@
 """Caption image files with the learner of a run.
 
-    python tools/caption.py --checkpoint runs/cappa --method beam --json photo.jpg scan.tif
-    python tools/caption.py --checkpoint runs/vqa --question "How many dogs are there?" photo.jpg
-    python tools/caption.py --checkpoint runs/cappa --method sample --captions 5 --top_p 0.9 a.jpg
-    python tools/caption.py --checkpoint runs/cappa --method beam --groups 2 --captions 2 a.jpg
+    cap caption --checkpoint runs/cappa --method beam --json photo.jpg scan.tif
+    cap caption --checkpoint runs/vqa --question "How many dogs are there?" photo.jpg
+    cap caption --checkpoint runs/cappa --method sample --captions 5 --top_p 0.9 a.jpg
+    cap caption --checkpoint runs/cappa --method beam --groups 2 --captions 2 a.jpg
 
 The output has a line per file: "NAME: CAPTION" or "NAME: not captioned: REASON"; with --json, an
 object with "image" and "caption" or "error". With --scores or several --captions it has a line per

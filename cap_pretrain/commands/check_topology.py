@@ -1,8 +1,8 @@
 r"""Predict memory and step time of a config on TPUs or GPUs with their compilers, without either.
 
-    python tools/check_topology.py --config=configs/pretrain.py:objective=cap,model=B/16 \
+    cap check --config=configs/pretrain.py:objective=cap,model=B/16 \
         --topology=v5e:16x16 [--config.batch_size=16384 …]
-    python tools/check_topology.py --config=… --topology=h100:8    # or h100:4x8, hosts x GPUs each
+    cap check --config=… --topology=h100:8    # or h100:4x8, hosts x GPUs each
 
 Compiles the training step and prints memory per chip or GPU, collectives and a predicted step time.
 Nothing is measured. It needs `pip install -e '.[tpu]'`, or '.[cuda]' for GPUs, some minutes and a
@@ -57,7 +57,8 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
     if args.what != "step":
         from cap_pretrain.topology import inference
 
-        found = [inference.check(config, vocab_size, args.what, devices)]
+        with arguments.waiting(f"Compiling for {args.topology}"):
+            found = [inference.check(config, vocab_size, args.what, devices)]
         print(inference.text(found[0]))
         _write(args.json, found)
         return 0 if found[0]["fits"] else 1
@@ -67,7 +68,8 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
         print(f"Weak scaling, {each}. Predicted:")
         print(report.table(found))
     else:
-        first = report.check(config, vocab_size, args.topology, devices)
+        with arguments.waiting(f"Compiling for {args.topology}"):
+            first = report.check(config, vocab_size, args.topology, devices)
         print(report.text(first, args.breakdown))
         found = [first]
         if args.fit or not first["fits"]:

@@ -1,7 +1,7 @@
 """Draw the colors that a colorization run predicts for gray images.
 
-    python tools/colorize.py --checkpoint runs/colorization photo.jpg scan.tif --out colors.png
-    python tools/colorize.py --checkpoint runs/colorization --data scenes --count 3 --out scenes.png
+    cap colorize --checkpoint runs/colorization photo.jpg scan.tif --out colors.png
+    cap colorize --checkpoint runs/colorization --data scenes --count 3 --out scenes.png
 
 A row shows an image, its lightness, which is all that the model sees, and that lightness with the
 predicted colors (annealed mean of the distribution). Images are resized to squares as in the run.

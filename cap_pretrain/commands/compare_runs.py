@@ -1,6 +1,6 @@
 """Check that two workdirs hold bit-identical checkpoints and the same logged metrics.
 
-    python tools/compare_runs.py runs/a runs/b [--only_losses_within 1e-4]
+    cap compare runs/a runs/b [--only_losses_within 1e-4]
 
 Compares metrics.jsonl (except times and `spike/…`) and every array of the checkpoints in common:
 parameters, other variables, moving average, optimizer state; or losses alone, for a run on another

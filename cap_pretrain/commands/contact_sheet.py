@@ -1,7 +1,7 @@
 """Draw a grid of images with their captions, from a dataset or from a run's evaluation.
 
-    python tools/contact_sheet.py --data scenes --split novel --image_size 96 --out scenes.png
-    python tools/contact_sheet.py --workdir runs/quickstart --out captions.png
+    cap sheet --data scenes --split novel --image_size 96 --out scenes.png
+    cap sheet --workdir runs/quickstart --out captions.png
 
 A run's are its latest sample captions (the evaluator `samples` in configs/), with references in
 gray. Words of a caption that no reference has are red. Captions of `scenes` are judged: a frame is

@@ -1,8 +1,8 @@
 """Export the encoder of a run as a folder that another library loads.
 
-    python tools/export_encoder.py --checkpoint runs/cappa --out exported/cappa
-    python tools/export_encoder.py --checkpoint runs/clip --layout open_clip --out exported/clip
-    python tools/export_encoder.py --checkpoint runs/clip --to hub --repo OWNER/NAME --dry_run
+    cap export --checkpoint runs/cappa --out exported/cappa
+    cap export --checkpoint runs/clip --layout open_clip --out exported/clip
+    cap export --checkpoint runs/clip --to hub --repo OWNER/NAME --dry_run
 
 The folder has weights (safetensors; averaged ones, if any), config files, preprocessing and a model
 card (README.md) with the run's config and figures. For transformers it is a SiglipVisionModel; a

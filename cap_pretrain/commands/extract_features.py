@@ -1,9 +1,9 @@
 r"""Store an encoder's features of the images of a dataset, as a dataset to train on.
 
-    python tools/extract_features.py --encoder runs/cappa --data data/my_data --splits train val \
+    cap features --encoder runs/cappa --data data/my_data --splits train val \
         --out data --name my_features --what tokens
-    python -m cap_pretrain.main --config=configs/coco_captioning.py:data=data/my_features \
-        --workdir=runs/captions --config.model.name=stored
+    cap train coco_captioning:data=data/my_features --workdir=runs/captions \
+        --config.model.name=stored
 
 Training on it equals training with a frozen encoder and no augmentation, without encoding in every
 epoch. Captions, labels, ids and questions are copied in order; images that cannot be decoded are

@@ -1,6 +1,6 @@
 """List the images of a dataset to exclude them from others (build_dataset --held_out).
 
-    python tools/held_out.py data/coco --splits val test --to coco.held_out
+    cap held_out data/coco --splits val test --to coco.held_out
 
 Lines are "exact HASH" (of the file), "perceptual HASH" (of the content, which also finds copies of
 another size or quality) and, with --ids, "id ID".

@@ -1,6 +1,6 @@
 r"""Check that a run that is killed and resumed repeatedly ends exactly like an uninterrupted one.
 
-    python tools/kill_and_resume.py --kills 5 --workdir runs/rehearsal -- \
+    cap rehearse --kills 5 --workdir runs/rehearsal -- \
         --config=configs/pretrain.py:objective=cap,model=mu/8 --config.total_steps=200 …
 
 Runs `python -m cap_pretrain.main` with the arguments after `--` twice: without interruption in
@@ -11,7 +11,7 @@ WORKDIR/straight.log and WORKDIR/killed.log, of further processes WORKDIR/killed
 --processes 2 runs a cluster of CPU processes, and --devices 2 gives each two virtual devices. A
 kill then hits one or all, and the others must exit by themselves. With --processes 1 2 4, each
 start draws the number of processes; --signals KILL TERM draws the signal. Finally
-tools/compare_runs.py compares the runs: bit for bit, or, if the number of processes changed, losses
+`cap compare` compares the runs: bit for bit, or, if the number of processes changed, losses
 to a relative 1e-4 and, with --config.log.ids=True, the examples of each step.
 
 Exit status: 0 the runs agree; 1 they differ, or there were too few kills, or processes were left

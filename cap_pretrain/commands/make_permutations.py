@@ -1,6 +1,6 @@
 r"""Generate permutations of nine tiles for the jigsaw task, far from each other.
 
-    python tools/make_permutations.py --count 100 --rule min --out data/permutations_100.txt
+    cap permutations --count 100 --rule min --out data/permutations_100.txt
 
 Training reads the file `learner.file`, or generates them by `learner.permutations` and `.rule`.
 """

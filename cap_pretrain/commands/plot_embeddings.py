@@ -1,7 +1,7 @@
 """Plot a run's embeddings of images, captions or words in two dimensions.
 
-    python tools/plot_embeddings.py --checkpoint runs/cap --out images.png --thumbnails --count 300
-    python tools/plot_embeddings.py --checkpoint runs/cap --what words --method pca --out words.svg
+    cap embeddings --checkpoint runs/cap --out images.png --thumbnails --count 300
+    cap embeddings --checkpoint runs/cap --what words --method pca --out words.svg
 
 images are the encoder's pooled features; captions are the first ones, by a dual encoder's text
 embedding, else the mean of token embeddings; words are the most frequent ones of the captions, by

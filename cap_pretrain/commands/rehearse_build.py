@@ -1,6 +1,6 @@
 """Check that a build of web data counts drops exactly, survives kills, and uses constant memory.
 
-    python tools/rehearse_build.py --images 20000 --kills 5 --folder rehearsal
+    cap rehearse_build --images 20000 --kills 5 --folder rehearsal
 
 Writes tars like img2dataset's, of `scenes` at 500 x 375 pixels, with planted faults: truncated
 images, other files, empty captions, copies of the same or another quality, and a truncated last

@@ -1,7 +1,7 @@
 """Make one HTML page of a run or of several side by side: curves, evaluations, examples, cost.
 
-    python tools/report.py runs/quickstart --out page.html
-    python tools/report.py runs/cap runs/clip --serve 8000
+    cap report runs/quickstart --out page.html
+    cap report runs/cap runs/clip --serve 8000
 
 A run writes this page itself, as WORKDIR/report.html, at its evaluations. The page is one file and
 loads nothing else. With --serve it is made anew for each request at http://127.0.0.1:PORT, which

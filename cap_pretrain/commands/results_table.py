@@ -1,6 +1,6 @@
 r"""Print evaluation results of several runs as a Markdown table.
 
-    python tools/results_table.py runs/cap runs/cappa runs/clip \
+    cap results runs/cap runs/cappa runs/clip \
         --figures linear_probe/top1 retrieval/image_to_text_r1 order:composition/accuracy
 
 A row is a run; a folder that is none stands for all runs below it. RUN/checkpoints/STEP is the run

@@ -1,8 +1,8 @@
 """Score captions like the COCO evaluation: BLEU, METEOR, ROUGE-L, CIDEr-D, SPICE.
 
-    python tools/score_captions.py --annotations captions_val2014.json --results results.json
-    python tools/score_captions.py --results runs/captioning/evals/test/5000.json
-    python tools/score_captions.py --tokenized tokenized.json.gz
+    cap score --annotations captions_val2014.json --results results.json
+    cap score --results runs/captioning/evals/test/5000.json
+    cap score --tokenized tokenized.json.gz
 
 Annotations are COCO's {"annotations": [{"image_id": 1, "caption": "a dog"}, …]}; results a list of
 such entries, or a file of the evaluator `caption_scores`, which has references. Tokenized text is

@@ -1,7 +1,7 @@
 """Draw which parts of an image a captioner attends to for each word of its caption.
 
-    python tools/show_attention.py --checkpoint runs/cappa photo.jpg --caption "a dog" --out dog.svg
-    python tools/show_attention.py --checkpoint runs/cappa --data scenes --count 3 --out scenes.png
+    cap attention --checkpoint runs/cappa photo.jpg --caption "a dog" --out dog.svg
+    cap attention --checkpoint runs/cappa --data scenes --count 3 --out scenes.png
 
 A heat map per word of the caption, the run's own (greedy) or --caption, follows each image: the
 mean over the word's tokens and, for a transformer, over the heads of one decoder layer. Maps are

@@ -1,11 +1,11 @@
 """Run the trials of a sweep, report their status, and tabulate or plot their results.
 
-    python tools/sweep.py run configs/sweeps/recurrent.py:size=toy --out runs/sweep --slots 2
-    python tools/sweep.py status runs/sweep
-    python tools/sweep.py table runs/sweep --figures val/loss:min scores/CIDEr --sort val/loss:min
-    python tools/sweep.py table runs/sweep --figures val/loss:min --pivot optim.lr learner.layers
-    python tools/sweep.py plot runs/sweep --x parameters --y val/loss --by objective --out loss.svg
-    python tools/sweep.py plot runs/sweep --pivot optim.lr batch_size --y val/loss:min --out a.png
+    cap sweep run configs/sweeps/recurrent.py:size=toy --out runs/sweep --slots 2
+    cap sweep status runs/sweep
+    cap sweep table runs/sweep --figures val/loss:min scores/CIDEr --sort val/loss:min
+    cap sweep table runs/sweep --figures val/loss:min --pivot optim.lr learner.layers
+    cap sweep plot runs/sweep --x parameters --y val/loss --by objective --out loss.svg
+    cap sweep plot runs/sweep --pivot optim.lr batch_size --y val/loss:min --out a.png
 
 `run` starts each trial in OUT/TRIAL, with its output in log.txt. The same command resumes a sweep:
 finished trials are skipped, interrupted ones resume exactly. Overrides after `--`, such as

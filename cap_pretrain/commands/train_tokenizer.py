@@ -1,7 +1,7 @@
 """Train a tokenizer on the captions of a dataset: sentencepiece, or whole words.
 
-    python tools/train_tokenizer.py --data scenes --vocab_size 300 --limit 9999 --out data/tokenizer
-    python tools/train_tokenizer.py --data data/my_data --kind words --min_count 6 --out data/words
+    cap tokenizer --data scenes --vocab_size 300 --limit 9999 --out data/tokenizer
+    cap tokenizer --data data/my_data --kind words --min_count 6 --out data/words
 
 --config.text.tokenizer takes the path of the result: OUT/tokenizer.model, with its settings in
 OUT/tokenizer.json, or OUT/words.tsv, which includes them.
