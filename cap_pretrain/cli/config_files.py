@@ -70,7 +70,7 @@ def load(path: Path, function: str) -> Any:
 
 def listed(folder: str = FOLDER) -> list[ConfigFile]:
     """Return the config files of the current folder and those that come with the package."""
-    found = {}
+    found: dict[str, Path] = {}
     for place in (shipped().parent / folder, Path(folder)):
         found |= {path.name: path for path in sorted(place.glob("[!_]*.py"))}
     return [described(path) for path in found.values()]

@@ -124,7 +124,8 @@ def where(given: Iterable[str], config: ConfigDict) -> str:
 def of_config() -> Section:
     """Return the documentation of all fields of the default config, except options of others."""
     default = configs.fields(configs.default().to_dict())
-    tree = {node.name: node for node in ast.parse(inspect.getsource(configs)).body if _def(node)}
+    body = ast.parse(inspect.getsource(configs)).body
+    tree = {node.name: node for node in body if isinstance(node, ast.FunctionDef)}
     comments = _comments(inspect.getsource(configs))
     entries = []
     for names, text in _of_function(tree, "default", comments):
@@ -162,7 +163,7 @@ def of_optimizers() -> dict[str, str]:
 
 def purpose(kind: Callable[..., Any]) -> str:
     """Return the first sentence of a docstring, or of its module's if it has none of its own."""
-    doc = vars(kind).get("__doc__") or inspect.getmodule(kind).__doc__  # type: ignore[union-attr]
+    doc = vars(kind).get("__doc__") or inspect.getmodule(kind).__doc__
     return _summary(doc)
 
 
@@ -201,10 +202,6 @@ def _merged(entries: Iterable[Entry]) -> Iterator[Entry]:
         yield Entry({k: v for entry in group for k, v in entry.fields.items()}, text)
 
 
-def _def(node: ast.AST) -> bool:
-    return isinstance(node, ast.FunctionDef)
-
-
 def _of_function(
     tree: dict[str, Any], function: str, comments: dict[int, tuple[str, bool]], prefix: str = ""
 ) -> Iterator[tuple[list[str], str]]:
@@ -233,7 +230,7 @@ def _groups(
         if not name:
             continue
         start, end = node.lineno, node.end_lineno or node.lineno
-        above = []
+        above: list[str] = []
         while comments.get(start - len(above) - 1, ("", False))[1]:
             above.append(comments[start - len(above) - 1][0])
         beside = [comments[k][0] for k in range(start, end + 1) if k in comments]

@@ -52,8 +52,8 @@ def compare(
     With `steps`, only these two checkpoints are compared; None is the step of the other.
     """
     if any(step is not None for step in steps):
-        first, second = (next(s for s in (own, *steps) if s is not None) for own in steps)
-        difference, sizes = _compare_checkpoint((a, first), (b, second))
+        of_a, of_b = (next(s for s in (own, *steps) if s is not None) for own in steps)
+        difference, sizes = _compare_checkpoint((a, of_a), (b, of_b))
         return Comparison((difference,) * bool(difference), f"two checkpoints, {sizes}")
     first, second = read_metrics(a), read_metrics(b)
     if only_losses_within is not None:

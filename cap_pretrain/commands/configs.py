@@ -8,6 +8,7 @@ looked for in the folder `configs` of the current folder, then among those of th
 """
 
 import argparse
+import contextlib
 import shutil
 import sys
 import textwrap
@@ -39,16 +40,13 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _described(name: str) -> ConfigFile:
+    """Return the config of a name, or the sweep; the error is that of a config."""
     try:
-        path = config_files.find(name)
+        return config_files.described(config_files.find(name))
     except UserError:
-        try:
-            path = config_files.find(name, SWEEPS)
-        except UserError:
-            path = None
-        if path is None:
-            raise
-    return config_files.described(path)
+        with contextlib.suppress(UserError):
+            return config_files.described(config_files.find(name, SWEEPS))
+        raise
 
 
 def _entry(found: ConfigFile) -> str:
