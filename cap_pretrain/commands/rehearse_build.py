@@ -232,7 +232,7 @@ def killed(folder: Path, workers: int, kills: int, took: float, draw: random.Ran
         shutil.rmtree(out)
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Run the tool and return its exit status (see above)."""
     parser = arguments.documented_parser(__doc__)
     parser.add_argument("--images", type=int, default=20_000, help="default: 20000")
@@ -240,7 +240,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2, help="default: 2")
     parser.add_argument("--folder", type=Path, required=True, help="must not exist")
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments of kills")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.folder.exists():
         parser.error(f"--folder {args.folder}: already exists; name another.")
     begun = time.monotonic()
