@@ -51,11 +51,20 @@ def _defaults(config: dict[str, Any]) -> Fields:
 
 
 def between(runs: Sequence[Run]) -> dict[str, list[Any]]:
-    """Return the fields in which runs differ, with the value in each, `ABSENT` if it has none."""
+    """Return the fields in which runs differ, with the value in each, `ABSENT` if it has none.
+
+    Of a learner or evaluator that some runs lack, only fields that are not at their default count.
+    """
     flat = [configs.fields(run.config) for run in runs]
+    changed = {name for run in runs for name in from_default(run.config)}
     names = dict.fromkeys(name for own in flat for name in own)
-    values = {name: [own.get(name, ABSENT) for own in flat] for name in names}
-    return {name: own for name, own in values.items() if any(v != own[0] for v in own)}
+    found = {}
+    for name in names:
+        values = [own.get(name, ABSENT) for own in flat]
+        everywhere = all(name in own for own in flat)
+        if any(v != values[0] for v in values) and (everywhere or name in changed):
+            found[name] = values
+    return found
 
 
 def written(value: Any) -> str:

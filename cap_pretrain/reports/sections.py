@@ -70,10 +70,13 @@ def _final_of_one(_: Sequence[Run], every: Sequence[dict], names: Iterable[str])
 
 def _final_of_several(runs: Sequence[Run], every: Sequence[dict], names: Iterable[str]) -> Markup:
     rows: Cells = []
+    learners = {section(run.config, "learner").get("name") for run in runs}
     for name in names:
         values = [own.get(name, {}).get("value") for own in every]
         finite = [v for v in values if v is not None]
         better = series.direction(name)
+        if name.endswith("loss") and len(learners) > 1:
+            better = ""  # losses of different learners do not compare
         best = (min if better == "lower" else max)(finite) if better and len(finite) > 1 else None
         cells = [
             element("span", figure(v), class_="best" if v == best else None)

@@ -29,9 +29,11 @@ def lines(steps: int = 300, rate: float = 1.0) -> list[dict]:
     return found
 
 
-def workdir(folder: Path, text: str = "a red square", side: int = 16, **fields) -> Path:
+def workdir(
+    folder: Path, text: str = "a red square", side: int = 16, rotated: bool = False, **fields
+) -> Path:
     """Write the files of a run whose texts from data are all `text`; return its folder."""
-    c = toy.config(**fields)
+    c = toy.config("rotation" if rotated else "captioner", **fields)
     c.evals = ConfigDict({"val": evals.defaults("loss"), "samples": evals.defaults("captions")})
     c.data.name = text
     folder.mkdir(parents=True)

@@ -70,6 +70,15 @@ def test_runs_are_compared(tmp_path):
     assert page.count("article") == 8, "the examples of both runs stand in the same cards"
 
 
+def test_different_learners_differ_in_what_was_set_and_their_losses_are_not_ranked(tmp_path):
+    runs = [made.workdir(tmp_path / "cap"), made.workdir(tmp_path / "turns", rotated=True)]
+    page = made.Page(reports.render(runs))
+    assert page.rows()["learner.name"] == ["captioner", "rotation"]
+    assert "learner.copies" not in page.rows(), "at its default, and a captioner has none"
+    assert sum(attributes.get("class") == "best" for _, attributes in page.tags) == 2
+    assert {"val/token_accuracy"} == {name for name in page.rows() if name.endswith("accuracy")}
+
+
 def test_what_comes_from_data_is_only_text(tmp_path):
     text = made.HOSTILE
     folder = made.workdir(tmp_path / "run", text)
