@@ -7,6 +7,7 @@ from cap_pretrain.convert.encoder import Pretrained
 from cap_pretrain.convert.layouts import timm
 from cap_pretrain.convert.weights import SUFFIXES, few, open_file, read_json
 from cap_pretrain.errors import UserError
+from cap_pretrain.untrusted import checked
 
 __all__ = ["Pretrained", "crops_center", "open_encoder"]
 
@@ -49,11 +50,20 @@ def open_encoder(path: str | Path) -> Pretrained:
 def crops_center(path: str | Path) -> bool:
     """Return whether the preprocessing of an encoder takes the central square of an image.
 
-    Otherwise it squashes the whole image. A folder of `transformers` says so in its files; OpenAI's
-    CLIP, OpenCLIP and torchvision crop.
+    Otherwise it squashes the whole image. Folders of `transformers`, timm and OpenCLIP say so in
+    their files; OpenAI's CLIP and torchvision crop.
     """
     path = Path(path)
-    return not (path / huggingface.CONFIG).is_file() or huggingface.crops_center(path)
+    if (where := path / huggingface.CONFIG).is_file():
+        config = read_json(where)
+        if "model_args" in config:  # of timm
+            settings = checked(config.get("pretrained_cfg") or {}, "pretrained_cfg", dict, where)
+            return settings.get("crop_mode") != "squash"
+        return huggingface.crops_center(path)
+    if (where := path / openai.CONFIG).is_file():
+        settings = read_json(where).get("preprocess_cfg") or {}
+        return checked(settings, "preprocess_cfg", dict, where).get("resize_mode") != "squash"
+    return True
 
 
 def _open_config(folder: Path) -> Pretrained:

@@ -9,11 +9,13 @@ import sys
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image
 
+from cap_pretrain import evals
 from cap_pretrain.api import training
 from cap_pretrain.commands import program
-from tests import toy
+from tests import quick, toy
 
 DOCS = toy.CONFIGS.parent / "docs"
 PAGE = (DOCS / "python.md").read_text(encoding="utf-8")
@@ -27,7 +29,7 @@ def test_the_notebook_holds_no_outputs():
 
 @pytest.fixture
 def place(tokenizer_path, tmp_path, monkeypatch):
-    """A folder with what the page assumes: two runs and photographs; training is short."""
+    """A folder with what the page assumes: two runs and photographs. Training compiles at once."""
     for name, learner in (("siglip", "dual_encoder"), ("cappa", "captioner")):
         c = toy.config(learner, model__depth=1, data__image_size=16, text__length=8)
         toy.saved_run(c, tmp_path / "runs" / name, tokenizer_path, 300)
@@ -38,8 +40,9 @@ def place(tokenizer_path, tmp_path, monkeypatch):
     named = training.named
 
     def short(text):
-        config = toy.shrink(named(text), model__depth=1)
-        config.model.decoder_depth = 1
+        named(text)  # raises if there is no such config
+        config = toy.config(quick.NAME)
+        config.evals = ConfigDict({"val": evals.defaults("loss")})
         return config
 
     monkeypatch.setattr(training, "named", short)

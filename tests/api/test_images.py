@@ -1,6 +1,7 @@
 """What is taken as images, how it is named, and what is refused with which advice."""
 
 import io
+import json
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 from cap_pretrain import config as configs
 from cap_pretrain.api import batches
 from cap_pretrain.api.images import listed
+from cap_pretrain.convert import crops_center
 from cap_pretrain.data import pipeline
 from cap_pretrain.errors import UserError
 
@@ -114,3 +116,23 @@ def batches_mesh():
     from cap_pretrain.checkpoints.load import make_mesh
 
     return make_mesh(jax.devices()[:1])
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "crops"),
+    [
+        ("preprocessor_config.json", {"image_processor_type": "CLIPImageProcessor"}, True),
+        ("preprocessor_config.json", {"image_processor_type": "SiglipImageProcessor"}, False),
+        ("preprocessor_config.json", {"do_center_crop": True}, True),
+        ("config.json", {"model_args": {}, "pretrained_cfg": {"crop_mode": "squash"}}, False),
+        ("config.json", {"model_args": {}, "pretrained_cfg": {"crop_mode": "center"}}, True),
+        ("open_clip_config.json", {"preprocess_cfg": {"resize_mode": "squash"}}, False),
+        ("open_clip_config.json", {"model_cfg": {}}, True),
+        ("weights.pth", {}, True),
+    ],
+)
+def test_imported_encoders_crop_as_their_files_say(file, content, crops, tmp_path):
+    if file == "preprocessor_config.json":
+        (tmp_path / "config.json").write_text("{}")
+    (tmp_path / file).write_text(json.dumps(content))
+    assert crops_center(tmp_path) is crops

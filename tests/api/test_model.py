@@ -198,7 +198,7 @@ def test_attention_is_that_of_the_learner(tokenizer_path):
     [
         ("simclr", {}),
         ("classifier", {"classes": 3}),
-        ("recurrent", {"decoder": "attention", "width": 8}),
+        ("recurrent", {"decoder": "attention", "embed": 8, "hidden": 8, "attention": 8}),
     ],
 )
 def test_other_learners_do_what_they_can(learner, options, tokenizer_path):

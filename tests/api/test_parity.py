@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import cap_pretrain
+from cap_pretrain.data.text.tokenizers import SentencePieceTokenizer
 from tests import tiny
 from tests.parity import require
 from tests.tools.test_export_encoder import export, make_run
@@ -47,3 +48,18 @@ def test_a_clip_made_elsewhere_is_cropped_as_there(tmp_path):
     np.testing.assert_allclose(model.embed(IMAGES), out.pooler_output, atol=1e-3)
     wide = np.pad(IMAGES, [(0, 0), (0, 0), (7, 7), (0, 0)])
     np.testing.assert_allclose(model.embed(wide), model.embed(IMAGES), atol=1e-5)
+
+
+def test_a_whole_export_of_a_dual_encoder_compares_texts_as_the_run_does(tokenizer_path, tmp_path):
+    c, split = make_run(tmp_path / "run", tokenizer_path, "dual_encoder", {"contrast": "softmax"})
+    assert export(tmp_path / "run", tmp_path / "out") == 0
+    model = cap_pretrain.load(tmp_path / "out" / "siglip")
+    texts = ["A red star.", "two circles; one blue", ""]
+    tokenizer = SentencePieceTokenizer(tokenizer_path, c.text.length)
+    ids = np.stack([tokenizer.encode(text) for text in texts])
+    cosines = tiny.jitted(
+        split, lambda learner, i, t: learner.compare(learner.embed_images(i), learner.embed_text(t))
+    )(IMAGES, ids)
+    np.testing.assert_allclose(model.score(IMAGES, texts), cosines, atol=1e-4)
+    np.testing.assert_allclose(model.embed(IMAGES) @ model.embed_text(texts).T, cosines, atol=1e-4)
+    assert model.learner == "dual_encoder" and "embed_text" in model.methods
