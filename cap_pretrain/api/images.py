@@ -108,9 +108,10 @@ def _of_array(pixels: np.ndarray, data: ConfigDict) -> np.ndarray | str:
 
 def _of_pillow(image: Image.Image, data: ConfigDict) -> np.ndarray | str:
     try:
-        return _of_array(images.of_pillow(image), data)
-    except images.ImageError as error:
-        return str(error)
+        pixels = images.upright(image)(images.rgb(image))
+    except Exception as error:  # Pillow raises nearly anything on corrupt files
+        return f"cannot be converted to RGB: {error}"
+    return _of_array(np.ascontiguousarray(pixels), data)
 
 
 def _of_file(content: bytes, data: ConfigDict) -> np.ndarray | str:

@@ -63,18 +63,6 @@ def decode(data: bytes, min_size: int = 0) -> np.ndarray:
     return image_files.mending(lambda own: _decode(own, min_size), data)
 
 
-def of_pillow(image: Image.Image) -> np.ndarray:
-    """Return the pixels of an image of Pillow, RGB uint8 [H, W, 3], upright as `decode` returns.
-
-    Raises ImageError if it cannot be converted, or its file turns out to be corrupt.
-    """
-    try:
-        turn = _turn(image)
-        return np.ascontiguousarray(turn(_rgb(image)))
-    except Exception as error:  # again, Pillow raises nearly anything on corrupt files
-        raise ImageError(f"cannot be converted to RGB: {error}") from error
-
-
 def size(data: bytes) -> tuple[int, int]:
     """Return (width, height) as stored, before EXIF turns it; raises ImageError."""
     return image_files.mending(lambda own: _open(own).size, data)
@@ -326,7 +314,7 @@ def _is_plain_png(image: Image.Image, data: bytes) -> bool:
     return bit_depth <= 8 and image.mode in ("RGB", "L", "P")
 
 
-def _turn(image: Image.Image) -> _Turn:
+def upright(image: Image.Image) -> _Turn:
     """Return the function that makes the pixels upright, as EXIF says unless it is damaged."""
     try:
         return _UPRIGHT.get(image.getexif()[_EXIF_ORIENTATION], _as_stored)
@@ -335,7 +323,7 @@ def _turn(image: Image.Image) -> _Turn:
 
 
 def _turn_of_jpeg(image: Image.Image) -> _Turn:
-    return _turn(image) if "exif" in image.info else _as_stored
+    return upright(image) if "exif" in image.info else _as_stored
 
 
 def _as_stored(pixels: np.ndarray) -> np.ndarray:
@@ -376,21 +364,22 @@ def _decode_with_pillow(image: Image.Image) -> np.ndarray:
     """Return the upright pixels of an open file, which is closed, in strips to save memory."""
     try:
         image.load()
-        turn, (width, height) = _turn(image), image.size
+        turn, (width, height) = upright(image), image.size
         rows = max(1, _STRIP // width)
         pixels = np.empty((height, width, 3), np.uint8)
         for top in range(0, height, rows):
             strip = (
                 image if rows >= height else image.crop((0, top, width, min(top + rows, height)))
             )
-            pixels[top : top + rows] = _rgb(strip)
+            pixels[top : top + rows] = rgb(strip)
         image.close()
         return turn(pixels)
     except Exception as error:  # again, Pillow raises nearly anything on corrupt files
         raise ImageError(f"broken or truncated {image.format}: {error}") from error
 
 
-def _rgb(image: Image.Image) -> np.ndarray:
+def rgb(image: Image.Image) -> np.ndarray:
+    """Return the pixels of an image as uint8 [H, W, 3]; transparency is composited on white."""
     if image.mode.startswith("I"):  # 16-bit gray, which convert() would clip at 255
         return _gray_to_rgb(np.asarray(image))
     if image.mode == "F":
