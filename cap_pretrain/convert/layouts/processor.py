@@ -52,7 +52,7 @@ _CLASS = '''class CapImageProcessor(ImageProcessingMixin):
         if scale > 1 and getattr(image, "format", None) in ("JPEG", "MPO"):
             image.draft(None, tuple(length // scale for length in whole))
         scale = round(max(whole) / max(image.size))  # 1 if the pixels were there already
-        part = _part(_rgb(image), box, scale)
+        part = _part(rgb(image), box, scale)
         part = np.asarray(ImageOps.exif_transpose(_like(image, part)))
         pixels = _resize(part, side).astype(np.float32) * np.float32(self.rescale_factor)
         pixels = (pixels - np.float32(self.image_mean)) / np.float32(self.image_std)
@@ -76,7 +76,7 @@ def write(folder: Path) -> None:
         images._samples,
         images._smoothing,
     )
-    used += (images._rgb, images._gray_to_rgb)
+    used += (images.rgb, images._gray_to_rgb)
     functions = [inspect.getsource(function) for function in (*used, images._resize)]
     code = "\n\n".join([_HEAD, *functions, _CLASS])
     (folder / FILE).write_text(code, encoding="utf-8")
