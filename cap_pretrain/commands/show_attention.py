@@ -32,10 +32,7 @@ from cap_pretrain.models.decoding import Decoding
 
 SIDE = 256  # pixels of the longer side of a panel at least: smaller images are enlarged
 GAP = 8  # pixels beside and below a panel
-PAGE = (
-    2048,
-    3072,
-)  # width and height of a page in pixels, which fewer columns and rows may not fill
+PAGE = (2048, 3072)  # largest width and height of a page in pixels
 COLUMNS = 8  # panels per row at most, by default
 
 
@@ -95,13 +92,15 @@ def attend_words(
     return found
 
 
-def draw(attended: Sequence[Attended], columns: int | None, crop: str) -> list[Any]:
+def draw(
+    attended: Sequence[Attended], columns: int | None, crop: str, side: int = SIDE
+) -> list[Any]:
     """Return pages of rows of up to `columns` panels; every image starts a new row.
 
     `columns` is by default as many as a page of `PAGE` has room for. `crop` is how the learner's
-    image was cut from the photo, "none" or "center".
+    image was cut from the photo, "none" or "center". Smaller photos are enlarged to `side` pixels.
     """
-    blocks = [_rows(found, columns, crop) for found in attended]
+    blocks = [_rows(found, columns, crop, side) for found in attended]
     pages: list[list[Row]] = [[]]
     for block in blocks:
         if sum(row.height for row in [*pages[-1], *block]) > PAGE[1] and pages[-1]:
@@ -114,13 +113,15 @@ def draw(attended: Sequence[Attended], columns: int | None, crop: str) -> list[A
     return [_page(rows, width) for rows in pages]
 
 
-def _rows(found: Attended, columns: int | None, crop: str) -> list[Row]:
+def _rows(found: Attended, columns: int | None, crop: str, side: int) -> list[Row]:
     """Return the photo and the heat map of each word, wrapped into rows."""
-    photo = enlarged(found.photo)
-    panels = [photo, *overlays(found.photo, found.maps, crop)]
+    photo = enlarged(found.photo, side)
+    panels = [photo, *overlays(found.photo, found.maps, crop, side)]
     # Long file names differ at the end.
     titles = [found.name[-max(18, photo.shape[1] // 14) :], *found.words]
-    columns = columns or max(1, min(COLUMNS, PAGE[0] // (photo.shape[1] + GAP)))
+    if not columns:
+        most = max(1, min(COLUMNS, PAGE[0] // (photo.shape[1] + GAP)))
+        columns = -(-len(panels) // -(-len(panels) // most))  # rows of about equal length
     starts = range(0, len(panels), columns)
     return [Row(panels[n : n + columns], titles[n : n + columns]) for n in starts]
 
@@ -135,25 +136,29 @@ def _page(rows: Sequence[Row], width: int) -> Any:
     return page
 
 
-def enlarged(image: np.ndarray) -> np.ndarray:
-    """Return the image [H, W, 3], enlarged to `SIDE` if it is smaller."""
-    scale = SIDE / max(image.shape[:2])
+def enlarged(image: np.ndarray, side: int) -> np.ndarray:
+    """Return the image [H, W, 3], enlarged to `side` pixels if it is smaller."""
+    scale = side / max(image.shape[:2])
     if scale <= 1:
         return image
     height, width = (max(1, round(side * scale)) for side in image.shape[:2])
     return cv2.resize(image, (width, height), interpolation=cv2.INTER_CUBIC)
 
 
-def overlays(photo: np.ndarray, maps: np.ndarray, crop: str = "none") -> list[np.ndarray]:
+def overlays(
+    photo: np.ndarray, maps: np.ndarray, crop: str = "none", side: int = SIDE
+) -> list[np.ndarray]:
     """Return maps [n, H, W] as n smooth heat maps over a gray photo, [height, width, 3] in [0, 1].
 
     With `crop="center"` they cover the largest central square, and the rest is darkened.
     """
     colors = figures.imported("matplotlib").colormaps["inferno"]
-    gray = cv2.cvtColor(enlarged(photo), cv2.COLOR_RGB2GRAY).astype(np.float32)[..., None] / 255
+    gray = (
+        cv2.cvtColor(enlarged(photo, side), cv2.COLOR_RGB2GRAY).astype(np.float32)[..., None] / 255
+    )
     height, width = gray.shape[:2]
-    side = min(height, width)
-    top, left = ((height - side) // 2, (width - side) // 2) if crop == "center" else (0, 0)
+    short = min(height, width)
+    top, left = ((height - short) // 2, (width - short) // 2) if crop == "center" else (0, 0)
     inside = np.s_[top : height - top, left : width - left]
     inner_height, inner_width = gray[inside].shape[:2]
     brightest = max(float(np.max(maps, initial=0)), np.finfo(np.float32).tiny)
@@ -163,7 +168,9 @@ def overlays(photo: np.ndarray, maps: np.ndarray, crop: str = "none") -> list[np
             map_ / brightest, (inner_width, inner_height), interpolation=cv2.INTER_CUBIC
         )
         over = np.repeat(0.25 * gray, 3, axis=2)
-        over[inside] = 0.4 * gray[inside] + 0.6 * colors(heat.clip(0, 1))[..., :3]
+        heat = heat.clip(0, 1)
+        opacity = 0.15 + 0.65 * heat[..., None]  # the photo shows where there is little attention
+        over[inside] = (1 - opacity) * 0.8 * gray[inside] + opacity * colors(heat)[..., :3]
         drawn.append(over)
     return drawn
 
@@ -173,7 +180,8 @@ def _run(args: argparse.Namespace) -> int:
 
     def draw_attention(learner: Learner, named: list[Named]) -> Any:
         crop = evaluation_crop(learner.config.data)
-        return draw(attend_words(learner, named, args.caption, layer), args.columns, crop)
+        found = attend_words(learner, named, args.caption, layer)
+        return draw(found, args.columns, crop, args.side)
 
     return draw_images(args, draw_attention)
 
@@ -195,6 +203,12 @@ def main(argv: list[str] | None = None) -> int:
         "--columns",
         type=arguments.positive_int,
         help=f"panels per row; default: up to {COLUMNS}, as many as fit {PAGE[0]} pixels",
+    )
+    parser.add_argument(
+        "--side",
+        type=arguments.positive_int,
+        default=SIDE,
+        help=f"pixels that the longer side of a panel has at least; default: {SIDE}",
     )
     args = parser.parse_args(argv)
     logging.set_verbosity(logging.ERROR)

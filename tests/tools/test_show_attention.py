@@ -122,7 +122,7 @@ def test_long_captions_and_many_images_go_to_further_pages(tmp_path):
     maps = np.full((40, 2, 2), 0.25, np.float32)
     photo = np.zeros((300, 400, 3), np.uint8)
     one = show_attention.Attended("a.jpg", photo, ["word"] * 40, maps, photo)
-    pages = show_attention.draw([one, one], None, "none")  # 41 panels each, 5 per row
+    pages = show_attention.draw([one, one], None, "none")  # 41 panels each, at most 5 per row
     sizes = [[round(side * 128) for side in page.get_size_inches()] for page in pages]
     assert [width for width, _ in sizes] == [5 * (400 + 8)] * 2
     assert [height for _, height in sizes] == [9 * (300 + 22 + 8)] * 2
