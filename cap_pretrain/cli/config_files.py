@@ -50,7 +50,8 @@ def find(name: str, folder: str = FOLDER) -> Path:
         inside = shipped().parent / place
         if not place.is_absolute() and place.parts[0] == FOLDER and inside.is_file():
             return inside
-    known = [str(place) for place in Path(folder).glob("*.py")]
+    folders = {Path(folder), path.parent}
+    known = [str(place) for own in folders for place in own.glob("*.py")]
     known += [f"{folder}/{place.name}" for place in (shipped().parent / folder).glob("*.py")]
     raise UserError(f"there is no file {name!r}.{did_you_mean(str(places[-1]), set(known))}")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cap_pretrain import files, untrusted
+from cap_pretrain.checkpoints.warm_start import which_run
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals import exhibits, suite
 from cap_pretrain.telemetry.metrics import read_metrics
@@ -110,9 +111,9 @@ def read_all(paths: Sequence[Path]) -> list[Run]:
 
 def folder_of(path: Path) -> Path:
     """Return the workdir that a path names, itself or with checkpoints/STEP; or raise UserError."""
-    for folder in (path, path.parent.parent if path.parent.name == "checkpoints" else path):
-        if (folder / "config.json").is_file() or (folder / "metrics.jsonl").is_file():
-            return folder.resolve()
+    folder, _ = which_run(path)
+    if (folder / "config.json").is_file() or (folder / "metrics.jsonl").is_file():
+        return folder.resolve()
     raise UserError(
         f"{path}: is not the workdir of a run (it has no config.json); name a --workdir."
     )
