@@ -202,7 +202,7 @@ class Run:
         self._stack.push(lambda _, error, __: heartbeat.ending(error) if error else None)
         for step, batch in batches:
             first = step == start + 1
-            doing = console.doing("Compiling the training step", say=False)
+            doing = console.doing("Compiling and taking the first step", say=False)
             with doing if first else contextlib.nullcontext():
                 requests = self._requests() if self._several_hosts else None
                 if self._several_hosts and first:
