@@ -78,7 +78,11 @@ def test_without_a_console_in_use_nothing_is_shown(capsys):
 
 @pytest.mark.slow
 def test_a_quickstart_is_never_silent_and_has_a_loss_soon(tmp_path):
-    """On idle cores: no gap over 5 s, the first loss within 15 s; in proportion on busy ones."""
+    """On two idle cores: no gap over 5 s, and the first loss within 15 s.
+
+    On busy ones, gaps may be longer in proportion, and the first loss may cost 25 of the 30 seconds
+    that two cores compute in that time.
+    """
     command = [sys.executable, "-m", "cap_pretrain.main", f"--workdir={tmp_path}"]
     command += [f"--config={ROOT}/configs/quickstart.py", "--config.total_steps=2"]
     command += ["--config.evals.val.limit=8", "--config.evals.scenes.count=8"]
@@ -90,12 +94,12 @@ def test_a_quickstart_is_never_silent_and_has_a_loss_soon(tmp_path):
     lines = [(time.monotonic() - begun, line) for line in process.stdout]
     assert process.wait() == 0, lines
     ended = time.monotonic() - begun
-    busy = max(1.0, ended / (_cpu_seconds() - used))
+    busy = max(1.0, ended / (_cpu_seconds() - used))  # seconds for one of computing
     times = [0.0, *(at for at, _ in lines), ended]
     gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
     assert max(gaps) < 5 * busy, lines
     first = next(at for at, line in lines if line.startswith("step 1/2  loss"))
-    assert first < 15 * busy, lines
+    assert first < (15 if busy == 1 else 25 * busy), lines
     said = "".join(line for _, line in lines)
     for step in ("Opening scenes", "Training a tokenizer on the captions", "Compiling"):
         assert said.index(step) < said.index("step 1/2")
