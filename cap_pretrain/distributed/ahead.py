@@ -29,8 +29,8 @@ class Ahead:
 
     def _fits(self, args: Any) -> bool:
         given, planned = jax.tree.leaves(args), jax.tree.leaves(self._abstract)
-        same_tree = jax.tree.structure(args) == jax.tree.structure(self._abstract)
-        return same_tree and all(map(_same, given, planned))
+        trees: list[Any] = [jax.tree.structure(each) for each in (args, self._abstract)]
+        return trees[0] == trees[1] and all(map(_same, given, planned))
 
 
 def _same(array: Any, abstract: Any) -> bool:
