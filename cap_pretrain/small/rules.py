@@ -1,7 +1,8 @@
 """Rules that choose the settings of a small run, each with its reason in one line.
 
-RESULTS.md ("Starting small") has the runs on which these rules were chosen: Flickr8k and three sets
-made from it and from ten classes of ImageNet, on CPU cores. Rules for GPUs extend them.
+RESULTS.md ("Starting small") has the runs on which optimizer, learning rate, number of passes and
+absence of dropout were chosen, on CPU cores and validation data. The other rules are conventions of
+small models; those for GPUs extend them to larger ones.
 """
 
 import dataclasses
