@@ -27,8 +27,8 @@ ATTENDED = 3
 WORDS = 10
 """Words of a caption whose attention maps are drawn at most."""
 
-HEATED = 120
-"""Shorter side of an attention map at least, in pixels."""
+HEATED = 160
+"""Attention maps of small images are enlarged by a whole factor, up to this side in pixels."""
 
 COMPARED = 32
 """Examples among which neighbors are sought if the evaluation has none of its own."""
@@ -126,7 +126,7 @@ class WordHeat:
 
 def heated(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
     """Draw a map [h, w] in [0, 1] in colors over a gray image [H, W, 3], enlarged if small."""
-    factor = max(1, -(-HEATED // min(image.shape[:2])))
+    factor = max(1, HEATED // max(image.shape[:2]))
     size = (factor * image.shape[1], factor * image.shape[0])
     gray = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY)
     gray = cv2.resize(gray, size, interpolation=cv2.INTER_NEAREST)[..., None]

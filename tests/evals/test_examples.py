@@ -17,8 +17,8 @@ def test_a_heat_map_lies_over_its_part_of_the_image():
     heat = np.zeros((4, 4), np.float32)
     heat[0, 3] = 1
     drawn = examples.heated(np.full((40, 60, 3), 128, np.uint8), heat)
-    assert drawn.shape == (120, 180, 3)
-    assert drawn[10, 170].sum() > 2 * drawn[100, 20].sum()
+    assert drawn.shape == (80, 120, 3)
+    assert drawn[6, 114].sum() > 2 * drawn[66, 14].sum()
 
 
 def test_right_and_wrong_examples_are_balanced():
