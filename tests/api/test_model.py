@@ -79,11 +79,6 @@ def test_embeddings_are_the_evaluators_features_whatever_the_batch(tokenizer_pat
     np.testing.assert_allclose(model.embed(IMAGES[:9]), found[:9], atol=1e-5)
     assert program._cache_size() == before  # 9 to 16 images make one shape
     np.testing.assert_allclose(model.embed(IMAGES, batch_size=4), found, atol=1e-5)
-    np.testing.assert_allclose(
-        model.embed(IMAGES, what="tokens", batch_size=4),
-        Features(made_of, Photos(), layer="tokens", batch_size=8)(variables).features,
-        atol=1e-5,
-    )
 
 
 def test_a_method_that_a_learner_lacks_says_which_have_it(tokenizer_path):
