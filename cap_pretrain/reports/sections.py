@@ -75,8 +75,9 @@ def _final_of_several(runs: Sequence[Run], every: Sequence[dict], names: Iterabl
         values = [own.get(name, {}).get("value") for own in every]
         finite = [v for v in values if v is not None]
         better = series.direction(name)
-        if name.endswith("loss") and len(learners) > 1:
-            better = ""  # losses of different learners do not compare
+        kinds = {run.evaluators.get(name.rpartition("/")[0], {}).get("evaluator") for run in runs}
+        if len(learners) > 1 and (name.startswith("train/") or "loss" in kinds):
+            better = ""  # the tasks of different learners do not compare
         best = (min if better == "lower" else max)(finite) if better and len(finite) > 1 else None
         cells = [
             element("span", figure(v), class_="best" if v == best else None)
