@@ -4,6 +4,7 @@ import json
 import struct
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -170,8 +171,10 @@ def test_a_tracker_that_cannot_be_opened_or_hangs_does_not_stop_the_run(
     ],
 )
 def test_a_tracker_that_cannot_be_used_is_refused_before_anything_is_built(
-    names, message, monkeypatch
+    names, message, monkeypatch, tmp_path
 ):
+    (tmp_path / "absent").mkdir()  # a folder is no package
+    monkeypatch.syspath_prepend(tmp_path)
     entry = trackers.Entry("nowhere:Nothing", "FAKE_SILENT", "1")
     monkeypatch.setitem(trackers.REGISTRY, "absent", entry)
     c = toy.config(quick.NAME, log__trackers=names)
@@ -181,7 +184,9 @@ def test_a_tracker_that_cannot_be_used_is_refused_before_anything_is_built(
 
 @pytest.mark.slow
 def test_the_training_loop_reports_to_trackers(fake, monkeypatch, tmp_path, tokenizer_path):
-    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda _: True)
+    monkeypatch.setattr(
+        trackers.importlib.util, "find_spec", lambda _: SimpleNamespace(origin="here")
+    )
     for steps in (2, 3):
         c = toy.config(
             quick.NAME,

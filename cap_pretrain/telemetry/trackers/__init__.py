@@ -56,7 +56,8 @@ def parse(names: str) -> tuple[str, ...]:
 def check(names: str) -> None:
     """Raise UserError if a tracker is unknown or its package is not installed."""
     for name in parse(names):
-        if importlib.util.find_spec(name) is None:
+        spec = importlib.util.find_spec(name)
+        if spec is None or not spec.origin:  # none, or a mere folder of that name, as wandb leaves
             raise UserError(
                 f"log.trackers: the package of {name} is not installed; run "
                 f"pip install 'cap_pretrain[{name}]', or leave {name} out."
