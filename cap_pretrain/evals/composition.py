@@ -118,7 +118,7 @@ class Composition:
 
     def _details(self, images: int, tally: "Tally") -> dict:
         options = self._options
-        details = self._scoring.details(options.data, options.split)
+        details: dict[str, Any] = self._scoring.details(options.data, options.split)
         if not options.reads_data:
             details["dataset"] = options.questions
         if isinstance(self._set, SugarCrepe):

@@ -169,12 +169,12 @@ class Suite:
         sharing = sum(other.when == section.when for other in sections)
         budget = self._budget.passes.get(section.when, math.inf) / sharing
         fitting = fit.fitted(options, work, budget)
-        if fitting != options:
+        if work and fitting != options:
             section = section.copy_and_resolve_references()
             with section.unlocked():
                 section.update(dataclasses.asdict(fitting))
             evaluator = _build(self._context, name, section)
-            fewer = fit.work_of(evaluator)
+            fewer = fit.work_of(evaluator) or work
             console.say(
                 f"evals.{name} reads {fewer.images:,} of {work.images:,} examples, since all would "
                 "take longer than the training between evaluations (--config.eval.fit=False: all)."
