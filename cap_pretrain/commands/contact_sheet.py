@@ -108,7 +108,8 @@ def of_run(run: str, evaluation: str) -> Iterator[Picture]:
 
 def misnamed(scene: Scene, caption: str) -> frozenset[int]:
     """Return where the words for objects begin that the scene does not have."""
-    left, wrong = Counter(scene.pairs), []
+    left: Counter[tuple[str | None, str | None]] = Counter(scene.pairs)
+    wrong: list[int] = []
     for mention in find_mentions(caption):
         pair = (mention.colour, mention.shape)
         if left[pair] > 0:
