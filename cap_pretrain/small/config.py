@@ -1,12 +1,14 @@
 """The config of a small run; `configs/small.py` documents its arguments."""
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from cap_pretrain import config, evals, learners
 from cap_pretrain.small import facts, rules
 from cap_pretrain.telemetry import console
 
-OBJECTIVES = {
+OBJECTIVES: dict[str, tuple[str, dict[str, Any]]] = {
     "cap": ("captioner", {"parallel_fraction": 0.0}),
     "cappa": ("captioner", {"parallel_fraction": rules.PARALLEL}),
     "clip": ("dual_encoder", {"contrast": "softmax"}),
