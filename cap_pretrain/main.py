@@ -11,19 +11,32 @@ another host of the cluster is lost (start again).
 import contextlib
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from cap_pretrain import untrusted
 from cap_pretrain.cli import config_files
 from cap_pretrain.errors import UserError, did_you_mean, disk_error
 from cap_pretrain.telemetry import console
 
+
+class _Parser(flags.ArgumentParser):
+    """Parses --config; `config` is the one that it made, also if one of the fields is wrong."""
+
+    config: ConfigDict | None = None
+
+    def parse(self, argument: str) -> ConfigDict:
+        self.config = None
+        self.config = config_files.config(argument).lock()
+        return self.config
+
+
 CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/NAME.py[:key=value,…]")
+PARSER = flags.FLAGS["config"].parser = _Parser()
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of everything that the run writes.")
 ALLOW_CHANGES = flags.DEFINE_list(
     "allow_changes", [], "Fields in which --config may differ from the config of the earlier start."
@@ -42,7 +55,7 @@ def parse(argv: list[str]) -> list[str]:
     if {"-h", "--help"} & set(argv[1:]):
         print(usage())
         sys.exit(0)
-    argv = [_with_file(arg) for arg in argv]
+    argv = [_with_file(arg) for arg in _joined(argv)]
     file = next((arg.partition("=")[2] for arg in argv if arg.startswith("--config=")), "")
     try:
         with console.doing(f"Loading JAX and {file}", say=False):
@@ -70,6 +83,14 @@ def usage(about: str = __doc__) -> str:
     lines += ["", "Configs (`cap configs` has their arguments, `cap fields` all fields):"]
     lines += [f"  {found.path.stem:16}  {found.purpose}" for found in config_files.listed()]
     return "\n".join(lines)
+
+
+def _joined(argv: Iterable[str]) -> Iterator[str]:
+    """Yield the arguments of the program with `--config FILE` as --config=FILE."""
+    rest = iter(argv)
+    for arg in rest:
+        value = next(rest, None) if arg in ("--config", "-config") else None
+        yield arg if value is None else f"--config={value}"
 
 
 def _with_file(arg: str) -> str:
@@ -107,10 +128,7 @@ def _where(argv: Sequence[str]) -> str:
     from cap_pretrain.cli import documentation
 
     given = [arg[9:].partition("=")[0] for arg in argv if arg.startswith("--config.")]
-    name, _, rest = next(arg for arg in argv if arg.startswith("--config="))[9:].partition(":")
-    get_config = config_files.load(Path(name), "get_config")
-    config = get_config(rest) if rest else get_config()
-    return documentation.where(given, config)
+    return documentation.where(given, PARSER.config) if PARSER.config is not None else ""
 
 
 def main(_: list[str]) -> None:

@@ -76,6 +76,30 @@ def test_mistakes_are_told_in_a_line_or_two(args, said, command, tmp_path):
     assert len(stderr.strip().splitlines()) <= 2 and "Traceback" not in stderr
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--config", str(toy.CONFIGS / "quickstart.py")],
+        ["--config", "quickstart"],
+        [f"-config={toy.CONFIGS / 'quickstart.py'}"],
+    ],
+)
+def test_the_config_flag_in_other_forms(words, command, tmp_path):
+    code, _, stderr = command(*words, "--config.image_size=3", f"--workdir={tmp_path}")
+    assert code == 2 and "The field is data.image_size." in stderr
+
+
+def test_a_wrong_field_makes_the_config_once(command, tmp_path):
+    own = tmp_path / "own.py"
+    made = tmp_path / "made"
+    own.write_text(
+        "from cap_pretrain import config\n"
+        f"def get_config():\n    open({str(made)!r}, 'a').write('x')\n    return config.default()\n"
+    )
+    code, _, stderr = command(f"--config={own}", "--config.image_size=3", f"--workdir={tmp_path}")
+    assert code == 2 and "data.image_size" in stderr and made.read_text() == "x"
+
+
 def test_help_lists_flags_and_configs(command):
     code, stdout, _ = command("--help")
     assert code == 0 and "--allow_changes" in stdout

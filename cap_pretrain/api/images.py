@@ -53,7 +53,9 @@ def listed(given: Images) -> list[Item]:
 
 
 def _items(given: Any, name: str) -> Iterator[Item]:
-    if isinstance(given, str | os.PathLike):
+    if isinstance(given, Item):
+        yield given
+    elif isinstance(given, str | os.PathLike):
         yield from _of_path(os.fspath(given))
     elif isinstance(given, bytes | bytearray | memoryview):
         yield Item(name, functools.partial(_of_file, bytes(given)))

@@ -296,13 +296,13 @@ class Model:
         if layer is not None:
             options = {"layer": None if layer == "mean" else layer}
         word_maps.check_attends(self._kind, by_layer=bool(options))
-        text = self._tokenizer.encode(caption or self.caption(image)[0])
+        text = self._tokenizer.encode(caption or self.caption(one)[0])
 
         def attend(learner: Any, pixels: jax.Array, text: jax.Array) -> jax.Array:
             return learner.attend(pixels, jnp.tile(text, (len(pixels), 1)), **options)
 
         program = self._compiled(("attention", layer), attend)
-        rows = self._each(image, 1, lambda pixels, _: program(self._variables, pixels, text))
+        rows = self._each(one, 1, lambda pixels, _: program(self._variables, pixels, text))
         _, words = word_maps.words_of(self._tokenizer, text)
         return Attention([word.text for word in words], word_maps.word_maps(rows[0], words))
 

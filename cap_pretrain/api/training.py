@@ -56,7 +56,7 @@ def train(
         cap_pretrain.training.watch.Stopped: SIGTERM or Ctrl-C ended the run, after saving.
     """
     if isinstance(config, str):
-        config = named(config)
+        config = config_files.config(config)
     elif not isinstance(config, ConfigDict):
         raise TypeError(
             f"config: found a {type(config).__name__}; give the name of a config or a ConfigDict."
@@ -64,6 +64,7 @@ def train(
     place = os.fspath(workdir)
     if "://" in place:
         raise UserError(f"workdir: {place} is a URL; give a folder.")
+    place = str(Path(place).expanduser())
     config = changed(config, overrides or {})
     determinism.set_environment(config)
     gpu.set_environment()
@@ -75,20 +76,6 @@ def train(
     metrics.pop("step", None)
     steps = saved_steps(Path(place))
     return Trained(place, steps[-1] if steps else 0, metrics)
-
-
-def named(text: str) -> ConfigDict:
-    """Return the config that a text such as "pretrain:objective=cap" or "configs/own.py" names.
-
-    Raises UserError if there is none, or it does not take these arguments.
-    """
-    name, colon, arguments = text.partition(":")
-    path = config_files.find(str(Path(name).expanduser()))
-    get_config = config_files.load(path, "get_config")
-    try:
-        return get_config(arguments) if colon else get_config()
-    except TypeError as error:
-        raise UserError(f"config: {text!r} does not fit {path.name} ({error}).") from error
 
 
 def changed(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:

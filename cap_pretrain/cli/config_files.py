@@ -9,10 +9,13 @@ import importlib.util
 import re
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import cap_pretrain
 from cap_pretrain.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 FOLDER, SWEEPS = "configs", "configs/sweeps"
 
@@ -37,12 +40,13 @@ def find(name: str, folder: str = FOLDER) -> Path:
     """Return the config file that a path, as configs/pretrain.py, or a name, as pretrain, means.
 
     The current folder comes first, then what comes with the package. A name is looked for in
-    `folder`. Raises UserError if there is no such file.
+    `folder` only, so that other files of the user never run. Raises UserError if there is none.
     """
-    path = Path(name)
+    path = Path(name).expanduser()
     places = [path]
     if path.suffix != ".py":
-        places = [Path(f"{name}.py"), Path(folder, f"{name}.py")]
+        places = [Path(f"{path}.py")] if "/" in name else []
+        places.append(Path(folder, f"{path}.py"))
     for place in places:
         if place.is_file():
             return place
@@ -58,7 +62,7 @@ def find(name: str, folder: str = FOLDER) -> Path:
 
 def load(path: Path, function: str) -> Any:
     """Import a function from a Python file; raise UserError if there is none."""
-    spec = importlib.util.spec_from_file_location(f"_{path.stem}", path)
+    spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise UserError(f"{path}: not a Python file; its name must end in .py.")
     module = importlib.util.module_from_spec(spec)
@@ -67,6 +71,22 @@ def load(path: Path, function: str) -> Any:
     if not hasattr(module, function):
         raise UserError(f"{path}: has no function {function}().")
     return getattr(module, function)
+
+
+def config(text: str) -> "ConfigDict":
+    """Return the config of a text such as "pretrain:objective=cap" or "configs/own.py".
+
+    Raises UserError if there is no such file, or it takes no arguments.
+    """
+    name, colon, arguments = text.partition(":")
+    path = find(name)
+    get_config = load(path, "get_config")
+    try:
+        return get_config(arguments) if colon else get_config()
+    except TypeError as error:
+        if error.__traceback__ and error.__traceback__.tb_next:  # raised within the file
+            raise
+        raise UserError(f"config: {text!r} does not fit {path.name} ({error}).") from error
 
 
 def listed(folder: str = FOLDER) -> list[ConfigFile]:

@@ -12,7 +12,7 @@ are printed and written to WORKDIR/evals. Further arguments go to the program of
 import sys
 from pathlib import PurePath
 
-from cap_pretrain.cli import arguments
+from cap_pretrain.cli import arguments, config_files
 from cap_pretrain.commands import train
 
 
@@ -30,8 +30,9 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--workdir is needed, because RUN is a URL.")
     chosen = ",".join([f"evals={args.evals}", *[f"data={args.data}"] * bool(args.data)])
     workdir = args.workdir or beside(args.run)
+    config = config_files.shipped() / "evaluate.py"
     return train.main(
-        [f"evaluate:{chosen}", f"--workdir={workdir}", f"--config.encoder={args.run}", *rest]
+        [f"{config}:{chosen}", f"--workdir={workdir}", f"--config.encoder={args.run}", *rest]
     )
 
 

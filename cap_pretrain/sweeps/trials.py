@@ -49,9 +49,7 @@ class Trial:
 
     def resolved(self) -> ConfigDict:
         """Return the config; raises UserError if its file is missing or an override is invalid."""
-        file, _, arg = self.config.partition(":")
-        get_config = config_files.load(config_files.find(file), "get_config")
-        config = get_config(arg) if arg else get_config()
+        config = config_files.config(self.config)
         for field, value in self.overrides.items():
             try:
                 config.update_from_flattened_dict({field: value})

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from cap_pretrain import evals
-from cap_pretrain.api import training
+from cap_pretrain.cli import config_files
 from cap_pretrain.commands import program
 from tests import quick, toy
 
@@ -37,15 +37,15 @@ def place(tokenizer_path, tmp_path, monkeypatch):
     (tmp_path / "photos").mkdir()
     for name, image in zip(("photos/dog.jpg", "photos/boat.png", "query.jpg"), pixels, strict=True):
         Image.fromarray(image).save(tmp_path / name)
-    named = training.named
+    config_of = config_files.config
 
     def short(text):
-        named(text)  # raises if there is no such config
+        config_of(text)  # raises if there is no such config
         config = toy.config(quick.NAME)
         config.evals = ConfigDict({"val": evals.defaults("loss")})
         return config
 
-    monkeypatch.setattr(training, "named", short)
+    monkeypatch.setattr(config_files, "config", short)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

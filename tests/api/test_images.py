@@ -57,7 +57,7 @@ def test_all_forms_of_one_image_are_the_same_square(data, folder):
         [[RGB], (folder / "a.png",)],
         folder,
     ]
-    items = [item for form in forms for item in listed(form)]
+    items = listed(listed(form) for form in forms)  # what is listed is taken again
     assert len(items) == len(forms) + 1 + 2  # the nested list holds two, the folder three
     expected = pipeline.square(RGB, 8, "center")
     for item in items:

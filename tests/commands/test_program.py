@@ -95,7 +95,8 @@ def test_train_on_photos_builds_a_dataset_first(given, monkeypatch):
 )
 def test_evaluate_is_a_run_without_steps(run, workdir, given):
     evaluate.main([run, "--evals=knn+loss", "--config.evals.knn.k=3"])
-    wanted = ["--config=evaluate:evals=knn+loss", f"--workdir={workdir}"]
+    config = config_files.shipped() / "evaluate.py"
+    wanted = [f"--config={config}:evals=knn+loss", f"--workdir={workdir}"]
     assert given() == [*wanted, f"--config.encoder={run}", "--config.evals.knn.k=3"]
 
 
@@ -107,6 +108,15 @@ def test_configs_are_found_from_any_folder(name, tmp_path, monkeypatch):
     own.parent.mkdir()
     own.write_text("")
     assert config_files.find(name).samefile(own), "the current folder comes first"
+
+
+@pytest.mark.parametrize("name", ["evaluate", "scaling"])
+def test_a_name_is_no_file_of_the_current_folder(name, tmp_path, monkeypatch):
+    (tmp_path / f"{name}.py").write_text("1 / 0\n")
+    monkeypatch.chdir(tmp_path)
+    folder = config_files.SWEEPS if name == "scaling" else config_files.FOLDER
+    assert config_files.find(name, folder).parent.samefile(ROOT / folder)
+    assert config_files.find(f"./{name}").samefile(f"{name}.py")
 
 
 def test_sweeps_and_their_trials_are_found_from_any_folder(tmp_path, monkeypatch):

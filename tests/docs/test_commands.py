@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cap_pretrain import config as configs
-from cap_pretrain.api.training import named
+from cap_pretrain.cli import config_files
 from cap_pretrain.commands import REGISTRY
 
 ROOT = Path(__file__).parents[2]
@@ -70,7 +70,7 @@ def check_config(words):
     text = given[0].removeprefix("configs/").replace(".py", "") if given else ""
     if text.startswith("small:"):  # looks at the data
         text = re.sub("data=[^,]*", "data=scenes", text)
-    config = named(text) if text else None
+    config = config_files.config(text) if text else None
     fields = [w.removeprefix("--config.").split("=")[0] for w in words if w.startswith("--config.")]
     for field in fields:
         configs.get(config if config is not None else configs.default(), field)
