@@ -13,20 +13,23 @@ The same command resumes an interrupted build or run. Other options are those of
 import argparse
 import dataclasses
 import functools
+import hashlib
 import json
 import os
+import posixpath
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import tensorflow_datasets as tfds
 
 from cap_pretrain import files
 from cap_pretrain.checkpoints.checkpoint import saved_steps
 from cap_pretrain.cli import arguments
-from cap_pretrain.data.builders import rows, units
+from cap_pretrain.data.builders import rows
 from cap_pretrain.data.builders.build import build
+from cap_pretrain.data.builders.files import IMAGE_SUFFIXES, open_files
 from cap_pretrain.data.builders.filters import Filters
 from cap_pretrain.data.builders.formats import table
 from cap_pretrain.data.sources.base import INFO_FILE
@@ -54,27 +57,24 @@ class Started:
 
     Attributes:
         devices: As for `configs/small.py`.
-        source: Photos, table and columns, with the state of these files (`units.settings_of`).
+        source: Paths of photos and table, the names of the columns, and the `_digest` of the files.
     """
 
     devices: str
-    source: Any
+    source: dict[str, str]
 
     @staticmethod
     def read(workdir: Path) -> "Started | None":
         """Return the record of an earlier start; None if there is none, or it is damaged."""
         try:
             found = files.read_json(workdir / RECORD)
-            return Started(str(facts.devices_of(found["devices"])), found["source"])
+            return Started(str(facts.devices_of(found["devices"])), dict(found["source"]))
         except (OSError, ValueError, KeyError, TypeError, UserError):
             return None
 
     def is_of(self, named: Mapping[str, str]) -> bool:
         """Return whether the dataset was built from the files with these paths."""
-        texts = self.source[0] if isinstance(self.source, list) and self.source else {}
-        return isinstance(texts, dict) and all(
-            texts.get(name) == [path] for name, path in named.items()
-        )
+        return named.items() <= self.source.items()
 
 
 def prepare(argv: Sequence[str]) -> list[str]:
@@ -86,13 +86,15 @@ def prepare(argv: Sequence[str]) -> list[str]:
     parser.allow_abbrev = False
     parser.add_argument("photos", type=Path, help="folder or zip of the images")
     parser.add_argument("table", type=Path, help="CSV, TSV or Parquet with a row for each caption")
-    parser.add_argument("--workdir", type=Path, help="default: runs/NAME_OF_THE_FOLDER")
+    parser.add_argument("--workdir", help="folder; default: runs/NAME_OF_THE_FOLDER")
     what = "what to learn; default: cap"
     parser.add_argument("--objective", choices=tuple(small.OBJECTIVES), default="cap", help=what)
     parser.add_argument("--image", default="", help="column of image names; default: found")
     parser.add_argument("--caption", default="", help="column of captions; default: found")
     args, others = parser.parse_known_args(argv)
-    workdir = (args.workdir or Path("runs") / _name(args.photos)).expanduser().absolute()
+    if "://" in (args.workdir or ""):
+        raise UserError(f"--workdir: {args.workdir} is a URL; give a folder.")
+    workdir = Path(args.workdir or f"runs/{_name(args.photos)}").expanduser().absolute()
     dataset = workdir / "dataset" / _name(args.photos)
     if found := {",", "+"} & set(str(dataset)):
         raise UserError(
@@ -105,8 +107,17 @@ def prepare(argv: Sequence[str]) -> list[str]:
 
 
 def _name(photos: Path) -> str:
-    """Return the name of a dataset for a folder or zip: lower-case letters, digits and _."""
-    name = re.sub("[^a-z0-9]+", "_", photos.expanduser().absolute().stem.lower()).strip("_")
+    """Return the name of a dataset for a folder or zip: lower-case letters, digits and _.
+
+    Accents are left out. A digest stands for letters of other scripts, which `build` refuses.
+    """
+    path = photos.expanduser().absolute()
+    full = path.stem if path.suffix.lower() == ".zip" else path.name
+    full = unicodedata.normalize("NFKD", full.lower())
+    name = re.sub("[^a-z0-9]+", "_", re.sub("[\u0300-\u036f]", "", full)).strip("_")
+    if any(letter.isalnum() and not letter.isascii() for letter in full):
+        digest = hashlib.sha256(full.encode(errors="surrogateescape")).hexdigest()
+        name = f"{name}_{digest[:6]}".strip("_")
     return name if name[:1].isalpha() else f"photos_{name}".rstrip("_")
 
 
@@ -124,8 +135,9 @@ def _built(args: argparse.Namespace, workdir: Path, dataset: Path) -> Started:
         console.say(f"Using {dataset}, because {args.photos} or {args.table} is no longer there.")
         return earlier
     image, caption = _columns(args)
-    source = units.settings_of(named | {"image": image, "caption": caption})
-    source = json.loads(json.dumps(source))
+    photos, tables = Path(named["photos"]), Path(named["table"])
+    digest = _digest(photos, tables, workdir.resolve())
+    source = named | {"image": image, "caption": caption, "digest": digest}
     if earlier and finished and earlier.source == source:
         return earlier
     if finished and saved_steps(workdir):
@@ -136,7 +148,6 @@ def _built(args: argparse.Namespace, workdir: Path, dataset: Path) -> Started:
     tfds.disable_progress_bar()  # cap_pretrain shows its own
     # Rows with a URL would be examples of their own, so that an image could be in both parts.
     columns = table.Columns(caption=(caption,), image=image, url="")
-    photos, tables = Path(named["photos"]), Path(named["table"])
     make = functools.partial(
         table.Dataset,
         {"train": tables},
@@ -152,6 +163,34 @@ def _built(args: argparse.Namespace, workdir: Path, dataset: Path) -> Started:
     started = Started(str(facts.present()), source)
     files.write_text(workdir / RECORD, json.dumps(dataclasses.asdict(started), indent=2) + "\n")
     return started
+
+
+def _digest(photos: Path, table: Path, workdir: Path) -> str:
+    """Return a digest of the names, sizes and modification times of images and tables.
+
+    Workdirs in the folder of photos, and other files, have no effect. All paths are resolved.
+    """
+    found = {str(path): path for path in [*rows.table_files(table), photos]}
+    if photos.is_dir():
+        del found[str(photos)]
+        names = open_files(photos).names()
+        runs = {posixpath.dirname(name) for name in names if posixpath.basename(name) == RECORD}
+        if workdir.is_relative_to(photos):
+            runs.add(workdir.relative_to(photos).as_posix())
+        written = tuple(f"{run}/" for run in runs - {"", "."})
+        for name in names:
+            suffix = posixpath.splitext(name)[1].lower()
+            hidden = posixpath.basename(name).startswith(".")
+            if suffix in {*IMAGE_SUFFIXES, ""} and not hidden and not name.startswith(written):
+                found[name] = photos / name
+    stamps = []
+    for name, path in found.items():
+        try:
+            status = path.stat()
+            stamps.append((name, status.st_size, status.st_mtime_ns))
+        except OSError:  # a link to nothing, which is counted when it is read
+            stamps.append((name, -1, -1))
+    return hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
 
 
 def _columns(args: argparse.Namespace) -> list[str]:

@@ -1,1 +1,1 @@
-"""Running on several devices and hosts: clusters, lost hosts, sharding, determinism, GPUs."""
+"""Running on several devices and hosts: clusters, lost hosts, sharding, determinism, GPUs, TPUs."""

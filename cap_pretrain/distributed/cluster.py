@@ -23,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import cap_pretrain
+from cap_pretrain.distributed import tpu
 from cap_pretrain.errors import UserError
 
 # Seconds to wait for all hosts to connect, and later for a message from another host. If that host
@@ -127,8 +128,7 @@ def _detect_cluster() -> str:
     names = environ.get("TPU_PROCESS_ADDRESSES", environ.get("TPU_WORKER_HOSTNAMES", ""))
     slices = int(environ.get("MEGASCALE_NUM_SLICES", 1))
     # Google's TPU machines find each other through the metadata server, which JAX queries.
-    chips = any(Path("/dev").glob("accel[0-9]*")) or any(Path("/dev/vfio").glob("[0-9]*"))
-    if "," in names or slices > 1 or (chips and not names):
+    if "," in names or slices > 1 or (tpu.chips() and not names):
         return "TPU"
     if names:  # a single TPU machine
         return ""

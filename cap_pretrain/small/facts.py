@@ -12,7 +12,7 @@ from cap_pretrain.data import images
 from cap_pretrain.data.sources.base import NoSplitError, Source, parse_mixture, without_image
 from cap_pretrain.data.sources.open import GENERATED, open_source
 from cap_pretrain.data.text import tokenizers
-from cap_pretrain.distributed import gpu
+from cap_pretrain.distributed import gpu, tpu
 from cap_pretrain.errors import UserError
 from cap_pretrain.small.rules import Devices, Facts, held_out, vocabulary
 
@@ -47,12 +47,15 @@ def devices_of(text: str) -> Devices:
 def present() -> Devices:
     """Return the devices of this machine, by their number and kind alone.
 
-    JAX is not asked, since that would start them before the settings of a run are made.
+    JAX is not asked, since that would start them before the settings of a run are made. A TPU chip
+    counts as one device, as it is from v4 on; give devices=tpu-8 for the four chips of a v3.
     """
     if gpu.will_be_used():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         found = len(visible.split(",")) if visible else len([*Path("/dev").glob("nvidia[0-9]*")])
         return Devices("gpu", max(1, found))
+    if tpu.will_be_used():
+        return Devices("tpu", tpu.chips())
     return Devices("cpu", os.cpu_count() or 1)
 
 

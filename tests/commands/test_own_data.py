@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -98,6 +99,31 @@ def test_changed_captions_are_built_again_but_not_within_a_run(photos):
     assert prepared()[0] == first  # the dataset is all that it needs
 
 
+def test_only_images_and_the_table_count_as_changes(photos, monkeypatch):
+    monkeypatch.chdir(photos)
+    command = [".", "../captions.csv", "--workdir"]
+    first = own_data.prepare([*command, "runs/a"])
+    other = own_data.prepare([*command, "runs/b"])
+    for run in "ab":
+        Path(f"runs/{run}/checkpoints/3").mkdir(parents=True)
+    write_files(photos, {".DS_Store": b"1", "Thumbs.db": b"2", "runs/a/attention.png": b"3"})
+    assert own_data.prepare([*command, "runs/a"]) == first
+    assert own_data.prepare([*command, "runs/b"]) == other
+    write_files(photos, {"0.jpg": jpeg(77)})
+    with pytest.raises(UserError, match="has changed since this run began"):
+        own_data.prepare([*command, "runs/a"])
+
+
+def test_different_folders_have_different_names():
+    name = own_data._name
+    assert [name(Path(n)) for n in ("2024.05", "My Photos", "a.b.zip")] == [
+        *("photos_2024_05", "my_photos", "a_b")
+    ]
+    assert name(Path("Zürich")) == "zurich"
+    assert name(Path("写真")) != name(Path("фото"))
+    assert all(re.fullmatch("photos_[0-9a-f]{6}", name(Path(n))) for n in ("写真", "фото"))
+
+
 def test_mistakes_name_the_file(photos, tmp_path):
     def refused(match, *command):
         with pytest.raises(UserError, match=match):
@@ -110,6 +136,8 @@ def test_mistakes_name_the_file(photos, tmp_path):
     refused("no such folder or zip", "no_photos", "captions.csv")
     refused("separates datasets", "My Photos", "captions.csv", "--workdir", "a,b")
     assert not (tmp_path / "a,b").exists()
+    refused("gs://b/x is a URL", "My Photos", "captions.csv", "--workdir=gs://b/x")
+    assert not (tmp_path / "gs:").exists()
 
 
 def test_cap_train_takes_photos_and_a_table(photos, monkeypatch, capsys):

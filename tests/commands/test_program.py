@@ -2,7 +2,7 @@
 
 import argparse
 import importlib
-import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -161,7 +161,7 @@ def test_a_wheel_has_the_configs_and_the_program(tmp_path):
     for name in files:
         if name.startswith(("cap_pretrain/", "configs/", "pyproject", "setup", "README")):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            os.link(ROOT / name, folder / name)
+            shutil.copy(ROOT / name, folder / name)
     subprocess.run([*command, "-q", "-w", str(tmp_path)], cwd=folder, check=True)
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
         names = set(wheel.namelist())

@@ -1,7 +1,9 @@
 """Tests of measuring a dataset and finding the devices."""
 
 import json
+from pathlib import Path
 
+import jax
 import pytest
 
 from cap_pretrain import inputs
@@ -59,6 +61,18 @@ def test_devices_are_named_or_found_without_starting_any(monkeypatch):
     monkeypatch.setattr("cap_pretrain.distributed.gpu.will_be_used", lambda: True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,3")
     assert str(facts.devices_of("auto")) == "gpu-2"
+
+
+def test_tpus_are_found(monkeypatch):
+    monkeypatch.setattr(type(jax.config), "values", {"jax_platforms": None})
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "libtpu" or None)
+    monkeypatch.setattr("cap_pretrain.distributed.gpu.will_be_used", lambda: False)
+    monkeypatch.setattr(
+        Path, "glob", lambda self, pattern: iter("0123" if "vfio" in str(self) else "")
+    )
+    assert str(facts.devices_of("auto")) == "tpu-4"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert facts.devices_of("auto").kind == "cpu"
 
 
 def test_a_dataset_without_captions_is_refused(tmp_path):
