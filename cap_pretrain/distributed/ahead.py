@@ -1,9 +1,12 @@
 """Compile programs in the background, while the main thread does something else."""
 
 import concurrent.futures
+import threading
 from typing import Any
 
 import jax
+
+_THREAD = "compile ahead"
 
 
 class Ahead:
@@ -16,7 +19,7 @@ class Ahead:
     def __init__(self, fn: Any, *abstract: Any):
         self._fn, self._abstract = fn, abstract
         lowered = fn.lower(*abstract)  # traces, which the main thread must do
-        pool = concurrent.futures.ThreadPoolExecutor(1, "compile")
+        pool = concurrent.futures.ThreadPoolExecutor(1, _THREAD)
         self._compiled = pool.submit(lowered.compile)
         pool.shutdown(wait=False)
         self._program: Any = None
@@ -31,6 +34,11 @@ class Ahead:
         given, planned = jax.tree.leaves(args), jax.tree.leaves(self._abstract)
         trees: list[Any] = [jax.tree.structure(each) for each in (args, self._abstract)]
         return trees[0] == trees[1] and all(map(_same, given, planned))
+
+
+def compiling() -> bool:
+    """Return whether a program is being compiled; Python waits for it before the process ends."""
+    return any(thread.name.startswith(_THREAD) for thread in threading.enumerate())
 
 
 def _same(array: Any, abstract: Any) -> bool:

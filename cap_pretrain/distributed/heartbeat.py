@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 import jax
 
-from cap_pretrain.distributed import cluster
+from cap_pretrain.distributed import ahead, cluster
 from cap_pretrain.distributed.cluster import EXIT_LOST
 from cap_pretrain.errors import UserError
 
@@ -58,8 +58,11 @@ def watched() -> Iterator[None]:
 
 
 def leave(code: int) -> NoReturn:
-    """Exit with `code`; if this host failed by itself, do not wait for the others."""
-    if _broken:
+    """Exit with `code`; if this host failed by itself, do not wait for the others.
+
+    Nor for a program that is still being compiled, which nothing can interrupt.
+    """
+    if _broken or ahead.compiling():
         _exit(code)
     sys.exit(code)
 

@@ -170,15 +170,20 @@ class Suite:
         budget = self._budget.passes.get(section.when, math.inf) / sharing
         fitting = fit.fitted(options, work, budget)
         if work and fitting != options:
-            section = section.copy_and_resolve_references()
-            with section.unlocked():
-                section.update(dataclasses.asdict(fitting))
-            evaluator = _build(self._context, name, section)
-            fewer = fit.work_of(evaluator) or work
-            console.say(
-                f"evals.{name} reads {fewer.images:,} of {work.images:,} examples, since all would "
-                "take longer than the training between evaluations (--config.eval.fit=False: all)."
-            )
+            smaller = section.copy_and_resolve_references()
+            with smaller.unlocked():
+                smaller.update(dataclasses.asdict(fitting))
+            try:
+                evaluator, section = _build(self._context, name, smaller), smaller
+                fewer = fit.work_of(evaluator) or work
+                say = (
+                    f"reads {fewer.images:,} of {work.images:,} examples, since all would take "
+                    "longer than the training between evaluations (--config.eval.fit=False: all)."
+                )
+            except UserError as error:  # as of a probe, with too few examples for its classes
+                reason = str(error).splitlines()[0]
+                say = f"reads all {work.images:,} examples, since fewer do not suffice: {reason}"
+            console.say(f"evals.{name} {say}")
         self._built[name] = evaluator, section
         return evaluator, section
 

@@ -10,7 +10,9 @@ from ml_collections import ConfigDict
 from cap_pretrain import evals
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.base import Result
-from cap_pretrain.evals.suite import Suite
+from cap_pretrain.evals.fit import Work
+from cap_pretrain.evals.suite import Budget, Suite
+from cap_pretrain.telemetry import console
 
 
 class Fake:
@@ -113,3 +115,29 @@ def test_counts_are_positive(evaluator, field):
     section = evals.defaults("retrieval", limit=-1)
     with pytest.raises(UserError, match="evals.mine.limit: -1 must be at least 0"):
         evals.options("mine", section)
+
+
+def test_an_evaluator_that_fewer_examples_do_not_suffice_reads_all(monkeypatch, tmp_path, capsys):
+    class Probe(Fake):
+        @dataclasses.dataclass(frozen=True)
+        class Options:
+            limit: int = 0
+
+        def __init__(self, context, options):
+            if options.limit:
+                raise UserError("too few examples for 300 classes.")
+
+        def __call__(self, variables):
+            return Result({"score": 1.0})
+
+        def work(self):
+            return Work(500)
+
+    monkeypatch.setattr(evals, "evaluator_class", lambda name: Probe)
+    entries = ConfigDict({"probe": evals.defaults("fake", when="always")})
+    context = SimpleNamespace(config=SimpleNamespace(evals=entries))
+    s = Suite(context, tmp_path, budget=Budget({"always": 100.0}))
+    with console.used():
+        assert dict(s.run(1, 1.0, when="always"))["probe"].metrics == {"score": 1.0}
+    assert json.loads((tmp_path / "evals/probe/1.json").read_text())["options"]["limit"] == 0
+    assert capsys.readouterr().out.count("reads all 500 examples, since fewer do not suffice") == 1

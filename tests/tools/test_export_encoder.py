@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -286,6 +287,22 @@ def test_a_dry_run_lists_what_the_upload_takes(run, hub_calls, monkeypatch, tmp_
     to = ["--checkpoint", str(run[0]), "--out", str(tmp_path / "out"), "--dry_run"]
     assert export_encoder.main(to) == 0
     assert "would write" in capsys.readouterr().out and not (tmp_path / "out").exists()
+
+
+def test_a_hub_out_of_reach_is_one_line_without_the_token(monkeypatch, tmp_path):
+    class OutOfReach(Exception):  # of the HTTP client, as httpx.ConnectError
+        pass
+
+    def create_repo(*_, **__):
+        raise OutOfReach("request abc\nname resolution failed for hf_secret")
+
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_secret")
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: SimpleNamespace(create_repo=create_repo))
+    with pytest.raises(UserError) as raised:
+        hub.upload(tmp_path, "me/vit")
+    assert str(raised.value) == (
+        "--repo: the hub did not take the files for 'me/vit': name resolution failed for …"
+    )
 
 
 def test_nothing_is_sent_without_a_token_and_a_name(run, hub_calls, monkeypatch, capsys):

@@ -38,10 +38,9 @@ def upload(folder: Path, repo: str) -> str:
     """Upload the files of `listing` as one commit; return the URL of the repository.
 
     A repository that does not exist is created as a private one. Raises UserError if the hub
-    refuses.
+    refuses or cannot be reached.
     """
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError
 
     api = huggingface_hub.HfApi()
     try:
@@ -49,7 +48,8 @@ def upload(folder: Path, repo: str) -> str:
         api.upload_folder(
             repo_id=repo, folder_path=folder, commit_message="Upload from cap_pretrain"
         )
-    except (HfHubHTTPError, OSError) as e:
-        reason = str(e).strip().split("\n")[-1]
+    except Exception as e:  # the library lets errors of its HTTP client pass, which vary
+        reason = str(e).strip().split("\n")[-1] or type(e).__name__
+        reason = reason.replace(huggingface_hub.get_token() or "\0", "…")
         raise UserError(f"--repo: the hub did not take the files for {repo!r}: {reason}") from e
     return str(url)
