@@ -100,7 +100,8 @@ class Retrieval:
         for where, images in cache or self._batches(variables):
             scores = scoring.compare(variables, images, texts[present])
             counts.add(where["index"][where["mask"]], scores[where["mask"]], offsets)
-            found.add(where["index"][where["mask"]], scores[where["mask"]])
+            if self._context.workdir:
+                found.add(where["index"][where["mask"]], scores[where["mask"]])
         shown = examples.attempted(self._context, lambda: found.exhibits(self._source, owner))
         details = self._details(counts) | ties.counts
         return Result(counts.metrics(), details, ties.lines, exhibits=shown)

@@ -31,7 +31,7 @@ class Found:
     def add(self, index: np.ndarray, scores: np.ndarray) -> None:
         """Add rows float32 [b, M] of the matrix, of the images `index`, int [b]."""
         self._index.append(index)
-        self._columns.append(scores[:, :CANDIDATES])
+        self._columns.append(scores[:, :CANDIDATES].copy())  # a view would keep all of them
         missing = max(0, CANDIDATES - len(self._of_image))
         ranked = np.argsort(-(scores[:missing] - self._prior), axis=1, kind="stable")[:, :BEST]
         for image, best in zip(index.tolist(), ranked, strict=False):

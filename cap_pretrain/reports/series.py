@@ -70,9 +70,8 @@ def thinned(whole: Points, most: int) -> Points:
     kept = {0, len(steps) - 1}
     for k in range(stretches):
         part = range(k * len(steps) // stretches, (k + 1) * len(steps) // stretches)
-        finite = [i for i in part if values[i] is not None]
-        key = lambda i: values[i]
-        kept |= {min(finite, key=key), max(finite, key=key)} if finite else set(part[:1])
+        own = [(y, i) for i in part if (y := values[i]) is not None]
+        kept |= {min(own)[1], max(own)[1]} if own else set(part[:1])
     order = sorted(kept)
     return [steps[i] for i in order], [values[i] for i in order]
 
@@ -180,10 +179,14 @@ def finals(run: Run) -> dict[str, dict[str, Any]]:
         if name.startswith(("spike/", "data/ids")):
             continue
         entry: dict[str, Any] = {"value": values[-1], "step": steps[-1]}
-        better, finite = direction(name), [i for i, v in enumerate(values) if v is not None]
-        if better and len(finite) > 1:
-            at = (min if better == "lower" else max)(finite, key=lambda i: values[i])
-            entry |= {"best": values[at], "best_step": steps[at]}
+        better = direction(name)
+        own = [
+            (value, step) for step, value in zip(steps, values, strict=True) if value is not None
+        ]
+        if better and len(own) > 1:
+            first = lambda pair: pair[0]  # the first of equal ones
+            best, at = (min if better == "lower" else max)(own, key=first)
+            entry |= {"best": best, "best_step": at}
         found[name] = entry
     return found
 

@@ -1,12 +1,16 @@
 """Serve the report of runs that go on, on this machine only."""
 
 import http.server
+import re
 import threading
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
 HOST = "127.0.0.1"
 """The only address that is listened on: nobody else on the network can connect."""
+
+THIS = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:\d+)?", re.IGNORECASE)
+"""This machine in a request's field Host. The port differs where another one is forwarded here."""
 
 PERIOD = 5
 """Seconds between two looks for news by a page."""
@@ -23,8 +27,7 @@ def server(render: Callable[[], str], port: int) -> http.server.ThreadingHTTPSer
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            names = {f"{host}:{serving.server_port}" for host in (HOST, "localhost")}
-            if self.headers.get("Host") not in names:
+            if not THIS.fullmatch(self.headers.get("Host", "")):
                 return self.send_error(403)
             if urlsplit(self.path).path != "/":
                 return self.send_error(404)
@@ -45,5 +48,4 @@ def server(render: Callable[[], str], port: int) -> http.server.ThreadingHTTPSer
         def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - its own name
             """Print nothing for each request."""
 
-    serving = http.server.ThreadingHTTPServer((HOST, port), Handler)
-    return serving
+    return http.server.ThreadingHTTPServer((HOST, port), Handler)

@@ -200,12 +200,14 @@ def _captions(result: dict[str, Any]) -> dict[str, str]:
 
 def _builds(data: dict[str, Any], facts: dict[str, Any], attempt: Callable) -> dict[str, Any]:
     """Return report.json of the datasets of a run that were built and are on this machine."""
-    names = [part.get("name") for part in entries(facts, "data")]
+    name = data.get("name")  # of a run without facts.json, as the folder is called from here
+    folders = section(facts, "folders") if "folders" in facts else {str(name): name}
     found = {}
-    for name in names or [data.get("name")]:
-        if not isinstance(name, str) or "://" in name or "\0" in name:
+    for name, folder in folders.items():
+        if not isinstance(folder, str) or not folder or "://" in folder or "\0" in folder:
             continue
-        for path in (*Path(name).glob("report.json"), *sorted(Path(name).glob("*/report.json"))):
+        own = Path(folder)
+        for path in (*own.glob("report.json"), *sorted(own.glob("*/report.json"))):
             if content := attempt(path, dict):
                 found[name] = content
     return found

@@ -1,4 +1,4 @@
-"""What a run says at its end: where the results are, and two commands to go on with."""
+"""What a run says at its end: where the results are, and commands to go on with."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,8 +6,11 @@ from shlex import quote
 
 from ml_collections import ConfigDict
 
+from cap_pretrain.convert.layouts.base import vit_form
+from cap_pretrain.errors import UserError
 from cap_pretrain.learners import learner_class
 from cap_pretrain.learners.protocols import Classifies, EmbedsText, WritesCaptions
+from cap_pretrain.models.sizes import STORED
 
 MAIN = "python -m cap_pretrain.main"
 
@@ -29,9 +32,15 @@ def lines(config: ConfigDict, workdir: Path, step: int) -> str:
 
 def _commands(config: ConfigDict, workdir: Path) -> Sequence[str]:
     run, kind = quote(str(workdir)), learner_class(config.learner.name)
-    export = f"cap export --checkpoint {run} --out {run}/exported"
+    try:
+        vit_form(config, "transformers")
+        last = f"cap export --checkpoint {run} --out {run}/exported"
+    except UserError:  # no library holds such an encoder
+        last = f"cap report {run} --serve 8000"
     if issubclass(kind, WritesCaptions):
-        return [f"cap caption --checkpoint {run} photo.jpg", export]
+        if config.model.name == STORED:  # it reads no images
+            return [last]
+        return [f"cap caption --checkpoint {run} photo.jpg", last]
     if issubclass(kind, Classifies):
         evaluators = "accuracy"
     else:
@@ -39,4 +48,4 @@ def _commands(config: ConfigDict, workdir: Path) -> Sequence[str]:
     data = "" if evaluators == "retrieval" else ",data=LABELLED_DATASET"
     judge = f"{MAIN} --config=configs/evaluate.py:evals={evaluators}{data} "
     judge += f"--workdir={run}_judged --config.encoder={run}"
-    return [judge, export]
+    return [judge, last]

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from cap_pretrain import config as configs
 from cap_pretrain import files, inputs, learners
 from cap_pretrain.data.sources.base import parse_mixture
+from cap_pretrain.data.sources.open import GENERATED
 from cap_pretrain.distributed import cluster, gpu, sharding
 from cap_pretrain.distributed.ahead import Ahead
 from cap_pretrain.errors import UserError
@@ -55,7 +56,8 @@ class Setup:
     config: ConfigDict  # complete
     workdir: Path
     mesh: Mesh
-    mixture: inputs.TrainingMixture  # of training; empty for a run that only evaluates
+    sources: inputs.Mixture  # the datasets of training; empty for a run that only evaluates
+    mixture: inputs.TrainingMixture  # the same as training reads them, see `inputs.in_buckets`
     tokenizer: Any
     schedule: schedules.Schedule
     notes: list[str]  # lines for the log about the data and the moving average
@@ -131,17 +133,18 @@ class Setup:
 
     def facts(self, flops_per_step: float | None) -> dict[str, Any]:
         """Return what the report says of a run besides its config and metrics, as JSON."""
-        mixture = [
+        members = parse_mixture(self.config.data.name) if self.config.data.name else []
+        data = [
             {
                 "name": name,
                 "split": self.config.data.split,
                 "examples": len(source),
                 "weight": weight,
             }
-            for (name, _), (source, weight) in zip(
-                parse_mixture(self.config.data.name), self.mixture, strict=False
-            )
+            for (name, _), (source, weight) in zip(members, self.sources, strict=False)
         ]
+        names = [name for name, _ in members if name not in GENERATED]
+        folders = {name: str(Path(name).absolute()) for name in names if Path(name).is_dir()}
         per_example = (flops_per_step or 0) / self.config.batch_size
         return {
             "parameters": plan.count_parameters(self.abstract.params),
@@ -155,7 +158,8 @@ class Setup:
             "schedule": {"total": self.schedule.total},
             "batches": [list(entry) for entry in self.batches.sizes],
             "epoch": self.epoch,
-            "data": mixture,
+            "data": data,
+            "folders": folders,
         }
 
 
@@ -203,8 +207,8 @@ def prepare(
     notes = [*inputs.held_out(config, sources), *schedules.notes(config, schedule)]
     notes += [choice.line] if choice.line else []
     return Setup(
-        *(config, workdir, mesh, mixture, tokenizer, schedule, notes, batches, changes, epoch),
-        *(init, abstract, graphdef, step_fn),
+        *(config, workdir, mesh, sources, mixture, tokenizer, schedule, notes, batches),
+        *(changes, epoch, init, abstract, graphdef, step_fn),
     )
 
 

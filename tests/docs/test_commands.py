@@ -76,9 +76,22 @@ def check_config(words):
         configs.get(config if config is not None else configs.default(), field)
 
 
+def check_required(usage, words):
+    """Check that the options are given which a usage line has without brackets."""
+    given = {w.split("=")[0] for w in words}
+    while usage != (usage := re.sub(r"\[[^][]*\]", "", usage)):
+        pass
+    groups = re.findall(r"\(([^()]*)\)", usage)  # one option of each
+    groups += re.findall(r"(?<!\S)--?\w+", re.sub(r"\([^()]*\)", "", usage))
+    for group in groups:
+        options = re.findall(r"(?<!\S)--?\w+", group)
+        assert not options or given & set(options), f"{group} is missing"
+
+
 def check(words):
     """Raise if a command would not be accepted for its name, options or config."""
     name, *rest = words
+    whole = not {"…", "--help"} & set(rest)
     if "…" in rest:
         rest = rest[: rest.index("…")]
     if name.startswith("tools/"):
@@ -103,6 +116,8 @@ def check(words):
         for word in rest:
             if word.startswith("--") and not word.startswith("--config"):
                 assert word.split("=")[0] in text, f"{name} has no option {word}"
+        if whole:
+            check_required(text.split("\n\n")[0], rest)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -117,6 +132,12 @@ def test_commands_would_be_accepted(page):
 
 
 def test_a_wrong_command_is_noticed():
-    for wrong in (["trian"], ["caption", "--beems=3"], ["train", "--config=configs/no.py"]):
+    for wrong in (
+        ["trian"],
+        ["caption", "--beems=3"],
+        ["train", "--config=configs/no.py"],
+        ["results", "runs/a", "--percent"],
+        ["sheet", "--out=a.png"],
+    ):
         with pytest.raises((AssertionError, Exception, SystemExit)):
             check(wrong)

@@ -1,5 +1,7 @@
 """Examples for the report: attention over images, right and wrong ones, pretexts' pictures."""
 
+import weakref
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,6 +58,15 @@ def test_retrieved_examples_are_the_best_of_the_score_matrix():
     assert own.lines[0].right and own.panels[0].image[0, 0, 0] == 80
     image = by_title["images for caption 1 of id2"]
     assert image.panels[0].right and image.panels[0].image[0, 0, 0] == 80
+
+
+def test_only_the_first_columns_of_the_score_matrix_are_kept():
+    found = Found(np.arange(1000), None)
+    scores = np.zeros((2, 1000), np.float32)
+    alive = weakref.ref(scores)
+    found.add(np.arange(2), scores)
+    del scores
+    assert alive() is None
 
 
 def test_tiles_in_their_own_order_are_the_image():

@@ -232,13 +232,30 @@ def test_the_server_gives_this_page_to_this_machine_only(tmp_path):
             file.write('{"step": 400, "train/loss": 1.0}\n')
         second = made.Page(urllib.request.urlopen(url).read().decode()).data
         assert second["version"] != first["version"]
-        for path, headers in (("/config.json", {}), ("/../", {}), ("/", {"Host": "evil.example"})):
+        evil = "localhost.evil.example:80"
+        asked = [("/config.json", "localhost:9000", 404), ("/../", "127.0.0.1", 404)]
+        for path, host, code in [*asked, ("/none", "[::1]:80", 404), ("/", evil, 403)]:
             with pytest.raises(urllib.error.HTTPError) as error:
-                urllib.request.urlopen(urllib.request.Request(url + path, headers=headers))
-            assert error.value.code in (403, 404)
+                urllib.request.urlopen(urllib.request.Request(url + path, headers={"Host": host}))
+            assert error.value.code == code, host
     finally:
         serving.shutdown()
         serving.server_close()
+
+
+def test_builds_are_those_where_the_run_was(tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "report.json").write_text('{"train": {"kept": 7}}')
+    (tmp_path / "report.json").write_text('{"train": {"kept": 8}}')
+    monkeypatch.chdir(tmp_path)
+    folder = made.workdir(tmp_path / "run", text="")
+    assert not workdir.read(folder, "run").builds
+    place = folder / "report" / "facts.json"
+    facts = json.loads(place.read_text())
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    place.write_text(json.dumps(facts | {"folders": {"data": str(tmp_path / "data")}}))
+    assert workdir.read(folder, "run").builds == {"data": {"train": {"kept": 7}}}
 
 
 def test_names_of_runs_differ(tmp_path):
