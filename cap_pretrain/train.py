@@ -113,6 +113,7 @@ class Run:
         self._journal = Journal(setup.workdir, facts, enabled=self._is_main)
         stack.callback(self._progress.close)
         stack.enter_context(jax.set_mesh(setup.mesh))
+        self._writing = stack.enter_context(contextlib.ExitStack())  # ends after the checkpoints
         identity = inputs.tokenizer_identity(setup.workdir)
         self._checkpoints = Checkpoints(
             setup.workdir, self._config, identity=identity, batches=setup.batches
@@ -153,10 +154,11 @@ class Run:
         keep_until = start if start or not total else -1
         opened = []
         if self._is_main:
-            about = trackers.Run(workdir, json.loads(configs.to_json(config)), lines, keep_until)
+            given = json.loads(configs.to_json(config))
+            about = trackers.Run(workdir, given, lines, keep_until, trains=bool(total))
             opened = trackers.start(config.log.trackers, about, say)
         self._writer = MetricsWriter(workdir, self._is_main, keep_until, opened)
-        self._stack.push(lambda _, error, __: self._writer.close(failed=error is not None))
+        self._writing.push(lambda _, error, __: self._writer.close(failed=error is not None))
         self._watch = Watch(config, workdir, self._writer, self._progress)
         self._stop = self._stack.enter_context(StopRequest())
         weights = initial.source if initial and not (start or total) else ""

@@ -60,9 +60,11 @@ def watched() -> Iterator[None]:
 def leave(code: int) -> NoReturn:
     """Exit with `code`; if this host failed by itself, do not wait for the others.
 
-    Nor for a program that is still being compiled, which nothing can interrupt.
+    Nor for a program that is still being compiled, which nothing can interrupt, nor, after a
+    failure or a signal, for a tracker that hangs.
     """
-    if _broken or ahead.compiling():
+    hangs = any(thread.name.startswith("tracker ") for thread in threading.enumerate())
+    if _broken or ahead.compiling() or (code and hangs):
         _exit(code)
     sys.exit(code)
 

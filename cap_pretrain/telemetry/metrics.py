@@ -12,6 +12,7 @@ import numpy as np
 
 from cap_pretrain import files, untrusted
 from cap_pretrain.errors import UserError
+from cap_pretrain.telemetry.trackers import guard
 from cap_pretrain.telemetry.trackers.guard import Guarded
 
 
@@ -81,8 +82,7 @@ class MetricsWriter:
         if self._enabled:
             self._lines.close()
             self._board.close()
-            for tracker in self._trackers:
-                tracker.close(failed)
+            guard.close(self._trackers, failed)
 
 
 def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -31,7 +31,7 @@ def test_a_program_is_traced_at_once_and_used_where_it_fits():
 
 def test_a_process_that_ends_early_does_not_wait_for_a_program(monkeypatch):
     compiled, codes = threading.Event(), []
-    lowered = SimpleNamespace(compile=lambda: compiled.wait())
+    lowered = SimpleNamespace(compile=compiled.wait)
     monkeypatch.setattr(heartbeat.os, "_exit", codes.append)
     waiting = Ahead(SimpleNamespace(lower=lambda: lowered))
     with pytest.raises(SystemExit):  # which follows only here, where `_exit` returns

@@ -58,10 +58,10 @@ def fake(monkeypatch):
     return Fake.RUNS
 
 
-def opened(workdir, names, keep_until=-1, say=print):
+def opened(workdir, names, keep_until=-1, say=print, trains=True):
     """Start or resume a run, as the training loop does."""
     workdir.mkdir(exist_ok=True)
-    run = trackers.Run(workdir, CONFIG, read_metrics(workdir), keep_until)
+    run = trackers.Run(workdir, CONFIG, read_metrics(workdir), keep_until, trains)
     started = trackers.start(names, run, say)
     return MetricsWriter(workdir, True, keep_until, started)
 
@@ -161,6 +161,38 @@ def test_a_tracker_that_cannot_be_opened_or_hangs_does_not_stop_the_run(
     assert ["3 reports wait for it" in said[0], "could not be opened" in said[1]] == [True, True]
     assert len(said) == 2
     assert len(read_metrics(tmp_path)) == 9
+
+
+def test_a_tracker_that_hangs_delays_neither_the_start_nor_a_stop(fake, monkeypatch, tmp_path):
+    said, release, init = [], threading.Event(), Fake.__init__
+    one_by_one = threading.Lock()
+
+    def hang(self, run, identity):
+        release.wait()
+        with one_by_one:
+            init(self, run, identity)
+
+    monkeypatch.setattr(Fake, "__init__", hang)
+    monkeypatch.setattr(guard, "EARLY_S", 0.1)
+    monkeypatch.setitem(trackers.REGISTRY, "other", trackers.REGISTRY["fake"])
+    begun = time.monotonic()
+    writer = opened(tmp_path, "fake+other", say=said.append)
+    writer.write(1, {"train/loss": 0.5})
+    writer.close(failed=True)
+    assert time.monotonic() - begun < 10 and len(said) == 2
+    release.set()
+    for tracker in writer._trackers:
+        tracker._thread.join()
+    assert [run["points"] for run in fake.values()] == [[(1, "train/loss", 0.5)]] * 2
+    assert json.loads((tmp_path / "trackers.json").read_text()).keys() == {"fake", "other"}
+
+
+def test_a_repeated_evaluation_sends_its_new_figures(fake, tmp_path):
+    for value in (0.5, 0.75):
+        writer = opened(tmp_path, "fake", keep_until=0, trains=False)
+        writer.write(0, {"probe/accuracy": value})
+        writer.close()
+    assert fake["run0"]["points"] == [(0, "probe/accuracy", 0.5), (0, "probe/accuracy", 0.75)]
 
 
 @pytest.mark.parametrize(

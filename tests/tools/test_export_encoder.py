@@ -290,11 +290,11 @@ def test_a_dry_run_lists_what_the_upload_takes(run, hub_calls, monkeypatch, tmp_
 
 
 def test_a_hub_out_of_reach_is_one_line_without_the_token(monkeypatch, tmp_path):
-    class OutOfReach(Exception):  # of the HTTP client, as httpx.ConnectError
+    class OutOfReachError(Exception):  # of the HTTP client, as httpx.ConnectError
         pass
 
     def create_repo(*_, **__):
-        raise OutOfReach("request abc\nname resolution failed for hf_secret")
+        raise OutOfReachError("request abc\nname resolution failed for hf_secret")
 
     monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_secret")
     monkeypatch.setattr("huggingface_hub.HfApi", lambda: SimpleNamespace(create_repo=create_repo))

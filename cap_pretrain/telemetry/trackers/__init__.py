@@ -2,21 +2,23 @@
 
 A tracker is a class with the methods of `base.Tracker`; `Tracker(run, identity)` opens it. To add
 one, write a module and register its class and its package below. `config.log.trackers` then accepts
-its name. `guard.Guarded` calls it from a thread of its own, so that it can neither end nor delay a
-run.
+its name. `guard.Guarded` opens and calls it in a thread of its own, so that it can neither end nor
+delay a run.
 """
 
+import functools
 import importlib
 import importlib.util
 import json
 import os
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from cap_pretrain import files
 from cap_pretrain.errors import UserError, did_you_mean
 from cap_pretrain.telemetry.trackers.base import Run, Tracker
-from cap_pretrain.telemetry.trackers.guard import Guarded, one_line
+from cap_pretrain.telemetry.trackers.guard import Guarded
 from cap_pretrain.untrusted import checked
 
 TENSORBOARD = "tensorboard"  # always written, by `MetricsWriter`
@@ -65,30 +67,30 @@ def check(names: str) -> None:
 
 
 def start(names: str, run: Run, say: Callable[[str], None]) -> list[Guarded]:
-    """Open the trackers of a run, each continuing its own run of an earlier start.
+    """Begin to open the trackers of a run, each continuing its own run of an earlier start.
 
     One that cannot be opened is left out, and `say` gets a line about it.
     """
-    path = run.workdir / IDENTITIES
-    identities: dict[str, Any] = {}
-    opened = []
     for name in parse(names):
-        try:
-            if path.exists():
-                identities = checked(files.read_json(path), "content", dict, path)
-            earlier = checked(identities.get(name), name, (str, type(None)), path)
-            tracker = _open(name, run, earlier)
-        except (Exception, SystemExit) as e:  # packages of this kind may raise anything
-            say(f"{name}: could not be opened and gets nothing; the run goes on: {one_line(e)}")
-            continue
-        identities = identities | {name: tracker.identity}
-        files.write_text(path, json.dumps(identities) + "\n")
-        opened.append(Guarded(name, tracker, run, tracker.identity == earlier, say))
-    return opened
+        os.environ.setdefault(REGISTRY[name].silence, REGISTRY[name].value)
+    opening = {name: functools.partial(_open, name, run) for name in parse(names)}
+    return [Guarded(name, opening[name], run, say) for name in opening]
 
 
-def _open(name: str, run: Run, identity: str | None) -> Tracker:
-    path, variable, value = REGISTRY[name]
-    os.environ.setdefault(variable, value)
-    module, _, cls = path.partition(":")
-    return getattr(importlib.import_module(module), cls)(run, identity)
+def _open(name: str, run: Run) -> tuple[Tracker, bool]:
+    """Return a tracker and whether it continues its run of an earlier start."""
+    module, _, cls = REGISTRY[name].path.partition(":")
+    earlier = checked(_identities(run).get(name), name, (str, type(None)), run.workdir / IDENTITIES)
+    tracker = getattr(importlib.import_module(module), cls)(run, earlier)
+    with _writing:
+        identities = _identities(run) | {name: tracker.identity}
+        files.write_text(run.workdir / IDENTITIES, json.dumps(identities) + "\n")
+    return tracker, tracker.identity == earlier
+
+
+def _identities(run: Run) -> dict[str, Any]:
+    path = run.workdir / IDENTITIES
+    return checked(files.read_json(path), "content", dict, path) if path.exists() else {}
+
+
+_writing = threading.Lock()  # of the identities, which several trackers add at a time

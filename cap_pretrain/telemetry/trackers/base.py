@@ -24,12 +24,14 @@ class Run:
         config: Complete config, nested, JSON-like.
         lines: Lines of metrics.jsonl that an earlier start has left, complete.
         keep_until: Last step of those lines that still counts; later steps are computed again.
+        trains: Whether it trains. Else every figure is of step 0, and another one is a new one.
     """
 
     workdir: Path
     config: Mapping[str, Any]
     lines: Sequence[Mapping[str, Any]] = ()
     keep_until: int = -1
+    trains: bool = True
 
     @property
     def name(self) -> str:

@@ -1,9 +1,10 @@
-"""Calls a tracker from a thread of its own, so that it can neither end nor delay a run."""
+"""Opens and calls a tracker in a thread of its own, so that it can neither end nor delay a run."""
 
 import os
 import queue
 import re
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,10 @@ MAX_WAITING = 2000
 """Calls that may wait for a slow tracker before it is given up; a report makes one or two."""
 
 CLOSE_S = 60.0
-"""Seconds that the end of a run waits for a tracker to send what is left."""
+"""Seconds that the end of a run waits for its trackers to send what is left."""
+
+EARLY_S = 5.0
+"""The same if an error or a signal ends the run: clusters kill it 30 s after SIGTERM, as Slurm."""
 
 _SECRET_NAME = re.compile(r"KEY|TOKEN|PASSWORD|SECRET", re.IGNORECASE)
 _SECRET_MIN = 6  # characters; a shorter value of such a variable ("1") is no secret
@@ -23,7 +27,7 @@ _LONGEST = 300  # characters of an error in a warning
 
 
 class Guarded:
-    """A tracker in a thread of its own.
+    """A tracker that is opened and called in a thread of its own.
 
     Figures that an earlier start of the run has sent are not sent again: a resumed run computes the
     same ones. A tracker whose run begins only now first gets the earlier figures. The first error
@@ -31,67 +35,57 @@ class Guarded:
 
     Args:
         name: Name of the tracker, for messages.
-        tracker: The open tracker.
+        opening: Opens the tracker; returns it and whether it continues its run of an earlier start.
         run: The run.
-        continues: Whether the tracker continues its run of an earlier start.
         say: Prints a line.
     """
 
     def __init__(
-        self, name: str, tracker: Tracker, run: Run, continues: bool, say: Callable[[str], None]
+        self,
+        name: str,
+        opening: Callable[[], tuple[Tracker, bool]],
+        run: Run,
+        say: Callable[[str], None],
     ):
-        self._name, self._tracker, self._say = name, tracker, say
+        self._name, self._opening, self._run, self._say = name, opening, run, say
         self._error: BaseException | str | None = None
-        self._given_up = False
-        self._sent: dict[str, int] = {}
-        self._calls: queue.Queue[tuple[Callable[..., None], tuple[Any, ...]] | None]
+        self._is_open = self._given_up = False
+        self._calls: queue.Queue[tuple[Any, ...]]  # name of the method, and its arguments
         self._calls = queue.Queue(MAX_WAITING)
-        if continues:
-            for line in run.lines:
-                for tag in line:
-                    self._sent[tag] = max(line["step"], self._sent.get(tag, -1))
-        else:
-            self._send(self._earlier, run)
         self._thread = threading.Thread(target=self._work, name=f"tracker {name}", daemon=True)
         self._thread.start()
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Send the values that were not sent at this step; see `base.Tracker`."""
-        fresh = {tag: value for tag, value in values.items() if step > self._sent.get(tag, -1)}
-        if fresh:
-            self._send(self._tracker.scalars, step, fresh)
+        self._send("scalars", step, dict(values))
 
     def text(self, step: int, tag: str, text: str) -> None:
         """Send a text, unless it was sent; see `base.Tracker`."""
-        if step > self._last(tag):
-            self._send(self._tracker.text, step, tag, text)
+        self._send("text", step, tag, text)
 
     def images(self, step: int, tag: str, images: np.ndarray, captions: Sequence[str]) -> None:
         """Send images, unless they were sent; see `base.Tracker`."""
-        if step > self._last(tag):
-            self._send(self._tracker.images, step, tag, np.array(images), list(captions))
+        self._send("images", step, tag, np.array(images), list(captions))
 
-    def close(self, failed: bool = False) -> None:
-        """Send what is left, for at most `CLOSE_S`, and close the tracker."""
-        self._send(self._tracker.close, failed)
-        self._send(None)
+    def end(self, failed: bool) -> None:
+        """Begin to send what is left and to close the tracker."""
+        self._send("close", failed)
+
+    def wait(self, seconds: float) -> None:
+        """Wait until the tracker is closed, for at most `seconds`."""
         if self._given_up:
             return
-        self._thread.join(CLOSE_S)
+        self._thread.join(max(seconds, 0))
         if self._thread.is_alive() and not self._error:
-            self._error = f"did not finish within {CLOSE_S:.0f} s of the end of the run"
+            self._error = "did not finish soon after the end of the run"
         self._report()
 
-    def _last(self, tag: str) -> int:
-        """Return the last step at which an earlier start has sent figures of an evaluator."""
-        return max((s for t, s in self._sent.items() if t.startswith(f"{tag}/")), default=-1)
-
-    def _send(self, call: Callable[..., None] | None, *args: Any) -> None:
+    def _send(self, *call: Any) -> None:
         self._report()
         if self._given_up:
             return
         try:
-            self._calls.put_nowait((call, args) if call else None)
+            self._calls.put_nowait(call)
         except queue.Full:
             self._error = self._error or f"{MAX_WAITING} reports wait for it"
             self._report()
@@ -100,24 +94,60 @@ class Guarded:
         """Print the first error, from the thread of the run, and give the tracker up."""
         if self._error is not None and not self._given_up:
             self._given_up = True
-            error = one_line(self._error)
-            self._say(f"{self._name}: failed and gets nothing more; the run goes on: {error}")
+            what = "failed and gets nothing more"
+            if not self._is_open:
+                what = "could not be opened and gets nothing"
+            self._say(f"{self._name}: {what}; the run goes on: {one_line(self._error)}")
 
     def _work(self) -> None:
-        while (item := self._calls.get()) is not None:
-            call, args = item
-            try:
-                call(*args)
-            except BaseException as e:  # a run never ends because of its tracker
-                self._error = e
-                return
+        try:
+            tracker, continues = self._opening()
+            self._is_open = True
+            sent = self._sent(tracker, continues)
+            method = ""
+            while method != "close":
+                method, *args = self._calls.get()
+                if method == "scalars":
+                    step, values = args
+                    args[1] = {tag: v for tag, v in values.items() if step > sent.get(tag, -1)}
+                    fresh = bool(args[1])
+                else:
+                    fresh = method == "close" or args[0] > _last(sent, args[1])
+                if fresh:
+                    getattr(tracker, method)(*args)
+        except BaseException as e:  # a run never ends because of its tracker
+            self._error = e
 
-    def _earlier(self, run: Run) -> None:
-        """Send the figures of an earlier start that had no such tracker."""
-        for line in run.lines:
-            if line["step"] <= run.keep_until:
-                values = {k: v for k, v in line.items() if k != "step" and v is not None}
-                self._tracker.scalars(line["step"], values)
+    def _sent(self, tracker: Tracker, continues: bool) -> dict[str, int]:
+        """Return the last step that was sent, by figure.
+
+        A tracker that an earlier start did not have gets the figures of that start.
+        """
+        run, sent = self._run, dict[str, int]()
+        if continues and run.trains:
+            for line in run.lines:
+                for tag in line:
+                    sent[tag] = max(line["step"], sent.get(tag, -1))
+        elif not continues:
+            for line in run.lines:
+                if line["step"] <= run.keep_until:
+                    values = {k: v for k, v in line.items() if k != "step" and v is not None}
+                    tracker.scalars(line["step"], values)
+        return sent
+
+
+def close(trackers: Sequence[Guarded], failed: bool) -> None:
+    """Send what is left and close the trackers, for at most `CLOSE_S` or `EARLY_S` in all."""
+    until = time.monotonic() + (EARLY_S if failed else CLOSE_S)
+    for tracker in trackers:
+        tracker.end(failed)
+    for tracker in trackers:
+        tracker.wait(until - time.monotonic())
+
+
+def _last(sent: Mapping[str, int], tag: str) -> int:
+    """Return the last step at which an earlier start has sent figures of an evaluator."""
+    return max((s for t, s in sent.items() if t.startswith(f"{tag}/")), default=-1)
 
 
 def one_line(error: BaseException | str) -> str:
