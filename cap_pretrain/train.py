@@ -376,14 +376,15 @@ def dry_run(
 
     Mistakes of the user are printed as by `run`.
     """
-    config, _ = warm_start.resolve(config, given, console.say, workdir)
-    for line in unused(config, given):
-        console.say(line)
 
     def check(config: ConfigDict) -> Earlier:
         return earlier(config, workdir, allow_changes)
 
-    return setups.dry_run(config, workdir, check, resuming=bool(saved_steps(workdir)))
+    with console.used():
+        config, _ = warm_start.resolve(config, given, console.say, workdir)
+        for line in unused(config, given):
+            console.say(line)
+        return setups.dry_run(config, workdir, check, resuming=bool(saved_steps(workdir)))
 
 
 class _Callable(types.ModuleType):

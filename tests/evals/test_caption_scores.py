@@ -17,6 +17,7 @@ from cap_pretrain.errors import UserError
 from cap_pretrain.evals import caption_scores
 from cap_pretrain.evals.base import Interrupted
 from cap_pretrain.evals.caption_scores import CaptionScores
+from cap_pretrain.evals.inference.captioning import Caption
 from cap_pretrain.evals.suite import write_result
 from tests import tiny, toy
 from tests.evals.test_caption_metrics import CAPTIONS, PUBLISHED, REFERENCES
@@ -55,8 +56,12 @@ def evaluator(monkeypatch):
             def __init__(self, context, source, *, batch_size, limit, how):
                 assert limit is None and how.rows == options.get("beams", 1)
 
-            def __call__(self, variables):
-                yield from enumerate(captions.values())
+            def scored(self, variables):
+                for index, text in enumerate(captions.values()):
+                    yield index, [Caption(text, -1.0, 3)]
+
+            def recorded(self, captions):
+                return {}
 
         monkeypatch.setattr(caption_scores, "Captioning", Captioning)
         return CaptionScores(context or Context(), CaptionScores.Options(**options))

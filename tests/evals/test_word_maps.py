@@ -58,7 +58,7 @@ def test_words_of_the_tokenizers(tokenizer_path, tmp_path):
             ids = tokenizer.encode(caption)
             text, found = words_of(tokenizer, ids)
             assert text == tokenizer.decode(ids)
-            assert [word.text for word in found] == word_maps._WORD.findall(text)
+            assert [word.text for word in found] == word_maps.WORD.findall(text)
             taken = [k for word in found for k in word.tokens]
             assert taken == sorted(set(taken))  # one word after the other
             for word in found:
