@@ -156,7 +156,9 @@ def test_a_run_resumes_without_what_it_began_with(tokenizer_path, tmp_path, caps
     with pytest.raises(UserError, match="encoder was 'gone/run', is now 'elsewhere'"):
         train.allowed_changes(resolved, tmp_path, [])
     shutil.rmtree(tmp_path / "checkpoints" / "1")
-    with pytest.raises(UserError, match="elsewhere: is not the folder of a run, and is not a file, nor"):
+    with pytest.raises(
+        UserError, match="elsewhere: is not the folder of a run, and is not a file, nor"
+    ):
         warm_start.resolve(c, workdir=tmp_path)
 
 
