@@ -388,10 +388,7 @@ def dry_run(
 
 
 class _Callable(types.ModuleType):
-    """This module, which `cap_pretrain.train(config, workdir)` calls: the Python interface.
-
-    A function and a module of the package cannot both be called `train`.
-    """
+    """This module, which may be called as `cap_pretrain.train(config, workdir)`."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Train, with the arguments of `api.training.train`."""

@@ -44,6 +44,7 @@ def evaluation(path, **fields):
     return c
 
 
+@pytest.mark.slow
 def test_evaluating_a_run_again_gives_its_own_results(workdir, tmp_path, capsys):
     train.run(evaluation(workdir), tmp_path)
     assert "Initialized from step 2 of" in capsys.readouterr().out
@@ -179,10 +180,11 @@ def test_another_learner_takes_the_encoder_and_nothing_else(workdir, tokenizer_p
     assert kept["learner"]["name"] == "captioner"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "argument", "moves"),
     [
-        pytest.param("finetune", "fraction=0.5", True, marks=pytest.mark.slow),
+        ("finetune", "fraction=0.5", True),
         ("linear_probe", "protocol=sgd", False),
     ],
 )

@@ -143,6 +143,7 @@ def evaluated_run(c, workdir):
     return [line["train/loss"] for line in toy.losses(workdir)]
 
 
+@pytest.mark.slow
 def test_runs_and_selects_the_best_checkpoint_by_its_metric(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")  # Java takes long to start
     c = small("cnn_lstm", **NARROW)

@@ -253,6 +253,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_worker_processes_leave_nothing_but_the_message(folder, model, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(_TRUNCATES_A_FILE_WHILE_READING)

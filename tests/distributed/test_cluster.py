@@ -161,6 +161,7 @@ def test_differences_are_named_on_every_host(other, message, monkeypatch):
             cluster.agree(facts, "Do this.")
 
 
+@pytest.mark.slow
 def test_the_code_fingerprint_covers_every_file_of_the_package(tmp_path, monkeypatch):
     package = Path(cap_pretrain.__file__).parent
     copy = tmp_path / "cap_pretrain"

@@ -73,6 +73,7 @@ def assert_same_curve(losses, reference, name):
     np.testing.assert_allclose(losses, reference[-len(losses) :], rtol=1e-4, err_msg=name)
 
 
+@pytest.mark.slow
 def test_one_device_and_eight_resume_each_others_runs(tmp_path):
     """The two processes share nothing but the checkpoints."""
     lengths = 4, 2

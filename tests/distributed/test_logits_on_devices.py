@@ -19,6 +19,7 @@ def check(layout, size, fields):
     assert not [shape for shape in step.computed if VOCAB in shape]
 
 
+@pytest.mark.slow
 def test_logits_of_a_shared_vocabulary_stay_where_they_are():
     check("tensor", VOCAB // 8, {"model__logit_chunks": 2})
 

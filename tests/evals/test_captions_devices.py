@@ -50,9 +50,9 @@ def measured(tokenizer_path, shape, methods, count=7):
     return captions, perplexity.metrics, perplexity.details
 
 
-@pytest.mark.parametrize("methods", [["beam"], pytest.param([*METHODS], marks=pytest.mark.slow)])
-def test_one_device_and_eight_write_the_same(tokenizer_path, methods):
-    path = str(tokenizer_path)
+@pytest.mark.slow
+def test_one_device_and_eight_write_the_same(tokenizer_path):
+    path, methods = str(tokenizer_path), [*METHODS]
     captions, metrics, details = measured(path, (1, 1, 1), methods)
     ((captions_8, metrics_8, details_8),) = on_eight_devices(measured, [[path, (2, 2, 2), methods]])
     assert captions == captions_8

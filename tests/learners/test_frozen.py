@@ -33,10 +33,8 @@ def two_steps(learner, **fields):
     return before, jax.device_get(state)
 
 
-@pytest.mark.parametrize(
-    "learner",
-    [x if x == "classifier" else pytest.param(x, marks=pytest.mark.slow) for x in LEARNERS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("learner", LEARNERS)
 def test_of_a_frozen_encoder_no_bit_changes_whatever_learns_from_it(learner):
     before, after = two_steps(learner, optim__lr_rules=(("encoder/.*", 0.0),))
     toy.assert_same(before.params["encoder"], after.params["encoder"])

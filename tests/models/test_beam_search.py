@@ -216,6 +216,7 @@ def decode(captioner):
     return lambda images, beams: np.asarray(jitted(images, beams))
 
 
+@pytest.mark.slow
 def test_captions_are_those_of_plain_python_without_a_cache(captioner, decode):
     images = tiny.images(6)
     encoded = tiny.jitted(captioner, lambda learner, images: learner.encode(images))(images).tokens

@@ -80,6 +80,7 @@ def falling_then_flat():
         yield
 
 
+@pytest.mark.slow
 def test_a_run_lowers_its_rate_stops_early_and_is_then_complete(
     tokenizer_path, tmp_path, falling_then_flat, capsys
 ):

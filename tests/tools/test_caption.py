@@ -107,6 +107,7 @@ def test_twelve_awkward_files(run, awkward, capsys):
             assert line == f"{path}: {captions[path]}"
 
 
+@pytest.mark.slow
 def test_a_folder_of_images_and_a_checkpoint_by_its_path(run, awkward, capsys):
     paths = sorted(awkward)
     folder, one = Path(paths[0]).parent, next(path for path in awkward if not awkward[path])
@@ -123,6 +124,7 @@ def test_a_folder_of_images_and_a_checkpoint_by_its_path(run, awkward, capsys):
     assert "no images in it" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_json_and_the_other_decodings(run, awkward, capsys):
     fine = [path for path, reason in awkward.items() if not reason]
     paths = [*fine, fine[0], f"{fine[0]}.gone"]
@@ -147,6 +149,7 @@ def test_json_and_the_other_decodings(run, awkward, capsys):
     assert sampled[0][0] != sampled[0][-1]  # the same image, sampled twice
 
 
+@pytest.mark.slow
 def test_a_question_is_answered(run, awkward, capsys):
     fine = [path for path, reason in awkward.items() if not reason]
     question = "Is there a red circle in it?"  # more than four tokens

@@ -258,6 +258,7 @@ def test_error_messages_have_one_or_two_lines(damage, message, run, other, capfd
     assert message in err and len(err.splitlines()) <= 2 and out == ""
 
 
+@pytest.mark.slow
 def test_the_command_exits_with_0_or_1(run, other):
     assert compare_runs.main([str(run), str(run)]) == 0
     save_instead(other, state(4, stats={"mean": np.ones(3, np.float32)}))

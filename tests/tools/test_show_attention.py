@@ -59,6 +59,7 @@ def test_words_over_images(run, photo, tmp_path, capsys):
     assert narrow[0] * 10 == wide[0] * 4 and narrow[1] == wide[1] * 3
 
 
+@pytest.mark.slow
 def test_files_that_are_not_images_are_skipped(run, photo, tmp_path, capsys):
     text = tmp_path / "text.jpg"
     text.write_text("To whom it may concern")

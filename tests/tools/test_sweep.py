@@ -211,6 +211,7 @@ def test_prints_the_commands_instead(run, out, capsys):
     assert "3 waiting" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_tables_and_plots(run, out, tmp_path, capsys):
     assert run(["a", "b", "c", "d"]) == 0
     capsys.readouterr()

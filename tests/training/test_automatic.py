@@ -63,6 +63,7 @@ def test_the_first_that_fits_is_taken(config, monkeypatch):
     assert config.model.remat == "auto"
 
 
+@pytest.mark.slow
 def test_policies_and_sharding_need_less_and_less(config):
     none, lean, full = (needs(config, remat, 1) for remat in automatic.POLICIES)
     assert none.activations > lean.activations > full.activations > 0
@@ -70,6 +71,7 @@ def test_policies_and_sharding_need_less_and_less(config):
     assert needs(config, "none", 8).state < none.state / 6
 
 
+@pytest.mark.slow
 def test_gpus_before_hopper_need_more_without_rematerialization(config):
     ampere, hopper = (needs(config, "none", 1, capability) for capability in ("8.0", "9.0"))
     assert ampere.activations == pytest.approx(1.25 * hopper.activations, rel=1e-3)

@@ -115,6 +115,7 @@ def assert_steady(found):
     assert {step for step, _ in found} <= {0, 1, EVALUATE}
 
 
+@pytest.mark.slow
 def test_after_the_first_step_nothing_is_compiled(tokenizer_path, tmp_path):
     assert_steady(compiled(tmp_path, str(tokenizer_path), "one"))
 
