@@ -94,9 +94,9 @@ SMALL = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "nodes"), [(2, 1), (4, 2)])
-def test_one_process_per_gpu_under_slurm(processes, nodes, tmp_path):
+def test_one_process_per_gpu_under_slurm(tmp_path):
     """Each process has one CPU device, as it would have one GPU, and Slurm's variables."""
+    processes, nodes = 4, 2
     command = [sys.executable, "-m", "cap_pretrain.main"]
     command += [f"--config={toy.CONFIGS / 'pretrain.py'}:objective=cap,model=mu/8"]
     command += [f"--config.{name}={value}" for name, value in SMALL.items()]
@@ -110,7 +110,7 @@ def test_one_process_per_gpu_under_slurm(processes, nodes, tmp_path):
             **{"SLURM_JOB_ID": str(job), "SLURM_STEP_NODELIST": "localhost"},
             **{"SLURM_NTASKS": str(processes), "SLURM_PROCID": str(process)},
             **{"SLURM_LOCALID": str(process % each), "SLURM_STEP_NUM_NODES": str(nodes)},
-            "SLURM_STEP_TASKS_PER_NODE": f"{each}(x{nodes})" if nodes > 1 else str(each),
+            "SLURM_STEP_TASKS_PER_NODE": f"{each}(x{nodes})",
         }
         with (tmp_path / f"{process}.log").open("w") as log:
             pipes = {"stdout": log, "stderr": subprocess.STDOUT}

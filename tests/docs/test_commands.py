@@ -79,6 +79,7 @@ def check_config(words):
 def check_required(usage, words):
     """Check that the options are given which a usage line has without brackets."""
     given = {w.split("=")[0] for w in words}
+    usage = usage.removeprefix("usage: ").partition(" ")[2]  # the program may be called "-c"
     while usage != (usage := re.sub(r"\[[^][]*\]", "", usage)):
         pass
     groups = re.findall(r"\(([^()]*)\)", usage)  # one option of each
