@@ -17,6 +17,7 @@ from cap_pretrain.errors import UserError, did_you_mean
 
 SPLITS = ("train", "val", "test", "novel")
 LABELS = ("shape", "colour", "count", "relation")
+LARGEST = 4096  # pixels; a larger image, drawn in float32, takes gigabytes
 
 _RANGES: dict[str, tuple[float, float]] = {
     "min_objects": (1, MAX_OBJECTS),
@@ -113,7 +114,7 @@ class ScenesOptions:
 class Scenes:
     """The dataset as a random-access sequence of examples: a `Source`.
 
-    The scenes are the same at every `image_size`, the side in pixels, at least 16. `options` are
+    The scenes are the same at every `image_size`, the side in pixels, 16 to 4096. `options` are
     fields of `ScenesOptions`, held by the attribute of that name. Raises UserError if a split or
     option is unknown, or a value is out of range; or, for novel, if the colors and shapes have
     fewer held-out pairs than a scene has objects.
@@ -124,8 +125,10 @@ class Scenes:
     def __init__(self, split: str, image_size: int = 64, **options: Any) -> None:
         if split not in SPLITS:
             raise UserError(f"scenes has no split {split!r}.{did_you_mean(split, SPLITS)}")
-        if not isinstance(image_size, int) or image_size < 16:
-            raise UserError(f"image_size is {image_size!r}; scenes needs 16 pixels or more.")
+        if not isinstance(image_size, int) or not 16 <= image_size <= LARGEST:
+            raise UserError(
+                f"image_size is {image_size!r}; scenes draws 16 pixels or more, at most {LARGEST}."
+            )
         known = [field.name for field in fields(ScenesOptions)]
         for name in options:
             if name not in known:
