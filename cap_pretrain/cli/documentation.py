@@ -162,7 +162,7 @@ def of_optimizers() -> dict[str, str]:
 
 
 def purpose(kind: Callable[..., Any]) -> str:
-    """Return the first sentence of a docstring, or of its module's if it has none of its own."""
+    """Return the first sentence of a docstring, or of its module's if it has none."""
     doc = vars(kind).get("__doc__") or inspect.getmodule(kind).__doc__
     return _summary(doc)
 

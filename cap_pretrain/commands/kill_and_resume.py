@@ -114,7 +114,7 @@ def wait_for(run: Run, kill: Kill) -> bool:
 class Cluster:
     """Starts runs with a number of processes drawn from `processes`, the first one unless killed.
 
-    Each has `devices` virtual devices (0: the default). `alone` tells whether there is always one
+    Each has `devices` virtual devices (0: the default). `alone` is whether there is always one
     process; `size` is the number of processes of the latest run, in words.
     """
 

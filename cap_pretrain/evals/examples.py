@@ -31,7 +31,7 @@ HEATED = 160
 """Attention maps of small images are enlarged by a whole factor, up to this side in pixels."""
 
 COMPARED = 32
-"""Examples among which neighbors are sought if the evaluation has none of its own."""
+"""Examples among which neighbors are sought if the evaluation reads none."""
 
 
 def attempted(context: Context, make: Callable[[], Iterable[Exhibit]]) -> tuple[Exhibit, ...]:

@@ -154,7 +154,7 @@ def search(
     Tokens that `process` excludes have no probability, the others keep theirs: the probabilities
     that are left are not normalized again. Where `process` lowers a logit, log p falls by as much.
 
-    With groups, each is a search of its own with `beams / groups` live captions, and a token loses
+    With groups, each is a separate search with `beams / groups` live captions, and a token loses
     `diversity` in log p for each live caption of the groups before it that has just been continued
     with this token: the Hamming diversity of Vijayakumar et al. 2016 (1610.02424). The result has
     the best caption of each group, ordered by their scores, then the second best of each, and so

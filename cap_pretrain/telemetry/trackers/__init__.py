@@ -2,7 +2,7 @@
 
 A tracker is a class with the methods of `base.Tracker`; `Tracker(run, identity)` opens it. To add
 one, write a module and register its class and its package below. `config.log.trackers` then accepts
-its name. `guard.Guarded` opens and calls it in a thread of its own, so that it can neither end nor
+its name. `guard.Guarded` opens and calls it in a separate thread, so that it can neither end nor
 delay a run.
 """
 

@@ -1,4 +1,4 @@
-"""Opens and calls a tracker in a thread of its own, so that it can neither end nor delay a run."""
+"""Opens and calls a tracker in a separate thread, so that it can neither end nor delay a run."""
 
 import os
 import queue
@@ -27,7 +27,7 @@ _LONGEST = 300  # characters of an error in a warning
 
 
 class Guarded:
-    """A tracker that is opened and called in a thread of its own.
+    """A tracker that is opened and called in a separate thread.
 
     Figures that an earlier start of the run has sent are not sent again: a resumed run computes the
     same ones. A tracker whose run begins only now first gets the earlier figures. The first error
