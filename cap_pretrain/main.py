@@ -18,7 +18,7 @@ from typing import NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from cap_pretrain import untrusted
+from cap_pretrain import files, untrusted
 from cap_pretrain.cli import config_files
 from cap_pretrain.errors import UserError, did_you_mean, disk_error
 from cap_pretrain.telemetry import console
@@ -37,7 +37,9 @@ class _Parser(flags.ArgumentParser):
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/NAME.py[:key=value,…]")
 PARSER = flags.FLAGS["config"].parser = _Parser()
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of everything that the run writes.")
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of everything that the run writes, or gs://BUCKET/FOLDER."
+)
 ALLOW_CHANGES = flags.DEFINE_list(
     "allow_changes", [], "Fields in which --config may differ from the config of the earlier start."
 )
@@ -65,14 +67,18 @@ def parse(argv: list[str]) -> list[str]:
     if CONFIG.value is None or not WORKDIR.value:
         missing = "--config" if CONFIG.value is None else "--workdir"
         raise UserError(f"{missing} is missing; give --config=configs/NAME.py --workdir=DIR.")
-    if "://" in WORKDIR.value:
-        raise UserError(
-            f"--workdir: {WORKDIR.value} is a URL; give a folder, for example of a mounted file "
-            "system (data is read from URLs, see docs/tpu_pod.md)."
-        )
+    workdir()
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} is not a flag; write --config.some.field=value.")
     return rest
+
+
+def workdir() -> Path:
+    """Return the path that --workdir gives, which `parse` requires; may raise UserError."""
+    try:
+        return files.place(WORKDIR.value or "")
+    except UserError as e:
+        raise UserError(f"--workdir: {e}") from e
 
 
 def usage(about: str = __doc__) -> str:
@@ -139,15 +145,14 @@ def main(_: list[str]) -> None:
 
     determinism.set_environment(CONFIG.value)
     gpu.set_environment()
-    workdir = Path(WORKDIR.value or "")  # `parse` requires it
     given = tuple(config_flags.get_override_values(flags.FLAGS["config"]))
     if DRY_RUN.value:
-        console.say(dry_run(CONFIG.value, workdir, ALLOW_CHANGES.value, given))
+        console.say(dry_run(CONFIG.value, workdir(), ALLOW_CHANGES.value, given))
         return
     with console.doing("Joining the cluster", say=False):
         cluster.start(cluster.Addresses(COORDINATOR.value, PROCESSES.value, PROCESS.value))
     with heartbeat.watched():
-        run(CONFIG.value, workdir, ALLOW_CHANGES.value, given)
+        run(CONFIG.value, workdir(), ALLOW_CHANGES.value, given)
 
 
 def entry() -> int:
@@ -162,11 +167,9 @@ def entry() -> int:
         if not reason:
             raise
         where = f"{e.filename}: " if e.filename else ""
-        from cap_pretrain import files
-
         saved: object = None
         with contextlib.suppress(OSError):  # perhaps that folder is what cannot be read
-            saved = files.numbered(Path(WORKDIR.value or "") / "checkpoints")
+            saved = files.numbered(workdir() / "checkpoints")
         left = ": the checkpoints are intact" if saved else ""
         return say(f"{where}{reason}. Fix this and start again{left}.", 2)
     except KeyboardInterrupt:

@@ -2,12 +2,12 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 from cap_pretrain import config as configs
+from cap_pretrain import files
 from cap_pretrain.api.loading import load
 from cap_pretrain.api.model import Model
 from cap_pretrain.checkpoints.checkpoint import saved_steps
@@ -44,7 +44,7 @@ def train(
         config: A config; or the name of one in configs/ or the path of a config file, with its
             arguments, such as "quickstart" or "pretrain:objective=cap,data=data/mine". A config
             that is passed is not changed.
-        workdir: Folder of everything that the run writes.
+        workdir: Folder of everything that the run writes, or gs://BUCKET/FOLDER.
         overrides: Values by field, such as {"total_steps": 100, "optim.lr": 1e-3}.
         allow_changes: Fields that may differ from an earlier start in the same workdir.
 
@@ -61,21 +61,21 @@ def train(
         raise TypeError(
             f"config: found a {type(config).__name__}; give the name of a config or a ConfigDict."
         )
-    place = os.fspath(workdir)
-    if "://" in place:
-        raise UserError(f"workdir: {place} is a URL; give a folder.")
-    place = str(Path(place).expanduser())
+    try:
+        place = files.place(workdir).expanduser()
+    except UserError as error:
+        raise UserError(f"workdir: {error}") from error
     config = changed(config, overrides or {})
     determinism.set_environment(config)
     gpu.set_environment()
     with heartbeat.watched():
-        run(config, Path(place), allow_changes, tuple(overrides or {}))
+        run(config, place, allow_changes, tuple(overrides or {}))
     metrics: dict[str, float] = {}
     for line in read_metrics(place):
         metrics |= line
     metrics.pop("step", None)
-    steps = saved_steps(Path(place))
-    return Trained(place, steps[-1] if steps else 0, metrics)
+    steps = saved_steps(place)
+    return Trained(str(place), steps[-1] if steps else 0, metrics)
 
 
 def changed(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:

@@ -32,7 +32,10 @@ def test_configs_are_named_and_changed():
         ),
         (lambda: changed(config, {"optim.learning": 1}), "no field 'optim.learning'"),
         (lambda: changed(config, {"total_steps": "ten"}), "total_steps must be of type int, found"),
-        (lambda: cap_pretrain.train(config, "s3://a/b"), "workdir: s3://a/b is a URL"),
+        (
+            lambda: cap_pretrain.train(config, "s3://a/b"),
+            "workdir: s3://a/b: a run cannot be there: Orbax",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             call()

@@ -10,7 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from cap_pretrain.errors import UserError
+from cap_pretrain.files.places import is_url, place
 from cap_pretrain.untrusted import check_parsed, parse_json, read_bounded
+
+__all__ = [
+    "Appended",
+    "is_url",
+    "make_workdir",
+    "naming",
+    "numbered",
+    "place",
+    "read_json",
+    "read_json_lines",
+    "unused",
+    "write_bytes",
+    "write_text",
+]
 
 
 def make_workdir(workdir: Path) -> None:
