@@ -4,6 +4,7 @@ The content of a caption (a `Claim`) is separate from its words (a `Wording`). A
 changed claim in the same wording, known to be false because the claim is checked against the scene.
 """
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Collection, Sequence
@@ -150,7 +151,7 @@ class Wording:
         return lead + text
 
     def _body(self, claim: Claim, sentence: bool) -> str:
-        names = [self._noun(phrase) for phrase in claim.phrases]
+        names = [self.noun(p.colour, p.shape, p.size, p.pattern) for p in claim.phrases]
         if claim.count:
             number = f"{_NUMBERS[claim.count]} {self.word('thing')}{'s' * (claim.count > 1)}"
             return f"{number}: {_listed(names)}" if names else number
@@ -166,10 +167,27 @@ class Wording:
             text += f", {self.pick('too', ('and', 'with'))} {name}"
         return text
 
-    def _noun(self, phrase: Phrase) -> str:
-        concepts = (phrase.size, phrase.pattern, phrase.colour, phrase.shape or "thing")
-        words = [self.word(concept) for concept in concepts if concept]
-        return f"{'an' if words[0][0] in 'aeio' else 'a'} {' '.join(words)}"
+    def noun(
+        self,
+        colour: str | None,
+        shape: str | None,
+        size: str | None = None,
+        pattern: str | None = None,
+    ) -> str:
+        """Return an object with its article, in words; an attribute that is None is left out."""
+        concepts = (size, pattern, colour, shape or "thing")
+        if not self._synonyms:
+            return _plain_noun(concepts)
+        return _with_article([self.word(concept) for concept in concepts if concept])
+
+
+@functools.cache
+def _plain_noun(concepts: tuple[str | None, ...]) -> str:
+    return _with_article([_WORDS[concept][0] for concept in concepts if concept])
+
+
+def _with_article(words: list[str]) -> str:
+    return f"{'an' if words[0][0] in 'aeio' else 'a'} {' '.join(words)}"
 
 
 def _listed(names: list[str]) -> str:
@@ -189,8 +207,8 @@ def captions(
     written = []
     for lead in shuffled(rng, _LEADS)[:CAPTIONS_PER_IMAGE]:  # different leads, so captions differ
         if plain:
-            phrases = (Phrase(thing.colour, thing.shape) for thing in shuffled(rng, scene.things))
-            written.append(Wording(rng, synonyms).caption(Claim(tuple(phrases)), lead=""))
+            wording, things = Wording(rng, synonyms), shuffled(rng, scene.things)
+            written.append(_listed([wording.noun(thing.colour, thing.shape) for thing in things]))
             continue
         claim = _partial_claim(scene, rng) if partial and rng.random() < 0.4 else None
         claim = claim or _full_claim(scene, rng, relations and rng.random() < 0.6)

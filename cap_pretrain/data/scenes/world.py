@@ -199,6 +199,7 @@ def largest_smallest(objects: int) -> float:
 
 def _places(rng: Random, count: int, smallest: float) -> list[tuple[float, float, float]]:
     """Draw (x, y, radius) of `count` circles apart, largest first, the first two not diagonal."""
+    draw = rng.random
     while True:
         places: list[tuple[float, float, float]] = []
         ceiling = _LARGEST[count - 1]
@@ -206,8 +207,9 @@ def _places(rng: Random, count: int, smallest: float) -> list[tuple[float, float
             radius = between(rng, smallest * _STEP ** (count - 1 - rank), ceiling)
             ceiling = radius / _STEP
             margin = radius + _GAP
+            span = 1 - margin - margin  # as `between` computes it, without its call
             for _ in range(8):
-                x, y = between(rng, margin, 1 - margin), between(rng, margin, 1 - margin)
+                x, y = margin + span * draw(), margin + span * draw()
                 if _fits(x, y, radius, places):
                     places.append((x, y, radius))
                     break
@@ -216,8 +218,9 @@ def _places(rng: Random, count: int, smallest: float) -> list[tuple[float, float
 
 
 def _fits(x: float, y: float, radius: float, places: list[tuple[float, float, float]]) -> bool:
-    if any(math.hypot(x - px, y - py) < radius + pr + _GAP for px, py, pr in places):
-        return False
+    for px, py, pr in places:
+        if math.hypot(x - px, y - py) < radius + pr + _GAP:
+            return False
     if len(places) != 1:
         return True
     dx, dy = abs(x - places[0][0]), abs(y - places[0][1])
