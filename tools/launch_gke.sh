@@ -1,14 +1,27 @@
 #!/usr/bin/env bash
 # Trains on a TPU slice of a GKE cluster with a JobSet, which restarts it. See docs/tpu_pod.md.
 #   tools/launch_gke.sh --name=NAME --image=IMAGE --accelerator=tpu-v5-lite-podslice \
-#       --topology=16x16 --mount=NFS_HOST:/SHARE [FLAGS] \
-#       -- --config=configs/pretrain.py --workdir=/mnt/runs/cap [--config.some.field=value]
+#       --topology=16x16 [FLAGS] \
+#       -- --config=configs/pretrain.py --workdir=gs://BUCKET/cap [--config.some.field=value]
 # Arguments after -- go to `python -m cap_pretrain.main` in every pod. Flags:
-#   --mount=WHAT          NFS_HOST:/SHARE or gs://BUCKET, mounted at /mnt/runs in every pod
+#   --mount=WHAT          NFS_HOST:/SHARE or gs://BUCKET, mounted at /mnt/runs in every pod; needed
+#                         unless the workdir is in a bucket
+#   --env=NAME=VALUE      environment variable of the program; may be given repeatedly
+#   --memory=GB           memory that a pod requests; default: 24 for each chip, half of what v5e has,
+#                         and the dataset cache if --config.data.cache is below /dev/shm
+#   --disk=GB             disk that a pod requests; default: 10, and the dataset cache: this host's part
+#                         of --config.data.cache_gb (64). With --config.data.order=global every host
+#                         keeps the whole dataset: give its size and 10 more
+#   --hugepages           enable transparent hugepages on the nodes from a privileged container, which
+#                         Autopilot refuses. The node pool can have them instead: linuxConfig:
+#                         {transparentHugepageEnabled: TRANSPARENT_HUGEPAGE_ENABLED_ALWAYS} in the
+#                         file of gcloud's --system-config-from-file
 #   --chips_per_host=4    chips of the node pool's machine type: 4 for ct5lp-hightpu-4t
 #   --spot                use a node pool of spot machines
 #   --service_account=SA  Kubernetes service account with access to gs:// paths
-#   --max_restarts=10     give up after this many crashes, not counting preemptions
+#   --max_restarts=10     give up after this many crashes, not counting preemptions. Pods killed by
+#                         SIGKILL count: they used too much memory, or had not saved when the
+#                         notice of a preemption ran out
 #   --dry_run             print the manifest instead of applying it
 # An existing JobSet of that name is stopped, which saves a checkpoint, and replaced. The run resumes.
 set -euo pipefail
@@ -21,17 +34,32 @@ text() { # a YAML string
 }
 
 name='' image='' accelerator='' topology='' mount='' spot='' service_account='' dry_run=''
+memory='' disk='' hugepages=''
 chips_per_host=4 max_restarts=10
 read_options 'name:label image:image accelerator:word topology:topology mount:mount
-  chips_per_host:count service_account:word max_restarts:number spot:switch dry_run:switch' "$@"
-[[ $name && $image && $accelerator && $topology && $mount ]] ||
-  mistake "--name, --image, --accelerator, --topology and --mount are required."
+  chips_per_host:count service_account:word max_restarts:number env:variable
+  memory:count disk:count hugepages:switch spot:switch dry_run:switch' "$@"
+[[ $name && $image && $accelerator && $topology ]] ||
+  mistake "--name, --image, --accelerator and --topology are required."
 need_program
+[[ $mount || " ${program[*]}" =~ [[:space:]]--?workdir[=[:space:]]gs:// ]] ||
+  mistake "--mount: is required, or a workdir in a bucket (--workdir=gs://BUCKET/RUN)."
 hosts=$((${topology//x/*} / chips_per_host))
 ((hosts * chips_per_host == ${topology//x/*})) ||
   mistake "--topology=$topology does not divide by --chips_per_host=$chips_per_host; change either."
 
+# The part of the dataset cache that one host needs, in GB, if it reads blocks.
+cache=$(given data.cache_gb 64)
+[[ $cache =~ ^[0-9]{1,7}([.][0-9]{0,6})?$ ]] || cache=64 # not a number; the program says so
+cache=$(awk -v all="$cache" -v hosts="$hosts" 'BEGIN { part = all / hosts; print int(part) + (part > int(part)) }')
+on_disk=$cache in_memory=0
+case $(given data.cache '') in /dev/shm | /dev/shm/*) on_disk=0 in_memory=$cache ;; esac
+memory=${memory:-$((24 * chips_per_host + in_memory))}
+disk=${disk:-$((10 + on_disk))}
+
 volume() {
+  if [[ ! $mount ]]; then return; fi
+  echo "            - name: runs"
   if [[ $mount == gs://* ]]; then
     # See tools/launch_tpu_worker.sh for these options.
     local bucket=${mount#gs://}
@@ -50,6 +78,28 @@ END
                 path: $(text "/${mount#*:/}")
 END
   fi
+}
+
+environment() {
+  local variable
+  if ((${#variables[@]})); then echo "              env:"; fi
+  # Kubernetes expands $(NAME) in values, as in flags, and replaces $$ by $.
+  for variable in ${variables[@]+"${variables[@]}"}; do
+    echo "              - name: ${variable%%=*}"
+    variable=${variable#*=}
+    echo "                value: $(text "${variable//\$/\$\$}")"
+  done
+}
+
+before() { # containers that run before the program
+  if [[ ! $hugepages ]]; then return; fi
+  cat <<END
+            initContainers:
+            - name: hugepages  # as JAX asks: the TPU runtime starts and ends faster
+              image: $(text "$image")
+              command: [sh, -c, 'echo always >/sys/kernel/mm/transparent_hugepage/enabled']
+              securityContext: {privileged: true}
+END
 }
 
 optional() {
@@ -91,6 +141,10 @@ spec:
         backoffLimit: 0  # a failed pod stops the others, and all restart
         podFailurePolicy:
           rules:
+          # 137: SIGKILL, mostly for too much memory. These restarts count, also those of pods that the
+          # node evicted for it: they have the condition of the last rule, whose restarts do not count.
+          - action: Count
+            onExitCodes: {containerName: main, operator: In, values: [137]}
           # 2: the user's mistake. 143: stopped by SIGTERM after saving.
           - action: FailJob
             onExitCodes: {containerName: main, operator: In, values: [2, 143]}
@@ -106,22 +160,23 @@ spec:
               cloud.google.com/gke-tpu-accelerator: $(text "$accelerator")
               cloud.google.com/gke-tpu-topology: $(text "$topology")
 $(optional)
+$(before)
             containers:
             - name: main
               image: $(text "$image")
               command: [python, -u, -m, cap_pretrain.main]
               args:
 $(for flag in "${program[@]}"; do echo "              - $(text "${flag//\$/\$\$}")"; done)
+$(environment)
               resources:
-                requests: {google.com/tpu: $chips_per_host}
+                requests: {google.com/tpu: $chips_per_host, memory: ${memory}G, ephemeral-storage: ${disk}G}
                 limits: {google.com/tpu: $chips_per_host}
               volumeMounts:
-              - {name: runs, mountPath: /mnt/runs}
               - {name: memory, mountPath: /dev/shm}
+$([[ ! $mount ]] || echo "              - {name: runs, mountPath: /mnt/runs}")
             volumes:
             - name: memory  # shared memory of data workers; the default is 64 MB
               emptyDir: {medium: Memory}
-            - name: runs
 $(volume)
 END
 }

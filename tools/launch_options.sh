@@ -50,13 +50,20 @@ check() { # WHAT KIND VALUE: exits with status 2 unless the value is of that kin
   check_line "$1=$3"
 }
 
+check_variable() { # exits with status 2 unless its argument is NAME=VALUE, whose value is any line
+  local LC_ALL=C
+  [[ $1 =~ ^[A-Za-z_][A-Za-z0-9_]{0,254}= ]] ||
+    mistake "$(printf -- '--env=%q: must be NAME=VALUE; a name has only letters, digits and _.' "$1")"
+  check_line "$1"
+}
+
 # read_options 'NAME:KIND …' ARGUMENTS…: sets the variable of each option. Kinds are those of `check`;
-# "switch", which takes no value; and "each", a line that may be given repeatedly, whose values become
-# the array `each`. What follows -- becomes `program`.
+# "switch", which takes no value; "each", a line that may be given repeatedly, whose values become the
+# array `each`; and "variable", NAME=VALUE, likewise for `variables`. What follows -- becomes `program`.
 read_options() {
   local spec=" ${1//$'\n'/ } " option kind value flag
   shift
-  each=() program=()
+  each=() variables=() program=()
   while (($#)) && [[ $1 != -- ]]; do
     option=${1%%=*}
     option=${option#--}
@@ -73,14 +80,24 @@ read_options() {
     case $kind in
       switch) ;;
       each) check_line "$1" && each+=("$value") ;;
+      variable) check_variable "$value" && variables+=("$value") ;;
       *) check "--$option" "$kind" "$value" ;;
     esac
-    if [[ $kind != each ]]; then printf -v "$option" '%s' "$value"; fi
+    if [[ $kind != each && $kind != variable ]]; then printf -v "$option" '%s' "$value"; fi
     shift
   done
   if (($#)); then shift; fi
   program=("$@")
   for flag in "$@"; do check_line "$flag"; done
+}
+
+# given NAME DEFAULT: prints the last value of the field --config.NAME among the program's flags.
+given() {
+  local flag value=$2
+  for flag in ${program[@]+"${program[@]}"}; do
+    if [[ $flag == "--config.$1="* ]]; then value=${flag#*=}; fi
+  done
+  printf '%s' "$value"
 }
 
 quoted() { # quotes its arguments as one line for a shell

@@ -7,7 +7,9 @@
 #   --spot             create a preemptible slice, at a lower price
 #   --queued           request the slice as a queued resource, which waits for capacity
 #   --create_flag=F    extra flag of gcloud's create command, such as --create_flag=--network=NET
-#   --mount=WHAT       gs://BUCKET or NFS_HOST:/SHARE, mounted at /mnt/runs on every worker
+#   --mount=WHAT       gs://BUCKET or NFS_HOST:/SHARE, mounted at /mnt/runs on every worker; a workdir in a
+#                      bucket (--workdir=gs://BUCKET/RUN) needs none
+#   --env=NAME=VALUE   environment variable of the program; may be given repeatedly
 #   --max_failures=3   give up after this many crashes in a row, each within --quick=600 seconds
 #   --poll=30          seconds between checks of a slice that is not ready
 #   --dry_run          print every command instead of running it
@@ -22,7 +24,7 @@ launcher=launch_tpu
 name='' zone='' type='' version='' project='' spot='' queued='' mount='' dry_run='' stop=''
 max_failures=3 quick=600 poll=30
 read_options 'name:label zone:word type:word version:word project:word mount:mount create_flag:each
-  max_failures:number quick:number poll:seconds spot:switch queued:switch dry_run:switch
+  env:variable max_failures:number quick:number poll:seconds spot:switch queued:switch dry_run:switch
   stop:switch' "$@"
 [[ $name && $zone ]] || mistake "--name and --zone are required."
 if [[ ! $stop ]]; then
@@ -110,6 +112,10 @@ install() { # installs this working tree and its dependencies on all workers
   worker all install ${mount:+"$mount"}
 }
 
+start() { # starts the program on all workers
+  worker all start ${variables[@]+"${variables[@]/#/--env=}"} -- "${program[@]}"
+}
+
 running() { # returns 0 if the program runs on worker 0, 1 if not, 2 if this is unknown
   local script='cap_pretrain/tools/launch_tpu_worker.sh' found
   found=$(tpus tpu-vm ssh "$name" --worker=0 \
@@ -127,7 +133,7 @@ if [[ $dry_run ]]; then
   echo "# Copy and install the code on all workers, unless the program is running there."
   install
   echo "# Start the program on all workers and follow the log of worker 0."
-  worker all start "${program[@]}"
+  start
   worker 0 follow
   echo "# Get the exit statuses. 0, 2 and 130 end this, and 143 if the slice is still READY."
   echo "# A preemption repeats all of this; a crash restarts the program, up to $max_failures quick crashes in a row."
@@ -142,9 +148,11 @@ while true; do
   make_ready
   idle=0 ended=''
   running || idle=$?
+  # It still runs and worker 0 answers: what was lost before were connections.
+  if ((idle == 0)); then silent=0; fi
   if ((idle == 1)); then
     # A failure here may be a preemption; otherwise it counts as a crash.
-    if { [[ $installed ]] || install; } && worker all start "${program[@]}"; then
+    if { [[ $installed ]] || install; } && start; then
       idle=0 installed=1
     else
       ended='1 0' installed=''

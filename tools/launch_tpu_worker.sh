@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Commands that tools/launch_tpu.sh runs on each TPU VM, from ~/cap_pretrain/tools.
 #   install [MOUNT]   install Python, this package and its dependencies; mount gs://BUCKET or HOST:/SHARE
-#   start FLAGS…      start `python -m cap_pretrain.main FLAGS…`, unless it is running
+#   start [--env=NAME=VALUE]… -- FLAGS…
+#                     start `python -m cap_pretrain.main FLAGS…`, unless it is running
 #   state             print "running" or "idle"
 #   follow            print the program's log until it exits
 #   ended             wait, then print "ended STATUS SECONDS" of the last start (STATUS 1 if unknown)
@@ -47,6 +48,12 @@ mount_runs() {
   fi
 }
 
+# JAX asks for this on v5e and newer: the TPU runtime starts and ends faster. A reboot resets it.
+enable_hugepages() {
+  sudo sh -c 'echo always >/sys/kernel/mm/transparent_hugepage/enabled' ||
+    say "transparent hugepages could not be enabled; the program starts without them."
+}
+
 ended() {
   # When a host is lost the others exit by themselves; this handles one that hangs nevertheless.
   for ((i = 0; i < 600; i++)); do
@@ -71,16 +78,20 @@ case $verb in
     uv pip install --quiet --python venv/bin/python -e '.[tpu]' gcsfs
     ;;
   start)
+    read_options 'env:variable' "$@"
     if alive; then echo "already running" && exit; fi
     if [[ -e run/log ]]; then mv run/log "run/log.$(date +%Y%m%d_%H%M%S)"; fi
     rm -f run/pid run/ended
+    enable_hugepages
     # It outlives the connection, and the waiting shell records its exit status.
     # shellcheck disable=SC2016
     nohup setsid bash -c '
-      venv/bin/python -u -m cap_pretrain.main "$@" &
+      "$@" &
       echo $! >run/pid
       wait $! && status=0 || status=$?
-      echo "ended $status $SECONDS" >run/ended' _ "$@" >run/log 2>&1 </dev/null &
+      echo "ended $status $SECONDS" >run/ended' _ \
+      env ${variables[@]+"${variables[@]}"} venv/bin/python -u -m cap_pretrain.main \
+      ${program[@]+"${program[@]}"} >run/log 2>&1 </dev/null &
     until [[ -s run/pid ]]; do sleep 0.1; done
     ;;
   state) if alive; then echo running; else echo idle; fi ;;

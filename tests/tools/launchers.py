@@ -105,6 +105,7 @@ if status == "preempted":
     status = 143
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 print("step", count, flush=True)
+(home / "environment.json").write_text(json.dumps(dict(os.environ)))
 (fake / f"{{home.name}}_start_{{count}}").touch()
 if status == "waits":
     time.sleep(30)
@@ -136,6 +137,7 @@ class Bench:
             shutil.copy(script, folder / "repository/tools")
         self.put("gcloud", f"#!{sys.executable} -ISs\n{GCLOUD}")
         self.put("uv", UV)
+        self.record("sudo")
         self.env = {
             "PATH": f"{self.bin}:/usr/bin:/bin",
             "FAKE": str(folder),

@@ -56,6 +56,11 @@ def test_one_pod_per_host_with_all_flags(bench):
     assert all(flag.count("$") % 2 == 0 for flag in main["args"])
     assert main["resources"]["limits"] == {"google.com/tpu": 4}
     volumes = {v["name"]: v for v in pod["volumes"]}
+    assert main["resources"]["requests"] == {
+        "google.com/tpu": 4,
+        "memory": "96G",
+        "ephemeral-storage": "11G",  # the 64th part of the cache's 64 GB, and 10
+    }
     assert volumes["runs"]["nfs"] == {"server": "10.0.0.2", "path": "/runs"}
     assert {m["name"]: m["mountPath"] for m in main["volumeMounts"]}["runs"] == "/mnt/runs"
 
@@ -73,7 +78,9 @@ def test_mistakes_end_the_job_and_preemptions_do_not_count(bench):
     (pattern,) = mistake["onJobFailureMessagePatterns"]
     assert re.search(pattern, failed.format(2)) and not re.search(pattern, failed.format(143))
     assert not re.search(pattern, failed.format(23))
-    by_code, by_condition = spec["podFailurePolicy"]["rules"]
+    killed, by_code, by_condition = spec["podFailurePolicy"]["rules"]
+    # The first rule that matches decides; a pod evicted for its use of memory matches the last, too.
+    assert (killed["action"], killed["onExitCodes"]["values"]) == ("Count", [137])
     assert by_code["onExitCodes"]["values"] == [2, 143]
     assert by_condition["onPodConditions"][0]["type"] == "DisruptionTarget"
     pod = spec["template"]
@@ -91,7 +98,25 @@ def test_hosts_of_other_slices(bench, topology, chips, hosts):
     spec = manifest(bench, *flags)["spec"]["replicatedJobs"][0]["template"]["spec"]
     assert spec["parallelism"] == hosts
     (main,) = spec["template"]["spec"]["containers"]
-    assert main["resources"]["requests"] == {"google.com/tpu": chips}
+    assert main["resources"]["requests"]["google.com/tpu"] == chips
+
+
+def test_a_workdir_in_a_bucket_needs_no_mount(bench):
+    flags = ("--config=c", "--workdir=gs://b/run", "--config.data.cache=/dev/shm/data")
+    flags += ("--config.data.cache_gb=100.5",)
+    done = run(bench, "--dry_run", "--hugepages", "--env=A=$(B) it's", "--disk=500", program=flags)
+    assert done.returncode == 0, done.stderr
+    (job,) = yaml.safe_load(done.stdout)["spec"]["replicatedJobs"]
+    pod = job["template"]["spec"]["template"]["spec"]
+    assert [volume["name"] for volume in pod["volumes"]] == ["memory"]
+    (main,) = pod["containers"]
+    assert [mount["name"] for mount in main["volumeMounts"]] == ["memory"]
+    requests = main["resources"]["requests"]
+    assert (requests["memory"], requests["ephemeral-storage"]) == ("98G", "500G")
+    assert main["env"] == [{"name": "A", "value": "$$(B) it's"}]
+    (hugepages,) = pod["initContainers"]
+    assert hugepages["securityContext"] == {"privileged": True}
+    assert "transparent_hugepage/enabled" in hugepages["command"][-1]
 
 
 def test_replaces_the_job_of_that_name(bench):
@@ -108,7 +133,8 @@ def test_replaces_the_job_of_that_name(bench):
 @pytest.mark.parametrize(
     ("flags", "program", "message"),
     [
-        ([], PROGRAM_FLAGS, "--mount are required"),
+        ([], PROGRAM_FLAGS, "--mount: is required"),
+        (["--topology="], PROGRAM_FLAGS, "--topology are required"),
         (["--mount=h:/s"], [], "program's flags"),
         (["--mount=h:/s", "--topology=big"], PROGRAM_FLAGS, "--topology=big"),
         (["--mount=h:/s", "--topology=3x3"], PROGRAM_FLAGS, "does not divide"),

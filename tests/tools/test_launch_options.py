@@ -64,6 +64,8 @@ def launch(bench, script, option, value, *more):
     """Run a launcher with a value for an option, or for a flag of the program ("--")."""
     program = [*PROGRAM_FLAGS, f"--config.x={value}"] if option == "--" else PROGRAM_FLAGS
     own = [] if option == "--" else [f"--{option}={value}"]
+    if option == "env":
+        own = [f"--env=A={value}"]
     command = ["bash", ROOT / "tools" / script, *REQUIRED[script], *own, *more, "--", *program]
     folder = bench.fake / "work"
     folder.mkdir(exist_ok=True)
@@ -123,11 +125,17 @@ def check(bench, script, option, value):
             arrived.append(value)
             volume = {path[-1]: leaf for path, leaf in leaves.items() if path[-2:-1] == ("nfs",)}
             assert not volume or f"{volume['server']}:{volume['path']}" == value, what
+        elif option == "env":
+            variable = [leaves.pop(path) for path in list(leaves) if "env" in path]
+            assert [str(word).replace("$$", "$") for word in variable] == ["A", value], what
+            assert leaves.keys() == usual_paths(), what
         else:
             assert leaves.keys() == usual_paths(), what
     else:
         arrived = words_of(script, out)
     given = f"--config.x={value}" if option == "--" else value
+    if option == "env" and script != "launch_gke.sh":
+        given = f"A={value}"
     if options_of(script).get(option) not in ("number", "count", "seconds", "topology"):
         assert any(given == word.partition("=")[2] or given == word for word in arrived), what
     return True
@@ -169,8 +177,18 @@ def test_commands_of_a_dry_run_pass_texts_on_as_they_are(bench):
     (start,) = [word for call in calls for word in call if "worker.sh start" in word]
     line = start.removeprefix("--command=bash ")
     words = subprocess.run(["bash", "-c", f"printf '%s\\n' {line}"], stdout=-1, **options).stdout
-    assert words.splitlines()[2:] == given
+    assert words.splitlines()[2:] == ["--", *given]
     assert not (bench.fake / "PWNED").exists()
+
+
+@pytest.mark.parametrize("script", REQUIRED)
+def test_the_name_of_a_variable_is_checked(bench, script):
+    bench.record(*CLOUDS)
+    for name in ("1A", "A B", f"$({RUN})", "A", ""):
+        text = name if name == "A" else f"{name}=x"
+        done = launch(bench, script, "--", "x", f"--env={text}", "--dry_run")
+        assert done.returncode == 2 and b"must be NAME=VALUE" in done.stderr, done
+    assert not any((bench.fake / "work").iterdir())
 
 
 def test_a_crash_of_a_slurm_job_evaluates_nothing(bench):

@@ -9,7 +9,7 @@ import pytest
 from tests.tools.launchers import PROGRAM_FLAGS, ROOT
 
 
-def run(bench, *flags, statuses="0", requeue=0, program=PROGRAM_FLAGS):
+def run(bench, *flags, statuses="0", requeue=0, program=PROGRAM_FLAGS, tasks="1"):
     (bench.fake / "statuses").write_text(statuses)
     bench.record("scontrol", code=requeue)
     bench.put(
@@ -24,9 +24,10 @@ def run(bench, *flags, statuses="0", requeue=0, program=PROGRAM_FLAGS):
     )
     script = bench.fake / "slurm_script"  # Slurm runs a copy of the script
     shutil.copy(ROOT / "tools/launch_slurm.sbatch", script)
+    job = {"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "12", "SLURM_NTASKS_PER_NODE": tasks}
     return subprocess.run(
         ["bash", script, "--pause=0", *flags, *(["--", *program] if program else [])],
-        env=bench.env | {"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "12"},
+        env=bench.env | job,
         capture_output=True,
         text=True,
         timeout=20,
@@ -40,6 +41,16 @@ def test_runs_one_process_per_node_with_all_flags(bench):
     assert call[3:] == ["python", "-u", "-m", "cap_pretrain.main", *PROGRAM_FLAGS]
     assert (bench.fake / "cpus").read_text() == "12"
     assert bench.calls("scontrol") == []
+
+
+def test_one_process_per_gpu_with_variables(bench):
+    done = run(bench, "--env=A=it's $HOME", "--env=B=", tasks="8")
+    assert done.returncode == 0, done.stderr
+    (call,) = bench.calls("srun")
+    assert call[0] == "--ntasks-per-node=8"
+    assert call[3:7] == ["env", "A=it's $HOME", "B=", "python"]
+    done = run(bench, tasks="a[$(touch PWNED)0]")
+    assert done.returncode == 2 and "SLURM_NTASKS_PER_NODE" in done.stderr
 
 
 @pytest.mark.parametrize("requeue", [0, 1])

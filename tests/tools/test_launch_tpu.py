@@ -1,6 +1,7 @@
 """Tests of tools/launch_tpu.sh and tools/launch_tpu_worker.sh."""
 
 import concurrent.futures
+import json
 import os
 import signal
 import subprocess
@@ -16,7 +17,8 @@ FIRST = [*INSTALL, *AGAIN]
 
 
 def test_creates_the_slice_installs_and_runs(bench):
-    done = bench.tpu("--spot", "--create_flag=--network=my net")
+    text = 'it\'s $HOME & ("all") '
+    done = bench.tpu("--spot", "--create_flag=--network=my net", f"--env=A={text}", "--env=B=")
     assert done.returncode == 0, done.stderr
     assert bench.verbs() == ["tpu-vm create", *FIRST]
     create = next(call for call in bench.calls("gcloud") if call[3] == "create")
@@ -29,6 +31,10 @@ def test_creates_the_slice_installs_and_runs(bench):
         assert bench.calls(worker) == [["-u", "-m", "cap_pretrain.main", *PROGRAM_FLAGS]]
         for file in (*PACKAGING, "cap_pretrain/main.py"):
             assert (bench.fake / worker / "cap_pretrain" / file).is_file()
+        environment = json.loads((bench.fake / worker / "environment.json").read_text())
+        assert (environment["A"], environment["B"]) == (text, "")
+    enable = "echo always >/sys/kernel/mm/transparent_hugepage/enabled"
+    assert bench.calls("sudo") == [["sh", "-c", enable]] * 2
 
 
 def test_a_ready_slice_is_used_and_a_running_program_is_followed(bench):
@@ -117,6 +123,29 @@ def test_quick_crashes_end_it(bench):
     assert done.returncode == 1
     assert "crashed 2 times in a row (1)" in done.stderr
     assert bench.verbs() == [*FIRST, *AGAIN]
+
+
+@pytest.mark.parametrize(
+    ("lost", "code"),
+    [("follow " * 30, 0), ("state " * 9 + "follow " + "state " * 8, 0), ("state " * 10, 1)],
+)
+def test_lost_connections_are_survived_unless_none_succeeds(bench, lost, code):
+    (bench.fake / "lost").write_text(lost)  # in this order; then no more
+    bench.put(
+        "gcloud",
+        '#!/bin/bash\nread -r verb rest <"$FAKE/lost"\n'
+        'lose() { [[ $verb != "$1" ]] || { echo "$rest" >"$FAKE/lost"; exit 255; }; }\n'
+        'case "$*" in\n'
+        "  *' describe '*) echo READY ;;\n"
+        "  *'worker.sh state'*) lose state; echo running ;;\n"
+        "  *'worker.sh follow'*) lose follow ;;\n"
+        "  *'worker.sh ended'*) echo 'ended 0 99' ;;\n"
+        "  *) exit 1 ;;\nesac\n",
+    )
+    done = bench.tpu(statuses=None)
+    assert done.returncode == code, done.stderr
+    assert ("unreachable" in done.stderr) == bool(code)
+    assert (bench.fake / "lost").read_text().split() == []
 
 
 @pytest.mark.slow
