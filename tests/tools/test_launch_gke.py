@@ -79,7 +79,7 @@ def test_mistakes_end_the_job_and_preemptions_do_not_count(bench):
     assert re.search(pattern, failed.format(2)) and not re.search(pattern, failed.format(143))
     assert not re.search(pattern, failed.format(23))
     killed, by_code, by_condition = spec["podFailurePolicy"]["rules"]
-    # The first rule that matches decides; a pod evicted for its use of memory matches the last, too.
+    # The first rule that matches decides. A pod evicted for its use of memory matches the last too.
     assert (killed["action"], killed["onExitCodes"]["values"]) == ("Count", [137])
     assert by_code["onExitCodes"]["values"] == [2, 143]
     assert by_condition["onPodConditions"][0]["type"] == "DisruptionTarget"
