@@ -1,12 +1,13 @@
 """Parts of datasets are balanced and seeded, and smaller parts are inside larger ones."""
 
+import itertools
 import pickle
 
 import numpy as np
 import pytest
 
 from cap_pretrain.data.scenes.source import Scenes
-from cap_pretrain.data.sources import subset
+from cap_pretrain.data.sources import base, subset
 from cap_pretrain.data.sources.base import without_image
 from cap_pretrain.errors import UserError
 
@@ -66,6 +67,74 @@ def test_a_dataset_is_divided_alike_in_every_run():
         subset.divided(Scenes("train", 16, length_train=1))
 
 
+class Labelled:
+    """Examples with these labels."""
+
+    def __init__(self, labels, names="abcdefgh"):
+        self._labels, self.class_names = list(labels), list(names)
+
+    def __str__(self):
+        return "labelled"
+
+    def __len__(self):
+        return len(self._labels)
+
+    def __getitem__(self, index):
+        return {"label": int(self._labels[index]), "id": str(index)}
+
+
+class Files(Labelled):
+    """Examples in files of these lengths, which notes what is read ahead."""
+
+    example_bytes = 10.0
+
+    def __init__(self, *counts):
+        super().__init__([0] * sum(counts))
+        self._ends, self.ahead = np.cumsum(counts).tolist(), []
+
+    def block_bounds(self, size):
+        return base.file_bounds(self._ends, size)
+
+    def read_ahead(self, ranges):
+        self.ahead += ranges
+
+
+@pytest.mark.parametrize("left_out", [[], [0], [4, 5, 6], [0, 1, 2, 3], [2, 7, 11, 29]])
+def test_a_subset_has_the_blocks_of_its_source(left_out):
+    source, kept = Files(3, 1, 16, 10), np.setdiff1d(np.arange(30), left_out)
+    np.testing.assert_array_equal(
+        base.block_bounds(source, 4), [0, 3, 4, 8, 12, 16, 20, 24, 28, 30]
+    )
+    for indices in (kept, subset.AllBut(30, np.array(left_out, np.int64))):
+        part = subset.Subset(source, indices, "part")
+        bounds = base.block_bounds(part, 4)
+        assert bounds[0] == 0 and bounds[-1] == len(part) and (np.diff(bounds) > 0).all()
+        blocks = [kept[a:b] for a, b in itertools.pairwise(bounds)]
+        of_source = [np.split(kept, np.searchsorted(kept, base.block_bounds(source, 4)))]
+        assert [b.tolist() for b in blocks] == [b.tolist() for b in of_source[0] if len(b)]
+        source.ahead.clear()
+        base.read_ahead(part, [(1, 3), (5, 5), (6, 7)])
+        assert source.ahead == [(kept[1], kept[2] + 1), (kept[6], kept[6] + 1)]
+        assert base.example_bytes(part) * len(part) == pytest.approx(300)
+
+
+def test_any_sequence_has_blocks():
+    assert base.block_bounds(SOURCE, 150).tolist() == [0, 150, 300, 400]
+    assert base.example_bytes(SOURCE) == 0 and base.read_ahead(SOURCE, [(0, 5)]) is None
+
+
+def test_what_is_held_out_of_many_examples_takes_little_memory(monkeypatch):
+    source = range(100_000)
+    before = np.asarray(subset.divided(Files(100_000))[0]._indices)
+    monkeypatch.setattr(subset, "_PERMUTED", 1000)
+    training, held_out = subset.divided(Files(100_000))
+    assert len(held_out) == 5000 and np.ptp(held_out._indices) > 90_000
+    rest = np.setdiff1d(source, held_out._indices)
+    np.testing.assert_array_equal(rest, np.asarray(training._indices))
+    assert [training._indices[i] for i in range(0, 95_000, 997)] == rest[::997].tolist()
+    assert not np.array_equal(before, rest)
+
+
 def test_a_subset_is_a_source_that_workers_can_open():
     part = pickle.loads(pickle.dumps(subset.fraction_of(SOURCE, 0.1, seed=0)))
     assert ids(part) == ids(subset.fraction_of(SOURCE, 0.1, seed=0))
@@ -92,22 +161,6 @@ def test_examples_may_come_without_their_images():
         rest = without_image(source, 7)
         assert rest == {name: value for name, value in source[7].items() if name != "image"}
     assert without_image([{"label": 3}], 0) == {"label": 3}
-
-
-class Labelled:
-    """Examples with these labels."""
-
-    def __init__(self, labels, names="abcdefgh"):
-        self._labels, self.class_names = list(labels), list(names)
-
-    def __str__(self):
-        return "labelled"
-
-    def __len__(self):
-        return len(self._labels)
-
-    def __getitem__(self, index):
-        return {"label": int(self._labels[index]), "id": str(index)}
 
 
 def of_sizes(source, training, *, least=0, most=0, drawn=0):

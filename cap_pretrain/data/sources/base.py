@@ -11,8 +11,9 @@ A source is a picklable sequence. `source[i]` is one example, as it is stored:
         class names then are those of question types.
     weights: list[float], relative probabilities of drawing each caption; missing or empty if equal
 
-`source.class_names` lists the names of the labels and is empty if there are none. A source may have
-`without_image(i)`, which returns an example without its image where that is faster.
+`source.class_names` lists the names of the labels and is empty if there are none. A source may also
+have what these functions of this module call, each of which says what holds without it:
+`without_image`, `block_bounds`, `read_ahead` and `example_bytes`.
 
 To add a generated dataset, write a class like this in a new file and register it in
 `open.GENERATED`. All stored datasets are read by `tfds.TfdsSource`.
@@ -20,8 +21,10 @@ To add a generated dataset, write a class like this in a new file and register i
 
 import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
+
+import numpy as np
 
 from cap_pretrain.errors import UserError
 
@@ -57,6 +60,41 @@ class Source(Protocol):
 def without_image(source: Source, index: int) -> Example:
     """Return `source[index]`, without its image where the source can skip reading it."""
     return getattr(source, "without_image", source.__getitem__)(index)
+
+
+def block_bounds(source: Source, size: int) -> np.ndarray:
+    """Return where the blocks of a source begin, and its length: int64 [n + 1], ascending from 0.
+
+    A block is a run of examples that are stored and fetched together, at most `size` of them;
+    Parquet's row groups are blocks of any size. The blocks of a stored source do not cross files.
+    By default every `size` examples are a block.
+    """
+    own = getattr(source, "block_bounds", None)
+    return own(size) if own else file_bounds([len(source)], size)
+
+
+def file_bounds(ends: Sequence[int], size: int) -> np.ndarray:
+    """Return `block_bounds` of a source whose files end at the examples `ends`, ascending."""
+    files = zip([0, *ends], ends, strict=False)
+    starts = [np.arange(start, end, size, dtype=np.int64) for start, end in files]
+    return np.append(np.concatenate(starts), np.int64(ends[-1]))
+
+
+def read_ahead(source: Source, ranges: Sequence[tuple[int, int]]) -> None:
+    """Announce the example ranges (start, stop) that are read next, the most urgent first.
+
+    A source on remote storage fetches them in the background, within its budget, and may drop what
+    is not among them. By default nothing happens. The process that iterates over batches calls
+    this, not its worker processes, whenever the ranges change.
+    """
+    own = getattr(source, "read_ahead", None)
+    if own:
+        own(ranges)
+
+
+def example_bytes(source: Source) -> float:
+    """Return the mean number of bytes that are stored, and fetched, for an example; 0: unknown."""
+    return float(getattr(source, "example_bytes", 0.0))
 
 
 def parse_mixture(text: str, field: str = "data.name") -> list[tuple[str, float]]:

@@ -212,6 +212,10 @@ class Copies:
     def __contains__(self, name: str) -> bool:
         return name in self._sizes
 
+    def size(self, name: str) -> int:
+        """Return the size of a file in bytes."""
+        return self._sizes[name]
+
     def has(self, name: str) -> bool:
         """Return whether a complete copy exists."""
         if name not in self._complete and _has_size(self.path / name, self._sizes[name]):

@@ -2,11 +2,12 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from cap_pretrain.data.sources import base
 from cap_pretrain.data.sources.base import Example, Source, without_image
 from cap_pretrain.errors import UserError
 
@@ -15,9 +16,41 @@ HELD_OUT, HELD_OUT_MOST = 0.05, 10_000
 
 _READING_THREADS = 16  # the records may lie on a network disk
 
+# Up to so many examples, those held out are the first of a permutation of all, which takes 8 bytes
+# for each. Beyond, they are drawn one by one.
+_PERMUTED = 2**26
+
+
+class AllBut:
+    """The indices below `count` but for `left_out`, int64 [m] ascending; only these m are held.
+
+    It has the length and the elements of an array of the others, which `np.asarray` makes.
+    """
+
+    def __init__(self, count: int, left_out: np.ndarray):
+        self._count, self._left_out = count, left_out
+        self._kept_before = left_out - np.arange(len(left_out))
+
+    def __len__(self) -> int:
+        return self._count - len(self._left_out)
+
+    def __getitem__(self, position: int) -> int:
+        return position + int(np.searchsorted(self._kept_before, position, side="right"))
+
+    def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
+        del copy  # the array is always new
+        return np.delete(np.arange(self._count), self._left_out).astype(dtype or np.int64)
+
+    def searchsorted(self, bounds: np.ndarray) -> np.ndarray:
+        """Return how many of the indices are below each of `bounds`, as an array's method does."""
+        return bounds - np.searchsorted(self._left_out, bounds)
+
 
 class Subset:
     """The examples of a source at `indices`, int [n]; `str` adds `description`. A `Source`.
+
+    Its blocks are those of the source, as far as they hold examples of the subset. What lies
+    between two examples of a block is fetched with them, so `indices` should be ascending.
 
     If a part of the dataset is held out (`divided`), `held_out` is its size, and `note` a line for
     the log.
@@ -26,7 +59,7 @@ class Subset:
     def __init__(
         self,
         source: Source,
-        indices: np.ndarray,
+        indices: np.ndarray | AllBut,
         description: str,
         note: str = "",
         held_out: int = 0,
@@ -51,6 +84,22 @@ class Subset:
     def without_image(self, index: int) -> Example:
         """Return `self[index]`, without its image where the source can skip reading it."""
         return self._relabeled(without_image(self._source, int(self._indices[index])))
+
+    def block_bounds(self, size: int) -> np.ndarray:
+        """Return the bounds of the source's blocks within the subset; see `base.block_bounds`."""
+        bounds = self._indices.searchsorted(base.block_bounds(self._source, size))
+        return bounds[np.flatnonzero(np.diff(bounds, prepend=-1))]
+
+    def read_ahead(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Announce ranges to the source; see `base.read_ahead`."""
+        indices = self._indices
+        spans = [(int(indices[a]), int(indices[b - 1]) + 1) for a, b in ranges if a < b]
+        base.read_ahead(self._source, spans)
+
+    @property
+    def example_bytes(self) -> float:
+        """Bytes of the source for each example of the subset; see `base.example_bytes`."""
+        return base.example_bytes(self._source) * len(self._source) / max(1, len(self))
 
     def renumbered(self, classes: np.ndarray) -> "Subset":
         """Return this subset with `classes`, which must cover all examples, as labels 0, 1, …."""
@@ -91,15 +140,18 @@ def divided(source: Source, most: int = -1) -> tuple[Subset, Subset]:
     if most < 0:
         most = min(HELD_OUT_MOST, max(1, int(HELD_OUT * count)))
     most = min(most, count - 1)
-    held_out = np.zeros(count, bool)
-    held_out[np.random.default_rng([0, count]).permutation(count)[:most]] = True
+    rng = np.random.default_rng([0, count])
+    if count <= _PERMUTED:
+        held_out = np.sort(rng.permutation(count)[:most])
+    else:
+        held_out = np.sort(rng.choice(count, most, replace=False, shuffle=False))
     note = (
         f"{source}, is the only split: {most:,} of its {count:,} examples are held out of training "
         "as 'val', the same in every run; set data.held_out or data.eval_split to choose others."
     )
     return (
-        Subset(source, np.flatnonzero(~held_out), f"all but {most} held-out examples", note, most),
-        Subset(source, np.flatnonzero(held_out), f"{most} held-out examples", note, most),
+        Subset(source, AllBut(count, held_out), f"all but {most} held-out examples", note, most),
+        Subset(source, held_out, f"{most} held-out examples", note, most),
     )
 
 

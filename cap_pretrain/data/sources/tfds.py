@@ -16,6 +16,7 @@ from cap_pretrain.data.sources.base import (
     INFO_FILE,
     Example,
     NoSplitError,
+    file_bounds,
     parse_mixture,
 )
 from cap_pretrain.data.sources.metadata import listed, open_builder
@@ -85,6 +86,17 @@ class TfdsSource:
                 f"{self}: example {index} in {Path(shard.filename).name} cannot be read "
                 f"({why(error)}); copy or build the dataset again."
             ) from error
+
+    def block_bounds(self, size: int) -> np.ndarray:
+        """Return where blocks of at most `size` examples begin, anew at each file."""
+        return file_bounds(self._ends, size)
+
+    @functools.cached_property
+    def example_bytes(self) -> float:
+        """Mean stored bytes of an example, from the sizes of the files."""
+        paths = {Path(s.filename): s.examples_in_shard for s in self._shards}
+        sizes = (self._copies.size(p.name) if self._copies else p.stat().st_size for p in paths)
+        return sum(sizes) / sum(paths.values())
 
     def _parse(self, record: bytes) -> dict[str, Any]:
         """Return the values of the wanted features by path.
