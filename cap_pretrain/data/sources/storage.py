@@ -51,7 +51,7 @@ _TRANSIENT = (
 # Packages whose errors fsspec's file systems do not wrap; these are retried.
 _CLIENTS = ("aiohttp", "azure", "botocore", "gcsfs", "google")
 # Entries of a listing that change with the content of a file; each file system has its own names.
-_STAMPS = ("etag", "ETag", "md5Hash", "mtime", "updated", "LastModified", "created")
+STAMPS = ("etag", "ETag", "md5Hash", "mtime", "updated", "LastModified", "created")
 
 _SHARD = re.compile(r"-\d{5,}-of-\d{5,}$")  # how TFDS names the files that hold records
 _URL = re.compile(r"[A-Za-z][\w.:-]*://")
@@ -83,6 +83,12 @@ def why(error: BaseException) -> str:
     """Return the first clause of an error's message; those of ArrayRecord are very long."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return text.strip().partition("\n")[0].partition(";")[0]
+
+
+def cache_folder(cache: str = "") -> Path:
+    """Return the folder for local copies; if none is named, one in the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "cap_pretrain"
+    return Path(cache or default).expanduser()
 
 
 def locate(name: str) -> "Path | Remote":
@@ -127,26 +133,26 @@ class Remote:
 
     def is_dir(self) -> bool:
         """Return whether this is a folder."""
-        return self._call(lambda fs, path: fs.isdir(path))
+        return self.call(lambda fs, path: fs.isdir(path))
 
     def is_file(self) -> bool:
         """Return whether this is a file."""
-        return self._call(lambda fs, path: fs.isfile(path))
+        return self.call(lambda fs, path: fs.isfile(path))
 
     def iterdir(self) -> Iterator["Remote"]:
         """Yield the entries of this folder."""
-        for entry in self._call(lambda fs, path: fs.ls(path, detail=False)):
+        for entry in self.call(lambda fs, path: fs.ls(path, detail=False)):
             yield self / entry.rstrip("/").rpartition("/")[2]
 
     def glob(self, pattern: str) -> Iterator["Remote"]:
         """Yield the paths below this folder that match a pattern, without "**"."""
         depth = pattern.count("/") + 1
-        for found in self._call(lambda fs, path: fs.glob(f"{path}/{pattern}")):
+        for found in self.call(lambda fs, path: fs.glob(f"{path}/{pattern}")):
             yield self / "/".join(found.split("/")[-depth:])
 
     def files(self) -> dict[str, dict[str, Any]]:
         """Return fsspec's info of each file of this folder by name, "size" in bytes included."""
-        entries = self._call(lambda fs, path: fs.ls(path, detail=True))
+        entries = self.call(lambda fs, path: fs.ls(path, detail=True))
         return {e["name"].rpartition("/")[2]: e for e in entries if e["type"] == "file"}
 
     def read_range(self, start: int, stop: int) -> bytes:
@@ -158,15 +164,17 @@ class Remote:
                 raise OSError(f"{len(data)} bytes came instead of {stop - start}")
             return data
 
-        return self._call(read)
+        return self.call(read)
 
-    def _call(self, method: Callable[[Any, str], T]) -> T:
+    def call(self, method: Callable[[Any, str], T]) -> T:
         """Return `method(file system, path in it)`, retrying transient errors."""
         import fsspec
 
         try:
             fs, path = fsspec.core.url_to_fs(self.url)
             return retried(lambda: method(fs, path))
+        except UserError:
+            raise
         except Exception as error:
             missing = isinstance(error, FileNotFoundError)  # its message is only the name
             reason = "no such file or folder" if missing else why(error)
@@ -192,13 +200,12 @@ class Copies:
         listed = remote.files()
         self._sizes = {name: int(entry["size"]) for name, entry in listed.items()}
         stamps = sorted(
-            (name, entry["size"], *(str(entry[key]) for key in _STAMPS if key in entry))
+            (name, entry["size"], *(str(entry[key]) for key in STAMPS if key in entry))
             for name, entry in listed.items()
         )
         digest = hashlib.sha256(repr((remote.url, stamps)).encode()).hexdigest()[:16]
         name = re.sub(r"[^\w.-]+", "_", remote.url)[-100:]
-        default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "cap_pretrain"
-        self.path = Path(cache or default).expanduser() / f"{name}-{digest}"
+        self.path = cache_folder(cache) / f"{name}-{digest}"
         self._complete: set[str] = set()
         with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
