@@ -211,7 +211,10 @@ def open_regular(path: Path) -> BinaryIO:
     """Open a regular file for reading; raises NotRegularError for anything else.
 
     The file is opened without blocking and checked afterwards, so it cannot be exchanged between.
+    An object of a bucket (`files.place`) is read as a whole.
     """
+    if not isinstance(path, (str, Path)):
+        return io.BufferedReader(io.BytesIO(path.read_bytes()))
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -232,7 +235,9 @@ def open_bounded(path: Path) -> BinaryIO:
     file = open_regular(path)
     if file.peek(2)[:2] != b"\x1f\x8b":  # type: ignore[attr-defined]  # a BufferedReader
         return file
-    limit = FREE_BYTES + MAX_RATIO * os.fstat(file.fileno()).st_size
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    limit = FREE_BYTES + MAX_RATIO * size
     return io.BufferedReader(_Bounded(gzip.GzipFile(fileobj=file), file, limit, path), 2**16)
 
 

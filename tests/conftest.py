@@ -24,6 +24,7 @@ from absl import flags
 
 from cap_pretrain.data.scenes.source import Scenes
 from cap_pretrain.data.text.tokenizers import source_captions, train_sentencepiece
+from tests import gcs
 
 if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()  # worker processes ask for it
@@ -94,3 +95,12 @@ def tokenizer_path(tmp_path_factory):
     """A sentencepiece model of about a hundred pieces, made from captions of `scenes`."""
     captions = source_captions(Scenes("train", 16, length_train=200), 200)
     return train_sentencepiece(captions, tmp_path_factory.mktemp("tokenizer"), vocab_size=100)
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """A server with the empty bucket gs://bucket, which this process and its children use."""
+    with gcs.Server("bucket") as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        yield server

@@ -1,15 +1,15 @@
-"""Atomic writes of a run's files, their names, append-only logs, and reading JSON."""
+"""The files of a run, on a disk or in a bucket: paths, atomic writes, logs, and reading JSON."""
 
-import contextlib
 import io
 import os
 import re
+import socket
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from cap_pretrain.errors import UserError
+from cap_pretrain.files.logs import Appended, naming
 from cap_pretrain.files.places import is_url, place
 from cap_pretrain.untrusted import check_parsed, parse_json, read_bounded
 
@@ -22,6 +22,7 @@ __all__ = [
     "place",
     "read_json",
     "read_json_lines",
+    "total_size",
     "unused",
     "write_bytes",
     "write_text",
@@ -30,10 +31,16 @@ __all__ = [
 
 def make_workdir(workdir: Path) -> None:
     """Create the folder of a run; raise UserError if it cannot be created or written to."""
+    content = b"to check that there is space"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=workdir) as file:
-            file.write(b"to check that there is space")
+        if is_url(workdir):
+            probe = workdir / f".writable-{socket.gethostname()}-{os.getpid()}"
+            probe.write_bytes(content)
+            probe.unlink()
+        else:
+            with tempfile.TemporaryFile(dir=workdir) as file:
+                file.write(content)
     except OSError as e:
         raise UserError(
             f"--workdir: cannot write to {str(workdir)!r} ({e.strerror}); fix that or name "
@@ -52,6 +59,9 @@ def write_bytes(path: Path, data: bytes) -> None:
     If the process is killed or the disk is full, the old file remains; every OSError names the
     file.
     """
+    if is_url(path):
+        path.write_bytes(data)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(path.name + ".tmp")
     with naming(path):
@@ -66,10 +76,17 @@ def unused(path: Path) -> Path:
     What says how a state came to be is kept under such a name, so that nothing replaces it.
     """
     fresh, number = path, 1
-    while os.path.lexists(fresh):
+    while fresh.is_symlink() or fresh.exists():
         number += 1
         fresh = path.with_name(f"{path.stem}.{number}{path.suffix}")
     return fresh
+
+
+def total_size(folder: Path) -> int:
+    """Return the bytes of all files below a folder."""
+    if is_url(folder):
+        return sum(cast(Any, folder).sizes().values())
+    return sum(file.stat().st_size for file in folder.rglob("*"))
 
 
 def numbered(folder: Path, suffix: str = "") -> dict[int, Path]:
@@ -97,35 +114,3 @@ def read_json_lines(path: Path) -> list[Any]:
     data = read_bounded(path)
     check_parsed(data, path)
     return [parse_json(line, path) for line in io.BytesIO(data) if line.strip()]
-
-
-class Appended:
-    """An unbuffered append-only file: when `write` returns, the operating system has the data.
-
-    A call that fails raises OSError, with the name of the file, and its data is dropped.
-    """
-
-    def __init__(self, path: Path):
-        self._path = path
-        self._file = path.open("ab", buffering=0)
-
-    def write(self, data: bytes) -> None:
-        """Append all of `data`; if the disk is full, as much of it as fits."""
-        with naming(self._path):
-            while data:
-                data = data[self._file.write(data) :]
-
-    def close(self) -> None:
-        """Close the file."""
-        with naming(self._path):
-            self._file.close()
-
-
-@contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Add `path` to every OSError inside the context; Python adds it only when opening fails."""
-    try:
-        yield
-    except OSError as e:
-        e.filename, e.filename2 = str(path), None
-        raise

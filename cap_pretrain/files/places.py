@@ -1,8 +1,8 @@
 """Paths of run folders: on local disks, and in buckets of Google Cloud Storage (gs://).
 
 `place` makes them, and nothing else does: `pathlib.Path` would turn a URL into a local folder named
-`gs:`. Paths of buckets are `etils.epath.Path`, which Orbax uses, too; it reads and writes through
-gcsfs, and arrays go through TensorStore.
+`gs:`. Those of buckets are `buckets.BucketPath`, which reads and writes through gcsfs, and which
+Orbax takes, too; Orbax's arrays go through TensorStore.
 """
 
 import functools
@@ -45,9 +45,9 @@ def place(text: str | os.PathLike[str]) -> Path:
     if not rest.strip("/").partition("/")[2].strip("/"):
         raise UserError(f"{name}: names no folder in a bucket; give gs://BUCKET/FOLDER.")
     _prepare()
-    from etils import epath
+    from cap_pretrain.files.buckets import BucketPath
 
-    return cast(Path, epath.Path(name))
+    return cast(Path, BucketPath(name))
 
 
 def is_url(path: str | os.PathLike[str]) -> bool:
@@ -74,7 +74,4 @@ def _prepare() -> None:
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     import fsspec
 
-    settings = fsspec.config.conf.setdefault("gcs", {})
-    settings.setdefault("use_listings_cache", False)
-    if os.environ.get("STORAGE_EMULATOR_HOST"):
-        settings.setdefault("token", "anon")
+    fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
