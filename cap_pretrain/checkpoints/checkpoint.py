@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from cap_pretrain.checkpoints.manifest import (
     read_manifest,
 )
 from cap_pretrain.checkpoints.orbax_setup import configure_orbax
+from cap_pretrain.checkpoints.reading import read_on_all_hosts
 from cap_pretrain.distributed import cluster
 from cap_pretrain.distributed.ahead import Ahead
 from cap_pretrain.errors import UserError, disk_error
@@ -41,8 +41,6 @@ from cap_pretrain.optim.schedule import BatchSizes
 from cap_pretrain.training.step import TrainState
 
 ITEMS = ("learner", "optimizer")
-# Reading may fail for these reasons although the checkpoint is valid.
-_TRANSIENT_FAILURES = ("RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
 
 
 def checkpoints_folder(workdir: str | Path) -> Path:
@@ -77,7 +75,7 @@ def load_arrays(
         args = jax.tree.map(lambda _: as_numpy, stored)
         return reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=args))
 
-    tree = _read_on_all_hosts(folder, lambda: {item: read(item) for item in items})
+    tree = read_on_all_hosts(folder, lambda: {item: read(item) for item in items})
     saved = {k: leaf for k, leaf in manifest["leaves"].items() if k.split("/")[0] in items}
     compare(folder, describe(tree, jax.jit(fingerprints)(tree)), saved)
     return rules.flatten(tree)
@@ -271,7 +269,7 @@ class Checkpoints:
                 **{item: ocp.args.StandardRestore(target[item]) for item in ITEMS}
             ),
         )
-        saved = dict(_read_on_all_hosts(folder, read).items())
+        saved = dict(read_on_all_hosts(folder, read).items())
         compare(folder, describe(saved, self._fingerprints(saved)), manifest["leaves"])
         return TrainState(**saved["learner"], opt_state=saved["optimizer"]["opt_state"])
 
@@ -370,23 +368,3 @@ def _items(state: TrainState) -> dict[str, Any]:
     """Return the items of a checkpoint, other than the manifest."""
     fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
     return {"optimizer": {"opt_state": fields.pop("opt_state")}, "learner": fields}
-
-
-def _read_on_all_hosts(folder: Path, read: Callable[[], Any]) -> Any:
-    """Return `read()`; raise CorruptCheckpointError on all hosts if files of one are corrupt."""
-    result, corruption = None, None
-    try:
-        with warnings.catch_warnings():
-            # Orbax leaves coroutines behind when it fails.
-            warnings.simplefilter("ignore", RuntimeWarning)
-            result = read()
-    except Exception as e:
-        if reason := disk_error(e):
-            raise UserError(f"{folder}: cannot be read ({reason}).") from e
-        if isinstance(e, MemoryError) or any(code in str(e) for code in _TRANSIENT_FAILURES):
-            raise
-        corruption = e
-    reason = (str(corruption).strip() or repr(corruption)).splitlines()[0] if corruption else ""
-    if reason := cluster.decided(reason, lambda reasons: next(filter(None, reasons), "")):
-        raise CorruptCheckpointError(f"{folder}: is corrupt ({reason[:200]})") from corruption
-    return result

@@ -6,7 +6,10 @@ import sys
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+
+from cap_pretrain.checkpoints import replicas
 
 
 @functools.cache
@@ -14,7 +17,7 @@ def configure_orbax() -> None:
     """Apply the process-wide settings this package needs from Orbax; later calls do nothing.
 
     One replica saves a whole array. By default each replica saves a slice, and the first save would
-    stall while hundreds of slicing programs compile.
+    stall while hundreds of slicing programs compile. One replica also reads, see `replicas`.
 
     Orbax logs each failure many times, with tracebacks and from several threads. It is raised here,
     so those records are dropped, like the notice about the array handler registered here.
@@ -24,9 +27,11 @@ def configure_orbax() -> None:
     """
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(_is_worth_logging)
-    ocp.type_handlers.register_type_handler(
-        jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False), override=True
-    )
+    for kind, handler in (
+        (jax.Array, replicas.ArrayHandler(use_replica_parallel=False)),
+        (np.ndarray, replicas.HostArrayHandler()),
+    ):
+        ocp.type_handlers.register_type_handler(kind, handler, override=True)
     previous_hook = sys.unraisablehook
 
     def ignore_late_callbacks(unraisable: Any) -> None:
