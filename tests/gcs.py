@@ -7,12 +7,10 @@ generations and conditions on them. `fail` and `on` plant faults, `log` has ever
 
 import base64
 import collections
-import contextlib
 import dataclasses
 import fnmatch
 import json
 import re
-import socketserver
 import threading
 import time
 import urllib.parse
@@ -20,9 +18,8 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
-REASONS = {200: "OK", 204: "No Content", 206: "Partial Content", 304: "Not Modified"}
-REASONS |= {308: "Resume Incomplete", 400: "Bad Request", 403: "Forbidden", 404: "Not Found"}
-REASONS |= {412: "Precondition Failed", 416: "Range Not Satisfiable", 503: "Unavailable"}
+from tests import http_server as http
+from tests.http_server import Answer
 
 
 @dataclasses.dataclass
@@ -50,7 +47,7 @@ class FailureError(Exception):
     """An answer that is not a success."""
 
     def __init__(self, status: int, message: str = ""):
-        super().__init__(message or REASONS.get(status, ""))
+        super().__init__(message or http.REASONS.get(status, ""))
         self.status = status
 
 
@@ -74,7 +71,7 @@ class Server:
         self._generation = int(time.time() * 1e6)
 
     def __enter__(self) -> "Server":
-        self._server = _Threaded(("127.0.0.1", 0), _Connection)
+        self._server = http.Threaded(("127.0.0.1", 0), http.Connection)
         self._server.owner = self
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
         serve = lambda: self._server.serve_forever(poll_interval=0.05)
@@ -118,7 +115,7 @@ class Server:
         """Return the names of the objects, without `prefix`."""
         return sorted(n.removeprefix(prefix) for n in [*self.objects] if n.startswith(prefix))
 
-    def answer(self, method: str, target: str, headers: dict[str, str], body: bytes) -> "Answer":
+    def answer(self, method: str, target: str, headers: dict[str, str], body: bytes) -> Answer:
         """Answer a request."""
         path, _, query = target.partition("?")
         asked = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
@@ -177,7 +174,7 @@ class Server:
             return "make", name, lambda: self.buckets.add(name) or self._bucket(name)
         return "other", path, lambda: _raise(FailureError(404))
 
-    def _bucket(self, bucket: str) -> "Answer":
+    def _bucket(self, bucket: str) -> Answer:
         if bucket not in self.buckets:
             raise FailureError(404, "The specified bucket does not exist.")
         return _json({"kind": "storage#bucket", "name": bucket})
@@ -200,18 +197,18 @@ class Server:
         self.objects[name] = stored
         return _about(name, stored)
 
-    def _deleted(self, bucket: str, name: str, asked: dict) -> "Answer":
+    def _deleted(self, bucket: str, name: str, asked: dict) -> Answer:
         self._found(bucket, name, asked)
         del self.objects[name]
         return Answer(204, b"")
 
-    def _read(self, bucket: str, name: str, asked: dict, headers: dict) -> "Answer":
+    def _read(self, bucket: str, name: str, asked: dict, headers: dict) -> Answer:
         stored = self._found(bucket, name, asked)
         about = {
             "x-goog-generation": str(stored.generation),
             "x-goog-metageneration": "1",
             "x-goog-stored-content-length": str(len(stored.data)),
-            "Last-Modified": _date(stored.updated),
+            "Last-Modified": http.date(stored.updated),
             "Content-Type": stored.kind or "application/octet-stream",
         }
         found = re.fullmatch(r"bytes=(\d*)-(\d*)", headers.get("range", ""))
@@ -227,7 +224,7 @@ class Server:
         about["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
         return Answer(206, stored.data[start:stop], about)
 
-    def _list(self, bucket: str, asked: dict) -> "Answer":
+    def _list(self, bucket: str, asked: dict) -> Answer:
         self._bucket(bucket)
         prefix, delimiter = asked.get("prefix", ""), asked.get("delimiter", "")
         first, end = asked.get("startOffset", ""), asked.get("endOffset", "")
@@ -280,7 +277,7 @@ class Server:
 
         return "move" if found[1] == "moveTo" else "copy", target, copy
 
-    def _begun(self, bucket: str, name: str, asked: dict) -> "Answer":
+    def _begun(self, bucket: str, name: str, asked: dict) -> Answer:
         self._bucket(bucket)
         number = f"upload-{len(self._uploads)}"
         self._uploads[number] = {
@@ -318,19 +315,6 @@ class Server:
             return _json(self._put(bucket, name, data, asked))
 
         return "write", upload["name"], act
-
-
-@dataclasses.dataclass
-class Answer:
-    """What is sent back."""
-
-    status: int
-    body: bytes
-    headers: dict[str, str] = dataclasses.field(default_factory=dict)
-
-
-def _date(moment: float) -> str:
-    return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(moment))
 
 
 def _json(content: Any) -> Answer:
@@ -374,43 +358,6 @@ def _parts(upload: str | None, headers: dict, body: bytes) -> tuple[dict[str, An
     kind, data = re.split(rb"\r?\n\r?\n", content, maxsplit=1)
     found = re.search(rb"(?i)content-type: *([^\r\n]+)", kind)
     return {"contentType": found[1].decode() if found else "", **json.loads(described)}, data
-
-
-class _Threaded(socketserver.ThreadingTCPServer):
-    daemon_threads, request_queue_size, allow_reuse_address = True, 128, True
-    owner: Server
-
-
-class _Connection(socketserver.StreamRequestHandler):
-    """Reads the requests of one connection; http.server would take three times as long."""
-
-    disable_nagle_algorithm = True
-
-    def handle(self) -> None:
-        with contextlib.suppress(ConnectionError):
-            while line := self.rfile.readline():
-                method, target, _ = line.decode("latin-1").split(" ")
-                headers = {}
-                while (line := self.rfile.readline().strip()) != b"":
-                    name, _, value = line.decode("latin-1").partition(":")
-                    headers[name.lower()] = value.strip()
-                if headers.get("expect", "").lower() == "100-continue":
-                    self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-                answer = self.server.owner.answer(method, target, headers, self._body(headers))
-                about = {"Content-Length": str(len(answer.body)), "Date": _date(time.time())}
-                lines = [f"HTTP/1.1 {answer.status} {REASONS.get(answer.status, 'Other')}"]
-                lines += [f"{k}: {v}" for k, v in (about | answer.headers).items()]
-                self.wfile.write("\r\n".join([*lines, "", ""]).encode("latin-1") + answer.body)
-
-    def _body(self, headers: dict[str, str]) -> bytes:
-        if headers.get("transfer-encoding", "").lower() != "chunked":
-            return self.rfile.read(int(headers.get("content-length") or 0))
-        data = bytearray()
-        while size := int(self.rfile.readline().split(b";")[0], 16):
-            data += self.rfile.read(size)
-            self.rfile.readline()
-        self.rfile.readline()
-        return bytes(data)
 
 
 def counted(requests: list[Request]) -> collections.Counter[str]:

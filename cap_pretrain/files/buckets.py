@@ -159,12 +159,12 @@ class BucketPath(PosixGPath):
 
     def rename(self, target: str | os.PathLike[str]) -> "BucketPath":
         """Give the object another name, replacing an object of that name."""
-        target = self._new(target)
+        fresh: BucketPath = self._new(target)
         with translating(self):
             if self._kind() == "directory":
                 raise OSError(errno.EISDIR, "folders of a bucket cannot be renamed", str(self))
-            file_system().mv_file(str(self), str(target))
-        return target
+            file_system().mv_file(str(self), str(fresh))
+        return fresh
 
     replace = rename
 
