@@ -8,6 +8,7 @@ from typing import Any
 
 from cap_pretrain.data.sources import storage
 from cap_pretrain.data.sources.base import INFO_FILE, Source
+from cap_pretrain.data.sources.ranges import Cache, Ranges
 from cap_pretrain.data.sources.tfds import TfdsSource
 from cap_pretrain.errors import UserError, did_you_mean
 
@@ -24,7 +25,7 @@ def open_source(
     *,
     image_size: int,
     data_dir: str = "",
-    cache: str = "",
+    cache: str | Cache = "",
     fields: Mapping[str, str] | None = None,
     generated: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Source:
@@ -39,7 +40,8 @@ def open_source(
             are aliases of each other when only one of them exists.
         image_size: side of generated images, in pixels. Stored images keep their own size.
         data_dir: folder in which TFDS datasets are looked up by name; empty: TFDS's default.
-        cache: folder for local copies of remote files (see `storage`).
+        cache: folder for local copies of remote files (see `storage`); or a `Cache`, so that blocks
+            of their examples are fetched instead.
         fields: overrides of `DEFAULT_FIELDS`.
         generated: options of the datasets in `GENERATED`, by name, where they are not the defaults.
 
@@ -52,8 +54,14 @@ def open_source(
             split, image_size=image_size, **(generated or {}).get(name, {})
         )
     folder = find_dataset(name, data_dir)
-    location = storage.Copies(folder, cache) if isinstance(folder, storage.Remote) else folder
-    source = TfdsSource(location, split, fields)
+    if not isinstance(folder, storage.Remote):
+        source = TfdsSource(folder, split, fields)
+    elif isinstance(cache, Cache):
+        copies = storage.Copies(folder, cache.folder)
+        ranges = Ranges(folder, copies.files, cache.folder, cache.budget)
+        source = TfdsSource(copies, split, fields, ranges, cache.block)
+    else:
+        source = TfdsSource(storage.Copies(folder, cache), split, fields)
     source.check_files()
     return source
 

@@ -7,6 +7,7 @@ what is neither planned nor was used lately is removed (see `sparse`).
 
 import collections
 import contextlib
+import dataclasses
 import hashlib
 import re
 import threading
@@ -29,6 +30,18 @@ THREADS = 16
 _REPEATS = 100  # of a read whose pages are removed again and again, because the budget is too small
 
 Pages = tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Where blocks of remote datasets are kept: `block` examples each, in `budget` bytes in all.
+
+    `folder` is empty for the user's cache folder. The budget is that of a process and its workers.
+    """
+
+    folder: str = ""
+    block: int = 256
+    budget: float = 64e9
 
 
 class Ranges:

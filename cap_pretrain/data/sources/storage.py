@@ -189,15 +189,16 @@ class Copies:
     """A remote dataset folder whose files are copied to a local folder when they are needed.
 
     Copies are atomic, and each is made once for all processes of a machine. A dataset that changes
-    gets another local folder. Pickling keeps the listing of the remote folder. The local folder,
-    `path`, lies below `cache` (by default the user's cache folder) and from the start holds all
-    files except the shards. Raises UserError if the remote cannot be read, or the cache cannot be
-    written.
+    gets another local folder. Pickling keeps `files`, the listing of the remote folder. The local
+    folder, `path`, lies below `cache` (by default the user's cache folder) and from the start holds
+    all files except the shards. Raises UserError if the remote cannot be read, or the cache cannot
+    be written.
     """
 
     def __init__(self, remote: Remote, cache: str = ""):
         self._remote = remote
         listed = remote.files()
+        self.files = listed
         self._sizes = {name: int(entry["size"]) for name, entry in listed.items()}
         stamps = sorted(
             (name, entry["size"], *(str(entry[key]) for key in STAMPS if key in entry))

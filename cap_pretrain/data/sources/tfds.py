@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from cap_pretrain.data.sources.array_record import ArrayRecords, RangedRecords, count_records
 from cap_pretrain.data.sources.base import (
     DEFAULT_FIELDS,
     INFO_FILE,
@@ -20,6 +21,7 @@ from cap_pretrain.data.sources.base import (
     parse_mixture,
 )
 from cap_pretrain.data.sources.metadata import listed, open_builder
+from cap_pretrain.data.sources.ranges import Ranges
 from cap_pretrain.data.sources.storage import Copies, retried, why
 from cap_pretrain.errors import UserError, did_you_mean
 from cap_pretrain.untrusted import NotRegularError
@@ -32,17 +34,26 @@ class TfdsSource:
     """A split of a prepared TFDS dataset: a `Source` that needs no TensorFlow.
 
     `folder` holds dataset_info.json, or local copies of a remote one; `split`, `fields` and errors
-    are as for `open_source`. Only the arguments are pickled; a worker process opens the files
+    are as for `open_source`. With `ranges`, the files of records are not copied as a whole, but in
+    blocks of `block` examples. Only the arguments are pickled; a worker process opens the files
     again, without checking them all. Reading an example from a corrupt file raises UserError.
     Transient errors are retried (see `storage.retried`).
     """
 
-    def __init__(self, folder: Path | Copies, split: str, fields: Mapping[str, str] | None = None):
+    def __init__(
+        self,
+        folder: Path | Copies,
+        split: str,
+        fields: Mapping[str, str] | None = None,
+        ranges: Ranges | None = None,
+        block: int = 256,
+    ):
         import tensorflow_datasets as tfds
 
-        self._arguments = (folder, split, fields)
+        self._arguments = (folder, split, fields, ranges, block)
         self._where = f"dataset {folder}"
         self._copies = folder if isinstance(folder, Copies) else None
+        self._ranged = ranges is not None
         builder = open_builder(folder.path if isinstance(folder, Copies) else folder, self._where)
         self._layout = _find_fields(builder.info.features, fields or {}, self._where)
         label = self._layout.feature("label")
@@ -53,9 +64,13 @@ class TfdsSource:
         self._plain = all(_is_plain(self._layout.leaves[path]) for path in self._wanted)
         self.splits = tuple(builder.info.splits)
         opened = _open_split(builder, split, encoded_path, self._where)
-        self._shards, self._is_array_record = opened.shards, opened.is_array_record
+        self._shards, self._is_array_record = opened.shards, opened.file_format == "array_record"
         self._ends = list(itertools.accumulate(shard.take for shard in self._shards))
+        self._features, self._decoders = builder.info.features, opened.decoders
         self._open_records = opened.open_records
+        if ranges is not None:
+            _check_ranged(opened, self._where)
+            self._open_records = functools.partial(RangedRecords, self._shards, ranges, block)
         self._records: Any = self._open_records()
 
     def __reduce__(self):
@@ -80,8 +95,11 @@ class TfdsSource:
                     f"its label is {example['label']} of {len(self.class_names)} classes"
                 )
             return example
+        except UserError:
+            raise
         except Exception as error:  # the readers raise nearly anything on corrupt bytes
-            self._check_file(shard)  # gives a better reason if the whole file is corrupt
+            if not self._ranged:
+                self._check_file(shard)  # gives a better reason if the whole file is corrupt
             raise UserError(
                 f"{self}: example {index} in {Path(shard.filename).name} cannot be read "
                 f"({why(error)}); copy or build the dataset again."
@@ -90,6 +108,11 @@ class TfdsSource:
     def block_bounds(self, size: int) -> np.ndarray:
         """Return where blocks of at most `size` examples begin, anew at each file."""
         return file_bounds(self._ends, size)
+
+    def read_ahead(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Fetch ranges of examples in the background (see `base.read_ahead`)."""
+        if self._ranged:
+            self._records.read_ahead(ranges)
 
     @functools.cached_property
     def example_bytes(self) -> float:
@@ -110,9 +133,7 @@ class TfdsSource:
             stored = tf_example_pb2.Example.FromString(record).features.feature
             if all(path in stored for path in self._layout.leaves):
                 return {path: _stored_values(stored[path]) for path in self._wanted}
-        example = self._records.dataset_info.features.deserialize_example_np(
-            record, decoders=self._records.decoders
-        )
+        example = self._features.deserialize_example_np(record, decoders=self._decoders)
         return {path: _lookup(example, path) for path in self._wanted}
 
     def _read(self, index: int) -> bytes:
@@ -134,7 +155,8 @@ class TfdsSource:
             for name in names:
                 if name not in self._copies:
                     raise _missing(self._where, name)
-            self._copies.check_room(names)
+            if not self._ranged:
+                self._copies.check_room(names)
             return
         with ThreadPoolExecutor(_OPENING_THREADS) as threads:
             for _ in threads.map(self._check_file, self._shards):
@@ -143,7 +165,7 @@ class TfdsSource:
     def _fetch(self, shard: Any) -> None:
         """Copy a remote file unless there is a copy, and check it once."""
         name = Path(shard.filename).name
-        if self._copies and not self._copies.has(name):
+        if self._copies and not self._ranged and not self._copies.has(name):
             self._copies.fetch(name)
             self._check_file(shard)
 
@@ -155,7 +177,7 @@ class TfdsSource:
                     raise NotRegularError("it is not a file")
                 raise _missing(self._where, path.name)
             if self._is_array_record:
-                count = retried(lambda: _count_examples(path))
+                count = retried(lambda: count_records(path))
         except (OSError, RuntimeError) as error:
             reason = why(error) if str(error) else "it is truncated"
             raise UserError(
@@ -221,11 +243,15 @@ class _Layout:
 
 @dataclasses.dataclass(frozen=True)
 class _Split:
-    """An opened split: its files, and a function that opens its records."""
+    """An opened split: its files, and a function that opens its records.
+
+    TFDS decodes records with `decoders`, which leave images encoded.
+    """
 
     open_records: Callable[[], Sequence[bytes]]
     shards: Sequence[Any]  # tfds.core.utils.shard_utils.FileInstruction
-    is_array_record: bool
+    file_format: str
+    decoders: Any
 
 
 def _find_fields(features: Any, chosen: Mapping[str, str], where: str) -> _Layout:
@@ -270,17 +296,19 @@ def _open_split(builder: Any, split: str, encoded_path: str | None, where: str) 
         decoders = tfds.decode.SkipDecoding()
         for part in reversed(encoded_path.split("/")):
             decoders = {part: decoders}
+    shards, stored_as = info.file_instructions, builder.info.file_format.value
+    if stored_as == "array_record":
+        return _Split(functools.partial(ArrayRecords, shards), shards, stored_as, decoders)
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
     open_records = functools.partial(
         builder.as_data_source, resolved, decoders=decoders, deserialize_method=raw
     )
-    stored_as = builder.info.file_format.value
     convert = (
         "\nConvert it: tfds convert_format --out_file_format=array_record "
         f"--dataset_version_dir={builder.data_dir} --out_dir=NEW_FOLDER"
     )
     if stored_as == "parquet":  # which TFDS reads as a whole, now
-        for shard in info.file_instructions:
+        for shard in shards:
             if not Path(shard.filename).is_file():
                 raise _missing(where, Path(shard.filename).name)
     try:
@@ -296,7 +324,15 @@ def _open_split(builder: Any, split: str, encoded_path: str | None, where: str) 
             f"{where}: split {split!r} has {info.num_examples} examples, but TFDS reads {count} "
             f"from {stored_as}.{convert}"
         )
-    return _Split(open_records, info.file_instructions, stored_as == "array_record")
+    return _Split(open_records, shards, stored_as, decoders)
+
+
+def _check_ranged(split: _Split, where: str) -> None:
+    if split.file_format != "array_record":
+        raise UserError(
+            f"{where}: stored as {split.file_format}, which is not read in ranges; set "
+            "data.order=global, or convert it to array_record."
+        )
 
 
 def _resolve(part: str, known: Mapping[str, Any], where: str) -> str:
@@ -358,16 +394,6 @@ def _image(value: Any) -> bytes | np.ndarray:
     if not isinstance(value, bytes | np.ndarray):
         raise TypeError("it has no image")
     return value
-
-
-def _count_examples(path: Path) -> int:
-    from array_record.python.array_record_module import ArrayRecordReader
-
-    reader = ArrayRecordReader(str(path), options="readahead_buffer_size:0")
-    try:
-        return reader.num_records()
-    finally:
-        reader.close()
 
 
 def _text(value: Any) -> str:
