@@ -15,6 +15,13 @@ MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 2**30 // 4 // 3
 MAX_MEMORY = 9 * MAX_PIXELS
 """Bytes that decoding may use at a time in a process, 805 MB; large images wait for each other."""
 
+MAX_BYTES = 2**28
+"""Size of the largest image file that is read: larger ones are no photographs, perhaps bombs."""
+
+_SUFFIXES = ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .avif .heic .heif .jxl .jp2"
+IMAGE_SUFFIXES = frozenset(_SUFFIXES.split())
+"""Suffixes of pictures, also of kinds that cannot be decoded: those are counted as dropped."""
+
 MAX_SCANS = 100
 """Scans of a progressive JPEG; each takes time for all pixels. Usual encoders write 3 to 20."""
 

@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 
 from cap_pretrain import files
+from cap_pretrain.data import tar_examples
 from cap_pretrain.data.builders import rows
 from cap_pretrain.data.builders.files import MAX_BYTES, READ_ERRORS, open_files
 from cap_pretrain.data.builders.formats import webdataset
-from cap_pretrain.data.builders.tars import CutOffError, read_members
+from cap_pretrain.data.tars import CutOffError, read_members
 from cap_pretrain.errors import UserError
 from tests.data.test_question_formats import build, lost
 from tests.data.test_webdataset import captions, sample, samples, tar
@@ -300,8 +301,8 @@ def test_json_is_refused_by_the_memory_that_it_would_take(tmp_path):
 @pytest.mark.slow
 def test_every_key_of_a_tar_is_a_candidate(tmp_path, monkeypatch):
     """Whatever its files are: kept or dropped, it is counted once."""
-    monkeypatch.setattr(webdataset, "MAX_TEXT", 5000)
-    monkeypatch.setattr(webdataset, "MAX_BYTES", 20_000)
+    monkeypatch.setattr(tar_examples, "MAX_TEXT", 5000)
+    monkeypatch.setattr(tar_examples, "MAX_BYTES", 20_000)
     rng = np.random.default_rng(0)
     texts = [b"a dog", b"", b"\xff\xfe", b"x" * 6000, b"{", b'{"caption": "b"}', b"[" * 5000]
     pictures = [jpeg(1), b"", b"no picture", bytes(30_000), jpeg(2)[:-60]]

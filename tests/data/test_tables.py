@@ -5,7 +5,7 @@ import io
 
 import pytest
 
-from cap_pretrain.data.builders.formats.pairs import pair_id
+from cap_pretrain.data.examples import pair_id
 from tests.data.test_question_formats import build, lost
 from tests.tools.test_build_dataset import jpeg, read, report, run, write_files
 

@@ -8,8 +8,8 @@ import zlib
 
 import pytest
 
-from cap_pretrain.data.builders.formats.pairs import pair_id
-from cap_pretrain.data.builders.tars import CutOffError, read_members
+from cap_pretrain.data.examples import pair_id
+from cap_pretrain.data.tars import CutOffError, read_members
 from tests.data.test_question_formats import build, lost
 from tests.tools.test_build_dataset import jpeg, read, report, run, write_files
 
@@ -142,7 +142,7 @@ def test_tars_are_read_without_seeking(tmp_path, monkeypatch):
 
         read, read1 = reading.read, reading.read1
 
-    monkeypatch.setattr("cap_pretrain.data.builders.tars.open_bounded", lambda path: Pipe())
+    monkeypatch.setattr("cap_pretrain.data.tars.open_bounded", lambda path: Pipe())
     members = list(read_members(tmp_path / "s.tar"))
     assert members == samples(3)
 

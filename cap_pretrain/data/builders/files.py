@@ -11,17 +11,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from cap_pretrain.data.image_files import IMAGE_SUFFIXES, MAX_BYTES
 from cap_pretrain.errors import UserError
 from cap_pretrain.untrusted import FREE_BYTES, MAX_RATIO, open_regular, parsing
 
 READ_ERRORS = (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 """Raised on reading a single file that is corrupt, encrypted or has vanished."""
 
-MAX_BYTES = 2**28  # larger files are rejected unread: no photographs, perhaps zip bombs
 _LIMITED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-_SUFFIXES = ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .avif .heic .heif .jxl .jp2"
-IMAGE_SUFFIXES = frozenset(_SUFFIXES.split())
-"""Suffixes of pictures, also of kinds that cannot be decoded: those are counted as dropped."""
 
 
 class Files(Protocol):

@@ -15,6 +15,7 @@ from cap_pretrain.data.builders import base
 from cap_pretrain.data.builders.arguments import by_split
 from cap_pretrain.data.builders.candidates import Candidate
 from cap_pretrain.data.builders.files import Finder, open_files
+from cap_pretrain.data.examples import texts
 from cap_pretrain.errors import UserError
 
 IMAGES_HELP = "folder or zip of the images; without SPLIT= it serves all splits"
@@ -257,9 +258,3 @@ def texts_of(path: Path, where: str, entries: Any, key: str, what: str) -> list[
     """Return the non-empty texts under `key` in each of `entries`; otherwise like `take`."""
     entries = entries if isinstance(entries, list) else [entries]
     return texts([take(path, where, entry, key, what=what)[0] for entry in entries])
-
-
-def texts(values: Any) -> list[str]:
-    """Return the strings in a list (or a single value), stripped, without empty ones."""
-    values = values if isinstance(values, list) else [values]
-    return [value.strip() for value in values if isinstance(value, str) and value.strip()]

@@ -1,6 +1,5 @@
 """Shared parts of formats that are read as a stream of image-caption pairs."""
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,19 +22,6 @@ class Pairs(base.ImageDataset):
     def parts(self, split: str) -> Sequence[Part]:
         """Return the parts of a split."""
         return self._parts[split]
-
-
-def encoded(text: str) -> bytes:
-    """Return a text in UTF-8, with whatever bytes for lone surrogates."""
-    return text.encode("utf-8", "surrogatepass")
-
-
-def pair_id(url: str, captions: Sequence[str]) -> str:
-    """Return an id made of an image's URL and captions, the same for every input format.
-
-    The captions are included because lists of URLs contain some URLs twice, with other captions.
-    """
-    return hashlib.sha256(encoded("\n".join([url.strip(), *captions]))).hexdigest()[:20]
 
 
 def candidate(

@@ -20,7 +20,6 @@ from cap_pretrain.data.builders.candidates import Candidate
 from cap_pretrain.data.builders.files import IMAGE_SUFFIXES, Finder
 from cap_pretrain.data.builders.filters import Filters
 from cap_pretrain.data.builders.formats import annotated, pairs
-from cap_pretrain.data.builders.formats.pairs import encoded
 from cap_pretrain.data.builders.rows import (
     Form,
     Row,
@@ -32,6 +31,7 @@ from cap_pretrain.data.builders.rows import (
     table_files,
 )
 from cap_pretrain.data.builders.units import Part
+from cap_pretrain.data.examples import encoded, pair_id
 from cap_pretrain.errors import UserError
 
 Numbered = tuple[int, Row]
@@ -72,7 +72,7 @@ class Columns:
     caption: Sequence[str] = ("caption",)
     image: str = "image"  # names, bytes, or both in a struct as in datasets of Hugging Face
     url: str = "url"  # may be missing
-    id: str = ""  # "": `pairs.pair_id`; without a URL the image's name, or else the row number
+    id: str = ""  # "": `examples.pair_id`; without a URL the image's name, or else the row number
     # Image files: a key of NAMES; "path": by the column `image`; "stem": likewise, without suffix.
     named_by: str = "path"
     form: Form = dataclasses.field(default_factory=Form)
@@ -323,7 +323,7 @@ def _candidate(group: Sequence[Numbered], finder: Finder, columns: Columns) -> C
         image = NAMES[columns.named_by](number, url)
     file = image if isinstance(image, str) else f"row {number}"
     return pairs.candidate(
-        example_id=pairs.pair_id(url, captions) if url and not columns.id else str(found),
+        example_id=pair_id(url, captions) if url and not columns.id else str(found),
         file=file,
         captions=captions,
         read=(lambda: image) if isinstance(image, bytes) else lambda: finder.read(file),

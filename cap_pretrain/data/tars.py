@@ -9,9 +9,9 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
-from cap_pretrain.data.builders.files import MAX_BYTES
+from cap_pretrain.data.image_files import MAX_BYTES
 from cap_pretrain.untrusted import open_bounded
 
 MAX_HEADER = 2**20
@@ -29,6 +29,16 @@ _WITHOUT_DATA = set(tarfile.SUPPORTED_TYPES) - set(tarfile.REGULAR_TYPES)
 
 class CutOffError(Exception):
     """An archive ends early, or is not a tar; the files before that point are usable."""
+
+
+class Member(NamedTuple):
+    """A regular file in a tar; `data` is None if it was not read."""
+
+    name: str
+    start: int  # offset of the content
+    size: int  # of the content, in bytes
+    readable: bool  # whether the content is stored as it is, not sparse
+    data: bytes | None
 
 
 def read_members(
@@ -51,15 +61,62 @@ def read_members(
     """
     try:
         with open_bounded(path) as file:
-            yield from _members(file, limit)
+            yield from ((m.name, m.data) for m in _members(_Stream(file), limit))
     except (OSError, EOFError, zlib.error) as error:
         raise CutOffError(str(error) or type(error).__name__) from error
 
 
-def _members(file: BinaryIO, limit: Callable[[str], int]) -> Iterator[tuple[str, bytes | None]]:
+def find_members(file: BinaryIO, size: int) -> Iterator[Member]:
+    """Yield the regular files in a tar of `size` bytes without their contents, as `read_members`.
+
+    `file` is seekable and not compressed. Raises CutOffError as `read_members` does, and whatever
+    reading the file raises.
+    """
+    return _members(_Stream(file, size), lambda _: -1)
+
+
+class _Stream:
+    """A tar that is read forward; with its `size`, contents are skipped without reading them."""
+
+    def __init__(self, file: BinaryIO, size: int | None = None):
+        self._file, self._size = file, size
+        self.position = 0
+
+    def block(self) -> bytes:
+        """Return the next block, which is shorter only at the end."""
+        return self._read(_BLOCK)
+
+    def content(self, size: int, limit: int) -> bytes | None:
+        """Read the content of a member and the padding after it; None, unread, above the limit."""
+        padded = -(-size // _BLOCK) * _BLOCK
+        data = None
+        if size <= limit:
+            data = self._read(size)
+            padded -= len(data)
+            if len(data) < size:
+                raise CutOffError("unexpected end of data")
+        if self._size is not None:
+            if self.position + padded > self._size:
+                raise CutOffError("unexpected end of data")
+            self.position += padded
+            self._file.seek(padded, 1)
+            return data
+        while padded:
+            if not (skipped := self._read(min(padded, 2**20))):
+                raise CutOffError("unexpected end of data")
+            padded -= len(skipped)
+        return data
+
+    def _read(self, size: int) -> bytes:
+        data = self._file.read(size)
+        self.position += len(data)
+        return data
+
+
+def _members(file: _Stream, limit: Callable[[str], int]) -> Iterator[Member]:
     zeros = 0  # blocks of zeros since the last header; two of them end a tar
     fields: dict[str, bytes] = {}  # of the extended headers before a file
-    while len(block := file.read(_BLOCK)) == _BLOCK:
+    while len(block := file.block()) == _BLOCK:
         if block == _ZEROS:
             zeros += 1
             continue
@@ -67,19 +124,20 @@ def _members(file: BinaryIO, limit: Callable[[str], int]) -> Iterator[tuple[str,
         if (info := _header(block)) is None:
             continue
         if info.type in _EXTENDED:
-            fields |= _fields(info.type, _content(file, info.size, MAX_HEADER))
+            fields |= _fields(info.type, file.content(info.size, MAX_HEADER))
             continue
         extended, fields = fields, {}
         more = info.type == tarfile.GNUTYPE_SPARSE and block[482]
-        while more and len(block := file.read(_BLOCK)) == _BLOCK:  # the map of a sparse file
+        while more and len(block := file.block()) == _BLOCK:  # the map of a sparse file
             more = block[504]
         if info.type in _WITHOUT_DATA:
             continue
         name = extended.get("path", b"").decode("utf-8", "surrogateescape") or info.name
         readable = info.type in _PLAIN and "unread" not in extended
-        data = _content(file, int(extended.get("size", info.size)), limit(name) if readable else -1)
+        start, size = file.position, int(extended.get("size", info.size))
+        data = file.content(size, limit(name) if readable else -1)
         if info.isfile():
-            yield name, data
+            yield Member(name, start, size, readable, data)
     if zeros < 2 or block.strip(b"\0"):
         raise CutOffError("no mark of the end of a tar")
 
@@ -93,22 +151,6 @@ def _header(block: bytes) -> tarfile.TarInfo | None:
     except (tarfile.TarError, ValueError):
         return None
     return info if info.size >= 0 else None
-
-
-def _content(file: BinaryIO, size: int, limit: int) -> bytes | None:
-    """Read the content of a member and the padding after it; None, unread, above the limit."""
-    padded = -(-size // _BLOCK) * _BLOCK
-    data = None
-    if size <= limit:
-        data = file.read(size)
-        padded -= len(data)
-        if len(data) < size:
-            raise CutOffError("unexpected end of data")
-    while padded:
-        if not (skipped := file.read(min(padded, 2**20))):
-            raise CutOffError("unexpected end of data")
-        padded -= len(skipped)
-    return data
 
 
 def _fields(kind: bytes, data: bytes | None) -> dict[str, bytes]:
