@@ -73,7 +73,7 @@ def block_bounds(source: Source, size: int) -> np.ndarray:
     return own(size) if own else file_bounds([len(source)], size)
 
 
-def file_bounds(ends: Sequence[int], size: int) -> np.ndarray:
+def file_bounds(ends: Sequence[int] | np.ndarray, size: int) -> np.ndarray:
     """Return `block_bounds` of a source whose files end at the examples `ends`, ascending."""
     files = zip([0, *ends], ends, strict=False)
     starts = [np.arange(start, end, size, dtype=np.int64) for start, end in files]

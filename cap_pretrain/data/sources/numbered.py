@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cap_pretrain.data.sources.base import Example, NoSplitError, Source
+from cap_pretrain.data.sources.base import Example, NoSplitError, file_bounds
 from cap_pretrain.data.sources.listing import Listing, NoSuchSplit, find
 from cap_pretrain.data.sources.metadata import listed
 from cap_pretrain.data.sources.storage import why
@@ -44,7 +44,7 @@ def part(split: str, count: int, where: str) -> tuple[int, int]:
     return start, stop
 
 
-class Numbered(Source):
+class Numbered:
     """A part of the examples of files that hold `counts` of them; subclasses read one.
 
     Blocks never span two files. `splits` are the names of all splits there are.
@@ -77,16 +77,13 @@ class Numbered(Source):
         return self._example(index, image=False)
 
     def block_bounds(self, size: int) -> np.ndarray:
-        """Return where blocks of at most `size` examples begin, and the end, int64 [n + 1]."""
-        begins = itertools.pairwise([0, *self._ends])
-        inner = np.concatenate([self._cuts(k, b, e, size) for k, (b, e) in enumerate(begins)])
-        inner = inner[(inner > self._start) & (inner < self._stop)]
-        return np.concatenate([[self._start], inner, [self._stop]]).astype(np.int64) - self._start
+        """Return where blocks of at most `size` examples begin, anew at each file."""
+        return file_bounds(self._within(self._ends), size)
 
-    def _cuts(self, file: int, begin: int, end: int, size: int) -> np.ndarray:
-        """Return where blocks begin in a file, whose examples are numbered from `begin` to `end`."""
-        del file
-        return np.arange(begin, end, size)
+    def _within(self, ends: Sequence[int]) -> np.ndarray:
+        """Return where runs of examples end that end at `ends` of all files, int64 [n]."""
+        inner = np.unique(np.clip(np.asarray(ends, np.int64), self._start, self._stop))
+        return inner[inner > self._start] - self._start
 
     def _place(self, index: int) -> tuple[int, int]:
         """Return the file of example `index`, and its number in the file."""
