@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from cap_pretrain.data.sources import arrow
 from cap_pretrain.errors import UserError, did_you_mean
 from cap_pretrain.untrusted import (
     FREE_BYTES,
@@ -248,82 +249,26 @@ def _parquet(path: Path) -> Any:
     with parsing(path):
         open_regular(path).close()
         file = parquet.ParquetFile(path)
-        if _unpacked(file) > FREE_BYTES + MAX_RATIO * path.stat().st_size:
+        if arrow.unpacked(file) > FREE_BYTES + MAX_RATIO * path.stat().st_size:
             raise TooLargeError(f"it decompresses to over {MAX_RATIO} times its size")
         return file
-
-
-def _unpacked(file: Any) -> int:
-    """Return the size of a Parquet file's decompressed columns, as it claims.
-
-    The metadata of single columns would tell more, but PyArrow aborts on damaged ones.
-    """
-    groups = range(file.metadata.num_row_groups)
-    return sum(file.metadata.row_group(group).total_byte_size for group in groups)
 
 
 def _parquet_rows(path: Path, columns: Collection[str]) -> Iterator[Row]:
     file = _parquet(path)
     names = [name for name in file.schema_arrow.names if name in columns]
     with parsing(path):
-        whole = _unpacked(file)
+        whole = arrow.unpacked(file)
         each = whole // max(1, file.metadata.num_rows)  # bytes in a row
         many = max(_FEW, _BATCH_BYTES // max(1, whole))  # every row may repeat the largest value
         size = max(1, min(_BATCH, _BATCH_BYTES // max(1, each), many))
         left = FREE_BYTES + MAX_RATIO * path.stat().st_size
-        for batch in map(_decoded, file.iter_batches(batch_size=size, columns=names)):
+        for batch in map(arrow.decoded, file.iter_batches(batch_size=size, columns=names)):
             left -= batch.nbytes
             if left < 0:
                 raise TooLargeError(f"its rows have over {MAX_RATIO} times its size")
             try:
                 yield from batch.to_pylist()
             except UnicodeDecodeError:
-                values = [_values(column) for column in batch.columns]
+                values = [arrow.values(column) for column in batch.columns]
                 yield from (dict(zip(names, row, strict=True)) for row in zip(*values, strict=True))
-
-
-def _decoded(batch: Any) -> Any:
-    """Return a batch of rows without dictionaries, of which each batch would hold all entries."""
-    import pyarrow as pa
-
-    def decoded(column: Any) -> Any:
-        if not pa.types.is_dictionary(column.type):
-            return column
-        column.validate(full=True)  # of a damaged file, indices may lie outside
-        return column.dictionary_decode()
-
-    columns = list(map(decoded, batch.columns))
-    return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
-
-
-def _values(column: Any) -> list[Any]:
-    """Return the values of a column of Parquet whose text may be invalid."""
-    return [_text(value, column.type) for value in column.cast(_binary(column.type)).to_pylist()]
-
-
-def _binary(kind: Any) -> Any:
-    """Return an Arrow type with its text replaced by bytes."""
-    import pyarrow as pa
-
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        return pa.large_binary()
-    if pa.types.is_list(kind):
-        return pa.list_(_binary(kind.value_type))
-    if pa.types.is_struct(kind):
-        return pa.struct([(field.name, _binary(field.type)) for field in kind])
-    return kind
-
-
-def _text(value: Any, kind: Any) -> Any:
-    """Return a value of the type `_binary(kind)` as one of the Arrow type `kind`."""
-    import pyarrow as pa
-
-    if value is None:
-        return None
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        return value.decode("utf-8", "surrogateescape")
-    if pa.types.is_list(kind):
-        return [_text(one, kind.value_type) for one in value]
-    if pa.types.is_struct(kind):
-        return {field.name: _text(value[field.name], field.type) for field in kind}
-    return value

@@ -3,10 +3,11 @@
 import collections
 import os
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from typing import BinaryIO, Generic, TypeVar
 
 from cap_pretrain.data.sources.listing import Listing, local_stamps
+from cap_pretrain.data.sources.ranges import Ranges
 from cap_pretrain.data.sources.storage import Remote, retried
 from cap_pretrain.errors import UserError
 from cap_pretrain.untrusted import open_regular
@@ -71,22 +72,58 @@ class Contents:
     """The bytes of the files of a listing. Thread-safe; pickled without what is open.
 
     Reading raises OSError, or UserError if a file was changed since it was listed.
+
+    Args:
+        listing: the files. Local ones are read in place; of remote ones, the ranges that are read
+            or planned are fetched to the cache.
+        cache: folder for parts of remote files; empty: the user's cache folder.
+        budget: most bytes of the cache.
     """
 
-    def __init__(self, listing: Listing):
-        self.listing = listing
+    def __init__(self, listing: Listing, cache: str, budget: float):
+        ranges = None
+        if isinstance(listing.root, Remote):
+            files = {file.name: file.info for file in listing.files}
+            ranges = Ranges(listing.root, files, cache, budget)
+        self._setup(listing, ranges)
+
+    def _setup(self, listing: Listing, ranges: Ranges | None) -> None:
+        self.listing, self._ranges = listing, ranges
         self._open = Recent(self._opened, OPEN_FILES)
 
     def __reduce__(self):
-        return Contents, (self.listing,)
+        return _contents, (self.listing, self._ranges)
 
-    def read(self, number: int, start: int, stop: int) -> bytes:
-        """Return exactly these bytes of a file."""
-        file = self._open(number)
-        data = retried(lambda: os.pread(file.fileno(), stop - start, start))
+    @property
+    def remote(self) -> bool:
+        """Whether the files are fetched."""
+        return self._ranges is not None
+
+    def read(
+        self, number: int, start: int, stop: int, around: tuple[int, int] | None = None
+    ) -> bytes:
+        """Return exactly these bytes of a file.
+
+        Remote ones that are not present are fetched with those `around` them, (start, stop).
+        """
+        if stop <= start:
+            return b""
+        if self._ranges is None:
+            file = self._open(number)
+            data = retried(lambda: os.pread(file.fileno(), stop - start, start))
+        else:
+            name = self.listing.files[number].name
+            if around and not self._ranges.has(name, [(start, stop)]):
+                self._ranges.fetch(name, [around])
+            data = self._ranges.read(name, start, stop)
         if len(data) != stop - start:
             raise OSError(f"{len(data)} bytes came instead of {stop - start}")
         return data
+
+    def plan(self, spans: Iterable[tuple[int, int, int]]) -> None:
+        """Fetch remote ranges (file, start, stop) in the background, in this order."""
+        if self._ranges is not None:
+            self._ranges.plan((self.listing.files[file].name, a, b) for file, a, b in spans)
 
     def _opened(self, number: Hashable) -> BinaryIO:
         assert isinstance(number, int)
@@ -98,3 +135,9 @@ class Contents:
             file.close()
             raise UserError(f"{path}: was changed while it was in use; start again.")
         return file
+
+
+def _contents(listing: Listing, ranges: Ranges | None) -> Contents:
+    made = Contents.__new__(Contents)
+    made._setup(listing, ranges)
+    return made

@@ -6,11 +6,12 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-from cap_pretrain.data.sources import storage
+from cap_pretrain.data.sources import storage, unchanged
 from cap_pretrain.data.sources.storage import Remote, retried, why
 from cap_pretrain.errors import UserError, did_you_mean
 from cap_pretrain.untrusted import shown
@@ -38,6 +39,7 @@ class File:
     name: str  # below the folder of the listing, with "/" between folders
     size: int  # bytes
     stamps: tuple[str, ...]
+    info: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # fsspec's, of a remote file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +108,7 @@ def _folder(path: Path | Remote, split: str, suffix: str, where: str) -> Listing
         path = path / "data"
         found = _with_suffix(path, suffix)
     if not found:
-        raise UserError(f"{where}: no file *{suffix} in it; name a folder or pattern of such files.")
+        raise UserError(f"{where}: no file *{suffix} in it; name another folder or a pattern.")
     by_split: dict[str, list[File]] = {}
     for file in found:
         by_split.setdefault(_split_of(file.name), []).append(file)
@@ -191,7 +193,7 @@ def _entries(folder: Path | Remote) -> dict[str, File]:
     """Return the files of a folder by name, without hidden ones."""
     if isinstance(folder, Remote):
         listed = {
-            name: File(name, int(entry["size"]), storage.stamps(entry))
+            name: File(name, int(entry["size"]), _remote_stamps(entry), entry)
             for name, entry in folder.files().items()
         }
     else:
@@ -214,6 +216,10 @@ def _local_entries(folder: Path) -> dict[str, File]:
 def local_stamps(status: os.stat_result) -> tuple[str, ...]:
     """Return the stamps of a local file."""
     return (str(status.st_mtime_ns),)
+
+
+def _remote_stamps(entry: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(f"{name} {value}" for name, value in sorted(unchanged.stamps(entry).items()))
 
 
 def _similar(path: Path) -> str:

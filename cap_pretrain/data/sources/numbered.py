@@ -15,7 +15,7 @@ from cap_pretrain.errors import UserError
 
 
 def find_split(pattern: str, split: str, suffix: str, where: str) -> Listing:
-    """Return the files of a split such as "train[:90%]"; raises NoSplitError, see `listing.find`."""
+    """Return the files of a split as "train[:90%]"; raises NoSplitError, see `listing.find`."""
     name = split.strip().partition("[")[0]
     if "+" in split:
         raise UserError(f"{where}: split {split!r}: several splits are not joined here; name one.")

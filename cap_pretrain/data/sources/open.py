@@ -18,6 +18,13 @@ GENERATED = {"scenes": "cap_pretrain.data.scenes.source:Scenes"}
 The class is called as `cls(split, image_size=..., **options)`. Its options are the fields of the
 dataclass `cls.Options`; a config holds them in the section `data.<name>`."""
 
+FORMATS = {
+    "wds": "cap_pretrain.data.sources.wds:WdsSource",
+}
+"""Files that are read in their original layout: the prefix of a name, as in "wds:PATTERN" -> class.
+
+The class is called as `cls(pattern, split, fields=…, cache=…)`."""
+
 
 def open_source(
     name: str,
@@ -35,7 +42,7 @@ def open_source(
         name: a name in `GENERATED`; the path or URL ("gs://bucket/coco") of a dataset in TFDS
             format, which is the folder with dataset_info.json or a parent of it with only one
             version or config; or the name of a prepared TFDS dataset, such as "coco_captions/2014"
-            or "coco_captions:1.1.0".
+            or "coco_captions:1.1.0"; or files by a prefix in `FORMATS`, "wds:PATTERN".
         split: "train", "train[:90%]", "train+test", … in the syntax of TFDS. "val" and "validation"
             are aliases of each other when only one of them exists.
         image_size: side of generated images, in pixels. Stored images keep their own size.
@@ -50,9 +57,12 @@ def open_source(
             no random access; or a file is missing or found to be corrupt when opened.
     """
     if name in GENERATED:
-        return _generated_class(name)(
+        return _imported(GENERATED[name])(
             split, image_size=image_size, **(generated or {}).get(name, {})
         )
+    if found := in_original_layout(name):
+        prefix, pattern = found
+        return _imported(FORMATS[prefix])(pattern, split, fields=fields, cache=cache)
     folder = find_dataset(name, data_dir)
     if not isinstance(folder, storage.Remote):
         source = TfdsSource(folder, split, fields)
@@ -66,8 +76,15 @@ def open_source(
     return source
 
 
-def _generated_class(name: str) -> Any:
-    module, cls = GENERATED[name].split(":")
+def in_original_layout(name: str) -> tuple[str, str] | None:
+    """Return prefix and pattern of a name with a prefix of `FORMATS`, None for other names."""
+    prefix, colon, pattern = name.partition(":")
+    return (prefix, pattern) if colon and prefix in FORMATS else None
+
+
+def _imported(path: str) -> Any:
+    """Return the class "module:class"."""
+    module, cls = path.split(":")
     return getattr(importlib.import_module(module), cls)
 
 

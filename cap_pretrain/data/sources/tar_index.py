@@ -17,17 +17,17 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from cap_pretrain.data import tar_examples
-from cap_pretrain.data.sources import storage
+from cap_pretrain.data.sources import storage, unchanged
 from cap_pretrain.data.sources.listing import File, Listing
-from cap_pretrain.data.sources.screen import Screen
 from cap_pretrain.data.sources.storage import Remote, retried, why
 from cap_pretrain.data.tars import CutOffError, Member, find_members
 from cap_pretrain.errors import UserError
+from cap_pretrain.telemetry import console
 from cap_pretrain.untrusted import open_regular
 
 FOLDER = ".cap_index"
@@ -91,7 +91,7 @@ def index_tar(file: BinaryIO, size: int) -> Index:
             yield member.name, _needed(member)
 
     try:
-        for key, files in tar_examples.examples(places()):
+        for key, files in tar_examples.examples(places()):  # noqa: B007 (used afterwards)
             entry = _entry(files)
             if isinstance(entry, str):
                 lost[entry] = lost.get(entry, 0) + 1
@@ -170,44 +170,44 @@ class Indexes:
         self._listing, self._where = listing, where
         digest = hashlib.sha256(str(listing.root).encode()).hexdigest()[:16]
         self._cache = storage.cache_folder(cache) / f"tars-{digest}"
+        self._own = True  # whether indexes can be written beside the tars, as far as is known
 
-    def load(self, screen: Screen) -> list[Index]:
+    def load(self) -> list[Index]:
         """Return the index of every tar, making those that are missing.
 
         Raises UserError if a tar cannot be read, is compressed, or no index can be kept.
         """
         count = len(self._listing.files)
-        found: dict[int, Index] = {}
         with ThreadPoolExecutor(_THREADS) as threads:
-            for number, index in enumerate(threads.map(self._find, range(count))):
-                if index:
-                    found[number] = index
+            indexes = enumerate(threads.map(self._find, range(count)))
+            found = {number: index for number, index in indexes if index}
         missing = [number for number in range(count) if number not in found]
         if missing:
-            with screen.doing(self._announced(missing)):
+            with console.doing(self._announced(missing)):
                 for done, (number, index) in enumerate(self._made(missing), 1):
                     found[number] = index
-                    screen.advance(done, len(missing))
-        indexes = [found[number] for number in range(count)]
-        if notes := _losses(indexes, [file.name for file in self._listing.files]):
-            screen.say(f"{self._where}: {notes}")
-        return indexes
+                    console.advance(done, len(missing))
+        made = [found[number] for number in range(count)]
+        if notes := _losses(made, [file.name for file in self._listing.files]):
+            console.say(f"{self._where}: {notes}")
+        return made
 
     def _announced(self, missing: Sequence[int]) -> str:
         size = sum(self._listing.files[number].size for number in missing)
         tars = f"{len(missing):,} tar{'s' if len(missing) > 1 else ''} ({size / 1e9:,.1f} GB)"
         remote = isinstance(self._listing.root, Remote)
-        how = (
-            f"they are streamed once, up to {-(-size // storage.CHUNK) + len(missing):,} requests"
-            if remote
-            else "their headers are read once"
-        )
+        how = "their headers are read once"
+        if remote:
+            requests = -(-size // storage.CHUNK) + len(missing)
+            how = f"they are streamed once, in about {requests:,} requests by all hosts together"
         return f"Indexing {tars} of {self._where}: {how}; the index is kept in {self._kept_in()}"
 
     def _kept_in(self) -> str:
         root = self._listing.root
-        beside = isinstance(root, Path) and os.access(root, os.W_OK)
-        return str(root / FOLDER if beside else self._cache)
+        if isinstance(root, Path) and os.access(root, os.W_OK):
+            return str(root / FOLDER)
+        beside = f"{root / FOLDER} if that can be written, and in " * isinstance(root, Remote)
+        return f"{beside}{self._cache}"
 
     def _made(self, missing: Sequence[int]) -> Iterable[tuple[int, Index]]:
         """Yield (number, index) of tars as they are done, in an order that differs by host."""
@@ -240,7 +240,7 @@ class Indexes:
     def _index(self, number: int) -> Index:
         path, tar = self._listing.path(number), self._listing.files[number]
         try:
-            with _opened(path, tar.size) as file:
+            with _opened(path, tar) as file:
                 start = file.read(2)
                 file.seek(0)
                 if start == b"\x1f\x8b":
@@ -262,22 +262,25 @@ class Indexes:
         return self._cache / f"{self._listing.files[number].name}.index"
 
     def _find(self, number: int) -> Index | None:
-        tar, beside = self._listing.files[number], self._beside(number)
-        for path in (beside, self._copy(number)):
-            if isinstance(path, Path):
-                with contextlib.suppress(OSError), retried(lambda p=path: open_regular(p)) as file:
-                    if index := unpacked(file.read(), tar):
-                        return index
+        tar = self._listing.files[number]
+        for path in (self._copy(number), self._beside(number)):
+            with contextlib.suppress(OSError, UserError):  # there is none, or it cannot be read
+                if index := unpacked(_content(path), tar):
+                    if isinstance(path, Remote):
+                        write_whole(self._copy(number), packed(index, tar))
+                    return index
         return None
 
     def _keep(self, number: int, data: bytes) -> None:
         beside, copy = self._beside(number), self._copy(number)
-        if isinstance(beside, Path):
-            try:
+        try:
+            if self._own and isinstance(beside, Remote):
+                beside.call(lambda fs, path: fs.pipe_file(path, data))
+            elif self._own and isinstance(beside, Path):
                 write_whole(beside, data)
                 return
-            except OSError:
-                pass  # a folder of somebody else, or read only
+        except (OSError, UserError):  # a folder of somebody else, or read only
+            self._own = False
         try:
             write_whole(copy, data)
         except OSError as error:
@@ -285,6 +288,13 @@ class Indexes:
                 f"data.cache: cannot write to {copy.parent} ({why(error)}); make room or name "
                 "another folder."
             ) from error
+
+
+def _content(path: Path | Remote) -> bytes:
+    if isinstance(path, Remote):
+        return path.call(lambda fs, name: fs.cat_file(name))
+    with retried(lambda: open_regular(path)) as file:
+        return file.read()
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -315,18 +325,18 @@ def _losses(indexes: Sequence[Index], names: Sequence[str]) -> str:
     return "; ".join(parts)
 
 
-def _opened(path: Path | Remote, size: int) -> BinaryIO:
+def _opened(path: Path | Remote, file: File) -> BinaryIO:
     """Open a tar for reading forward."""
     if isinstance(path, Path):
         return retried(lambda: open_regular(path))
-    return io.BufferedReader(_Forward(path, size), 1)
+    return io.BufferedReader(_Forward(path, file), 1)
 
 
 class _Forward(io.RawIOBase):
     """A remote file that is read forward: in large requests, or after long jumps in small ones."""
 
-    def __init__(self, remote: Remote, size: int):
-        self._remote, self._size = remote, size
+    def __init__(self, remote: Remote, file: File):
+        self._remote, self._file, self._size = remote, file, file.size
         self._at, self._start, self._data = 0, 0, b""
 
     def readable(self) -> bool:
@@ -342,7 +352,7 @@ class _Forward(io.RawIOBase):
         self._at = offset if whence == 0 else (self._at if whence == 1 else self._size) + offset
         return self._at
 
-    def readinto(self, buffer: memoryview) -> int:
+    def readinto(self, buffer: Any) -> int:
         end = self._start + len(self._data)
         if not self._start <= self._at < end:
             jump = self._at - end if self._data else 0
@@ -350,7 +360,8 @@ class _Forward(io.RawIOBase):
             stop = min(self._at + most, self._size)
             if stop <= self._at:
                 return 0
-            self._start, self._data = self._at, self._remote.read_range(self._at, stop)
+            data = unchanged.read_range(self._remote, self._at, stop, self._file.info)
+            self._start, self._data = self._at, data
         place = self._at - self._start
         part = self._data[place : place + len(buffer)]
         buffer[: len(part)] = part
