@@ -4,6 +4,6 @@ FROM python:3.11-slim
 WORKDIR /cap_pretrain
 COPY setup.py pyproject.toml README.md ./
 COPY cap_pretrain cap_pretrain
-RUN pip install --no-cache-dir --editable '.[tpu]' gcsfs
+RUN pip install --no-cache-dir --editable '.[tpu,gcs]'
 COPY configs configs
 COPY tools tools

@@ -75,7 +75,7 @@ case $verb in
     export PATH=$HOME/.local/bin:$PATH
     command -v uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
     [[ -x venv/bin/python ]] || uv venv --quiet --python 3.11 venv
-    uv pip install --quiet --python venv/bin/python -e '.[tpu]' gcsfs
+    uv pip install --quiet --python venv/bin/python -e '.[tpu,gcs]'
     ;;
   start)
     read_options 'env:variable' "$@"

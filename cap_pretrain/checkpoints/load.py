@@ -67,7 +67,7 @@ def load_learner(
     those of `read_weights`. Raises UserError if there is no such run or no valid checkpoint, or if
     its config.json or tokenizer is not the one it was trained with.
     """
-    workdir = Path(workdir)
+    workdir = files.place(workdir)
     config = read_config(workdir)
     weights = read_weights(workdir, step, say)
     tokenizer = _open_tokenizer(config, workdir, weights.step)
@@ -114,7 +114,7 @@ def make_mesh(devices: Sequence[jax.Device]) -> Mesh:
 
 def read_config(workdir: str | Path) -> ConfigDict:
     """Return the config of a run, locked, with defaults for newer fields; may raise UserError."""
-    path = Path(workdir) / "config.json"
+    path = files.place(workdir) / "config.json"
     if not path.is_file():
         raise UserError(
             f"{workdir}: is not the folder of a run: its config.json cannot be read (there is no "

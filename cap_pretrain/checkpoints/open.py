@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from cap_pretrain import config as configs
-from cap_pretrain import convert, learners, rules
+from cap_pretrain import convert, files, learners, rules
 from cap_pretrain.checkpoints import warm_start
 from cap_pretrain.checkpoints.load import Learner, Say, assemble, load_learner, to_stderr
 from cap_pretrain.convert import dual
@@ -30,13 +30,12 @@ class Run(NamedTuple):
 def run_of(path: str | os.PathLike[str], step: int | None = None) -> Run | None:
     """Return the run that a path names; None if it names none, as an exported encoder.
 
-    The path is a workdir, or one checkpoint of it (runs/cappa/checkpoints/300). Raises UserError if
-    it is a URL, or if `step` is another one than that of the path.
+    The path is a workdir, or one checkpoint of it (runs/cappa/checkpoints/300); either may be in a
+    bucket (gs://). Raises UserError if it is another URL, or if `step` is another one than that of
+    the path.
     """
     text = os.fspath(path)
-    if "://" in text:
-        raise UserError(f"{text}: is a URL; copy what it names to a folder and give its path.")
-    workdir, own = warm_start.which_run(Path(text).expanduser())
+    workdir, own = warm_start.which_run(files.place(text).expanduser())
     if step is not None and own not in (None, step):
         raise UserError(f"step: {step} is given, but {text} is the checkpoint of step {own}.")
     if warm_start.is_run(workdir) or (workdir / "metrics.jsonl").is_file():
@@ -46,7 +45,7 @@ def run_of(path: str | os.PathLike[str], step: int | None = None) -> Run | None:
 
 def run_at(path: str | os.PathLike[str], step: int | None = None) -> Run:
     """Return the run that a path names, see `run_of`, or is taken to name if it is incomplete."""
-    return run_of(path, step) or Run(Path(path), step)
+    return run_of(path, step) or Run(files.place(path), step)
 
 
 def open_learner(
@@ -60,18 +59,18 @@ def open_learner(
     The path is what `config.encoder` accepts: a workdir (its newest valid checkpoint, or that of
     `step`), one checkpoint of it (runs/cappa/checkpoints/300), or a pretrained encoder (see
     `convert.open_encoder`), whose images are cropped as its own preprocessing crops them. A
-    SiglipModel that we exported is loaded with its text tower. `mesh` and `say` are those of
-    `load_learner`.
+    SiglipModel that we exported is loaded with its text tower. Each may be in a bucket (gs://).
+    `mesh` and `say` are those of `load_learner`.
 
     Raises:
-        UserError: There is none of these, the path is a URL, or `step` is given for a path that has
-            no steps.
+        UserError: There is none of these, the path is another URL, or `step` is given for a path
+            that has no steps.
     """
     run = run_of(path, step)
     if run:
         return load_learner(run.workdir, mesh, run.step, say)
     text = os.fspath(path)
-    place = Path(text).expanduser()
+    place = files.place(text).expanduser()
     if not place.exists():
         raise UserError(
             f"{text}: is not the folder of a run: no such file or folder; give the workdir of a "
@@ -79,7 +78,8 @@ def open_learner(
         )
     if step is not None:
         raise UserError(f"step: {text} is not a workdir, so it has no steps; leave step out.")
-    return _imported(place, mesh)
+    with files.local(place) as copy:
+        return _imported(copy, mesh)
 
 
 def _imported(place: Path, mesh: Mesh | None) -> Learner:

@@ -1,10 +1,10 @@
 """Initializing a learner from trained weights: `config.encoder`.
 
 The path names a workdir (its newest valid checkpoint), one checkpoint of a workdir
-(runs/cappa/checkpoints/300), or an imported encoder. A learner with an encoder takes that encoder's
-weights, and the fields of `config.model` and `data.image_size` that belong to them. The learner
-`pretrained`, for evaluation, takes everything found there: the whole learner of a workdir, and its
-data if `data.name` is empty, or the bare encoder.
+(runs/cappa/checkpoints/300), or an imported encoder; each may be in a bucket (gs://). A learner
+with an encoder takes that encoder's weights, and the fields of `config.model` and `data.image_size`
+that belong to them. The learner `pretrained`, for evaluation, takes everything found there: the
+whole learner of a workdir, and its data if `data.name` is empty, or the bare encoder.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cap_pretrain import config as configs
-from cap_pretrain import convert, inputs, learners, rules
+from cap_pretrain import convert, files, inputs, learners, rules
 from cap_pretrain.checkpoints.checkpoint import saved_steps
 from cap_pretrain.checkpoints.load import read_config, read_weights
 from cap_pretrain.errors import UserError
@@ -91,7 +91,7 @@ def resolve(
                 "encoder: is empty; give --config.encoder=PATH to say what to evaluate."
             )
         return config, None
-    path, weights = Path(config.encoder), None
+    path, weights = _place(config.encoder), None
     asked, config = config, config.copy_and_resolve_references()
     with config.unlocked():
         run, step = which_run(path)
@@ -100,13 +100,23 @@ def resolve(
         elif is_run(run):
             weights = _from_workdir(config, run, step, given)
         else:
-            weights = from_import(config, path)
+            with files.local(path) as copy:
+                weights = from_import(config, copy)
+            source = weights.source.replace(str(copy), str(path))
+            weights = dataclasses.replace(weights, source=source)
         if "data.image_size" in given:
             config.data.image_size = asked.data.image_size
             weights = weights and weights.for_images(config)
     source = weights.source if weights else f"the run in {workdir}"
     _check_replaced(asked, config, given, source, say)
     return config.lock(), weights
+
+
+def _place(encoder: str) -> Path:
+    try:
+        return files.place(encoder)
+    except UserError as error:
+        raise UserError(f"encoder: {error}") from error
 
 
 def is_run(folder: Path) -> bool:

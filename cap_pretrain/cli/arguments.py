@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from cap_pretrain import untrusted
+from cap_pretrain import files, untrusted
 from cap_pretrain.errors import UserError
 from cap_pretrain.telemetry import console
 
@@ -32,6 +32,21 @@ def positive_int(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
     return number
+
+
+def local_path(text: str) -> Path:
+    """Convert an argument to the path of a local file or folder, as argparse's `type`."""
+    if files.is_url(text):
+        raise argparse.ArgumentTypeError(f"{text} is a URL; give the path of a local one.")
+    return run_path(text)
+
+
+def run_path(text: str) -> Path:
+    """Convert an argument to the path of a run or of a file in one, local or in a bucket."""
+    try:
+        return files.place(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def field_help(options: type) -> dict[str, str]:
@@ -60,14 +75,17 @@ def add_fields(group: argparse._ArgumentGroup, options: type, **defaults: Any) -
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     """Add --checkpoint, what `checkpoints.open` accepts, and --step, a checkpoint of a run."""
-    what = "workdir of a run, a checkpoint in it (RUN/checkpoints/STEP), or an exported encoder"
+    what = (
+        "workdir of a run, a checkpoint in it (RUN/checkpoints/STEP), or an exported encoder; "
+        "a folder or gs://BUCKET/FOLDER"
+    )
     parser.add_argument("--checkpoint", required=True, metavar="RUN", help=what)
     parser.add_argument("--step", type=int, help="step of the checkpoint; default: the newest")
 
 
 def add_figure(parser: argparse.ArgumentParser) -> None:
     """Add --out, the file of a figure."""
-    parser.add_argument("--out", required=True, type=Path, help="output file, *.png or *.svg")
+    parser.add_argument("--out", required=True, type=local_path, help="output file, *.png or *.svg")
 
 
 def add_dataset(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:

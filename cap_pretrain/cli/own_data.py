@@ -84,17 +84,20 @@ def prepare(argv: Sequence[str]) -> list[str]:
     """
     parser = arguments.documented_parser(__doc__)
     parser.allow_abbrev = False
-    parser.add_argument("photos", type=Path, help="folder or zip of the images")
-    parser.add_argument("table", type=Path, help="CSV, TSV or Parquet with a row for each caption")
+    parser.add_argument("photos", type=arguments.local_path, help="folder or zip of the images")
+    what = "CSV, TSV or Parquet with a row for each caption"
+    parser.add_argument("table", type=arguments.local_path, help=what)
     parser.add_argument("--workdir", help="folder; default: runs/NAME_OF_THE_FOLDER")
     what = "what to learn; default: cap"
     parser.add_argument("--objective", choices=tuple(small.OBJECTIVES), default="cap", help=what)
     parser.add_argument("--image", default="", help="column of image names; default: found")
     parser.add_argument("--caption", default="", help="column of captions; default: found")
     args, others = parser.parse_known_args(argv)
-    if "://" in (args.workdir or ""):
-        raise UserError(f"--workdir: {args.workdir} is a URL; give a folder.")
-    workdir = Path(args.workdir or f"runs/{_name(args.photos)}").expanduser().absolute()
+    if files.is_url(args.workdir or ""):
+        raise UserError(
+            f"--workdir: {args.workdir} is a URL, and a dataset is built in it; give a folder."
+        )
+    workdir = files.place(args.workdir or f"runs/{_name(args.photos)}").expanduser().absolute()
     dataset = workdir / "dataset" / _name(args.photos)
     if found := {",", "+"} & set(str(dataset)):
         raise UserError(
@@ -135,7 +138,7 @@ def _built(args: argparse.Namespace, workdir: Path, dataset: Path) -> Started:
         console.say(f"Using {dataset}, because {args.photos} or {args.table} is no longer there.")
         return earlier
     image, caption = _columns(args)
-    photos, tables = Path(named["photos"]), Path(named["table"])
+    photos, tables = files.place(named["photos"]), files.place(named["table"])
     digest = _digest(photos, tables, workdir.resolve())
     source = named | {"image": image, "caption": caption, "digest": digest}
     if earlier and finished and earlier.source == source:

@@ -17,7 +17,6 @@ import functools
 import importlib
 import shlex
 import sys
-from pathlib import Path
 from typing import NoReturn
 
 from cap_pretrain.cli import arguments
@@ -64,7 +63,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
             name, aliases=ALIASES.get(name, ()), help=description, description=description
         )
         sub.add_argument("--name", required=True, help="name of the dataset, like my_data")
-        sub.add_argument("--out", required=True, type=Path, help="written to OUT/NAME/1.0.0")
+        sub.add_argument(
+            "--out", required=True, type=arguments.local_path, help="written to OUT/NAME/1.0.0"
+        )
         sub.add_argument("--overwrite", action="store_true", help="replace a finished dataset")
         workers = "processes that read and check images, without effect on the result; default: 1"
         sub.add_argument("--workers", type=int, default=1, metavar="N", help=workers)

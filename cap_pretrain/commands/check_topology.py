@@ -116,7 +116,7 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--scan", type=_numbers, help="numbers of devices, as 16,64,256,1024")
     parser.add_argument("--fit", action="store_true", help="search for the fastest fitting options")
     parser.add_argument("--breakdown", action="store_true", help="show time by kind of operation")
-    parser.add_argument("--json", type=Path, help="write the reports to this file")
+    parser.add_argument("--json", type=arguments.local_path, help="write the reports to this file")
     return parser.parse_known_args(argv)
 
 

@@ -15,7 +15,6 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -247,7 +246,7 @@ def main(argv: list[str] | None = None) -> int:
         type=int,
         help="reference captions per image; default: 1 with --workdir, 0 with --data",
     )
-    parser.add_argument("--out", required=True, type=Path, help="output image file")
+    parser.add_argument("--out", required=True, type=arguments.local_path, help="output image file")
     return arguments.run(_run, parser.parse_args(argv))
 
 

@@ -12,7 +12,6 @@ mistake.
 
 import argparse
 import sys
-from pathlib import Path
 
 import numpy as np
 from absl import logging
@@ -67,7 +66,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = arguments.documented_parser(__doc__)
     parser.add_argument("model", metavar="MODEL", help="workdir, checkpoint or exported folder")
     parser.add_argument("images", nargs="+", metavar="IMAGES", help="folder of images, or image")
-    parser.add_argument("--out", required=True, type=Path, help="file to write, *.npz or *.parquet")
+    parser.add_argument(
+        "--out", required=True, type=arguments.local_path, help="file to write, *.npz or *.parquet"
+    )
     parser.add_argument(
         "--what",
         default="",

@@ -4,16 +4,18 @@
     cap evaluate runs/cappa/checkpoints/300 --evals=linear_probe+knn --data=imagenette
     cap evaluate exported/cappa --evals=knn --data=imagenette --workdir=runs/judged
 
-RUN is a workdir, one of its checkpoints, an exported encoder, or one of another library. Results
-are printed and written to WORKDIR/evals. Further arguments go to the program of `cap train`, as
---config.evals.retrieval.limit=5000; `cap fields evals.NAME` lists the options of an evaluator.
+RUN is a workdir, one of its checkpoints, an exported encoder, or one of another library; a folder
+or gs://BUCKET/FOLDER. Results are printed and written to WORKDIR/evals. Further arguments go to the
+program of `cap train`, as --config.evals.retrieval.limit=5000; `cap fields evals.NAME` lists the
+options of an evaluator.
 """
 
 import sys
-from pathlib import PurePath
 
+from cap_pretrain import files
 from cap_pretrain.cli import arguments, config_files
 from cap_pretrain.commands import train
+from cap_pretrain.errors import UserError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,10 +28,11 @@ def main(argv: list[str] | None = None) -> int:
     where = "folder of the results; default: beside RUN, with _evaluated added to its name"
     parser.add_argument("--workdir", help=where)
     args, rest = parser.parse_known_args(argv)
-    if args.workdir is None and "://" in args.run:
-        parser.error("--workdir is needed, because RUN is a URL.")
     chosen = ",".join([f"evals={args.evals}", *[f"data={args.data}"] * bool(args.data)])
-    workdir = args.workdir or beside(args.run)
+    try:
+        workdir = args.workdir or beside(args.run)
+    except UserError as error:
+        parser.error(f"RUN: {error}")
     config = config_files.shipped() / "evaluate.py"
     return train.main(
         [f"{config}:{chosen}", f"--workdir={workdir}", f"--config.encoder={args.run}", *rest]
@@ -38,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def beside(run: str) -> str:
     """Return the default folder of results: runs/a -> runs/a_evaluated, or …_STEP_evaluated."""
-    path = PurePath(run)
+    path = files.place(run)
     if path.parent.name == "checkpoints":
         return f"{path.parent.parent}_{path.name}_evaluated"
     return f"{path}_evaluated"

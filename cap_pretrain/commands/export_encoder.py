@@ -19,10 +19,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from cap_pretrain import files
 from cap_pretrain.checkpoints.load import read_config, read_weights
 from cap_pretrain.checkpoints.open import run_at
 from cap_pretrain.cli import arguments
-from cap_pretrain.convert import layouts
+from cap_pretrain.convert import huggingface, layouts, openai
 from cap_pretrain.convert.layouts import card, hub
 from cap_pretrain.errors import UserError
 from cap_pretrain.inputs import TOKENIZER_FILE
@@ -57,7 +58,7 @@ def write(workdir: Path, step: int | None, out: Path, choice: Choice = Choice())
         config,
         params,
         path.read_bytes() if path.exists() else None,
-        choice.place or f"local-dir:{out.absolute()}",
+        choice.place or f"local-dir:{out.name if files.is_url(out) else out.absolute()}",
     )
     encoder = source.inside("encoder")
     with complete_or_not_there(out) as folder:
@@ -93,9 +94,17 @@ def _figures(workdir: Path, step: int) -> dict[str, float | None]:
 
 @contextlib.contextmanager
 def complete_or_not_there(out: Path) -> Iterator[Path]:
-    """Give a folder to write into, which becomes `out` unless an exception is raised."""
+    """Give a folder to write into, which becomes `out` unless an exception is raised.
+
+    In a bucket, the files that the readers of a folder look for come last.
+    """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out: {str(out)!r} already exists; name another folder, or remove it.")
+    if files.is_url(out):
+        with tempfile.TemporaryDirectory() as temporary:
+            yield files.place(temporary)
+            files.upload(files.place(temporary), out, (huggingface.CONFIG, openai.CONFIG))
+        return
     out = out.absolute()
     fresh = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(fresh, ignore_errors=True)
@@ -115,12 +124,18 @@ def _run(args: argparse.Namespace) -> int:
         raise UserError("--out: is missing; name a folder to create, or give --to hub.")
     if to_hub:
         hub.check(args.repo, token=not args.dry_run)
+    if to_hub and args.out and files.is_url(args.out):
+        raise UserError(
+            f"--out: {args.out} is a URL; with --to hub, give a folder or leave it out."
+        )
     run = run_at(args.checkpoint, args.step)
     place = f"hf-hub:{args.repo}" if to_hub else ""
     choice = Choice(args.layout, args.licence, place)
     with tempfile.TemporaryDirectory() as temporary:
         kept = args.out and not args.dry_run
-        out = args.out if kept else Path(temporary) / (args.out.name if args.out else "export")
+        out = (
+            args.out if kept else files.place(temporary) / (args.out.name if args.out else "export")
+        )
         with arguments.waiting(f"Exporting {args.checkpoint}"):
             report = write(run.workdir, run.step, out, choice)
         if args.dry_run:
@@ -134,17 +149,18 @@ def _run(args: argparse.Namespace) -> int:
 
 def _planned(folder: Path, args: argparse.Namespace) -> str:
     """Return what an export would write or upload, one file a line."""
-    files = hub.listing(folder)
+    listed = hub.listing(folder)
     verb = f"would upload to the hub as {args.repo}" if args.repo else f"would write {args.out}"
-    lines = [f"{verb}: {len(files)} files, {sum(size for _, size in files):,} bytes"]
-    return "\n".join([*lines, *(f"  {name}  {size:,} bytes" for name, size in files)])
+    lines = [f"{verb}: {len(listed)} files, {sum(size for _, size in listed):,} bytes"]
+    return "\n".join([*lines, *(f"  {name}  {size:,} bytes" for name, size in listed)])
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the tool and return its exit status: 0 done, 2 the user's mistake."""
     parser = arguments.documented_parser(__doc__)
     arguments.add_checkpoint(parser)
-    parser.add_argument("--out", type=Path, help="folder to create")
+    what = "folder to create, or gs://BUCKET/FOLDER"
+    parser.add_argument("--out", type=arguments.run_path, help=what)
     kinds = "; ".join(f"{name}: {what}" for name, what in layouts.LAYOUTS.items())
     parser.add_argument(
         "--layout", default="transformers", choices=list(layouts.LAYOUTS), help=kinds

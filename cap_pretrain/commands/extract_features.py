@@ -18,7 +18,6 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -202,7 +201,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--what", choices=WHAT, required=True)
     parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="default: float32")
     parser.add_argument("--batch_size", type=int, default=256, help="default: 256")
-    parser.add_argument("--out", required=True, type=Path, help="written to OUT/NAME/1.0.0")
+    parser.add_argument(
+        "--out", required=True, type=arguments.local_path, help="written to OUT/NAME/1.0.0"
+    )
     parser.add_argument("--name", required=True, help="name of the dataset, like my_features")
     parser.add_argument("--overwrite", action="store_true", help="replace a finished dataset")
     return parser.parse_args(argv)

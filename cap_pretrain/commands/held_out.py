@@ -11,7 +11,6 @@ import contextlib
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -25,7 +24,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = arguments.documented_parser(__doc__)
     parser.add_argument("dataset", help="path of a built dataset, like data/coco")
     parser.add_argument("--splits", nargs="+", required=True, help="splits to list")
-    parser.add_argument("--to", type=Path, required=True, metavar="FILE", help="output file")
+    parser.add_argument(
+        "--to", type=arguments.local_path, required=True, metavar="FILE", help="output file"
+    )
     ids = "list ids too; they must identify the same images in the datasets to be built"
     parser.add_argument("--ids", action="store_true", help=ids)
     return arguments.run(_run, parser.parse_args(argv), catch=(UserError,))

@@ -237,7 +237,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         default=["KILL"],
         help="signals to draw from; default: KILL",
     )
-    parser.add_argument("--workdir", required=True, type=Path, help="new folder for both runs")
+    parser.add_argument(
+        "--workdir", required=True, type=arguments.local_path, help="new folder for both runs"
+    )
     parser.add_argument(
         "arguments",
         nargs="+",

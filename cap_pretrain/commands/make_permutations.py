@@ -7,7 +7,6 @@ Training reads the file `learner.file`, or generates them by `learner.permutatio
 
 import argparse
 import sys
-from pathlib import Path
 
 from cap_pretrain.cli import arguments
 from cap_pretrain.learners import permutations
@@ -33,7 +32,9 @@ def main(argv: list[str] | None = None) -> int:
         "--rule", choices=rules, default=rules[0], help=f"distance to maximize; default: {rules[0]}"
     )
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
-    parser.add_argument("--out", required=True, type=Path, help="output file, one per line")
+    parser.add_argument(
+        "--out", required=True, type=arguments.local_path, help="output file, one per line"
+    )
     return arguments.run(_run, parser.parse_args(argv))
 
 

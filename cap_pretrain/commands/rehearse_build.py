@@ -238,7 +238,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--images", type=int, default=20_000, help="default: 20000")
     parser.add_argument("--kills", type=int, default=5, help="default: 5")
     parser.add_argument("--workers", type=int, default=2, help="default: 2")
-    parser.add_argument("--folder", type=Path, required=True, help="must not exist")
+    parser.add_argument("--folder", type=arguments.local_path, required=True, help="must not exist")
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments of kills")
     args = parser.parse_args(argv)
     if args.folder.exists():

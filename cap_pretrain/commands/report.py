@@ -11,7 +11,6 @@ user's mistake.
 
 import argparse
 import sys
-from pathlib import Path
 
 from cap_pretrain import files, reports
 from cap_pretrain.cli import arguments
@@ -54,8 +53,10 @@ def _port(text: str) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run the tool and return its exit status (see above)."""
     parser = arguments.documented_parser(__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="workdir of a run")
-    parser.add_argument("--out", type=Path, help="output file, *.html")
+    parser.add_argument(
+        "runs", nargs="+", type=arguments.run_path, metavar="RUN", help="workdir of a run"
+    )
+    parser.add_argument("--out", type=arguments.run_path, help="output file, *.html")
     parser.add_argument("--serve", type=_port, metavar="PORT", help="port to serve at; 0: any")
     return arguments.run(_run, parser.parse_args(argv))
 

@@ -3,9 +3,10 @@ r"""Print evaluation results of several runs as a Markdown table.
     cap results runs/cap runs/cappa runs/clip \
         --figures linear_probe/top1 retrieval/image_to_text_r1 order:composition/accuracy
 
-A row is a run; a folder that is none stands for all runs below it. RUN/checkpoints/STEP is the run
-at that step. A column is the newest EVALUATOR/METRIC of the run, or FOLDER:EVALUATOR/METRIC of a
-run in a subfolder, empty if missing. --titles renames columns; --percent prints percentages.
+A row is a run, local or in a bucket (gs://); a folder that is none stands for all runs below it.
+RUN/checkpoints/STEP is the run at that step. A column is the newest EVALUATOR/METRIC of the run, or
+FOLDER:EVALUATOR/METRIC of a run in a subfolder, empty if missing. --titles renames columns;
+--percent prints percentages.
 """
 
 import argparse

@@ -169,11 +169,17 @@ def _run(args: argparse.Namespace) -> int:
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = arguments.documented_parser(__doc__)
-    parser.add_argument("--annotations", type=Path, help="references; required if RESULTS has none")
-    parser.add_argument("--results", type=Path, help="captions")
-    parser.add_argument("--tokenized", type=Path, help="tokenized captions and references")
+    parser.add_argument(
+        "--annotations", type=arguments.run_path, help="references; required if RESULTS has none"
+    )
+    parser.add_argument("--results", type=arguments.run_path, help="captions")
+    parser.add_argument(
+        "--tokenized", type=arguments.run_path, help="tokenized captions and references"
+    )
     parser.add_argument("--subset", action="store_true", help="score only the images of RESULTS")
-    parser.add_argument("--per_image", type=Path, help="also write the scores of each image here")
+    parser.add_argument(
+        "--per_image", type=arguments.run_path, help="also write the scores of each image here"
+    )
     for name, options, default in (
         ("--tokenizer", caption_metrics.TOKENIZERS, "auto"),
         ("--spice", caption_metrics.SPICE, "installed"),

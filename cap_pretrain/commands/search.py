@@ -11,7 +11,6 @@ with "score" and "image". Texts need vectors of a dual encoder, such as clip or 
 import argparse
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 from absl import logging
@@ -65,7 +64,9 @@ def _run(args: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit status (see above)."""
     parser = arguments.documented_parser(__doc__)
-    parser.add_argument("vectors", type=Path, metavar="VECTORS", help="file written by `cap embed`")
+    parser.add_argument(
+        "vectors", type=arguments.local_path, metavar="VECTORS", help="file written by `cap embed`"
+    )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--text", help="words to search for")
     what.add_argument("--image", help="image file to search for")

@@ -24,7 +24,6 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -293,9 +292,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         sub.add_argument("--only", default="*", metavar="PATTERN", help="trial names, as b=32_*")
         return sub
 
+    where = "folder of the sweep, or gs://BUCKET/FOLDER"
     sub = add(run)
     sub.add_argument("sweep", help="configs/sweeps/NAME.py[:key=value,…]")
-    sub.add_argument("--out", required=True, type=Path, help="folder of the sweep")
+    sub.add_argument("--out", required=True, type=arguments.run_path, help=where)
     sub.add_argument(
         "--slots", type=arguments.positive_int, default=1, help="parallel trials; default: 1"
     )
@@ -305,7 +305,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     sub.add_argument("--print", action="store_true", help="print commands, start nothing")
     for command in (status, table, plot):
         sub = add(command)
-        sub.add_argument("out", type=Path, metavar="DIR", help="folder of the sweep")
+        sub.add_argument("out", type=arguments.run_path, metavar="DIR", help=where)
         if command is table:
             sub.add_argument("--figures", nargs="+", required=True, help="NAME[:min|max|last] …")
             sub.add_argument("--sort", metavar="COLUMN", help='"-COLUMN" is descending')
@@ -327,7 +327,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
                 default=MIN_POINTS,
                 help=f"different x that a power law is fitted to at least; default: {MIN_POINTS}",
             )
-            sub.add_argument("--out", dest="file", required=True, type=Path, help="*.png or *.svg")
+            local = arguments.local_path
+            sub.add_argument("--out", dest="file", required=True, type=local, help="*.png or *.svg")
     args = parser.parse_args(argv[:cut])
     args.extra = argv[cut + 1 :]
     if args.extra and args.command is not run:

@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -59,7 +58,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--split", default="train", help="default: train")
     parser.add_argument("--limit", type=int, help="number of examples, spread evenly")
     parser.add_argument("--keep_case", action="store_true", help="do not lower-case the captions")
-    parser.add_argument("--out", required=True, type=Path, help="folder to write into")
+    parser.add_argument(
+        "--out", required=True, type=arguments.local_path, help="folder to write into"
+    )
     kinds = ("sentencepiece", "words")
     parser.add_argument("--kind", choices=kinds, default=kinds[0], help=f"default: {kinds[0]}")
     pieces = parser.add_argument_group("sentencepiece")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from cap_pretrain.errors import UserError
+from cap_pretrain.files.copies import local, upload
 from cap_pretrain.files.logs import Appended, naming
 from cap_pretrain.files.places import is_url, place
 from cap_pretrain.untrusted import check_parsed, parse_json, read_bounded
@@ -16,6 +17,7 @@ from cap_pretrain.untrusted import check_parsed, parse_json, read_bounded
 __all__ = [
     "Appended",
     "is_url",
+    "local",
     "make_workdir",
     "naming",
     "numbered",
@@ -24,6 +26,7 @@ __all__ = [
     "read_json_lines",
     "total_size",
     "unused",
+    "upload",
     "write_bytes",
     "write_text",
 ]

@@ -17,7 +17,8 @@ compares configs, `page` and `sections` make HTML, `server` serves it while a ru
 
 from collections.abc import Sequence
 from os import PathLike
-from pathlib import Path
+
+from cap_pretrain import files
 
 FILE = "report.html"
 """Name of the page in a workdir."""
@@ -27,7 +28,7 @@ def render(runs: Sequence[str | PathLike[str]] | str | PathLike[str], *, live: i
     """Return the report of one run or several as a self-contained HTML page.
 
     Args:
-        runs: Workdirs of runs, or paths in them such as WORKDIR/checkpoints/STEP.
+        runs: Workdirs of runs, or paths in them such as WORKDIR/checkpoints/STEP; local, or gs://.
         live: Seconds after which a page that is served looks for news; 0: never.
 
     Raises:
@@ -36,4 +37,4 @@ def render(runs: Sequence[str | PathLike[str]] | str | PathLike[str], *, live: i
     from cap_pretrain.reports import page, workdir
 
     paths = [runs] if isinstance(runs, str | PathLike) else list(runs)
-    return page.page(workdir.read_all([Path(path) for path in paths]), live=live)
+    return page.page(workdir.read_all([files.place(path) for path in paths]), live=live)

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from cap_pretrain import files, untrusted
@@ -181,7 +181,7 @@ def _evaluators(folder: Path, config: dict[str, Any]) -> dict[str, dict[str, Any
     folders = sorted(path.name for path in results.iterdir()) if results.is_dir() else []
     found |= {name: {} for name in folders if name not in found and (results / name).is_dir()}
     # A name is part of paths, and a config may come from anywhere.
-    return {name: own for name, own in found.items() if Path(name).name == name}
+    return {name: own for name, own in found.items() if PurePath(name).name == name}
 
 
 def _spread(paths: dict[int, Path]) -> dict[int, Path]:
@@ -204,9 +204,9 @@ def _builds(data: dict[str, Any], facts: dict[str, Any], attempt: Callable) -> d
     folders = section(facts, "folders") if "folders" in facts else {str(name): name}
     found = {}
     for name, folder in folders.items():
-        if not isinstance(folder, str) or not folder or "://" in folder or "\0" in folder:
+        if not isinstance(folder, str) or not folder or files.is_url(folder) or "\0" in folder:
             continue
-        own = Path(folder)
+        own = files.place(folder)
         for path in (*own.glob("report.json"), *sorted(own.glob("*/report.json"))):
             if content := attempt(path, dict):
                 found[name] = content

@@ -1,7 +1,13 @@
-"""Running trials as processes of the training program, several at a time, until all are done."""
+"""Running trials as processes of the training program, several at a time, until all are done.
+
+A sweep may be in a bucket (gs://). Its lock, and the output of its trials while they run, are then
+in a local folder of the user's cache; the output is copied to the bucket when a trial ends. So that
+lock keeps out runners on this machine alone; the lock of each run keeps others out of its workdir.
+"""
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import subprocess
@@ -26,6 +32,15 @@ USER_ERROR = 2  # The exit status of a user error, which a retry does not fix
 Say = Callable[[str], None]
 
 
+def local_part(out: Path) -> Path:
+    """Return the folder of those files of a sweep that must be local: `out`, unless in a bucket."""
+    if not files.is_url(out):
+        return out
+    cache = files.place(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    name = hashlib.sha256(str(out).encode()).hexdigest()[:16]
+    return cache / "cap_pretrain" / "sweeps" / name
+
+
 @contextlib.contextmanager
 def lock(out: Path) -> Iterator[IO[str]]:
     """Lock the folder of a sweep against other runners; yield the lock file.
@@ -34,7 +49,9 @@ def lock(out: Path) -> Iterator[IO[str]]:
     keep other runners out. Raises UserError if another runner, or a trial that it left, holds it.
     """
     files.make_workdir(out)
-    with (out / LOCK_FILE).open("a") as file:
+    here = local_part(out)
+    here.mkdir(parents=True, exist_ok=True)
+    with (here / LOCK_FILE).open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -48,7 +65,7 @@ def lock(out: Path) -> Iterator[IO[str]]:
 def is_locked(out: Path) -> bool:
     """Return whether the sweep in a folder is running."""
     try:
-        with (out / LOCK_FILE).open() as file:
+        with (local_part(out) / LOCK_FILE).open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
@@ -66,7 +83,12 @@ class _Process:
         self._seconds, self._starts = before.get("seconds", 0.0), before.get("starts", 0) + 1
         self._started = time.monotonic()
         path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        with (self._folder / LOG_FILE).open("ab") as log:
+        self._log = local_part(out) / trial.name / LOG_FILE
+        if self._is_elsewhere:
+            self._log.parent.mkdir(parents=True, exist_ok=True)
+            kept = self._folder / LOG_FILE  # of earlier starts, perhaps on another machine
+            self._log.write_bytes(kept.read_bytes() if kept.exists() else b"")
+        with self._log.open("ab") as log:
             self._log_start = log.tell()
             # In a new session, so that Ctrl-C reaches only the runner, which signals each trial
             # once: a second signal would kill a trial before it has saved.
@@ -97,6 +119,8 @@ class _Process:
     def finish(self, state: str) -> str:
         """Record the final state; return the reason if the trial did not finish, else ""."""
         reason = "" if state == "finished" else self._last_line()
+        if self._is_elsewhere:
+            files.write_bytes(self._folder / LOG_FILE, self._log.read_bytes())
         self._write(state, reason)
         return reason
 
@@ -105,8 +129,12 @@ class _Process:
         status["seconds"] = round(self._seconds + time.monotonic() - self._started, 1)
         files.write_text(self._folder / RECORD_FILE, json.dumps(status, indent=2) + "\n")
 
+    @property
+    def _is_elsewhere(self) -> bool:
+        return self._log.parent != self._folder
+
     def _last_line(self) -> str:
-        with (self._folder / LOG_FILE).open("rb") as log:
+        with self._log.open("rb") as log:
             log.seek(self._log_start)
             lines = log.read().decode(errors="replace").split("\n")
         return next((line.strip() for line in reversed(lines) if line.strip()), "no output")

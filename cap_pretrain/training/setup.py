@@ -144,7 +144,8 @@ class Setup:
             for (name, _), (source, weight) in zip(members, self.sources, strict=False)
         ]
         names = [name for name, _ in members if name not in GENERATED]
-        folders = {name: str(Path(name).absolute()) for name in names if Path(name).is_dir()}
+        places = {name: Path(name) for name in names if not files.is_url(name)}
+        folders = {name: str(own.absolute()) for name, own in places.items() if own.is_dir()}
         per_example = (flops_per_step or 0) / self.config.batch_size
         return {
             "parameters": plan.count_parameters(self.abstract.params),

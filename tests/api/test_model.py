@@ -225,8 +225,8 @@ def test_runs_and_checkpoints_load(tokenizer_path, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             cap_pretrain.load(tmp_path / path, step=step)
-    with pytest.raises(UserError, match="gs://bucket/run: is a URL"):
-        cap_pretrain.load("gs://bucket/run")
+    with pytest.raises(UserError, match="s3://bucket/run: a run cannot be there"):
+        cap_pretrain.load("s3://bucket/run")
 
 
 DEVICES = """

@@ -91,7 +91,11 @@ def test_train_on_photos_builds_a_dataset_first(given, monkeypatch):
 
 @pytest.mark.parametrize(
     ("run", "workdir"),
-    [("runs/a", "runs/a_evaluated"), ("runs/a/checkpoints/30", "runs/a_30_evaluated")],
+    [
+        ("runs/a", "runs/a_evaluated"),
+        ("runs/a/checkpoints/30", "runs/a_30_evaluated"),
+        ("gs://b/a/checkpoints/30", "gs://b/a_30_evaluated"),
+    ],
 )
 def test_evaluate_is_a_run_without_steps(run, workdir, given):
     evaluate.main([run, "--evals=knn+loss", "--config.evals.knn.k=3"])
