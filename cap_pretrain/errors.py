@@ -36,6 +36,7 @@ def disk_error(error: BaseException) -> str | None:
         codes.append(error.errno)
     # TensorStore, which Orbax writes with, raises ValueErrors that contain the error number.
     codes += map(int, re.findall(r"\[os_error_code='(\d+)'", str(error)))
+    codes += [errno.EACCES] * str(error).startswith("PERMISSION_DENIED")  # of a bucket
     for code in codes:
         if code in _DISK:
             return os.strerror(code)

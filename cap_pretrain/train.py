@@ -22,7 +22,8 @@ from ml_collections import ConfigDict
 from cap_pretrain import config as configs
 from cap_pretrain import files, inputs, learners
 from cap_pretrain.checkpoints import warm_start
-from cap_pretrain.checkpoints.checkpoint import Checkpoints, saved_steps
+from cap_pretrain.checkpoints.checkpoint import Checkpoints
+from cap_pretrain.checkpoints.folders import saved_steps
 from cap_pretrain.checkpoints.load import read_batch_sizes
 from cap_pretrain.checkpoints.warm_start import PretrainedWeights
 from cap_pretrain.data import prefetch

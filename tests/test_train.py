@@ -15,7 +15,8 @@ import sentencepiece
 from ml_collections import ConfigDict
 
 from cap_pretrain import evals, train
-from cap_pretrain.checkpoints.checkpoint import Checkpoints, saved_steps
+from cap_pretrain.checkpoints.checkpoint import Checkpoints
+from cap_pretrain.checkpoints.folders import saved_steps
 from cap_pretrain.data.text.tokenizers import train_sentencepiece
 from cap_pretrain.distributed import sharding
 from cap_pretrain.errors import UserError

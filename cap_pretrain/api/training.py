@@ -10,7 +10,7 @@ from cap_pretrain import config as configs
 from cap_pretrain import files
 from cap_pretrain.api.loading import load
 from cap_pretrain.api.model import Model
-from cap_pretrain.checkpoints.checkpoint import saved_steps
+from cap_pretrain.checkpoints.folders import saved_steps
 from cap_pretrain.cli import config_files
 from cap_pretrain.distributed import determinism, gpu, heartbeat
 from cap_pretrain.errors import UserError, did_you_mean

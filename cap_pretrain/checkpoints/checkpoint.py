@@ -3,7 +3,7 @@
 A checkpoint has three items: `learner` (what evaluation and export read), `optimizer`, and
 `manifest`, the path, shape, dtype and fingerprint of every array in the other two. Restored arrays
 are compared with it, which detects any corruption and tells it from a checkpoint of another model.
-Orbax renames a folder when it is complete, so an interrupted save leaves older ones intact.
+An interrupted save leaves older ones intact; `folders` says when a checkpoint counts.
 """
 
 import contextlib
@@ -16,13 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers as policies
 
-from cap_pretrain import files, rules, untrusted
+from cap_pretrain import files, untrusted
+from cap_pretrain.checkpoints.folders import (
+    checkpoints_folder,
+    remove_unfinished,
+    saved_steps,
+    set_aside,
+)
 from cap_pretrain.checkpoints.manifest import (
     CorruptCheckpointError,
     compare,
@@ -33,84 +37,13 @@ from cap_pretrain.checkpoints.manifest import (
 )
 from cap_pretrain.checkpoints.orbax_setup import configure_orbax
 from cap_pretrain.checkpoints.reading import read_on_all_hosts
+from cap_pretrain.checkpoints.stored import ITEMS
 from cap_pretrain.distributed import cluster
 from cap_pretrain.distributed.ahead import Ahead
 from cap_pretrain.errors import UserError, disk_error
 from cap_pretrain.fingerprint import fingerprints
 from cap_pretrain.optim.schedule import BatchSizes
 from cap_pretrain.training.step import TrainState
-
-ITEMS = ("learner", "optimizer")
-
-
-def checkpoints_folder(workdir: str | Path) -> Path:
-    """Return the absolute path of a workdir's checkpoint folder, which may not exist."""
-    return Path(workdir).absolute() / "checkpoints"
-
-
-def saved_steps(workdir: str | Path) -> list[int]:
-    """Return the steps that have a checkpoint, ascending, without validating them."""
-    found = files.numbered(checkpoints_folder(workdir))
-    return sorted(step for step, path in found.items() if path.is_dir())
-
-
-def load_arrays(
-    workdir: str | Path, step: int, items: Sequence[str] = ITEMS
-) -> dict[str, np.ndarray]:
-    """Return the arrays of the checkpoint of `step`, by paths such as "learner/params/encoder/…".
-
-    Reads only the given `items`, without the model or its config. Raises CorruptCheckpointError if
-    an array or the manifest has changed, UserError if the disk does not permit reading.
-    """
-    configure_orbax()
-    folder = checkpoints_folder(workdir) / str(step)
-    manifest = read_manifest(folder)
-    reader = ocp.PyTreeCheckpointHandler()
-
-    def read(item: str) -> Any:
-        path = epath.Path(folder / item)
-        as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
-        stored = reader.metadata(path).tree
-        _check_sizes(folder, stored)
-        args = jax.tree.map(lambda _: as_numpy, stored)
-        return reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=args))
-
-    tree = read_on_all_hosts(folder, lambda: {item: read(item) for item in items})
-    saved = {k: leaf for k, leaf in manifest["leaves"].items() if k.split("/")[0] in items}
-    compare(folder, describe(tree, jax.jit(fingerprints)(tree)), saved)
-    return rules.flatten(tree)
-
-
-def _check_sizes(folder: Path, arrays: Any) -> None:
-    """Raise ValueError if the metadata of `arrays` claim more than their files may decompress to.
-
-    A stranger may have written both; reading would fill the memory.
-    """
-    held = sum(file.stat().st_size for file in folder.rglob("*"))
-    claimed = sum(
-        math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(arrays)
-    )
-    if claimed > untrusted.FREE_BYTES + untrusted.MAX_RATIO * held:
-        raise ValueError(f"its arrays claim {claimed:,} bytes in files of {held:,}")
-
-
-def saved_identity(workdir: str | Path, step: int) -> dict[str, str]:
-    """Return the `identity` saved with `step`; raise CorruptCheckpointError as `load_arrays`."""
-    return read_manifest(checkpoints_folder(workdir) / str(step))["identity"]
-
-
-def saved_batches(workdir: str | Path, step: int) -> tuple[tuple[int, int], ...]:
-    """Return the `BatchSizes.sizes` saved with `step`, empty before 0.2; raise as `load_arrays`."""
-    folder = checkpoints_folder(workdir) / str(step)
-    sizes = read_manifest(folder).get("batches", [])
-    try:
-        steps, batches = zip(*sizes, strict=True) if sizes else ((0,), (1,))
-        valid = steps[0] == 0 and list(steps) == sorted(set(steps)) and min(batches) >= 1
-        if not valid or not all(type(n) is int for n in (*steps, *batches)):
-            raise ValueError
-    except (TypeError, ValueError) as e:
-        raise CorruptCheckpointError(f"{folder}: is corrupt (its batch sizes are not valid)") from e
-    return tuple(map(tuple, sizes))
 
 
 class Checkpoints:
@@ -135,7 +68,7 @@ class Checkpoints:
         read_only: bool = False,
     ):
         configure_orbax()
-        self._workdir = Path(workdir)
+        self._workdir = files.place(workdir)
         self._identity = dict(identity or {})
         self._batches = (batches or BatchSizes(((0, config.batch_size),))).sizes
         self._best = config.checkpoint.best
@@ -150,6 +83,7 @@ class Checkpoints:
                 if not path.is_dir():
                     what = "a link to nothing" if path.is_symlink() else "a file"
                     raise UserError(f"{path}: is {what} instead of a checkpoint; remove it.")
+            cluster.decided(None, lambda _: remove_unfinished(self._workdir))
         self._manager = ocp.CheckpointManager(
             checkpoints_folder(workdir),
             options=ocp.CheckpointManagerOptions(
@@ -163,7 +97,8 @@ class Checkpoints:
                 step_name_format=_OwnSteps(),
                 read_only=read_only,
                 create=not read_only,
-                cleanup_tmp_directories=not read_only,
+                # In a bucket it would remove what was set aside, too.
+                cleanup_tmp_directories=not (read_only or files.is_url(self._workdir)),
                 # With asynchronous creation the process hangs where folders cannot be created.
                 async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
             ),
@@ -234,15 +169,15 @@ class Checkpoints:
     ) -> TrainState | None:
         """Restore the newest valid checkpoint as `restore` does; return None if there are none.
 
-        Newer, corrupt checkpoints are reported through `say` and renamed to `STEP.damaged`, or
-        `STEP.2.damaged` if that exists; if all are corrupt, UserError is raised.
+        Newer, corrupt checkpoints are reported through `say` and set aside, see `folders`; if all
+        are corrupt, UserError is raised.
         """
         steps = saved_steps(self._workdir)
         for step in reversed(steps):
             try:
                 return self.restore(abstract, step)
             except CorruptCheckpointError as e:
-                say(f"{e}. It is renamed to {self._set_aside(step)}.")
+                say(f"{e}. {self._set_aside(step, str(e))}.")
         if steps:
             raise UserError(
                 f"{self._manager.directory}: every checkpoint is corrupt, from {steps[0]} to "
@@ -300,16 +235,11 @@ class Checkpoints:
                     f"there, {here} here.\nUse another --workdir, or the config it was made with."
                 )
 
-    def _set_aside(self, step: int) -> str:
-        """Rename the checkpoint of `step` to `STEP.damaged`, for all hosts; return the name."""
-
-        def rename(_: list[None]) -> str:
-            folder = checkpoints_folder(self._workdir) / str(step)
-            return folder.rename(files.unused(folder.with_name(f"{step}.damaged"))).name
-
-        name = cluster.decided(None, rename)
+    def _set_aside(self, step: int, why: str) -> str:
+        """Set the checkpoint of `step` aside, for all hosts; return what was done."""
+        done = cluster.decided(None, lambda _: set_aside(self._workdir, step, why))
         self._manager.reload()
-        return name
+        return done
 
     @contextlib.contextmanager
     def _disk_errors_as_user_errors(self) -> Iterator[None]:
@@ -342,7 +272,7 @@ class _OwnSteps(ocp.path.step.NameFormat):
         """Yield Orbax's metadata of every checkpoint."""
         own = {
             str(step)
-            for step, path in files.numbered(Path(base_path)).items()
+            for step, path in files.numbered(files.place(base_path)).items()
             if not path.is_symlink()
         }
         return (found for found in self._standard.find_all(base_path) if found.path.name in own)

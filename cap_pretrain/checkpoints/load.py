@@ -13,13 +13,9 @@ from ml_collections import ConfigDict
 
 from cap_pretrain import config as configs
 from cap_pretrain import files, inputs, learners, rules, untrusted
-from cap_pretrain.checkpoints.checkpoint import (
-    load_arrays,
-    saved_batches,
-    saved_identity,
-    saved_steps,
-)
+from cap_pretrain.checkpoints.folders import saved_steps
 from cap_pretrain.checkpoints.manifest import CorruptCheckpointError
+from cap_pretrain.checkpoints.stored import load_arrays, saved_batches, saved_identity
 from cap_pretrain.data.text import tokenizers
 from cap_pretrain.distributed import sharding
 from cap_pretrain.errors import UserError

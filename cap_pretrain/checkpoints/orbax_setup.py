@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint._src.path import gcs_utils  # has no public name
 
 from cap_pretrain.checkpoints import replicas
 
@@ -22,6 +23,10 @@ def configure_orbax() -> None:
     Orbax logs each failure many times, with tracebacks and from several threads. It is raised here,
     so those records are dropped, like the notice about the array handler registered here.
 
+    Orbax asks, before it lists or removes checkpoints in a bucket, whether that has a hierarchical
+    namespace, which takes the permission storage.buckets.get and a second client. Objects are
+    listed and removed in the same way in either, so the answer here is no.
+
     TensorStore threads may report to an event loop that Orbax has already closed, which Python
     would print as an unraisable exception; those are ignored.
     """
@@ -32,6 +37,7 @@ def configure_orbax() -> None:
         (np.ndarray, replicas.HostArrayHandler()),
     ):
         ocp.type_handlers.register_type_handler(kind, handler, override=True)
+    gcs_utils.is_hierarchical_namespace_enabled = lambda path: False  # noqa: ARG005
     previous_hook = sys.unraisablehook
 
     def ignore_late_callbacks(unraisable: Any) -> None:

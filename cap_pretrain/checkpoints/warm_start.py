@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from cap_pretrain import config as configs
 from cap_pretrain import convert, files, inputs, learners, rules
-from cap_pretrain.checkpoints.checkpoint import saved_steps
+from cap_pretrain.checkpoints.folders import saved_steps
 from cap_pretrain.checkpoints.load import read_config, read_weights
 from cap_pretrain.errors import UserError
 from cap_pretrain.models.sizes import parse_name

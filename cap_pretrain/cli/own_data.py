@@ -25,7 +25,7 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 
 from cap_pretrain import files
-from cap_pretrain.checkpoints.checkpoint import saved_steps
+from cap_pretrain.checkpoints.folders import saved_steps
 from cap_pretrain.cli import arguments
 from cap_pretrain.data.builders import rows
 from cap_pretrain.data.builders.build import build

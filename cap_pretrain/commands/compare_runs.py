@@ -20,7 +20,8 @@ from absl import logging
 from tqdm import tqdm
 
 from cap_pretrain import untrusted
-from cap_pretrain.checkpoints import checkpoint
+from cap_pretrain.checkpoints import folders, stored
+from cap_pretrain.checkpoints.manifest import CorruptCheckpointError
 from cap_pretrain.checkpoints.open import run_at
 from cap_pretrain.cli import arguments
 from cap_pretrain.errors import UserError
@@ -136,7 +137,7 @@ def _both(x: float | None, y: float | None) -> str:
 
 
 def _compare_checkpoints(a: Path, b: Path) -> Comparison:
-    steps_a, steps_b = (checkpoint.saved_steps(workdir) for workdir in (a, b))
+    steps_a, steps_b = (folders.saved_steps(workdir) for workdir in (a, b))
     common = sorted(set(steps_a) & set(steps_b))
     if not common:
         raise UserError(
@@ -172,8 +173,8 @@ def _compare_checkpoint(a: tuple[Path, int], b: tuple[Path, int]) -> tuple[str, 
 
 def _load(workdir: Path, step: int) -> Mapping[str, np.ndarray]:
     try:
-        return checkpoint.load_arrays(workdir, step)
-    except checkpoint.CorruptCheckpointError as e:
+        return stored.load_arrays(workdir, step)
+    except CorruptCheckpointError as e:
         raise UserError(str(e)) from e
 
 

@@ -11,10 +11,11 @@ from typing import Any, cast
 from cap_pretrain.errors import UserError
 from cap_pretrain.files.copies import local, upload
 from cap_pretrain.files.logs import Appended, naming
-from cap_pretrain.files.places import is_url, place
+from cap_pretrain.files.places import COMMITTED, is_url, place
 from cap_pretrain.untrusted import check_parsed, parse_json, read_bounded
 
 __all__ = [
+    "COMMITTED",
     "Appended",
     "is_url",
     "local",

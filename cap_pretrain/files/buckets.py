@@ -18,8 +18,7 @@ from typing import Any
 from etils.epath.gpath import PosixGPath
 from etils.epath.stat_utils import StatResult
 
-COMMITTED = "commit_success.txt"
-"""What Orbax writes last into the folder of a checkpoint."""
+from cap_pretrain.files.places import COMMITTED
 
 # Packages whose exceptions gcsfs lets through.
 _CLIENTS = ("aiohttp", "asyncio", "fsspec", "gcsfs", "google", "requests")

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from cap_pretrain import config as configs
 from cap_pretrain import files, untrusted
-from cap_pretrain.checkpoints.checkpoint import saved_steps
+from cap_pretrain.checkpoints.folders import saved_steps
 from cap_pretrain.cli import config_files
 from cap_pretrain.errors import UserError, did_you_mean
 from cap_pretrain.training.changes import check_unchanged

@@ -12,8 +12,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cap_pretrain import files
-from cap_pretrain.checkpoints.checkpoint import Checkpoints, load_arrays, saved_steps
+from cap_pretrain.checkpoints.checkpoint import Checkpoints
+from cap_pretrain.checkpoints.folders import saved_steps
 from cap_pretrain.checkpoints.manifest import CorruptCheckpointError
+from cap_pretrain.checkpoints.stored import load_arrays
 from cap_pretrain.distributed import sharding
 from cap_pretrain.errors import UserError
 from cap_pretrain.training.step import TrainState

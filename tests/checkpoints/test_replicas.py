@@ -47,7 +47,8 @@ import orbax.checkpoint as ocp
 from pathlib import Path
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from cap_pretrain import rules
-from cap_pretrain.checkpoints.checkpoint import Checkpoints, load_arrays
+from cap_pretrain.checkpoints.checkpoint import Checkpoints
+from cap_pretrain.checkpoints.stored import load_arrays
 from cap_pretrain.distributed import cluster
 from tests import toy
 from tests.checkpoints.test_replicas import state

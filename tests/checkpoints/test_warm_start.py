@@ -10,7 +10,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from cap_pretrain import evals, learners, train
-from cap_pretrain.checkpoints import checkpoint, warm_start
+from cap_pretrain.checkpoints import stored, warm_start
 from cap_pretrain.checkpoints.load import read_config, read_weights
 from cap_pretrain.convert import export
 from cap_pretrain.errors import UserError
@@ -165,8 +165,8 @@ def test_another_learner_takes_the_encoder_and_nothing_else(workdir, tokenizer_p
         train.run(c, tmp_path)
     c.encoder = str(workdir)
     train.run(c, tmp_path)
-    theirs = checkpoint.load_arrays(workdir, 2)
-    ours = checkpoint.load_arrays(tmp_path, 2)
+    theirs = stored.load_arrays(workdir, 2)
+    ours = stored.load_arrays(tmp_path, 2)
     of_encoder = [path for path in ours if path.startswith("learner/params/encoder/")]
     assert len(of_encoder) > 10
     for path in of_encoder:
@@ -192,7 +192,7 @@ def test_an_encoder_is_fine_tuned_or_left_as_it_is(name, argument, moves, workdi
     c = toy.shrink(toy.load(name, argument), encoder=str(workdir), model__name="mu/8")
     c.evals.accuracy.batch_size = 10
     train.run(c, tmp_path)
-    theirs, ours = (checkpoint.load_arrays(folder, 2) for folder in (workdir, tmp_path))
+    theirs, ours = (stored.load_arrays(folder, 2) for folder in (workdir, tmp_path))
     path = "encoder/blocks/mlp/up/kernel"
     same = np.array_equal(theirs[f"learner/ema/{path}"], ours[f"learner/params/{path}"])
     assert same != moves

@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from cap_pretrain.checkpoints.checkpoint import saved_steps
+from cap_pretrain.checkpoints.folders import saved_steps
 from cap_pretrain.training import lock
 from tests import toy
 

@@ -9,7 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from cap_pretrain import evals, train
-from cap_pretrain.checkpoints import checkpoint
+from cap_pretrain.checkpoints import folders
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.base import Result
 from cap_pretrain.evals.suite import Suite
@@ -93,7 +93,7 @@ def test_a_run_lowers_its_rate_stops_early_and_is_then_complete(
     assert all(rates[step] == pytest.approx(1e-3) for step in range(1, 9))
     assert rates[9] == rates[10] == pytest.approx(5e-4)
     assert [x["step"] for x in lines if "end/loss" in x] == [10]
-    assert checkpoint.saved_steps(tmp_path) == [10]
+    assert folders.saved_steps(tmp_path) == [10]
     assert "val/loss no longer improves: the run ends at step 10" in capsys.readouterr().out
     train.run(c, tmp_path)
     assert "Already at step 10 of 20" in capsys.readouterr().out
@@ -124,7 +124,7 @@ def test_an_interrupted_run_resumes_with_the_same_results(whole_run, tmp_path, l
     c, whole = whole_run
     stopped = tmp_path / "stopped"
     shutil.copytree(whole, stopped)
-    for step in checkpoint.saved_steps(stopped):
+    for step in folders.saved_steps(stopped):
         if step > last:
             shutil.rmtree(stopped / "checkpoints" / str(step))
     lines = [x for x in toy.lines(stopped) if x["step"] <= last]
@@ -134,7 +134,7 @@ def test_an_interrupted_run_resumes_with_the_same_results(whole_run, tmp_path, l
     (stopped / "metrics.jsonl").write_text(text)
     train.run(c, stopped)
     assert metrics(stopped) == metrics(whole)
-    assert checkpoint.saved_steps(stopped) == checkpoint.saved_steps(whole)
+    assert folders.saved_steps(stopped) == folders.saved_steps(whole)
 
 
 def metrics(workdir):

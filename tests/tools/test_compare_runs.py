@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cap_pretrain.checkpoints.checkpoint import Checkpoints, load_arrays
+from cap_pretrain.checkpoints.checkpoint import Checkpoints
+from cap_pretrain.checkpoints.stored import load_arrays
 from cap_pretrain.commands import compare_runs
 from cap_pretrain.training.step import TrainState
 from tests import toy

@@ -10,9 +10,9 @@ from ml_collections import ConfigDict
 
 from cap_pretrain import config as configs
 from cap_pretrain import evals, inputs, train
-from cap_pretrain.checkpoints.checkpoint import saved_batches
 from cap_pretrain.checkpoints.load import read_batch_sizes
 from cap_pretrain.checkpoints.manifest import CorruptCheckpointError, make_manifest
+from cap_pretrain.checkpoints.stored import saved_batches
 from cap_pretrain.data.text.tokenizers import NoText
 from cap_pretrain.errors import UserError
 from cap_pretrain.optim import schedule
