@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Creates a slice of TPU VMs and trains on it to the end of the run. See docs/tpu_pod.md.
 #   tools/launch_tpu.sh --name=NAME --zone=ZONE --type=v5litepod-256 --version=v2-alpha-tpuv5-lite \
-#       [FLAGS] -- --config=configs/pretrain.py --workdir=/mnt/runs/cap [--config.some.field=value]
+#       [FLAGS] -- --config=configs/pretrain.py --workdir=gs://BUCKET/cap [--config.some.field=value]
 # Arguments after -- go to `python -m cap_pretrain.main` on every worker. Flags:
 #   --project=ID       Google Cloud project; default: that of gcloud
 #   --spot             create a preemptible slice, at a lower price

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from cap_pretrain.errors import UserError
-from cap_pretrain.files.copies import local, upload
+from cap_pretrain.files.copies import local, local_folder, upload
 from cap_pretrain.files.logs import Appended, naming
 from cap_pretrain.files.places import COMMITTED, is_url, place
 from cap_pretrain.untrusted import check_parsed, parse_json, read_bounded
@@ -19,6 +19,7 @@ __all__ = [
     "Appended",
     "is_url",
     "local",
+    "local_folder",
     "make_workdir",
     "naming",
     "numbered",

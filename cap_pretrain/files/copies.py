@@ -1,6 +1,8 @@
 """Copies between buckets and local files, for libraries that read and write only local ones."""
 
 import contextlib
+import hashlib
+import os
 import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -29,6 +31,19 @@ def local(path: Path) -> Iterator[Path]:
             yield copy
         except UserError as error:
             raise UserError(str(error).replace(str(copy), str(path))) from error
+
+
+def local_folder(path: Path) -> Path:
+    """Return a folder for what belongs to the folder `path` but must be local, as a database.
+
+    It is `path` itself; for a bucket it is one of the user's cache, the same for each call, which
+    may not exist.
+    """
+    if not is_url(path):
+        return path
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    name = hashlib.sha256(str(path).rstrip("/").encode()).hexdigest()[:16]
+    return cache / "cap_pretrain" / "of_buckets" / name
 
 
 def upload(folder: Path, target: Path, last: Collection[str] = ()) -> None:

@@ -7,7 +7,6 @@ lock keeps out runners on this machine alone; the lock of each run keeps others 
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import subprocess
@@ -32,15 +31,6 @@ USER_ERROR = 2  # The exit status of a user error, which a retry does not fix
 Say = Callable[[str], None]
 
 
-def local_part(out: Path) -> Path:
-    """Return the folder of those files of a sweep that must be local: `out`, unless in a bucket."""
-    if not files.is_url(out):
-        return out
-    cache = files.place(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    name = hashlib.sha256(str(out).encode()).hexdigest()[:16]
-    return cache / "cap_pretrain" / "sweeps" / name
-
-
 @contextlib.contextmanager
 def lock(out: Path) -> Iterator[IO[str]]:
     """Lock the folder of a sweep against other runners; yield the lock file.
@@ -49,7 +39,7 @@ def lock(out: Path) -> Iterator[IO[str]]:
     keep other runners out. Raises UserError if another runner, or a trial that it left, holds it.
     """
     files.make_workdir(out)
-    here = local_part(out)
+    here = files.local_folder(out)
     here.mkdir(parents=True, exist_ok=True)
     with (here / LOCK_FILE).open("a") as file:
         try:
@@ -65,7 +55,7 @@ def lock(out: Path) -> Iterator[IO[str]]:
 def is_locked(out: Path) -> bool:
     """Return whether the sweep in a folder is running."""
     try:
-        with (local_part(out) / LOCK_FILE).open() as file:
+        with (files.local_folder(out) / LOCK_FILE).open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
@@ -83,7 +73,7 @@ class _Process:
         self._seconds, self._starts = before.get("seconds", 0.0), before.get("starts", 0) + 1
         self._started = time.monotonic()
         path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        self._log = local_part(out) / trial.name / LOG_FILE
+        self._log = files.local_folder(out) / trial.name / LOG_FILE
         if self._is_elsewhere:
             self._log.parent.mkdir(parents=True, exist_ok=True)
             kept = self._folder / LOG_FILE  # of earlier starts, perhaps on another machine

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from cap_pretrain import files
+
 PROJECT = (
     "cap_pretrain"  # where runs are collected unless the tracker's own variables say otherwise
 )
@@ -37,6 +39,13 @@ class Run:
     def name(self) -> str:
         """Name of the run for people."""
         return self.workdir.absolute().name
+
+    @property
+    def folder(self) -> Path:
+        """Local folder for the tracker's own files: the workdir, unless it is in a bucket."""
+        folder = files.local_folder(self.workdir)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
 
     def fields(self) -> dict[str, Any]:
         """Return the fields of the config by dotted name, without passwords in URLs."""

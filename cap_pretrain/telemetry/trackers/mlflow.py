@@ -19,10 +19,10 @@ PARAMS, PARAM_LENGTH = 100, 500
 
 
 class Mlflow:
-    """A run of MLflow, by default in WORKDIR/mlflow.db; see `base.Tracker`."""
+    """A run of MLflow, by default in WORKDIR/mlflow.db (`Run.folder`); see `base.Tracker`."""
 
     def __init__(self, run: Run, identity: str | None) -> None:
-        workdir = run.workdir.absolute()
+        workdir = run.folder.absolute()
         local = not os.environ.get(URI)
         uri = f"sqlite:///{workdir}/mlflow.db" if local else os.environ[URI]
         # Creating a local store is no news.

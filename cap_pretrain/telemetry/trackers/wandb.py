@@ -23,7 +23,7 @@ class Wandb:
             name=os.environ.get("WANDB_NAME") or run.name,
             id=self.identity,
             resume="allow",
-            dir=str(run.workdir),
+            dir=str(run.folder),
             config=run.fields(),
             allow_val_change=True,
             # The console goes to the user's own log, and code stays where it is.
