@@ -4,7 +4,7 @@ import collections
 import os
 import threading
 from collections.abc import Callable, Hashable, Iterable
-from typing import BinaryIO, Generic, TypeVar
+from typing import Any, BinaryIO, Generic, TypeVar
 
 from cap_pretrain.data.sources.listing import Listing, local_stamps
 from cap_pretrain.data.sources.ranges import Ranges
@@ -13,6 +13,9 @@ from cap_pretrain.errors import UserError
 from cap_pretrain.untrusted import open_regular
 
 T = TypeVar("T")
+
+Span = tuple[int, int, int]
+"""Number of a file, first byte, and that after the last."""
 
 OPEN_FILES = 64
 """Files that a source keeps open, far below the usual limit of 1024 of a process."""
@@ -120,10 +123,17 @@ class Contents:
             raise OSError(f"{len(data)} bytes came instead of {stop - start}")
         return data
 
-    def plan(self, spans: Iterable[tuple[int, int, int]]) -> None:
-        """Fetch remote ranges (file, start, stop) in the background, in this order."""
+    def plan(self, spans: Iterable[Span | Callable[[], Iterable[Span]]]) -> None:
+        """Fetch remote ranges in the background, in this order; see `Ranges.plan`."""
         if self._ranges is not None:
-            self._ranges.plan((self.listing.files[file].name, a, b) for file, a, b in spans)
+            self._ranges.plan(map(self._named, spans))
+
+    def _named(self, span: Span | Callable[[], Iterable[Span]]) -> Any:
+        """Return a range, or a function that returns ranges, by the names of files."""
+        if callable(span):
+            return lambda: map(self._named, span())
+        file, start, stop = span
+        return self.listing.files[file].name, start, stop
 
     def _opened(self, number: Hashable) -> BinaryIO:
         assert isinstance(number, int)

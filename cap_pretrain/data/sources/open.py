@@ -20,6 +20,7 @@ dataclass `cls.Options`; a config holds them in the section `data.<name>`."""
 
 FORMATS = {
     "wds": "cap_pretrain.data.sources.wds:WdsSource",
+    "parquet": "cap_pretrain.data.sources.parquet:ParquetSource",
 }
 """Files that are read in their original layout: the prefix of a name, as in "wds:PATTERN" -> class.
 
