@@ -231,7 +231,7 @@ def _make_tokenizer(config: ConfigDict, mixture: Mixture, workdir: Path) -> None
     given = config.text.tokenizer
     if given:
         open_tokenizer(config, given)  # raises if the file does not fit
-        data = Path(given).read_bytes()  # read first: it may be in this workdir
+        data = files.place(given).read_bytes()  # read first: it may be in this workdir
         name = WORDS_FILE if words.is_words_file(given) else TOKENIZER_FILE
     for left_over in (TOKENIZER_FILE, WORDS_FILE):
         (workdir / left_over).unlink(missing_ok=True)
@@ -273,7 +273,7 @@ def planned_tokenizer(config: ConfigDict, mixture: Mixture) -> tokenizers.Tokeni
     if not (config.text.tokenizer or config.text.kind == "words" or config.data.buckets):
         return None
     with tempfile.TemporaryDirectory() as folder:
-        return prepare_tokenizer(config, mixture, Path(folder), anew=True)
+        return prepare_tokenizer(config, mixture, files.place(folder), anew=True)
 
 
 def tokenizer_identity(workdir: Path) -> dict[str, str]:

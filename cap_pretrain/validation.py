@@ -1,12 +1,11 @@
 """The checks of a configuration, and which fields may change while a run is resumed."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from cap_pretrain import evals, learners
+from cap_pretrain import evals, files, learners
 from cap_pretrain.config import fields, get, trains
 from cap_pretrain.data.sources.base import parse_mixture
 from cap_pretrain.data.text import tokenizers, words
@@ -109,10 +108,11 @@ def validate(config: ConfigDict, *, tokenizer: bool = False) -> None:
     for name in ("optim.ema", "model.dropout", "model.stochastic_depth"):
         if not 0 <= get(config, name) < 1:
             raise UserError(f"{name}: {get(config, name)} is not in [0, 1).")
+    given = config.text.tokenizer
     with parsing("text.tokenizer"):
-        there = tokenizer or not config.text.tokenizer or Path(config.text.tokenizer).is_file()
+        there = tokenizer or not given or files.place(given).is_file()
     if not there:
-        raise UserError(f"text.tokenizer: there is no file {config.text.tokenizer!r}.")
+        raise UserError(f"text.tokenizer: there is no file {given!r}.")
     words.Rules(**config.text.words)
     trackers.check(config.log.trackers)
     _check_rules(config)

@@ -72,3 +72,39 @@ def test_functions_have_at_most_80_lines():
         and node.end_lineno - node.lineno >= 80
     ]
     assert not long
+
+
+# Where the package makes a path of a text, and why that text is never the place of a run.
+LOCAL_PATHS = {
+    "api/images.py:_of_path": "images are files",
+    "cli/captioning.py:_read": "images are files",
+    "cli/captioning.py:file_images": "only the name of a file is used",
+    "cli/captioning.py:image_paths": "images are files",
+    "cli/config_files.py": "config files are imported",
+    "cli/processes.py": "this package, and /proc",
+    "commands/rehearse_build.py": "/proc",
+    "reports/journal.py:commit": "this package",
+    "sweeps/runner.py": "this package",
+    "training/setup.py:facts": "folders of datasets, not URLs",
+}
+
+
+def test_paths_of_runs_are_made_in_one_place():
+    """pathlib.Path would turn gs://bucket/run into a local folder called gs:."""
+    package, found = ROOT / "cap_pretrain", set()
+    folders = ("cli", "commands", "api", "reports", "sweeps", "checkpoints", "training")
+    modules = [path for name in (*folders, "telemetry") for path in (package / name).rglob("*.py")]
+    for path in [*modules, *package.glob("*.py")]:
+        own = path.relative_to(package).as_posix()
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+            used = (call.func, *call.args, *(word.value for word in call.keywords))
+            names = [
+                ast.unparse(n) if isinstance(n, ast.Name | ast.Attribute) else "" for n in used
+            ]
+            if names[0] not in ("isinstance", "cast") and {"Path", "pathlib.Path"} & set(names):
+                within = [f.name for f in functions if f.lineno <= call.lineno <= f.end_lineno]
+                where = f"{own}:{within[-1]}" if within else own
+                found.add(own if own in LOCAL_PATHS else where)
+    assert found == LOCAL_PATHS.keys()

@@ -5,7 +5,6 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,7 +38,7 @@ class MetricsWriter:
         # Imported here because it takes a second if torch is installed.
         from cap_pretrain.telemetry import tensorboard
 
-        workdir = Path(workdir)
+        workdir = files.place(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         path = workdir / "metrics.jsonl"
         kept = [line for line in read_metrics(workdir) if line["step"] <= keep_until]
@@ -90,7 +89,7 @@ def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
     Truncated lines, and others that `MetricsWriter` does not write, are left out.
     """
-    path = Path(workdir) / "metrics.jsonl"
+    path = files.place(workdir) / "metrics.jsonl"
     if not path.exists():
         return []
     lines = []

@@ -81,7 +81,7 @@ class SentencePieceTokenizer:
         self.max_len = max_len
         self._path = os.fspath(model_path)
         self._lower = lower
-        self._model = _load(Path(model_path))
+        self._model = _load(files.place(model_path))
         self.eos_id = self._model.eos_id()
         self.vocab_size = len(self._model)
         if self._model.pad_id() != self.pad_id or self.eos_id < 0:
@@ -194,7 +194,7 @@ def train_sentencepiece(
         ) from error
     size = len(sentencepiece.SentencePieceProcessor(model_proto=model))
     made = {"captions": used, "lower": lower, "vocab_size": size, "asked": vocab_size, "seed": seed}
-    path = Path(out_dir) / "tokenizer.model"
+    path = files.place(out_dir) / "tokenizer.model"
     files.write_text(path.with_suffix(".json"), json.dumps(made, indent=2) + "\n")
     files.write_bytes(path, model)
     return path

@@ -80,7 +80,7 @@ class WordTokenizer:
             raise UserError(f"tokenizer: max_len is {max_len}; it must be at least 2.")
         self.max_len = max_len
         self._path = os.fspath(path)
-        self._rules, self._lower, self._words = _read(Path(path))
+        self._rules, self._lower, self._words = _read(files.place(path))
         self._ids = {word: i for i, word in enumerate(self._words)}
         self.vocab_size = len(self._words)
 
@@ -134,7 +134,7 @@ def write_words(
         f"{word}\t{count}"
         for word, count in (*zip(_SPECIAL, (0, number, unknown), strict=True), *kept)
     ]
-    path = Path(out_dir) / WORDS_FILE
+    path = files.place(out_dir) / WORDS_FILE
     files.write_text(path, "\n".join(lines) + "\n")
     return path
 
@@ -142,7 +142,7 @@ def write_words(
 def is_words_file(path: str | os.PathLike) -> bool:
     """Return whether a file starts like those of `write_words`, a byte-order mark aside."""
     try:
-        with open_regular(Path(path)) as file:
+        with open_regular(files.place(path)) as file:
             return (
                 file.read(len(_TITLE) + 3).removeprefix(b"\xef\xbb\xbf").startswith(_TITLE.encode())
             )
