@@ -11,7 +11,8 @@ from typing import Any, cast
 from cap_pretrain.errors import UserError
 from cap_pretrain.files.copies import local, local_folder, upload
 from cap_pretrain.files.logs import Appended, naming
-from cap_pretrain.files.places import COMMITTED, is_url, place
+from cap_pretrain.files.markers import COMMITTED
+from cap_pretrain.files.places import is_url, place
 from cap_pretrain.untrusted import check_parsed, parse_json, read_bounded
 
 __all__ = [

@@ -18,7 +18,7 @@ from typing import Any
 from etils.epath.gpath import PosixGPath
 from etils.epath.stat_utils import StatResult
 
-from cap_pretrain.files.places import COMMITTED
+from cap_pretrain.files.markers import COMMITTED
 
 # Packages whose exceptions gcsfs lets through.
 _CLIENTS = ("aiohttp", "asyncio", "fsspec", "gcsfs", "google", "requests")

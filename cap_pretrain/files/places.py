@@ -14,9 +14,6 @@ from typing import cast
 
 from cap_pretrain.errors import UserError
 
-COMMITTED = "commit_success.txt"
-"""What Orbax writes last into the folder of a checkpoint."""
-
 _URL = re.compile(r"([A-Za-z][\w.+-]+)://(.*)")
 # What `pathlib.Path` makes of a URL.
 _MANGLED = re.compile(r"(gs|gcs|s3|az|abfs|hf|https?|hdfs):/[^/]")
