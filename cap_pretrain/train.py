@@ -239,8 +239,9 @@ class Run:
                 self.state = self.state.replace(plateau=plateau)
         except Interrupted:
             if step and self._checkpoints.latest_step() != step:
-                self._checkpoints.save(self.state)
+                self._save()
             raise Stopped(self._stop, step) from None
+        self._writer.flush()  # the page is made of the files
         self._journal.write(step, last=when == "end")
         return self._evaluation.ended(self.state)
 
@@ -256,6 +257,7 @@ class Run:
         self._stack.callback(batches.close)
         members = [source for source, _ in setup.mixture]
         broken = BrokenList(config.data, members, setup.workdir, jax.process_index())
+        self._stack.callback(broken.close)
 
         def iterate() -> Iterator[tuple[int, dict[str, jax.Array]]]:
             for step in range(start + 1, total + 1):
@@ -308,7 +310,7 @@ class Run:
         """
         self._checkpoints.check()
         if due.save or due.stop:
-            self._checkpoints.save(self.state)
+            self._save()
         if due.stop and not due.last:
             raise Stopped(self._stop, step)
         if self._watch.fault and due.save and not due.last:
@@ -320,12 +322,17 @@ class Run:
             metric = self._config.plateau.figure
             self._progress.say(f"{metric} no longer improves: the run ends at step {step}.")
             if not due.save:
-                self._checkpoints.save(self.state)
+                self._save()
             last = True
         if last:
             self.evaluate("end")
             self._finish()
         return last
+
+    def _save(self) -> None:
+        """Start saving the state, after what was logged up to it, which no restart logs again."""
+        self._writer.flush()
+        self._checkpoints.save(self.state)
 
     def _finish(self) -> None:
         """Say where the results are and what to do with them."""
@@ -363,7 +370,7 @@ def keep_config(config: ConfigDict, workdir: Path, start: int) -> None:
     """
     path, data = workdir / "config.json", configs.to_json(config).encode()
     if path.exists() and has_results(workdir) and path.read_bytes() != data:
-        path.rename(files.unused(workdir / f"config.until_{start}.json"))
+        files.write_bytes(files.unused(workdir / f"config.until_{start}.json"), path.read_bytes())
     files.write_bytes(path, data)
 
 

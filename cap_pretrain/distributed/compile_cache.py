@@ -7,7 +7,7 @@ folder and looks after it.
 
 An entry is machine code, and reading it runs it. So the folder that "auto" chooses lies beside
 workdirs, not in one, which may come from a stranger; it must belong to the user and be closed to
-others; and no config.json names a folder (docs/security.md).
+others, which a bucket does not say; and no config.json names a folder (docs/security.md).
 """
 
 import contextlib
@@ -23,6 +23,7 @@ from jax._src import cache_key  # its hook and how JAX compresses have no public
 from jax._src import compilation_cache as jax_cache
 from ml_collections import ConfigDict
 
+from cap_pretrain import files
 from cap_pretrain.distributed import cluster
 
 FOLDER = ".compile_cache"
@@ -65,7 +66,16 @@ def use(config: ConfigDict, workdir: Path, say: Callable[[str], None] = print) -
     if has_own and setting != "auto":
         say(f"compile_cache: JAX's own setting, {users!r}, replaces {setting!r}.")
     automatic = setting == "auto"
+    if automatic and files.is_url(workdir):
+        say(
+            "compile_cache: programs are not kept, since it is not known here who else may write to "
+            "the bucket, and they are machine code; name a folder that only you may write to, such "
+            "as --config.compile_cache=gs://BUCKET/compiled."
+        )
+        return
     path = workdir.absolute().parent / FOLDER if automatic else Path(setting).expanduser()
+    if setting.startswith("gs://"):
+        files.place(setting)  # prepares what JAX opens it with
 
     def decide(others: list[bool]) -> str:
         if any(others):

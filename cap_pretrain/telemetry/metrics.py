@@ -76,6 +76,12 @@ class MetricsWriter:
             for tracker in self._trackers:
                 tracker.images(int(step), tag, images, captions)
 
+    def flush(self) -> None:
+        """Return when others can read what was written; a bucket gets it from time to time."""
+        if self._enabled:
+            self._lines.flush()
+            self._board.flush()
+
     def close(self, failed: bool = False) -> None:
         """Close the files and the trackers, as `failed` if an error or a signal ends the run."""
         if self._enabled:

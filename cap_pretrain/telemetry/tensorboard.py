@@ -47,6 +47,10 @@ class EventFile:
         """Add images, uint8 [N, H, W, 3], as one grid."""
         self._add(step=step, summary=summary.image(tag, images, dataformats="NHWC"))
 
+    def flush(self) -> None:
+        """Return when others can read what was added."""
+        self._file.flush()
+
     def close(self) -> None:
         """Close the file."""
         self._file.close()

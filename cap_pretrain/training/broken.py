@@ -35,6 +35,7 @@ class BrokenList:
         self._bounds = [0, *itertools.accumulate(map(len, sources))]
         self._path = workdir / (f"broken.{host}.jsonl" if host else "broken.jsonl")
         self._known = {(line["dataset"], line["index"]) for line in _lines(self._path)}
+        self._file: files.Appended | None = None
 
     def see(self, step: int, batch: Batch) -> None:
         """List the broken examples of this host's slice of a batch that are not listed yet.
@@ -62,10 +63,14 @@ class BrokenList:
             return str(error)
         return "it decodes now"
 
+    def close(self) -> None:
+        """Close the file."""
+        if self._file:
+            self._file.close()
+
     def _append(self, line: str) -> None:
-        file = files.Appended(self._path)
-        file.write(line.encode())
-        file.close()
+        self._file = self._file or files.Appended(self._path)
+        self._file.write(line.encode())
 
 
 def _lines(path: Path) -> list[dict]:

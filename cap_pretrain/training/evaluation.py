@@ -69,6 +69,7 @@ class Evaluation:
             if self._is_main and schedule.total and config.evals:
                 setup = self._setup
                 epochs = lambda step: setup.batches.examples(step) / setup.epoch
+                self._writer.flush()
                 rows = history.keep(setup.workdir, config.evals, epochs)
                 if when == "end":
                     self._progress.say(history.tables(rows))

@@ -1,7 +1,6 @@
 """One run at a time in a workdir."""
 
 import contextlib
-import datetime as dt
 import errno
 import fcntl
 import json
@@ -12,14 +11,16 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from cap_pretrain import untrusted
+from cap_pretrain import files
 from cap_pretrain.distributed import cluster
 from cap_pretrain.errors import UserError
+from cap_pretrain.training import lease
 
 LOCK_FILE = "run.lock"
 
 # Seconds after which a network file system has released the locks of a host that was lost; NFS 4
-# servers commonly grant leases of 90 s (RFC 7530, section 9.5, has clients renew them).
+# servers commonly grant leases of 90 s (RFC 7530, section 9.5, has clients renew them). In a bucket
+# we release them after as long.
 LEASE = 120.0
 
 # Of file systems without locks, such as some mounts of network disks.
@@ -32,13 +33,21 @@ def locked(workdir: Path, say: Callable[[str], None] = print) -> Iterator[None]:
 
     The lock is the operating system's, on the file run.lock, and ends with the process, however
     that ends; a file that is left behind locks nothing. Where the file system has no locks, a line
-    says so.
+    says so. In a bucket it is an object that is renewed, see `lease`.
 
     Raises:
         UserError: another process holds the lock; the message names it. Or run.lock is no file.
     """
     with contextlib.ExitStack() as stack:
-        cluster.decided(None, lambda _: _acquire(workdir / LOCK_FILE, stack, say))
+        path = workdir / LOCK_FILE
+
+        def acquire(_: list[None]) -> None:
+            if files.is_url(path):
+                lease.acquire(path, stack, say, LEASE)
+            else:
+                _acquire(path, stack, say)
+
+        cluster.decided(None, acquire)
         yield
 
 
@@ -57,20 +66,14 @@ def _acquire(path: Path, stack: contextlib.ExitStack, say: Callable[[str], None]
     try:
         _wait(path, descriptor, say)
     except BlockingIOError as error:
-        holder, _ = _holder(os.pread(descriptor, 2000, 0))
-        raise UserError(
-            f"--workdir: {path.parent} is in use by {holder}; wait for that run, stop it, or give "
-            f"another folder. If its host no longer exists, remove {path}."
-        ) from error
+        raise lease.in_use(path, os.pread(descriptor, 2000, 0)) from error
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
         say(f"{path}: the file system has no locks, so nothing keeps a second run out.")
         return
-    now = dt.datetime.now().astimezone().isoformat(" ", "seconds")
-    about = {"host": socket.gethostname(), "process": os.getpid(), "since": now}
     os.ftruncate(descriptor, 0)
-    os.write(descriptor, json.dumps(about).encode() + b"\n")
+    os.write(descriptor, json.dumps(lease.present()).encode() + b"\n")
 
 
 def _wait(path: Path, descriptor: int, say: Callable[[str], None]) -> None:
@@ -80,20 +83,10 @@ def _wait(path: Path, descriptor: int, say: Callable[[str], None]) -> None:
         try:
             return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder, host = _holder(os.pread(descriptor, 2000, 0))
-            end = end or time.monotonic() + (LEASE if host != socket.gethostname() else 0)
+            holder = lease.Holder.read(os.pread(descriptor, 2000, 0), path.name)
+            other = holder.host != socket.gethostname()
+            end = end or time.monotonic() + (LEASE if other else 0)
             if time.monotonic() >= end:
                 raise
             say(f"{path.parent} is in use by {holder}; waiting, in case that host is lost.")
             time.sleep(min(10, LEASE))
-
-
-def _holder(content: bytes) -> tuple[str, str]:
-    """Return in words who wrote this content of the file, which may be anything, and the host."""
-    try:
-        about = untrusted.parse_json(content, LOCK_FILE)
-        host, since = (untrusted.entry(about, name, str, LOCK_FILE) for name in ("host", "since"))
-        process = untrusted.entry(about, "process", int, LOCK_FILE)
-    except UserError:
-        return "another process", socket.gethostname()
-    return f"process {process} on host {host[:100]!r} since {since[:40]}", host

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import re
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from cap_pretrain.distributed import cluster, sharding
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.base import Context
 from cap_pretrain.evals.inference.portions import EveryImage
+from cap_pretrain.files import copies
 from cap_pretrain.models import readout
 from cap_pretrain.models.build import build_encoder
 from cap_pretrain.models.layers import normalize_images
@@ -166,16 +168,22 @@ def _read(path: Path, key: str) -> Labelled | None:
     if not path.exists():
         return None
     try:
-        check_stored(path)
-        with np.load(path) as file:  # a zip, so reading verifies checksums
-            if str(file["key"]) == key:
-                return Labelled(file["features"], file["labels"])
+        with copies.local(path) as own:
+            check_stored(own)
+            with np.load(own) as file:  # a zip, so reading verifies checksums
+                if str(file["key"]) == key:
+                    return Labelled(file["features"], file["labels"])
     except Exception as error:  # NumPy and zipfile raise many types on corrupt files
         logging.warning("%s is corrupt (%s); recomputing it.", path, error)
     return None
 
 
 def _write(path: Path, key: str, found: Labelled) -> None:
+    if files.is_url(path):
+        with tempfile.TemporaryDirectory() as folder:
+            _write(Path(folder, path.name), key, found)
+            copies.upload(Path(folder), path.parent)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(path.name + ".tmp")
     with files.naming(path):
