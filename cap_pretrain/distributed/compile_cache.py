@@ -68,9 +68,9 @@ def use(config: ConfigDict, workdir: Path, say: Callable[[str], None] = print) -
     automatic = setting == "auto"
     if automatic and files.is_url(workdir):
         say(
-            "compile_cache: programs are not kept, since it is not known here who else may write to "
-            "the bucket, and they are machine code; name a folder that only you may write to, such "
-            "as --config.compile_cache=gs://BUCKET/compiled."
+            "compile_cache: programs are not kept, since they are machine code, and others may be "
+            "able to write to the bucket; name a folder that only you may write to, such as "
+            "--config.compile_cache=gs://BUCKET/compiled."
         )
         return
     path = workdir.absolute().parent / FOLDER if automatic else Path(setting).expanduser()
