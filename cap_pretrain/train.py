@@ -337,6 +337,7 @@ class Run:
     def _finish(self) -> None:
         """Say where the results are and what to do with them."""
         workdir = self._setup.workdir
+        self._checkpoints.wait()
         self._progress.close()
         self._progress.say(
             ending.lines(self._config, workdir, max(saved_steps(workdir), default=0))

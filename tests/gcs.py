@@ -229,13 +229,21 @@ class Server:
         prefix, delimiter = asked.get("prefix", ""), asked.get("delimiter", "")
         first, end = asked.get("startOffset", ""), asked.get("endOffset", "")
         after = base64.urlsafe_b64decode(asked.get("pageToken", "")).decode()
+        pattern = asked.get("matchGlob")
+        pattern = re.escape(pattern).replace(r"\*", "[^/]*") if pattern else "(?s:.*)"
         count = min(self.page, int(asked.get("maxResults") or self.page))
         items, prefixes, token = [], {}, None
         for full in sorted(n for n in self.objects if n.startswith(f"{bucket}/{prefix}")):
             name = full.removeprefix(f"{bucket}/")
             head, found, _ = name[len(prefix) :].partition(delimiter) if delimiter else ("", "", "")
             entry = prefix + head + delimiter if found else name
-            if name < first or (end and name >= end) or entry <= after or entry in prefixes:
+            if (
+                not re.fullmatch(pattern, name)
+                or name < first
+                or (end and name >= end)
+                or entry <= after
+                or entry in prefixes
+            ):
                 continue
             if len(items) + len(prefixes) == count:
                 last = max([*prefixes, *(item["name"] for item in items)])

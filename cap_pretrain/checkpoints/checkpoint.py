@@ -270,6 +270,9 @@ class _OwnSteps(ocp.path.step.NameFormat):
 
     def find_all(self, base_path: Any) -> Iterator[Any]:
         """Yield Orbax's metadata of every checkpoint."""
+        if files.is_url(base_path):
+            steps = saved_steps(files.place(base_path).parent)
+            return (self._metadata(base_path, step) for step in steps)
         own = {
             str(step)
             for step, path in files.numbered(files.place(base_path)).items()
@@ -279,7 +282,13 @@ class _OwnSteps(ocp.path.step.NameFormat):
 
     def find_step(self, base_path: Any, step: int) -> Any:
         """Return Orbax's metadata of a checkpoint, which may be a link."""
+        if files.is_url(base_path) and step in saved_steps(files.place(base_path).parent):
+            return self._metadata(base_path, step)
         return self._standard.find_step(base_path, step)
+
+    def _metadata(self, base_path: Any, step: int) -> Any:
+        """Return Orbax's metadata of a checkpoint in a bucket, without asking about its parts."""
+        return ocp.path.step.Metadata(step=step, path=files.place(base_path) / str(step))
 
 
 class _KeepStep(policies.PreservationPolicy):

@@ -22,8 +22,12 @@ def checkpoints_folder(workdir: str | os.PathLike[str]) -> Path:
 
 def saved_steps(workdir: str | os.PathLike[str]) -> list[int]:
     """Return the steps that have a checkpoint, ascending, without validating them."""
-    found = files.numbered(checkpoints_folder(workdir))
-    return sorted(step for step, path in found.items() if _is_complete(path))
+    folder = checkpoints_folder(workdir)
+    if files.is_url(folder):  # in one request
+        found = cast(Any, folder).objects(f"*/{files.COMMITTED}")
+        names = [name.partition("/")[0] for name in found]
+        return sorted(step for name in names if (step := files.number(name)) is not None)
+    return sorted(step for step, path in files.numbered(folder).items() if path.is_dir())
 
 
 def set_aside(workdir: Path, step: int, why: str) -> str:
@@ -48,10 +52,7 @@ def remove_unfinished(workdir: Path) -> None:
     """
     folder = checkpoints_folder(workdir)
     if files.is_url(folder):
-        for path in files.numbered(folder).values():
-            if not _is_complete(path) and not (path / DAMAGED).exists():
+        complete = saved_steps(workdir)
+        for step, path in files.numbered(folder).items():
+            if step not in complete and not (path / DAMAGED).exists():
                 cast(Any, path).rmtree(missing_ok=True)
-
-
-def _is_complete(path: Path) -> bool:
-    return (path / files.COMMITTED).is_file() if files.is_url(path) else path.is_dir()

@@ -23,6 +23,7 @@ __all__ = [
     "local_folder",
     "make_workdir",
     "naming",
+    "number",
     "numbered",
     "place",
     "read_json",
@@ -100,9 +101,17 @@ def numbered(folder: Path, suffix: str = "") -> dict[int, Path]:
 
     The number is written as Python writes it: "300", but not "0300", "+300" or other digits.
     """
-    paths = folder.iterdir() if folder.is_dir() else ()
-    pattern = re.compile("(0|[1-9][0-9]{0,17})" + re.escape(suffix))
-    return {int(match[1]): p for p in paths if (match := pattern.fullmatch(p.name))}
+    try:
+        paths = list(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    named = {number(p.name.removesuffix(suffix)): p for p in paths if p.name.endswith(suffix)}
+    return {n: path for n, path in named.items() if n is not None}
+
+
+def number(name: str) -> int | None:
+    """Return the number that a name is, or None if it is none or not as Python writes it."""
+    return int(name) if re.fullmatch("0|[1-9][0-9]{0,17}", name) else None
 
 
 def read_json(path: Path) -> Any:
