@@ -65,9 +65,6 @@ class _Readers:
         self._open: collections.OrderedDict[str, Any] = collections.OrderedDict()
         self._lock = threading.Lock()
 
-    def __contains__(self, path: str) -> bool:
-        return path in self._open
-
     def read(self, path: str, position: int) -> bytes:
         """Return a record of a file. Raises RuntimeError if it cannot be read."""
         with self._lock:
@@ -143,14 +140,15 @@ class RangedRecords(ArrayRecords):
         super().__init__(shards)
         self._ranges, self._size = ranges, size
         self._blocks: dict[int, _Blocks] = {}
+        self._locks = [threading.Lock() for _ in shards]
+        self._names = [Path(shard.filename).name for shard in shards]
 
     def __getitem__(self, index: Any) -> Any:
         number, position = self._place(index)
-        shard = self.shards[number]
-        name = Path(shard.filename).name
-        path, blocks = str(self._ranges.path(name)), self._blocks_of(number)
-        span = blocks.span((position - shard.skip) // self._size)
-        spans = [span] if path in self._readers else [*blocks.index, span]
+        name, blocks = self._names[number], self._blocks_of(number)
+        span = blocks.span((position - self.shards[number].skip) // self._size)
+        path = str(self._ranges.path(name))
+        spans = [*blocks.index, span]  # the index also for a file that is open: it may be closed
         return self._ranges.using(name, spans, lambda: self._readers.read(path, position))
 
     def read_ahead(self, ranges: Iterable[tuple[int, int]]) -> None:
@@ -172,27 +170,28 @@ class RangedRecords(ArrayRecords):
             number, start = number + 1, end
 
     def _spans(self, number: int, blocks: Iterable[int]) -> list[Span]:
-        name, found = Path(self.shards[number].filename).name, self._blocks_of(number)
+        name, found = self._names[number], self._blocks_of(number)
         spans = [*found.index, *(found.span(block) for block in blocks)]
         return [(name, *span) for span in spans]
 
     def _blocks_of(self, number: int) -> _Blocks:
         """Return the blocks of a file, whose list of records is fetched when it is first needed."""
-        found = self._blocks.get(number)
-        if found is None:
-            shard = self.shards[number]
-            chunks = self._chunks_of(shard)
-            at = np.arange(shard.skip, shard.skip + shard.take, self._size)
-            ends = np.minimum(at + self._size, shard.skip + shard.take)
-            starts, stops = at // chunks.group, -(-ends // chunks.group)
-            found = _Blocks(chunks.offsets[starts], chunks.offsets[stops], chunks.index)
-            self._blocks[number] = found
-        return found
+        if number in self._blocks:
+            return self._blocks[number]
+        with self._locks[number]:
+            if number not in self._blocks:
+                shard = self.shards[number]
+                chunks = self._chunks_of(self._names[number], shard.examples_in_shard)
+                at = np.arange(shard.skip, shard.skip + shard.take, self._size)
+                ends = np.minimum(at + self._size, shard.skip + shard.take)
+                starts, stops = at // chunks.group, -(-ends // chunks.group)
+                self._blocks[number] = _Blocks(
+                    chunks.offsets[starts], chunks.offsets[stops], chunks.index
+                )
+            return self._blocks[number]
 
-    def _chunks_of(self, shard: Any) -> Chunks:
-        name = Path(shard.filename).name
+    def _chunks_of(self, name: str, expected: int) -> Chunks:
         read = functools.partial(self._ranges.read, name)
-        expected = shard.examples_in_shard
         try:
             chunks = chunks_of(read, self._ranges.size(name), expected)
         except (ValueError, IndexError, OSError) as error:  # OSError: of pyarrow, on damaged bytes

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cap_pretrain.data.sources import storage, unchanged
-from cap_pretrain.data.sources.sparse import ON_DEMAND, PAGE, Slot, Sparse
+from cap_pretrain.data.sources.sparse import ON_DEMAND, PAGE, Pages, Slot, Sparse
 from cap_pretrain.errors import UserError
 
 T = TypeVar("T")
@@ -27,9 +27,6 @@ Span = tuple[str, int, int]
 
 THREADS = 16
 """Most requests at the same time of those that are planned; each holds `storage.CHUNK` bytes."""
-_REPEATS = 100  # of a read whose pages are removed again and again, because the budget is too small
-
-Pages = tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +65,9 @@ class Ranges:
         cache: str = "",
         budget: float = 64e9,
     ):
-        self._setup(folder, files, Slot.acquire(storage.cache_folder(cache)), budget)
+        slot = Slot.acquire(storage.cache_folder(cache))
+        self._setup(folder, files, slot, budget)
+        slot.check_room(min(self.budget, sum(self._sparse.sizes.values())), str(folder))
 
     def _setup(
         self,
@@ -109,7 +108,7 @@ class Ranges:
 
     def has(self, name: str, spans: Iterable[tuple[int, int]]) -> bool:
         """Return whether these ranges of bytes (start, stop) of a file are present."""
-        return not self.requests(name, spans)
+        return not any(self._sparse.missing(self._sparse.pages(name, *span)) for span in spans)
 
     def fetch(self, name: str, spans: Iterable[tuple[int, int]]) -> None:
         """Return when these ranges of bytes (start, stop) of a file are present.
@@ -131,27 +130,25 @@ class Ranges:
     def using(self, name: str, spans: Sequence[tuple[int, int]], read: Callable[[], T]) -> T:
         """Return `read()`, which reads no more than these ranges of a file.
 
-        They are fetched before. If they were removed meanwhile, they are fetched and read again, so
+        They are fetched before. If some were removed meanwhile, they are fetched and read again, so
         the result never holds zeros in place of bytes that are missing, and errors that the zeros
         caused are ignored.
         """
-        for _ in range(_REPEATS):
-            # Removing takes marks away, then counts, then frees pages. So if the count is the same
-            # after reading, pages that were marked after the first look at it were there.
-            before = self._sparse.removals(name)
-            self.fetch(name, spans)
+        # Removing takes marks away, then counts, then frees pages. So if the count is the same
+        # after reading, pages that are marked after the first look at it were there.
+        before = self._sparse.removals(name)
+        if self.has(name, spans):
             try:
                 result = read()
             except Exception:
                 if self._sparse.removals(name) == before:
                     raise
-                continue
-            if self._sparse.removals(name) == before:
-                return result
-        raise UserError(
-            f"data.cache_gb: {self.budget / 1e9:,.2f} GB are too few to read {self.folder / name}; "
-            "give more."
-        )
+            else:
+                if self._sparse.removals(name) == before:
+                    return result
+        with self._sparse.held([self._sparse.pages(name, *span) for span in spans]):
+            self.fetch(name, spans)
+            return read()
 
     def read(self, name: str, start: int, stop: int) -> bytes:
         """Return bytes of a file, fetched if they are not present."""

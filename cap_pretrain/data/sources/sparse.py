@@ -5,7 +5,8 @@ locked, so that a second run on the machine takes another, and left for the next
 Processes share it through a memory-mapped file for each dataset (`Sparse`):
 
 - Present pages are marked after they were written. A page that is not marked is never read.
-- A range of pages is locked while it is fetched or removed, so each is fetched once.
+- A range of pages is locked while it is fetched or removed, so each is fetched once. Pages that a
+  reader has to wait for are also held until it has read them.
 - Pages are removed by punching holes into the file, which frees their space. A reader looks up a
   count of removals before and after it reads, and reads again if pages were removed meanwhile.
 
@@ -15,21 +16,19 @@ machine they could be on the disk without the pages.
 """
 
 import contextlib
-import ctypes
 import errno
-import fcntl
 import json
 import os
 import shutil
-import struct
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import ClassVar
 from urllib.parse import quote
 
 import numpy as np
 
+from cap_pretrain.data.sources.holes import hold, lock, punch, runs, writing
 from cap_pretrain.data.sources.storage import why
 from cap_pretrain.errors import UserError
 
@@ -38,12 +37,14 @@ PAGE = 4096
 ON_DEMAND = 256
 """Urgency of a range that is read now; planned ones have 1 (least) to 255, others 0."""
 
+Pages = tuple[int, int]
+"""First page of a range, and that after its last, numbered through all files of a dataset."""
+
 _FORMAT = 1  # of the files below a slot; other formats are deleted
-_KEEP_SIZE, _PUNCH_HOLE = 1, 2  # linux/falloc.h
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
+_LEAST_PART = 16  # pages that are removed together or not at all, some of them being locked
+_MAP_PART = 1 << 16  # bytes of a map that get disk space together, the marks of 256 MB
 _PRESENT, _USED, _REMOVALS = range(3)  # rows of `Sparse._table`
-_LOCK = "hhqqi4x"  # struct flock: l_type, l_whence, l_start, l_len, l_pid
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Slot:
@@ -74,11 +75,9 @@ class Slot:
         for number in range(2**16):
             path = cache / f"ranges-{number}"
             path.mkdir(exist_ok=True)
-            lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o666)
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until the process ends
+                hold(path)  # until the process ends
             except BlockingIOError:
-                os.close(lock)
                 continue
             _check_holes(path)
             _clear(path)
@@ -86,6 +85,25 @@ class Slot:
             slot._state[0] = sum(d.restore() for d in slot.datasets()) * PAGE
             return slot
         raise OSError(errno.EUSERS, "all slots are in use")
+
+    def check_room(self, size: int, what: str) -> None:
+        """Raise UserError if the disk has no room for `size` bytes, those in use included.
+
+        Slots that no process holds are emptied if that helps.
+        """
+        if size - self.used > shutil.disk_usage(self.path).free:
+            for other in self.path.parent.glob("ranges-*"):
+                with contextlib.suppress(BlockingIOError, FileNotFoundError):
+                    held = hold(other)
+                    _empty(other)
+                    os.close(held)
+        free = shutil.disk_usage(self.path).free
+        if size - self.used > free:
+            raise UserError(
+                f"data.cache: {what} needs {(size - self.used) / 1e9:,.1f} GB more in {self.path}, "
+                f"where {free / 1e9:,.1f} GB are free; name a folder on a larger disk, or lower "
+                "data.cache_gb."
+            )
 
     @property
     def used(self) -> int:
@@ -113,7 +131,7 @@ class Slot:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Exclude all other threads and processes that account for pages of this slot."""
-        with _lock(self.path / "state", 0, 1):
+        with lock(self.path / "state", [(0, 1)]):
             yield
 
     def reserve(self, size: int, budget: int, urgency: int) -> bool:
@@ -161,6 +179,7 @@ class Sparse:
         self.sizes: dict[str, int] = json.loads((folder / "files.json").read_text())
         self._indices = {name: index for index, name in enumerate(self.sizes)}
         self._names = list(self.sizes)
+        self._paths: dict[str, Path] = {}
         pages = [-(-size // PAGE) for size in self.sizes.values()]
         self._first = np.concatenate([[0], np.cumsum(pages, dtype=np.int64)])
         count, total = len(pages), int(self._first[-1])
@@ -169,20 +188,37 @@ class Sparse:
         with writing(folder), self._map.open("ab") as file:
             if file.tell() == 0:
                 file.truncate(self._offset + 2 * total + 1)
-        memory = np.memmap(self._map, np.uint8, "r+")
+        self._allocated: set[int] = set()
+        self._allocate(0, self._offset)
+        memory = np.asarray(np.memmap(self._map, np.uint8, "r+"))  # a plain array indexes faster
         self._table = memory[: self._offset].view(np.int64).reshape(3, count)
         self._marks = memory[self._offset : self._offset + total]
         self._urgency = memory[self._offset + total : self._offset + 2 * total]
 
+    def _allocate(self, start: int, stop: int) -> None:
+        """Give bytes of the map disk space, or writing to the mapped memory could end in SIGBUS."""
+        parts = range(start // _MAP_PART, -(-stop // _MAP_PART))
+        new = [part for part in parts if part not in self._allocated]
+        if new:
+            length = self._map.stat().st_size
+            with writing(self.folder), self._map.open("r+b") as file:
+                for part in new:
+                    at = part * _MAP_PART
+                    os.posix_fallocate(file.fileno(), at, min(_MAP_PART, length - at))
+            self._allocated.update(new)
+
     def path(self, name: str) -> Path:
         """Return the sparse file, created if there is none."""
-        path = self.folder / quote(name, safe="")
-        if not path.exists():
-            with writing(self.folder), path.open("ab") as file:
-                file.truncate(self.sizes[name])
+        path = self._paths.get(name)
+        if path is None:
+            path = self.folder / quote(name, safe="")
+            if not path.exists():
+                with writing(self.folder), path.open("ab") as file:
+                    file.truncate(self.sizes[name])
+            self._paths[name] = path
         return path
 
-    def pages(self, name: str, start: int, stop: int) -> tuple[int, int]:
+    def pages(self, name: str, start: int, stop: int) -> Pages:
         """Return the first page of a range of bytes and that after its last, as all files' pages.
 
         Raises UserError if the range is not inside the file.
@@ -195,14 +231,17 @@ class Sparse:
         first = int(self._first[self._indices[name]])
         return first + start // PAGE, first + -(-stop // PAGE)
 
-    def bytes_of(self, name: str, pages: tuple[int, int]) -> tuple[int, int]:
+    def bytes_of(self, name: str, pages: Pages) -> Pages:
         """Return the range of bytes of a range of pages."""
         first = int(self._first[self._indices[name]])
         return (pages[0] - first) * PAGE, min((pages[1] - first) * PAGE, self.sizes[name])
 
-    def missing(self, pages: tuple[int, int]) -> list[tuple[int, int]]:
+    def missing(self, pages: Pages) -> list[Pages]:
         """Return the ranges of pages that are not present."""
-        return [(pages[0] + a, pages[0] + b) for a, b in _runs(self._marks[slice(*pages)] == 0)]
+        marks = self._marks[slice(*pages)]
+        if marks.all():
+            return []
+        return [(pages[0] + a, pages[0] + b) for a, b in runs(marks == 0)]
 
     def removals(self, name: str) -> int:
         """Return how often pages of a file were removed, and count the file as used now."""
@@ -211,29 +250,46 @@ class Sparse:
         return int(self._table[_REMOVALS, index])
 
     @contextlib.contextmanager
-    def locked(self, pages: tuple[int, int]) -> Iterator[None]:
+    def locked(self, pages: Pages) -> Iterator[None]:
         """Exclude all others that fetch or remove these pages."""
-        with _lock(self._map, self._offset + pages[0], pages[1] - pages[0]):
+        with lock(self._map, [self._bytes(pages)]):
             yield
 
-    def write(self, name: str, pages: tuple[int, int], data: bytes) -> None:
+    @contextlib.contextmanager
+    def held(self, pages: Iterable[Pages]) -> Iterator[None]:
+        """Keep pages from being removed. A thread may fetch pages that it or others hold."""
+        with lock(self._map, map(self._bytes_held, pages), shared=True):
+            yield
+
+    def _bytes(self, pages: Pages) -> Pages:
+        """Return the range of bytes of the map that is locked to fetch or remove pages."""
+        return self._offset + pages[0], self._offset + pages[1]
+
+    def _bytes_held(self, pages: Pages) -> Pages:
+        """Return the range of bytes of the map that is locked to keep pages."""
+        first = self._offset + len(self._marks)
+        return first + pages[0], first + pages[1]
+
+    def write(self, name: str, pages: Pages, data: bytes) -> None:
         """Write pages that are locked and reserved, and mark them as present."""
+        self._allocate(self._offset + pages[0], self._offset + pages[1])
+        path, (start, stop) = self.path(name), self.bytes_of(name, pages)
         with writing(self.folder):
-            file = os.open(self.path(name), os.O_WRONLY)
             try:
-                offset, view = self.bytes_of(name, pages)[0], memoryview(data)
-                while view:
-                    written = os.pwrite(file, view, offset)
-                    offset, view = offset + written, view[written:]
-            finally:
-                os.close(file)
+                _write_at(path, start, data)
+            except OSError:
+                punch(path, start, stop - start)
+                raise
         with self.slot.locked():
             self._marks[slice(*pages)] = 1
             self._table[_PRESENT, self._indices[name]] += pages[1] - pages[0]
             self._table[_USED, self._indices[name]] = time.monotonic_ns()
 
-    def set_urgency(self, old: list[tuple[int, int]], new: list[tuple[int, int, int]]) -> None:
+    def set_urgency(self, old: list[Pages], new: list[tuple[int, int, int]]) -> None:
         """Replace the urgency of the pages `old` by those of `new`: (first, last + 1, urgency)."""
+        for start, stop, _ in new:
+            first = self._offset + len(self._marks)
+            self._allocate(first + start, first + stop)
         with self.slot.locked():
             for start, stop in old:
                 self._urgency[start:stop] = 0
@@ -248,23 +304,27 @@ class Sparse:
     def remove(self, index: int, most: int, limit: int) -> int:
         """Remove up to `most` pages of a file that are less urgent than `limit`; return how many.
 
-        Pages that are locked are left. The slot must be locked.
+        Pages that are fetched or held are left. The slot must be locked.
         """
         first, last = (int(page) for page in self._first[index : index + 2])
         marked = (self._marks[first:last] != 0) & (self._urgency[first:last] < limit)
-        removed = 0
-        for start, stop in _runs(marked):
+        removed, left = 0, runs(marked)[::-1]
+        while left and removed < most:
+            start, stop = left.pop()
             stop = min(stop, start + most - removed)
-            if start >= stop:
-                break
             pages = (first + start, first + stop)
-            lock = _lock(self._map, self._offset + pages[0], pages[1] - pages[0], wait=False)
-            with contextlib.suppress(BlockingIOError), lock:
-                self._marks[slice(*pages)] = 0  # in this order: see `Ranges.using`
-                self._table[_REMOVALS, index] += 1
-                _punch(self.path(self._names[index]), start * PAGE, (stop - start) * PAGE)
-                self._table[_PRESENT, index] -= stop - start
-                removed += stop - start
+            locks = [self._bytes(pages), self._bytes_held(pages)]
+            try:
+                with lock(self._map, locks, wait=False):
+                    self._marks[slice(*pages)] = 0  # in this order: see `Ranges.using`
+                    self._table[_REMOVALS, index] += 1
+                    punch(self.path(self._names[index]), start * PAGE, (stop - start) * PAGE)
+                    self._table[_PRESENT, index] -= stop - start
+                    removed += stop - start
+            except BlockingIOError:  # perhaps only a part of them is locked
+                middle = (start + stop) // 2
+                if stop - start >= _LEAST_PART:
+                    left += [(middle, stop), (start, middle)]
         return removed
 
     def restore(self) -> int:
@@ -272,66 +332,33 @@ class Sparse:
 
         A run that was killed may have left pages that it had not marked; they are removed.
         """
-        self._urgency[:] = 0
+        start, length = self._offset + len(self._marks), len(self._urgency)
+        if length:
+            punch(self._map, start, length)  # reads as zeros
         self._table[_PRESENT] = 0
         for index, name in enumerate(self._names):
             path = self.folder / quote(name, safe="")
             if path.exists() and path.stat().st_blocks:
                 marks = self._marks[slice(*(int(p) for p in self._first[index : index + 2]))]
-                for start, stop in _runs(marks == 0):
-                    _punch(path, start * PAGE, (stop - start) * PAGE)
+                for start, stop in runs(marks == 0):
+                    punch(path, start * PAGE, (stop - start) * PAGE)
                 self._table[_PRESENT, index] = np.count_nonzero(marks)
         return int(self._table[_PRESENT].sum())
 
 
-@contextlib.contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Turn errors of writing to the cache into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"data.cache: cannot write to {folder} ({why(error)}); make room or name another "
-            "folder."
-        ) from error
-
-
-@contextlib.contextmanager
-def _lock(path: Path, start: int, length: int, wait: bool = True) -> Iterator[None]:
-    """Lock bytes of a file against all other threads and processes; raises BlockingIOError."""
-    file = os.open(path, os.O_RDWR)
-    try:
-        request = struct.pack(_LOCK, fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
-        fcntl.fcntl(file, fcntl.F_OFD_SETLKW if wait else fcntl.F_OFD_SETLK, request)
-        yield
-    finally:
-        os.close(file)  # which unlocks
-
-
-def _punch(path: Path, start: int, length: int) -> None:
-    file = os.open(path, os.O_WRONLY)
-    try:
-        mode, offset, size = _KEEP_SIZE | _PUNCH_HOLE, ctypes.c_int64(start), ctypes.c_int64(length)
-        if _libc.fallocate(file, mode, offset, size):
-            code = ctypes.get_errno()
-            raise OSError(code, os.strerror(code))
-    finally:
-        os.close(file)
-
-
-def _runs(chosen: np.ndarray) -> list[tuple[int, int]]:
-    """Return (first, last + 1) of each run of true elements."""
-    edges = np.flatnonzero(np.diff(chosen, prepend=False, append=False))
-    return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
+def _empty(slot: Path) -> None:
+    for folder in slot.iterdir():
+        if folder.is_dir():
+            shutil.rmtree(folder)
 
 
 def _check_holes(folder: Path) -> None:
     path = folder / "holes"
     path.write_bytes(bytes([1]) * 2 * PAGE)
     try:
-        _punch(path, 0, PAGE)
+        punch(path, 0, PAGE)
         _write(path, "")
-        with _lock(path, 0, 1):
+        with lock(path, [(0, 1)]):
             pass
     except (OSError, AttributeError) as error:
         raise UserError(
@@ -347,12 +374,20 @@ def _clear(path: Path) -> None:
     boot = f"{_FORMAT} {_BOOT.read_text().strip() if _BOOT.exists() else os.urandom(8).hex()}"
     known = path / "boot"
     if not (known.exists() and known.read_text() == boot):
-        for folder in path.iterdir():
-            if folder.is_dir():
-                shutil.rmtree(folder)
+        _empty(path)
         _write(known, boot)
     if not (path / "state").exists():
         (path / "state").write_bytes(bytes(8))
+
+
+def _write_at(path: Path, offset: int, data: bytes) -> None:
+    view, file = memoryview(data), os.open(path, os.O_WRONLY)
+    try:
+        while view:
+            written = os.pwrite(file, view, offset)
+            offset, view = offset + written, view[written:]
+    finally:
+        os.close(file)
 
 
 def _write(path: Path, text: str) -> None:

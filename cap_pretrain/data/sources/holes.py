@@ -1,0 +1,79 @@
+"""Locks of ranges of a file, and holes in it: what `sparse` needs of the operating system."""
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import struct
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from cap_pretrain.data.sources.storage import why
+from cap_pretrain.errors import UserError
+
+_KEEP_SIZE, _PUNCH_HOLE = 1, 2  # linux/falloc.h
+_LOCK = "hhqqi4x"  # struct flock: l_type, l_whence, l_start, l_len, l_pid
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn errors of writing to the cache into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"data.cache: cannot write to {folder} ({why(error)}); make room or name another "
+            "folder."
+        ) from error
+
+
+@contextlib.contextmanager
+def lock(
+    path: Path, ranges: Iterable[tuple[int, int]], *, shared: bool = False, wait: bool = True
+) -> Iterator[None]:
+    """Lock ranges of bytes (start, stop) of a file against all other threads and processes.
+
+    Shared locks exclude only those that are not. Without `wait`, raises BlockingIOError if one is
+    locked.
+    """
+    kind = fcntl.F_RDLCK if shared else fcntl.F_WRLCK
+    file = os.open(path, os.O_RDWR)
+    try:
+        for start, stop in ranges:
+            request = struct.pack(_LOCK, kind, os.SEEK_SET, start, stop - start, 0)
+            fcntl.fcntl(file, fcntl.F_OFD_SETLKW if wait else fcntl.F_OFD_SETLK, request)
+        yield
+    finally:
+        os.close(file)  # which unlocks
+
+
+def punch(path: Path, start: int, length: int) -> None:
+    """Free the space of whole pages of a file, which then read as zeros."""
+    file = os.open(path, os.O_WRONLY)
+    try:
+        mode, offset, size = _KEEP_SIZE | _PUNCH_HOLE, ctypes.c_int64(start), ctypes.c_int64(length)
+        if _libc.fallocate(file, mode, offset, size):
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
+    finally:
+        os.close(file)
+
+
+def runs(chosen: np.ndarray) -> list[tuple[int, int]]:
+    """Return (first, last + 1) of each run of true elements."""
+    edges = np.flatnonzero(np.diff(chosen, prepend=False, append=False))
+    return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
+
+
+def hold(slot: Path) -> int:
+    """Lock a slot until the returned file is closed; raises BlockingIOError if another does."""
+    file = os.open(slot / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(file)
+        raise
+    return file
