@@ -160,6 +160,18 @@ def _data() -> ConfigDict:
     # Local folder for copies of remote datasets; "" is ~/.cache/cap_pretrain. Processes and runs
     # share it (see cap_pretrain/data/sources/storage.py).
     c.cache = ""
+    # The order of the examples: global shuffles all of a dataset; blocks shuffles blocks of
+    # examples that are stored together, and within windows of some blocks, so that each host reads
+    # just the blocks that it shows (docs/data.md). auto: blocks if a dataset is a URL, "wds:…" or
+    # "parquet:…", else global.
+    c.order = "auto"
+    c.block = 256  # Most examples of a block; a row group of Parquet always is one
+    # Parts of the sequence of blocks, each of which makes the same rows of every batch. They divide
+    # batch_size, as hosts should divide them. 0: the largest divisor of batch_size up to 256.
+    c.lanes = 0
+    # GB of stored data in two windows of all lanes and datasets, from which the blocks of a window
+    # follow. Remote data need that much disk space over all hosts: a host with v of V lanes v/V.
+    c.cache_gb = 64.0
     # The run stops, after saving, when more than this fraction of its last 10,000 examples did not
     # decode and were replaced by neighbors; 1: never.
     c.max_broken = 0.01

@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cap_pretrain import files, learners
-from cap_pretrain.data import pipeline
+from cap_pretrain.data import blocks, pipeline, prefetch
 from cap_pretrain.data.sources import buckets, subset
 from cap_pretrain.data.sources.base import NoSplitError, Source, parse_mixture, without_image
 from cap_pretrain.data.sources.open import GENERATED, open_source
@@ -38,6 +38,9 @@ Mixture = list[tuple[Source, float]]
 
 TrainingMixture = NewType("TrainingMixture", Mixture)
 """A mixture from `in_buckets`, the only function that makes one, as training needs it."""
+
+Order = buckets.Order | blocks.BlockOrder | None  # None: a shuffle of all examples
+Rows = Sequence[int] | np.ndarray | None  # of a batch; None: all
 
 
 def open_data(config: ConfigDict, split: str, name: str = "") -> Source:
@@ -158,10 +161,10 @@ def held_out(config: ConfigDict, mixture: Mixture) -> list[str]:
 def completed(config: ConfigDict, mixture: Mixture) -> ConfigDict:
     """Return the config with the fields that depend on the data filled in.
 
-    These are `data.held_out`, `learner.classes` if it is 0, the fields returned by the learner's
-    `settled` method if it has one and, with stored features, `model.tokens` and `model.width`;
-    rules on the parameters of the encoder, which does not exist then, are removed. An empty mixture
-    changes nothing.
+    These are `data.held_out`, `data.order`, `data.lanes`, `learner.classes` if it is 0, the fields
+    returned by the learner's `settled` method if it has one and, with stored features,
+    `model.tokens` and `model.width`; rules on the parameters of the encoder, which does not exist
+    then, are removed. An empty mixture changes nothing.
     Datasets with features of different shapes raise UserError.
     """
     if not mixture:
@@ -169,6 +172,7 @@ def completed(config: ConfigDict, mixture: Mixture) -> ConfigDict:
     config = config.copy_and_resolve_references()
     if count := getattr(mixture[0][0], "held_out", 0):
         config.data.held_out = count
+    blocks.settle(config.data, config.batch_size)
     if config.learner.get("classes", None) == 0:
         config.learner.classes = len(mixture[0][0].class_names)
     if settled := getattr(learners.learner_class(config.learner.name), "settled", None):
@@ -304,23 +308,33 @@ def in_buckets(
 def examples_an_epoch(config: ConfigDict, mixture: TrainingMixture) -> int:
     """Return the number of examples in an epoch."""
     if mixture and (order := _order(config, mixture)) is not None:
-        return order.batches * config.batch_size
+        return order.examples
     return sum(len(source) for source, _ in mixture)
 
 
-def describe(config: ConfigDict, mixture: TrainingMixture) -> list[str]:
-    """Return lines for the log about the buckets or subsets in a mixture."""
+def describe(config: ConfigDict, mixture: TrainingMixture, rows: Rows = None) -> list[str]:
+    """Return lines for the log about the buckets, subsets and blocks in a mixture.
+
+    `rows` are those of a batch that this host loads, if it is known.
+    """
     if config.data.buckets and mixture:
         return [buckets.describe(_length_groups(mixture), config.batch_size)]
     parts = [source for source, _ in mixture if isinstance(source, subset.Subset)]
-    return [f"Part of a dataset: {source}: {len(source):,} examples." for source in parts]
+    lines = [f"Part of a dataset: {source}: {len(source):,} examples." for source in parts]
+    order = _order(config, mixture) if mixture else None
+    return lines + (order.describe(rows) if isinstance(order, blocks.BlockOrder) else [])
 
 
-def _order(config: ConfigDict, mixture: TrainingMixture) -> buckets.Order | None:
-    """Return the order of batches of one caption length, or None without `data.buckets`."""
-    if not config.data.buckets:
+def _order(config: ConfigDict, mixture: TrainingMixture, offset: int = 0) -> Order:
+    """Return the order of batches of one length or of blocks, or None for a global shuffle."""
+    data = config.data
+    if data.buckets:
+        return buckets.Order(_length_groups(mixture), config.batch_size, config.seed)
+    if data.order != "blocks":
         return None
-    return buckets.Order(_length_groups(mixture), config.batch_size, config.seed)
+    layout = blocks.Layout(data.block, data.lanes, data.cache_gb)
+    kwargs = dict(batch_size=config.batch_size, seed=config.seed, offset=offset)
+    return blocks.BlockOrder(mixture, layout, **kwargs)
 
 
 def _length_groups(mixture: TrainingMixture) -> list[buckets.PairsOfOneLength]:
@@ -335,13 +349,16 @@ def training_batches(
     config: ConfigDict,
     mixture: TrainingMixture,
     tokenizer: tokenizers.Tokenizer,
-    rows: Sequence[int] | np.ndarray | None = None,
+    rows: Rows = None,
     offset: int = 0,
+    order: Order = None,
 ) -> grain.MapDataset:
     """Return an endless dataset whose element t is batch t, or the given `rows` of it.
 
-    Batch 0 begins with row `offset` of the run, see `schedule.BatchSizes`.
+    Batch 0 begins with row `offset` of the run, see `schedule.BatchSizes`. `order` is by default
+    that of the config.
     """
+    order = order or _order(config, mixture, offset)
     if offset:
         rows = [offset + int(row) for row in (range(config.batch_size) if rows is None else rows)]
     return pipeline.train_dataset(
@@ -350,6 +367,26 @@ def training_batches(
         pipeline.ImageOptions(config.data.image_size, config.data.crop, config.data.flip),
         batch_size=config.batch_size,
         seed=config.seed,
-        order=_order(config, mixture),
+        order=order,
         rows=rows,
     )
+
+
+def prepared_batches(
+    config: ConfigDict,
+    mixture: TrainingMixture,
+    tokenizer: tokenizers.Tokenizer,
+    rows: Sequence[int] | np.ndarray,
+    steps: range,
+    offset: int = 0,
+) -> prefetch.Batches:
+    """Iterate over the elements `steps` of `training_batches`, which are prepared ahead of time.
+
+    With `data.order=blocks`, the sources learn what is read next.
+    """
+    order, plan = _order(config, mixture, offset), None
+    if isinstance(order, blocks.BlockOrder):
+        plan = blocks.ReadAhead(order, [source for source, _ in mixture], rows)
+    dataset = training_batches(config, mixture, tokenizer, rows, offset, order)
+    workers = config.data.workers
+    return prefetch.iterate(dataset, steps.start, steps.stop, workers=workers, plan=plan)

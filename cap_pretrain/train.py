@@ -26,7 +26,6 @@ from cap_pretrain.checkpoints.checkpoint import Checkpoints
 from cap_pretrain.checkpoints.earlier import earlier, keep_config
 from cap_pretrain.checkpoints.folders import saved_steps
 from cap_pretrain.checkpoints.warm_start import PretrainedWeights
-from cap_pretrain.data import prefetch
 from cap_pretrain.distributed import cluster, compile_cache, heartbeat, sharding
 from cap_pretrain.distributed.ahead import Ahead
 from cap_pretrain.errors import UserError
@@ -251,9 +250,10 @@ class Run:
         reads = (*learners.learner_class(config.learner.name).reads, "broken")
         reads += ("index",) if config.log.ids else ()
         rows = sharding.batch_rows(setup.mesh, config.batch_size)
-        offset = setup.batches.offset
-        dataset = inputs.training_batches(config, setup.mixture, setup.tokenizer, rows, offset)
-        batches = prefetch.iterate(dataset, start, total, workers=config.data.workers)
+        steps, offset = range(start, total), setup.batches.offset
+        batches = inputs.prepared_batches(
+            config, setup.mixture, setup.tokenizer, rows, steps, offset
+        )
         self._stack.callback(batches.close)
         members = [source for source, _ in setup.mixture]
         broken = BrokenList(config.data, members, setup.workdir, jax.process_index())

@@ -43,14 +43,18 @@ FIELDS = {
     "checkpoint.best_mode": Field(("min", "max")),
     "checkpoint.every_minutes": Field(minimum=0),
     "compile_cache": Field(free=True),
+    "data.block": Field(minimum=1),
     "data.cache": Field(free=True),
+    "data.cache_gb": Field(minimum=0),
     "data.class_max": Field(minimum=0),
     "data.class_min": Field(minimum=0),
     "data.crop": Field(("none", "random", "window")),
     "data.dir": Field(free=True),
     "data.eval_split": Field(free=True),
     "data.held_out": Field(minimum=-1),
+    "data.lanes": Field(minimum=0),
     "data.max_broken": Field(minimum=0, free=True),
+    "data.order": Field(("auto", "global", "blocks")),
     "data.workers": Field(minimum=0, free=True),
     "deterministic": Field(free=True),
     "dtype": Field(DTYPES),
@@ -116,6 +120,7 @@ def validate(config: ConfigDict, *, tokenizer: bool = False) -> None:
     words.Rules(**config.text.words)
     trackers.check(config.log.trackers)
     _check_rules(config)
+    _check_order(config)
     _check_learner(config)
     _check_evals(config)
 
@@ -147,6 +152,21 @@ def _check_field(name: str, field: Field, value: Any) -> None:
         raise UserError(f"{name}: {value} {bound}.")
     if isinstance(value, int) and value > field.maximum:
         raise UserError(f"{name}: {value} must be at most {field.maximum}.")
+
+
+def _check_order(config: ConfigDict) -> None:
+    """Check the order of examples against the batch."""
+    data = config.data
+    if data.order != "global" and data.lanes and config.batch_size % data.lanes:
+        raise UserError(
+            f"data.lanes: {data.lanes} lanes do not divide batch_size={config.batch_size}; choose "
+            "a divisor, or 0 for the largest one up to 256."
+        )
+    if data.order == "blocks" and data.buckets:
+        raise UserError(
+            "data.order: blocks cannot be combined with data.buckets, whose batches need all "
+            "captions of a length; set data.order=global or data.buckets=False."
+        )
 
 
 def _check_learner(config: ConfigDict) -> None:

@@ -16,12 +16,15 @@ import itertools
 import math
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
+from ml_collections import ConfigDict
 
+from cap_pretrain.data.mixing import GOLDEN, Mixing
 from cap_pretrain.data.sources import base
 from cap_pretrain.data.sources.base import Source
+from cap_pretrain.data.sources.open import is_streamed
 from cap_pretrain.errors import UserError
 
 T = TypeVar("T")
@@ -32,14 +35,18 @@ MOST_LANES = 256
 WINDOW_EXAMPLES = 2**24
 """Most examples in one window of all lanes, whose order is kept in memory, 2 to 4 bytes each."""
 
-_PERIOD = 2**18  # about so many rows of a lane repeat the members of a mixture in the same order
-_GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples, modulo 1, spread most evenly
 _BLOCKS, _WINDOWS = 4, 5  # purposes of derived seeds; `pipeline` and `buckets` have 0 to 3
 
 
-def default_lanes(batch_size: int) -> int:
-    """Return the largest divisor of the batch size that is at most `MOST_LANES`."""
-    return next(n for n in range(min(batch_size, MOST_LANES), 0, -1) if batch_size % n == 0)
+def settle(section: ConfigDict, batch_size: int) -> None:
+    """Set `order` and `lanes` of a section `config.data` if they are automatic."""
+    if section.order == "auto":
+        names = [name for name, _ in base.parse_mixture(section.name)]
+        streamed = any(is_streamed(name, section.dir) for name in names)
+        section.order = "blocks" if streamed and not section.buckets else "global"
+    if section.order == "blocks" and not section.lanes:
+        most = min(batch_size, MOST_LANES)
+        section.lanes = next(n for n in range(most, 0, -1) if batch_size % n == 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +105,7 @@ class BlockOrder:
             for number, ((source, _), first) in enumerate(zip(mixture, starts, strict=False))
         ]
         weights = np.array([weight for _, weight in mixture])
-        self._mixing = _Mixing(weights, lanes) if len(mixture) > 1 else None
+        self._mixing = Mixing(weights, lanes) if len(mixture) > 1 else None
         _settle_windows(self._members, weights / weights.sum(), layout)
         self.examples = sum(lanes * member.lane for member in self._members)
 
@@ -134,12 +141,11 @@ class BlockOrder:
             found.append([member.windows_of(counts[0]), member.windows_of(last)])
         return np.array(found, np.int64).reshape(len(self._members), 2, len(lanes))
 
-    def needed(self, step: int, rows: Iterable[int]) -> list[list[tuple[int, int]]]:
-        """Return for each member the example ranges that `rows` of the batches from `step` on read.
+    def needed(self, step: int, lanes: Sequence[int]) -> list[list[tuple[int, int]]]:
+        """Return for each member the example ranges that lanes read from batch `step` on.
 
         These are the parts of blocks in the windows of batch `step`, and then in the next windows.
         """
-        lanes = self.lanes_of(rows)
         found = []
         for member, (first, last) in zip(self._members, self.windows(step, lanes), strict=True):
             now = zip(lanes, first.tolist(), last.tolist(), strict=True)
@@ -148,8 +154,11 @@ class BlockOrder:
             found.append([r for lane, number in windows for r in member.ranges(lane, number)])
         return found
 
-    def describe(self) -> str:
-        """Return a line for the log: blocks, lanes, windows and their bytes, what is left out."""
+    def describe(self, rows: Sequence[int] | np.ndarray | None = None) -> list[str]:
+        """Return lines for the log: blocks, lanes, windows and their bytes, what is left out.
+
+        If a host that loads `rows` of each batch reads more than it shows, a line says so.
+        """
         lanes, members = self._layout.lanes, self._members
         windows = " and ".join(f"{member.blocks:,}" for member in members)
         text = f"Order: blocks of {self._layout.block}, {lanes} lanes, windows of {windows} blocks"
@@ -161,18 +170,14 @@ class BlockOrder:
             )
         if left_out := sum(member.count % lanes for member in members):
             text += f"; an epoch leaves out {left_out:,} examples, others each time"
-        return text + "."
-
-    def describe_rows(self, rows: Sequence[int]) -> str:
-        """Return a line for the log if a host that loads `rows` reads more than it shows, or ""."""
-        read = len(self.lanes_of(rows)) * self._each / len(rows)
-        if read <= 1:
-            return ""
-        return (
-            f"data.lanes: this host reads {read:.2f} times as much as it shows, because other "
-            f"hosts show parts of its lanes; {self._layout.lanes} lanes are best shared by a number of "
-            "hosts that divides them."
-        )
+        lines = [f"{text}."]
+        read = 1.0 if rows is None else len(self.lanes_of(rows)) * self._each / len(rows)
+        if read > 1:
+            lines.append(
+                f"data.lanes: this host reads {read:.2f} times as much as it shows, because other "
+                f"hosts show parts of its lanes; a number of hosts that divides {lanes} avoids it."
+            )
+        return lines
 
 
 class ReadAhead:
@@ -182,8 +187,8 @@ class ReadAhead:
     step (see `prefetch.iterate`).
     """
 
-    def __init__(self, order: BlockOrder, sources: Sequence[Source], rows: Sequence[int]):
-        self._order, self._sources, self._rows = order, sources, rows
+    def __init__(self, order: BlockOrder, sources: Sequence[Source], rows: Iterable[int]):
+        self._order, self._sources = order, sources
         self._lanes = order.lanes_of(rows)
         self._announced: np.ndarray | None = None
 
@@ -192,7 +197,9 @@ class ReadAhead:
         windows = self._order.windows(step, self._lanes)
         if self._announced is not None and np.array_equal(windows, self._announced):
             return
-        for source, ranges in zip(self._sources, self._order.needed(step, self._rows), strict=True):
+        for source, ranges in zip(
+            self._sources, self._order.needed(step, self._lanes), strict=True
+        ):
             base.read_ahead(source, ranges)
         self._announced = windows
 
@@ -301,7 +308,7 @@ class _Member:
         # Lane v gets the same share of each row of the grid, rounded up or down so that its blocks
         # up to any window are about as many as it needs.
         shares = np.arange(self._lanes + 1)[:, None] * rows / self._lanes
-        edges = (shares + np.arange(self.windows) * _GOLDEN % 1).astype(np.int64)
+        edges = (shares + np.arange(self.windows) * GOLDEN % 1).astype(np.int64)
         counts = np.diff(edges, axis=0).ravel()
         begins = (edges[:-1] + np.arange(self.windows) * rows).ravel()
         shifts = begins - np.cumsum(counts) + counts
@@ -314,72 +321,29 @@ class _Member:
         return _Epoch(order, starts)
 
 
-class _Newest(dict[tuple[int, int], tuple[int, T]]):
+class _Newest(Generic[T]):
     """Values by key and number, of which each key keeps the newest even and the newest odd one.
 
     Several threads may ask for them. A copy in another process starts empty.
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        self._kept: dict[tuple[int, int], tuple[int, T]] = {}
         self._making = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Newest, ()
 
-    def get(self, key: int, number: int, make: Callable[[int, int], T]) -> T:  # type: ignore[override]
+    def get(self, key: int, number: int, make: Callable[[int, int], T]) -> T:
         """Return the value, made by `make(key, number)` if it is not kept."""
         place = (key, number % 2)
-        found = super().get(place)
+        found = self._kept.get(place)
         if found is None or found[0] != number:
             with self._making:
-                found = super().get(place)
+                found = self._kept.get(place)
                 if found is None or found[0] != number:
-                    found = self[place] = (number, make(key, number))
+                    found = self._kept[place] = (number, make(key, number))
         return found[1]
-
-
-class _Mixing:
-    """Which member a lane draws at each row, and how many it has drawn of it before.
-
-    Row q of lane v draws the member in whose part of [0, 1), as long as its weight, v / V + q c / P
-    lies, modulo 1. So at every q the lanes spread evenly over [0, 1), and so do the rows of a lane,
-    because c / P is about the golden ratio. P, a multiple of V, is the period in q, and c has no
-    common divisor with P, so lane v is lane 0 from some row on.
-    """
-
-    def __init__(self, weights: np.ndarray, lanes: int):
-        self._period = period = lanes * -(-_PERIOD // lanes)
-        stride = round(period * _GOLDEN)
-        while math.gcd(stride, period) > 1:
-            stride += 1
-        bounds = np.rint(np.cumsum(weights) / weights.sum() * period).astype(np.int64)
-        for member in range(len(bounds)):  # every member is drawn
-            bounds[member] = max(bounds[member], (bounds[member - 1] if member else 0) + 1)
-        bounds = np.minimum(bounds, period - np.arange(len(bounds))[::-1])
-        places = np.arange(period, dtype=np.int64) * stride % period
-        self._members = np.searchsorted(bounds, places, side="right").astype(np.int16)
-        self._rows = [np.flatnonzero(self._members == member) for member in range(len(bounds))]
-        self._before = np.zeros(period, np.int32)
-        for rows in self._rows:
-            self._before[rows] = np.arange(len(rows))
-        inverse = pow(stride, -1, period)
-        self._phases = [lane * (period // lanes) * inverse % period for lane in range(lanes)]
-        self._skipped = [rows.searchsorted(self._phases).tolist() for rows in self._rows]
-
-    def drawn(self, lane: int, row: int) -> tuple[int, int]:
-        """Return the member that row `row` of a lane draws, and the index of the example in it."""
-        periods, place = divmod(row + self._phases[lane], self._period)
-        member = int(self._members[place])
-        before = int(self._before[place]) - self._skipped[member][lane]
-        return member, periods * len(self._rows[member]) + before
-
-    def count(self, member: int, lanes: Sequence[int], rows: int) -> np.ndarray:
-        """Return how many of the first `rows` rows of each lane draw a member, int64 [lanes]."""
-        periods, places = np.divmod(rows + np.take(self._phases, lanes), self._period)
-        own = self._rows[member]
-        skipped = np.take(self._skipped[member], lanes)
-        return periods * len(own) + own.searchsorted(places) - skipped
 
 
 def _settle_windows(members: Sequence[_Member], shares: np.ndarray, layout: Layout) -> None:

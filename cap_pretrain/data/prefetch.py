@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import grain
 import numpy as np
@@ -33,6 +33,7 @@ def iterate(
     workers: int = 0,
     threads: int = DEFAULT_THREADS,
     prefetch: int = 4,
+    plan: Callable[[int], None] | None = None,
 ) -> "Batches":
     """Iterate over elements start … stop - 1 of a dataset, preparing `prefetch` ahead of time.
 
@@ -45,9 +46,14 @@ def iterate(
     `threads` prefetch; with 0, each element is computed on demand. Threads speed up image decoding,
     which releases the GIL, but slow down examples made in Python (`scenes`), which need workers.
 
+    `plan` is called in this process with the number of the next element that the caller will take,
+    first `start`; see `blocks.ReadAhead`.
+
     The iterator raises UserErrors of preparing an element, and one if a worker process was killed.
     """
     elements = dataset.slice(slice(start, stop))
+    if plan:
+        plan(start)
     workers = min(workers, len(elements))
     if not workers:
         buffer = max(prefetch, threads) if threads else 0
@@ -65,7 +71,7 @@ def iterate(
         iterator.get_state()  # makes Grain set up now, not at the first `next`
         atexit.register(_free_shared_memory)  # runs before multiprocessing's own exit handlers
     iterator.start_prefetch()
-    return Batches(iterator)
+    return Batches(iterator, start, plan)
 
 
 _OPEN: "weakref.WeakSet[Batches]" = weakref.WeakSet()
@@ -74,13 +80,18 @@ _OPEN: "weakref.WeakSet[Batches]" = weakref.WeakSet()
 class Batches(Iterator[Batch]):
     """An iterator over batches whose threads or worker processes end when it is closed."""
 
-    def __init__(self, iterator: grain.DatasetIterator):
-        self._iterator = iterator
+    def __init__(
+        self,
+        iterator: grain.DatasetIterator,
+        start: int = 0,
+        plan: Callable[[int], None] | None = None,
+    ):
+        self._iterator, self._next, self._plan = iterator, start, plan
         _OPEN.add(self)
 
     def __next__(self) -> Batch:
         try:
-            return next(self._iterator)
+            batch = next(self._iterator)
         except RuntimeError as error:
             if "Worker process was terminated" not in str(error):
                 raise
@@ -88,6 +99,10 @@ class Batches(Iterator[Batch]):
                 f"data.workers: {str(error).split('.')[0]}: most likely memory or shared memory "
                 "(/dev/shm) ran out; give the machine or container more, or lower data.workers."
             ) from error
+        self._next += 1
+        if self._plan:
+            self._plan(self._next)
+        return batch
 
     def close(self) -> None:
         """Stop the threads and processes that prepare batches."""

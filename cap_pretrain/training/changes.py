@@ -18,7 +18,11 @@ from cap_pretrain.validation import FREE
 ORDER = (
     *("seed", "data.name", "data.split", "data.fraction", "data.class_min", "data.class_max"),
     *("data.buckets", "data.held_out", "data.scenes"),
+    *("data.order", "data.block", "data.lanes", "data.cache_gb"),
 )
+
+# Values that fields had before they existed, where these are not their defaults.
+BEFORE = {"data.order": "global"}
 
 
 def reordering(changes: Sequence[str]) -> list[str]:
@@ -48,9 +52,9 @@ def check_unchanged(config: ConfigDict, path: Path, allowed: Sequence[str] = ())
     with default.unlocked():
         default.learner = learners.defaults(config.learner.name)
     defaults = fields(json.loads(configs.to_json(default)))
-    changed = {}
+    changed, before = {}, defaults | BEFORE
     for field in sorted({*then, *now}):
-        old, new = (side.get(field, defaults.get(field)) for side in (then, now))
+        old, new = then.get(field, before.get(field)), now.get(field, defaults.get(field))
         if old != new and not _covered(field, FREE):
             changed[field] = f"{field} was {old!r}, is now {new!r}"
     refused = {f: c for f, c in changed.items() if not (_covered(f, allowed) or "all" in allowed)}
@@ -67,6 +71,7 @@ def check_unchanged(config: ConfigDict, path: Path, allowed: Sequence[str] = ())
 TRAINING = (
     *("accumulate", "batch_size", "checkpoint", "eval", "log", "optim", "plateau"),
     *("data.buckets", "data.flip", "data.fraction", "data.max_broken"),
+    *("data.order", "data.block", "data.lanes", "data.cache_gb"),
     *("model.dropout", "model.stochastic_depth"),
 )
 
@@ -84,6 +89,8 @@ def unused(config: ConfigDict, given: Collection[str]) -> list[str]:
         "text.tokenizer is given": ("text.kind", "text.vocab_size", "text.words")
         * bool(text.tokenizer),
         f"text.kind is {text.kind}": ("text.vocab_size" if text.kind == "words" else "text.words",),
+        "data.order is global": ("data.block", "data.lanes", "data.cache_gb")
+        * (config.data.order == "global"),
         "plateau.figure is empty": ("plateau",) * (not config.plateau.figure),
         "checkpoint.best is empty": ("checkpoint.best_mode",) * (not config.checkpoint.best),
     }

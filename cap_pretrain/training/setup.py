@@ -83,7 +83,10 @@ class Setup:
         progress.say(f"{total:,} parameters, listed in {self.workdir / PARAMETERS}")
         devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         progress.say(f"{devices}, mesh {dict(self.mesh.shape)}")
-        for line in [*gpu.describe(), *inputs.describe(self.config, self.mixture), *self.notes]:
+        size = self.config.batch_size if self.schedule.total else 0
+        rows = sharding.batch_rows(self.mesh, size) if size else None
+        data = inputs.describe(self.config, self.mixture, rows)
+        for line in [*gpu.describe(), *data, *self.notes]:
             progress.say(line)
         if self.schedule.total:
             progress.say(schedules.describe(self.config, self.schedule))
@@ -189,6 +192,8 @@ def prepare(
     )
     mixture = inputs.in_buckets(config, sources, tokenizer)
     epoch = inputs.examples_an_epoch(config, mixture)
+    data = {"the data": [epoch, *inputs.describe(config, mixture)]}
+    cluster.agree(data, "Give all hosts the same data.")
     schedule, batches, changes = _resolve_schedule(config, earlier, epoch)
     rate = schedules.learning_rate(config, schedule)
     # Checkpoints are read as they were saved, so a run that only evaluates keeps the optimizer.
@@ -242,6 +247,7 @@ def dry_run(
         make_optimizer=optimizer,
     )
     foreseen = forecast.datasets(config, sources) if sources else []
+    foreseen += inputs.describe(config, mixture) if config.data.order == "blocks" else []
     if trains:
         needed, text = forecast.memory(choice.config, vocab_size, optimizer)
         made["bytes_per_device"] |= needed
@@ -288,6 +294,13 @@ def _resolve_schedule(
             f"batch_size: was {before.sizes[-1][1]}, is now {config.batch_size}, but with "
             "data.buckets the examples of an epoch depend on it; restore it, or use another "
             "--workdir."
+        )
+    lanes = config.data.lanes if config.data.order == "blocks" else 1
+    if any(size % lanes for _, size in batches.sizes):
+        sizes = ", ".join(f"{size:,} from step {first:,}" for first, size in batches.sizes)
+        raise UserError(
+            f"data.lanes: {lanes} do not divide every batch size of the run ({sizes}); choose "
+            "another batch_size, or another --workdir."
         )
     schedule = schedules.make_schedule(config, epoch=epoch, batches=batches)
     if 0 < schedule.total < start:

@@ -72,9 +72,9 @@ class Order:
     """A function from rows of the run to pairs, where row j belongs to batch j // batch_size.
 
     Pairs are numbered by position in the concatenation of `groups`. Those of a length that do not
-    fill a batch are left out of an epoch; different ones in each. `batches` is the number of
-    batches in an epoch, the same in every one; raises UserError if no length has enough pairs for a
-    batch.
+    fill a batch are left out of an epoch; different ones in each. An epoch has `batches` batches
+    and `examples` pairs, the same in every one; raises UserError if no length has enough pairs for
+    a batch.
     """
 
     def __init__(self, groups: Sequence[PairsOfOneLength], batch_size: int, seed: int):
@@ -86,6 +86,11 @@ class Order:
                 f"batch_size: no length has {batch_size} captions (data.buckets); the most frequent"
                 f" one has {max(map(len, groups))}. Choose a smaller batch."
             )
+
+    @property
+    def examples(self) -> int:
+        """The number of pairs that an epoch shows."""
+        return self.batches * self._batch_size
 
     def __call__(self, row: int) -> int:
         """Return the number of the pair that row `row` of the run shows."""

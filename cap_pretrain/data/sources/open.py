@@ -83,6 +83,20 @@ def in_original_layout(name: str) -> tuple[str, str] | None:
     return (prefix, pattern) if colon and prefix in FORMATS else None
 
 
+def is_streamed(name: str, data_dir: str = "") -> bool:
+    """Return whether a dataset is read from remote storage or from files in their original layout.
+
+    The former are URLs, and names below a `data_dir` that is one.
+    """
+    if in_original_layout(name):
+        return True
+    path = storage.locate(name)
+    if isinstance(path, storage.Remote):
+        return True
+    by_name = name not in GENERATED and not path.is_absolute() and not path.is_dir()
+    return by_name and isinstance(storage.locate(data_dir), storage.Remote)
+
+
 def _imported(path: str) -> Any:
     """Return the class "module:class"."""
     module, cls = path.split(":")
