@@ -21,9 +21,6 @@ ORDER = (
     *("data.order", "data.block", "data.lanes", "data.cache_gb"),
 )
 
-# Values that fields had before they existed, where these are not their defaults.
-BEFORE = {"data.order": "global"}
-
 
 def reordering(changes: Sequence[str]) -> list[str]:
     """Return a line for the log if `changes`, from `check_unchanged`, reorder the examples."""
@@ -48,13 +45,15 @@ def check_unchanged(config: ConfigDict, path: Path, allowed: Sequence[str] = ())
             "or remove it to resume with the present config."
         ) from e
     now = fields(json.loads(configs.to_json(config)))
+    if then.setdefault("data.order", "global") == "auto":  # without steps it is not settled
+        then |= {field: now[field] for field in ("data.order", "data.lanes")}
     default = configs.default()
     with default.unlocked():
         default.learner = learners.defaults(config.learner.name)
     defaults = fields(json.loads(configs.to_json(default)))
-    changed, before = {}, defaults | BEFORE
+    changed = {}
     for field in sorted({*then, *now}):
-        old, new = then.get(field, before.get(field)), now.get(field, defaults.get(field))
+        old, new = (side.get(field, defaults.get(field)) for side in (then, now))
         if old != new and not _covered(field, FREE):
             changed[field] = f"{field} was {old!r}, is now {new!r}"
     refused = {f: c for f, c in changed.items() if not (_covered(f, allowed) or "all" in allowed)}

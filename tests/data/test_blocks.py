@@ -1,21 +1,18 @@
 """The order by blocks shows each example at most once an epoch, on every number of hosts alike."""
 
-import itertools
 import pickle
 import random
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 
-from cap_pretrain import inputs
+from cap_pretrain import config as configs
 from cap_pretrain.data import blocks
 from cap_pretrain.data.mixing import Mixing
-from cap_pretrain.data.sources import base, subset
+from cap_pretrain.data.sources import base
 from cap_pretrain.errors import UserError
-from tests import tiny
 
 
 class Shards:
@@ -96,7 +93,9 @@ def test_each_example_comes_once_an_epoch_on_any_number_of_hosts(seed):
     before, after = case.batches(order, everything)
     each = case.batch_size // case.lanes
     lanes = [  # what each lane shows, in order, whatever the batch size
-        np.concatenate([b.reshape(len(b), case.lanes, -1)[:, lane].ravel() for b in (before, after)])
+        np.concatenate(
+            [b.reshape(len(b), case.lanes, -1)[:, lane].ravel() for b in (before, after)]
+        )
         for lane in range(case.lanes)
     ]
     first = 0
@@ -172,6 +171,80 @@ def test_batches_of_sorted_data_have_all_classes(count, window, bound):
         counts = np.bincount(shown // (count // 1000), minlength=1000)
         found.append(np.square(counts - 8.192).sum() / 8.192 / 999)
     assert np.mean(found) < bound
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_mixtures_keep_their_weights_in_every_batch_and_lane(seed):
+    rng = np.random.default_rng(seed)
+    weights, lanes = rng.exponential(size=rng.integers(2, 6)), int(rng.choice([1, 8, 30, 256]))
+    mixing, shares = Mixing(weights, lanes), weights / weights.sum()
+    for first in (0, 10**9):
+        for row in range(first, first + 40):
+            members = [mixing.drawn(lane, row)[0] for lane in range(lanes)]
+            counts = np.bincount(members, minlength=len(weights))
+            assert (np.abs(counts - lanes * shares) < 1.01).all()  # of a batch of a row of each
+    for lane in {0, lanes // 2, lanes - 1}:
+        drawn = [mixing.drawn(lane, row) for row in range(500)]
+        for member, share in enumerate(shares):
+            own = [index for which, index in drawn if which == member]
+            assert own == list(range(len(own)))
+            assert abs(len(own) - 500 * share) < 4
+            assert mixing.count(member, [lane], 500).tolist() == [len(own)]
+    total = 10**8
+    counts = [int(mixing.count(member, [0], total)[0]) for member in range(len(shares))]
+    np.testing.assert_allclose(counts, total * shares, rtol=0.01)
+    assert sum(counts) == total
+
+
+def test_what_does_not_fit_is_refused():
+    small, large = (Shards(n, example_bytes=1e6) for n in (200, 100_000))
+    make = lambda source, layout, **kwargs: blocks.BlockOrder([(source, 1.0)], layout, **kwargs)
+    layout = blocks.Layout(256, 256, 64.0)
+    with pytest.raises(UserError, match=r"data.lanes: .*200 examples, too few for 256.*global"):
+        make(small, layout, batch_size=512, seed=0)
+    with pytest.raises(UserError, match=r"data.cache_gb: 64 GB .*two blocks.*about 131 GB"):
+        make(large, layout, batch_size=512, seed=0)
+    with pytest.raises(UserError, match=r"data.lanes: 256 .*batch_size=500"):
+        make(large, layout, batch_size=500, seed=0)
+    with pytest.raises(UserError, match=r"data.lanes: 256 .*earlier batch"):
+        make(large, layout, batch_size=512, seed=0, offset=-12)
+
+
+def test_the_log_says_what_is_read():
+    (line,) = order_of(10**9 + 3, window=19).describe()
+    assert line == (
+        "Order: blocks of 256, 256 lanes, windows of 19 blocks; two windows of all lanes have "
+        "62.2 GB, the disk space that remote data need over all hosts; an epoch leaves out 3 "
+        "examples, others each time."
+    )
+    order = order_of(12_000_000, window=64, batch_size=6144)
+    assert len(order.describe(range(6144 // 64))) == 1
+    _, line = order.describe(range(6144 // 48))
+    assert line.startswith("data.lanes: this host reads 1.12 times as much as it shows")
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "order", "lanes"),
+    [
+        ("scenes", {}, "global", 0),
+        ("scenes", {"order": "blocks"}, "blocks", 192),
+        ("scenes", {"order": "blocks", "lanes": 3}, "blocks", 3),
+        ("scenes:0.5+gs://bucket/data", {}, "blocks", 192),
+        ("scenes:0.5+gs://bucket/data", {"order": "global"}, "global", 0),
+        ("gs://bucket/data", {"buckets": True}, "global", 0),
+        ("wds:/data/{00..12}.tar", {}, "blocks", 192),
+        ("parquet:/data/*.parquet", {}, "blocks", 192),
+        ("coco_captions", {"dir": "gs://bucket"}, "blocks", 192),
+        ("/data/coco", {"dir": "gs://bucket"}, "global", 0),
+        ("scenes", {"dir": "gs://bucket"}, "global", 0),
+    ],
+)
+def test_remote_data_is_ordered_by_blocks(name, fields, order, lanes):
+    section = configs.default().data
+    section.name = name
+    section.update(fields)
+    blocks.settle(section, 576)
+    assert (section.order, section.lanes) == (order, lanes)
 
 
 _BILLION = """
