@@ -118,6 +118,7 @@ def test_trains_two_steps_and_writes_its_files(case, tokenizer_path, tmp_path):
     validate(c)
     train.run(c, tmp_path)
 
+    c.data.order = "global"  # what "auto" is for scenes
     assert json.loads((tmp_path / "config.json").read_text()) == json.loads(configs.to_json(c))
     assert (tmp_path / "tokenizer" / "tokenizer.model").is_file()
     assert (tmp_path / "checkpoints" / "2").is_dir()
