@@ -22,7 +22,8 @@ def load(
         path: The workdir of a run (its newest valid checkpoint), a checkpoint such as
             runs/cappa/checkpoints/300, a folder from tools/export_encoder.py, or whatever else
             `--config.encoder` takes: a folder of transformers with a CLIP, SigLIP or ViT, OpenAI's
-            or OpenCLIP's CLIP, or torchvision's ResNet or AlexNet. Nothing is downloaded.
+            or OpenCLIP's CLIP, or torchvision's ResNet or AlexNet. Each may be in a bucket, as
+            gs://BUCKET/FOLDER; nothing else is downloaded.
         step: Checkpoint of a workdir.
         devices: Devices that share the work, by default all of this process; each holds the whole
             model.
