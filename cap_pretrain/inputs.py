@@ -18,6 +18,7 @@ from cap_pretrain.data import blocks, pipeline, prefetch
 from cap_pretrain.data.sources import buckets, subset
 from cap_pretrain.data.sources.base import NoSplitError, Source, parse_mixture, without_image
 from cap_pretrain.data.sources.open import GENERATED, open_source
+from cap_pretrain.data.sources.ranges import Cache
 from cap_pretrain.data.text import tokenizers, words
 from cap_pretrain.distributed import cluster
 from cap_pretrain.errors import UserError
@@ -43,8 +44,10 @@ Order = buckets.Order | blocks.BlockOrder | None  # None: a shuffle of all examp
 Rows = Sequence[int] | np.ndarray | None  # of a batch; None: all
 
 
-def open_data(config: ConfigDict, split: str, name: str = "") -> Source:
+def open_data(config: ConfigDict, split: str, name: str = "", share: float = 1.0) -> Source:
     """Open a dataset as `config.data` says; `name` is by default the first one of `data.name`.
+
+    `share` is that of `data.cache_gb` which this process may use.
 
     In the run's own datasets, all splits have only the classes that `data.class_min` keeps, and
     `data.split` at most `data.class_max` examples of each. Other datasets are not restricted.
@@ -55,7 +58,7 @@ def open_data(config: ConfigDict, split: str, name: str = "") -> Source:
     """
     members = [member for member, _ in parse_mixture(config.data.name)]
     name = name or members[0]
-    source = _open_unrestricted(config.data, split, name)
+    source = _open_unrestricted(config.data, split, name, share)
     features, stored = pipeline.is_features(source[0]["image"]), config.model.name == STORED
     if features and not stored:
         raise UserError(
@@ -76,19 +79,22 @@ def open_data(config: ConfigDict, split: str, name: str = "") -> Source:
     return sizes.of(source, _labels(section, split, name), training, drawn=drawn)
 
 
-def _open_unrestricted(section: ConfigDict, split: str, name: str) -> Source:
+def _open_unrestricted(section: ConfigDict, split: str, name: str, share: float = 1.0) -> Source:
     """Open a dataset with all its classes; `section` is `config.data`.
 
     If the dataset is the first of `data.name` and has only the split train, and `data.split` and
     `data.eval_split` are the defaults, then "val" is a part of it and "train" the rest (see
     `subset.divided`).
     """
+    cache = section.cache
+    if blocks.order_of(section) == "blocks":
+        cache = Cache(cache, section.block, share * section.cache_gb * 1e9)
     open_split = functools.partial(
         open_source,
         name,
         image_size=section.image_size,
         data_dir=section.dir,
-        cache=section.cache,
+        cache=cache,
         fields=section.fields.to_dict(),
         generated={dataset: section[dataset].to_dict() for dataset in GENERATED},
     )
@@ -113,15 +119,15 @@ def _labels(section: str, split: str, name: str) -> np.ndarray:
     return subset.labels_of(_open_unrestricted(ConfigDict(json.loads(section)), split, name))
 
 
-def open_sources(config: ConfigDict) -> Mixture:
-    """Open the datasets of the training mixture.
+def open_sources(config: ConfigDict, share: float = 1.0) -> Mixture:
+    """Open the datasets of the training mixture; `share` is as for `open_data`.
 
     Raises UserError if one is missing, or lacks captions or labels that the learner needs.
     """
     reads = learners.learner_class(config.learner.name).reads
     members = []
     for name, weight in parse_mixture(config.data.name):
-        source = open_data(config, config.data.split, name)
+        source = open_data(config, config.data.split, name, share)
         check_reads(
             source, reads, f"data.name: {{}}, which the learner {config.learner.name} needs"
         )

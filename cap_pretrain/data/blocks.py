@@ -38,15 +38,29 @@ WINDOW_EXAMPLES = 2**24
 _BLOCKS, _WINDOWS = 4, 5  # purposes of derived seeds; `pipeline` and `buckets` have 0 to 3
 
 
+def order_of(section: ConfigDict) -> str:
+    """Return the order that the section `config.data` chooses: "global" or "blocks"."""
+    if section.order != "auto":
+        return section.order
+    names = [name for name, _ in base.parse_mixture(section.name)]
+    streamed = any(is_streamed(name, section.dir) for name in names)
+    return "blocks" if streamed and not section.buckets else "global"
+
+
 def settle(section: ConfigDict, batch_size: int) -> None:
-    """Set `order` and `lanes` of a section `config.data` if they are automatic."""
-    if section.order == "auto":
-        names = [name for name, _ in base.parse_mixture(section.name)]
-        streamed = any(is_streamed(name, section.dir) for name in names)
-        section.order = "blocks" if streamed and not section.buckets else "global"
+    """Set `order` and `lanes` of the section `config.data` if they are automatic."""
+    section.order = order_of(section)
     if section.order == "blocks" and not section.lanes:
         most = min(batch_size, MOST_LANES)
         section.lanes = next(n for n in range(most, 0, -1) if batch_size % n == 0)
+
+
+def share_read(section: ConfigDict, rows: Sequence[int] | np.ndarray, batch_size: int) -> float:
+    """Return the share of all lanes that a host reads which loads these rows of a batch."""
+    section = section.copy_and_resolve_references()
+    settle(section, batch_size)
+    lanes = section.lanes or 1
+    return len({int(row) * lanes // batch_size for row in rows}) / lanes
 
 
 @dataclasses.dataclass(frozen=True)

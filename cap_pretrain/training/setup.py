@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from cap_pretrain import config as configs
 from cap_pretrain import files, inputs, learners
+from cap_pretrain.data.blocks import share_read
 from cap_pretrain.data.sources.base import parse_mixture
 from cap_pretrain.data.sources.open import GENERATED
 from cap_pretrain.distributed import cluster, gpu, sharding
@@ -182,8 +183,11 @@ def prepare(
     """
     validate(config, tokenizer=resuming and inputs.tokenizer_path(workdir).exists())
     build.check_device(config)
-    sharding.make_mesh(config)  # refuses one that is not possible
-    sources, config = _opened(config)
+    mesh, share = sharding.make_mesh(config), 1.0  # refuses one that is not possible
+    if configs.trains(config):
+        rows = sharding.batch_rows(mesh, config.batch_size)
+        share = share_read(config.data, rows, config.batch_size)
+    sources, config = _opened(config, share)
     files.make_workdir(workdir)
     cluster.check_shared(workdir)
     earlier = check(config)
@@ -259,12 +263,15 @@ def dry_run(
     return "\n\n".join(filter(None, [lines, "\n".join(foreseen), choice.line, *notes]))
 
 
-def _opened(config: ConfigDict) -> tuple[inputs.Mixture, ConfigDict]:
-    """Open the training data, complete the config, and check what its evaluators need."""
+def _opened(config: ConfigDict, share: float = 1.0) -> tuple[inputs.Mixture, ConfigDict]:
+    """Open the training data, complete the config, and check what its evaluators need.
+
+    `share` is that of the lanes of `data.order=blocks` which this host reads.
+    """
     sources: inputs.Mixture = []
     if configs.trains(config):
         with console.doing(f"Opening {config.data.name}"):
-            sources = inputs.open_sources(config)
+            sources = inputs.open_sources(config, share)
             config = inputs.completed(config, sources)
     if config.evals:
         with console.doing(f"Checking what is evaluated: {', '.join(config.evals)}"):

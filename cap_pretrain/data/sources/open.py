@@ -24,7 +24,7 @@ FORMATS = {
 }
 """Files that are read in their original layout: the prefix of a name, as in "wds:PATTERN" -> class.
 
-The class is called as `cls(pattern, split, fields=…, cache=…)`."""
+The class is called as `cls(pattern, split, fields=…, cache=…, budget=…)`."""
 
 
 def open_source(
@@ -63,7 +63,10 @@ def open_source(
         )
     if found := in_original_layout(name):
         prefix, pattern = found
-        return _imported(FORMATS[prefix])(pattern, split, fields=fields, cache=cache)
+        kept = cache if isinstance(cache, Cache) else Cache(cache)
+        return _imported(FORMATS[prefix])(
+            pattern, split, fields=fields, cache=kept.folder, budget=kept.budget
+        )
     folder = find_dataset(name, data_dir)
     if not isinstance(folder, storage.Remote):
         source = TfdsSource(folder, split, fields)
