@@ -16,7 +16,13 @@ from ml_collections import ConfigDict
 from cap_pretrain import files, learners
 from cap_pretrain.data import blocks, pipeline, prefetch
 from cap_pretrain.data.sources import buckets, subset
-from cap_pretrain.data.sources.base import NoSplitError, Source, parse_mixture, without_image
+from cap_pretrain.data.sources.base import (
+    NoSplitError,
+    Source,
+    example_bytes,
+    parse_mixture,
+    without_image,
+)
 from cap_pretrain.data.sources.open import GENERATED, open_source
 from cap_pretrain.data.sources.ranges import Cache
 from cap_pretrain.data.text import tokenizers, words
@@ -254,24 +260,31 @@ def _make_tokenizer(config: ConfigDict, mixture: Mixture, workdir: Path) -> None
         drawn = all(name in GENERATED for name, _ in parse_mixture(config.data.name))
         limit = TOKENIZER_EXAMPLES if drawn else None
         with console.doing(f"Counting the words of the captions of {_images(mixture, limit)}"):
-            captions = _captions(mixture, limit)
+            captions = _captions(config, mixture, limit)
             words.write_words(captions, folder, words.Rules(**config.text.words), lower)
     else:
         images = _images(mixture, TOKENIZER_EXAMPLES)
         with console.doing(f"Training a tokenizer on the captions of {images}"):
-            captions = _captions(mixture, TOKENIZER_EXAMPLES)
+            captions = _captions(config, mixture, TOKENIZER_EXAMPLES)
             tokenizers.train_sentencepiece(captions, folder, config.text.vocab_size, lower)
 
 
 def _images(mixture: Mixture, limit: int | None = None) -> str:
-    """Return how many examples `_captions` reads, as "3,096 images"."""
-    return f"{sum(min(limit or len(source), len(source)) for source, _ in mixture):,} images"
+    """Return how many examples `_captions` reads, as "3,096 images", and bytes if it reads all."""
+    images = f"{sum(min(limit or len(source), len(source)) for source, _ in mixture):,} images"
+    size = sum(example_bytes(source) * len(source) for source, _ in mixture)
+    return f"{images} (all {size / 1e9:,.1f} GB are read)" if limit is None and size else images
 
 
-def _captions(mixture: Mixture, limit: int | None = None) -> Iterator[str]:
-    """Yield the captions of all datasets, from at most `limit` examples of each."""
+def _captions(config: ConfigDict, mixture: Mixture, limit: int | None = None) -> Iterator[str]:
+    """Yield the captions of all datasets, from at most `limit` examples of each.
+
+    In the order of blocks, whole blocks are sampled. In that of all examples, each is as far from
+    the next, as since the first version.
+    """
+    block = config.data.get("block", 256) if config.data.get("order") == "blocks" else 0
     for source, _ in mixture:
-        yield from tokenizers.source_captions(source, limit)
+        yield from tokenizers.source_captions(source, limit, block)
 
 
 def planned_tokenizer(config: ConfigDict, mixture: Mixture) -> tokenizers.Tokenizer | None:

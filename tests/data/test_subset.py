@@ -152,6 +152,8 @@ def test_bad_arguments_raise():
         def __getitem__(self, index):
             return super().__getitem__(index) | {"label": -1}
 
+        without_image = __getitem__
+
     with pytest.raises(UserError, match=r'--config.data.split="train\[:10%\]"'):
         subset.fraction_of(Unlabelled("train", 16, length_train=5), 0.1, seed=0)
 

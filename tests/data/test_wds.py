@@ -8,10 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from cap_pretrain import inputs
 from cap_pretrain.data.sources import contents, tar_index
 from cap_pretrain.data.sources.base import NoSplitError, block_bounds
 from cap_pretrain.data.sources.open import open_source
 from cap_pretrain.errors import UserError
+from tests import toy
 from tests.data.test_question_formats import build
 from tests.data.test_webdataset import sample, samples, tar
 from tests.tools.test_build_dataset import jpeg, read
@@ -150,3 +152,16 @@ def test_files_open_at_a_time_are_bounded(tars, monkeypatch):
     for index in np.random.default_rng(0).permutation(11):
         assert source[int(index)]["captions"] == [f"caption {index}"]
     assert len(source._contents._open._values) == 2
+
+
+def test_blocks_are_held_out_of_the_only_split(tmp_path):
+    for number in range(4):
+        tar(tmp_path / f"{number}.tar", [(f"{k}.jpg", b"x") for k in range(400)])
+    config = toy.config(data__name=f"wds:{tmp_path}", data__held_out=128)
+    train, val = (inputs.open_data(config, split) for split in ("train", "val"))
+    assert len(train) == 1600 - 128 and len(val) == 128
+    ids = [[source.without_image(k)["id"] for k in range(len(source))] for source in (train, val)]
+    assert len({*ids[0], *ids[1]}) == 1600
+    runs = np.split(val._indices, np.flatnonzero(np.diff(val._indices) != 1) + 1)
+    assert len(runs) <= 32 and all(len(run) % 4 == 0 for run in runs)
+    assert inputs.held_out(config, [(train, 1.0)])[0].endswith("to choose others.")

@@ -6,10 +6,12 @@ shuffled. As elsewhere in the pipeline, the pairs of batch t are computed from t
 """
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from cap_pretrain.data.sources import passes
 from cap_pretrain.data.sources.base import Example, Source, without_image
 from cap_pretrain.data.text.tokenizers import Tokenizer, encode_answer
 from cap_pretrain.errors import UserError
@@ -48,7 +50,9 @@ def by_length(source: Source, tokenizer: Tokenizer) -> list[PairsOfOneLength]:
     The length is the number of tokens after truncation, including EOS and the question before the
     caption, if any. Raises UserError if there are no captions.
     """
-    found = np.array(list(_lengths(source, tokenizer)), np.int64).reshape(-1, 3)
+    read = lambda: np.array(list(_lengths(source, tokenizer)), np.int64).reshape(-1, 3)
+    identity = getattr(tokenizer, "identity", "")
+    found = passes.kept(source, f"lengths {identity}", read) if identity else read()
     if not len(found):
         raise UserError(
             f"data.buckets: {source} has no captions; name another dataset or set data.fields."
@@ -61,7 +65,7 @@ def by_length(source: Source, tokenizer: Tokenizer) -> list[PairsOfOneLength]:
 
 def _lengths(source: Source, tokenizer: Tokenizer) -> Iterator[tuple[int, int, int]]:
     """Yield (index of the example, index of the caption, number of tokens)."""
-    for index in range(len(source)):
+    for index in itertools.chain.from_iterable(passes.whole(source)):
         example = without_image(source, index)
         for which, caption in enumerate(example["captions"]):
             ids, _ = encode_answer(tokenizer, example.get("question", ""), caption)

@@ -1,12 +1,15 @@
 """Datasets whose examples are numbered through a list of files: splits, blocks and errors."""
 
 import bisect
+import hashlib
 import itertools
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
+from cap_pretrain.data.sources import storage
 from cap_pretrain.data.sources.base import Example, NoSplitError, file_bounds
 from cap_pretrain.data.sources.listing import Listing, NoSuchSplit, find
 from cap_pretrain.data.sources.metadata import listed
@@ -44,16 +47,27 @@ def part(split: str, count: int, where: str) -> tuple[int, int]:
     return start, stop
 
 
+def answers_folder(listing: Listing, fields: Mapping[str, str], cache: str) -> Path:
+    """Return the folder of what was found out about these very files; see `passes.kept`."""
+    about = (str(listing.root), [(f.name, f.size, f.stamps) for f in listing.files])
+    digest = hashlib.sha256(repr((about, sorted(fields.items()))).encode()).hexdigest()[:16]
+    return storage.cache_folder(cache) / f"answers-{digest}"
+
+
 class Numbered:
     """A part of the examples of files that hold `counts` of them; subclasses read one.
 
-    Blocks never span two files. `splits` are the names of all splits there are.
+    Blocks never span two files. `splits` are the names of all splits there are, and `answers` is
+    the folder of `passes.kept`.
     """
 
     class_names: list[str]
+    in_blocks = True  # what is held out is whole blocks, which are fetched or decoded as such
 
-    def __init__(self, where: str, split: str, listing: Listing, counts: Sequence[int]):
-        self._where, self._split, self._listing = where, split, listing
+    def __init__(
+        self, where: str, split: str, listing: Listing, counts: Sequence[int], answers: Path
+    ):
+        self._where, self._split, self._listing, self.answers = where, split, listing, answers
         self.splits = listing.splits
         self._ends = list(itertools.accumulate(counts))
         total = self._ends[-1] if self._ends else 0

@@ -102,7 +102,9 @@ class ParquetSource(Numbered):
         self._where = where
         with ThreadPoolExecutor(_THREADS) as threads:
             opened = list(threads.map(self._open, range(len(files.listing.files))))
-        super().__init__(where, split, files.listing, [sum(one.rows) for one in opened])
+        answers = numbered.answers_folder(files.listing, fields, kept[0])
+        counts = [sum(one.rows) for one in opened]
+        super().__init__(where, split, files.listing, counts, answers)
         self._group_ends = [list(itertools.accumulate(one.rows)) for one in opened]
         self._columns = _columns(opened[0].schema, fields, where)
         for one, file in zip(opened, files.listing.files, strict=True):

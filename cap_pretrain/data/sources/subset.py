@@ -4,15 +4,19 @@ import copy
 import dataclasses
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 
-from cap_pretrain.data.sources import base
+from cap_pretrain.data.sources import base, passes
 from cap_pretrain.data.sources.base import Example, Source, without_image
 from cap_pretrain.errors import UserError
+from cap_pretrain.telemetry import console
 
 HELD_OUT, HELD_OUT_MOST = 0.05, 10_000
 """The part of a dataset without a validation split that is held out, and its largest number."""
+
+_HELD_OUT_BLOCK = 256  # examples, as the default of data.block
 
 _READING_THREADS = 16  # the records may lie on a network disk
 
@@ -66,6 +70,7 @@ class Subset:
     ):
         self.note: str = note or getattr(source, "note", "")
         self.held_out: int = held_out or getattr(source, "held_out", 0)
+        self.answers: Path | None = getattr(source, "answers", None)  # see `passes.kept`
         self._source, self._indices, self._description = source, indices, description
         self._numbers: dict[int, int] | None = None
         self.class_names = source.class_names
@@ -130,7 +135,8 @@ def divided(source: Source, most: int = -1) -> tuple[Subset, Subset]:
     """Divide a dataset that has no validation split; return its training part and the rest.
 
     `most` examples are drawn at random with a fixed seed, so that they are the same in every run on
-    this dataset; -1: HELD_OUT of them, at most HELD_OUT_MOST. Raises UserError if it has only one.
+    this dataset; -1: HELD_OUT of them, at most HELD_OUT_MOST. Of a source with `in_blocks`, blocks
+    are drawn. Raises UserError if it has only one example.
     """
     count = len(source)
     if count < 2:
@@ -140,11 +146,7 @@ def divided(source: Source, most: int = -1) -> tuple[Subset, Subset]:
     if most < 0:
         most = min(HELD_OUT_MOST, max(1, int(HELD_OUT * count)))
     most = min(most, count - 1)
-    rng = np.random.default_rng([0, count])
-    if count <= _PERMUTED:
-        held_out = np.sort(rng.permutation(count)[:most])
-    else:
-        held_out = np.sort(rng.choice(count, most, replace=False, shuffle=False))
+    held_out = _drawn(source, most)
     note = (
         f"{source}, is the only split: {most:,} of its {count:,} examples are held out of training "
         "as 'val', the same in every run; set data.held_out or data.eval_split to choose others."
@@ -153,6 +155,22 @@ def divided(source: Source, most: int = -1) -> tuple[Subset, Subset]:
         Subset(source, AllBut(count, held_out), f"all but {most} held-out examples", note, most),
         Subset(source, held_out, f"{most} held-out examples", note, most),
     )
+
+
+def _drawn(source: Source, most: int) -> np.ndarray:
+    """Draw `most` examples, int64 [most] ascending; whole blocks if the source asks for them."""
+    count = len(source)
+    rng = np.random.default_rng([0, count])
+    if getattr(source, "in_blocks", False):
+        # At least some 32 blocks, if they are not larger by themselves.
+        bounds = base.block_bounds(source, max(1, min(_HELD_OUT_BLOCK, most // 32)))
+        order = rng.permutation(len(bounds) - 1)
+        last = int(np.searchsorted(np.cumsum(np.diff(bounds)[order]), most))
+        runs = [np.arange(bounds[block], bounds[block + 1]) for block in order[: last + 1]]
+        return np.sort(np.concatenate(runs)[:most])
+    if count <= _PERMUTED:
+        return np.sort(rng.permutation(count)[:most])
+    return np.sort(rng.choice(count, most, replace=False, shuffle=False))
 
 
 def fraction_of(source: Source, fraction: float, seed: int) -> Source:
@@ -221,10 +239,18 @@ class ClassSizes:
 
 
 def labels_of(source: Source) -> np.ndarray:
-    """Read every example and return the labels, int64 [N]."""
-    with ThreadPoolExecutor(_READING_THREADS) as threads:
-        read = threads.map(lambda i: source[i]["label"], range(len(source)))
-        return np.fromiter(read, np.int64, len(source))
+    """Return the labels of all examples, int64 [N]; every example is read, see `passes`."""
+
+    def read() -> np.ndarray:
+        labels = np.empty(len(source), np.int64)
+        label = lambda index: without_image(source, index)["label"]
+        doing = console.doing(f"Reading the labels of {len(source):,} examples of {source}")
+        with doing, ThreadPoolExecutor(_READING_THREADS) as threads:
+            for run in passes.whole(source):
+                labels[run.start : run.stop] = list(threads.map(label, run))
+        return labels
+
+    return passes.kept(source, "labels", read)
 
 
 def per_class(labels: np.ndarray, take: Callable[[int], int], seed: int) -> np.ndarray:

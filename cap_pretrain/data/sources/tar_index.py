@@ -13,7 +13,6 @@ import json
 import multiprocessing
 import os
 import random
-import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -24,6 +23,7 @@ import numpy as np
 from cap_pretrain.data import tar_examples
 from cap_pretrain.data.sources import storage, unchanged
 from cap_pretrain.data.sources.listing import File, Listing
+from cap_pretrain.data.sources.passes import write_whole
 from cap_pretrain.data.sources.storage import Remote, retried, why
 from cap_pretrain.data.tars import CutOffError, Member, find_members
 from cap_pretrain.errors import UserError
@@ -295,20 +295,6 @@ def _content(path: Path | Remote) -> bytes:
         return path.call(lambda fs, name: fs.cat_file(name))
     with retried(lambda: open_regular(path)) as file:
         return file.read()
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file atomically, whoever else writes it at the same time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f"{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            os.fchmod(file.fileno(), 0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def _losses(indexes: Sequence[Index], names: Sequence[str]) -> str:

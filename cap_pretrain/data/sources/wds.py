@@ -64,7 +64,9 @@ class WdsSource(Numbered):
     ) -> None:
         self._state = (where, split, fields, files, cache)
         indexes = Indexes(files.listing, cache, where).load()
-        super().__init__(where, split, files.listing, [len(index.entries) for index in indexes])
+        answers = numbered.answers_folder(files.listing, fields, cache)
+        counts = [len(index.entries) for index in indexes]
+        super().__init__(where, split, files.listing, counts, answers)
         self._entries = [index.entries for index in indexes]
         self._fields, self._contents = fields, files
         captions = fields.get("captions")

@@ -1,6 +1,8 @@
 """Subword tokenizers: encode captions as fixed-length rows of ids, decode them, train a model."""
 
+import hashlib
 import io
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -11,6 +13,7 @@ import numpy as np
 import sentencepiece
 
 from cap_pretrain import files
+from cap_pretrain.data.sources import passes
 from cap_pretrain.data.sources.base import Source, without_image
 from cap_pretrain.errors import UserError
 from cap_pretrain.untrusted import open_regular
@@ -82,6 +85,8 @@ class SentencePieceTokenizer:
         self._path = os.fspath(model_path)
         self._lower = lower
         self._model = _load(files.place(model_path))
+        proto = self._model.serialized_model_proto()
+        self.identity = f"{hashlib.sha256(proto).hexdigest()} {max_len} {lower}"
         self.eos_id = self._model.eos_id()
         self.vocab_size = len(self._model)
         if self._model.pad_id() != self.pad_id or self.eos_id < 0:
@@ -223,11 +228,18 @@ def _train_byte_pairs(sentences: Iterator[str], vocab_size: int, seed: int) -> b
     return model.getvalue()
 
 
-def source_captions(source: Source, limit: int | None = None) -> Iterator[str]:
-    """Yield questions and captions of a source, or of `limit` examples spread evenly over it."""
-    count = len(source) if limit is None else min(limit, len(source))
-    for i in range(count):
-        example = without_image(source, i * len(source) // count)
+def source_captions(source: Source, limit: int | None = None, block: int = 0) -> Iterator[str]:
+    """Yield questions and captions of a source, or of `limit` examples spread over it.
+
+    With `block`, those are whole blocks of up to so many examples (see `passes.sample`).
+    """
+    indices: Iterator[int]
+    if limit is None:
+        indices = itertools.chain.from_iterable(passes.whole(source))
+    else:
+        indices = passes.sample(source, limit, block)
+    for index in indices:
+        example = without_image(source, index)
         if question := example.get("question"):
             yield question
         yield from example["captions"]

@@ -7,6 +7,7 @@ unknown word. This agrees with publications that use `<start>` = 0 and `<end>` =
 
 import collections
 import dataclasses
+import hashlib
 import itertools
 import json
 import os
@@ -83,6 +84,8 @@ class WordTokenizer:
         self._rules, self._lower, self._words = _read(files.place(path))
         self._ids = {word: i for i, word in enumerate(self._words)}
         self.vocab_size = len(self._words)
+        about = repr((dataclasses.astuple(self._rules), self._lower, self._words, max_len))
+        self.identity = hashlib.sha256(about.encode()).hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
         """Return int32 [max_len]: the words, EOS, then 0. Long texts are truncated but keep EOS."""

@@ -1,0 +1,132 @@
+"""Tars and Parquet files in a bucket: indexed by all hosts together, fetched in ranges."""
+
+import pickle
+import random
+import time
+
+import fsspec
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from cap_pretrain.data.sources import base, storage, tar_index
+from cap_pretrain.data.sources.open import open_source
+from cap_pretrain.errors import UserError
+from tests.data.test_storage import Faulty
+from tests.data.test_webdataset import sample, tar
+
+URL = "faulty://bucket/set"
+
+
+@pytest.fixture(params=["wds", "parquet"])
+def here(request, tmp_path, monkeypatch):
+    """The name of a local dataset whose files are in the bucket, too."""
+    for name, value in {"rate": 0, "failed": 0, "requested": [], "store": {}}.items():
+        monkeypatch.setattr(Faulty, name, value)
+    monkeypatch.setattr(Faulty, "random", random.Random(0))
+    monkeypatch.setattr(storage, "FIRST_DELAY", 1e-4)
+    images = [random.Random(k).randbytes(60_000) for k in range(18)]
+    (tmp_path / "set").mkdir()
+    for k in range(3):
+        own = range(6 * k, 6 * k + 6)
+        if request.param == "wds":
+            members = [m for i in own for m in sample(f"{i:03}", images[i], f"caption {i}")]
+            tar(tmp_path / "set" / f"{k:05}.tar", members)
+        else:
+            rows = {"image": [images[i] for i in own], "text": [f"caption {i}" for i in own]}
+            path = tmp_path / "set" / f"train-{k}.parquet"
+            parquet.write_table(pa.table(rows), path, row_group_size=3, use_dictionary=False)
+    fs = fsspec.filesystem("faulty")
+    for file in (tmp_path / "set").iterdir():
+        fs.pipe_file(f"/bucket/set/{file.name}", file.read_bytes())
+    return f"{request.param}:{tmp_path / 'set'}"
+
+
+def opened(name, cache, split="train"):
+    return open_source(name, split, image_size=8, cache=str(cache))
+
+
+def there(name):
+    return f"{name.partition(':')[0]}:{URL}"
+
+
+def test_examples_are_those_of_local_files(here, tmp_path):
+    expected = list(opened(here, tmp_path / "none"))
+    Faulty.rate = 0.3
+    source = opened(there(here), tmp_path / "cache")
+    assert [source[k] for k in random.Random(0).sample(range(18), 18)] == [
+        expected[k] for k in random.Random(0).sample(range(18), 18)
+    ]
+    again = pickle.loads(pickle.dumps(source))
+    assert list(again) == expected and Faulty.failed
+    assert base.block_bounds(again, 3).tolist() == [*range(0, 19, 3)]
+    captions = [base.without_image(again, k)["captions"] for k in range(18)]
+    assert captions == [e["captions"] for e in expected]
+
+
+def test_what_is_announced_is_fetched_in_whole_blocks(here, tmp_path):
+    source = opened(there(here), tmp_path / "cache")
+    Faulty.requested.clear()
+    source.read_ahead([(6, 9), (15, 18)])
+    deadline = time.monotonic() + 30
+    while source._contents._ranges._planner._running and time.monotonic() < deadline:
+        time.sleep(0.01)
+    fetched = [name for name in Faulty.requested if name.endswith((".tar", ".parquet"))]
+    reads = len(fetched)
+    assert [source[k]["captions"][0] for k in (6, 7, 8, 17, 16, 15)] == [
+        f"caption {k}" for k in (6, 7, 8, 17, 16, 15)
+    ]
+    assert len(set(fetched)) == 2 and reads <= 4
+    later = [name for name in Faulty.requested if name.endswith((".tar", ".parquet"))]
+    assert len(later) == reads, "nothing is fetched twice"
+
+
+def test_a_file_that_changes_is_an_error(here, tmp_path):
+    source = opened(there(here), tmp_path / "cache")
+    name = source._listing.files[1].name
+    fs = fsspec.filesystem("faulty")
+    fs.pipe_file(f"/bucket/set/{name}", bytes(fs.info(f"/bucket/set/{name}")["size"]))
+    with pytest.raises(UserError, match="changed while it was in use"):
+        source[7]
+
+
+@pytest.mark.parametrize("here", ["wds"], indirect=True)
+def test_hosts_index_each_tar_once_if_the_bucket_can_be_written(here, tmp_path, monkeypatch):
+    opened(there(here), tmp_path / "one")
+    assert len([name for name in Faulty.requested if name.endswith(".tar")]) == 3
+    Faulty.requested.clear()
+    opened(there(here), tmp_path / "two")
+    assert not [name for name in Faulty.requested if name.endswith(".tar")]
+    assert len([name for name in Faulty.requested if name.endswith(".tar.index")]) == 3
+
+    def refuse(self, path, value, **kwargs):
+        raise PermissionError(13, "Forbidden")
+
+    monkeypatch.setattr(Faulty, "pipe_file", refuse)
+    monkeypatch.setattr(tar_index, "FOLDER", ".none")
+    opened(there(here), tmp_path / "three")
+    assert len(list((tmp_path / "three").rglob("*.index"))) == 3
+    Faulty.requested.clear()
+    opened(there(here), tmp_path / "three")
+    assert not [name for name in Faulty.requested if "tar" in name], "kept in the cache"
+
+
+@pytest.mark.parametrize("here", ["wds"], indirect=True)
+def test_tars_of_large_files_are_indexed_by_their_headers(here, tmp_path, monkeypatch):
+    members = [(f"{k}.jpg", bytes(200_000)) for k in range(5)]
+    tar(tmp_path / "large.tar", [m for k in range(5) for m in (members[k], (f"{k}.txt", b"x"))])
+    fs = fsspec.filesystem("faulty")
+    fs.pipe_file("/bucket/large/0.tar", (tmp_path / "large.tar").read_bytes())
+    read = []
+    whole = Faulty.cat_file
+
+    def counting(self, path, start=None, end=None, **kwargs):
+        read.append((end or 0) - (start or 0))
+        return whole(self, path, start, end, **kwargs)
+
+    monkeypatch.setattr(Faulty, "cat_file", counting)
+    monkeypatch.setattr(storage, "CHUNK", 2**16)
+    monkeypatch.setattr(tar_index, "_JUMP", 2**16)
+    monkeypatch.setattr(tar_index, "_LITTLE", 2**12)
+    assert len(opened("wds:faulty://bucket/large", tmp_path / "cache")) == 5
+    assert sum(read) < 150_000
