@@ -15,14 +15,8 @@ from ml_collections import ConfigDict
 
 from cap_pretrain import files, learners
 from cap_pretrain.data import blocks, pipeline, prefetch
-from cap_pretrain.data.sources import buckets, subset
-from cap_pretrain.data.sources.base import (
-    NoSplitError,
-    Source,
-    example_bytes,
-    parse_mixture,
-    without_image,
-)
+from cap_pretrain.data.sources import base, buckets, subset
+from cap_pretrain.data.sources.base import NoSplitError, Source, parse_mixture, without_image
 from cap_pretrain.data.sources.open import GENERATED, open_source
 from cap_pretrain.data.sources.ranges import Cache
 from cap_pretrain.data.text import tokenizers, words
@@ -272,17 +266,13 @@ def _make_tokenizer(config: ConfigDict, mixture: Mixture, workdir: Path) -> None
 def _images(mixture: Mixture, limit: int | None = None) -> str:
     """Return how many examples `_captions` reads, as "3,096 images", and bytes if it reads all."""
     images = f"{sum(min(limit or len(source), len(source)) for source, _ in mixture):,} images"
-    size = sum(example_bytes(source) * len(source) for source, _ in mixture)
-    return f"{images} (all {size / 1e9:,.1f} GB are read)" if limit is None and size else images
+    size = sum(base.example_bytes(source) * len(source) for source, _ in mixture) / 1e9
+    return f"{images} (all {size:,.1f} GB are read)" if limit is None and size else images
 
 
 def _captions(config: ConfigDict, mixture: Mixture, limit: int | None = None) -> Iterator[str]:
-    """Yield the captions of all datasets, from at most `limit` examples of each.
-
-    In the order of blocks, whole blocks are sampled. In that of all examples, each is as far from
-    the next, as since the first version.
-    """
-    block = config.data.get("block", 256) if config.data.get("order") == "blocks" else 0
+    """Yield the captions of all datasets, from at most `limit` examples of each, or its blocks."""
+    block = config.data.block if blocks.order_of(config.data) == "blocks" else 0
     for source, _ in mixture:
         yield from tokenizers.source_captions(source, limit, block)
 
@@ -304,8 +294,8 @@ def tokenizer_identity(workdir: Path) -> dict[str, str]:
     path = tokenizer_path(workdir)
     if not path.exists():
         return {}
-    name = path.relative_to(workdir).as_posix()
-    return {name: hashlib.sha256(path.read_bytes()).hexdigest()}
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return {path.relative_to(workdir).as_posix(): digest}
 
 
 def in_buckets(
@@ -326,9 +316,8 @@ def in_buckets(
 
 def examples_an_epoch(config: ConfigDict, mixture: TrainingMixture) -> int:
     """Return the number of examples in an epoch."""
-    if mixture and (order := _order(config, mixture)) is not None:
-        return order.examples
-    return sum(len(source) for source, _ in mixture)
+    order = _order(config, mixture) if mixture else None
+    return sum(len(source) for source, _ in mixture) if order is None else order.examples
 
 
 def describe(config: ConfigDict, mixture: TrainingMixture, rows: Rows = None) -> list[str]:

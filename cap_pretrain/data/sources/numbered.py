@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cap_pretrain.data.sources import storage
+from cap_pretrain.data.sources import passes, storage
 from cap_pretrain.data.sources.base import Example, NoSplitError, file_bounds
 from cap_pretrain.data.sources.listing import Listing, NoSuchSplit, find
 from cap_pretrain.data.sources.metadata import listed
@@ -50,8 +50,8 @@ def part(split: str, count: int, where: str) -> tuple[int, int]:
 def answers_folder(listing: Listing, fields: Mapping[str, str], cache: str) -> Path:
     """Return the folder of what was found out about these very files; see `passes.kept`."""
     about = (str(listing.root), [(f.name, f.size, f.stamps) for f in listing.files])
-    digest = hashlib.sha256(repr((about, sorted(fields.items()))).encode()).hexdigest()[:16]
-    return storage.cache_folder(cache) / f"answers-{digest}"
+    digest = hashlib.sha256(repr(about).encode()).hexdigest()[:16]
+    return passes.answers_folder(storage.cache_folder(cache) / f"files-{digest}", fields)
 
 
 class Numbered:

@@ -11,7 +11,7 @@ import io
 import itertools
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +72,12 @@ def whole(source: Source) -> Iterator[range]:
             read_ahead(source, runs[number : number + _AHEAD])
         yield range(*run)
         console.advance(run[1], bounds[-1])
+
+
+def answers_folder(folder: Path, fields: Mapping[str, str] | None) -> Path:
+    """Return the folder of `kept` answers in one that belongs to a content, by fields."""
+    chosen = repr(sorted((fields or {}).items()))
+    return folder / f"answers-{hashlib.sha256(chosen.encode()).hexdigest()[:16]}"
 
 
 def kept(source: Source, name: str, make: Callable[[], np.ndarray]) -> np.ndarray:

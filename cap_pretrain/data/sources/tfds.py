@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from cap_pretrain.data.sources import passes
 from cap_pretrain.data.sources.array_record import ArrayRecords, RangedRecords, count_records
 from cap_pretrain.data.sources.base import (
     DEFAULT_FIELDS,
@@ -53,6 +54,7 @@ class TfdsSource:
         self._arguments = (folder, split, fields, ranges, block)
         self._where = f"dataset {folder}"
         self._copies = folder if isinstance(folder, Copies) else None
+        self.answers = self._copies and passes.answers_folder(self._copies.path, fields)
         self._ranged = ranges is not None
         builder = open_builder(folder.path if isinstance(folder, Copies) else folder, self._where)
         self._layout = _find_fields(builder.info.features, fields or {}, self._where)
@@ -384,10 +386,7 @@ def _single(value: Any) -> Any:
 
 
 def _lookup(record: Mapping[str, Any], path: str) -> Any:
-    value: Any = record
-    for part in path.split("/"):
-        value = value[part]
-    return value
+    return functools.reduce(lambda value, part: value[part], path.split("/"), record)
 
 
 def _image(value: Any) -> bytes | np.ndarray:
