@@ -5,7 +5,7 @@ sets any field. Starting again with the same workdir resumes the run. `--dry_run
 WORKDIR/plan.json and prints it.
 
 Exit status: 0 done; 2 a mistake of the user; 143 stopped by SIGTERM after saving, 130 by Ctrl-C; 75
-another host of the cluster is lost (start again).
+another host of the cluster is lost, or a bucket out of reach (start again).
 """
 
 import contextlib
@@ -163,10 +163,12 @@ def entry() -> int:
     except UserError as e:
         return say(e, 2)
     except OSError as e:
+        where = f"{e.filename}: " if e.filename else ""
         reason = disk_error(e)
+        if not reason and files.is_url(str(e.filename)):
+            return say(f"{where}{e.strerror}; start again when the bucket can be reached.", 75)
         if not reason:
             raise
-        where = f"{e.filename}: " if e.filename else ""
         saved: object = None
         with contextlib.suppress(OSError):  # perhaps that folder is what cannot be read
             saved = files.numbered(workdir() / "checkpoints")

@@ -49,8 +49,10 @@ def make_workdir(workdir: Path) -> None:
             with tempfile.TemporaryFile(dir=workdir) as file:
                 file.write(content)
     except OSError as e:
+        missing = is_url(workdir) and isinstance(e, FileNotFoundError)
+        reason = "there is no such bucket" if missing else e.strerror
         raise UserError(
-            f"--workdir: cannot write to {str(workdir)!r} ({e.strerror}); fix that or name "
+            f"--workdir: cannot write to {str(workdir)!r} ({reason}); fix that or name "
             "another folder."
         ) from e
 

@@ -125,13 +125,14 @@ class BucketPath(PosixGPath):
         bucket, _, name = str(self).removeprefix("gs://").partition("/")
         asked: dict[str, str] = {"prefix": f"{name}/", "matchGlob": f"{name}/{pattern}"}
         found: list[str] = []
-        with translating(self):
+        with contextlib.suppress(FileNotFoundError), translating(self):  # of a missing bucket
             while True:
                 page = file_system().call("GET", "b/{}/o", bucket, json_out=True, **asked)
                 found += [about["name"].removeprefix(f"{name}/") for about in page.get("items", ())]
                 if "nextPageToken" not in page:
-                    return sorted(found)
+                    break
                 asked["pageToken"] = page["nextPageToken"]
+        return sorted(found)
 
     def stat(self) -> Stat:
         """Return the size and time of the object; a folder has size 0."""

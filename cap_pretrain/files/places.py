@@ -7,6 +7,7 @@ Orbax takes, too; Orbax's arrays go through TensorStore.
 
 import functools
 import importlib.util
+import logging
 import os
 import re
 from pathlib import Path
@@ -72,6 +73,7 @@ def _prepare() -> None:
         raise UserError("a workdir in gs:// needs gcsfs: pip install 'cap_pretrain[gcs]'.")
     os.environ.setdefault("EPATH_USE_TF", "false")
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what it logs it raises, too
     import fsspec
 
     fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)

@@ -116,7 +116,9 @@ def test_errors_name_the_url_and_passing_ones_are_repeated(bucket):
     with pytest.raises(UserError, match="cannot be read .*Permission denied"):
         files.read_json(path)
     bucket.heal()
-    with pytest.raises(UserError, match="cannot write to 'gs://missing/run' .No such file"):
+    with pytest.raises(
+        UserError, match="cannot write to 'gs://missing/run' .there is no such bucket"
+    ):
         files.make_workdir(files.place("gs://missing/run"))
     files.make_workdir(files.place(RUN))
     assert bucket.names() == ["bucket/runs/a/a"]
