@@ -20,6 +20,7 @@ def opened(read_only=False, **fields):
     return contextlib.closing(Checkpoints(RUN, toy.config(**fields), read_only=read_only))
 
 
+@pytest.mark.slow
 def test_checkpoints_live_in_a_bucket(bucket, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     states = {step: make_state(step, seed=step) for step in (2, 4, 6)}
@@ -73,6 +74,7 @@ def test_an_unfinished_checkpoint_never_counts_and_is_removed(bucket):
     assert saved_steps(RUN) == [2, 4]
 
 
+@pytest.mark.slow
 def test_a_corrupt_checkpoint_is_set_aside_and_replaced_when_it_is_saved_again(bucket):
     older, newer = make_state(2), make_state(4, seed=1)
     with opened() as checkpoints:
@@ -96,6 +98,7 @@ def test_a_corrupt_checkpoint_is_set_aside_and_replaced_when_it_is_saved_again(b
         toy.assert_same(checkpoints.restore_newest(abstract(newer), pytest.fail), newer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["*", "*/d/*"])  # written by Orbax, and by TensorStore
 def test_a_bucket_that_cannot_be_written_ends_in_one_line(part, bucket):
     with opened() as checkpoints:

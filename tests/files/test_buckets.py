@@ -102,6 +102,7 @@ def test_a_write_holds_a_condition(bucket):
     assert not bucket.objects
 
 
+@pytest.mark.slow
 def test_errors_name_the_url_and_passing_ones_are_repeated(bucket):
     path = files.place(f"{RUN}/a")
     bucket.fail("write", "*", times=1)

@@ -90,6 +90,7 @@ def test_a_run_killed_while_it_saves_resumes_on_another_number_of_hosts(bucket, 
     hosts = start(RUN, tmp_path, processes=2)
     printed = [host.communicate(timeout=300)[0] for host in hosts]
     assert [host.returncode for host in hosts] == [0, 0], printed
+    assert not bucket.requests("bucket")  # so that the permission to use objects suffices
     assert "Resuming from step 2" in printed[0] and "step" not in printed[1]
     read = sum(request.sent for request in bucket.requests("read", arrays))
     assert read <= 1.1 * held  # by both hosts together

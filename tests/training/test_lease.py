@@ -47,6 +47,7 @@ def holder(bucket):
     process.stdout.close()
 
 
+@pytest.mark.slow
 def test_a_second_run_is_refused_and_a_killed_one_replaced_at_once(bucket, holder):
     who = rf"{RUN} is in use by process {holder.pid} on host '{re.escape(socket.gethostname())}'"
     with pytest.raises(UserError, match=who) as error, lock.locked(files.place(RUN)):
@@ -63,6 +64,7 @@ def test_a_second_run_is_refused_and_a_killed_one_replaced_at_once(bucket, holde
         pass
 
 
+@pytest.mark.slow
 def test_another_host_is_waited_for_and_replaced_once_it_no_longer_renews(bucket, monkeypatch):
     monkeypatch.setattr(lock, "LEASE", 1.2)
     run, said = files.place(RUN), []
@@ -124,6 +126,7 @@ def test_a_lost_answer_does_not_lose_the_lock(bucket, monkeypatch):
     assert not bucket.objects
 
 
+@pytest.mark.slow
 def test_who_loses_the_lock_ends(bucket, holder):
     elsewhere(bucket, id="of another run")
     bucket.objects[NAME].generation += 1
