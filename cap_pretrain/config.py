@@ -283,6 +283,12 @@ def _checkpoint() -> ConfigDict:
     # How many of the newest are kept, besides every multiple of keep_every_steps (0: none).
     c.keep_last = 2
     c.keep_every_steps = 0
+    # Every so many steps each host also keeps a copy of its part of the state, on its own disk or
+    # in its memory, for restarts after a preemption without notice (docs/resuming.md); 0: never.
+    c.local_every_steps = 0
+    # The folder of these copies on each host. "": memory, /dev/shm, where the system has it, which
+    # holds two copies and for a while a third; else the folder for temporary files.
+    c.local = ""
     # An evaluator's metric, as "val/loss": the checkpoint with the best value is also kept, and
     # every evaluation is followed by a checkpoint. "" keeps none.
     c.best = ""

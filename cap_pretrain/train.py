@@ -25,6 +25,7 @@ from cap_pretrain.checkpoints import warm_start
 from cap_pretrain.checkpoints.checkpoint import Checkpoints
 from cap_pretrain.checkpoints.earlier import earlier, keep_config
 from cap_pretrain.checkpoints.folders import saved_steps
+from cap_pretrain.checkpoints.local_copies import LocalCopies
 from cap_pretrain.checkpoints.warm_start import PretrainedWeights
 from cap_pretrain.distributed import cluster, compile_cache, heartbeat, sharding
 from cap_pretrain.distributed.ahead import Ahead
@@ -87,6 +88,7 @@ class Due:
     log: bool  # write metrics
     evaluate: bool  # run evaluators
     save: bool  # write a checkpoint
+    copy: bool  # copy the state to the hosts' own disks or memory
     stop: bool  # a signal came to this host or, one step ago, to any host of the cluster
 
 
@@ -119,6 +121,10 @@ class Run:
             setup.workdir, self._config, identity=identity, batches=setup.batches
         )
         stack.callback(self._checkpoints.close)
+        self._copies = LocalCopies(
+            setup.workdir, self._config, setup.mesh, self._checkpoints, self._progress.say
+        )
+        stack.callback(self._copies.close)
 
     def restore(self, initial: PretrainedWeights | None) -> None:
         """Load the newest valid checkpoint, or make the initial state; open the logs.
@@ -133,7 +139,8 @@ class Run:
             self._step_fn = self._setup.step_fn if ends else self._setup.compiled_ahead()
             if total and not isinstance(self._step_fn, Ahead):
                 self._checkpoints.prepare(self._setup.abstract)
-            restored = self._checkpoints.restore_newest(self._setup.abstract, say)
+            restored = self._copies.restore(self._setup.abstract)
+            restored = restored or self._checkpoints.restore_newest(self._setup.abstract, say)
             self.state = restored or self._setup.init()
             start = int(self.state.step)
             if start < self._setup.batches.sizes[-1][0]:
@@ -212,7 +219,7 @@ class Run:
                 self.state, metrics = step_fn(self.state, batch, requests)
                 metrics = self._watch.add(step, metrics)
                 due = self._due(step)
-                if first or due.log or due.evaluate or due.save or due.stop:
+                if first or due.log or due.evaluate or due.save or due.copy or due.stop:
                     self._watch.check()  # waits for the device, so that the clock is right
             self._timer.step_done()
             self._progress.update(
@@ -238,7 +245,9 @@ class Run:
                 self.state = self.state.replace(plateau=plateau)
         except Interrupted:
             if step and self._checkpoints.latest_step() != step:
-                self._save()
+                self._save(self._checkpoints)
+            if step:
+                self._saved_at_a_signal(step)
             raise Stopped(self._stop, step) from None
         self._writer.flush()  # the page is made of the files
         self._journal.write(step, last=when == "end")
@@ -279,6 +288,8 @@ class Run:
             stop, overdue = self._watch.requests
         else:
             stop, overdue = self._stop.is_set(), self._checkpoints.minutes_passed()
+        if stop:
+            self._stop.notice()
         last = step == self._schedule.total
         log, evaluate, save = (
             last or bool(period and step % period == 0)
@@ -286,8 +297,9 @@ class Run:
         )
         save |= log and overdue
         save |= evaluate and bool(self._config.checkpoint.best or self._several_hosts)
-        save |= bool(self._watch.fault)
-        return Due(last, log, evaluate, save, stop)
+        save |= bool(self._watch.fault) or stop
+        copy = self._copies.due(step) and not save
+        return Due(last, log, evaluate, save, copy, stop)
 
     def _first_figures(self, metrics: dict[str, jax.Array]) -> dict[str, float]:
         """Return what is shown of the first step, whether or not it is logged."""
@@ -309,9 +321,10 @@ class Run:
         images.
         """
         self._checkpoints.check()
-        if due.save or due.stop:
-            self._save()
+        if due.save or due.copy:
+            self._save(self._checkpoints if due.save else self._copies)
         if due.stop and not due.last:
+            self._saved_at_a_signal(step)
             raise Stopped(self._stop, step)
         if self._watch.fault and due.save and not due.last:
             raise UserError(self._watch.fault)
@@ -322,22 +335,29 @@ class Run:
             metric = self._config.plateau.figure
             self._progress.say(f"{metric} no longer improves: the run ends at step {step}.")
             if not due.save:
-                self._save()
+                self._save(self._checkpoints)
             last = True
         if last:
             self.evaluate("end")
             self._finish()
         return last
 
-    def _save(self) -> None:
+    def _save(self, kept: Checkpoints | LocalCopies) -> None:
         """Start saving the state, after what was logged up to it, which no restart logs again."""
         self._writer.flush()
-        self._checkpoints.save(self.state)
+        kept.save(self.state)
+
+    def _saved_at_a_signal(self, step: int) -> None:
+        """Wait until the last checkpoint is complete; say how long that took after the signal."""
+        self._checkpoints.wait()
+        self._copies.remove()
+        self._progress.say(f"Saved step {step} in {self._stop.describe()}.")
 
     def _finish(self) -> None:
         """Say where the results are and what to do with them."""
         workdir = self._setup.workdir
         self._checkpoints.wait()
+        self._copies.remove()
         self._progress.close()
         self._progress.say(
             ending.lines(self._config, workdir, max(saved_steps(workdir), default=0))

@@ -42,6 +42,7 @@ FIELDS = {
     "batch_size": Field(minimum=1),
     "checkpoint.best_mode": Field(("min", "max")),
     "checkpoint.every_minutes": Field(minimum=0),
+    "checkpoint.local_every_steps": Field(minimum=0),
     "compile_cache": Field(free=True),
     "data.block": Field(minimum=1),
     "data.cache": Field(free=True),
@@ -193,6 +194,11 @@ def _check_evals(config: ConfigDict) -> None:
     for name, section in config.evals.items():
         evals.options(name, section)
     Plateau.of(config)
+    if files.is_url(config.checkpoint.local):
+        raise UserError(
+            f"checkpoint.local: {config.checkpoint.local!r} is a URL; give a folder on a disk of "
+            "each host."
+        )
     best = config.checkpoint.best
     if best and best.rpartition("/")[0] not in config.evals:
         raise UserError(

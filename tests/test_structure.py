@@ -81,6 +81,7 @@ LOCAL_PATHS = {
     "cli/captioning.py:file_images": "only the name of a file is used",
     "cli/captioning.py:image_paths": "images are files",
     "cli/config_files.py": "config files are imported",
+    "checkpoints/local_copies.py:_folder": "disks of the hosts; URLs are refused",
     "cli/processes.py": "this package, and /proc",
     "commands/rehearse_build.py": "/proc",
     "reports/journal.py:commit": "this package",

@@ -126,26 +126,34 @@ class Checkpoints:
 
     def prepare(self, abstract: TrainState, *, background: bool = False) -> None:
         """Compile the fingerprints of a state ahead of time, so that no step waits for them."""
-        program, items = jax.jit(fingerprints), _items(abstract)
+        program, items = jax.jit(fingerprints), items_of(abstract)
         self._fingerprints = Ahead(program, items) if background else program.lower(items).compile()
 
     def minutes_passed(self) -> bool:
         """Return whether `checkpoint.every_minutes` (0: never) passed since the last save here."""
         return bool(self._minutes) and time.monotonic() - self._saved_at > 60 * self._minutes
 
+    def manifest(self, state: TrainState) -> dict[str, Any]:
+        """Return what is saved with `state`, from which `verify` sees whether it is intact."""
+        step, items = int(jax.device_get(state.step)), items_of(state)
+        leaves = describe(items, self._fingerprints(items))
+        return make_manifest(step, self._identity, leaves, self._batches)
+
+    def verify(self, where: Path, items: Any, manifest: Mapping[str, Any]) -> None:
+        """Raise CorruptCheckpointError unless the items read from `where` fit the manifest."""
+        compare(where, describe(items, self._fingerprints(items)), manifest["leaves"])
+
     def save(self, state: TrainState) -> None:
         """Start saving `state` in the background, and let training continue.
 
         Raises UserError if this save or the previous one lacked disk space or permission.
         """
-        step, items = int(jax.device_get(state.step)), _items(state)
+        manifest, items = self.manifest(state), items_of(state)
         self._saved_at = time.monotonic()
-        leaves = describe(items, self._fingerprints(items))
-        manifest = make_manifest(step, self._identity, leaves, self._batches)
         # Orbax copies to the host, and synchronizes several hosts, by implicit transfers.
         with self._disk_errors_as_user_errors(), jax.transfer_guard("allow"):
             self._manager.save(
-                step,
+                manifest["step"],
                 args=ocp.args.Composite(
                     **{item: ocp.args.StandardSave(items[item]) for item in ITEMS},
                     manifest=ocp.args.JsonSave(manifest),
@@ -195,7 +203,7 @@ class Checkpoints:
         """
         folder = self._manager.directory / str(step)
         manifest = read_manifest(folder)
-        target = _items(abstract)
+        target = items_of(abstract)
         self._check_compatible(folder, manifest, target)
         read = functools.partial(
             self._manager.restore,
@@ -205,8 +213,8 @@ class Checkpoints:
             ),
         )
         saved = dict(read_on_all_hosts(folder, read).items())
-        compare(folder, describe(saved, self._fingerprints(saved)), manifest["leaves"])
-        return TrainState(**saved["learner"], opt_state=saved["optimizer"]["opt_state"])
+        self.verify(folder, saved, manifest)
+        return state_of(saved)
 
     def close(self) -> None:
         """Wait for the background save and release Orbax; raise UserError if that save failed."""
@@ -303,7 +311,12 @@ class _KeepStep(policies.PreservationPolicy):
         return [checkpoint.step == kept for checkpoint in checkpoints]
 
 
-def _items(state: TrainState) -> dict[str, Any]:
+def items_of(state: TrainState) -> dict[str, Any]:
     """Return the items of a checkpoint, other than the manifest."""
     fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
     return {"optimizer": {"opt_state": fields.pop("opt_state")}, "learner": fields}
+
+
+def state_of(items: Any) -> TrainState:
+    """Invert `items_of`."""
+    return TrainState(**items["learner"], opt_state=items["optimizer"]["opt_state"])

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -64,6 +65,12 @@ def check_unchanged(config: ConfigDict, path: Path, allowed: Sequence[str] = ())
             f"--allow_changes={','.join(refused)}."
         )
     return list(changed.values())
+
+
+def binding(config: ConfigDict) -> dict[str, Any]:
+    """Return the fields of a config that may not change between two starts, as JSON values."""
+    found = fields(json.loads(configs.to_json(config)))
+    return {field: value for field, value in found.items() if not _covered(field, FREE)}
 
 
 # Fields that only training reads.

@@ -3,6 +3,7 @@
 import collections
 import math
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -130,10 +131,21 @@ class StopRequest:
 
     def __init__(self):
         self.signal: signal.Signals | None = None
+        self._since = 0.0
 
     def is_set(self) -> bool:
         """Return whether a signal came."""
         return self.signal is not None
+
+    def describe(self) -> str:
+        """Return how long ago which signal came, as "3.4 s after SIGTERM"."""
+        other = "" if self.signal else " on another host"
+        number = self.signal or signal.SIGTERM
+        return f"{time.monotonic() - self._since:.1f} s after {number.name}{other}"
+
+    def notice(self) -> None:
+        """Record that a signal came, to this host or another one."""
+        self._since = self._since or time.monotonic()
 
     def __enter__(self) -> "StopRequest":
         self._before: dict[signal.Signals, Callable | int | None] = {
@@ -147,6 +159,7 @@ class StopRequest:
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         self.signal = signal.Signals(number)
+        self.notice()
         for each in self.SIGNALS:
             signal.signal(each, signal.SIG_DFL)
 
