@@ -53,7 +53,9 @@ def test_commands_take_a_run_in_a_bucket(bucket, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     photo = tmp_path / "photo.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)).save(photo)
-    config = toy.config("captioner", evals=ConfigDict({"val": evals.defaults("loss", limit=8)}))
+    small = {"model__depth": 1, "model__decoder_depth": 1}
+    evaluators = ConfigDict({"val": evals.defaults("loss", limit=8)})
+    config = toy.config("captioner", evals=evaluators, **small)
     cap_pretrain.train(config, RUN)
 
     def printed(command, *given):
@@ -71,11 +73,10 @@ def test_commands_take_a_run_in_a_bucket(bucket, tmp_path, monkeypatch, capsys):
     assert f"{judged.metrics['loss/loss']:.4g}" in table and table.count("\n") == 4
 
     assert printed(export_encoder, "--checkpoint", RUN, "--out", EXPORT).startswith("wrote gs://")
-    files_of = bucket.names("bucket/exports/a/")
-    assert {"config.json", "model.safetensors", "README.md"} <= set(files_of)
-    again = "already exists"
+    written = bucket.names("bucket/exports/a/")
+    assert {"config.json", "model.safetensors", "README.md"} <= set(written)
     assert export_encoder.main(["--checkpoint", RUN, "--out", EXPORT]) == 2
-    assert again in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     encoder = cap_pretrain.load(EXPORT)
     np.testing.assert_allclose(encoder.embed(photo), model.embed(photo, what="pooled"), atol=1e-5)
 
@@ -91,7 +92,8 @@ def test_a_sweep_in_a_bucket(bucket, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = "gs://bucket/sweep"
     (tmp_path / "tiny.py").write_text(
-        "from tests import toy\n\n\ndef get_config():\n    return toy.config('captioner')\n"
+        "from tests import toy\n\n\ndef get_config():\n"
+        "    return toy.config('rotation', model__depth=1)\n"
     )
     (tmp_path / "sweep.py").write_text(
         "from cap_pretrain.sweeps.trials import Trial\n\n\ndef sweep(arg=None):\n"
