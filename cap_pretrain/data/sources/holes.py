@@ -13,6 +13,7 @@ import numpy as np
 from cap_pretrain.data.sources.storage import why
 from cap_pretrain.errors import UserError
 
+_SIZE = 4096  # bytes of the hole that `check_holes` makes
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2  # linux/falloc.h
 _LOCK = "hhqqi4x"  # struct flock: l_type, l_whence, l_start, l_len, l_pid
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -77,3 +78,31 @@ def hold(slot: Path) -> int:
         os.close(file)
         raise
     return file
+
+
+def write_at(path: Path, offset: int, data: bytes) -> None:
+    """Write all bytes at a place in a file."""
+    view, file = memoryview(data), os.open(path, os.O_WRONLY)
+    try:
+        while view:
+            written = os.pwrite(file, view, offset)
+            offset, view = offset + written, view[written:]
+    finally:
+        os.close(file)
+
+
+def check_holes(folder: Path) -> None:
+    """Raise UserError if the file system of a folder has no holes or locks."""
+    path = folder / "holes"
+    path.write_bytes(bytes([1]) * 2 * _SIZE)
+    try:
+        punch(path, 0, _SIZE)
+        with lock(path, [(0, 1)]):
+            pass
+    except (OSError, AttributeError) as error:
+        raise UserError(
+            f"data.cache: the file system of {folder} cannot free parts of a file ({why(error)}); "
+            "name a folder on a local disk (ext4, xfs, tmpfs), or set data.order=global."
+        ) from error
+    finally:
+        path.unlink(missing_ok=True)

@@ -33,12 +33,21 @@ THREADS = 16
 class Cache:
     """Where blocks of remote datasets are kept: `block` examples each, in `budget` bytes in all.
 
-    `folder` is empty for the user's cache folder. The budget is that of a process and its workers.
+    `folder` is empty for the user's cache folder. The budget is that of a process and its workers,
+    until `set_budget` gives another.
     """
 
     folder: str = ""
     block: int = 256
     budget: float = 64e9
+
+
+def set_budget(cache: str, budget: float) -> None:
+    """Set the bytes that all `Ranges` of this process in a cache folder may take.
+
+    Raises UserError if the disk has no room for them, or the cache cannot be written.
+    """
+    Slot.acquire(storage.cache_folder(cache)).set_budget(int(budget))
 
 
 class Ranges:
@@ -52,7 +61,8 @@ class Ranges:
         files: info of each file by its name, which may contain "/", as from `Remote.files`; "size"
             in bytes is required. A file that no longer has the other stamps is never read.
         cache: folder for the local files; empty: the user's cache folder.
-        budget: most bytes of all datasets in the cache of this process and its workers.
+        budget: most bytes of all datasets in the cache of this process and its workers, as far as
+            half of the disk allows; see `set_budget`.
 
     Raises:
         UserError: the cache cannot be written, or its file system cannot free parts of a file.
@@ -66,17 +76,16 @@ class Ranges:
         budget: float = 64e9,
     ):
         slot = Slot.acquire(storage.cache_folder(cache))
-        self._setup(folder, files, slot, budget)
-        slot.check_room(min(self.budget, sum(self._sparse.sizes.values())), str(folder))
+        slot.allow(int(budget))
+        self._setup(folder, files, slot)
 
     def _setup(
         self,
         folder: storage.Remote,
         files: Mapping[str, Mapping[str, Any]],
         slot: Slot,
-        budget: float,
     ) -> None:
-        self.folder, self.budget = folder, int(budget)
+        self.folder = folder
         self._files = {name: dict(entry) for name, entry in files.items()}
         sizes = {name: int(entry["size"]) for name, entry in self._files.items()}
         listed = sorted((name, *unchanged.stamps(e).items()) for name, e in self._files.items())
@@ -86,7 +95,7 @@ class Ranges:
         self._planner = _Planner(self, self._sparse)
 
     def __reduce__(self):
-        return _attached, (self.folder, self._files, self._sparse.slot.path, self.budget)
+        return _attached, (self.folder, self._files, self._sparse.slot.path)
 
     def __str__(self) -> str:
         return str(self.folder)
@@ -193,7 +202,7 @@ class Ranges:
             for run in sparse.missing(pages):
                 start, stop = sparse.bytes_of(name, run)
                 size = (run[1] - run[0]) * PAGE
-                if not sparse.slot.reserve(size, self.budget, urgency):
+                if not sparse.slot.reserve(size, urgency):
                     return False
                 try:
                     remote = self.folder / name
@@ -205,12 +214,10 @@ class Ranges:
         return True
 
 
-def _attached(
-    folder: storage.Remote, files: Mapping[str, Mapping[str, Any]], slot: Path, budget: int
-) -> Ranges:
+def _attached(folder: storage.Remote, files: Mapping[str, Mapping[str, Any]], slot: Path) -> Ranges:
     """Return the `Ranges` of a worker process, whose parent holds the slot."""
     ranges = Ranges.__new__(Ranges)
-    ranges._setup(folder, files, Slot(slot), budget)
+    ranges._setup(folder, files, Slot(slot))
     return ranges
 
 

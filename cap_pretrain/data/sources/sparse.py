@@ -28,8 +28,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from cap_pretrain.data.sources.holes import hold, lock, punch, runs, writing
-from cap_pretrain.data.sources.storage import why
+from cap_pretrain.data.sources.holes import check_holes, hold, lock, punch, runs, write_at, writing
 from cap_pretrain.errors import UserError
 
 PAGE = 4096
@@ -40,7 +39,7 @@ ON_DEMAND = 256
 Pages = tuple[int, int]
 """First page of a range, and that after its last, numbered through all files of a dataset."""
 
-_FORMAT = 1  # of the files below a slot; other formats are deleted
+_FORMAT = 2  # of the files below a slot; other formats are deleted
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 _LEAST_PART = 16  # pages that are removed together or not at all, some of them being locked
 _MAP_PART = 1 << 16  # bytes of a map that get disk space together, the marks of 256 MB
@@ -54,7 +53,7 @@ class Slot:
 
     def __init__(self, path: Path):
         self.path = path
-        self._state = np.memmap(path / "state", np.int64, "r+", shape=(1,))
+        self._state = np.memmap(path / "state", np.int64, "r+", shape=(2,))  # used, budget
         self._datasets: dict[str, Sparse] = {}
 
     @classmethod
@@ -79,31 +78,42 @@ class Slot:
                 hold(path)  # until the process ends
             except BlockingIOError:
                 continue
-            _check_holes(path)
+            check_holes(path)
             _clear(path)
             slot = cls(path)
-            slot._state[0] = sum(d.restore() for d in slot.datasets()) * PAGE
+            slot._state[:] = sum(d.restore() for d in slot.datasets()) * PAGE, 0
             return slot
         raise OSError(errno.EUSERS, "all slots are in use")
 
-    def check_room(self, size: int, what: str) -> None:
-        """Raise UserError if the disk has no room for `size` bytes, those in use included.
+    @property
+    def budget(self) -> int:
+        """Most bytes of all datasets, for this process and its workers."""
+        return int(self._state[1])
+
+    def allow(self, budget: int) -> None:
+        """Raise the budget to `budget`, but not above half of what the disk has room for."""
+        room = shutil.disk_usage(self.path).free + self.used
+        self._state[1] = max(self.budget, min(budget, room // 2))
+
+    def set_budget(self, budget: int) -> None:
+        """Set the budget. Raises UserError if the disk has no room for it.
 
         Slots that no process holds are emptied if that helps.
         """
-        if size - self.used > shutil.disk_usage(self.path).free:
+        if budget - self.used > shutil.disk_usage(self.path).free:
             for other in self.path.parent.glob("ranges-*"):
                 with contextlib.suppress(BlockingIOError, FileNotFoundError):
                     held = hold(other)
                     _empty(other)
                     os.close(held)
         free = shutil.disk_usage(self.path).free
-        if size - self.used > free:
+        if budget - self.used > free:
             raise UserError(
-                f"data.cache: {what} needs {(size - self.used) / 1e9:,.1f} GB more in {self.path}, "
-                f"where {free / 1e9:,.1f} GB are free; name a folder on a larger disk, or lower "
-                "data.cache_gb."
+                f"data.cache: two windows of blocks need {(budget - self.used) / 1e9:,.1f} GB more "
+                f"in {self.path}, where {free / 1e9:,.1f} GB are free; name a folder on a larger "
+                "disk, or lower data.cache_gb."
             )
+        self._state[1] = budget
 
     @property
     def used(self) -> int:
@@ -134,13 +144,14 @@ class Slot:
         with lock(self.path / "state", [(0, 1)]):
             yield
 
-    def reserve(self, size: int, budget: int, urgency: int) -> bool:
-        """Account for `size` bytes to be fetched, and remove pages so that `budget` holds them.
+    def reserve(self, size: int, urgency: int) -> bool:
+        """Account for `size` bytes to be fetched, and remove pages so that the budget holds them.
 
         Pages that nobody planned are removed first, least recently used files first, then planned
         ones that are less urgent. Returns False if that is not enough, unless the bytes are needed
         now (`ON_DEMAND`).
         """
+        budget = self.budget
         with self.locked():
             over = self.used + size - budget
             if over > 0:
@@ -276,7 +287,7 @@ class Sparse:
         path, (start, stop) = self.path(name), self.bytes_of(name, pages)
         with writing(self.folder):
             try:
-                _write_at(path, start, data)
+                write_at(path, start, data)
             except OSError:
                 punch(path, start, stop - start)
                 raise
@@ -352,23 +363,6 @@ def _empty(slot: Path) -> None:
             shutil.rmtree(folder)
 
 
-def _check_holes(folder: Path) -> None:
-    path = folder / "holes"
-    path.write_bytes(bytes([1]) * 2 * PAGE)
-    try:
-        punch(path, 0, PAGE)
-        _write(path, "")
-        with lock(path, [(0, 1)]):
-            pass
-    except (OSError, AttributeError) as error:
-        raise UserError(
-            f"data.cache: the file system of {folder} cannot free parts of a file ({why(error)}); "
-            "name a folder on a local disk (ext4, xfs, tmpfs), or set data.order=global."
-        ) from error
-    finally:
-        path.unlink(missing_ok=True)
-
-
 def _clear(path: Path) -> None:
     """Delete what another boot of the machine, or another version of this module, left."""
     boot = f"{_FORMAT} {_BOOT.read_text().strip() if _BOOT.exists() else os.urandom(8).hex()}"
@@ -377,17 +371,7 @@ def _clear(path: Path) -> None:
         _empty(path)
         _write(known, boot)
     if not (path / "state").exists():
-        (path / "state").write_bytes(bytes(8))
-
-
-def _write_at(path: Path, offset: int, data: bytes) -> None:
-    view, file = memoryview(data), os.open(path, os.O_WRONLY)
-    try:
-        while view:
-            written = os.pwrite(file, view, offset)
-            offset, view = offset + written, view[written:]
-    finally:
-        os.close(file)
+        (path / "state").write_bytes(bytes(16))
 
 
 def _write(path: Path, text: str) -> None:
