@@ -49,7 +49,7 @@ def test_threads_and_workers_read_the_same_bytes_within_the_budget(bucket, conte
         for name, start, stop in spans(random.Random(number), content, 60):
             if readers[number].read(name, start, stop) != content[name][start:stop]:
                 wrong.append((name, start, stop))
-            peak[0] = max(peak[0], allocated(ranges))
+            peak[0] = max(peak[0], ranges._sparse.slot.used)
 
     threads = [threading.Thread(target=read, args=[n]) for n in range(len(readers))]
     for thread in threads:
@@ -60,6 +60,7 @@ def test_threads_and_workers_read_the_same_bytes_within_the_budget(bucket, conte
         thread.join()
     assert not wrong
     assert BUDGET / 2 < peak[0] <= BUDGET + LONGEST
+    assert allocated(ranges) <= BUDGET + LONGEST
 
 
 def test_a_file_that_changes_is_an_error(bucket, content, tmp_path):

@@ -33,21 +33,13 @@ THREADS = 16
 class Cache:
     """Where blocks of remote datasets are kept: `block` examples each, in `budget` bytes in all.
 
-    `folder` is empty for the user's cache folder. The budget is that of a process and its workers,
-    until `set_budget` gives another.
+    `folder` is empty for the user's cache folder. The budget is that of a process and its workers;
+    the first one holds for all datasets in the folder.
     """
 
     folder: str = ""
     block: int = 256
     budget: float = 64e9
-
-
-def set_budget(cache: str, budget: float) -> None:
-    """Set the bytes that all `Ranges` of this process in a cache folder may take.
-
-    Raises UserError if the disk has no room for them, or the cache cannot be written.
-    """
-    Slot.acquire(storage.cache_folder(cache)).set_budget(int(budget))
 
 
 class Ranges:
@@ -61,8 +53,8 @@ class Ranges:
         files: info of each file by its name, which may contain "/", as from `Remote.files`; "size"
             in bytes is required. A file that no longer has the other stamps is never read.
         cache: folder for the local files; empty: the user's cache folder.
-        budget: most bytes of all datasets in the cache of this process and its workers, as far as
-            half of the disk allows; see `set_budget`.
+        budget: most bytes of all datasets in the cache of this process and its workers; the first
+            one holds. If the disk has no room for it, it is less, and planning is refused.
 
     Raises:
         UserError: the cache cannot be written, or its file system cannot free parts of a file.
@@ -77,15 +69,16 @@ class Ranges:
     ):
         slot = Slot.acquire(storage.cache_folder(cache))
         slot.allow(int(budget))
-        self._setup(folder, files, slot)
+        self._setup(folder, files, slot, int(budget))
 
     def _setup(
         self,
         folder: storage.Remote,
         files: Mapping[str, Mapping[str, Any]],
         slot: Slot,
+        budget: int,
     ) -> None:
-        self.folder = folder
+        self.folder, self._budget = folder, budget
         self._files = {name: dict(entry) for name, entry in files.items()}
         sizes = {name: int(entry["size"]) for name, entry in self._files.items()}
         listed = sorted((name, *unchanged.stamps(e).items()) for name, e in self._files.items())
@@ -95,7 +88,7 @@ class Ranges:
         self._planner = _Planner(self, self._sparse)
 
     def __reduce__(self):
-        return _attached, (self.folder, self._files, self._sparse.slot.path)
+        return _attached, (self.folder, self._files, self._sparse.slot.path, self._budget)
 
     def __str__(self) -> str:
         return str(self.folder)
@@ -176,7 +169,11 @@ class Ranges:
         that the budget does not hold are left out until the next plan. Errors are not raised here,
         but when the ranges are used. A function in place of a range is called in the background and
         returns ranges; it may itself fetch, such as the index of a file.
+
+        Raises:
+            UserError: the disk has less room than the budget, or than the files if they are less.
         """
+        self._sparse.slot.check_room(min(self._budget, sum(self._sparse.sizes.values())))
         self._planner.plan(spans)
 
     def requests(self, name: str, spans: Iterable[tuple[int, int]]) -> list[Pages]:
@@ -214,10 +211,12 @@ class Ranges:
         return True
 
 
-def _attached(folder: storage.Remote, files: Mapping[str, Mapping[str, Any]], slot: Path) -> Ranges:
+def _attached(
+    folder: storage.Remote, files: Mapping[str, Mapping[str, Any]], slot: Path, budget: int
+) -> Ranges:
     """Return the `Ranges` of a worker process, whose parent holds the slot."""
     ranges = Ranges.__new__(Ranges)
-    ranges._setup(folder, files, Slot(slot))
+    ranges._setup(folder, files, Slot(slot), budget)
     return ranges
 
 

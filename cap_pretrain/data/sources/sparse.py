@@ -39,11 +39,13 @@ ON_DEMAND = 256
 Pages = tuple[int, int]
 """First page of a range, and that after its last, numbered through all files of a dataset."""
 
-_FORMAT = 2  # of the files below a slot; other formats are deleted
+_FORMAT = 3  # of the files below a slot; other formats are deleted
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 _LEAST_PART = 16  # pages that are removed together or not at all, some of them being locked
 _MAP_PART = 1 << 16  # bytes of a map that get disk space together, the marks of 256 MB
 _PRESENT, _USED, _REMOVALS = range(3)  # rows of `Sparse._table`
+_USED_BYTES, _BUDGET = range(_STATE := 2)  # elements of `Slot._state`
+_WAIT, _WAITS = 0.01, 100  # seconds, and how often, until the budget is exceeded
 
 
 class Slot:
@@ -53,7 +55,7 @@ class Slot:
 
     def __init__(self, path: Path):
         self.path = path
-        self._state = np.memmap(path / "state", np.int64, "r+", shape=(2,))  # used, budget
+        self._state = np.memmap(path / "state", np.int64, "r+", shape=(_STATE,))
         self._datasets: dict[str, Sparse] = {}
 
     @classmethod
@@ -88,37 +90,42 @@ class Slot:
     @property
     def budget(self) -> int:
         """Most bytes of all datasets, for this process and its workers."""
-        return int(self._state[1])
+        return int(self._state[_BUDGET])
 
     def allow(self, budget: int) -> None:
-        """Raise the budget to `budget`, but not above half of what the disk has room for."""
-        room = shutil.disk_usage(self.path).free + self.used
-        self._state[1] = max(self.budget, min(budget, room // 2))
+        """Set the budget, unless an earlier dataset of this run has.
 
-    def set_budget(self, budget: int) -> None:
-        """Set the budget. Raises UserError if the disk has no room for it.
-
-        Slots that no process holds are emptied if that helps.
+        If the disk has no room for it, slots that no process holds are emptied. If that does not
+        help, the budget is half of the room that there is.
         """
-        if budget - self.used > shutil.disk_usage(self.path).free:
-            for other in self.path.parent.glob("ranges-*"):
-                with contextlib.suppress(BlockingIOError, FileNotFoundError):
-                    held = hold(other)
-                    _empty(other)
-                    os.close(held)
-        free = shutil.disk_usage(self.path).free
-        if budget - self.used > free:
+        with self.locked():
+            if self.budget:
+                return
+            if budget > self._room():
+                for other in self.path.parent.glob("ranges-*"):
+                    with contextlib.suppress(BlockingIOError, FileNotFoundError):
+                        held = hold(other)
+                        _empty(other)
+                        os.close(held)
+            room = self._room()
+            self._state[_BUDGET] = budget if budget <= room else room // 2
+
+    def check_room(self, budget: int) -> None:
+        """Raise UserError if `allow` had to set a smaller budget."""
+        if budget > self.budget:
             raise UserError(
-                f"data.cache: two windows of blocks need {(budget - self.used) / 1e9:,.1f} GB more "
-                f"in {self.path}, where {free / 1e9:,.1f} GB are free; name a folder on a larger "
-                "disk, or lower data.cache_gb."
+                f"data.cache: two windows of blocks need {budget / 1e9:,.1f} GB in {self.path}, "
+                f"where {self._room() / 1e9:,.1f} GB are free; name a folder on a larger disk, or "
+                "lower data.cache_gb."
             )
-        self._state[1] = budget
+
+    def _room(self) -> int:
+        return shutil.disk_usage(self.path).free + self.used
 
     @property
     def used(self) -> int:
         """Bytes of present pages and of those being fetched, of all datasets."""
-        return int(self._state[0])
+        return int(self._state[_USED_BYTES])
 
     def dataset(self, name: str, sizes: Mapping[str, int]) -> "Sparse":
         """Return the files of a dataset, created if there are none; sizes are in bytes."""
@@ -148,28 +155,37 @@ class Slot:
         """Account for `size` bytes to be fetched, and remove pages so that the budget holds them.
 
         Pages that nobody planned are removed first, least recently used files first, then planned
-        ones that are less urgent. Returns False if that is not enough, unless the bytes are needed
-        now (`ON_DEMAND`).
+        ones that are less urgent. Returns False if that is not enough. Bytes that are needed now
+        (`ON_DEMAND`) wait for a while until others are fetched, and then exceed the budget.
         """
+        for _ in range(_WAITS if urgency == ON_DEMAND else 1):
+            with self.locked():
+                if self._make_room(size, urgency):
+                    self._state[_USED_BYTES] += size
+                    return True
+            if urgency == ON_DEMAND:
+                time.sleep(_WAIT)
+        if urgency == ON_DEMAND:
+            with self.locked():
+                self._state[_USED_BYTES] += size
+        return urgency == ON_DEMAND
+
+    def _make_room(self, size: int, urgency: int) -> bool:
+        """Remove pages that are less urgent than `size` bytes; return whether that is enough."""
         budget = self.budget
-        with self.locked():
-            over = self.used + size - budget
-            if over > 0:
-                # More than is needed, so that most calls remove nothing.
-                self._remove(max(over, budget // 16), 1)
-                for limit in (*range(2, urgency, 16), urgency):
-                    if self.used + size <= budget:
-                        break
-                    self._remove(self.used + size - budget, limit)
-            if self.used + size > budget and urgency < ON_DEMAND:
-                return False
-            self._state[0] += size
-            return True
+        if self.used + size > budget:
+            # More than is needed, so that most calls remove nothing.
+            self._remove(max(self.used + size - budget, budget // 16), 1)
+        for limit in (*range(2, urgency, 16), urgency):
+            if self.used + size <= budget:
+                return True
+            self._remove(self.used + size - budget, limit)
+        return self.used + size <= budget
 
     def release(self, size: int) -> None:
         """Take back a reservation of bytes that were not fetched."""
         with self.locked():
-            self._state[0] -= size
+            self._state[_USED_BYTES] -= size
 
     def _remove(self, size: int, limit: int) -> None:
         """Remove `size` bytes of pages that are less urgent than `limit`."""
@@ -178,7 +194,7 @@ class Slot:
             if size <= 0:
                 return
             removed = dataset.remove(index, -(-size // PAGE), limit) * PAGE
-            self._state[0] -= removed
+            self._state[_USED_BYTES] -= removed
             size -= removed
 
 
@@ -371,7 +387,7 @@ def _clear(path: Path) -> None:
         _empty(path)
         _write(known, boot)
     if not (path / "state").exists():
-        (path / "state").write_bytes(bytes(16))
+        (path / "state").write_bytes(bytes(8 * _STATE))
 
 
 def _write(path: Path, text: str) -> None:
