@@ -105,9 +105,10 @@ class Batches(Iterator[Batch]):
         return batch
 
     def close(self) -> None:
-        """Stop the threads and processes that prepare batches."""
-        self._iterator.close()
-        self._iterator = iter(())
+        """Stop the threads and processes that prepare batches, if that is not done."""
+        iterator, self._iterator = self._iterator, iter(())
+        if hasattr(iterator, "close"):
+            iterator.close()
 
 
 def _free_shared_memory() -> None:

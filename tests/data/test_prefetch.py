@@ -47,6 +47,7 @@ def test_user_errors_come_out_of_threads_and_workers_as_they_were(build):
             next(batches)
         assert str(raised.value) == "dataset 'numbers': record is damaged"
         batches.close()
+        batches.close()  # as when the process ends
 
 
 class Deadly(Numbers):

@@ -100,6 +100,8 @@ def test_a_write_holds_a_condition(bucket):
             file.write("part" if mode == "w" else b"part")
             raise RuntimeError
     assert not bucket.objects
+    with pytest.raises(ValueError, match="cannot be opened in mode 'ab'"):
+        path.open("ab")  # it would replace what is there
 
 
 @pytest.mark.slow
