@@ -82,7 +82,7 @@ def test_a_hole_raises_until_it_is_filled(options, count, tmp_path):
         writer.write(record)
     writer.close()
     whole = (tmp_path / "whole").read_bytes()
-    chunks = chunks_of(lambda start, stop: whole[start:stop], len(whole), count)
+    chunks = chunks_of(lambda start, stop: whole[start:stop], len(whole))
     assert chunks.records == count
 
     def fill(start, stop):
@@ -92,8 +92,7 @@ def test_a_hole_raises_until_it_is_filled(options, count, tmp_path):
 
     (tmp_path / "part").touch()
     os.truncate(tmp_path / "part", len(whole))
-    for span in chunks.index:
-        fill(*span)
+    fill(*chunks.index)
     readers, path = _Readers(), str(tmp_path / "part")
     for number in rng.sample(range(len(chunks.offsets) - 1), min(4, len(chunks.offsets) - 1)):
         position = number * chunks.group

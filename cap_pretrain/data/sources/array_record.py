@@ -117,12 +117,12 @@ class ArrayRecords(Sequence[bytes]):
 class _Blocks:
     """Which bytes of a file the blocks of its records take, int64 [blocks] each.
 
-    `index` lists those that a reader needs to open the file.
+    `index` are those that a reader needs to open the file.
     """
 
     starts: np.ndarray
     stops: np.ndarray
-    index: tuple[tuple[int, int], ...]
+    index: tuple[int, int]
 
     def span(self, block: int) -> tuple[int, int]:
         """Return the range of bytes of a block."""
@@ -148,7 +148,7 @@ class RangedRecords(ArrayRecords):
         name, blocks = self._names[number], self._blocks_of(number)
         span = blocks.span((position - self.shards[number].skip) // self._size)
         path = str(self._ranges.path(name))
-        spans = [*blocks.index, span]  # the index also for a file that is open: it may be closed
+        spans = [blocks.index, span]  # the index also for a file that is open: it may be closed
         return self._ranges.using(name, spans, lambda: self._readers.read(path, position))
 
     def read_ahead(self, ranges: Iterable[tuple[int, int]]) -> None:
@@ -171,7 +171,7 @@ class RangedRecords(ArrayRecords):
 
     def _spans(self, number: int, blocks: Iterable[int]) -> list[Span]:
         name, found = self._names[number], self._blocks_of(number)
-        spans = [*found.index, *(found.span(block) for block in blocks)]
+        spans = [found.index, *(found.span(block) for block in blocks)]
         return [(name, *span) for span in spans]
 
     def _blocks_of(self, number: int) -> _Blocks:
@@ -193,7 +193,7 @@ class RangedRecords(ArrayRecords):
     def _chunks_of(self, name: str, expected: int) -> Chunks:
         read = functools.partial(self._ranges.read, name)
         try:
-            chunks = chunks_of(read, self._ranges.size(name), expected)
+            chunks = chunks_of(read, self._ranges.size(name))
         except (ValueError, IndexError, OSError) as error:  # OSError: of pyarrow, on damaged bytes
             raise UserError(
                 f"{self._ranges}: {name} cannot be read ({error or 'it is damaged'}); copy or "

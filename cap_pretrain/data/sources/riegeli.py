@@ -30,25 +30,24 @@ class Chunks:
     """The chunks of an ArrayRecord file.
 
     `offsets`, int64 [chunks + 1], are where they begin and the last ends; each but the last holds
-    `group` records. `index` lists the ranges of bytes that a reader needs to open the file.
+    `group` records. `index` is the range of bytes that a reader needs to open the file.
     """
 
     offsets: np.ndarray
     group: int
     records: int
-    index: tuple[tuple[int, int], ...]
+    index: tuple[int, int]
 
 
-def chunks_of(read: Read, size: int, records: int) -> Chunks:
+def chunks_of(read: Read, size: int) -> Chunks:
     """Return the chunks of a file of `size` bytes, of which `read(start, stop)` returns ranges.
 
-    About `records` are expected, which decides how much is read at first. Raises ValueError if it
-    is not an ArrayRecord file.
+    Raises ValueError if it is not an ArrayRecord file.
     """
     if size < 2 * BLOCK or size % BLOCK:
         raise ValueError("it is truncated or no ArrayRecord file")
     last = size - BLOCK
-    postscript = _chunk(read(last, last + _POSTSCRIPT), last)[1]
+    postscript = _chunk(read(last, last + _POSTSCRIPT), last)
     if postscript is None:
         raise ValueError("its last block is damaged")
     numbers = _varints(postscript)
@@ -57,17 +56,13 @@ def chunks_of(read: Read, size: int, records: int) -> Chunks:
     start = int(numbers[1])
     if not 0 < start < last:
         raise ValueError("its list of records is not inside the file")
-    stop = min(last, start + _POSTSCRIPT + 6 * records)  # entries take some 5 bytes, compressed
-    end, listed = _chunk(read(start, stop), start)
+    listed = _chunk(read(start, last), start)  # and less than a block of padding
     if listed is None:
-        if end > last:
-            raise ValueError("its list of records is not inside the file")
-        _, listed = _chunk(read(start, end), start)
-    index = ((start, end), (last, last + _POSTSCRIPT))
-    return _parsed(listed or b"", start, index)
+        raise ValueError("its list of records is not inside the file")
+    return _parsed(listed, start, (start, last + _POSTSCRIPT))
 
 
-def _parsed(listed: bytes, end: int, index: tuple[tuple[int, int], ...]) -> Chunks:
+def _parsed(listed: bytes, end: int, index: tuple[int, int]) -> Chunks:
     """Return what a list of records says: RiegeliFooterMetadata, and an ArrayRecordFooter each."""
     length = listed[1] if len(listed) > 1 and listed[0] == 0x0A else 0
     skip = 2
@@ -94,27 +89,24 @@ def _parsed(listed: bytes, end: int, index: tuple[tuple[int, int], ...]) -> Chun
     return Chunks(offsets, group, records, index)
 
 
-def _chunk(data: bytes, start: int) -> tuple[int, bytes | None]:
-    """Return where the chunk that begins at byte `start` of the file ends, and its records.
+def _chunk(data: bytes, start: int) -> bytes | None:
+    """Return the concatenated records of the chunk that begins at byte `start` of the file.
 
-    `data` are bytes of the file from `start` on; the records are None if there are too few.
+    `data` are bytes of the file from `start` on. Returns None if they are too few.
     """
     first = BLOCK - start % BLOCK if start % BLOCK else 0
     pieces = (data[at + _BLOCK_HEADER : at + BLOCK] for at in range(first, len(data), BLOCK))
     content = data[:first] + b"".join(pieces)
     if len(content) < _CHUNK_HEADER:
-        raise ValueError("its list of records is damaged")
+        return None
     size = int.from_bytes(content[8:16], "little")
     records = int.from_bytes(content[25:32], "little")
     decoded = int.from_bytes(content[32:40], "little")
-    usable = BLOCK - _BLOCK_HEADER
-    whole = _CHUNK_HEADER + size
-    end = start + whole + (whole + (start + usable - 1) % BLOCK) // usable * _BLOCK_HEADER
     if content[24] != _SIMPLE or decoded > (records + 8) * _MOST_ENTRY * 8:
         raise ValueError("its list of records is damaged")
-    if len(content) < whole:
-        return end, None
-    return end, _values(content[_CHUNK_HEADER:whole], decoded)
+    if len(content) < _CHUNK_HEADER + size:
+        return None
+    return _values(content[_CHUNK_HEADER : _CHUNK_HEADER + size], decoded)
 
 
 def _values(data: bytes, decoded: int) -> bytes:
