@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -337,15 +338,17 @@ def test_sigterm_ends_the_program_with_143_after_saving(tokenizer_path, tmp_path
             "--config.eval.every_share=1",
         ),
     ]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, text=True, **pipes)
     deadline = time.monotonic() + 120
     metrics = tmp_path / "metrics.jsonl"
     while time.monotonic() < deadline and not (metrics.exists() and metrics.stat().st_size):
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=60)
+    stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 143, stderr
     stopped_at = toy.losses(tmp_path)[-1]["step"]
+    assert re.search(rf"Saved step {stopped_at} in \d+\.\d s after SIGTERM\.", stdout), stdout
     assert f"stopped after step {stopped_at}, which is saved" in stderr
     assert "Traceback" not in stderr
     assert (tmp_path / "checkpoints" / str(stopped_at)).is_dir()

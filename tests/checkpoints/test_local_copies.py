@@ -151,6 +151,8 @@ def test_a_folder_of_others_is_not_used(tmp_path):
 
 
 HOSTS = 2
+COMPILED_EARLIER = "Persistent compilation cache hit for 'jit_train_step'"
+SENT = "Compiling jit(send)"  # of checkpoints/replicas.py
 CONFIG = """
 from tests import quick, toy
 
@@ -168,9 +170,13 @@ def begin(workdir):
     command = [sys.executable, "-m", "cap_pretrain.main", f"--config={config}"]
     command.append(f"--workdir={workdir}")
     address = processes._free_address()
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(workdir.with_name("compiled"))}
+    cache |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_LOG_COMPILES": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return [
-        subprocess.Popen(command, env=processes.environment(address, HOSTS, host, 2), **pipes)
+        subprocess.Popen(
+            command, env=processes.environment(address, HOSTS, host, 2) | cache, **pipes
+        )
         for host in range(HOSTS)
     ]
 
@@ -213,6 +219,7 @@ def test_two_killed_hosts_resume_from_their_copies_and_else_from_the_checkpoint(
     from_copies = finished(begin(workdir))
     assert f"Step {step} is restored from local copies" in from_copies
     assert f"Resuming from step {step}." in from_copies
+    assert COMPILED_EARLIER in from_copies
     assert not list(local.glob("*"))  # superfluous at the end
     found = figures(workdir)
     assert {step for step, _ in found} == set(range(1, 101))
@@ -225,4 +232,5 @@ def test_two_killed_hosts_resume_from_their_copies_and_else_from_the_checkpoint(
     from_checkpoint = finished(begin(workdir))
     assert f"are not used: host 1 has none of step {step}" in from_checkpoint
     assert "Resuming from step 50." in from_checkpoint
+    assert COMPILED_EARLIER in from_checkpoint and SENT in from_checkpoint
     assert figures(workdir) == found  # bit by bit

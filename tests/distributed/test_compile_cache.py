@@ -219,7 +219,9 @@ def test_a_restart_does_not_compile_the_step(hosts, tmp_path):
     (path,) = (tmp_path / "compiled").glob("jit_train_step-*-cache")  # host 0 alone writes
     logged = toy.losses(tmp_path / "run")
     # Only on CPUs do the other hosts have keys of their own: JAX hashes which devices are local.
-    assert hit(start_again())
+    printed = start_again()
+    assert hit(printed)
+    assert ("Compiling jit(send)" in printed) == (hosts > 1)  # restored by checkpoints/replicas.py
     if hosts == 1:  # an entry that is whole by its checksum, but no program
         path.write_bytes(zlib.compress(b"\0" * 4 + os.urandom(path.stat().st_size)))
         printed = start_again()

@@ -151,6 +151,7 @@ def test_sigterm_on_one_host_stops_all_at_one_step(tmp_path):
     assert codes == [143, 143], printed
     last = saved_steps(tmp_path)[-1]
     assert f"SIGTERM on another host: stopped after step {last}, which is saved" in printed[0]
+    assert re.search(rf"Saved step {last} in \d+\.\d s after SIGTERM on another host", printed[0])
     assert f"SIGTERM: stopped after step {last}, which is saved" in printed[1]
 
 
