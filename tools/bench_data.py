@@ -9,6 +9,12 @@ crop, resize with antialiasing, flip, batch. Tables show medians; images/s per c
 of all threads and workers, so they are also valid on a busy machine. --compare takes torch (a
 DataLoader with Pillow), tf.data (fused decode and crop; needs TensorFlow, here or in --tf_python)
 and tf.data:aliased (without antialiasing, tf.data's default, which gives worse images).
+
+    python tools/bench_data.py --config=configs/pretrain.py:data=DIR --layouts --compare=webdataset
+
+--layouts writes the examples of the dataset, of JPEGs with captions, as tars and as Parquet, too,
+and trains on them as they are (data=wds:, data=parquet:). webdataset is that package's own loader
+on the same tars, with Pillow.
 """
 
 import argparse
@@ -38,11 +44,12 @@ from cap_pretrain.data.builders.formats import pairs
 from cap_pretrain.data.builders.units import Part
 from cap_pretrain.data.sources.base import DEFAULT_FIELDS
 from cap_pretrain.errors import UserError, did_you_mean
-from tools import bench_data_rivals
+from tools import bench_data_layouts, bench_data_rivals
 from tools.bench_decode import generated
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/NAME.py[:key=value,…]")
-COMPARE = flags.DEFINE_list("compare", [], "Any of torch, tf.data, tf.data:aliased.")
+COMPARE = flags.DEFINE_list("compare", [], "Any of torch, webdataset, tf.data, tf.data:aliased.")
+LAYOUTS = flags.DEFINE_bool("layouts", False, "Also train on the examples in tars and Parquet.")
 GENERATED = flags.DEFINE_integer("generated", 0, "Number of JPEGs to generate for data.name.")
 THREADS = flags.DEFINE_integer(
     "threads", os.cpu_count() or 1, "Threads of each candidate.", lower_bound=1
@@ -51,7 +58,7 @@ BATCHES = flags.DEFINE_integer("batches", 10, "Batches per round.", lower_bound=
 ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds of all candidates.", lower_bound=1)
 TF_PYTHON = flags.DEFINE_string("tf_python", sys.executable, "A Python that has TensorFlow.")
 
-RIVALS = ("torch", "tf.data", "tf.data:aliased")
+RIVALS = ("torch", "webdataset", "tf.data", "tf.data:aliased")
 SAMPLE = 500
 """Number of examples that stages are timed with."""
 
@@ -120,7 +127,7 @@ def rival(kind: str, folder: Path, config: ConfigDict) -> Iterator[Callable[[], 
 
     Raises UserError if its library is not installed, or the subprocess failed.
     """
-    python = sys.executable if kind == "torch" else TF_PYTHON.value
+    python = TF_PYTHON.value if kind.startswith("tf.data") else sys.executable
     options = {
         "kind": kind,
         "folder": str(folder),
@@ -203,11 +210,17 @@ def measure_all(config: ConfigDict) -> tuple[ConfigDict, dict[str, float], dict[
         with ThreadPoolExecutor(1) as thread:  # where memory is kept as in the pipeline
             parts = thread.submit(stages, mixture, tokenizer, config, dataset).result()
         candidates = {"cap_pretrain": ours(dataset, config.data.workers)}
-        if COMPARE.value:
+        if LAYOUTS.value or "webdataset" in COMPARE.value:
+            bench_data_layouts.write(mixture[0][0], folder)
+        for layout in bench_data_layouts.LAYOUTS if LAYOUTS.value else ():
+            other = bench_data_layouts.opened(config, layout, folder, tokenizer)
+            candidates[layout] = ours(other, config.data.workers)
+        if set(COMPARE.value) - {"webdataset"}:
             (folder / "jpegs").mkdir()
             write_jpegs(mixture, folder / "jpegs")
         for kind in COMPARE.value:
-            candidates[kind] = stack.enter_context(rival(kind, folder / "jpegs", config))
+            where = folder / ("wds" if kind == "webdataset" else "jpegs")
+            candidates[kind] = stack.enter_context(rival(kind, where, config))
         rounds = {name: [] for name in candidates}
         for number, (name, take) in itertools.product(range(ROUNDS.value + 1), candidates.items()):
             measured = take()

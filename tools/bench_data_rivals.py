@@ -1,4 +1,4 @@
-"""Load the batches of tools/bench_data.py with torch and Pillow, or with tf.data.
+"""Load the batches of tools/bench_data.py with torch and Pillow, with webdataset, or with tf.data.
 
 It takes options as JSON and imports nothing of this project, so it can run in another Python that
 has TensorFlow. For each line of its input it measures one round and prints the result as JSON.
@@ -56,17 +56,22 @@ class Photographs:
         return 2**31
 
     def __getitem__(self, index: int) -> np.ndarray:
-        from PIL import Image
-
         rng = np.random.default_rng(index)
         data = Path(self._paths[rng.integers(len(self._paths))]).read_bytes()
-        image = Image.open(io.BytesIO(data)).convert("RGB")
-        if self._crop == "random":
-            image = image.crop(_random_box(*image.size, rng))
-        image = image.resize((self._size, self._size), Image.Resampling.BILINEAR)
-        if self._flip and rng.random() < 0.5:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return np.array(image)
+        return square(data, self._size, self._crop, self._flip, rng)
+
+
+def square(data: bytes, size: int, crop: str, flip: bool, rng: np.random.Generator) -> np.ndarray:
+    """Decode, crop and resize an image with Pillow, uint8 [size, size, 3]; see `Photographs`."""
+    from PIL import Image
+
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    if crop == "random":
+        image = image.crop(_random_box(*image.size, rng))
+    image = image.resize((size, size), Image.Resampling.BILINEAR)
+    if flip and rng.random() < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return np.array(image)
 
 
 def _random_box(width: int, height: int, rng: np.random.Generator) -> tuple[int, ...]:
@@ -94,6 +99,27 @@ def torch_batches(paths: list[str], options: dict) -> Iterator:
             multiprocessing_context="fork",
         )
     )
+
+
+def webdataset_batches(paths: list[str], options: dict) -> Iterator:
+    """Return the batches of webdataset's own loader, which reads tars one after the other.
+
+    Tars are drawn at random, and examples from a buffer of 1000, as in its documentation.
+    """
+    import webdataset
+
+    rng = np.random.default_rng()
+    load = lambda data: square(data, options["size"], options["crop"], options["flip"], rng)
+    dataset = webdataset.WebDataset(paths, resampled=True, shardshuffle=False)
+    dataset = dataset.shuffle(1000).to_tuple("jpg", "txt").map_tuple(load, bytes.decode)
+    loader = webdataset.WebLoader(
+        dataset.batched(options["batch_size"]),
+        batch_size=None,
+        num_workers=options["threads"],
+        prefetch_factor=AHEAD,
+        multiprocessing_context="fork",
+    )
+    return (images for images, _ in loader)
 
 
 def tf_batches(paths: list[str], options: dict) -> Iterator:
@@ -134,8 +160,9 @@ def tf_batches(paths: list[str], options: dict) -> Iterator:
 def main() -> int:
     """Run the tool and return its exit status; 3 if the library is not installed."""
     options = json.loads(sys.argv[1])
-    paths = sorted(str(path) for path in Path(options["folder"]).iterdir())
-    make = torch_batches if options["kind"] == "torch" else tf_batches
+    paths = sorted(str(path) for path in Path(options["folder"]).iterdir() if path.is_file())
+    kinds = {"torch": torch_batches, "webdataset": webdataset_batches}
+    make = kinds.get(options["kind"], tf_batches)
     try:
         batches = make(paths, options)
     except ModuleNotFoundError as error:
