@@ -140,7 +140,7 @@ def _model() -> ConfigDict:
 def _data() -> ConfigDict:
     c = ConfigDict()
     # "scenes", a TFDS name, the path or URL (gs://, s3://, … as supported by fsspec) of a dataset
-    # in TFDS format, or a mixture "a:0.2+b:0.8".
+    # in TFDS format, "wds:PATTERN" or "parquet:PATTERN" (docs/data.md), or a mixture "a:0.2+b:0.8".
     c.name = "scenes"
     c.split = "train"  # The split to train on
     c.eval_split = "val"  # The split that evaluators read by default
