@@ -43,8 +43,9 @@ def default() -> ConfigDict:
     # cost in speed; CPUs and TPUs are deterministic anyway.
     c.deterministic = False
     # Where compiled programs are kept, so that a restart need not compile: a folder, or "off".
-    # "auto": .compile_cache beside the workdir on GPUs and TPUs, off on CPUs. They are machine
-    # code, so name no folder that others may write to. JAX_COMPILATION_CACHE_DIR takes precedence.
+    # "auto": .compile_cache beside the workdir on GPUs and TPUs, off on CPUs and if the workdir is
+    # in a bucket. They are machine code, so name no folder that others may write to; it may be in
+    # a bucket, gs://BUCKET/FOLDER. JAX_COMPILATION_CACHE_DIR takes precedence.
     c.compile_cache = "auto"
     # Initialize from a workdir (its newest checkpoint, or WORKDIR/checkpoints/STEP), an exported
     # encoder, or one of another ecosystem (see convert). Weights, `model` fields and image size

@@ -172,6 +172,18 @@ def test_a_full_or_forbidden_disk_is_the_users(error, said, command, tmp_path, m
     assert "the checkpoints are intact" in command(QUICKSTART, f"--workdir={tmp_path}")[2]
 
 
+def test_a_bucket_that_is_out_of_reach_asks_for_another_start(command, tmp_path, monkeypatch):
+    from cap_pretrain import train
+
+    def run(*_):
+        raise OSError(errno.EIO, "Cannot connect to host", "gs://bucket/run/metrics.jsonl")
+
+    monkeypatch.setattr(train, "run", run)
+    code, _, stderr = command(QUICKSTART, f"--workdir={tmp_path}")
+    said = "gs://bucket/run/metrics.jsonl: Cannot connect to host; start again when"
+    assert code == 75 and said in stderr and len(stderr.splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("objective", "model", "millions"),
     [("cappa", "L/14", 570.2), pytest.param("clip", "B/16", 196.7, marks=pytest.mark.slow)],

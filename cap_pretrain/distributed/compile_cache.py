@@ -67,20 +67,23 @@ def use(config: ConfigDict, workdir: Path, say: Callable[[str], None] = print) -
         say(f"compile_cache: JAX's own setting, {users!r}, replaces {setting!r}.")
     automatic = setting == "auto"
     if automatic and files.is_url(workdir):
-        say(
-            "compile_cache: programs are not kept, since they are machine code, and others may be "
-            "able to write to the bucket; name a folder that only you may write to, such as "
-            "--config.compile_cache=gs://BUCKET/compiled."
-        )
+        if not has_own:
+            say(
+                "compile_cache: programs are not kept, since they are machine code, and others may "
+                "be able to write to the bucket; name a folder that only you may write to, such as "
+                "--config.compile_cache=gs://BUCKET/compiled."
+            )
         return
-    path = workdir.absolute().parent / FOLDER if automatic else Path(setting).expanduser()
     if setting.startswith("gs://"):
         files.place(setting)  # prepares what JAX opens it with
 
     def decide(others: list[bool]) -> str:
         if any(others):
             return ""
-        return setting if "://" in setting else _prepared(path, automatic, say)  # JAX opens URLs
+        if files.is_url(setting):  # JAX opens it
+            return setting
+        path = workdir.absolute().parent / FOLDER if automatic else Path(setting).expanduser()
+        return _prepared(path, automatic, say)
 
     folder = cluster.decided(has_own, decide)
     if not folder:
@@ -95,8 +98,10 @@ def use(config: ConfigDict, workdir: Path, say: Callable[[str], None] = print) -
 
 def _is_usable(folder: str, own: bool) -> bool:
     """Return whether this host finds the folder that host 0 has prepared; see `_prepared`."""
+    if files.is_url(folder):
+        return True
     path = Path(folder)
-    return "://" in folder or (path.is_dir() and (not own or _is_ours(path)))
+    return path.is_dir() and (not own or _is_ours(path))
 
 
 def _make_keys_lasting(config: ConfigDict) -> None:

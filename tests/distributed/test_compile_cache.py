@@ -12,6 +12,7 @@ import zlib
 import jax
 import pytest
 
+from cap_pretrain import files
 from cap_pretrain.cli import processes
 from cap_pretrain.distributed import compile_cache
 from cap_pretrain.training.changes import check_unchanged
@@ -48,6 +49,8 @@ def test_it_lies_beside_the_workdir_and_may_be_named_or_off(chosen, tmp_path, mo
     named = tmp_path / "a" / "b"
     assert chosen(str(named), tmp_path / "run")[0] == str(named) and named.is_dir()
     assert chosen("gs://bucket/compiled", tmp_path / "run")[0] == "gs://bucket/compiled"
+    kept, (line,) = chosen("auto", files.place("gs://bucket/run"))
+    assert kept is None and "--config.compile_cache=gs://BUCKET/compiled" in line
     for off in compile_cache.OFF:
         assert chosen(off, tmp_path / "run") == (None, [])
 
