@@ -1,7 +1,9 @@
 """Mesh layouts of eight virtual devices, and training of each objective on them."""
 
+import atexit
 import collections
 import copy
+import functools
 import json
 import math
 import os
@@ -143,8 +145,46 @@ def bytes_per_device(tree: Any) -> int:
     return max(held.values())
 
 
+# Reads calls from stdin and writes each one's results to the former stdout; the functions print to
+# stderr.
+SERVER = """
+import gc, importlib, json, os, sys, traceback
+replies = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+for line in sys.stdin:
+    module, name, calls = json.loads(line)
+    try:
+        function = getattr(importlib.import_module(module), name)
+        reply = {"results": [function(*call) for call in calls]}
+    except BaseException:
+        reply = {"error": traceback.format_exc()}
+    print(json.dumps(reply), file=replies, flush=True)
+    gc.collect()
+"""
+
+
+@functools.cache
+def _server() -> subprocess.Popen:
+    """Start the process with eight devices, which serves all tests of this process."""
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=toy.CONFIGS.parent,
+        env=os.environ | {"XLA_FLAGS": flags},
+    )
+    atexit.register(process.wait)
+    atexit.register(process.stdin.close)  # which ends it; called before `wait`
+    return process
+
+
 def on_eight_devices(function: Callable, calls: Sequence[Sequence[Any]]) -> list[Any]:
     """Call a module's function in a process with eight devices.
+
+    The process is started at the first call and serves later ones, too, so that they need not
+    import and start JAX again. It keeps the environment of its start.
 
     Args:
         function: a function at the top level of a module.
@@ -153,18 +193,25 @@ def on_eight_devices(function: Callable, calls: Sequence[Sequence[Any]]) -> list
     Returns:
         The result of each call, after a round trip through JSON.
     """
-    program = (
-        "import json, sys\n"
-        f"from {function.__module__} import {function.__name__} as function\n"
-        "print(json.dumps([function(*call) for call in json.loads(sys.argv[1])]))\n"
+    return begun_on_eight_devices(function, calls)()
+
+
+def begun_on_eight_devices(
+    function: Callable, calls: Sequence[Sequence[Any]]
+) -> Callable[[], list[Any]]:
+    """Begin what `on_eight_devices` does; return a function that waits for the results."""
+    process = _server()
+    print(
+        json.dumps([function.__module__, function.__name__, calls]), file=process.stdin, flush=True
     )
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    done = subprocess.run(
-        [sys.executable, "-c", program, json.dumps(calls)],
-        capture_output=True,
-        text=True,
-        cwd=toy.CONFIGS.parent,
-        env=os.environ | {"XLA_FLAGS": flags},
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+
+    def results():
+        line = process.stdout.readline()
+        if not line:
+            _server.cache_clear()
+            raise AssertionError(f"the process with eight devices ended: {process.wait()}")
+        reply = json.loads(line)
+        assert "error" not in reply, reply["error"]
+        return reply["results"]
+
+    return results

@@ -242,12 +242,12 @@ def test_the_program_says_a_mistake_and_exits_2(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_imports_no_tensorflow(tmp_path):
+def test_a_run_imports_neither_tensorflow_nor_torch(tmp_path):
     program = (
         "import sys\n"
         "from cap_pretrain import main\n"
         "code = main.entry()\n"
-        "assert not any(m.split('.')[0] == 'tensorflow' for m in sys.modules)\n"
+        "assert not {'tensorflow', 'torch'} & {m.split('.')[0] for m in sys.modules}\n"
         "sys.exit(code)\n"
     )
     small = ("--config.total_steps=1", "--config.batch_size=4", "--config.model.depth=1")

@@ -35,7 +35,6 @@ class MetricsWriter:
         self._enabled, self._trackers = enabled, trackers
         if not enabled:
             return
-        # Imported here because it takes a second if torch is installed.
         from cap_pretrain.telemetry import tensorboard
 
         workdir = files.place(workdir)

@@ -7,17 +7,26 @@ because the disk is full, training waits for it forever.
 import os
 import socket
 import struct
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tensorboardX import summary
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
-from tensorboardX.record_writer import masked_crc32c
 
 from cap_pretrain import files
+
+# tensorboardX imports torch if it is installed, for a writer that is not used here, which would
+# delay every start by two seconds. None makes Python raise the ImportError that it expects.
+sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+try:
+    from tensorboardX import summary
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.proto.summary_pb2 import Summary
+    from tensorboardX.record_writer import masked_crc32c
+finally:
+    if sys.modules["torch"] is None:
+        del sys.modules["torch"]
 
 
 class EventFile:

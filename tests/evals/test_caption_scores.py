@@ -1,10 +1,6 @@
 """Captions of a split and their scores: the same on every host, and recorded with references."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -22,8 +18,7 @@ from cap_pretrain.evals.suite import write_result
 from tests import tiny, toy
 from tests.evals.test_caption_metrics import CAPTIONS, PUBLISHED, REFERENCES
 from tests.evals.test_loss import context_of
-
-ROOT = Path(__file__).parent.parent.parent
+from tests.layouts import begun_on_eight_devices
 
 
 @pytest.fixture(autouse=True)
@@ -140,25 +135,17 @@ def test_a_captioner_is_scored_alike_whatever_the_batch_size(tokenizer_path):
     assert [entry["references"] for entry in captions] == [source[i]["captions"] for i in range(13)]
 
 
+def scored(tokenizer_path, batch_size):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", "/nowhere")  # in the process with eight devices, too
+        result = of_a_captioner(tokenizer_path, batch_size, method="beam", beams=2)
+    return json.loads(json.dumps([result.metrics, result.details]))
+
+
 @pytest.mark.slow
 def test_a_captioner_is_scored_alike_on_eight_devices(tokenizer_path):
-    program = (
-        "import json, sys\n"
-        "from tests.evals.test_caption_scores import of_a_captioner\n"
-        "result = of_a_captioner(sys.argv[1], 5, method='beam', beams=2)\n"
-        "print(json.dumps([result.metrics, result.details]))\n"
-    )
-    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
-    eight = subprocess.run(
-        [sys.executable, "-c", program, str(tokenizer_path)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": flags},
-        check=True,
-    )
-    one = of_a_captioner(tokenizer_path, 3, method="beam", beams=2)
-    assert json.loads(eight.stdout.splitlines()[-1]) == [one.metrics, one.details]
+    eight = begun_on_eight_devices(scored, [(str(tokenizer_path), 5)])
+    assert eight() == [scored(str(tokenizer_path), 3)]
 
 
 def test_contrastive_learners_write_no_captions():

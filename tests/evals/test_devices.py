@@ -5,9 +5,6 @@ prior. The others sum the same scores on the host; they are compared only in the
 """
 
 import json
-import os
-import subprocess
-import sys
 
 import jax
 import pytest
@@ -15,8 +12,8 @@ import pytest
 from cap_pretrain.evals.composition import Composition
 from cap_pretrain.evals.retrieval import Retrieval
 from cap_pretrain.evals.zero_shot import ZeroShot
-from tests import toy
 from tests.evals import stubs
+from tests.layouts import begun_on_eight_devices
 
 OTHERS = (
     (ZeroShot, {}),
@@ -44,24 +41,8 @@ def metrics(tokenizer_path, batch_size, pairs):
 
 @pytest.mark.slow
 def test_one_device_and_eight_give_the_same_metrics(tokenizer_path):
-    program = (
-        "import json, sys\n"
-        "from tests.evals.test_devices import metrics\n"
-        "print(json.dumps(metrics(*json.loads(sys.argv[1]))))\n"
-    )
-    arguments = json.dumps([str(tokenizer_path), 5, 64])
-    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
-    eight = subprocess.Popen(
-        [sys.executable, "-c", program, arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=toy.CONFIGS.parent,
-        env=os.environ | {"XLA_FLAGS": flags},
-    )
+    eight = begun_on_eight_devices(metrics, [(str(tokenizer_path), 5, 64)])
     one = metrics(str(tokenizer_path), 3, 8)
-    out, err = eight.communicate(timeout=300)
-    assert eight.returncode == 0, err
-    assert json.loads(out.splitlines()[-1]) == one
+    assert eight() == [one]
     values = {x for result in one for x in result.values() if isinstance(x, float)}
     assert len(values) > 20

@@ -1,11 +1,7 @@
 """Probes against NumPy and scikit-learn, and on different meshes."""
 
 import dataclasses
-import json
 import math
-import os
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -20,8 +16,9 @@ from cap_pretrain.evals.probes.features import Features
 from cap_pretrain.evals.probes.few_shot import FewShot
 from cap_pretrain.evals.probes.knn import KNearestNeighbours
 from cap_pretrain.evals.probes.linear_probe import LinearProbe
-from tests import tiny, toy
+from tests import tiny
 from tests.evals.labelled import Coloured, context
+from tests.layouts import on_eight_devices
 
 TRAIN, TEST = Coloured(160, 4), Coloured(52, 4, seed=1)
 GRID = (1e-3, 1e-2, 0.1, 1.0)
@@ -218,21 +215,7 @@ def all_metrics(shape: tuple[int, int, int], batch_size: int) -> dict[str, list[
 @pytest.mark.slow  # by default only the features that they read are compared (test_features.py)
 @pytest.mark.parametrize("mesh", [(2, 2, 2), (8, 1, 1)])
 def test_metrics_are_identical_on_eight_devices_and_with_any_batch_size(mesh):
-    program = (
-        "import json, sys\n"
-        "from tests.evals.test_probes import all_metrics\n"
-        "print(json.dumps([all_metrics(*call) for call in json.loads(sys.argv[1])]))\n"
-    )
-    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
-    done = subprocess.run(
-        [sys.executable, "-c", program, json.dumps([((1, 1, 1), 30), (mesh, 300)])],
-        capture_output=True,
-        text=True,
-        cwd=toy.CONFIGS.parent,
-        env=os.environ | {"XLA_FLAGS": flags},
-    )
-    assert done.returncode == 0, done.stderr
-    one, eight = json.loads(done.stdout.splitlines()[-1])
+    one, eight = on_eight_devices(all_metrics, [((1, 1, 1), 30), (mesh, 300)])
     assert one == eight
     assert 0.3 < one["LinearProbe"][0]["top1"] < 1
 
