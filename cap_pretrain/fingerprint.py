@@ -22,6 +22,7 @@ def _mix(h: jax.Array) -> jax.Array:
     return h ^ (h >> 16)
 
 
+@jax.jit  # so that a program of many fingerprints traces it once for each shape
 def fingerprint(x: jax.Array) -> jax.Array:
     """Return the fingerprint of an array of any shape and dtype, a uint32 scalar.
 

@@ -8,6 +8,7 @@ bfloat16 rate whatever the compute dtype, as in PaLM (arXiv 2204.02311, appendix
 show how much they leave unused.
 """
 
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -144,10 +145,11 @@ def peak_flops(device: jax.Device) -> float | None:
     return chip.peak if chip else None
 
 
+@functools.cache
 def measure_matmul_flops(device: jax.Device, size: int = 1024) -> float:
     """Measure the FLOP/s of a float32 product of two [size, size] matrices, the best of five.
 
-    For CPUs, whose peak does not follow from their name. Takes about 0.2 s.
+    For CPUs, whose peak does not follow from their name. Takes about 0.2 s, once for a process.
     """
     matrix = jax.device_put(jnp.ones((size, size), jnp.float32), device)
     multiply = jax.jit(jnp.matmul)

@@ -3,7 +3,7 @@
 import copy
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,10 @@ def abstract_batch(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
     return {k: everything[k] for k in learners.learner_class(config.learner.name).reads}
 
 
-def flops_per_example(config: ConfigDict, vocab_size: int) -> dict[str, float]:
-    """Count the model FLOPs per example: `forward`, and `training` (forward and backward).
+def flops_per_example(
+    config: ConfigDict, vocab_size: int, passes: Sequence[str] = ("forward", "training")
+) -> dict[str, float]:
+    """Count the model FLOPs per example of `forward`, and of `training`: forward and backward.
 
     What rematerialization computes a second time is not counted.
     """
@@ -59,7 +61,8 @@ def flops_per_example(config: ConfigDict, vocab_size: int) -> dict[str, float]:
         args = (params, stats, abstract_batch(plain), key)
         return flops.count_flops(fn, *args) / config.batch_size
 
-    return {"forward": per_example(forward), "training": per_example(training)}
+    counted = {"forward": forward, "training": training}
+    return {name: per_example(counted[name]) for name in passes}
 
 
 def count_parameters(params: Any) -> dict[str, int]:

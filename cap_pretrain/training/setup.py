@@ -126,8 +126,9 @@ class Setup:
         """Return the timer of the run. The clock starts here."""
         step_flops = 0.0
         if self.schedule.total:
-            counted = plan.flops_per_example(self.config, self.tokenizer.vocab_size)
-            step_flops = self.config.batch_size * counted["training"]
+            size = self.tokenizer.vocab_size
+            (training,) = plan.flops_per_example(self.config, size, ["training"]).values()
+            step_flops = self.config.batch_size * training
         return StepTimer(
             total_steps=self.schedule.total,
             batch_size=self.config.batch_size,

@@ -25,8 +25,10 @@ CASES = {
     },
 }
 
-# The default run trains this captioner; checkpoints/test_warm_start.py trains pretrain-clip.
-FAST = ("quickstart",)
+# By default a captioner is trained. The slow tests train the others: CapPa here, pretrain-clip in
+# checkpoints/test_warm_start.py, and all of pretrain on one and two hosts in
+# distributed/test_multihost.py.
+TRAINED = ("quickstart", pytest.param("pretrain-cappa", marks=pytest.mark.slow))
 
 # Configs initialized from an encoder.
 WITH_ENCODER = {
@@ -100,10 +102,7 @@ def test_only_the_objective_differs():
     assert rest("cappa") == rest("cap") == rest("clip") == rest("siglip")
 
 
-@pytest.mark.parametrize(
-    "case",
-    [c if c in FAST else pytest.param(c, marks=pytest.mark.slow) for c in CASES],
-)
+@pytest.mark.parametrize("case", TRAINED)
 def test_trains_two_steps_and_writes_its_files(case, tokenizer_path, tmp_path):
     c = toy.shrink(toy.load(*CASES[case]), optim__warmup_share=0.0)
     if case != "quickstart":  # quickstart trains its own tokenizer

@@ -186,7 +186,7 @@ def start(workdir, hosts=1, **fields):
     """Run the program on `hosts` processes without JAX's settings; return what they print."""
     fields = SMALL | fields
     command = [sys.executable, "-m", "cap_pretrain.main", f"--workdir={workdir}"]
-    command += [f"--config={toy.CONFIGS / 'pretrain.py'}:objective=cap,model=mu/8"]
+    command += [f"--config={toy.CONFIGS / 'pretrain.py'}:objective=clip,model=mu/8"]
     command += [f"--config.{name}={value}" for name, value in fields.items()]
     address = processes._free_address()
     logs = [workdir.with_name(f"{workdir.name}.{host}.log") for host in range(hosts)]

@@ -98,7 +98,7 @@ def test_one_process_per_gpu_under_slurm(tmp_path):
     """Each process has one CPU device, as it would have one GPU, and Slurm's variables."""
     processes, nodes = 4, 2
     command = [sys.executable, "-m", "cap_pretrain.main"]
-    command += [f"--config={toy.CONFIGS / 'pretrain.py'}:objective=cap,model=mu/8"]
+    command += [f"--config={toy.CONFIGS / 'pretrain.py'}:objective=clip,model=mu/8"]
     command += [f"--config.{name}={value}" for name, value in SMALL.items()]
     with socket.socket() as free:  # JAX derives its port from the number of the job
         free.bind(("127.0.0.1", 0))

@@ -3,6 +3,7 @@
 tools/kill_and_resume.py --processes 1 2 4 kills them repeatedly.
 """
 
+import functools
 import os
 import re
 import signal
@@ -13,7 +14,9 @@ import time
 
 import pytest
 
+from cap_pretrain import train
 from cap_pretrain.checkpoints.folders import saved_steps
+from cap_pretrain.cli import config_files
 from cap_pretrain.training import lock
 from tests import toy
 
@@ -37,9 +40,13 @@ MESHES = {
 CAPTIONS = {"evals.samples.count": 4}  # a field of captioners only
 
 
+def fields_of(objective: str) -> dict:
+    return SMALL | (CAPTIONS if objective.startswith("cap") else {})
+
+
 def arguments(objective: str, fields: dict) -> list[str]:
     config = f"--config={toy.CONFIGS / 'pretrain.py'}:objective={objective},model=mu/8"
-    fields = SMALL | (CAPTIONS if objective.startswith("cap") else {}) | fields
+    fields = fields_of(objective) | fields
     return [config, *(f"--config.{name}={value}" for name, value in fields.items())]
 
 
@@ -49,18 +56,16 @@ def start(workdir, hosts: int, objective: str = "cap", own=(), **fields):
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    if hosts > 1:
-        environment["XLA_FLAGS"] += " --xla_force_host_platform_device_count=2"
+    environment["XLA_FLAGS"] += " --xla_force_host_platform_device_count=2"
     command = [sys.executable, "-m", "cap_pretrain.main", f"--workdir={workdir}"]
     command += arguments(objective, {k.replace("__", "."): v for k, v in fields.items()})
-    if hosts > 1:
-        command += [f"--coordinator_address={address}", f"--num_processes={hosts}"]
+    command += [f"--coordinator_address={address}", f"--num_processes={hosts}"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return [
         subprocess.Popen(
             [
                 *command,
-                *([f"--process_id={host}"] if hosts > 1 else []),
+                f"--process_id={host}",
                 *filter(None, own[host : host + 1]),
             ],
             env=environment,
@@ -104,21 +109,35 @@ def assert_same(found, expected):
             assert found[key] == pytest.approx(value, rel=rel, abs=1e-6), key
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Return a function that gives the metrics of a run in this process, by objective."""
+
+    @functools.cache
+    def metrics_of(objective):
+        workdir = tmp_path_factory.mktemp(objective)
+        config = config_files.config(
+            f"{toy.CONFIGS / 'pretrain.py'}:objective={objective},model=mu/8"
+        )
+        config.update_from_flattened_dict(fields_of(objective))
+        train.run(config, workdir)
+        return metrics(workdir)
+
+    return metrics_of
+
+
 @pytest.mark.parametrize("objective", MESHES)
-def test_two_hosts_train_and_evaluate_like_one(objective, tmp_path):
-    codes, printed = ended(start(tmp_path / "one", 1, objective))
-    assert codes == [0], printed
+def test_two_hosts_train_and_evaluate_like_one(objective, alone, tmp_path):
     codes, printed = ended(start(tmp_path / "two", 2, objective, **MESHES[objective]))
     assert codes == [0, 0], printed
     assert "step" not in printed[1]  # only host 0 prints
-    expected, found = (metrics(tmp_path / name) for name in ("one", "two"))
+    expected = alone(objective)
     assert {(4, "val/loss"), (5, "train/loss"), (5, "data/ids")} <= expected.keys()
-    assert_same(found, expected)
+    assert_same(metrics(tmp_path / "two"), expected)
     assert saved_steps(tmp_path / "two") == [4, 5]
 
 
-def test_a_lost_host_ends_the_others_and_four_hosts_resume(tmp_path):
-    ended(start(tmp_path / "one", 1))
+def test_a_lost_host_ends_the_others_and_four_hosts_resume(alone, tmp_path):
     hosts = start(tmp_path / "lost", 2)
     wait_for_step(tmp_path / "lost", 3, hosts)
     hosts[1].kill()
@@ -131,7 +150,7 @@ def test_a_lost_host_ends_the_others_and_four_hosts_resume(tmp_path):
     codes, printed = ended(start(tmp_path / "lost", 4, **{"mesh.data": 4, "mesh.fsdp": 2}))
     assert codes == [0] * 4, printed
     assert "Resuming from step 2" in printed[0]
-    assert_same(metrics(tmp_path / "lost"), metrics(tmp_path / "one"))
+    assert_same(metrics(tmp_path / "lost"), alone("cap"))
 
 
 def test_a_host_that_loses_the_coordinator_exits_and_says_so(tmp_path):

@@ -70,6 +70,20 @@ def config(data, name, learner="captioner", split="train", **sections):
     return c
 
 
+@pytest.fixture(scope="module")
+def built():
+    """Return a function that gives the learner of a config, split; each kind is built once."""
+    learners = {}
+
+    def of(c, tokenizer):
+        name = c.learner.name
+        if name not in learners:
+            learners[name] = split_learner(build(c, tokenizer.vocab_size, jax.random.key(0)))
+        return learners[name]
+
+    return of
+
+
 def section(name):
     return evals.defaults(name, **SMALL.get(name, {}))
 
@@ -134,7 +148,7 @@ def test_a_missing_program_is_told_at_once(data, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", evals.REGISTRY)
-def test_what_is_accepted_can_be_evaluated(name, data, tokenizer_path):
+def test_what_is_accepted_can_be_evaluated(name, data, built, tokenizer_path):
     """No evaluation finds a mistake that the check could have found."""
     accepted = 0
     for kind in KINDS:
@@ -143,8 +157,7 @@ def test_what_is_accepted_can_be_evaluated(name, data, tokenizer_path):
             if refusal(c):
                 continue
             tokenizer = inputs.open_tokenizer(c, tokenizer_path)
-            module = build(c, tokenizer.vocab_size, jax.random.key(0))
-            graphdef, *variables = split_learner(module)
+            graphdef, *variables = built(c, tokenizer)
             context = Context(c, graphdef, tokenizer, sharding.make_mesh(c))
             evaluator = evals.evaluator_class(name)(context, evals.options(name, c.evals.mine))
             assert evaluator(tuple(variables)).metrics
