@@ -40,7 +40,10 @@ class Stat(StatResult):
 
 @dataclasses.dataclass(frozen=True)
 class Version:
-    """The content of an object, its generation, and its age in seconds by the server's clock."""
+    """The content of an object, its generation, and its age in seconds by the server's clock.
+
+    The age is 0 if the server does not say it.
+    """
 
     data: bytes
     generation: int
@@ -310,10 +313,9 @@ def get(path: BucketPath) -> Version:
     fs = file_system()
     with translating(path):
         headers, data = fs.call("GET", fs.url(str(path)))
-        dates = (headers.get(name) for name in ("Date", "Last-Modified"))
-        now, changed = (email.utils.parsedate_to_datetime(date) for date in dates)
-        generation = int(headers["X-Goog-Generation"])
-    return Version(data, generation, (now - changed).total_seconds())
+    dates = [headers.get(name) for name in ("Date", "Last-Modified")]
+    now, changed = (email.utils.parsedate_to_datetime(date or dates[0]) for date in dates)
+    return Version(data, int(headers["X-Goog-Generation"]), (now - changed).total_seconds())
 
 
 def remove(path: BucketPath, generation: int) -> None:

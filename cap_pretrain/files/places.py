@@ -18,6 +18,8 @@ from cap_pretrain.errors import UserError
 _URL = re.compile(r"([A-Za-z][\w.+-]+)://(.*)")
 # What `pathlib.Path` makes of a URL.
 _MANGLED = re.compile(r"(gs|gcs|s3|az|abfs|hf|https?|hdfs):/[^/]")
+# Patterns for gcsfs and for Google; parts that Orbax would resolve.
+_UNFIT = re.compile(r"[*?\[\]{}\\\x00-\x1f]|/\.\.?(?=/|$)")
 
 _REASONS = {
     "s3": "Orbax, which writes checkpoints, has no S3 (it refuses such paths as not absolute)",
@@ -45,6 +47,8 @@ def place(text: str | os.PathLike[str]) -> Path:
         )
     if not rest.strip("/").partition("/")[2].strip("/"):
         raise UserError(f"{name}: names no folder in a bucket; give gs://BUCKET/FOLDER.")
+    if bad := _UNFIT.search(f"/{rest}"):
+        raise UserError(f"{name}: contains {bad[0].strip('/')!r}; give gs://BUCKET/FOLDER without.")
     _prepare()
     from cap_pretrain.files.buckets import BucketPath
 

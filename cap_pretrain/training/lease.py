@@ -88,7 +88,7 @@ def _replaced(path: Path, content: bytes, say: Callable[[str], None], lease: flo
     """Take over the lock from a holder that is lost; return its generation."""
     from cap_pretrain.files import buckets
 
-    seen = None
+    seen, begun = None, time.monotonic()
     while True:
         try:
             version = buckets.get(cast(Any, path))
@@ -100,12 +100,13 @@ def _replaced(path: Path, content: bytes, say: Callable[[str], None], lease: flo
             alive = _alive(version.data)
             if alive:
                 raise in_use(path, version.data)
-            if alive is None and version.age < lease:
+            age = max(version.age, time.monotonic() - begun if seen else 0)
+            if alive is None and age < lease:
                 if seen is None:
                     holder = Holder.read(version.data, path.name)
                     say(
                         f"{path.parent} is in use by {holder}; waiting up to "
-                        f"{lease - version.age:.0f} s, in case that host is lost."
+                        f"{lease - age:.0f} s, in case that host is lost."
                     )
                 seen = version.generation
                 time.sleep(min(5.0, lease / RENEWALS / 2))

@@ -30,6 +30,9 @@ def test_paths_are_local_and_urls_are_in_buckets():
         ("gs://bucket", "names no folder"),
         ("gs:///run", "names no folder"),
         ("gs://", "names no folder"),
+        ("gs://bucket/run[1]", "contains '.'"),
+        ("gs://bucket/runs/../a", "contains '..'; give"),
+        ("gs://bucket/a/..", "contains '..'; give"),
         (Path("gs://bucket/run"), "gs:/bucket/run: .* write gs://bucket/run"),
     ],
 )
