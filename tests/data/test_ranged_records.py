@@ -30,19 +30,21 @@ URL = "faulty://bucket/ranged"
 FILE = "ranged-train.array_record-00001-of-00004"
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def write_dataset(data_dir):
+    """Write a dataset of COUNT examples of some 6 KB in SHARDS files, and return its folder."""
     from tensorflow_datasets import features as f
 
     features = {"image": f.Image(), "captions": f.Sequence(f.Text()), "id": f.Text()}
-    return write(
-        tmp_path_factory.mktemp("data"),
-        "ranged",
-        features,
-        lambda i: {"captions": [f"{i} {random.Random(i).randbytes(6000).hex()}"], "id": f"{i}"},
-        {"train": COUNT},
-        SHARDS,
-    )
+
+    def example(i):
+        return {"captions": [f"{i} {random.Random(i).randbytes(6000).hex()}"], "id": f"{i}"}
+
+    return write(data_dir, "ranged", features, example, {"train": COUNT}, SHARDS)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(autouse=True)

@@ -1,12 +1,16 @@
 """Dataset locations: local disks, and remote storage through fsspec (gs://, s3://, …).
 
 ArrayRecord is read by C++ code with its own file systems: local ones and, since its pull request
-172, Google's, for which we found no way to retry; none of fsspec's. Reading ranges of its files
-through fsspec would mean reimplementing Riegeli's chunks, compression and hashes (without which
-corruption goes unnoticed), and one request for each of the records of some 50 KB that training
-reads in random order. So a file is copied as a whole, when its first record is needed, to a local
-folder that all processes of a machine share (`Copies`). Because the whole dataset is shuffled, soon
-all files are copied, so free disk space is checked first.
+172, Google's, for which we found no way to retry; none of fsspec's. So it reads local files, which
+are made in one of two ways:
+
+- `Copies`: a file is copied as a whole, when its first record is needed, to a folder that all
+  processes of a machine share. This is for `data.order=global`, which reads records of some 50 KB
+  in random order: soon all files are copied, so free disk space is checked first.
+- `ranges.Ranges`: blocks of records are fetched into sparse files of the right size, as
+  `data.order=blocks` needs them, and removed afterwards. Only lists of where records lie are
+  decoded in Python (`riegeli`); the reader of the records checks their hashes, without which
+  corruption would go unnoticed.
 
 Credentials and endpoints are configured as for fsspec: by its environment variables
 (FSSPEC_S3_ENDPOINT_URL, …), its files (~/.config/fsspec/), and those of s3fs, gcsfs and adlfs.
