@@ -15,8 +15,10 @@ from collections.abc import Iterable, Iterator
 from tqdm import tqdm
 
 from cap_pretrain.cli import arguments
+from cap_pretrain.data.sources import passes
 from cap_pretrain.data.sources.base import parse_mixture
-from cap_pretrain.data.sources.open import open_source
+from cap_pretrain.data.sources.open import is_streamed, open_source
+from cap_pretrain.data.sources.ranges import Cache
 from cap_pretrain.data.text.tokenizers import (
     SentencePieceTokenizer,
     source_captions,
@@ -56,7 +58,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", required=True, help="dataset, its path, or a mixture (a+b)")
     parser.add_argument("--data_dir", default="", help="folder of datasets given by name")
     parser.add_argument("--split", default="train", help="default: train")
-    parser.add_argument("--limit", type=int, help="number of examples, spread evenly")
+    parser.add_argument(
+        "--limit", type=int, help="number of examples, spread evenly; of URLs in blocks"
+    )
     parser.add_argument("--keep_case", action="store_true", help="do not lower-case the captions")
     parser.add_argument(
         "--out", required=True, type=arguments.local_path, help="folder to write into"
@@ -80,8 +84,11 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 def _captions(args: argparse.Namespace) -> Iterator[str]:
     for name, _ in parse_mixture(args.data):
-        source = open_source(name, args.split, image_size=_SMALL_IMAGE, data_dir=args.data_dir)
-        yield from source_captions(source, args.limit)
+        streamed = is_streamed(name, args.data_dir)
+        cache = Cache() if streamed else ""
+        options = {"image_size": _SMALL_IMAGE, "data_dir": args.data_dir, "cache": cache}
+        source = open_source(name, args.split, **options)
+        yield from source_captions(source, args.limit, passes.BLOCK if streamed else 0)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from cap_pretrain import evals
 from cap_pretrain.data.sources.base import parse_mixture
+from cap_pretrain.data.sources.open import in_original_layout
 
 
 def sections(config: ConfigDict) -> dict[str, ConfigDict]:
@@ -40,5 +41,7 @@ def sections(config: ConfigDict) -> dict[str, ConfigDict]:
 
 def label(dataset: str) -> str:
     """Return the last part of a dataset's name as part of a key: data/my-photos gives my_photos."""
-    part = PurePath(dataset.partition(":")[0] if "://" not in dataset else dataset).name
+    found = in_original_layout(dataset)
+    path = found[1] if found else dataset
+    part = PurePath(path.partition(":")[0] if not found and "://" not in path else path).name
     return re.sub(r"\W+", "_", part).strip("_") or "data"

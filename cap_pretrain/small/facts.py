@@ -3,14 +3,16 @@
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from cap_pretrain.data import images
+from cap_pretrain.data.sources import passes
 from cap_pretrain.data.sources.base import NoSplitError, Source, parse_mixture, without_image
-from cap_pretrain.data.sources.open import GENERATED, open_source
+from cap_pretrain.data.sources.open import GENERATED, is_streamed, open_source
+from cap_pretrain.data.sources.ranges import Cache
 from cap_pretrain.data.text import tokenizers
 from cap_pretrain.distributed import gpu, tpu
 from cap_pretrain.errors import UserError
@@ -71,7 +73,8 @@ def measure(name: str) -> Facts:
     total, kept_out = sum(map(len, sources)), 0
     if len(sources[0]) > 1 and getattr(sources[0], "splits", ()) == ("train",):
         kept_out = held_out(len(sources[0]))  # as `inputs` does with the first dataset
-    chosen = [(source, _spread(len(source), EXAMPLES)) for source in sources]
+    opened = list(zip(names, sources, strict=True))
+    chosen = [(source, _spread(member, source, EXAMPLES)) for member, source in opened]
     captions = [
         caption
         for source, indices in chosen
@@ -86,9 +89,9 @@ def measure(name: str) -> Facts:
         )
     sides = [  # generated images have any size
         side
-        for member, source in zip(names, sources, strict=True)
+        for member, source in opened
         if member not in GENERATED
-        for side in _shorter_sides(source)
+        for side in _shorter_sides(source, _spread(member, source, PICTURES))
     ]
     each = len(captions) / sum(len(indices) for _, indices in chosen)
     total -= kept_out
@@ -108,20 +111,20 @@ def measure(name: str) -> Facts:
 
 def _training_split(name: str) -> Source:
     try:
-        return open_source(name, "train", image_size=64)
+        cache = Cache() if is_streamed(name) else ""
+        return open_source(name, "train", image_size=64, cache=cache)
     except NoSplitError as error:
         raise UserError(f"{error} configs/small.py trains on the split 'train'.") from error
 
 
-def _spread(count: int, most: int) -> list[int]:
-    """Return at most `most` indices, evenly spread over `count` examples."""
-    chosen = min(count, most)
-    return [index * count // chosen for index in range(chosen)]
+def _spread(name: str, source: Source, most: int) -> list[int]:
+    """Return at most `most` indices, spread over a source; blocks of what is not local."""
+    return list(passes.sample(source, most, passes.BLOCK if is_streamed(name) else 0))
 
 
-def _shorter_sides(source: Source) -> Iterator[int]:
+def _shorter_sides(source: Source, indices: Iterable[int]) -> Iterator[int]:
     """Yield the shorter side in pixels of some images; those that are damaged have none."""
-    for index in _spread(len(source), PICTURES):
+    for index in indices:
         image = source[index]["image"]
         if not isinstance(image, bytes):
             if np.ndim(image) == 3:  # else features of an encoder, which the run refuses

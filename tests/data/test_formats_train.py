@@ -60,6 +60,7 @@ def test_two_epochs_show_each_example_once_on_any_number_of_hosts(name, tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["parquet"], indirect=True)
 def test_a_run_resumes_to_the_same_losses(name, tmp_path):
     for steps, workdir in ((6, "whole"), (3, "cut"), (6, "cut")):
         config = make_config(name, tmp_path, total_steps=steps, optim__decay="constant")

@@ -10,9 +10,10 @@ import pytest
 
 from cap_pretrain import inputs
 from cap_pretrain.data.sources import contents, tar_index
-from cap_pretrain.data.sources.base import NoSplitError, block_bounds
+from cap_pretrain.data.sources.base import NoSplitError, block_bounds, parse_mixture
 from cap_pretrain.data.sources.open import open_source
 from cap_pretrain.errors import UserError
+from cap_pretrain.evals import members
 from tests import toy
 from tests.data.test_question_formats import build
 from tests.data.test_webdataset import sample, samples, tar
@@ -165,3 +166,12 @@ def test_blocks_are_held_out_of_the_only_split(tmp_path):
     runs = np.split(val._indices, np.flatnonzero(np.diff(val._indices) != 1) + 1)
     assert len(runs) <= 32 and all(len(run) % 4 == 0 for run in runs)
     assert inputs.held_out(config, [(train, 1.0)])[0].endswith("to choose others.")
+
+
+def test_evaluators_of_a_mixture_are_named_after_the_files():
+    names = ["wds:/data/cc12m", "wds:gs://bucket/cc12m", "parquet:data/coco/{0..3}.parquet"]
+    assert [members.label(name) for name in names] == ["cc12m", "cc12m", "0_3_parquet"]
+    assert parse_mixture("wds:gs://b/{0..9}.tar:0.2+parquet:a") == [
+        ("wds:gs://b/{0..9}.tar", 0.2),
+        ("parquet:a", 1.0),
+    ]

@@ -24,13 +24,15 @@ def bench(*arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 def test_measures_the_pipeline_of_a_config_beside_a_dataloader():
-    done = bench(*ARGUMENTS, "--config.data.crop=random", "--compare=torch", "--batches=2")
+    options = ("--config.data.crop=random", "--compare=torch", "--batches=2", "--layouts")
+    done = bench(*ARGUMENTS, *options)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["crop"] == "random" and found["size"] == 32
     assert 30_000 < found["bytes_per_image"] < 80_000  # 500 x 375 at quality 90
     assert list(found["stages_ms"]) == ["read", "decode", "augment", "tokenize", "batch"]
     assert found["stages_ms"]["decode"] > found["stages_ms"]["tokenize"] > 0
+    assert list(found["pipelines"]) == ["cap_pretrain", "wds", "parquet", "torch"]
     ours, other = (found["pipelines"][name] for name in ("cap_pretrain", "torch"))
     assert ours["ratio"] == {"wall": 1, "cpu": 1}
     assert other["ratio"]["wall"] == pytest.approx(ours["rate"] / other["rate"])

@@ -71,7 +71,7 @@ class ParquetSource(Numbered):
         fields: columns that hold the fields of an example. By default the image is in "image", or
             in the only column of images, and captions are in the first of _CAPTIONS.
         cache: folder for decoded row groups, and parts of remote files.
-        budget: most bytes of these.
+        budget: most bytes of each of the two.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class ParquetSource(Numbered):
     ):
         where = f"dataset parquet:{pattern}"
         found = numbered.find_split(pattern, split, ".parquet", where)
-        files = Contents(found, cache, budget / 2)  # the other half is for what is decoded
+        files = Contents(found, cache, budget)
         self._setup(where, split, dict(fields or {}), files, (cache, budget))
 
     def _setup(
@@ -124,7 +124,6 @@ class ParquetSource(Numbered):
         """Return the decoded row groups, kept on the disk if memory does not hold all."""
         if unpacked <= MEMORY:
             return RowGroups(self._decode, None, 0)
-        budget = budget / 2 if self._contents.remote else budget
         about = [str(self._listing.root), self._columns]
         about += [(file.name, file.size, file.stamps) for file in self._listing.files]
         digest = hashlib.sha256(repr(about).encode()).hexdigest()[:16]

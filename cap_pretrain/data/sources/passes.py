@@ -23,7 +23,8 @@ SPOTS = 32
 """Places over which a sample of whole blocks is spread, so that it touches about as many files."""
 
 _AHEAD = 32  # blocks that are announced in a pass over everything
-_BLOCK = 256  # examples, as the default of data.block
+BLOCK = 256
+"""Most examples of a block, the default of data.block."""
 
 Run = tuple[int, int]
 """First example, and that after the last."""
@@ -65,7 +66,7 @@ def sample_runs(bounds: np.ndarray, count: int) -> list[Run]:
 
 def whole(source: Source) -> Iterator[range]:
     """Yield the indices of all examples, a block at a time; shows the progress of an activity."""
-    bounds = block_bounds(source, _BLOCK).tolist()
+    bounds = block_bounds(source, BLOCK).tolist()
     runs = list(itertools.pairwise(bounds))
     for number, run in enumerate(runs):
         if number % (_AHEAD // 2) == 0:

@@ -16,8 +16,6 @@ from cap_pretrain.telemetry import console
 HELD_OUT, HELD_OUT_MOST = 0.05, 10_000
 """The part of a dataset without a validation split that is held out, and its largest number."""
 
-_HELD_OUT_BLOCK = 256  # examples, as the default of data.block
-
 _READING_THREADS = 16  # the records may lie on a network disk
 
 # Up to so many examples, those held out are the first of a permutation of all, which takes 8 bytes
@@ -163,7 +161,7 @@ def _drawn(source: Source, most: int) -> np.ndarray:
     rng = np.random.default_rng([0, count])
     if getattr(source, "in_blocks", False):
         # At least some 32 blocks, if they are not larger by themselves.
-        bounds = base.block_bounds(source, max(1, min(_HELD_OUT_BLOCK, most // 32)))
+        bounds = base.block_bounds(source, max(1, min(passes.BLOCK, most // 32)))
         order = rng.permutation(len(bounds) - 1)
         last = int(np.searchsorted(np.cumsum(np.diff(bounds)[order]), most))
         runs = [np.arange(bounds[block], bounds[block + 1]) for block in order[: last + 1]]
