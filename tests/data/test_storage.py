@@ -268,6 +268,7 @@ def test_a_run_trains_on_through_faults(folder, tmp_path):
     def losses(name, workdir):
         c = toy.config(total_steps=6, data__cache=str(tmp_path / "cache"))
         c.data.name, c.text.vocab_size = str(name), 30
+        c.data.order, c.data.block = "blocks", 4  # the default for URLs
         train.run(c, tmp_path / workdir)
         return toy.losses(tmp_path / workdir)
 
