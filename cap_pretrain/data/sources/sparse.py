@@ -39,12 +39,12 @@ ON_DEMAND = 256
 Pages = tuple[int, int]
 """First page of a range, and that after its last, numbered through all files of a dataset."""
 
-_FORMAT = 3  # of the files below a slot; other formats are deleted
+_FORMAT = 4  # of the files below a slot; other formats are deleted
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 _LEAST_PART = 16  # pages that are removed together or not at all, some of them being locked
 _MAP_PART = 1 << 16  # bytes of a map that get disk space together, the marks of 256 MB
 _PRESENT, _USED, _REMOVALS = range(3)  # rows of `Sparse._table`
-_USED_BYTES, _BUDGET = range(_STATE := 2)  # elements of `Slot._state`
+_USED_BYTES, _BUDGET, _ASKED = range(_STATE := 3)  # elements of `Slot._state`
 _WAIT, _WAITS = 0.01, 100  # seconds, and how often, until the budget is exceeded
 
 
@@ -83,7 +83,7 @@ class Slot:
             check_holes(path)
             _clear(path)
             slot = cls(path)
-            slot._state[:] = sum(d.restore() for d in slot.datasets()) * PAGE, 0
+            slot._state[:] = sum(d.restore() for d in slot.datasets()) * PAGE, 0, 0
             return slot
         raise OSError(errno.EUSERS, "all slots are in use")
 
@@ -109,12 +109,13 @@ class Slot:
                         os.close(held)
             room = self._room()
             self._state[_BUDGET] = budget if budget <= room else room // 2
+            self._state[_ASKED] = budget
 
-    def check_room(self, budget: int) -> None:
-        """Raise UserError if `allow` had to set a smaller budget."""
-        if budget > self.budget:
+    def check_room(self, size: int) -> None:
+        """Raise UserError if `allow` had to set a smaller budget, which does not hold `size`."""
+        if self.budget < min(size, int(self._state[_ASKED])):
             raise UserError(
-                f"data.cache: two windows of blocks need {budget / 1e9:,.1f} GB in {self.path}, "
+                f"data.cache: two windows of blocks need {size / 1e9:,.1f} GB in {self.path}, "
                 f"where {self._room() / 1e9:,.1f} GB are free; name a folder on a larger disk, or "
                 "lower data.cache_gb."
             )
