@@ -161,7 +161,7 @@ def test_two_hosts_read_one_checkpoint_and_fail_alike(saved):
     folder, size = saved
     meshes = [(4, 1, 1), (2, 2, 1)]
     printed = run(2, folder, meshes, "save")
-    total = read_in_all(printed)
+    print(size, total := read_in_all(printed))
     assert len(total) == 4 and (total <= 1.1 * size).all() and (total > 0.5 * size).all(), total
     # Each host reads about half of it where both may.
     assert np.max(reports(printed), axis=0)[0] < 0.6 * size
