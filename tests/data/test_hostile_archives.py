@@ -19,6 +19,7 @@ from cap_pretrain.data import tar_examples
 from cap_pretrain.data.builders import rows
 from cap_pretrain.data.builders.files import MAX_BYTES, READ_ERRORS, open_files
 from cap_pretrain.data.builders.formats import webdataset
+from cap_pretrain.data.sources.open import open_source
 from cap_pretrain.data.tars import CutOffError, read_members
 from cap_pretrain.errors import UserError
 from tests.data.test_question_formats import build, lost
@@ -283,6 +284,37 @@ def test_mutated_zips_give_files_or_read_errors(tmp_path):
             except READ_ERRORS:
                 outcomes.add("broken")
     assert outcomes == {"refused", "read", "broken"}
+
+
+@pytest.mark.slow
+def test_mutated_tars_and_indexes_are_trained_on_or_refused(tmp_path):
+    """Of each tar, and of each index of an intact one, every example is read, or is an error."""
+    rng = np.random.default_rng(0)
+    tar(tmp_path / "t" / "s.tar", samples(3))
+    whole = (tmp_path / "t" / "s.tar").read_bytes()
+    name, options = f"wds:{tmp_path / 't'}", {"image_size": 8, "cache": str(tmp_path / "cache")}
+    list(open_source(name, "train", **options))
+    kept = tmp_path / "t" / ".cap_index" / "s.tar.index"
+    index = kept.read_bytes()
+    read, errors = 0, []
+    for number in range(600):
+        if number % 2:
+            data = mutated(rng, whole)
+            (tmp_path / "t" / "s.tar").write_bytes(with_checksums(data) if number % 3 else data)
+        else:
+            (tmp_path / "t" / "s.tar").write_bytes(whole)
+            stamps = json.dumps([str((tmp_path / "t" / "s.tar").stat().st_mtime_ns)]).encode()
+            line, entries = index.split(b"\n", 1)
+            about = json.loads(line) | {"stamps": json.loads(stamps)}
+            kept.write_bytes(json.dumps(about).encode() + b"\n" + mutated(rng, entries))
+        try:
+            for example in open_source(name, "train", **options):
+                assert len(example["image"]) < 2**20
+                read += 1
+        except UserError as error:
+            errors.append(str(error))
+    assert read > 300 and len(errors) > 50
+    assert not any("\n" in error for error in errors)
 
 
 def test_json_is_refused_by_the_memory_that_it_would_take(tmp_path):

@@ -175,3 +175,13 @@ def test_evaluators_of_a_mixture_are_named_after_the_files():
         ("wds:gs://b/{0..9}.tar", 0.2),
         ("parquet:a", 1.0),
     ]
+
+
+@pytest.mark.slow
+def test_processes_index_many_tars(tars, monkeypatch):
+    expected = captions(opened(tars))
+    for file in (tars / ".cap_index").iterdir():
+        file.unlink()
+    monkeypatch.setattr(tar_index, "_MANY", 0)
+    assert captions(opened(tars)) == expected
+    assert len(list((tars / ".cap_index").iterdir())) == 3

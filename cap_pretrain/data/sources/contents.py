@@ -50,9 +50,12 @@ class Recent(Generic[T]):
         with making:
             if (found := self._find(key)) is not None:
                 return found[0]
-            value = self._make(key)
+            try:
+                value = self._make(key)
+            finally:
+                with self._lock:
+                    self._making.pop(key, None)
             with self._lock:
-                self._making.pop(key, None)
                 size = self._size(value)
                 self._values[key] = value, size
                 self._total += size
