@@ -385,7 +385,7 @@ def _settle_windows(members: Sequence[_Member], shares: np.ndarray, layout: Layo
             needed = layout.cache_gb / blocks if blocks else math.inf
             raise UserError(
                 f"data.cache_gb: {layout.cache_gb:g} GB do not hold two blocks of {layout.lanes} "
-                f"lanes, which take about {needed:,.0f} GB; give more, or lower data.lanes or "
+                f"lanes, which take about {needed:,.3g} GB; give more, or lower data.lanes or "
                 "data.block."
             )
         window = member.lane if length >= member.lane else math.floor(blocks) * member.block

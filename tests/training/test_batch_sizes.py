@@ -135,6 +135,38 @@ def test_batches_of_one_length_keep_their_size(tokenizer_path, tmp_path):
         train.dry_run(c, tmp_path, ["batch_size"])
 
 
+def test_lanes_keep_their_number_and_divide_every_batch_size(tmp_path):
+    c = of_epochs(batch_size=8, data__order="blocks", data__lanes=4)
+    stored(tmp_path, c, batches=[[0, 8]])
+    c.batch_size = 12
+    said = train.dry_run(c, tmp_path, ["batch_size"])
+    assert "Batch size: 8 from step 0, 12 from step 13" in said
+    assert "Order: blocks of 256, 4 lanes, windows of 1 blocks." in said
+    c.batch_size, c.data.lanes = 8, 2
+    with pytest.raises(UserError, match="data.lanes was 4, is now 2"):
+        train.dry_run(c, tmp_path)
+    assert "data.lanes changes the order" in train.dry_run(c, tmp_path, ["data.lanes"])
+    c.batch_size, c.data.lanes = 20, 5
+    with pytest.raises(UserError, match=r"data.lanes: 5 do not .*\(8 from step 0, 20 from step 13"):
+        train.dry_run(c, tmp_path, ["batch_size", "data.lanes"])
+    c.data.lanes = 8
+    with pytest.raises(UserError, match="data.lanes: 8 lanes do not divide batch_size=20"):
+        train.dry_run(c, tmp_path, ["batch_size", "data.lanes"])
+
+
+def test_a_run_that_began_before_there_were_blocks_keeps_its_order(tmp_path):
+    c = of_epochs(batch_size=8)
+    stored(tmp_path, c)
+    before = json.loads((tmp_path / "config.json").read_text())
+    for field in ("order", "block", "lanes", "cache_gb"):
+        del before["data"][field]
+    (tmp_path / "config.json").write_text(json.dumps(before))
+    assert "changes the order" not in train.dry_run(c, tmp_path)
+    c.data.order = "blocks"
+    with pytest.raises(UserError, match="data.order was 'global', is now 'blocks'"):
+        train.dry_run(c, tmp_path)
+
+
 def test_batch_sizes_that_no_run_wrote(tmp_path):
     rng, valid = random.Random(0), 0
     good, odd = [0, 1, 8, 12], [-1, 2.5, "8", None, True, [], {}, 10**400]
