@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import shutil
 import socket
 import subprocess
@@ -9,6 +10,7 @@ import sys
 
 import pytest
 
+from cap_pretrain import train
 from tests import toy
 from tests.data.test_sources import write
 
@@ -43,18 +45,16 @@ def config(tmp_path_factory):
     return path
 
 
-def train(config, workdir, processes: int) -> tuple[list[float], str]:
-    """Train with so many processes; return data/ids of all steps and what the first one printed."""
+def start(config, workdir, processes: int) -> str:
+    """Train with so many processes; return what the first one printed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     command = [sys.executable, "-m", "cap_pretrain.main", f"--config={config}"]
-    command += [f"--workdir={workdir}"]
-    if processes > 1:
-        command += [f"--coordinator_address={address}", f"--num_processes={processes}"]
+    command += [f"--workdir={workdir}", f"--coordinator_address={address}"]
     started = [
         subprocess.Popen(
-            [*command, *([f"--process_id={number}"] if processes > 1 else [])],
+            [*command, f"--num_processes={processes}", f"--process_id={number}"],
             env={**os.environ, "JAX_PLATFORMS": "cpu"},
             cwd=toy.CONFIGS.parent,
             stdout=subprocess.PIPE,
@@ -65,21 +65,26 @@ def train(config, workdir, processes: int) -> tuple[list[float], str]:
     ]
     printed = [process.communicate(timeout=240)[0] for process in started]
     assert [process.returncode for process in started] == [0] * processes, printed
-    ids = {line["step"]: line["data/ids"] for line in toy.lines(workdir) if "data/ids" in line}
-    assert list(ids) == list(range(1, STEPS + 1))
-    return list(ids.values()), printed[0]
+    return printed[0]
+
+
+def ids(workdir) -> list[float]:
+    """Return data/ids of all steps."""
+    found = {line["step"]: line["data/ids"] for line in toy.lines(workdir) if "data/ids" in line}
+    assert list(found) == list(range(1, STEPS + 1))
+    return list(found.values())
 
 
 @pytest.mark.slow
-def test_any_number_of_processes_trains_on_the_same_batches(config, tmp_path):
-    expected, printed = train(config, tmp_path / "1", 1)
-    (line,) = re.findall(r"Order: .*", printed)
+def test_any_number_of_processes_trains_on_the_same_batches(config, tmp_path, capsys):
+    train.run(runpy.run_path(str(config))["get_config"](), tmp_path / "1")
+    (line,) = re.findall(r"Order: .*", capsys.readouterr().out)
     assert line.startswith("Order: blocks of 4, 8 lanes, windows of 3 and 1 blocks;"), line
+    expected = ids(tmp_path / "1")
     assert len(set(expected)) == STEPS
-    assert train(config, tmp_path / "2", 2)[0] == expected
-    # Four processes, whose last checkpoint is lost, so that one resumes in the middle.
-    assert train(config, tmp_path / "4", 4)[0] == expected
-    shutil.rmtree(tmp_path / "4" / "checkpoints" / str(STEPS))
-    resumed, printed = train(config, tmp_path / "4", 1)
-    assert f"Resuming from step {RESUMED}" in printed
-    assert resumed == expected
+    start(config, tmp_path / "2", 2)
+    assert ids(tmp_path / "2") == expected
+    # The last checkpoint is lost, so four processes resume in the middle.
+    shutil.rmtree(tmp_path / "2" / "checkpoints" / str(STEPS))
+    assert f"Resuming from step {RESUMED}" in start(config, tmp_path / "2", 4)
+    assert ids(tmp_path / "2") == expected
