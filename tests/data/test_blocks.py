@@ -86,7 +86,13 @@ class Case:
         )
 
 
-@pytest.mark.parametrize("seed", range(12))
+def seeds(start: int, fast: int, slow: int) -> list:
+    """Return seeds from `start` on, of which the last ones are for slow tests."""
+    numbers = range(start, start + fast + slow)
+    return [*numbers[:fast], *(pytest.param(n, marks=pytest.mark.slow) for n in numbers[fast:])]
+
+
+@pytest.mark.parametrize("seed", seeds(0, 6, 30))
 def test_each_example_comes_once_an_epoch_on_any_number_of_hosts(seed):
     case = Case(seed)
     order, everything = case.order(), range(case.batch_size)
@@ -121,7 +127,7 @@ def test_each_example_comes_once_an_epoch_on_any_number_of_hosts(seed):
         assert resumed.lanes_of([j]) == [j // each]
 
 
-@pytest.mark.parametrize("seed", range(12, 20))
+@pytest.mark.parametrize("seed", seeds(100, 5, 20))
 def test_what_is_read_ahead_is_what_is_read(seed):
     """Each batch shows only what its windows hold, of which there are two, within the budget."""
     case = Case(seed)

@@ -14,7 +14,7 @@ from cap_pretrain import train
 from tests import toy
 from tests.data.test_sources import write
 
-STEPS, RESUMED = 200, 100
+STEPS, RESUMED = 200, 150
 CONFIG = """
 from tests import toy
 

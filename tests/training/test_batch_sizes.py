@@ -135,6 +135,7 @@ def test_batches_of_one_length_keep_their_size(tokenizer_path, tmp_path):
         train.dry_run(c, tmp_path, ["batch_size"])
 
 
+@pytest.mark.slow
 def test_lanes_keep_their_number_and_divide_every_batch_size(tmp_path):
     c = of_epochs(batch_size=8, data__order="blocks", data__lanes=4)
     stored(tmp_path, c, batches=[[0, 8]])
