@@ -70,3 +70,15 @@ def test_a_file_that_changes_is_an_error(bucket, content, tmp_path):
     assert ranges.read("1.bin", 20, 30) == content["1.bin"][20:30], "what was fetched stays"
     with pytest.raises(UserError, match=r"1.bin: changed while it was in use"):
         ranges.read("1.bin", 100_000, 100_010)
+
+
+def test_names_of_files_do_not_leave_the_folder_or_collide_with_its_own(tmp_path):
+    fs, names = fsspec.filesystem("memory"), ["pages", "files.json", "..", "a/../../b", "a%2Fb"]
+    entries = {name: {"size": 5000, "name": name} for name in names}
+    ranges = Ranges(Remote("memory://names"), entries, str(tmp_path), BUDGET)
+    paths = [ranges.path(name) for name in names]
+    assert len(set(paths)) == len(names)
+    assert len({path.resolve().parent for path in paths}) == 1
+    fs.pipe_file("/names/pages", bytes(range(250)) * 20)
+    assert ranges.read("pages", 300, 400) == (bytes(range(250)) * 20)[300:400]
+    assert ranges.read("pages", 0, 5000) == bytes(range(250)) * 20

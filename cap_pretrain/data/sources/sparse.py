@@ -28,6 +28,7 @@ from urllib.parse import quote
 
 import numpy as np
 
+from cap_pretrain import files
 from cap_pretrain.data.sources.holes import check_holes, hold, lock, punch, runs, write_at, writing
 from cap_pretrain.errors import UserError
 
@@ -39,7 +40,7 @@ ON_DEMAND = 256
 Pages = tuple[int, int]
 """First page of a range, and that after its last, numbered through all files of a dataset."""
 
-_FORMAT = 4  # of the files below a slot; other formats are deleted
+_FORMAT = 5  # of the files below a slot; other formats are deleted
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 _LEAST_PART = 16  # pages that are removed together or not at all, some of them being locked
 _MAP_PART = 1 << 16  # bytes of a map that get disk space together, the marks of 256 MB
@@ -133,8 +134,8 @@ class Slot:
         folder = self.path / name
         with writing(folder):
             if not (folder / "files.json").exists():
-                folder.mkdir(exist_ok=True)
-                _write(folder / "files.json", json.dumps(dict(sizes)))
+                (folder / "data").mkdir(parents=True, exist_ok=True)
+                files.write_text(folder / "files.json", json.dumps(dict(sizes)))
         return self._opened(name)
 
     def datasets(self) -> "list[Sparse]":
@@ -190,8 +191,8 @@ class Slot:
 
     def _remove(self, size: int, limit: int) -> None:
         """Remove `size` bytes of pages that are less urgent than `limit`."""
-        files = [file for dataset in self.datasets() for file in dataset.files()]
-        for _, dataset, index in sorted(files, key=lambda file: file[0]):
+        found = [file for dataset in self.datasets() for file in dataset.files()]
+        for _, dataset, index in sorted(found, key=lambda file: file[0]):
             if size <= 0:
                 return
             removed = dataset.remove(index, -(-size // PAGE), limit) * PAGE
@@ -239,12 +240,15 @@ class Sparse:
         """Return the sparse file, created if there is none."""
         path = self._paths.get(name)
         if path is None:
-            path = self.folder / quote(name, safe="")
+            path = self._local(name)
             if not path.exists():
                 with writing(self.folder), path.open("ab") as file:
                     file.truncate(self.sizes[name])
             self._paths[name] = path
         return path
+
+    def _local(self, name: str) -> Path:
+        return self.folder / "data" / quote(name, safe="").replace("..", "%2E%2E")
 
     def pages(self, name: str, start: int, stop: int) -> Pages:
         """Return the first page of a range of bytes and that after its last, as all files' pages.
@@ -365,7 +369,7 @@ class Sparse:
             punch(self._map, start, length)  # reads as zeros
         self._table[_PRESENT] = 0
         for index, name in enumerate(self._names):
-            path = self.folder / quote(name, safe="")
+            path = self._local(name)
             if path.exists() and path.stat().st_blocks:
                 marks = self._marks[slice(*(int(p) for p in self._first[index : index + 2]))]
                 for start, stop in runs(marks == 0):
@@ -386,13 +390,6 @@ def _clear(path: Path) -> None:
     known = path / "boot"
     if not (known.exists() and known.read_text() == boot):
         _empty(path)
-        _write(known, boot)
+        files.write_text(known, boot)
     if not (path / "state").exists():
         (path / "state").write_bytes(bytes(8 * _STATE))
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file so that it is there as a whole or not at all."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(text)
-    part.replace(path)
