@@ -83,7 +83,7 @@ def tail(tmp_path_factory):
         writer.write(content[:size])
     writer.close()
     whole = np.memmap(path, np.uint8, "r")
-    chunks = chunks_of(lambda start, stop: whole[start:stop].tobytes(), len(whole))
+    chunks = chunks_of(lambda start, stop: whole[start:stop].tobytes(), len(whole), RECORDS)
     path.unlink()
     return whole[int(chunks.offsets[-1]) :].tobytes(), len(whole)
 

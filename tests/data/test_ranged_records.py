@@ -84,7 +84,7 @@ def test_a_hole_raises_until_it_is_filled(options, count, tmp_path):
         writer.write(record)
     writer.close()
     whole = (tmp_path / "whole").read_bytes()
-    chunks = chunks_of(lambda start, stop: whole[start:stop], len(whole))
+    chunks = chunks_of(lambda start, stop: whole[start:stop], len(whole), count)
     assert chunks.records == count
 
     def fill(start, stop):
@@ -102,6 +102,25 @@ def test_a_hole_raises_until_it_is_filled(options, count, tmp_path):
             readers.read(path, position)
         fill(*(int(offset) for offset in chunks.offsets[number : number + 2]))
         assert readers.read(path, position) == records[position]
+
+
+def test_damaged_lists_of_records_are_refused_or_bounded(folder):
+    whole = (folder / FILE).read_bytes()
+    count, rng = COUNT // SHARDS, random.Random(0)
+    start, stop = chunks_of(lambda a, b: whole[a:b], len(whole), count).index
+    places = [*range(start, start + 200), *range(stop - 4096, stop - 3900)]
+    refused = 0
+    for _ in range(400):
+        damaged = bytearray(whole)
+        for place in rng.sample(places, rng.randrange(1, 4)):
+            damaged[place] = rng.randrange(256)
+        try:
+            found = chunks_of(lambda a, b, d=damaged: bytes(d[a:b]), len(whole), count)
+        except (ValueError, IndexError, OSError):
+            refused += 1
+        else:
+            assert (np.diff(found.offsets) > 0).all() and found.offsets[-1] < len(whole)
+    assert refused > 100
 
 
 @pytest.mark.parametrize("split", ["train", "train[10%:90%]"])

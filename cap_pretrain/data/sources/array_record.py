@@ -193,7 +193,7 @@ class RangedRecords(ArrayRecords):
     def _chunks_of(self, name: str, expected: int) -> Chunks:
         read = functools.partial(self._ranges.read, name)
         try:
-            chunks = chunks_of(read, self._ranges.size(name))
+            chunks = chunks_of(read, self._ranges.size(name), expected)
         except (ValueError, IndexError, OSError) as error:  # OSError: of pyarrow, on damaged bytes
             raise UserError(
                 f"{self._ranges}: {name} cannot be read ({error or 'it is damaged'}); copy or "

@@ -39,24 +39,26 @@ class Chunks:
     index: tuple[int, int]
 
 
-def chunks_of(read: Read, size: int) -> Chunks:
+def chunks_of(read: Read, size: int, records: int) -> Chunks:
     """Return the chunks of a file of `size` bytes, of which `read(start, stop)` returns ranges.
 
-    Raises ValueError if it is not an ArrayRecord file.
+    `records` are expected, which bounds what is read. Raises ValueError if it is not an ArrayRecord
+    file, or its list of records is too long for as many.
     """
+    most = (records + 1) * _MOST_ENTRY + BLOCK
     if size < 2 * BLOCK or size % BLOCK:
         raise ValueError("it is truncated or no ArrayRecord file")
     last = size - BLOCK
-    postscript = _chunk(read(last, last + _POSTSCRIPT), last)
+    postscript = _chunk(read(last, last + _POSTSCRIPT), last, most)
     if postscript is None:
         raise ValueError("its last block is damaged")
     numbers = _varints(postscript)
     if len(numbers) < 4 or numbers[0] != 8 or numbers[2] != 16 or numbers[3] != _MAGIC:
         raise ValueError("its last block is not that of an ArrayRecord file")
     start = int(numbers[1])
-    if not 0 < start < last:
+    if not max(0, last - most - BLOCK) < start < last:
         raise ValueError("its list of records is not inside the file")
-    listed = _chunk(read(start, last), start)  # and less than a block of padding
+    listed = _chunk(read(start, last), start, most)  # and less than a block of padding
     if listed is None:
         raise ValueError("its list of records is not inside the file")
     return _parsed(listed, start, (start, last + _POSTSCRIPT))
@@ -89,10 +91,11 @@ def _parsed(listed: bytes, end: int, index: tuple[int, int]) -> Chunks:
     return Chunks(offsets, group, records, index)
 
 
-def _chunk(data: bytes, start: int) -> bytes | None:
+def _chunk(data: bytes, start: int, most: int) -> bytes | None:
     """Return the concatenated records of the chunk that begins at byte `start` of the file.
 
-    `data` are bytes of the file from `start` on. Returns None if they are too few.
+    `data` are bytes of the file from `start` on. Returns None if they are too few. Raises
+    ValueError if the records take over `most` bytes.
     """
     first = BLOCK - start % BLOCK if start % BLOCK else 0
     pieces = (data[at + _BLOCK_HEADER : at + BLOCK] for at in range(first, len(data), BLOCK))
@@ -100,9 +103,8 @@ def _chunk(data: bytes, start: int) -> bytes | None:
     if len(content) < _CHUNK_HEADER:
         return None
     size = int.from_bytes(content[8:16], "little")
-    records = int.from_bytes(content[25:32], "little")
     decoded = int.from_bytes(content[32:40], "little")
-    if content[24] != _SIMPLE or decoded > (records + 8) * _MOST_ENTRY * 8:
+    if content[24] != _SIMPLE or decoded > most:
         raise ValueError("its list of records is damaged")
     if len(content) < _CHUNK_HEADER + size:
         return None
