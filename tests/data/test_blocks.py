@@ -100,7 +100,7 @@ def test_each_example_comes_once_an_epoch_on_any_number_of_hosts(seed):
     each = case.batch_size // case.lanes
     lanes = [  # what each lane shows, in order, whatever the batch size
         np.concatenate(
-            [b.reshape(len(b), case.lanes, -1)[:, lane].ravel() for b in (before, after)]
+            [b.reshape(len(b), case.lanes, -1)[:, lane].ravel() for b in (before, after) if len(b)]
         )
         for lane in range(case.lanes)
     ]
@@ -136,6 +136,7 @@ def test_what_is_read_ahead_is_what_is_read(seed):
     lanes, first = order.lanes_of(rows), case.earlier[1]
     ahead = blocks.ReadAhead(order, case.members, rows)
     bounds = np.cumsum([0, *map(len, case.members)])
+    case.steps = min(case.steps, 100)
     _, positions = case.batches(order, rows)
     previous, changes = None, 0
     for t, shown in enumerate(positions):
@@ -167,7 +168,11 @@ def order_of(count, *, window=0, example_bytes=25_000, lanes=256, batch_size=819
 
 @pytest.mark.parametrize(
     ("count", "window", "bound"),
-    [(12_000_000, 64, 1.1), (12_000_000, 0, 1.05), (100_000_000, 64, 1.35)],
+    [
+        (12_000_000, 64, 1.1),
+        pytest.param(12_000_000, 0, 1.05, marks=pytest.mark.slow),
+        pytest.param(100_000_000, 64, 1.35, marks=pytest.mark.slow),
+    ],
 )
 def test_batches_of_sorted_data_have_all_classes(count, window, bound):
     """Chi-squared per degree of freedom of the classes of a batch; 1 is a perfect shuffle."""

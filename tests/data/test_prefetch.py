@@ -34,6 +34,16 @@ def test_worker_processes_change_nothing(build, workers):
     assert not multiprocessing.active_children()
 
 
+def test_the_plan_follows_what_is_consumed(build):
+    planned = []
+    with contextlib.closing(iterate(build(), 5, 9, plan=planned.append)) as batches:
+        assert planned == [5]
+        for expected in range(6, 9):
+            next(batches)
+            assert planned[-1] == expected
+    assert planned == [5, 6, 7, 8]
+
+
 class Unreadable(Numbers):
     def __getitem__(self, i):
         raise UserError("dataset 'numbers': record is damaged")
