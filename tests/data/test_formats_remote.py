@@ -1,19 +1,24 @@
 """Tars and Parquet files in a bucket: indexed by all hosts together, fetched in ranges."""
 
+import contextlib
 import pickle
 import random
 import time
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from cap_pretrain import inputs
 from cap_pretrain.data.sources import base, storage, tar_index
 from cap_pretrain.data.sources.open import open_source
 from cap_pretrain.errors import UserError
+from tests import toy
 from tests.data.test_storage import Faulty
 from tests.data.test_webdataset import sample, tar
+from tests.tools.test_build_dataset import jpeg
 
 URL = "faulty://bucket/set"
 
@@ -25,7 +30,7 @@ def here(request, tmp_path, monkeypatch):
         monkeypatch.setattr(Faulty, name, value)
     monkeypatch.setattr(Faulty, "random", random.Random(0))
     monkeypatch.setattr(storage, "FIRST_DELAY", 1e-4)
-    images = [random.Random(k).randbytes(60_000) for k in range(18)]
+    images = [jpeg(k) + random.Random(k).randbytes(60_000) for k in range(18)]
     (tmp_path / "set").mkdir()
     for k in range(3):
         own = range(6 * k, 6 * k + 6)
@@ -130,3 +135,33 @@ def test_tars_of_large_files_are_indexed_by_their_headers(here, tmp_path, monkey
     monkeypatch.setattr(tar_index, "_LITTLE", 2**12)
     assert len(opened("wds:faulty://bucket/large", tmp_path / "cache")) == 5
     assert sum(read) < 150_000
+
+
+def test_batches_are_those_of_local_files_and_bytes_are_fetched_once(
+    here, tmp_path, tokenizer, monkeypatch
+):
+    fetched = []
+    whole = Faulty.cat_file
+
+    def counting(self, path, start=None, end=None, **kwargs):
+        data = whole(self, path, start, end, **kwargs)
+        fetched.append(len(data))
+        return data
+
+    monkeypatch.setattr(Faulty, "cat_file", counting)
+    batches = []
+    for name in (here, there(here)):
+        config = toy.config(data__name=name, data__held_out=0, data__block=3, batch_size=6)
+        config.data.cache = str(tmp_path / "cache")
+        mixture = inputs.open_sources(config)
+        config = inputs.completed(config, mixture)
+        fetched.clear()  # what an index was made from
+        steps = range(6)  # two epochs
+        read = inputs.prepared_batches(config, mixture, tokenizer, np.arange(6), steps)
+        with contextlib.closing(read):
+            batches.append(list(read))
+    for mine, other in zip(*batches, strict=True):
+        for key, value in mine.items():
+            np.testing.assert_array_equal(value, other[key])
+    size = sum(file.stat().st_size for file in (tmp_path / "set").iterdir() if file.is_file())
+    assert sum(fetched) <= 1.1 * size
