@@ -46,7 +46,7 @@ _LEAST_PART = 16  # pages that are removed together or not at all, some of them 
 _MAP_PART = 1 << 16  # bytes of a map that get disk space together, the marks of 256 MB
 _PRESENT, _USED, _REMOVALS = range(3)  # rows of `Sparse._table`
 _USED_BYTES, _BUDGET, _ASKED = range(_STATE := 3)  # elements of `Slot._state`
-_WAIT, _WAITS = 0.01, 100  # seconds, and how often, until the budget is exceeded
+_WAIT, _WAITS = 0.01, 300  # seconds, and how often, until the budget is exceeded
 
 
 class Slot:
