@@ -158,6 +158,10 @@ def _check_field(name: str, field: Field, value: Any) -> None:
 def _check_order(config: ConfigDict) -> None:
     """Check the order of examples against the batch."""
     data = config.data
+    if not trains(config):
+        return
+    if not data.cache_gb:
+        raise UserError("data.cache_gb: 0 GB hold no data; give more.")
     if data.order != "global" and data.lanes and config.batch_size % data.lanes:
         raise UserError(
             f"data.lanes: {data.lanes} lanes do not divide batch_size={config.batch_size}; choose "

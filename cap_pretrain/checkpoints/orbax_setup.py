@@ -1,5 +1,6 @@
 """Process-wide Orbax settings, applied when the first checkpoint directory is opened."""
 
+import contextlib
 import functools
 import logging
 import sys
@@ -8,7 +9,6 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint._src.path import gcs_utils  # has no public name
 
 from cap_pretrain.checkpoints import replicas
 
@@ -37,7 +37,10 @@ def configure_orbax() -> None:
         (np.ndarray, replicas.HostArrayHandler()),
     ):
         ocp.type_handlers.register_type_handler(kind, handler, override=True)
-    gcs_utils.is_hierarchical_namespace_enabled = lambda path: False  # noqa: ARG005
+    with contextlib.suppress(ImportError):  # it has no public name
+        from orbax.checkpoint._src.path import gcs_utils
+
+        gcs_utils.is_hierarchical_namespace_enabled = lambda path: False  # noqa: ARG005
     previous_hook = sys.unraisablehook
 
     def ignore_late_callbacks(unraisable: Any) -> None:

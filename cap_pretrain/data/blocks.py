@@ -383,10 +383,16 @@ def _settle_windows(members: Sequence[_Member], shares: np.ndarray, layout: Layo
         blocks = length / member.block
         if length < member.lane and blocks < 1:
             needed = layout.cache_gb / blocks if blocks else math.inf
+            size = f"blocks of {member.block:,.0f} examples"
+            if 2 * layout.lanes * member.block * member.example_bytes <= layout.cache_gb * 1e9:
+                raise UserError(
+                    f"data.lanes: windows of {layout.lanes} lanes with {size} are too large for "
+                    "the memory; lower data.lanes, or set data.order=global."
+                )
             raise UserError(
-                f"data.cache_gb: {layout.cache_gb:g} GB do not hold two blocks of {layout.lanes} "
-                f"lanes, which take about {needed:,.3g} GB; give more, or lower data.lanes or "
-                "data.block."
+                f"data.cache_gb: {layout.cache_gb:g} GB do not hold two {size} for each of "
+                f"{layout.lanes} lanes, about {needed:,.3g} GB; give more, lower data.lanes, or "
+                "set data.order=global."
             )
         window = member.lane if length >= member.lane else math.floor(blocks) * member.block
         member.windows = max(1, math.ceil(member.lane / window))

@@ -1,5 +1,6 @@
 """Compare the config of a resumed run with that of its earlier start."""
 
+import contextlib
 import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -15,11 +16,12 @@ from cap_pretrain.learners import learner_class
 from cap_pretrain.optim import optimizers
 from cap_pretrain.validation import FREE
 
+BLOCKS = ("data.order", "data.block", "data.lanes", "data.cache_gb")
+
 # Fields that decide which examples follow each other.
 ORDER = (
     *("seed", "data.name", "data.split", "data.fraction", "data.class_min", "data.class_max"),
-    *("data.buckets", "data.held_out", "data.scenes"),
-    *("data.order", "data.block", "data.lanes", "data.cache_gb"),
+    *("data.buckets", "data.held_out", "data.scenes", *BLOCKS),
 )
 
 
@@ -46,8 +48,9 @@ def check_unchanged(config: ConfigDict, path: Path, allowed: Sequence[str] = ())
             "or remove it to resume with the present config."
         ) from e
     now = fields(json.loads(configs.to_json(config)))
-    if then.setdefault("data.order", "global") == "auto":  # without steps it is not settled
-        then |= {field: now[field] for field in ("data.order", "data.lanes")}
+    then.setdefault("data.order", "global")
+    if not configs.trains(config) or then["data.order"] == "auto":  # not settled, or not read
+        then |= {field: now[field] for field in BLOCKS}
     default = configs.default()
     with default.unlocked():
         default.learner = learners.defaults(config.learner.name)
@@ -67,6 +70,22 @@ def check_unchanged(config: ConfigDict, path: Path, allowed: Sequence[str] = ())
     return list(changed.values())
 
 
+def with_earlier_order(config: ConfigDict, path: Path) -> ConfigDict:
+    """Return the config with the order of examples of the run whose config is stored at `path`.
+
+    A run that began before `data.order` existed, in 0.1, keeps the shuffle of all examples, also
+    where the automatic choice would now be another one.
+    """
+    if config.data.order != "auto" or not path.is_file():
+        return config
+    with contextlib.suppress(UserError):  # `check_unchanged` says what is wrong with the file
+        stored = fields(untrusted.checked(files.read_json(path), "config", dict, path))
+        if "data.name" in stored and "data.order" not in stored:
+            config = config.copy_and_resolve_references()
+            config.data.order = "global"
+    return config
+
+
 def binding(config: ConfigDict) -> dict[str, Any]:
     """Return the fields of a config that may not change between two starts, as JSON values."""
     found = fields(json.loads(configs.to_json(config)))
@@ -77,7 +96,7 @@ def binding(config: ConfigDict) -> dict[str, Any]:
 TRAINING = (
     *("accumulate", "batch_size", "checkpoint", "eval", "log", "optim", "plateau"),
     *("data.buckets", "data.flip", "data.fraction", "data.max_broken"),
-    *("data.order", "data.block", "data.lanes", "data.cache_gb"),
+    *BLOCKS,
     *("model.dropout", "model.stochastic_depth"),
 )
 

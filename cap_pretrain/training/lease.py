@@ -187,8 +187,9 @@ class _Held:
             try:
                 new = _put(self._path, self._content, self._generation)
                 new = new or self._again()
-            except OSError as error:
-                logging.warning("%s could not be renewed: %s", self._path, error.strerror)
+            except Exception as error:  # an end of this thread would let the lease expire
+                reason = getattr(error, "strerror", None) or repr(error)
+                logging.warning("%s could not be renewed: %s", self._path, reason)
                 continue
             if not new:
                 self._lost()

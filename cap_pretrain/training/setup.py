@@ -31,7 +31,7 @@ from cap_pretrain.telemetry.metrics import read_metrics
 from cap_pretrain.telemetry.progress import Progress, parameter_table
 from cap_pretrain.telemetry.timer import StepTimer
 from cap_pretrain.training import automatic, forecast, plan
-from cap_pretrain.training.changes import reordering
+from cap_pretrain.training.changes import reordering, with_earlier_order
 from cap_pretrain.training.step import TrainState, init_state, make_train_step
 from cap_pretrain.validation import validate
 
@@ -182,6 +182,8 @@ def prepare(
     config before anything is written to the workdir, and may raise UserError to refuse it. Unless
     `resuming` from checkpoints in the workdir, its tokenizer is trained again.
     """
+    if resuming:
+        config = with_earlier_order(config, workdir / "config.json")
     validate(config, tokenizer=resuming and inputs.tokenizer_path(workdir).exists())
     build.check_device(config)
     mesh, share = sharding.make_mesh(config), 1.0  # refuses one that is not possible
@@ -227,6 +229,8 @@ def dry_run(
     config: ConfigDict, workdir: Path, check: Callable[[ConfigDict], Earlier], *, resuming: bool
 ) -> str:
     """Write `workdir/plan.json` and return it as text, from abstract shapes; see `prepare`."""
+    if resuming:
+        config = with_earlier_order(config, workdir / "config.json")
     kept = resuming and inputs.tokenizer_path(workdir).exists()
     validate(config, tokenizer=kept)
     sources, config = _opened(config)

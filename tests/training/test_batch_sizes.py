@@ -17,6 +17,8 @@ from cap_pretrain.data.text.tokenizers import NoText
 from cap_pretrain.errors import UserError
 from cap_pretrain.optim import schedule
 from cap_pretrain.optim.schedule import BatchSizes
+from cap_pretrain.training import changes
+from cap_pretrain.validation import validate
 from tests import toy
 
 
@@ -163,9 +165,21 @@ def test_a_run_that_began_before_there_were_blocks_keeps_its_order(tmp_path):
         del before["data"][field]
     (tmp_path / "config.json").write_text(json.dumps(before))
     assert "changes the order" not in train.dry_run(c, tmp_path)
+    assert changes.with_earlier_order(c, tmp_path / "config.json").data.order == "global"
     c.data.order = "blocks"
     with pytest.raises(UserError, match="data.order was 'global', is now 'blocks'"):
         train.dry_run(c, tmp_path)
+
+
+def test_evaluations_have_no_order(tmp_path):
+    c = of_epochs(batch_size=6)
+    c.total_epochs, c.encoder, c.evals = 0, "runs/cap", ConfigDict({"val": evals.defaults("loss")})
+    c.data.order, c.data.lanes = "blocks", 4  # of the run that is evaluated
+    validate(c)
+    before = json.loads(configs.to_json(c))
+    before["data"] |= {"order": "global", "lanes": 0}
+    (tmp_path / "config.json").write_text(json.dumps(before))
+    assert not changes.check_unchanged(c, tmp_path / "config.json")
 
 
 def test_batch_sizes_that_no_run_wrote(tmp_path):
