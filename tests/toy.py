@@ -87,9 +87,21 @@ def prepared(c: ConfigDict, vocab_size: int = 100, mesh: Any = None):
     return init, abstract, graphdef, tx, rate, mesh
 
 
+_ABSTRACT: dict[tuple[str, int], step.TrainState] = {}  # of the newest config
+
+
+def abstract_state(c: ConfigDict, vocab_size: int) -> step.TrainState:
+    """Return the abstract form of a config's state, which is traced once in a row."""
+    key = configs.to_json(c), vocab_size
+    if key not in _ABSTRACT:
+        _ABSTRACT.clear()
+        _ABSTRACT[key] = prepared(c, vocab_size)[1]
+    return _ABSTRACT[key]
+
+
 def saved_state(c: ConfigDict, workdir: Path, vocab_size: int, at: int) -> step.TrainState:
     """Return the state that a run has saved at a step, on this host."""
-    _, abstract, *_ = prepared(c, vocab_size)
+    abstract = abstract_state(c, vocab_size)
     checkpoints = Checkpoints(workdir, c, read_only=True)
     try:
         return jax.device_get(checkpoints.restore(abstract, at))
@@ -106,7 +118,7 @@ def saved_run(c: ConfigDict, workdir: Path, tokenizer_path: Path, *steps: int) -
     path = workdir / (inputs.WORDS_FILE if of_words else inputs.TOKENIZER_FILE)
     path.parent.mkdir(parents=True)
     shutil.copyfile(tokenizer_path, path)
-    _, abstract, *_ = prepared(c, inputs.open_tokenizer(c, path).vocab_size)
+    abstract = abstract_state(c, inputs.open_tokenizer(c, path).vocab_size)
     abstract = abstract.replace(opt_state={"count": abstract.step})
     rng = np.random.default_rng(0)
 
