@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from cap_pretrain import config as configs
 from cap_pretrain import evals, train
-from cap_pretrain.checkpoints import warm_start
+from cap_pretrain.checkpoints import earlier, warm_start
 from cap_pretrain.checkpoints.load import Weights
 from cap_pretrain.errors import UserError
 from cap_pretrain.training.changes import fields
@@ -154,7 +154,7 @@ def test_a_run_resumes_without_what_it_began_with(tokenizer_path, tmp_path, caps
     resolved, weights = warm_start.resolve(c, workdir=tmp_path)
     assert weights is None
     with pytest.raises(UserError, match="encoder was 'gone/run', is now 'elsewhere'"):
-        train.allowed_changes(resolved, tmp_path, [])
+        earlier.allowed_changes(resolved, tmp_path, [])
     shutil.rmtree(tmp_path / "checkpoints" / "1")
     with pytest.raises(
         UserError, match="elsewhere: is not the folder of a run, and is not a file, nor"

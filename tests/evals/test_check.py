@@ -8,6 +8,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from cap_pretrain import evals, inputs, train
+from cap_pretrain.checkpoints import earlier
 from cap_pretrain.distributed import sharding
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals import suite
@@ -225,8 +226,8 @@ def test_a_start_that_failed_binds_nothing(tmp_path):
     """An evaluation that wrote its config and no result may be started with another config."""
     c, other = (toy.config(total_steps=0, seed=seed) for seed in (1, 2))
     train.keep_config(c, tmp_path, 0)
-    assert train.allowed_changes(other, tmp_path, ()) == []
+    assert earlier.allowed_changes(other, tmp_path, ()) == []
     (tmp_path / "evals" / "val").mkdir(parents=True)
     (tmp_path / "evals" / "val" / "0.json").write_text(json.dumps({"loss": 1}))
     with pytest.raises(UserError, match="seed was 1, is now 2"):
-        train.allowed_changes(other, tmp_path, ())
+        earlier.allowed_changes(other, tmp_path, ())
