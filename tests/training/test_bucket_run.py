@@ -1,6 +1,5 @@
 """A run whose workdir is in a bucket trains, dies and resumes like one on a disk."""
 
-import fnmatch
 import os
 import socket
 import subprocess
@@ -83,8 +82,6 @@ def test_a_run_killed_while_it_saves_resumes_on_another_number_of_hosts(bucket, 
     assert saved_steps(RUN) == [2] and bucket.names(f"{NAME}/checkpoints/4/")
     assert f'"process": {first.pid}'.encode() in killed[0]
     assert {step for step, name in figures(RUN) if name == "train/loss"} >= {1, 2, 3, 4}
-    arrays = f"{NAME}/checkpoints/2/*/d/*"
-    held = sum(len(bucket.objects[n].data) for n in bucket.objects if fnmatch.fnmatch(n, arrays))
     bucket.heal()
     bucket.log.clear()
     hosts = start(RUN, tmp_path, processes=2)
@@ -92,8 +89,6 @@ def test_a_run_killed_while_it_saves_resumes_on_another_number_of_hosts(bucket, 
     assert [host.returncode for host in hosts] == [0, 0], printed
     assert not bucket.requests("bucket")  # so that the permission to use objects suffices
     assert "Resuming from step 2" in printed[0] and "step" not in printed[1]
-    read = sum(request.sent for request in bucket.requests("read", arrays))
-    assert read <= 1.1 * held  # by both hosts together
     assert saved_steps(RUN) == saved_steps(tmp_path / "local") == [4, STEPS]
     found, expected = figures(RUN), figures(tmp_path / "local")
     assert found == expected and {s for s, n in found if n == "data/ids"} == {*range(1, STEPS + 1)}
