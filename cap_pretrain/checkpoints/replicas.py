@@ -301,7 +301,7 @@ def _compiled(parts: Sequence[Part]) -> Any:
     assert isinstance(mesh, Mesh)
     summed = [part.summed for part in parts]
 
-    def send(*blocks: jax.Array) -> tuple[jax.Array, ...]:
+    def add(*blocks: jax.Array) -> tuple[jax.Array, ...]:
         return tuple(
             _sum_of_bits(block, part.axes).reshape(
                 NamedSharding(mesh, part.spec).shard_shape(part.shape)
@@ -309,27 +309,39 @@ def _compiled(parts: Sequence[Part]) -> Any:
             for part, block in zip(parts, blocks, strict=True)
         )
 
-    with jax.set_mesh(mesh):
-        sent = jax.shard_map(
-            send,
-            mesh=mesh,
-            in_specs=tuple(each.sharding.spec for each in summed),
-            out_specs=tuple(part.spec for part in parts),
-            check_vma=False,
+    added = jax.shard_map(
+        add,
+        mesh=mesh,
+        in_specs=tuple(each.sharding.spec for each in summed),
+        out_specs=tuple(part.spec for part in parts),
+        check_vma=False,
+    )
+
+    def send(*blocks: jax.Array) -> tuple[jax.Array, ...]:
+        # Integers until the end: XLA may cut bfloat16 as float32, which changes NaNs.
+        return tuple(
+            _of_bits(jax.lax.with_sharding_constraint(bits, part.target), part.dtype)
+            for part, bits in zip(parts, added(*blocks), strict=True)
         )
-        program = jax.jit(sent, out_shardings=tuple(part.target for part in parts))
+
+    with jax.set_mesh(mesh):
+        program = jax.jit(send, out_shardings=tuple(part.target for part in parts))
         return program.lower(*summed).compile()
 
 
 def _sum_of_bits(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """Add the bits of `x`, as integers, over mesh axes along which only one `x` is not zero."""
-    if x.dtype == jnp.bool_:
-        return _sum_of_bits(x.astype(jnp.uint8), axes).astype(jnp.bool_)
     kind = _BITS[x.dtype.itemsize]
-    bits = jax.lax.bitcast_convert_type(x, kind)
+    is_bool = x.dtype == jnp.bool_
+    bits = x.astype(kind) if is_bool else jax.lax.bitcast_convert_type(x, kind)
     # Not every backend adds 16-bit integers over devices.
-    total = jax.lax.psum(bits.astype(jnp.uint32), axes).astype(kind)
-    return jax.lax.bitcast_convert_type(total, x.dtype)
+    return jax.lax.psum(bits.astype(jnp.uint32), axes).astype(kind)
+
+
+def _of_bits(bits: jax.Array, dtype: np.dtype) -> jax.Array:
+    """Return the array of a dtype that has these bits."""
+    is_bool = dtype == jnp.bool_
+    return bits.astype(dtype) if is_bool else jax.lax.bitcast_convert_type(bits, dtype)
 
 
 def _names(group: Any) -> tuple[str, ...]:

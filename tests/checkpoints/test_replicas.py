@@ -47,6 +47,7 @@ import jax, numpy as np, tensorstore as ts
 import orbax.checkpoint as ocp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from cap_pretrain import files, rules
+from cap_pretrain.checkpoints import replicas
 from cap_pretrain.checkpoints.checkpoint import Checkpoints
 from cap_pretrain.checkpoints.stored import load_arrays
 from cap_pretrain.distributed import cluster
@@ -54,6 +55,7 @@ from tests import toy
 from tests.checkpoints.test_replicas import state
 
 cluster.start()
+replicas.GROUP_BYTES = 2**22  # so that several groups are sent
 folder, meshes = files.place(sys.argv[1]), json.loads(sys.argv[2])
 whole, me = state(), jax.process_index()
 SPECS = {"kernel": P("fsdp", "tensor"), "kernels": P(None, "fsdp", "tensor")}
@@ -122,8 +124,7 @@ def run(hosts, folder, meshes, *more):
     command = [sys.executable, "-c", HOST, str(folder), json.dumps(meshes), *more]
     running = []
     for host in range(hosts):
-        environment = processes.environment(address, hosts, host)
-        environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+        environment = processes.environment(address, hosts, host, 2)
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         running.append(subprocess.Popen(command, env=environment, cwd=toy.CONFIGS.parent, **pipes))
     printed = [process.communicate(timeout=300)[0] for process in running]
