@@ -153,8 +153,8 @@ class LocalCopies:
             self._say(f"The local copies in {self._folder} are not used: {problem}.")
             return None
         self._say(
-            f"Step {step} is restored from local copies in {self._folder}; the newest checkpoint "
-            + (f"is that of step {newest}." if newest else "is yet to come.")
+            f"Step {step} is restored from local copies in {self._folder}; "
+            + (f"the newest checkpoint is of step {newest}." if newest else "no checkpoint exists.")
         )
         return state_of(items)
 

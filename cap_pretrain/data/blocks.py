@@ -1,4 +1,4 @@
-"""An order of examples in which a host reads whole blocks of its own, each once an epoch.
+"""An order of examples in which each host reads whole blocks, each once an epoch.
 
 A shuffle of all records makes every host read everywhere. Here an epoch permutes blocks of records
 that are stored together, and cuts the sequence of their records into `lanes` of equal length. Each

@@ -50,7 +50,7 @@ def make_workdir(workdir: Path) -> None:
                 file.write(content)
     except OSError as e:
         missing = is_url(workdir) and isinstance(e, FileNotFoundError)
-        reason = "there is no such bucket" if missing else e.strerror
+        reason = "the bucket does not exist" if missing else e.strerror
         raise UserError(
             f"--workdir: cannot write to {str(workdir)!r} ({reason}); fix that or name "
             "another folder."

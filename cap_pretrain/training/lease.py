@@ -1,8 +1,8 @@
-"""The lock of a run whose workdir is in a bucket, where nothing ends it together with a process.
+"""The lock of a run whose workdir is in a bucket, where a lock does not end with its process.
 
-The object run.lock says who holds it. It is created on the condition that there is none, and its
-holder rewrites it, on the condition that it is still its own, several times within a lease. So of
-two runs that start at once one gets it, and one that was lost keeps it for a lease at most. Ages
+The object run.lock says who holds it. It is created on the condition that it does not exist, and
+its holder rewrites it several times within a lease, on the condition that no one else has. So one
+of two runs that start at once gets it, and a run that was lost keeps it for a lease at most. Ages
 are by the server's clock.
 """
 

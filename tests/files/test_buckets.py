@@ -120,7 +120,7 @@ def test_errors_name_the_url_and_passing_ones_are_repeated(bucket):
         files.read_json(path)
     bucket.heal()
     with pytest.raises(
-        UserError, match="cannot write to 'gs://missing/run' .there is no such bucket"
+        UserError, match="cannot write to 'gs://missing/run' .the bucket does not exist"
     ):
         files.make_workdir(files.place("gs://missing/run"))
     files.make_workdir(files.place(RUN))

@@ -61,7 +61,7 @@ class Listing:
 
 
 class NoSuchSplit(Exception):  # noqa: N818 (the caller makes a NoSplitError of it)
-    """There is no split of that name; `splits` are those there are."""
+    """A pattern has no split of that name; `splits` are those that exist."""
 
     def __init__(self, splits: Sequence[str]):
         super().__init__()
@@ -83,7 +83,7 @@ def find(pattern: str, split: str, suffix: str, where: str) -> Listing:
 
     Raises:
         UserError: a file is missing, or there is none, or the pattern is not valid.
-        NoSuchSplit: there is no split of that name.
+        NoSuchSplit: no split has that name.
     """
     pattern = pattern.strip()
     if not pattern:

@@ -1,8 +1,8 @@
 """Indexes of tars: where the files of each example lie, kept beside the tars.
 
-Tars have no table of contents, so one pass finds the headers. What it finds of a tar is kept in a
-file of its own, so that a pass that was stopped goes on, and several hosts that share the folder
-divide the work. An index names size and stamps of its tar, so that a changed tar is indexed again.
+Tars have no table of contents, so one pass finds the headers. The result of each tar is one
+file, so that a pass that was stopped resumes, and several hosts that share the folder divide the
+work. An index names size and stamps of its tar, so that a changed tar is indexed again.
 """
 
 import contextlib
