@@ -12,7 +12,7 @@ import pytest
 from pyarrow import parquet
 
 from cap_pretrain import inputs
-from cap_pretrain.data.sources import base, storage, tar_index
+from cap_pretrain.data.sources import base, footer, storage, tar_index
 from cap_pretrain.data.sources.open import open_source
 from cap_pretrain.errors import UserError
 from tests import toy
@@ -84,6 +84,18 @@ def test_what_is_announced_is_fetched_in_whole_blocks(here, tmp_path):
     assert len(set(fetched)) == 2 and reads <= 4
     later = [name for name in Faulty.requested if name.endswith((".tar", ".parquet"))]
     assert len(later) == reads, "nothing is fetched twice"
+
+
+@pytest.mark.parametrize("here", ["parquet"], indirect=True)
+def test_a_footer_is_parsed_once(here, tmp_path, monkeypatch):
+    parsed = []
+    whole = footer.row_groups
+    monkeypatch.setattr(footer, "row_groups", lambda data: parsed.append(1) or whole(data))
+    source = opened(there(here), tmp_path / "cache")
+    spans = [list(source._spans_of(file, group)()) for file in range(3) for group in (1, 0)]
+    assert len(parsed) == 3
+    assert all(start < stop for ((_, start, stop),) in spans)
+    assert all(spans[k][0][1] == spans[k + 1][0][2] for k in (0, 2, 4)), "groups follow each other"
 
 
 def test_a_file_that_changes_is_an_error(here, tmp_path):

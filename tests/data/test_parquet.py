@@ -78,13 +78,29 @@ def test_a_row_group_is_decoded_once_and_kept_on_the_disk(folder, tmp_path, monk
     assert list(again) == expected and len(decoded) == 8, "shared by processes and starts"
     captions = [again.without_image(k)["captions"] for k in range(14)]
     assert captions == [e["captions"] for e in expected] and not decoded[-1].image
-    (kept,) = (tmp_path / "cache").iterdir()
+    (kept,) = (tmp_path / "cache").glob("parquet-*/0")
     monkeypatch.setattr(row_groups, "_EVERY", 2)
     again._groups._budget = 3 * max(file.stat().st_size for file in kept.iterdir())
     for file in kept.iterdir():
         file.unlink()
     assert list(again) == expected
     assert sum(file.stat().st_size for file in kept.iterdir()) <= 4 * again._groups._budget / 3
+
+
+def test_processes_of_a_machine_bound_their_own_row_groups(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(source_of, "MEMORY", 0)
+    monkeypatch.setattr(row_groups, "_EVERY", 2)
+    sources = []
+    for _ in range(2):
+        monkeypatch.setattr(row_groups, "_taken", {})  # as in another process
+        sources.append(opened(folder, cache=tmp_path / "cache"))
+    expected = list(sources[0])
+    worker = pickle.loads(pickle.dumps(sources[1]))
+    worker._groups._budget = 1
+    assert list(worker) == expected
+    first, second = (source._groups._folder for source in sources)
+    assert worker._groups._folder == second, "workers share the folder of their parent"
+    assert len(list(first.glob("*.arrow"))) == 8 > len(list(second.glob("*.arrow")))
 
 
 def test_a_cache_that_cannot_be_written_costs_time_only(folder, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import os
 import struct
@@ -78,6 +79,18 @@ def hold(slot: Path) -> int:
         os.close(file)
         raise
     return file
+
+
+def take(folder: Path, prefix: str = "") -> Path:
+    """Return the first slot PREFIX0, PREFIX1, … in a folder that is free; hold it from now on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(2**16):
+        slot = folder / f"{prefix}{number}"
+        slot.mkdir(exist_ok=True)
+        with contextlib.suppress(BlockingIOError):
+            hold(slot)  # until the process ends
+            return slot
+    raise OSError(errno.EUSERS, "all slots are in use")
 
 
 def write_at(path: Path, offset: int, data: bytes) -> None:

@@ -10,8 +10,9 @@ import hashlib
 import io
 import itertools
 import posixpath
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,16 +20,17 @@ import numpy as np
 from cap_pretrain.data.examples import pair_id, texts
 from cap_pretrain.data.sources import arrow, footer, numbered, storage
 from cap_pretrain.data.sources.base import DEFAULT_FIELDS, Example, parse_mixture
-from cap_pretrain.data.sources.contents import Contents
+from cap_pretrain.data.sources.contents import Contents, Recent
 from cap_pretrain.data.sources.metadata import MAX_CLASSES, listed
 from cap_pretrain.data.sources.numbered import Numbered
-from cap_pretrain.data.sources.row_groups import MEMORY, Group, RowGroups
+from cap_pretrain.data.sources.row_groups import MEMORY, Group, RowGroups, own_folder
 from cap_pretrain.errors import UserError, did_you_mean
 from cap_pretrain.telemetry import console
 from cap_pretrain.untrusted import FREE_BYTES, MAX_RATIO, TooLargeError, parse_json, parsing
 
 _THREADS = 16  # footers that are read at a time
 _BATCH = 128  # rows that are decoded at a time
+_PLACES = (2**20, 2**26)  # files, and bytes, of places of row groups that are kept in memory
 _CAPTIONS = ("captions", "caption", "text", "txt")  # columns of captions, the first that is there
 
 
@@ -85,7 +87,7 @@ class ParquetSource(Numbered):
         where = f"dataset parquet:{pattern}"
         found = numbered.find_split(pattern, split, ".parquet", where)
         files = Contents(found, cache, budget)
-        self._setup(where, split, dict(fields or {}), files, (cache, budget))
+        self._setup(where, split, dict(fields or {}), files, (cache, budget), None)
 
     def _setup(
         self,
@@ -94,10 +96,8 @@ class ParquetSource(Numbered):
         fields: Mapping[str, str],
         files: Contents,
         kept: tuple[str, float],
-        *,
-        quiet: bool = False,
+        decoded: Path | None,
     ) -> None:
-        self._state = (where, split, fields, files, kept)
         self._contents, self._listing = files, files.listing
         self._where = where
         with ThreadPoolExecutor(_THREADS) as threads:
@@ -115,26 +115,29 @@ class ParquetSource(Numbered):
                         "columns."
                     )
         self.class_names = _class_names(opened[0].schema, self._columns.label, where)
-        self._groups = self._kept(sum(one.unpacked for one in opened), *kept, quiet=quiet)
+        self._places: Recent[np.ndarray] = Recent(
+            self._find_groups, _PLACES[0], lambda places: places.nbytes, _PLACES[1]
+        )
+        unpacked = sum(one.unpacked for one in opened)
+        if unpacked > MEMORY and not decoded:
+            decoded = self._decoded_folder(kept[0], min(unpacked, kept[1]))
+        self._groups = RowGroups(self._decode, decoded, kept[1])
+        self._state = (where, split, fields, files, kept, decoded)
 
     def __reduce__(self):
         return _again, self._state
 
-    def _kept(self, unpacked: int, cache: str, budget: float, *, quiet: bool) -> RowGroups:
-        """Return the decoded row groups, kept on the disk if memory does not hold all."""
-        if unpacked <= MEMORY:
-            return RowGroups(self._decode, None, 0)
+    def _decoded_folder(self, cache: str, most: float) -> Path:
+        """Return the folder for decoded row groups of up to `most` bytes."""
         about = [str(self._listing.root), self._columns]
         about += [(file.name, file.size, file.stamps) for file in self._listing.files]
         digest = hashlib.sha256(repr(about).encode()).hexdigest()[:16]
-        folder = storage.cache_folder(cache) / f"parquet-{digest}"
-        if not quiet:
-            most = min(unpacked, budget)
-            console.say(
-                f"{self._where}: row groups are decoded once and kept in {folder}, up to "
-                f"{most / 1e9:,.1f} GB (data.cache)."
-            )
-        return RowGroups(self._decode, folder, budget)
+        folder = own_folder(storage.cache_folder(cache) / f"parquet-{digest}")
+        console.say(
+            f"{self._where}: row groups are decoded once and kept in {folder}, up to "
+            f"{most / 1e9:,.1f} GB (data.cache)."
+        )
+        return folder
 
     def block_bounds(self, size: int) -> np.ndarray:
         """Return where row groups begin, of any size."""
@@ -159,15 +162,20 @@ class ParquetSource(Numbered):
 
     def _spans_of(self, file: int, number: int) -> Callable[[], Iterable[tuple[int, int, int]]]:
         def spans() -> list[tuple[int, int, int]]:
-            size = self._listing.files[file].size
             with parsing(self._listing.path(file)):
-                tail = self._contents.read(file, max(0, size - footer.TAIL), size)
-                start = max(0, size - footer.TAIL - footer.size(tail))
-                data = self._contents.read(file, start, size - footer.TAIL)
-                first, stop = footer.row_groups(data)[number]
-            return [(file, min(first, size), min(stop, size))]
+                first, stop = self._places(file)[number].tolist()
+            return [(file, first, stop)]
 
         return spans
+
+    def _find_groups(self, file: Hashable) -> np.ndarray:
+        """Return the first byte and the one after the last of a file's row groups, int64 [n, 2]."""
+        assert isinstance(file, int)
+        size = self._listing.files[file].size
+        tail = self._contents.read(file, max(0, size - footer.TAIL), size)
+        start = max(0, size - footer.TAIL - footer.size(tail))
+        places = footer.row_groups(self._contents.read(file, start, size - footer.TAIL))
+        return np.array([(min(a, size), min(b, size)) for a, b in places], np.int64)
 
     def _open(self, file: int) -> _Opened:
         with parsing(self._listing.path(file)):
@@ -231,7 +239,7 @@ class ParquetSource(Numbered):
 
 def _again(*state: Any) -> ParquetSource:
     source = ParquetSource.__new__(ParquetSource)
-    source._setup(*state, quiet=True)
+    source._setup(*state)
     return source
 
 

@@ -5,6 +5,7 @@ reading returns to a group for each of its rows. So decoded groups are kept as A
 hold the values as they are in memory, so that a row is read from a map of the file.
 """
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cap_pretrain.data.sources.contents import Recent
+from cap_pretrain.data.sources.holes import take
 from cap_pretrain.telemetry import console
 
 MEMORY = 2**29
@@ -26,6 +28,8 @@ _FILLED = 0.9  # part of the disk's free space that may be used
 _EVERY = 32  # files after which the folder's size is looked up; other processes write there, too
 _SUFFIX = ".arrow"
 
+_taken: dict[Path, Path] = {}  # the folder that this process writes to, by that of the dataset
+
 
 class Group(NamedTuple):
     """A row group of a file."""
@@ -35,12 +39,25 @@ class Group(NamedTuple):
     image: bool  # with the column of images
 
 
+def own_folder(folder: Path) -> Path:
+    """Return a part of a dataset's folder for this process and its workers.
+
+    Each process on a machine reads other row groups, and bounds its folder by its own share of the
+    budget. Where folders cannot be locked, all processes share one.
+    """
+    if folder not in _taken:
+        _taken[folder] = folder
+        with contextlib.suppress(OSError):  # writing reports what is wrong
+            _taken[folder] = take(folder)
+    return _taken[folder]
+
+
 class RowGroups:
     """The tables of row groups. Thread-safe.
 
     Args:
         decode: returns the table of a group.
-        folder: for decoded groups with images, shared by all processes; None: memory is enough.
+        folder: for decoded groups with images, shared by worker processes; None: memory is enough.
         budget: most bytes of this folder. The groups that were not used for longest are removed.
     """
 
@@ -103,6 +120,8 @@ def _files(folder: Path) -> list[tuple[int, int, Path]]:
     found = []
     with os.scandir(folder) as entries:
         for entry in entries:
+            if not entry.name.endswith((_SUFFIX, ".tmp")):
+                continue
             try:
                 status = entry.stat()
             except FileNotFoundError:  # removed by another process

@@ -16,7 +16,6 @@ machine they could be on the disk without the pages.
 """
 
 import contextlib
-import errno
 import json
 import os
 import shutil
@@ -29,7 +28,16 @@ from urllib.parse import quote
 import numpy as np
 
 from cap_pretrain import files
-from cap_pretrain.data.sources.holes import check_holes, hold, lock, punch, runs, write_at, writing
+from cap_pretrain.data.sources.holes import (
+    check_holes,
+    hold,
+    lock,
+    punch,
+    runs,
+    take,
+    write_at,
+    writing,
+)
 from cap_pretrain.errors import UserError
 
 PAGE = 4096
@@ -73,20 +81,12 @@ class Slot:
 
     @classmethod
     def _free(cls, cache: Path) -> "Slot":
-        cache.mkdir(parents=True, exist_ok=True)
-        for number in range(2**16):
-            path = cache / f"ranges-{number}"
-            path.mkdir(exist_ok=True)
-            try:
-                hold(path)  # until the process ends
-            except BlockingIOError:
-                continue
-            check_holes(path)
-            _clear(path)
-            slot = cls(path)
-            slot._state[:] = sum(d.restore() for d in slot.datasets()) * PAGE, 0, 0
-            return slot
-        raise OSError(errno.EUSERS, "all slots are in use")
+        path = take(cache, "ranges-")
+        check_holes(path)
+        _clear(path)
+        slot = cls(path)
+        slot._state[:] = sum(d.restore() for d in slot.datasets()) * PAGE, 0, 0
+        return slot
 
     @property
     def budget(self) -> int:
