@@ -54,11 +54,15 @@ def _run(args: argparse.Namespace) -> int:
 def _lines(dataset: str, splits: Sequence[str], ids: bool) -> Iterator[list[str]]:
     from cap_pretrain.data import images
     from cap_pretrain.data.builders import hashes
-    from cap_pretrain.data.sources.open import open_source
+    from cap_pretrain.data.sources import passes
+    from cap_pretrain.data.sources.open import is_streamed, open_source
+    from cap_pretrain.data.sources.ranges import Cache
 
+    cache = Cache() if is_streamed(dataset) else ""
     for split in splits:
-        source = open_source(dataset, split, image_size=hashes.LOOK)
-        for index in tqdm(range(len(source)), desc=split, unit="img", disable=None):
+        source = open_source(dataset, split, image_size=hashes.LOOK, cache=cache)
+        indices = itertools.chain.from_iterable(passes.whole(source))
+        for index in tqdm(indices, desc=split, total=len(source), unit="img", disable=None):
             example = source[index]
             data = example["image"]
             if not isinstance(data, bytes):

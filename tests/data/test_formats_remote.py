@@ -3,7 +3,9 @@
 import contextlib
 import pickle
 import random
+import threading
 import time
+import types
 
 import fsspec
 import numpy as np
@@ -12,12 +14,13 @@ import pytest
 from pyarrow import parquet
 
 from cap_pretrain import inputs
-from cap_pretrain.data.sources import base, footer, storage, tar_index
+from cap_pretrain.data.sources import base, footer, forward, storage, tar_index
 from cap_pretrain.data.sources.open import open_source
 from cap_pretrain.errors import UserError
 from tests import toy
 from tests.data.test_storage import Faulty
 from tests.data.test_webdataset import sample, tar
+from tests.http_server import Answer, Connection, Threaded
 from tests.tools.test_build_dataset import jpeg
 
 URL = "faulty://bucket/set"
@@ -86,6 +89,44 @@ def test_what_is_announced_is_fetched_in_whole_blocks(here, tmp_path):
     assert len(later) == reads, "nothing is fetched twice"
 
 
+class Pages:
+    """A web server of files, whose listing has names only and whose ETags are weak."""
+
+    def __init__(self, folder):
+        self.folder, self.asked = folder, []
+
+    def answer(self, method, target, headers, body):
+        name = target.rpartition("/")[2]
+        self.asked.append((method, name, headers.get("if-match")))
+        if name == "set":
+            links = "".join(f'<a href="{file.name}">x</a>' for file in self.folder.iterdir())
+            return Answer(200, links.encode(), {"Content-Type": "text/html"})
+        if method not in ("GET", "HEAD") or not (self.folder / name).is_file():
+            return Answer(404, b"")
+        data = (self.folder / name).read_bytes()
+        about = {"ETag": f'W/"{len(data)}"', "Content-Type": "application/octet-stream"}
+        if method == "HEAD":
+            return Answer(200, b"", about | {"Content-Length": str(len(data))})
+        if "if-match" in headers:
+            return Answer(412, b"")  # as RFC 9110 has it for weak ETags
+        start, _, last = headers.get("range", "bytes=0-").removeprefix("bytes=").partition("-")
+        part = data[int(start) : int(last) + 1 if last else len(data)]
+        return Answer(206 if "range" in headers else 200, part, about)
+
+
+def test_files_of_a_web_server_are_read(here, tmp_path):
+    pages = Pages(tmp_path / "set")
+    with Threaded(("127.0.0.1", 0), Connection) as server:
+        server.owner = pages
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}/set"
+        source = opened(f"{here.partition(':')[0]}:{url}", tmp_path / "cache")
+        expected = list(opened(here, tmp_path / "none"))
+        assert [source[k] for k in (17, 0, 8)] == [expected[k] for k in (17, 0, 8)]
+        assert all(method != "PUT" for method, *_ in pages.asked)
+        server.shutdown()
+
+
 @pytest.mark.parametrize("here", ["parquet"], indirect=True)
 def test_a_footer_is_parsed_once(here, tmp_path, monkeypatch):
     parsed = []
@@ -109,8 +150,15 @@ def test_a_file_that_changes_is_an_error(here, tmp_path):
 
 @pytest.mark.parametrize("here", ["wds"], indirect=True)
 def test_hosts_index_each_tar_once_if_the_bucket_can_be_written(here, tmp_path, monkeypatch):
-    opened(there(here), tmp_path / "one")
-    assert len([name for name in Faulty.requested if name.endswith(".tar")]) == 3
+    state = types.SimpleNamespace(process_id=2, num_processes=3)
+    monkeypatch.setattr(tar_index.cluster, "state", lambda: state)
+    monkeypatch.setattr(tar_index, "_THREADS", 1)
+    source = opened(there(here), tmp_path / "one")
+    assert [name[-9:] for name in Faulty.requested if name.endswith(".tar")] == [
+        *("00002.tar", "00000.tar", "00001.tar"),  # host 2 of 3 begins with the last third
+    ]
+    assert isinstance(source._entries.base, np.memmap), "not in the memory of each process"
+    assert len(pickle.dumps(tar_index.Indexes(source._listing.root, "", "x")._make)) < 500
     Faulty.requested.clear()
     opened(there(here), tmp_path / "two")
     assert not [name for name in Faulty.requested if name.endswith(".tar")]
@@ -143,8 +191,8 @@ def test_tars_of_large_files_are_indexed_by_their_headers(here, tmp_path, monkey
 
     monkeypatch.setattr(Faulty, "cat_file", counting)
     monkeypatch.setattr(storage, "CHUNK", 2**16)
-    monkeypatch.setattr(tar_index, "_JUMP", 2**16)
-    monkeypatch.setattr(tar_index, "_LITTLE", 2**12)
+    monkeypatch.setattr(forward, "_JUMP", 2**16)
+    monkeypatch.setattr(forward, "_LITTLE", 2**12)
     assert len(opened("wds:faulty://bucket/large", tmp_path / "cache")) == 5
     assert sum(read) < 150_000
 

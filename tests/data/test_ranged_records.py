@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from cap_pretrain.commands import contact_sheet, held_out
 from cap_pretrain.data.pipeline import ImageOptions, train_dataset
 from cap_pretrain.data.prefetch import iterate
 from cap_pretrain.data.sources import base, holes, sparse, storage
@@ -71,6 +72,15 @@ def ranged(cache, split="train"):
 def batches(source, tokenizer, threads=0):
     dataset = train_dataset([(source, 1.0)], tokenizer, ImageOptions(8), batch_size=4, seed=0)
     return list(iterate(dataset, 0, 30, threads=threads))
+
+
+def test_commands_read_blocks_and_copy_no_whole_file(local, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    picture = next(contact_sheet.of_dataset(URL, "train", 16))
+    assert picture.caption == local[0]["captions"][0]
+    assert len(list(held_out._lines(URL, ["train"], ids=False))) == COUNT
+    files = [path for path in tmp_path.rglob("*array_record*") if path.is_file()]
+    assert files and all("ranges-0" in path.parts for path in files)
 
 
 @pytest.mark.parametrize("options", ["group_size:1", "group_size:3", "group_size:2,uncompressed"])

@@ -96,9 +96,9 @@ def test_the_index_is_kept_and_a_changed_tar_is_indexed_again(tars, monkeypatch)
     indexed = []
     whole = tar_index.Indexes._index
 
-    def index(self, number):
-        indexed.append(self._listing.files[number].name)
-        return whole(self, number)
+    def index(self, tar):
+        indexed.append(tar.name)
+        return whole(self, tar)
 
     monkeypatch.setattr(tar_index.Indexes, "_index", index)
     source = opened(tars)

@@ -96,10 +96,10 @@ def find(pattern: str, split: str, suffix: str, where: str) -> Listing:
             near = _similar(path) if isinstance(path, Path) else ""
             raise UserError(f"{where}: no such file or folder.{near}")
     root, names = _rooted(path, where)
-    files = tuple(_matching(root, names, where))
+    files = list(_matching(root, names, where))
     if split != TRAIN:
         raise NoSuchSplit([TRAIN])
-    return Listing(root, files, (TRAIN,))
+    return Listing(root, _sized(root, files, where), (TRAIN,))
 
 
 def _folder(path: Path | Remote, split: str, suffix: str, where: str) -> Listing:
@@ -115,7 +115,7 @@ def _folder(path: Path | Remote, split: str, suffix: str, where: str) -> Listing
     chosen = split if split in by_split else _ALIASES.get(split, "")
     if chosen not in by_split:
         raise NoSuchSplit(list(by_split))
-    return Listing(path, tuple(by_split[chosen]), tuple(by_split))
+    return Listing(path, _sized(path, by_split[chosen], where), tuple(by_split))
 
 
 def _with_suffix(folder: Path | Remote, suffix: str) -> list[File]:
@@ -189,12 +189,29 @@ def _matching(root: Path | Remote, names: Sequence[str], where: str) -> Iterator
         )
 
 
+def _sized(root: Path | Remote, files: Sequence[File], where: str) -> tuple[File, ...]:
+    """Return the files with their sizes; HTTP servers say them only when asked about each."""
+
+    def sized(file: File) -> File:
+        path = root / file.name
+        if file.size >= 0 or isinstance(path, Path):
+            return file
+        info = path.call(lambda fs, name: fs.info(name))
+        if info.get("size") is None:
+            raise UserError(f"{where}: the server does not say the size of {path}; copy the files.")
+        return File(file.name, int(info["size"]), _remote_stamps(info), info)
+
+    with ThreadPoolExecutor(_THREADS) as threads:
+        return tuple(threads.map(sized, files))
+
+
 def _entries(folder: Path | Remote) -> dict[str, File]:
-    """Return the files of a folder by name, without hidden ones."""
+    """Return the files of a folder by name, without hidden ones; the size is -1 if not listed."""
     if isinstance(folder, Remote):
         listed = {
-            name: File(name, int(entry["size"]), _remote_stamps(entry), entry)
+            name: File(name, -1 if size is None else int(size), _remote_stamps(entry), entry)
             for name, entry in folder.files().items()
+            for size in [entry.get("size")]
         }
     else:
         listed = _local_entries(folder)

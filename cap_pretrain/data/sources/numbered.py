@@ -47,11 +47,16 @@ def part(split: str, count: int, where: str) -> tuple[int, int]:
     return start, stop
 
 
-def answers_folder(listing: Listing, fields: Mapping[str, str], cache: str) -> Path:
-    """Return the folder of what was found out about these very files; see `passes.kept`."""
+def own_folder(listing: Listing, cache: str) -> Path:
+    """Return the folder of what was found out about these very files."""
     about = (str(listing.root), [(f.name, f.size, f.stamps) for f in listing.files])
     digest = hashlib.sha256(repr(about).encode()).hexdigest()[:16]
-    return passes.answers_folder(storage.cache_folder(cache) / f"files-{digest}", fields)
+    return storage.cache_folder(cache) / f"files-{digest}"
+
+
+def answers_folder(listing: Listing, fields: Mapping[str, str], cache: str) -> Path:
+    """Return the folder of `passes.kept` for these very files."""
+    return passes.answers_folder(own_folder(listing, cache), fields)
 
 
 class Numbered:

@@ -11,7 +11,7 @@ import io
 import itertools
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -101,13 +101,13 @@ def kept(source: Source, name: str, make: Callable[[], np.ndarray]) -> np.ndarra
     return answer
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file atomically, whoever else writes it at the same time."""
+def write_whole(path: Path, data: bytes | Iterable[bytes]) -> None:
+    """Write a file, or its parts, atomically, whoever else writes it at the same time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(prefix=f"{path.name}.", suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
+            file.writelines([data] if isinstance(data, bytes) else data)
             os.fchmod(file.fileno(), 0o644)
         Path(name).replace(path)
     except BaseException:

@@ -55,7 +55,7 @@ _TRANSIENT = (
 # Packages whose errors fsspec's file systems do not wrap; these are retried.
 _CLIENTS = ("aiohttp", "azure", "botocore", "gcsfs", "google")
 # Entries of a listing that change with the content of a file; each file system has its own names.
-STAMPS = ("etag", "ETag", "md5Hash", "mtime", "updated", "LastModified", "created")
+STAMPS = ("etag", "ETag", "md5Hash", "mtime", "updated", "LastModified", "Last-Modified", "created")
 
 _SHARD = re.compile(r"-\d{5,}-of-\d{5,}$")  # how TFDS names the files that hold records
 _URL = re.compile(r"[A-Za-z][\w.:-]*://")
@@ -155,7 +155,7 @@ class Remote:
             yield self / "/".join(found.split("/")[-depth:])
 
     def files(self) -> dict[str, dict[str, Any]]:
-        """Return fsspec's info of each file of this folder by name, "size" in bytes included."""
+        """Return fsspec's info of each file by name; "size" in bytes is None on HTTP servers."""
         entries = self.call(lambda fs, path: fs.ls(path, detail=True))
         return {e["name"].rpartition("/")[2]: e for e in entries if e["type"] == "file"}
 

@@ -2,30 +2,31 @@
 
 Tars have no table of contents, so one pass finds the headers. The result of each tar is one
 file, so that a pass that was stopped resumes, and several hosts that share the folder divide the
-work. An index names size and stamps of its tar, so that a changed tar is indexed again.
+work. The indexes of a dataset are joined in a file on the local disk, which processes map. An index
+names size and stamps of its tar, so that a changed tar is indexed again.
 """
 
 import contextlib
 import dataclasses
 import hashlib
-import io
 import json
 import multiprocessing
 import os
-import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
 from cap_pretrain.data import tar_examples
-from cap_pretrain.data.sources import storage, unchanged
-from cap_pretrain.data.sources.listing import File, Listing
+from cap_pretrain.data.sources import storage
+from cap_pretrain.data.sources.forward import opened
+from cap_pretrain.data.sources.listing import File
 from cap_pretrain.data.sources.passes import write_whole
 from cap_pretrain.data.sources.storage import Remote, retried, why
 from cap_pretrain.data.tars import CutOffError, Member, find_members
+from cap_pretrain.distributed import cluster
 from cap_pretrain.errors import UserError
 from cap_pretrain.telemetry import console
 from cap_pretrain.untrusted import open_regular
@@ -49,12 +50,12 @@ ENTRY = np.dtype(
 """An example in an index: where its files lie."""
 
 _FORMAT, _VERSION = "cap_pretrain index of a tar", 1
+# Files of a dataset: the indexes of all tars, one after the other, and what the log says of them.
+_ENTRIES, _COUNTS = f"tars-{_VERSION}.entries", f"tars-{_VERSION}.json"
 _BLOCK = 512  # bytes; contents begin at multiples (POSIX.1-1988, ustar)
 _MOST_HEADER = 2**16  # bytes of an index before its entries
 _THREADS = 16  # tars that are indexed at a time by threads
 _MANY = 2**32  # bytes of local tars from which processes index them: Python's threads share a core
-_JUMP = 2**20  # bytes; after a longer jump in a remote tar, little is read ahead
-_LITTLE = 2**16  # bytes
 
 _FILES = (("text", ".txt"), ("json", ".json"), ("label", tar_examples.LABEL))
 
@@ -163,84 +164,113 @@ def unpacked(data: bytes, tar: File) -> Index | None:
     return Index(entries, lost, str(about["cut"])[:500])
 
 
+@dataclasses.dataclass(frozen=True)
+class Joined:
+    """The examples of all tars of a dataset, in the order of its files."""
+
+    entries: np.ndarray  # [n] of ENTRY, mapped from a file
+    counts: list[int]  # of each tar
+    notes: str  # what is left out, for the log; "": nothing is
+
+
 class Indexes:
-    """The indexes of the tars of a listing: found, or made in one pass."""
+    """The indexes of the tars below a folder: found, or made in one pass, and joined in a file."""
 
-    def __init__(self, listing: Listing, cache: str, where: str):
-        self._listing, self._where = listing, where
-        digest = hashlib.sha256(str(listing.root).encode()).hexdigest()[:16]
+    def __init__(self, root: Path | Remote, cache: str, where: str):
+        self._root, self._where = root, where
+        digest = hashlib.sha256(str(root).encode()).hexdigest()[:16]
         self._cache = storage.cache_folder(cache) / f"tars-{digest}"
-        self._own = True  # whether indexes can be written beside the tars, as far as is known
+        # Whether indexes can be written beside the tars, as far as is known.
+        self._own = isinstance(root, Path) or not root.url.startswith(("http:", "https:"))
 
-    def load(self) -> list[Index]:
-        """Return the index of every tar, making those that are missing.
+    def load(self, tars: Sequence[File], folder: Path) -> Joined:
+        """Return the joined indexes of tars, making those that are missing.
 
-        Raises UserError if a tar cannot be read, is compressed, or no index can be kept.
+        They are mapped from a file in `folder`, which belongs to these very tars. Raises UserError
+        if a tar cannot be read, is compressed, or no index can be kept.
         """
-        count = len(self._listing.files)
-        with ThreadPoolExecutor(_THREADS) as threads:
-            indexes = enumerate(threads.map(self._find, range(count)))
-            found = {number: index for number, index in indexes if index}
-        missing = [number for number in range(count) if number not in found]
-        if missing:
-            with console.doing(self._announced(missing)):
-                for done, (number, index) in enumerate(self._made(missing), 1):
-                    found[number] = index
-                    console.advance(done, len(missing))
-        made = [found[number] for number in range(count)]
-        if notes := _losses(made, [file.name for file in self._listing.files]):
-            console.say(f"{self._where}: {notes}")
-        return made
+        joined = _mapped(folder)
+        if joined is None:
+            with ThreadPoolExecutor(_THREADS) as threads:
+                found = list(threads.map(lambda tar: self._find(tar) is not None, tars))
+            missing = [number for number, there in enumerate(found) if not there]
+            if missing:
+                self._make_all([tars[number] for number in _by_host(missing, len(tars))])
+            joined = self._join(tars, folder)
+        if joined.notes:
+            console.say(f"{self._where}: {joined.notes}")
+        return joined
 
-    def _announced(self, missing: Sequence[int]) -> str:
-        size = sum(self._listing.files[number].size for number in missing)
+    def _join(self, tars: Sequence[File], folder: Path) -> Joined:
+        """Write the indexes one after the other to a file, or else to memory."""
+        counts: list[int] = []
+        left_out: list[Index] = []
+
+        def parts() -> Iterator[bytes]:
+            with ThreadPoolExecutor(_THREADS) as threads:
+                for at in range(0, len(tars), _THREADS):
+                    for index in threads.map(self._find_or_make, tars[at : at + _THREADS]):
+                        counts.append(len(index.entries))
+                        left_out.append(dataclasses.replace(index, entries=np.empty(0, ENTRY)))
+                        yield index.entries.tobytes()
+
+        with contextlib.suppress(OSError):
+            write_whole(folder / _ENTRIES, parts())
+            notes = _losses(left_out, [tar.name for tar in tars])
+            about = {"counts": counts, "notes": notes}
+            write_whole(folder / _COUNTS, json.dumps(about).encode())
+            if joined := _mapped(folder):
+                return joined
+        counts, left_out = [], []
+        entries = np.frombuffer(b"".join(parts()), ENTRY)
+        return Joined(entries, counts, _losses(left_out, [tar.name for tar in tars]))
+
+    def _announced(self, missing: Sequence[File]) -> str:
+        size = sum(tar.size for tar in missing)
         tars = f"{len(missing):,} tar{'s' if len(missing) > 1 else ''} ({size / 1e9:,.1f} GB)"
-        remote = isinstance(self._listing.root, Remote)
-        how = "their headers are read once"
-        if remote:
+        begin, beside = f"Indexing {tars} of {self._where}", self._root / FOLDER
+        if isinstance(self._root, Remote):
             requests = -(-size // storage.CHUNK) + len(missing)
-            how = f"they are streamed once, in about {requests:,} requests by all hosts together"
-        return f"Indexing {tars} of {self._where}: {how}; the index is kept in {self._kept_in()}"
+            begin += f": they are streamed once, in about {requests:,} requests"
+            shared = f" and, for all hosts to share the work, in {beside} if that can be written"
+            return f"{begin}; the index is kept in {self._cache}{shared * self._own}"
+        kept = beside if os.access(self._root, os.W_OK) else self._cache
+        return f"{begin}: their headers are read once; the index is kept in {kept}"
 
-    def _kept_in(self) -> str:
-        root = self._listing.root
-        if isinstance(root, Path) and os.access(root, os.W_OK):
-            return str(root / FOLDER)
-        beside = f"{root / FOLDER} if that can be written, and in " * isinstance(root, Remote)
-        return f"{beside}{self._cache}"
-
-    def _made(self, missing: Sequence[int]) -> Iterable[tuple[int, Index]]:
-        """Yield (number, index) of tars as they are done, in an order that differs by host."""
-        order = list(missing)
-        random.Random().shuffle(order)
-        with self._pool(order) as pool:
-            futures = [pool.submit(self._find_or_make, number) for number in order]
+    def _make_all(self, missing: Sequence[File]) -> None:
+        """Make the indexes of tars, in their order."""
+        with console.doing(self._announced(missing)), self._pool(missing) as pool:
+            futures = [pool.submit(self._make, tar) for tar in missing]
             try:
-                for future in as_completed(futures):
-                    yield future.result()
+                for done, future in enumerate(as_completed(futures), 1):
+                    future.result()
+                    console.advance(done, len(missing))
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def _pool(self, missing: Sequence[int]) -> Executor:
-        size = sum(self._listing.files[number].size for number in missing)
+    def _pool(self, missing: Sequence[File]) -> Executor:
+        size = sum(tar.size for tar in missing)
         cores = min(len(missing), os.cpu_count() or 1)
-        if isinstance(self._listing.root, Remote) or size < _MANY or cores < 2:
+        if isinstance(self._root, Remote) or size < _MANY or cores < 2:
             return ThreadPoolExecutor(_THREADS)
         return ProcessPoolExecutor(cores, mp_context=multiprocessing.get_context("spawn"))
 
-    def _find_or_make(self, number: int) -> tuple[int, Index]:
-        """Return the index of a tar, which another host may have made meanwhile."""
-        tar = self._listing.files[number]
-        if (index := self._find(number)) is None:
-            index = self._index(number)
-            self._keep(number, packed(index, tar))
-        return number, index
+    def _make(self, tar: File) -> None:
+        """Keep the index of a tar; what a process pool calls, so its result is small."""
+        self._find_or_make(tar)
 
-    def _index(self, number: int) -> Index:
-        path, tar = self._listing.path(number), self._listing.files[number]
+    def _find_or_make(self, tar: File) -> Index:
+        """Return the index of a tar, which another host may have made meanwhile."""
+        if (index := self._find(tar)) is None:
+            index = self._index(tar)
+            self._keep(tar, packed(index, tar))
+        return index
+
+    def _index(self, tar: File) -> Index:
+        path = self._root / tar.name
         try:
-            with _opened(path, tar) as file:
+            with opened(path, tar) as file:
                 start = file.read(2)
                 file.seek(0)
                 if start == b"\x1f\x8b":
@@ -252,27 +282,25 @@ class Indexes:
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({why(error)}).") from error
 
-    def _beside(self, number: int) -> Path | Remote:
-        folder, _, base = self._listing.files[number].name.rpartition("/")
-        root = self._listing.root
-        return (root / folder if folder else root) / FOLDER / f"{base}.index"
+    def _beside(self, tar: File) -> Path | Remote:
+        folder, _, base = tar.name.rpartition("/")
+        return (self._root / folder if folder else self._root) / FOLDER / f"{base}.index"
 
-    def _copy(self, number: int) -> Path:
+    def _copy(self, tar: File) -> Path:
         """Return where the index of a tar is kept that cannot be kept beside it."""
-        return self._cache / f"{self._listing.files[number].name}.index"
+        return self._cache / f"{tar.name}.index"
 
-    def _find(self, number: int) -> Index | None:
-        tar = self._listing.files[number]
-        for path in (self._copy(number), self._beside(number)):
+    def _find(self, tar: File) -> Index | None:
+        for path in (self._copy(tar), self._beside(tar)):
             with contextlib.suppress(OSError, UserError):  # there is none, or it cannot be read
                 if index := unpacked(_content(path), tar):
                     if isinstance(path, Remote):
-                        write_whole(self._copy(number), packed(index, tar))
+                        write_whole(self._copy(tar), packed(index, tar))
                     return index
         return None
 
-    def _keep(self, number: int, data: bytes) -> None:
-        beside, copy = self._beside(number), self._copy(number)
+    def _keep(self, tar: File, data: bytes) -> None:
+        beside, copy = self._beside(tar), self._copy(tar)
         try:
             if self._own and isinstance(beside, Remote):
                 beside.call(lambda fs, path: fs.pipe_file(path, data))
@@ -288,6 +316,28 @@ class Indexes:
                 f"data.cache: cannot write to {copy.parent} ({why(error)}); make room or name "
                 "another folder."
             ) from error
+
+
+def _by_host(missing: Sequence[int], count: int) -> list[int]:
+    """Return which of `count` tars to index, those of this host's part first, then the next."""
+    cluster_state = cluster.state()
+    hosts, host = cluster_state.num_processes or 1, cluster_state.process_id or 0
+    first = host * count // hosts
+    return sorted(missing, key=lambda number: (number - first) % count)
+
+
+def _mapped(folder: Path) -> Joined | None:
+    """Return the indexes that are joined in a folder, None if they are not."""
+    try:
+        about = json.loads((folder / _COUNTS).read_bytes())
+        counts, notes = list(map(int, about["counts"])), str(about["notes"])
+        path, shape = folder / _ENTRIES, (sum(counts),)
+        if path.stat().st_size != sum(counts) * ENTRY.itemsize:
+            return None
+        entries = np.memmap(path, ENTRY, "r", shape=shape) if sum(counts) else np.empty(0, ENTRY)
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return Joined(np.asarray(entries), counts, notes)
 
 
 def _content(path: Path | Remote) -> bytes:
@@ -309,47 +359,3 @@ def _losses(indexes: Sequence[Index], names: Sequence[str]) -> str:
         more = f" and {len(cut) - 1:,} more" if len(cut) > 1 else ""
         parts.append(f"{len(cut):,} of {len(names):,} tars end early, {cut[0]}{more}")
     return "; ".join(parts)
-
-
-def _opened(path: Path | Remote, file: File) -> BinaryIO:
-    """Open a tar for reading forward."""
-    if isinstance(path, Path):
-        return retried(lambda: open_regular(path))
-    return io.BufferedReader(_Forward(path, file), 1)
-
-
-class _Forward(io.RawIOBase):
-    """A remote file that is read forward: in large requests, or after long jumps in small ones."""
-
-    def __init__(self, remote: Remote, file: File):
-        self._remote, self._file, self._size = remote, file, file.size
-        self._at, self._start, self._data = 0, 0, b""
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self._at = offset if whence == 0 else (self._at if whence == 1 else self._size) + offset
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        end = self._start + len(self._data)
-        if not self._start <= self._at < end:
-            jump = self._at - end if self._data else 0
-            most = _LITTLE if jump > _JUMP or self._at < self._start else storage.CHUNK
-            stop = min(self._at + most, self._size)
-            if stop <= self._at:
-                return 0
-            data = unchanged.read_range(self._remote, self._at, stop, self._file.info)
-            self._start, self._data = self._at, data
-        place = self._at - self._start
-        part = self._data[place : place + len(buffer)]
-        buffer[: len(part)] = part
-        self._at += len(part)
-        return len(part)

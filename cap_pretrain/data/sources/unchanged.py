@@ -75,7 +75,8 @@ def _read(
         return sync(fs.loop, get), True
     if "gs" in protocols and entry.get("generation"):
         return fs.cat_file(path, start=start, end=stop, generation=entry["generation"]), True
-    if protocols & {"http", "https"} and etag:
+    # Weak ETags never match If-Match (RFC 9110, section 13.1.1).
+    if protocols & {"http", "https"} and etag and not etag.startswith("W/"):
         return fs.cat_file(path, start=start, end=stop, headers={"If-Match": etag}), True
     return fs.cat_file(path, start=start, end=stop), False
 

@@ -29,7 +29,7 @@ _TXT = "txt"
 class WdsSource(Numbered):
     """A split of a WebDataset: a `Source` that reads uncompressed tars in place.
 
-    Only the list of files is pickled; a worker process reads the indexes again.
+    Only the list of files is pickled; all processes of a machine map one file of indexes.
 
     Args:
         pattern: see `listing.find`.
@@ -63,11 +63,12 @@ class WdsSource(Numbered):
         cache: str,
     ) -> None:
         self._state = (where, split, fields, files, cache)
-        indexes = Indexes(files.listing, cache, where).load()
+        joined = Indexes(files.listing.root, cache, where).load(
+            files.listing.files, numbered.own_folder(files.listing, cache)
+        )
         answers = numbered.answers_folder(files.listing, fields, cache)
-        counts = [len(index.entries) for index in indexes]
-        super().__init__(where, split, files.listing, counts, answers)
-        self._entries = [index.entries for index in indexes]
+        super().__init__(where, split, files.listing, joined.counts, answers)
+        self._entries = joined.entries
         self._fields, self._contents = fields, files
         captions = fields.get("captions")
         self._captions = parse_mixture(captions, "data.fields.captions") if captions else []
@@ -84,14 +85,17 @@ class WdsSource(Numbered):
                 for file, first, end in self._spans(start, stop)
             )
 
+    def _entries_of(self, file: int) -> np.ndarray:
+        return self._entries[self._ends[file - 1] if file else 0 : self._ends[file]]
+
     def _bytes(self, file: int, first: int, end: int) -> tuple[int, int]:
         """Return the first byte of some examples of a file, and that after their last."""
-        starts, stops = _extent(self._entries[file][first:end])
+        starts, stops = _extent(self._entries_of(file)[first:end])
         stop = min(int(stops.max()), self._listing.files[file].size)
         return min(max(0, int(starts.min())), stop), stop
 
     def _read(self, file: int, number: int, *, image: bool) -> Example:
-        entry = self._entries[file][number]
+        entry = self._entries_of(file)[number]
         found = self._files(file, number, entry, image=image)
         about = _parsed(found["json"])
         text = found["text"].decode("utf-8", "replace")
