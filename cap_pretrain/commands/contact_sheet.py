@@ -29,8 +29,7 @@ from cap_pretrain.data import pipeline
 from cap_pretrain.data.scenes.source import Scenes
 from cap_pretrain.data.scenes.text import find_mentions, names_every_object
 from cap_pretrain.data.scenes.world import Scene
-from cap_pretrain.data.sources.open import is_streamed, open_source
-from cap_pretrain.data.sources.ranges import Cache
+from cap_pretrain.data.sources.open import cache_of, open_source
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.inference import word_maps
 from cap_pretrain.evals.suite import newest_result
@@ -70,7 +69,7 @@ class _Line(NamedTuple):
 
 def of_dataset(data: str, split: str, size: int) -> Iterator[Picture]:
     """Yield the images of a dataset with their first captions, and the others as references."""
-    source = open_source(data, split, image_size=size, cache=Cache() if is_streamed(data) else "")
+    source = open_source(data, split, image_size=size, cache=cache_of(data))
     for index in range(len(source)):
         example = source[index]
         captions = tuple(example["captions"])

@@ -55,12 +55,10 @@ def _lines(dataset: str, splits: Sequence[str], ids: bool) -> Iterator[list[str]
     from cap_pretrain.data import images
     from cap_pretrain.data.builders import hashes
     from cap_pretrain.data.sources import passes
-    from cap_pretrain.data.sources.open import is_streamed, open_source
-    from cap_pretrain.data.sources.ranges import Cache
+    from cap_pretrain.data.sources.open import cache_of, open_source
 
-    cache = Cache() if is_streamed(dataset) else ""
     for split in splits:
-        source = open_source(dataset, split, image_size=hashes.LOOK, cache=cache)
+        source = open_source(dataset, split, image_size=hashes.LOOK, cache=cache_of(dataset))
         indices = itertools.chain.from_iterable(passes.whole(source))
         for index in tqdm(indices, desc=split, total=len(source), unit="img", disable=None):
             example = source[index]

@@ -17,8 +17,7 @@ from tqdm import tqdm
 from cap_pretrain.cli import arguments
 from cap_pretrain.data.sources import passes
 from cap_pretrain.data.sources.base import parse_mixture
-from cap_pretrain.data.sources.open import is_streamed, open_source
-from cap_pretrain.data.sources.ranges import Cache
+from cap_pretrain.data.sources.open import cache_of, open_source
 from cap_pretrain.data.text.tokenizers import (
     SentencePieceTokenizer,
     source_captions,
@@ -84,11 +83,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 def _captions(args: argparse.Namespace) -> Iterator[str]:
     for name, _ in parse_mixture(args.data):
-        streamed = is_streamed(name, args.data_dir)
-        cache = Cache() if streamed else ""
+        cache = cache_of(name, args.data_dir)
         options = {"image_size": _SMALL_IMAGE, "data_dir": args.data_dir, "cache": cache}
         source = open_source(name, args.split, **options)
-        yield from source_captions(source, args.limit, passes.BLOCK if streamed else 0)
+        yield from source_captions(source, args.limit, passes.BLOCK if cache else 0)
 
 
 if __name__ == "__main__":

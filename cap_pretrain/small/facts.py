@@ -11,8 +11,7 @@ import numpy as np
 from cap_pretrain.data import images
 from cap_pretrain.data.sources import passes
 from cap_pretrain.data.sources.base import NoSplitError, Source, parse_mixture, without_image
-from cap_pretrain.data.sources.open import GENERATED, is_streamed, open_source
-from cap_pretrain.data.sources.ranges import Cache
+from cap_pretrain.data.sources.open import GENERATED, cache_of, is_streamed, open_source
 from cap_pretrain.data.text import tokenizers
 from cap_pretrain.distributed import gpu, tpu
 from cap_pretrain.errors import UserError
@@ -111,8 +110,7 @@ def measure(name: str) -> Facts:
 
 def _training_split(name: str) -> Source:
     try:
-        cache = Cache() if is_streamed(name) else ""
-        return open_source(name, "train", image_size=64, cache=cache)
+        return open_source(name, "train", image_size=64, cache=cache_of(name))
     except NoSplitError as error:
         raise UserError(f"{error} configs/small.py trains on the split 'train'.") from error
 

@@ -27,6 +27,9 @@ FORMATS = {
 The class is called as `cls(pattern, split, fields=…, cache=…, budget=…)`."""
 
 
+_ONCE = 4e9  # bytes of blocks that are kept for a single pass, which holds 32 blocks ahead
+
+
 def open_source(
     name: str,
     split: str,
@@ -98,6 +101,11 @@ def is_streamed(name: str, data_dir: str = "") -> bool:
         return True
     by_name = name not in GENERATED and not path.is_absolute() and not path.is_dir()
     return by_name and isinstance(storage.locate(data_dir), storage.Remote)
+
+
+def cache_of(name: str, data_dir: str = "") -> Cache | str:
+    """Return `cache` for reading a dataset once: what is streamed is read in blocks, not copied."""
+    return Cache(budget=_ONCE) if is_streamed(name, data_dir) else ""
 
 
 def _imported(path: str) -> Any:
