@@ -49,7 +49,10 @@ def place(text: str | os.PathLike[str]) -> Path:
         raise UserError(f"{name}: names no folder in a bucket; give gs://BUCKET/FOLDER.")
     if bad := _UNFIT.search(f"/{rest}"):
         raise UserError(f"{name}: contains {bad[0].strip('/')!r}; give gs://BUCKET/FOLDER without.")
-    _prepare()
+    if importlib.util.find_spec("gcsfs") is None:
+        raise UserError("a workdir in gs:// needs gcsfs: pip install 'cap_pretrain[gcs]'.")
+    os.environ.setdefault("EPATH_USE_TF", "false")  # epath would use it if it is installed
+    prepare_gcsfs()
     from cap_pretrain.files.buckets import BucketPath
 
     return cast(Path, BucketPath(name))
@@ -65,17 +68,14 @@ def _mended(name: str) -> str:
 
 
 @functools.cache
-def _prepare() -> None:
-    """Set up gcsfs for run folders, before anything imports it.
+def prepare_gcsfs() -> None:
+    """Set up gcsfs for run folders and datasets, before anything imports it.
 
     Its listings are cached without end by default, so that a process would not see what others
     write. Its support for zonal and hierarchical buckets asks a gRPC service about each bucket,
-    which needs further permissions, and which endpoints other than Google's lack. epath would use
-    TensorFlow if that is installed. All can be set otherwise from outside.
+    which needs further permissions, and which endpoints other than Google's lack. All can be set
+    otherwise from outside.
     """
-    if importlib.util.find_spec("gcsfs") is None:
-        raise UserError("a workdir in gs:// needs gcsfs: pip install 'cap_pretrain[gcs]'.")
-    os.environ.setdefault("EPATH_USE_TF", "false")
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what it logs it raises, too
     import fsspec

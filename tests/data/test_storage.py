@@ -20,6 +20,7 @@ from cap_pretrain.data.sources.open import open_source
 from cap_pretrain.data.sources.tfds import TfdsSource
 from cap_pretrain.data.text.tokenizers import SentencePieceTokenizer, train_sentencepiece
 from cap_pretrain.errors import UserError
+from cap_pretrain.files import places
 from tests import toy
 from tests.data.test_sources import write
 
@@ -286,3 +287,12 @@ def test_chains_of_file_systems_are_not_opened(name):
     with pytest.raises(UserError, match="chains of file systems"):
         open_source(name, "train", image_size=8)
     assert not Faulty.requested
+
+
+def test_gcsfs_is_set_up_before_a_file_system_is_opened(tmp_path, monkeypatch):
+    name = "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"
+    monkeypatch.setenv(name, "")  # put back afterwards
+    monkeypatch.delenv(name)
+    places.prepare_gcsfs.cache_clear()
+    storage.Remote(f"local://{tmp_path}").is_dir()
+    assert os.environ[name] == "false"

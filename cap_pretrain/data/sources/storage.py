@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cap_pretrain.errors import UserError, disk_error
+from cap_pretrain.files.places import prepare_gcsfs
 from cap_pretrain.untrusted import NotRegularError, TooLargeError
 
 T = TypeVar("T")
@@ -174,6 +175,7 @@ class Remote:
         """Return `method(file system, path in it)`, retrying transient errors."""
         import fsspec
 
+        prepare_gcsfs()
         try:
             fs, path = fsspec.core.url_to_fs(self.url)
             return retried(lambda: method(fs, path))
