@@ -44,10 +44,10 @@ Order = buckets.Order | blocks.BlockOrder | None  # None: a shuffle of all examp
 Rows = Sequence[int] | np.ndarray | None  # of a batch; None: all
 
 
-def open_data(config: ConfigDict, split: str, name: str = "", share: float = 1.0) -> Source:
+def open_data(config: ConfigDict, split: str, name: str = "", share: float = 0.0) -> Source:
     """Open a dataset as `config.data` says; `name` is by default the first one of `data.name`.
 
-    `share` is that of `data.cache_gb` which this process may use.
+    `share` is that of `data.cache_gb` which this process may use; 0: as much as others.
 
     In the run's own datasets, all splits have only the classes that `data.class_min` keeps, and
     `data.split` at most `data.class_max` examples of each. Other datasets are not restricted.
@@ -79,7 +79,7 @@ def open_data(config: ConfigDict, split: str, name: str = "", share: float = 1.0
     return sizes.of(source, _labels(section, split, name), training, drawn=drawn)
 
 
-def _open_unrestricted(section: ConfigDict, split: str, name: str, share: float = 1.0) -> Source:
+def _open_unrestricted(section: ConfigDict, split: str, name: str, share: float = 0.0) -> Source:
     """Open a dataset with all its classes; `section` is `config.data`.
 
     If the dataset is the first of `data.name` and has only the split train, and `data.split` and
@@ -88,6 +88,7 @@ def _open_unrestricted(section: ConfigDict, split: str, name: str, share: float 
     """
     cache = section.cache
     if blocks.order_of(section) == "blocks":
+        share = share or 1 / cluster.processes()
         cache = Cache(cache, section.block, share * section.cache_gb * 1e9)
     open_split = functools.partial(
         open_source,
@@ -112,14 +113,13 @@ def _open_unrestricted(section: ConfigDict, split: str, name: str, share: float 
     return subset.divided(source, section.held_out)[0] if only else source
 
 
-# Cached, because each evaluator opens the data separately.
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=8)  # each evaluator opens the data separately
 def _labels(section: str, split: str, name: str) -> np.ndarray:
     """Return the stored labels of a split, int [N]; `section` is `config.data` as JSON."""
     return subset.labels_of(_open_unrestricted(ConfigDict(json.loads(section)), split, name))
 
 
-def open_sources(config: ConfigDict, share: float = 1.0) -> Mixture:
+def open_sources(config: ConfigDict, share: float = 0.0) -> Mixture:
     """Open the datasets of the training mixture; `share` is as for `open_data`.
 
     Raises UserError if one is missing, or lacks captions or labels that the learner needs.

@@ -1,5 +1,7 @@
 """What a run reads according to its config: datasets and tokenizer."""
 
+import json
+
 import pytest
 
 from cap_pretrain import inputs, train
@@ -108,3 +110,15 @@ def test_datasets_of_evaluators_keep_their_classes(monkeypatch):
     monkeypatch.setattr(inputs, "open_source", lambda name, split, **_: [{"image": name}])
     monkeypatch.setattr(inputs.pipeline, "is_features", lambda image: False)
     assert inputs.open_data(c, "val", "another") == [{"image": "another"}]
+
+
+def test_what_is_not_trained_on_gets_the_share_of_a_process(monkeypatch):
+    budgets = []
+    c = toy.config("classifier", data__class_max=1, data__order="blocks", data__cache_gb=8)
+    c.data.name = "mine"
+    monkeypatch.setattr(inputs, "open_source", lambda *_, cache, **__: budgets.append(cache.budget))
+    monkeypatch.setattr(inputs.cluster, "processes", lambda: 4)
+    monkeypatch.setattr(inputs.subset, "labels_of", lambda source: source)
+    inputs._labels(json.dumps(c.data.to_dict()), "train", "mine")
+    inputs._open_unrestricted(c.data, "train", "mine", 0.5)
+    assert budgets == [2e9, 4e9]

@@ -286,6 +286,11 @@ def state() -> Any:
     return distributed.global_state
 
 
+def processes() -> int:
+    """Return the number of processes of the run, without connecting to devices."""
+    return state().num_processes or 1
+
+
 def client() -> Any:
     """Return the client of the cluster's key-value store."""
     return state().client

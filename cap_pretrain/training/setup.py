@@ -186,7 +186,7 @@ def prepare(
         config = with_earlier_order(config, workdir / "config.json")
     validate(config, tokenizer=resuming and inputs.tokenizer_path(workdir).exists())
     build.check_device(config)
-    mesh, share = sharding.make_mesh(config), 1.0  # refuses one that is not possible
+    mesh, share = sharding.make_mesh(config), 0.0  # refuses one that is not possible
     if configs.trains(config):
         rows = sharding.batch_rows(mesh, config.batch_size)
         share = share_read(config.data, rows, config.batch_size)
@@ -268,10 +268,10 @@ def dry_run(
     return "\n\n".join(filter(None, [lines, "\n".join(foreseen), choice.line, *notes]))
 
 
-def _opened(config: ConfigDict, share: float = 1.0) -> tuple[inputs.Mixture, ConfigDict]:
+def _opened(config: ConfigDict, share: float = 0.0) -> tuple[inputs.Mixture, ConfigDict]:
     """Open the training data, complete the config, and check what its evaluators need.
 
-    `share` is that of the lanes of `data.order=blocks` which this host reads.
+    `share` is that of the lanes of `data.order=blocks` which this host reads, if it trains.
     """
     sources: inputs.Mixture = []
     if configs.trains(config):

@@ -17,7 +17,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from cap_pretrain.commands import contact_sheet, held_out
 from cap_pretrain.data.pipeline import ImageOptions, train_dataset
 from cap_pretrain.data.prefetch import iterate
-from cap_pretrain.data.sources import base, holes, sparse, storage
+from cap_pretrain.data.sources import array_record, base, holes, slots, sparse, storage
 from cap_pretrain.data.sources.array_record import _Readers
 from cap_pretrain.data.sources.open import open_source
 from cap_pretrain.data.sources.ranges import Cache
@@ -195,7 +195,9 @@ def test_a_full_disk_is_an_error_and_then_right_bytes(local, tmp_path, monkeypat
     assert list(source) == list(local)
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(UserError, match=r"data.cache: two windows .* 0.0 GB .*data.cache_gb"):
+    with pytest.raises(
+        UserError, match=r"data.cache: .* has to hold 0.2 MB .* 0.0 MB; .*data.cache_gb"
+    ):
         base.read_ahead(ranged(tmp_path / "other"), [(0, 1)])
 
 
@@ -236,16 +238,28 @@ def test_what_a_run_fetched_is_there_for_the_next_unless_the_machine_was_started
     local, tmp_path, monkeypatch
 ):
     def start():
-        sparse.Slot._held.clear()  # as if the process ended, whose lock the tests still hold
-        monkeypatch.setattr(sparse, "hold", lambda slot: os.open(slot / "lock", os.O_CREAT))
+        slots.Slot._held.clear()  # as if the process ended, whose lock the tests still hold
+        monkeypatch.setattr(holes, "hold", lambda slot: os.open(slot / "lock", os.O_CREAT))
         source = ranged(tmp_path)
         Faulty.requested.clear()
         assert source[30] == local[30]
         return len([name for name in Faulty.requested if "array_record" in name])
 
     assert start() and not start()
-    monkeypatch.setattr(sparse, "_BOOT", tmp_path / "another")
+    monkeypatch.setattr(slots, "_BOOT", tmp_path / "another")
     assert start()
+
+
+def test_all_sources_share_the_limit_of_open_readers(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(array_record, "_most_readers", lambda: 5)
+    for i in range(4):
+        os.link(folder / FILE, tmp_path / f"{i}")
+    sources = [_Readers() for _ in range(3)]
+    for turn in range(2):
+        for source in sources:
+            for i in range(4):
+                assert source.read(str(tmp_path / f"{i}"), turn)
+    assert 0 < sum(len(source._open) for source in sources) <= 5
 
 
 @pytest.mark.slow

@@ -11,9 +11,10 @@ import functools
 import itertools
 import resource
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -58,31 +59,40 @@ def _most_readers() -> int:
 
 
 class _Readers:
-    """Open readers by path; the least recently used is closed when there are too many."""
+    """Open readers of a source by path.
+
+    The least recently used one of all sources is closed when the process has too many.
+    """
+
+    # The keys in the order of use. It holds no reader, so those of a source end with the source.
+    _order: ClassVar[collections.OrderedDict[tuple[Any, str], None]] = collections.OrderedDict()
+    _lock: ClassVar = threading.Lock()
 
     def __init__(self) -> None:
-        self._most = _most_readers()
-        self._open: collections.OrderedDict[str, Any] = collections.OrderedDict()
-        self._lock = threading.Lock()
+        self._open: dict[str, Any] = {}
+        self._self = weakref.ref(self)
 
     def read(self, path: str, position: int) -> bytes:
         """Return a record of a file. Raises RuntimeError if it cannot be read."""
         with self._lock:
             reader = self._open.get(path)
             if reader is not None:
-                self._open.move_to_end(path)
+                self._order.move_to_end((self._self, path))
         if reader is None:
             reader = _open(path)
             with self._lock:
                 self._open[path] = reader
-                if len(self._open) > self._most:
-                    # Closed when the last thread that reads with it lets it go.
-                    self._open.popitem(last=False)
+                self._order[self._self, path] = None
+                while len(self._order) > _most_readers():
+                    (source, oldest), _ = self._order.popitem(last=False)
+                    if owner := source():  # closed when the last thread that reads lets it go
+                        owner._open.pop(oldest, None)
         try:
             return reader.read([position])[0]
         except RuntimeError:
             with self._lock:
                 self._open.pop(path, None)  # readers do not recover
+                self._order.pop((self._self, path), None)
             raise
 
 

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import struct
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -17,14 +18,17 @@ from cap_pretrain.errors import UserError
 _SIZE = 4096  # bytes of the hole that `check_holes` makes
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2  # linux/falloc.h
 _LOCK = "hhqqi4x"  # struct flock: l_type, l_whence, l_start, l_len, l_pid
+_TRIES, _DELAY = 50, 0.1  # to hold a slot that workers have joined; seconds
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 @contextlib.contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Turn errors of writing to the cache into a UserError."""
+    """Turn errors of writing to the cache into a UserError, but not that others hold a lock."""
     try:
         yield
+    except BlockingIOError:
+        raise
     except OSError as error:
         raise UserError(
             f"data.cache: cannot write to {folder} ({why(error)}); make room or name another "
@@ -39,17 +43,27 @@ def lock(
     """Lock ranges of bytes (start, stop) of a file against all other threads and processes.
 
     Shared locks exclude only those that are not. Without `wait`, raises BlockingIOError if one is
-    locked.
+    locked. Raises UserError if the file cannot be opened or locked.
     """
-    kind = fcntl.F_RDLCK if shared else fcntl.F_WRLCK
+    with writing(path.parent):
+        file = _locked(path, ranges, fcntl.F_RDLCK if shared else fcntl.F_WRLCK, wait=wait)
+    try:
+        yield
+    finally:
+        os.close(file)  # which unlocks
+
+
+def _locked(path: Path, ranges: Iterable[tuple[int, int]], kind: int, *, wait: bool = True) -> int:
+    """Return a file of which ranges are locked until it is closed."""
     file = os.open(path, os.O_RDWR)
     try:
         for start, stop in ranges:
             request = struct.pack(_LOCK, kind, os.SEEK_SET, start, stop - start, 0)
             fcntl.fcntl(file, fcntl.F_OFD_SETLKW if wait else fcntl.F_OFD_SETLK, request)
-        yield
-    finally:
-        os.close(file)  # which unlocks
+    except BaseException:
+        os.close(file)
+        raise
+    return file
 
 
 def punch(path: Path, start: int, length: int) -> None:
@@ -71,11 +85,34 @@ def runs(chosen: np.ndarray) -> list[tuple[int, int]]:
 
 
 def hold(slot: Path) -> int:
-    """Lock a slot until the returned file is closed; raises BlockingIOError if another does."""
-    file = os.open(slot / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+    """Lock a slot until the returned file is closed; raises BlockingIOError if others use it.
+
+    Workers of a run that was killed are waited for: they end by themselves.
+    """
+    file = _flocked(slot / "lock", fcntl.LOCK_EX | fcntl.LOCK_NB)
+    for tries in range(_TRIES - 1, -1, -1):
+        try:
+            os.close(_flocked(slot / "workers", fcntl.LOCK_EX | fcntl.LOCK_NB))
+        except BlockingIOError:
+            if not tries:
+                os.close(file)
+                raise
+            time.sleep(_DELAY)
+        else:
+            break
+    return file
+
+
+def join(slot: Path) -> int:
+    """Keep others from holding a slot until the returned file is closed, too: for workers."""
+    return _flocked(slot / "workers", fcntl.LOCK_SH)
+
+
+def _flocked(path: Path, kind: int) -> int:
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        fcntl.flock(file, kind)
+    except BaseException:
         os.close(file)
         raise
     return file
@@ -110,8 +147,7 @@ def check_holes(folder: Path) -> None:
     path.write_bytes(bytes([1]) * 2 * _SIZE)
     try:
         punch(path, 0, _SIZE)
-        with lock(path, [(0, 1)]):
-            pass
+        os.close(_locked(path, [(0, 1)], fcntl.F_WRLCK))
     except (OSError, AttributeError) as error:
         raise UserError(
             f"data.cache: the file system of {folder} cannot free parts of a file ({why(error)}); "

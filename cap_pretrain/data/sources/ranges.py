@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cap_pretrain.data.sources import storage, unchanged
-from cap_pretrain.data.sources.sparse import ON_DEMAND, PAGE, Pages, Slot, Sparse
+from cap_pretrain.data.sources.slots import ON_DEMAND, Slot
+from cap_pretrain.data.sources.sparse import PAGE, Pages, Sparse
 from cap_pretrain.errors import UserError
 
 T = TypeVar("T")
@@ -33,8 +34,8 @@ THREADS = 16
 class Cache:
     """Where blocks of remote datasets are kept: `block` examples each, in `budget` bytes in all.
 
-    `folder` is empty for the user's cache folder. The budget is that of a process and its workers;
-    the first one holds for all datasets in the folder.
+    `folder` is empty for the user's cache folder. The budget is that of a process and its workers,
+    for all datasets in the folder; the largest one holds.
     """
 
     folder: str = ""
@@ -53,8 +54,8 @@ class Ranges:
         files: info of each file by its name, which may contain "/", as from `Remote.files`; "size"
             in bytes is required. A file that no longer has the other stamps is never read.
         cache: folder for the local files; empty: the user's cache folder.
-        budget: most bytes of all datasets in the cache of this process and its workers; the first
-            one holds. If the disk has no room for it, it is less, and planning is refused.
+        budget: most bytes of all datasets in the cache of this process and its workers; the
+            largest one holds. If the disk has no room for it, it is less, and planning is refused.
 
     Raises:
         UserError: the cache cannot be written, or its file system cannot free parts of a file.
@@ -78,7 +79,7 @@ class Ranges:
         slot: Slot,
         budget: int,
     ) -> None:
-        self.folder, self._budget = folder, budget
+        self.folder, self._slot, self._budget = folder, slot, budget
         self._files = {name: dict(entry) for name, entry in files.items()}
         sizes = {name: int(entry["size"]) for name, entry in self._files.items()}
         listed = sorted((name, *unchanged.stamps(e).items()) for name, e in self._files.items())
@@ -88,7 +89,7 @@ class Ranges:
         self._planner = _Planner(self, self._sparse)
 
     def __reduce__(self):
-        return _attached, (self.folder, self._files, self._sparse.slot.path, self._budget)
+        return _attached, (self.folder, self._files, self._slot.path, self._budget)
 
     def __str__(self) -> str:
         return str(self.folder)
@@ -173,7 +174,7 @@ class Ranges:
         Raises:
             UserError: the disk has less room than the budget, or than the files if they are less.
         """
-        self._sparse.slot.check_room(min(self._budget, sum(self._sparse.sizes.values())))
+        self._slot.check_room(min(self._budget, sum(self._sparse.sizes.values())))
         self._planner.plan(spans)
 
     def requests(self, name: str, spans: Iterable[tuple[int, int]]) -> list[Pages]:
@@ -199,14 +200,14 @@ class Ranges:
             for run in sparse.missing(pages):
                 start, stop = sparse.bytes_of(name, run)
                 size = (run[1] - run[0]) * PAGE
-                if not sparse.slot.reserve(size, urgency):
+                if not self._slot.reserve(size, urgency):
                     return False
                 try:
                     remote = self.folder / name
                     data = unchanged.read_range(remote, start, stop, self._files[name])
                     sparse.write(name, run, data)
                 except BaseException:
-                    sparse.slot.release(size)
+                    self._slot.release(size)
                     raise
         return True
 
@@ -216,7 +217,7 @@ def _attached(
 ) -> Ranges:
     """Return the `Ranges` of a worker process, whose parent holds the slot."""
     ranges = Ranges.__new__(Ranges)
-    ranges._setup(folder, files, Slot(slot), budget)
+    ranges._setup(folder, files, Slot.join(slot), budget)
     return ranges
 
 
@@ -248,18 +249,28 @@ class _Planner:
                 threading.Thread(target=self._run, name="ranges", daemon=True).start()
 
     def _run(self) -> None:
-        while True:
+        try:
+            while self._next():
+                pass
+        except BaseException:
             with self._lock:
-                number = self._number
-                if not self._items:
-                    self._running -= 1
-                    return
-                urgency, item = self._items.popleft()
-            with contextlib.suppress(UserError):  # raised where the range is used
-                if not self._fetch(number, urgency, item):
-                    with self._lock:  # the budget is used up; what is left is less urgent
-                        if number == self._number:
-                            self._items.clear()
+                self._running -= 1
+            raise
+
+    def _next(self) -> bool:
+        """Fetch the next item; return False, and count the thread as ended, if there is none."""
+        with self._lock:
+            number = self._number
+            if not self._items:
+                self._running -= 1
+                return False
+            urgency, item = self._items.popleft()
+        with contextlib.suppress(UserError):  # raised where the range is used
+            if not self._fetch(number, urgency, item):
+                with self._lock:  # the budget is used up; what is left is less urgent
+                    if number == self._number:
+                        self._items.clear()
+        return True
 
     def _fetch(self, number: int, urgency: int, item: Any) -> bool:
         """Fetch a part of an item and put the rest back; return False if the budget is used up."""

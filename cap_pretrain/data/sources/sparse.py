@@ -1,8 +1,8 @@
 """Local files of the size of remote ones, of which some pages are present and the rest are holes.
 
-A `Slot` is a folder for the files of all datasets that one process and its workers read. It is
-locked, so that a second run on the machine takes another, and left for the next run to use again.
-Processes share it through a memory-mapped file for each dataset (`Sparse`):
+A slot (`slots.Slot`) is a folder for the files of all datasets that one process and its workers
+read. It is locked, so that a second run on the machine takes another, and left for the next run to
+use again. Processes share it through a memory-mapped file for each dataset (`Sparse`):
 
 - Present pages are marked after they were written. A page that is not marked is never read.
 - A range of pages is locked while it is fetched or removed, so each is fetched once. Pages that a
@@ -18,193 +18,42 @@ machine they could be on the disk without the pages.
 import contextlib
 import json
 import os
-import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import ClassVar
 from urllib.parse import quote
 
 import numpy as np
 
-from cap_pretrain import files
-from cap_pretrain.data.sources.holes import (
-    check_holes,
-    hold,
-    lock,
-    punch,
-    runs,
-    take,
-    write_at,
-    writing,
-)
+from cap_pretrain.data.sources.holes import lock, punch, runs, write_at, writing
 from cap_pretrain.errors import UserError
 
 PAGE = 4096
 """Bytes of a page, the unit that is present or not: a block of ext4 and xfs."""
-ON_DEMAND = 256
-"""Urgency of a range that is read now; planned ones have 1 (least) to 255, others 0."""
 
 Pages = tuple[int, int]
 """First page of a range, and that after its last, numbered through all files of a dataset."""
 
-_FORMAT = 5  # of the files below a slot; other formats are deleted
-_BOOT = Path("/proc/sys/kernel/random/boot_id")
 _LEAST_PART = 16  # pages that are removed together or not at all, some of them being locked
 _MAP_PART = 1 << 16  # bytes of a map that get disk space together, the marks of 256 MB
-_PRESENT, _USED, _REMOVALS = range(3)  # rows of `Sparse._table`
-_USED_BYTES, _BUDGET, _ASKED = range(_STATE := 3)  # elements of `Slot._state`
-_WAIT, _WAITS = 0.01, 300  # seconds, and how often, until the budget is exceeded
+# Rows of `Sparse._table`, with an element for each file: present pages, or more if a process was
+# killed; the time of the last use; a count of removals; and a lower bound of the urgency of all
+# present pages.
+_PRESENT, _USED, _REMOVALS, _LEAST = range(_ROWS := 4)
 
 
-class Slot:
-    """A folder of sparse files; `acquire` finds one that no other run uses."""
-
-    _held: ClassVar[dict[Path, "Slot"]] = {}  # by the cache folder
-
-    def __init__(self, path: Path):
-        self.path = path
-        self._state = np.memmap(path / "state", np.int64, "r+", shape=(_STATE,))
-        self._datasets: dict[str, Sparse] = {}
-
-    @classmethod
-    def acquire(cls, cache: Path) -> "Slot":
-        """Return the slot of this process in a cache folder; it is kept until the process ends.
-
-        Raises UserError if the folder cannot be written, or its file system lacks holes.
-        """
-        cache = cache.expanduser().absolute()
-        if cache not in cls._held:
-            with writing(cache):
-                cls._held[cache] = cls._free(cache)
-        return cls._held[cache]
-
-    @classmethod
-    def _free(cls, cache: Path) -> "Slot":
-        path = take(cache, "ranges-")
-        check_holes(path)
-        _clear(path)
-        slot = cls(path)
-        slot._state[:] = sum(d.restore() for d in slot.datasets()) * PAGE, 0, 0
-        return slot
-
-    @property
-    def budget(self) -> int:
-        """Most bytes of all datasets, for this process and its workers."""
-        return int(self._state[_BUDGET])
-
-    def allow(self, budget: int) -> None:
-        """Set the budget, unless an earlier dataset of this run has.
-
-        If the disk has no room for it, slots that no process holds are emptied. If that does not
-        help, the budget is half of the room that there is.
-        """
-        with self.locked():
-            if self.budget:
-                return
-            if budget > self._room():
-                for other in self.path.parent.glob("ranges-*"):
-                    with contextlib.suppress(BlockingIOError, FileNotFoundError):
-                        held = hold(other)
-                        _empty(other)
-                        os.close(held)
-            room = self._room()
-            self._state[_BUDGET] = budget if budget <= room else room // 2
-            self._state[_ASKED] = budget
-
-    def check_room(self, size: int) -> None:
-        """Raise UserError if `allow` had to set a smaller budget, which does not hold `size`."""
-        if self.budget < min(size, int(self._state[_ASKED])):
-            raise UserError(
-                f"data.cache: two windows of blocks need {size / 1e9:,.1f} GB in {self.path}, "
-                f"where {self._room() / 1e9:,.1f} GB are free; name a folder on a larger disk, or "
-                "lower data.cache_gb."
-            )
-
-    def _room(self) -> int:
-        return shutil.disk_usage(self.path).free + self.used
-
-    @property
-    def used(self) -> int:
-        """Bytes of present pages and of those being fetched, of all datasets."""
-        return int(self._state[_USED_BYTES])
-
-    def dataset(self, name: str, sizes: Mapping[str, int]) -> "Sparse":
-        """Return the files of a dataset, created if there are none; sizes are in bytes."""
-        folder = self.path / name
-        with writing(folder):
-            if not (folder / "files.json").exists():
-                (folder / "data").mkdir(parents=True, exist_ok=True)
-                files.write_text(folder / "files.json", json.dumps(dict(sizes)))
-        return self._opened(name)
-
-    def datasets(self) -> "list[Sparse]":
-        """Return the files of all datasets."""
-        return [self._opened(path.parent.name) for path in self.path.glob("*/files.json")]
-
-    def _opened(self, name: str) -> "Sparse":
-        if name not in self._datasets:
-            self._datasets[name] = Sparse(self, self.path / name)
-        return self._datasets[name]
-
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Exclude all other threads and processes that account for pages of this slot."""
-        with lock(self.path / "state", [(0, 1)]):
-            yield
-
-    def reserve(self, size: int, urgency: int) -> bool:
-        """Account for `size` bytes to be fetched, and remove pages so that the budget holds them.
-
-        Pages that nobody planned are removed first, least recently used files first, then planned
-        ones that are less urgent. Returns False if that is not enough. Bytes that are needed now
-        (`ON_DEMAND`) wait for a while until others are fetched, and then exceed the budget.
-        """
-        for _ in range(_WAITS if urgency == ON_DEMAND else 1):
-            with self.locked():
-                if self._make_room(size, urgency):
-                    self._state[_USED_BYTES] += size
-                    return True
-            if urgency == ON_DEMAND:
-                time.sleep(_WAIT)
-        if urgency == ON_DEMAND:
-            with self.locked():
-                self._state[_USED_BYTES] += size
-        return urgency == ON_DEMAND
-
-    def _make_room(self, size: int, urgency: int) -> bool:
-        """Remove pages that are less urgent than `size` bytes; return whether that is enough."""
-        budget = self.budget
-        if self.used + size > budget:
-            # More than is needed, so that most calls remove nothing.
-            self._remove(max(self.used + size - budget, budget // 16), 1)
-        for limit in (*range(2, urgency, 16), urgency):
-            if self.used + size <= budget:
-                return True
-            self._remove(self.used + size - budget, limit)
-        return self.used + size <= budget
-
-    def release(self, size: int) -> None:
-        """Take back a reservation of bytes that were not fetched."""
-        with self.locked():
-            self._state[_USED_BYTES] -= size
-
-    def _remove(self, size: int, limit: int) -> None:
-        """Remove `size` bytes of pages that are less urgent than `limit`."""
-        found = [file for dataset in self.datasets() for file in dataset.files()]
-        for _, dataset, index in sorted(found, key=lambda file: file[0]):
-            if size <= 0:
-                return
-            removed = dataset.remove(index, -(-size // PAGE), limit) * PAGE
-            self._state[_USED_BYTES] -= removed
-            size -= removed
+@contextlib.contextmanager
+def accounting(slot: Path) -> Iterator[None]:
+    """Exclude all other threads and processes that account for pages of a slot."""
+    with lock(slot / "state", [(0, 1)]):
+        yield
 
 
 class Sparse:
     """The sparse files of one dataset in a slot, a folder with a list of their sizes."""
 
-    def __init__(self, slot: Slot, folder: Path):
-        self.slot, self.folder = slot, folder
+    def __init__(self, folder: Path):
+        self.folder = folder
         self.sizes: dict[str, int] = json.loads((folder / "files.json").read_text())
         self._indices = {name: index for index, name in enumerate(self.sizes)}
         self._names = list(self.sizes)
@@ -212,7 +61,7 @@ class Sparse:
         pages = [-(-size // PAGE) for size in self.sizes.values()]
         self._first = np.concatenate([[0], np.cumsum(pages, dtype=np.int64)])
         count, total = len(pages), int(self._first[-1])
-        self._offset = 3 * 8 * count
+        self._offset = _ROWS * 8 * count
         self._map = folder / "pages"
         with writing(folder), self._map.open("ab") as file:
             if file.tell() == 0:
@@ -220,7 +69,7 @@ class Sparse:
         self._allocated: set[int] = set()
         self._allocate(0, self._offset)
         memory = np.asarray(np.memmap(self._map, np.uint8, "r+"))  # a plain array indexes faster
-        self._table = memory[: self._offset].view(np.int64).reshape(3, count)
+        self._table = memory[: self._offset].view(np.int64).reshape(_ROWS, count)
         self._marks = memory[self._offset : self._offset + total]
         self._urgency = memory[self._offset + total : self._offset + 2 * total]
 
@@ -241,7 +90,10 @@ class Sparse:
         path = self._paths.get(name)
         if path is None:
             path = self._local(name)
+            present = self._table[_PRESENT, self._indices[name]]  # looked up first: it may be new
             if not path.exists():
+                if present:
+                    raise UserError(f"data.cache: {path} was deleted while in use; start again.")
                 with writing(self.folder), path.open("ab") as file:
                     file.truncate(self.sizes[name])
             self._paths[name] = path
@@ -312,25 +164,37 @@ class Sparse:
             except OSError:
                 punch(path, start, stop - start)
                 raise
-        with self.slot.locked():
+        with accounting(self.folder.parent):
+            index = self._indices[name]
+            self._table[_PRESENT, index] += pages[1] - pages[0]  # before: see `_restored`
             self._marks[slice(*pages)] = 1
-            self._table[_PRESENT, self._indices[name]] += pages[1] - pages[0]
-            self._table[_USED, self._indices[name]] = time.monotonic_ns()
+            self._table[_USED, index] = time.monotonic_ns()
+            self._lower(pages)
 
     def set_urgency(self, old: list[Pages], new: list[tuple[int, int, int]]) -> None:
         """Replace the urgency of the pages `old` by those of `new`: (first, last + 1, urgency)."""
         for start, stop, _ in new:
             first = self._offset + len(self._marks)
             self._allocate(first + start, first + stop)
-        with self.slot.locked():
+        with accounting(self.folder.parent):
             for start, stop in old:
                 self._urgency[start:stop] = 0
             for start, stop, urgency in new:
                 np.maximum(self._urgency[start:stop], urgency, out=self._urgency[start:stop])
+            for start, stop in (*old, *((start, stop) for start, stop, _ in new)):
+                self._lower((start, stop))
 
-    def files(self) -> "list[tuple[int, Sparse, int]]":
-        """Return (time of last use, self, index) of each file that has pages."""
-        indices = np.flatnonzero(self._table[_PRESENT] > 0)
+    def _lower(self, pages: Pages) -> None:
+        """Keep the bound of a file's urgency, of which pages became present or less urgent."""
+        if pages[0] < pages[1]:
+            index = np.searchsorted(self._first, pages[0], side="right") - 1
+            least = self._urgency[slice(*pages)].min()
+            self._table[_LEAST, index] = min(self._table[_LEAST, index], least)
+
+    def files(self, limit: int) -> "list[tuple[int, Sparse, int]]":
+        """Return (time of last use, self, index) of each file that may have pages to `remove`."""
+        table = self._table
+        indices = np.flatnonzero((table[_PRESENT] > 0) & (table[_LEAST] < limit))
         return [(int(self._table[_USED, index]), self, int(index)) for index in indices]
 
     def remove(self, index: int, most: int, limit: int) -> int:
@@ -347,7 +211,7 @@ class Sparse:
             pages = (first + start, first + stop)
             locks = [self._bytes(pages), self._bytes_held(pages)]
             try:
-                with lock(self._map, locks, wait=False):
+                with writing(self.folder), lock(self._map, locks, wait=False):
                     self._marks[slice(*pages)] = 0  # in this order: see `Ranges.using`
                     self._table[_REMOVALS, index] += 1
                     punch(self.path(self._names[index]), start * PAGE, (stop - start) * PAGE)
@@ -357,6 +221,8 @@ class Sparse:
                 middle = (start + stop) // 2
                 if stop - start >= _LEAST_PART:
                     left += [(middle, stop), (start, middle)]
+        kept = self._urgency[first:last][self._marks[first:last] != 0]
+        self._table[_LEAST, index] = kept.min(initial=255)
         return removed
 
     def restore(self) -> int:
@@ -367,29 +233,24 @@ class Sparse:
         start, length = self._offset + len(self._marks), len(self._urgency)
         if length:
             punch(self._map, start, length)  # reads as zeros
-        self._table[_PRESENT] = 0
-        for index, name in enumerate(self._names):
-            path = self._local(name)
-            if path.exists() and path.stat().st_blocks:
-                marks = self._marks[slice(*(int(p) for p in self._first[index : index + 2]))]
-                for start, stop in runs(marks == 0):
-                    punch(path, start * PAGE, (stop - start) * PAGE)
-                self._table[_PRESENT, index] = np.count_nonzero(marks)
+        self._table[_LEAST] = 0
+        for index in range(len(self._names)):
+            self._table[_PRESENT, index] = self._restored(index)
         return int(self._table[_PRESENT].sum())
 
+    def _restored(self, index: int) -> int:
+        """Make a file agree with its markers; return the present pages.
 
-def _empty(slot: Path) -> None:
-    for folder in slot.iterdir():
-        if folder.is_dir():
-            shutil.rmtree(folder)
-
-
-def _clear(path: Path) -> None:
-    """Delete what another boot of the machine, or another version of this module, left."""
-    boot = f"{_FORMAT} {_BOOT.read_text().strip() if _BOOT.exists() else os.urandom(8).hex()}"
-    known = path / "boot"
-    if not (known.exists() and known.read_text() == boot):
-        _empty(path)
-        files.write_text(known, boot)
-    if not (path / "state").exists():
-        (path / "state").write_bytes(bytes(8 * _STATE))
+        Something may have deleted the file, whose markers are then removed.
+        """
+        name, path = self._names[index], self._local(self._names[index])
+        marks = self._marks[slice(*(int(page) for page in self._first[index : index + 2]))]
+        found = path.stat() if path.exists() else None
+        if found and found.st_size == self.sizes[name] and found.st_blocks:
+            for start, stop in runs(marks == 0):
+                punch(path, start * PAGE, (stop - start) * PAGE)
+            return int(np.count_nonzero(marks))
+        path.unlink(missing_ok=True)
+        if self._table[_PRESENT, index]:  # at least as many as there are markers
+            marks[marks != 0] = 0  # others may be in parts of the map without disk space
+        return 0
