@@ -128,7 +128,7 @@ class WdsSource(Numbered):
             if length and (kind != "image" or image):
                 most = tar_examples.MAX_BYTES if kind == "image" else tar_examples.MAX_TEXT
                 if not (start >= 0 and start + length <= size and length <= most):
-                    raise ValueError("its index is damaged; remove the folder .cap_index")
+                    raise ValueError("its index is damaged, so remove .cap_index and data.cache")
                 places[kind] = start, start + length
         around = None
         if self._contents.remote:
