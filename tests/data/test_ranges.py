@@ -165,6 +165,7 @@ def test_only_files_with_pages_to_remove_are_searched(bucket, content, tmp_path)
     slot, sparse = ranges._slot, ranges._sparse
     for name in content:
         ranges.fetch(name, [(0, 8192)])
+    assert len(sparse.files(1)) == 4
     ranges.plan([(name, 0, 8192) for name in list(content)[1:]])
     slot._remove(8192 * len(content), 1)
     assert not sparse.files(1) and slot.used == 8192 * 3
@@ -175,6 +176,9 @@ def test_only_files_with_pages_to_remove_are_searched(bucket, content, tmp_path)
     assert len(sparse.files(1)) == 4
     slot._remove(slot.used, 1)
     assert slot.used == 0
+    sparse.set_urgency([], [(*sparse.pages("0.bin", 0, 4096), 9)])
+    ranges.fetch("0.bin", [(0, 4096)])
+    assert not sparse.files(9) and sparse.files(10)
 
 
 def test_names_of_files_do_not_leave_the_folder_or_collide_with_its_own(tmp_path):

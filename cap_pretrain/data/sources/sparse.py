@@ -166,6 +166,8 @@ class Sparse:
                 raise
         with accounting(self.folder.parent):
             index = self._indices[name]
+            if not self._table[_PRESENT, index]:
+                self._table[_LEAST, index] = 255
             self._table[_PRESENT, index] += pages[1] - pages[0]  # before: see `_restored`
             self._marks[slice(*pages)] = 1
             self._table[_USED, index] = time.monotonic_ns()
