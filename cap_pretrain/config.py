@@ -146,7 +146,8 @@ def _data() -> ConfigDict:
     c.split = "train"  # The split to train on
     c.eval_split = "val"  # The split that evaluators read by default
     # If the first dataset has only the split train, this many random examples of it, the same in
-    # every run, are held out of training as "val". -1: a twentieth, at most 10,000; 0: none.
+    # every run, are held out of training as "val"; whole blocks if it is a URL, "wds:…" or
+    # "parquet:…". -1: a twentieth, at most 10,000; 0: none.
     c.held_out = -1
     # Train on this fraction of every class, always the same examples; for labelled datasets.
     c.fraction = 1.0
@@ -158,20 +159,22 @@ def _data() -> ConfigDict:
     # Where TFDS looks for datasets given by name, a path or URL; "" is its own default
     # (~/tensorflow_datasets).
     c.dir = ""
-    # Local folder for copies of remote datasets; "" is ~/.cache/cap_pretrain. Processes and runs
-    # share it (see cap_pretrain/data/sources/storage.py).
+    # Local folder for what is kept of datasets: remote files or their blocks, decoded row groups of
+    # Parquet files, indexes of tars, and the lengths and labels that a pass over a dataset found.
+    # "" is ~/.cache/cap_pretrain. Processes and runs share it (docs/data.md).
     c.cache = ""
     # The order of the examples: global shuffles all of a dataset; blocks shuffles blocks of
     # examples that are stored together, and within windows of some blocks, so that each host reads
     # just the blocks that it shows (docs/data.md). auto: blocks if a dataset is a URL, "wds:…" or
-    # "parquet:…", else global.
+    # "parquet:…" and data.buckets is off, else global.
     c.order = "auto"
     c.block = 256  # Most examples of a block; a row group of Parquet always is one
     # Parts of the sequence of blocks, each of which makes the same rows of every batch. They divide
     # batch_size, as hosts should divide them. 0: the largest divisor of batch_size up to 256.
     c.lanes = 0
     # GB of stored data in two windows of all lanes and datasets, from which the blocks of a window
-    # follow. Remote data need that much disk space over all hosts: a host with v of V lanes v/V.
+    # follow. Remote data need that much disk space over all hosts: a host that reads v of V lanes
+    # needs v/V of it. Decoded row groups of Parquet files may take as much again.
     c.cache_gb = 64.0
     # The run stops, after saving, when more than this fraction of its last 10,000 examples did not
     # decode and were replaced by neighbors; 1: never.

@@ -203,7 +203,7 @@ def _bits(x: np.ndarray) -> np.ndarray:
 def main(argv: list[str] | None = None) -> int:
     """Run the tool and return its exit status (see above)."""
     parser = arguments.documented_parser(__doc__)
-    what = "workdir of a run, or one checkpoint of it, as runs/a/checkpoints/300"
+    what = "workdir of a run, or one checkpoint of it, as runs/a/checkpoints/300; or its gs:// URL"
     parser.add_argument("a", metavar="A", help=what)
     parser.add_argument("b", metavar="B", help="another one")
     parser.add_argument(

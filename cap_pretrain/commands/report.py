@@ -54,7 +54,11 @@ def main(argv: list[str] | None = None) -> int:
     """Run the tool and return its exit status (see above)."""
     parser = arguments.documented_parser(__doc__)
     parser.add_argument(
-        "runs", nargs="+", type=arguments.run_path, metavar="RUN", help="workdir of a run"
+        "runs",
+        nargs="+",
+        type=arguments.run_path,
+        metavar="RUN",
+        help="workdir of a run, a path or gs:// URL",
     )
     parser.add_argument("--out", type=arguments.run_path, help="output file, *.html")
     parser.add_argument("--serve", type=_port, metavar="PORT", help="port to serve at; 0: any")

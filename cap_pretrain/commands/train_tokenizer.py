@@ -54,11 +54,15 @@ def _words(args: argparse.Namespace, captions: Iterable[str]) -> str:
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = arguments.documented_parser(__doc__)
-    parser.add_argument("--data", required=True, help="dataset, its path, or a mixture (a+b)")
+    parser.add_argument(
+        "--data", required=True, help="dataset, its path or URL, or a mixture (a+b)"
+    )
     parser.add_argument("--data_dir", default="", help="folder of datasets given by name")
     parser.add_argument("--split", default="train", help="default: train")
     parser.add_argument(
-        "--limit", type=int, help="number of examples, spread evenly; of URLs in blocks"
+        "--limit",
+        type=int,
+        help="number of examples, spread evenly; of URLs, wds: and parquet: in whole blocks",
     )
     parser.add_argument("--keep_case", action="store_true", help="do not lower-case the captions")
     parser.add_argument(

@@ -67,8 +67,8 @@ def check_config(words):
     """Check the config of a training command, its arguments and its fields."""
     given = [w.removeprefix("--config=") for w in words if w.startswith("--config=")]
     given += [w for w in words[:1] if not w.startswith("-")]
-    text = given[0].removeprefix("configs/").replace(".py", "") if given else ""
-    if text.startswith("small:"):  # looks at the data
+    text = given[0] if given else ""
+    if text.startswith(("small:", "configs/small.py:")):  # looks at the data
         text = re.sub("data=[^,]*", "data=scenes", text)
     config = config_files.config(text) if text else None
     fields = [w.removeprefix("--config.").split("=")[0] for w in words if w.startswith("--config.")]
@@ -137,6 +137,7 @@ def test_a_wrong_command_is_noticed():
         ["trian"],
         ["caption", "--beems=3"],
         ["train", "--config=configs/no.py"],
+        ["train", "--config=pretrain.py"],
         ["results", "runs/a", "--percent"],
         ["sheet", "--out=a.png"],
     ):
