@@ -291,7 +291,7 @@ def _checkpoint() -> ConfigDict:
     # in its memory, for restarts after a preemption without notice (docs/resuming.md); 0: never.
     c.local_every_steps = 0
     # The folder of these copies on each host. "": memory, /dev/shm, where the system has it, which
-    # holds two copies and for a while a third; else the folder for temporary files.
+    # holds at most two copies; else the folder for temporary files.
     c.local = ""
     # An evaluator's metric, as "val/loss": the checkpoint with the best value is also kept, and
     # every evaluation is followed by a checkpoint. "" keeps none.
