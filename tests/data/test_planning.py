@@ -24,7 +24,7 @@ from cap_pretrain.data.sources.storage import Remote
 
 SHARDS, RECORDS, SIZE = 2000, 6000, 25_000  # CC12M: 12 million examples of 25 KB
 HOSTS, BATCH, RATE = 64, 8192, 140_000  # examples a second
-LAYOUT = blocks.Layout(block=256, lanes=256, cache_gb=215)  # for windows of 64 blocks
+LAYOUT = blocks.Layout(block=256, lanes=256, cache_gb=215)  # for windows of 62 blocks
 
 
 class Counting(AbstractFileSystem):
@@ -40,7 +40,7 @@ class Counting(AbstractFileSystem):
     def cat_file(self, path, start=None, end=None, **kwargs):
         Counting.requests += 1
         Counting.fetched += end - start
-        Counting.peak = max(Counting.peak, self.ranges._sparse.slot.used)
+        Counting.peak = max(Counting.peak, self.ranges._slot.used)
         first = self.size - len(self.tail)
         zeros = bytes(max(0, min(end, first) - start))
         return zeros + self.tail[max(0, start - first) : max(0, end - first)]
