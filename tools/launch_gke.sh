@@ -85,7 +85,7 @@ environment() {
   if ((${#variables[@]})); then echo "              env:"; fi
   # Kubernetes expands $(NAME) in values, as in flags, and replaces $$ by $.
   for variable in ${variables[@]+"${variables[@]}"}; do
-    echo "              - name: ${variable%%=*}"
+    echo "              - name: $(text "${variable%%=*}")" # else NO is a boolean
     variable=${variable#*=}
     echo "                value: $(text "${variable//\$/\$\$}")"
   done

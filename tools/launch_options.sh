@@ -91,11 +91,18 @@ read_options() {
   for flag in "$@"; do check_line "$flag"; done
 }
 
-# given NAME DEFAULT: prints the last value of the field --config.NAME among the program's flags.
+# given NAME DEFAULT: prints the last value of the field config.NAME among the program's flags, which
+# begin with one or two dashes and have the value behind = or in the next word.
 given() {
-  local flag value=$2
+  local flag value=$2 next=''
   for flag in ${program[@]+"${program[@]}"}; do
-    if [[ $flag == "--config.$1="* ]]; then value=${flag#*=}; fi
+    if [[ $next ]]; then
+      value=$flag next=''
+    elif [[ $flag == "--config.$1="* || $flag == "-config.$1="* ]]; then
+      value=${flag#*=}
+    elif [[ $flag == "--config.$1" || $flag == "-config.$1" ]]; then
+      next=1
+    fi
   done
   printf '%s' "$value"
 }

@@ -54,6 +54,13 @@ enable_hugepages() {
     say "transparent hugepages could not be enabled; the program starts without them."
 }
 
+# When a user's last session ends, systemd deletes the user's files in /dev/shm, such as local copies
+# of checkpoints (RemoveIPC in logind.conf), but not those of users that linger.
+keep_memory() {
+  sudo loginctl enable-linger "$(id -un)" ||
+    say "files in /dev/shm may not outlive the program; set checkpoint.local to a folder on a disk."
+}
+
 ended() {
   # When a host is lost the others exit by themselves; this handles one that hangs nevertheless.
   for ((i = 0; i < 600; i++)); do
@@ -83,6 +90,7 @@ case $verb in
     if [[ -e run/log ]]; then mv run/log "run/log.$(date +%Y%m%d_%H%M%S)"; fi
     rm -f run/pid run/ended
     enable_hugepages
+    keep_memory
     # It outlives the connection, and the waiting shell records its exit status.
     # shellcheck disable=SC2016
     nohup setsid bash -c '

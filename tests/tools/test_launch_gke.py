@@ -103,8 +103,8 @@ def test_hosts_of_other_slices(bench, topology, chips, hosts):
 
 def test_a_workdir_in_a_bucket_needs_no_mount(bench):
     flags = ("--config=c", "--workdir=gs://b/run", "--config.data.cache=/dev/shm/data")
-    flags += ("--config.data.cache_gb=100.5",)
-    done = run(bench, "--dry_run", "--hugepages", "--env=A=$(B) it's", "--disk=500", program=flags)
+    flags += ("-config.data.cache_gb", "100.5")
+    done = run(bench, "--dry_run", "--hugepages", "--env=NO=$(B) it's", "--disk=500", program=flags)
     assert done.returncode == 0, done.stderr
     (job,) = yaml.safe_load(done.stdout)["spec"]["replicatedJobs"]
     pod = job["template"]["spec"]["template"]["spec"]
@@ -113,7 +113,7 @@ def test_a_workdir_in_a_bucket_needs_no_mount(bench):
     assert [mount["name"] for mount in main["volumeMounts"]] == ["memory"]
     requests = main["resources"]["requests"]
     assert (requests["memory"], requests["ephemeral-storage"]) == ("98G", "500G")
-    assert main["env"] == [{"name": "A", "value": "$$(B) it's"}]
+    assert main["env"] == [{"name": "NO", "value": "$$(B) it's"}]
     (hugepages,) = pod["initContainers"]
     assert hugepages["securityContext"] == {"privileged": True}
     assert "transparent_hugepage/enabled" in hugepages["command"][-1]

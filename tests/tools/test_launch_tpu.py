@@ -1,6 +1,7 @@
 """Tests of tools/launch_tpu.sh and tools/launch_tpu_worker.sh."""
 
 import concurrent.futures
+import getpass
 import json
 import os
 import signal
@@ -34,7 +35,8 @@ def test_creates_the_slice_installs_and_runs(bench):
         environment = json.loads((bench.fake / worker / "environment.json").read_text())
         assert (environment["A"], environment["B"]) == (text, "")
     enable = "echo always >/sys/kernel/mm/transparent_hugepage/enabled"
-    assert bench.calls("sudo") == [["sh", "-c", enable]] * 2
+    linger = ["loginctl", "enable-linger", getpass.getuser()]
+    assert sorted(bench.calls("sudo")) == [linger] * 2 + [["sh", "-c", enable]] * 2
 
 
 def test_a_ready_slice_is_used_and_a_running_program_is_followed(bench):
