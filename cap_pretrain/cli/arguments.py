@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import errno
 import inspect
 import io
 import re
@@ -116,7 +117,10 @@ def run(
     args: argparse.Namespace,
     catch: tuple[type[Exception], ...] = (UserError, OSError),
 ) -> int:
-    """Run a command; return its status, or 2 after printing an error of `catch` on stderr."""
+    """Run a command; return its status, or print an error of `catch` on stderr and return 2.
+
+    The status is 75 if a bucket could not be reached, as that of the training program.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):  # file names need not be UTF-8
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -124,4 +128,6 @@ def run(
     except catch as error:
         message = untrusted.printable(str(error), keep="\n")
         print(f"error: {message}", file=sys.stderr)
+        if isinstance(error, OSError) and error.errno == errno.EIO:
+            return 75 if files.is_url(str(error.filename)) else 2
         return 2

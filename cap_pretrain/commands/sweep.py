@@ -16,8 +16,8 @@ parameters/PART, examples, flops or any numeric field on logarithmic axes. Where
 has enough different values, it fits the power law y = a x^-b, or y = a x^-b + c with --offset;
 bands are 95% intervals from the fit's covariance. Other points, as over learning rates, are joined
 by lines. `plot --pivot` draws a heat map over two fields, one for each value of the others. Exit
-status: 0 done; 1 trials failed after all retries; 2 the user's mistake; 143 stopped by SIGTERM
-after all trials saved a checkpoint (130 by Ctrl-C).
+status: 0 done; 1 trials failed after all retries; 2 the user's mistake; 75 the bucket of OUT could
+not be reached; 143 stopped by SIGTERM after all trials saved a checkpoint (130 by Ctrl-C).
 """
 
 import argparse

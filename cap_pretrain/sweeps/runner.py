@@ -65,19 +65,28 @@ def is_locked(out: Path) -> bool:
 
 
 class _Process:
-    """A process that runs a trial; construction starts it. It holds the lock of the sweep, too."""
+    """A process that runs a trial; construction starts it. It holds the lock of the sweep, too.
 
-    def __init__(self, trial: Trial, out: Path, program: Sequence[str], lock_file: IO[str]):
-        self.trial, self._folder = trial, out / trial.name
+    If the record or the log cannot be written to the sweep's folder, `say` gets a line, and all
+    trials run on.
+    """
+
+    def __init__(
+        self, trial: Trial, out: Path, program: Sequence[str], lock_file: IO[str], say: Say
+    ):
+        self.trial, self._folder, self._say = trial, out / trial.name, say
         before = record(self._folder)
         self._seconds, self._starts = before.get("seconds", 0.0), before.get("starts", 0) + 1
         self._started = time.monotonic()
-        path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         self._log = files.local_folder(out) / trial.name / LOG_FILE
         if self._is_elsewhere:
             self._log.parent.mkdir(parents=True, exist_ok=True)
-            kept = self._folder / LOG_FILE  # of earlier starts, perhaps on another machine
-            self._log.write_bytes(kept.read_bytes() if kept.exists() else b"")
+            path = self._folder / LOG_FILE  # of earlier starts, perhaps on another machine
+            kept = path.read_bytes() if path.exists() else b""
+            # A runner that was killed has not copied the local log, which is longer then.
+            if not self._log.exists() or self._log.stat().st_size < len(kept):
+                self._log.write_bytes(kept)
         with self._log.open("ab") as log:
             self._log_start = log.tell()
             # In a new session, so that Ctrl-C reaches only the runner, which signals each trial
@@ -87,7 +96,7 @@ class _Process:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
                 start_new_session=True,
                 pass_fds=[lock_file.fileno()],
             )
@@ -110,14 +119,24 @@ class _Process:
         """Record the final state; return the reason if the trial did not finish, else ""."""
         reason = "" if state == "finished" else self._last_line()
         if self._is_elsewhere:
-            files.write_bytes(self._folder / LOG_FILE, self._log.read_bytes())
+            with self._reporting():
+                files.write_bytes(self._folder / LOG_FILE, self._log.read_bytes())
         self._write(state, reason)
         return reason
 
     def _write(self, state: str, reason: str = "") -> None:
         status = dict(state=state, starts=self._starts, code=self.code(), reason=reason)
         status["seconds"] = round(self._seconds + time.monotonic() - self._started, 1)
-        files.write_text(self._folder / RECORD_FILE, json.dumps(status, indent=2) + "\n")
+        with self._reporting():
+            files.write_text(self._folder / RECORD_FILE, json.dumps(status, indent=2) + "\n")
+
+    @contextlib.contextmanager
+    def _reporting(self) -> Iterator[None]:
+        """Report an error of writing, as while a bucket cannot be reached, and continue."""
+        try:
+            yield
+        except OSError as error:
+            self._say(f"{self.trial.name}: {error.filename} was not written: {error.strerror}")
 
     @property
     def _is_elsewhere(self) -> bool:
@@ -163,7 +182,7 @@ def run(
         try:
             while (waiting or running) and not stop.is_set():
                 while waiting and len(running) < slots:
-                    running.append(_Process(waiting.popleft(), out, program, lock_file))
+                    running.append(_Process(waiting.popleft(), out, program, lock_file, say))
                 for process in [p for p in running if p.code() is not None]:
                     running.remove(process)
                     name, code = process.trial.name, process.code()

@@ -1,5 +1,6 @@
 """Tests of commands with runs in a bucket, by URL."""
 
+import argparse
 import importlib
 import json
 
@@ -9,7 +10,8 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 import cap_pretrain
-from cap_pretrain import evals
+from cap_pretrain import evals, files
+from cap_pretrain.cli import arguments
 from cap_pretrain.commands import (
     caption,
     compare_runs,
@@ -18,6 +20,7 @@ from cap_pretrain.commands import (
     results_table,
     sweep,
 )
+from cap_pretrain.sweeps import trials
 from tests import toy
 
 RUN, JUDGED, EXPORT = (f"gs://bucket/{name}" for name in ("runs/a", "runs/judged", "exports/a"))
@@ -86,6 +89,15 @@ def test_commands_take_a_run_in_a_bucket(bucket, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "gs:").exists()
 
 
+def test_a_command_says_by_its_status_that_a_bucket_is_out_of_reach(capsys):
+    def command(args):
+        raise OSError(args.code, "reason", args.file)
+
+    for code, file, status in ((5, "gs://b/a", 75), (5, "/a", 2), (13, "gs://b/a", 2)):
+        args = argparse.Namespace(code=code, file=file)
+        assert arguments.run(command, args) == status and file in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_sweep_in_a_bucket(bucket, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -99,10 +111,14 @@ def test_a_sweep_in_a_bucket(bucket, tmp_path, monkeypatch, capsys):
         "from cap_pretrain.sweeps.trials import Trial\n\n\ndef sweep(arg=None):\n"
         "    yield Trial('a', 'tiny.py', {'seed': 1})\n"
     )
+    log = files.local_folder(files.place(folder)) / "a" / trials.LOG_FILE
+    log.parent.mkdir(parents=True)
+    log.write_text("of a runner that was killed\n")
     given = ["run", "sweep.py", "--out", folder, "--retries", "0"]
     assert sweep.main(given) == 0, bucket.objects["bucket/sweep/a/log.txt"].data.decode()
     assert json.loads(bucket.objects["bucket/sweep/a/trial.json"].data)["state"] == "finished"
-    assert b"step" in bucket.objects["bucket/sweep/a/log.txt"].data
+    copied = bucket.objects["bucket/sweep/a/log.txt"].data
+    assert copied.startswith(b"of a runner that was killed\n") and b"step" in copied
     assert sweep.main(given) == 0
     assert "1 of 1 trials are finished already" in capsys.readouterr().out
     assert sweep.main(["status", folder]) == 0 and "1 finished" in capsys.readouterr().out

@@ -50,6 +50,8 @@ if kind == "hopeless":
 if kind == "mistake":
     print("cap_pretrain: your fault", file=sys.stderr)
     sys.exit(2)
+if kind == "unwritable":
+    (folder / "trial.json.tmp").mkdir()  # the record cannot be written
 if kind == "napping":
     time.sleep(0.3)
 lr = float(arguments["config.optim.lr"])
@@ -123,6 +125,14 @@ def test_crashed_trials_are_retried_and_the_others_run(run, out, capsys):
     assert lines[2].split()[:2] == ["crash", "finished"]
     assert lines[3].split()[:2] == ["hopeless", "failed"] and lines[3].endswith("no memory")
     assert lines[-1] == "2 finished, 2 failed"
+
+
+def test_a_record_that_cannot_be_written_stops_no_trial(run, out, capsys):
+    assert run(["unwritable", "napping", "fine"], "--slots=2") == 0
+    assert all((out / name / "ended").exists() for name in ("unwritable", "napping", "fine"))
+    said = capsys.readouterr().out
+    assert f"unwritable: {out}/unwritable/trial.json was not written: " in said
+    assert "(3 of 3)" in said
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
