@@ -16,8 +16,10 @@ from pyarrow import parquet
 from cap_pretrain import inputs
 from cap_pretrain.data.sources import base, footer, forward, storage, tar_index
 from cap_pretrain.data.sources.open import open_source
+from cap_pretrain.data.sources.ranges import Cache
 from cap_pretrain.errors import UserError
 from tests import toy
+from tests.data.test_sources import write
 from tests.data.test_storage import Faulty
 from tests.data.test_webdataset import sample, tar
 from tests.http_server import Answer, Connection, Threaded
@@ -100,6 +102,7 @@ class Pages:
         self.asked.append((method, name, headers.get("if-match")))
         if name == "set":
             links = "".join(f'<a href="{file.name}">x</a>' for file in self.folder.iterdir())
+            links += '<a href="?C=N;O=D">Name</a>'
             return Answer(200, links.encode(), {"Content-Type": "text/html"})
         if method not in ("GET", "HEAD") or not (self.folder / name).is_file():
             return Answer(404, b"")
@@ -124,6 +127,25 @@ def test_files_of_a_web_server_are_read(here, tmp_path):
         expected = list(opened(here, tmp_path / "none"))
         assert [source[k] for k in (17, 0, 8)] == [expected[k] for k in (17, 0, 8)]
         assert all(method != "PUT" for method, *_ in pages.asked)
+        server.shutdown()
+
+
+@pytest.mark.parametrize("cache", ["", Cache(budget=1e8)])
+def test_a_dataset_on_a_web_server_is_read(cache, tmp_path, monkeypatch):
+    from tensorflow_datasets import features as f
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    features = {"image": f.Image(), "captions": f.Text(), "id": f.Text()}
+    texts = lambda i: {"captions": f"caption {i}", "id": f"{i}"}
+    folder = write(tmp_path, "set", features, texts, {"train": 6}, 2)
+    with Threaded(("127.0.0.1", 0), Connection) as server:
+        server.owner = Pages(folder)
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}/set"
+        source = open_source(url, "train", image_size=8, cache=cache)
+        assert [source[k]["captions"] for k in range(6)] == [
+            example["captions"] for example in open_source(str(folder), "train", image_size=8)
+        ]
         server.shutdown()
 
 

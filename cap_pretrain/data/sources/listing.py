@@ -99,7 +99,7 @@ def find(pattern: str, split: str, suffix: str, where: str) -> Listing:
     files = list(_matching(root, names, where))
     if split != TRAIN:
         raise NoSuchSplit([TRAIN])
-    return Listing(root, _sized(root, files, where), (TRAIN,))
+    return Listing(root, _sized(root, files), (TRAIN,))
 
 
 def _folder(path: Path | Remote, split: str, suffix: str, where: str) -> Listing:
@@ -115,7 +115,7 @@ def _folder(path: Path | Remote, split: str, suffix: str, where: str) -> Listing
     chosen = split if split in by_split else _ALIASES.get(split, "")
     if chosen not in by_split:
         raise NoSuchSplit(list(by_split))
-    return Listing(path, _sized(path, by_split[chosen], where), tuple(by_split))
+    return Listing(path, _sized(path, by_split[chosen]), tuple(by_split))
 
 
 def _with_suffix(folder: Path | Remote, suffix: str) -> list[File]:
@@ -189,16 +189,14 @@ def _matching(root: Path | Remote, names: Sequence[str], where: str) -> Iterator
         )
 
 
-def _sized(root: Path | Remote, files: Sequence[File], where: str) -> tuple[File, ...]:
+def _sized(root: Path | Remote, files: Sequence[File]) -> tuple[File, ...]:
     """Return the files with their sizes; HTTP servers say them only when asked about each."""
 
     def sized(file: File) -> File:
         path = root / file.name
         if file.size >= 0 or isinstance(path, Path):
             return file
-        info = path.call(lambda fs, name: fs.info(name))
-        if info.get("size") is None:
-            raise UserError(f"{where}: the server does not say the size of {path}; copy the files.")
+        info = path.info()
         return File(file.name, int(info["size"]), _remote_stamps(info), info)
 
     with ThreadPoolExecutor(_THREADS) as threads:

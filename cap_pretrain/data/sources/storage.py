@@ -27,6 +27,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,6 +42,7 @@ TRIES = 8  # of every read; with the delays below they take 16 seconds on averag
 # uniform between 0 and the bound ("full jitter", Brooker 2015, Exponential Backoff And Jitter, AWS
 # Architecture Blog), so hosts that failed together do not retry together.
 FIRST_DELAY = 0.25
+_THREADS = 16  # files that an HTTP server is asked about at a time
 CHUNK = 16 << 20  # bytes of a remote file in one request, and so in one retry
 
 _PERMANENT = (
@@ -155,6 +157,13 @@ class Remote:
         for found in self.call(lambda fs, path: fs.glob(f"{path}/{pattern}")):
             yield self / "/".join(found.split("/")[-depth:])
 
+    def info(self) -> dict[str, Any]:
+        """Return fsspec's info of this file; raise UserError if it lacks the size in bytes."""
+        info = self.call(lambda fs, path: fs.info(path))
+        if info.get("size") is None:
+            raise UserError(f"{self.url}: the server does not say its size; copy the files.")
+        return info
+
     def files(self) -> dict[str, dict[str, Any]]:
         """Return fsspec's info of each file by name; "size" in bytes is None on HTTP servers."""
         entries = self.call(lambda fs, path: fs.ls(path, detail=True))
@@ -203,8 +212,7 @@ class Copies:
 
     def __init__(self, remote: Remote, cache: str = ""):
         self._remote = remote
-        listed = remote.files()
-        self.files = listed
+        listed = self.files = _sized(remote, remote.files())
         self._sizes = {name: int(entry["size"]) for name, entry in listed.items()}
         stamps = sorted(
             (name, entry["size"], *(str(entry[key]) for key in STAMPS if key in entry))
@@ -282,6 +290,20 @@ class Copies:
                 f"data.cache: cannot write to {self.path} ({why(error)}); make room or name "
                 "another folder."
             ) from error
+
+
+def _sized(folder: Remote, files: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return infos with sizes; HTTP servers say them only when asked about each file."""
+
+    def sized(name: str) -> dict[str, Any]:
+        return files[name] if files[name].get("size") is not None else (folder / name).info()
+
+    # Links with "?" in the listing of a web server sort it.
+    names = [
+        name for name, entry in files.items() if entry.get("size") is not None or "?" not in name
+    ]
+    with ThreadPoolExecutor(_THREADS) as threads:
+        return dict(zip(names, threads.map(sized, names), strict=True))
 
 
 def _has_size(path: Path, size: int) -> bool:
