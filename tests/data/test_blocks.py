@@ -158,29 +158,32 @@ def test_what_is_read_ahead_is_what_is_read(seed):
     assert len(case.members[0].ahead) == changes
 
 
-def order_of(count, *, window=0, example_bytes=25_000, lanes=256, batch_size=8192, **kwargs):
+def order_of(count, *, window=0, gb=0, example_bytes=25_000, lanes=256, batch_size=8192, **kwargs):
     """Return the order of `count` examples in blocks of 256 and windows of `window` blocks."""
-    gb = 2 * lanes * (window + 0.5) * 256 * example_bytes / 1e9 if window else 1e9
+    gb = gb or (2 * lanes * (window + 0.5) * 256 * example_bytes / 1e9 if window else 1e9)
     layout = blocks.Layout(256, lanes, gb)
     source = Shards(count, example_bytes=example_bytes)
     return blocks.BlockOrder([(source, 1.0)], layout, batch_size=batch_size, seed=0, **kwargs)
 
 
 @pytest.mark.parametrize(
-    ("count", "window", "bound"),
+    ("count", "gb", "bound"),
     [
-        (12_000_000, 64, 1.1),
-        pytest.param(12_000_000, 0, 1.05, marks=pytest.mark.slow),
-        pytest.param(100_000_000, 64, 1.35, marks=pytest.mark.slow),
+        pytest.param(12_000_000, 64, 1.2, marks=pytest.mark.slow),
+        (12_000_000, 210, 1.1),
+        pytest.param(12_000_000, 620, 1.05, marks=pytest.mark.slow),
+        pytest.param(1_000_000_000, 64, 1.25, marks=pytest.mark.slow),
     ],
 )
-def test_batches_of_sorted_data_have_all_classes(count, window, bound):
+def test_batches_of_sorted_data_have_all_classes(count, gb, bound):
     """Chi-squared per degree of freedom of the classes of a batch; 1 is a perfect shuffle."""
-    order, found = order_of(count, window=window), []
+    order, found = order_of(count, gb=gb), []
     for batch in (0, 1, 200, 201, 1000, 1001):
         shown = np.array([order(row) for row in range(8192 * batch, 8192 * (batch + 1))])
         counts = np.bincount(shown // (count // 1000), minlength=1000)
         found.append(np.square(counts - 8.192).sum() / 8.192 / 999)
+    held = f"cache_gb={gb}: windows of {order._members[0].blocks} blocks"
+    print(f"{count:,} examples, {held}, chi-squared {np.mean(found):.2f}")
     assert np.mean(found) < bound
 
 
@@ -286,4 +289,5 @@ def test_a_billion_examples_take_little_time_and_memory():
     done = subprocess.run([sys.executable, "-c", _BILLION], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     seconds, megabytes, microseconds = map(float, done.stdout.split())
+    print(f"{seconds:.2f} s, {megabytes:.0f} MB, {microseconds:.1f} microseconds an example")
     assert seconds < 2 and megabytes < 500 and microseconds < 30, done.stdout
