@@ -36,7 +36,7 @@ from cap_pretrain.checkpoints.manifest import (
     read_manifest,
 )
 from cap_pretrain.checkpoints.orbax_setup import configure_orbax
-from cap_pretrain.checkpoints.reading import read_on_all_hosts
+from cap_pretrain.checkpoints.reading import out_of_reach, read_on_all_hosts
 from cap_pretrain.checkpoints.stored import ITEMS
 from cap_pretrain.distributed import cluster
 from cap_pretrain.distributed.ahead import Ahead
@@ -202,7 +202,7 @@ class Checkpoints:
                 reading.
         """
         folder = self._manager.directory / str(step)
-        manifest = read_manifest(folder)
+        manifest = read_on_all_hosts(folder, functools.partial(read_manifest, folder))
         target = items_of(abstract)
         self._check_compatible(folder, manifest, target)
         read = functools.partial(
@@ -251,13 +251,18 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _disk_errors_as_user_errors(self) -> Iterator[None]:
-        """Turn failures of a save caused by a full or read-only disk into UserError."""
+        """Turn failures of a save caused by a full or read-only disk into UserError.
+
+        Those caused by a bucket out of reach become OSError.
+        """
         try:
             yield
         except Exception as e:
             self._saving, self._failed = False, True
             reason = disk_error(e)
             if reason is None:
+                if passing := out_of_reach(e, self._manager.directory):
+                    raise passing from e
                 raise
             left = saved_steps(self._workdir)
             resumes = f"resumes from step {left[-1]}, which is intact" if left else "starts over"

@@ -1,16 +1,28 @@
 """Reading a checkpoint on several hosts, which succeed together or fail with the same error."""
 
+import errno
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from cap_pretrain import files
 from cap_pretrain.checkpoints.manifest import CorruptCheckpointError
 from cap_pretrain.distributed import cluster
 from cap_pretrain.errors import UserError, disk_error
 
 # Reading may fail for these reasons although the checkpoint is valid.
-_TRANSIENT_FAILURES = ("RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
+_TRANSIENT_FAILURES = (
+    *("RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED"),
+    *("ABORTED", "UNAUTHENTICATED", "CANCELLED"),
+)
+# Errors of reading that files which are missing, or damaged metadata, cause each time.
+_LASTING = (
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL),
+)
 # The kinds of failures, most specific first.
 _DISK, _TRANSIENT, _CORRUPT = "disk", "transient", "corrupt"
 
@@ -49,8 +61,9 @@ def read_on_all_hosts(folder: Path, read: Callable[[], Any]) -> Any:
     Raises:
         UserError: the disk of a host does not permit reading.
         CorruptCheckpointError: files of the checkpoint are corrupt.
-        ReadingFailedError: reading failed on another host for a passing reason, such as a server
-            out of reach; on that host itself, the error is raised as it is.
+        OSError: the bucket of the checkpoint is out of reach of a host.
+        ReadingFailedError: reading failed on another host for another passing reason, such as a
+            lack of memory; on that host itself, the error is raised as it is.
     """
     result, error = None, None
     try:
@@ -68,10 +81,23 @@ def read_on_all_hosts(folder: Path, read: Callable[[], Any]) -> Any:
         if failure.kind == _DISK:
             raise UserError(f"{folder}: cannot be read ({failure.reason}).") from failure
         if failure.kind == _CORRUPT:
-            reason = failure.reason[:200]
-            raise CorruptCheckpointError(f"{folder}: is corrupt ({reason})") from failure
-        raise error or failure from None
+            found = f"{folder}: is corrupt ({failure.reason[:200]})"
+            known = failure.reason.startswith(f"{folder}: ")  # of a CorruptCheckpointError
+            raise CorruptCheckpointError(failure.reason if known else found) from failure
+        raise out_of_reach(failure, folder) or error or failure from None
     return result
+
+
+def out_of_reach(error: Exception, place: Path) -> OSError | None:
+    """Return the OSError that names `place` if its bucket was out of reach, else None."""
+    kind, reason = _describe(error)
+    own: BaseException | None = error
+    if isinstance(error, ReadingFailedError):
+        kind, reason, own = error.kind, error.reason, error.__cause__
+    of_memory = isinstance(own, (MemoryError, jax.errors.JaxRuntimeError))
+    if kind != _TRANSIENT or of_memory or not files.is_url(place):
+        return None
+    return OSError(errno.EIO, reason[:200], str(place))
 
 
 def _describe(error: Exception) -> tuple[str, str]:
@@ -81,4 +107,10 @@ def _describe(error: Exception) -> tuple[str, str]:
     reason = (str(error).strip() or repr(error)).splitlines()[0]
     if isinstance(error, MemoryError) or any(code in str(error) for code in _TRANSIENT_FAILURES):
         return _TRANSIENT, reason
+    cause: BaseException | None = error
+    while cause:
+        passes = isinstance(cause, OSError) and cause.errno and cause.errno not in _LASTING
+        if passes or isinstance(cause, (TimeoutError, ConnectionError)):
+            return _TRANSIENT, reason
+        cause = cause.__cause__ or cause.__context__
     return _CORRUPT, reason

@@ -31,11 +31,12 @@ def load_arrays(
     """Return the arrays of the checkpoint of `step`, by paths such as "learner/params/encoder/…".
 
     Reads only the given `items`, without the model or its config. Raises CorruptCheckpointError if
-    an array or the manifest has changed, UserError if the disk does not permit reading.
+    an array or the manifest has changed, UserError if the disk does not permit reading, OSError if
+    the bucket is out of reach.
     """
     configure_orbax()
     folder = checkpoints_folder(workdir) / str(step)
-    manifest = read_manifest(folder)
+    manifest = read_on_all_hosts(folder, lambda: read_manifest(folder))
     reader = ocp.PyTreeCheckpointHandler()
 
     def read(item: str) -> Any:

@@ -106,10 +106,11 @@ class _Uploaded:
         while not self._closed.wait(max(PERIOD, self._seconds / SHARE)):
             try:
                 self._upload()
-            except OSError as error:
-                if error.errno in _LASTING:
+            except Exception as error:  # an end of this thread would end the uploads
+                if isinstance(error, OSError) and error.errno in _LASTING:
                     self._error = error
-                logging.warning("%s could not be uploaded: %s", self._path, error.strerror)
+                reason = getattr(error, "strerror", None) or repr(error)
+                logging.warning("%s could not be uploaded: %s", self._path, reason)
 
     def _upload(self) -> None:
         with self._sending:  # so that no older content replaces a newer one

@@ -84,9 +84,10 @@ class MetricsWriter:
     def close(self, failed: bool = False) -> None:
         """Close the files and the trackers, as `failed` if an error or a signal ends the run."""
         if self._enabled:
-            self._lines.close()
-            self._board.close()
-            guard.close(self._trackers, failed)
+            with contextlib.ExitStack() as stack:  # one that fails leaves none of the others open
+                stack.callback(guard.close, self._trackers, failed)
+                stack.callback(self._board.close)
+                stack.callback(self._lines.close)
 
 
 def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:

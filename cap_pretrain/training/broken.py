@@ -63,6 +63,11 @@ class BrokenList:
             return str(error)
         return "it decodes now"
 
+    def flush(self) -> None:
+        """Return when others can read the list."""
+        if self._file:
+            self._file.flush()
+
     def close(self) -> None:
         """Close the file."""
         if self._file:

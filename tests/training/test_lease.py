@@ -58,7 +58,7 @@ def test_a_second_run_is_refused_and_a_killed_one_replaced_at_once(bucket, holde
     holder.wait()
     begun = time.monotonic()
     with lock.locked(files.place(RUN), pytest.fail):
-        assert time.monotonic() - begun < 0.5 and bucket.objects[NAME].generation > first
+        assert time.monotonic() - begun < 5 and bucket.objects[NAME].generation > first
     assert NAME not in bucket.objects
     with lock.locked(files.place(RUN)):
         pass
@@ -74,7 +74,7 @@ def test_another_host_is_waited_for_and_replaced_once_it_no_longer_renews(bucket
         with pytest.raises(UserError, match="in use by process"), lock.locked(run, said.append):
             pass
         assert bucket.objects[NAME].generation > first
-    assert len(said) == 1 and "waiting up to 1 s, in case that host is lost" in said[0]
+    assert len(said) == 1 and re.search("waiting up to [01] s, in case that host is", said[0])
     files.write_text(run / "run.lock", json.dumps(lease.present()))
     begun = time.monotonic()
     with lock.locked(run, said.append):
@@ -90,15 +90,18 @@ def test_of_runs_that_start_at_once_one_holds_the_lock(bucket, monkeypatch):
     monkeypatch.setattr(lease, "_alive", lambda content: content != b"{}")
     files.write_text(files.place(RUN) / "run.lock", "{}")
     held, refused, start = [], [], threading.Barrier(6)
+    all_refused = threading.Event()
 
     def hold():
         start.wait()
         try:
             with lock.locked(files.place(RUN), lambda _: None):
                 held.append(1)
-                time.sleep(0.5)
+                all_refused.wait(20)
         except UserError as error:
             refused.append(error)
+            if len(refused) == 5:
+                all_refused.set()
 
     threads = [threading.Thread(target=hold) for _ in range(6)]
     for thread in threads:
