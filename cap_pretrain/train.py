@@ -165,6 +165,7 @@ class Run:
             about = trackers.Run(workdir, given, lines, keep_until, trains=bool(total))
             opened = trackers.start(config.log.trackers, about, say)
         self._writer = MetricsWriter(workdir, self._is_main, keep_until, opened)
+        self._logs: list[MetricsWriter | BrokenList] = [self._writer]
         self._writing.push(lambda _, error, __: self._writer.close(failed=error is not None))
         self._watch = Watch(config, workdir, self._writer, self._progress)
         self._stop = self._stack.enter_context(StopRequest())
@@ -267,6 +268,7 @@ class Run:
         members = [source for source, _ in setup.mixture]
         broken = BrokenList(config.data, members, setup.workdir, jax.process_index())
         self._stack.callback(broken.close)
+        self._logs.append(broken)
 
         def iterate() -> Iterator[tuple[int, dict[str, jax.Array]]]:
             for step in range(start + 1, total + 1):
@@ -344,8 +346,7 @@ class Run:
 
     def _save(self, kept: Checkpoints | LocalCopies) -> None:
         """Start saving the state, after what was logged up to it, which no restart logs again."""
-        self._writer.flush()
-        kept.save(self.state)
+        kept.save(self.state, lambda: [log.flush() for log in self._logs])
 
     def _saved_at_a_signal(self, step: int) -> None:
         """Wait until the last checkpoint is complete; say how long that took after the signal."""

@@ -76,6 +76,7 @@ class Checkpoints:
         self._minutes = config.checkpoint.every_minutes
         self._saved_at = time.monotonic()
         self._saving = self._failed = False
+        self._known: int | None = None  # the newest step, where no listing is needed to know it
         self._fingerprints: Callable[[Any], Any] = jax.jit(fingerprints)
         keep_every = config.checkpoint.keep_every_steps
         if not read_only:
@@ -107,6 +108,15 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         """Return the step of the newest complete checkpoint, or None."""
         return max(saved_steps(self._workdir), default=None)
+
+    def known_step(self) -> int:
+        """Return what `latest_step` was after the last save or set aside, 0 if there was none.
+
+        Lists the folder only then.
+        """
+        if self._known is None:
+            self._known = self.latest_step() or 0
+        return self._known
 
     def best_step(self) -> int | None:
         """Return the saved step with the best `config.checkpoint.best`, or None if unknown."""
@@ -143,11 +153,13 @@ class Checkpoints:
         """Raise CorruptCheckpointError unless the items read from `where` fit the manifest."""
         compare(where, describe(items, self._fingerprints(items)), manifest["leaves"])
 
-    def save(self, state: TrainState) -> None:
+    def save(self, state: TrainState, flush: Callable[[], object] = lambda: None) -> None:
         """Start saving `state` in the background, and let training continue.
 
-        Raises UserError if this save or the previous one lacked disk space or permission.
+        `flush` stores what was logged up to the state. Raises UserError if this save or the
+        previous one lacked disk space or permission.
         """
+        flush()
         manifest, items = self.manifest(state), items_of(state)
         self._saved_at = time.monotonic()
         # Orbax copies to the host, and synchronizes several hosts, by implicit transfers.
@@ -170,7 +182,8 @@ class Checkpoints:
         """Wait for the background save, if any; raise UserError if it failed."""
         with self._disk_errors_as_user_errors(), jax.transfer_guard("allow"):
             self._manager.wait_until_finished()
-        self._saving = False
+        if self._saving:
+            self._saving, self._known = False, None
 
     def restore_newest(
         self, abstract: TrainState, say: Callable[[str], None] = print
@@ -247,6 +260,7 @@ class Checkpoints:
         """Set the checkpoint of `step` aside, for all hosts; return what was done."""
         done = cluster.decided(None, lambda _: set_aside(self._workdir, step, why))
         self._manager.reload()
+        self._known = None
         return done
 
     @contextlib.contextmanager

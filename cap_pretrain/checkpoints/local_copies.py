@@ -33,9 +33,10 @@ from ml_collections import ConfigDict
 
 from cap_pretrain import config as configs
 from cap_pretrain import files, inputs, rules
-from cap_pretrain.checkpoints.checkpoint import Checkpoints, items_of, saved_steps, state_of
+from cap_pretrain.checkpoints.checkpoint import Checkpoints, items_of, state_of
 from cap_pretrain.checkpoints.manifest import CorruptCheckpointError
 from cap_pretrain.distributed import cluster
+from cap_pretrain.errors import disk_error
 from cap_pretrain.training.changes import binding
 from cap_pretrain.training.step import TrainState
 
@@ -47,6 +48,7 @@ A workdir that was removed and made anew has another one.
 
 _ENDING = ".copy"
 _MAX_HEADER = 2**28  # bytes; a header has about 200 an array
+_SHARE = 0.9  # of the space that is free; in memory, other programs need the rest
 
 Bounds = tuple[tuple[int, int], ...]  # the start and stop of a part along each dimension
 
@@ -74,36 +76,51 @@ class LocalCopies:
         self._workdir, self._checkpoints, self._say = workdir, checkpoints, say
         self._writing: threading.Thread | None = None
         self._failure, self._said = "", False
+        self._trains, self._alone = configs.trains(config), False
+        self._default = not config.checkpoint.local
+        self._folder = _folder(config.checkpoint.local, workdir)
         if self._every:
             self._identity = _identity(workdir, config, mesh)
-            self._folder = _folder(config.checkpoint.local, workdir)
 
     def due(self, step: int) -> bool:
         """Return whether a copy is due after a step."""
         return bool(self._every) and step % self._every == 0
 
-    def save(self, state: TrainState) -> None:
+    def save(self, state: TrainState, flush: Callable[[], object] = lambda: None) -> None:
         """Copy `state` to the host's memory and write it in the background.
 
-        Does nothing while a host still writes the copy before.
+        Does nothing while a host still writes the copy before, and only prints a line if a bucket
+        is out of reach. `flush` stores what was logged up to the state. Raises OSError if the disk
+        does not permit that.
         """
         busy = self._writing is not None and self._writing.is_alive()
-        newest = max(self._found()[0], default=-1)
+        newest, last, problem = max(self._found()[0], default=-1), 0, ""
+        try:
+            if not busy:
+                flush()
+                last = 0 if jax.process_index() else self._checkpoints.known_step()
+        except OSError as e:
+            if disk_error(e):
+                raise
+            problem = f"{e.filename}: {e.strerror}"
 
         def decide(hosts: list[list[Any]]) -> list[Any]:
-            failure = next((f"host {n}: {text}" for n, (*_, text) in enumerate(hosts) if text), "")
-            kept, last = (
-                min(step for _, step, _ in hosts),
-                max(saved_steps(self._workdir), default=0),
-            )
-            return [any(busy for busy, *_ in hosts), kept, failure, last]
+            busy, newest, *texts = zip(*hosts, strict=True)
+            found = ([f"host {n}: {each}" for n, each in enumerate(t) if each] for t in texts)
+            return [any(busy), min(newest), *(next(iter(lines), "") for lines in found), last]
 
-        wait, kept, failure, last = cluster.decided([busy, newest, self._failure], decide)
+        mine = [busy, newest, self._failure, problem]
+        wait, kept, failure, problem, last = cluster.decided(mine, decide)
         if failure and not self._said:
             self._say(f"Local copies cannot be written ({failure}); training continues.")
             self._said = True
-        if wait:
+        if problem:
+            self._say(f"A local copy is skipped ({problem}); training continues.")
+        if wait or problem:
             return
+        if not self._alone:
+            self._remove_unused()
+            self._alone = True
         manifest = self._checkpoints.manifest(state)
         parts = _on_host(items_of(state))
         header = {"identity": self._identity, "after": last, "manifest": manifest}
@@ -166,8 +183,54 @@ class LocalCopies:
     def remove(self) -> None:
         """Remove the copies of this host, which a checkpoint has made superfluous."""
         self.close()
-        if self._every:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        if self._trains:
+            # Also those of hosts that had another number, and of a run that made copies before.
+            for folder in self._siblings():
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _remove_unused(self) -> None:
+        """Remove copies of hosts that had another number before, as after a restart.
+
+        Hosts may share the folder of all copies, so each marks what it uses.
+        """
+        mark = self._folder / cluster.decided(None, lambda _: uuid.uuid4().hex)
+        with contextlib.suppress(OSError):  # `_write` says so
+            self._make_folder()
+            mark.touch()
+        cluster.barrier()
+        for folder in self._siblings():
+            if not (folder / mark.name).exists():
+                shutil.rmtree(folder, ignore_errors=True)
+        cluster.barrier()
+        with contextlib.suppress(OSError):
+            mark.unlink()
+
+    def _siblings(self) -> list[Path]:
+        """Return the folders of copies of this run, which are the user's own."""
+        pattern = f"{self._folder.name.rpartition('-')[0]}-*"
+        found = []
+        with contextlib.suppress(OSError):
+            found = [path for path in self._folder.parent.glob(pattern) if self._is_ours(path)]
+        return found
+
+    def _is_ours(self, folder: Path) -> bool:
+        """Return whether only this user may write to a folder and, by default, the one it is in."""
+        return _is_ours(folder) and (not self._default or _is_ours(folder.parent))
+
+    def _numbered(self) -> dict[int, Path]:
+        """Return the copies of this host by step; none unless the folder is the user's own."""
+        try:
+            return files.numbered(self._folder, _ENDING) if self._is_ours(self._folder) else {}
+        except OSError:
+            return {}
+
+    def _make_folder(self) -> None:
+        """Create the folder of this host's copies; raise OSError if others may write to it."""
+        mode = 0o700 if self._default else 0o777
+        self._folder.parent.mkdir(mode=mode, parents=True, exist_ok=True)
+        self._folder.mkdir(mode=0o700, exist_ok=True)
+        if not self._is_ours(self._folder):
+            raise OSError(None, "another user owns it or may write to it")
 
     def _found(self) -> tuple[dict[int, int], bool]:
         """Return what copies of this run there are, and whether there are others.
@@ -175,7 +238,7 @@ class LocalCopies:
         The first is a dict from step to the newest checkpoint when the copy was made.
         """
         found, others = {}, False
-        for step, path in _numbered(self._folder).items():
+        for step, path in self._numbered().items():
             try:
                 header, _ = _read_header(path)
                 if header["identity"] == self._identity:
@@ -187,26 +250,26 @@ class LocalCopies:
         return found, others
 
     def _write(self, step: int, header: Any, arrays: Sequence[np.ndarray], kept: int) -> None:
-        """Write a copy, then remove all but it and that of step `kept`, which all hosts have."""
+        """Write a copy, after removing all but that of step `kept`, which all hosts have."""
         path = self._folder / f"{step}{_ENDING}"
         fresh = path.with_suffix(".tmp")
         try:
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if not _is_ours(self._folder):
-                raise OSError(None, "another user owns it or may write to it")
+            self._make_folder()
             for unfinished in self._folder.glob("*.tmp"):  # of a process that was killed
                 unfinished.unlink()
+            for other, old in self._numbered().items():
+                if other != kept:
+                    old.unlink()
             needed, free = sum(a.nbytes for a in arrays), shutil.disk_usage(self._folder).free
-            if needed > free:
-                raise OSError(None, f"{needed:,} bytes are needed, {free:,} are free")
+            if needed > _SHARE * free:
+                raise OSError(
+                    None, f"{needed:,} bytes are needed, {int(_SHARE * free):,} may be used"
+                )
             with fresh.open("wb") as file:
                 file.write(json.dumps(header).encode() + b"\n")
                 for array in arrays:
                     file.write(array.reshape(-1).view(np.uint8).data)
             fresh.replace(path)
-            for other, old in _numbered(self._folder).items():
-                if other not in (step, kept):
-                    old.unlink()
         except OSError as e:
             self._failure = f"{self._folder}: {e.strerror}"
             with contextlib.suppress(OSError):
@@ -286,14 +349,6 @@ def _why_not(
     return "they are of another run, config or mesh" if others else ""
 
 
-def _numbered(folder: Path) -> dict[int, Path]:
-    """Return the copies in a folder by step; none unless the folder is the user's own."""
-    try:
-        return files.numbered(folder, _ENDING) if _is_ours(folder) else {}
-    except OSError:
-        return {}
-
-
 def _is_ours(folder: Path) -> bool:
     """Return whether it is a folder, not a link, that only this user may write to."""
     status = os.lstat(folder)
@@ -309,18 +364,17 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def _folder(setting: str, workdir: Path) -> Path:
-    """Return the folder of this host's copies: for each workdir and process one.
-
-    Without a setting it is in memory, /dev/shm, where Linux has that and else in the folder for
-    temporary files.
-    """
-    root = Path(setting).expanduser()
-    if not setting:
-        memory = Path("/dev/shm")
-        usable = memory.is_dir() and os.access(memory, os.W_OK)
-        root = (memory if usable else Path(tempfile.gettempdir())) / f"cap_pretrain-{os.geteuid()}"
+    """Return the folder of this host's copies: for each workdir and process one."""
+    root = Path(setting).expanduser() if setting else _root()
     name = hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:16]
     return root / f"{name}-{jax.process_index()}"
+
+
+def _root() -> Path:
+    """Return the default folder: in memory, /dev/shm, or else in that for temporary files."""
+    memory = Path("/dev/shm")
+    usable = memory.is_dir() and os.access(memory, os.W_OK)
+    return (memory if usable else Path(tempfile.gettempdir())) / f"cap_pretrain-{os.geteuid()}"
 
 
 def _identity(workdir: Path, config: ConfigDict, mesh: Mesh) -> str:

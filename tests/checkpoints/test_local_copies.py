@@ -1,11 +1,13 @@
 """Copies on the hosts' own disks survive a kill, and are used only where they are surely right."""
 
+import errno
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -14,6 +16,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from cap_pretrain.checkpoints import local_copies
 from cap_pretrain.checkpoints.checkpoint import Checkpoints
 from cap_pretrain.checkpoints.local_copies import RUN_ID, LocalCopies
 from cap_pretrain.cli import processes
@@ -145,6 +148,57 @@ def test_a_folder_of_others_is_not_used(tmp_path):
     start = Start(tmp_path).save(10)
     (folder,) = tmp_path.glob("local/*")
     folder.chmod(0o777)
+    start.save(20, 30)
+    assert "another user owns it" in start.said[0]
+    assert start.restore() is None
+
+
+def test_copies_of_hosts_that_had_another_number_are_removed(tmp_path):
+    Start(tmp_path).save(10)
+    (folder,) = tmp_path.glob("local/*")
+    shutil.copytree(folder, folder.with_name(f"{folder.name[:-1]}3"))
+    other = folder.with_name("0123456789abcdef-0")
+    other.mkdir()
+    Start(tmp_path).save(20)
+    assert {*tmp_path.glob("local/*")} == {folder, other}
+    assert copies_in(tmp_path) == ["10.copy", "20.copy"]
+    Start(tmp_path, checkpoint__local_every_steps=0).copies.remove()
+    assert {*tmp_path.glob("local/*")} == {other}
+
+
+def test_only_one_copy_is_there_while_another_is_written(tmp_path, monkeypatch):
+    start, seen = Start(tmp_path).save(10, 20), []
+    usage = shutil.disk_usage(tmp_path)
+
+    def full(_):
+        seen.extend(copies_in(tmp_path))
+        return usage._replace(free=100_000)
+
+    monkeypatch.setattr(shutil, "disk_usage", full)
+    start.save(30, 40)
+    assert seen[0] == "20.copy" and "may be used" in start.said[0]
+    start.checkpoints.close()
+
+
+def test_an_outage_costs_a_copy_and_a_busy_host_does_not_flush(tmp_path):
+    def flush():
+        raise OSError(errno.EIO, "Service Unavailable", "gs://bucket/run/metrics.jsonl")
+
+    start = Start(tmp_path)
+    start.copies.save(state(10), flush)
+    assert copies_in(tmp_path) == [] and "gs://bucket/run/metrics.jsonl: Serv" in start.said[0]
+    start.copies._writing = busy = threading.Thread(target=time.sleep, args=(0.1,))
+    busy.start()
+    start.copies.save(state(20), flush)
+    assert copies_in(tmp_path) == [] and len(start.said) == 1
+    start.checkpoints.close()
+
+
+def test_the_default_folder_belongs_to_the_user_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(local_copies, "_root", lambda: tmp_path / "shm")
+    start = Start(tmp_path, checkpoint__local="").save(10)
+    assert (tmp_path / "shm").stat().st_mode & 0o777 == 0o700
+    (tmp_path / "shm").chmod(0o777)
     start.save(20, 30)
     assert "another user owns it" in start.said[0]
     assert start.restore() is None
