@@ -105,12 +105,11 @@ def _describe(error: Exception) -> tuple[str, str]:
     if reason := disk_error(error):
         return _DISK, reason
     reason = (str(error).strip() or repr(error)).splitlines()[0]
-    if isinstance(error, MemoryError) or any(code in str(error) for code in _TRANSIENT_FAILURES):
-        return _TRANSIENT, reason
     cause: BaseException | None = error
     while cause:
         passes = isinstance(cause, OSError) and cause.errno and cause.errno not in _LASTING
-        if passes or isinstance(cause, (TimeoutError, ConnectionError)):
+        coded = any(code in str(cause) for code in _TRANSIENT_FAILURES)
+        if passes or coded or isinstance(cause, (MemoryError, TimeoutError, ConnectionError)):
             return _TRANSIENT, reason
         cause = cause.__cause__ or cause.__context__
     return _CORRUPT, reason
