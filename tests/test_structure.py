@@ -82,6 +82,7 @@ LOCAL_PATHS = {
     "cli/captioning.py:image_paths": "images are files",
     "cli/config_files.py": "config files are imported",
     "checkpoints/local_copies.py:_folder": "disks of the hosts; URLs are refused",
+    "checkpoints/local_copies.py:_root": "disks of the hosts; URLs are refused",
     "cli/processes.py": "this package, and /proc",
     "commands/rehearse_build.py": "/proc",
     "reports/journal.py:commit": "this package",
