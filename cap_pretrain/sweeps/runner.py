@@ -182,7 +182,14 @@ def run(
         try:
             while (waiting or running) and not stop.is_set():
                 while waiting and len(running) < slots:
-                    running.append(_Process(waiting.popleft(), out, program, lock_file, say))
+                    try:
+                        running.append(_Process(waiting[0], out, program, lock_file, say))
+                    except OSError as error:
+                        if not (running and files.is_url(str(error.filename))):
+                            raise
+                        say(f"{waiting[0].name}: waits: {error.filename}: {error.strerror}")
+                        break  # the bucket may be reached again while the others run
+                    waiting.popleft()
                 for process in [p for p in running if p.code() is not None]:
                     running.remove(process)
                     name, code = process.trial.name, process.code()
