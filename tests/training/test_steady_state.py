@@ -144,7 +144,7 @@ def test_what_nobody_asked_for_is_refused_in_the_loop(tokenizer_path, tmp_path):
         move(metrics["loss"])
         return metrics
 
-    def save(self, state):
+    def save(self, state, flush):
         move(state.step)
         raise Enough
 
