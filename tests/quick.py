@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from cap_pretrain import learners
-from cap_pretrain.learners.captioner import mean_where
+from cap_pretrain.learners.token_losses import mean_where
 
 NAME = "quick"
 

@@ -1,7 +1,6 @@
 """Cap and CapPa: pretraining an encoder by captioning (Tschannen et al. 2023, 2306.07915)."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -10,8 +9,16 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from cap_pretrain import learners
-from cap_pretrain.distributed.platform import platform
 from cap_pretrain.errors import UserError
+from cap_pretrain.learners.parts import Part
+from cap_pretrain.learners.token_losses import (
+    is_first_maximum,
+    is_target,
+    mean_where,
+    token_loss,
+    token_weights,
+    weighted_loss,
+)
 from cap_pretrain.models.build import build_encoder, compute, decoder_size, encoder_width
 from cap_pretrain.models.encoder import ImageEncoder
 from cap_pretrain.models.layers import EncoderOutput, in_chunks, normalize_images
@@ -23,7 +30,7 @@ def shift_right(text: jax.Array) -> jax.Array:
     return jnp.pad(text, ((0, 0), (1, 0)), constant_values=PAD)[:, :-1]
 
 
-class Captioner(nnx.Module):
+class Captioner(Part):
     """An encoder and a transformer decoder that predicts the caption from the encoder's tokens.
 
     With CapPa, each training example is predicted in parallel with probability
@@ -173,47 +180,58 @@ class Captioner(nnx.Module):
 
         return in_chunks(loss_and_correct, self.decoder.compute.logit_chunks, kernels, states, text)
 
-    def loss(
-        self, batch: dict[str, jax.Array], key: jax.Array, train: bool
-    ) -> tuple[jax.Array, dict[str, Any]]:
-        """Compute the cross-entropy of the captions.
+    def encoder_key(self, key: jax.Array) -> jax.Array:
+        """Return the key of the encoder's pass, from the random key of the loss."""
+        return jax.random.split(key, 3)[1]
+
+    def rows(
+        self, encoded: EncoderOutput, batch: dict[str, jax.Array], key: jax.Array, train: bool
+    ) -> dict[str, jax.Array]:
+        """Compute the cross-entropy of each token of the captions; see `Part.rows`.
 
         Prompts, padding and masked examples do not count.
 
         Args:
-            batch: "image" uint8 [B, H, W, 3], "text" int32 [B, T]; optionally "prompt" int32 [B]
-                (prompt lengths) and "mask" bool [B] (False for padding examples).
+            encoded: The encoder's output.
+            batch: "text" int32 [B, T]; optionally "prompt" int32 [B] (prompt lengths) and "mask"
+                bool [B] (False for padding examples).
             key: Random key for parallel prediction and dropout.
             train: Whether to compute the training loss.
 
         Returns:
-            The scalar loss and a dict of scalar metrics.
+            `nll` float32 [B, T], `correct` and `targets` bool [B, T], `examples` float32 [B] (1 if
+            it counts), and with parallel prediction `parallel` bool [B].
         """
         text, prompt = batch["text"], batch.get("prompt", 0)
-        parallel_key, encoder_key, decoder_key = jax.random.split(key, 3)
-        encoded = self.encode(batch["image"], train=train, key=encoder_key).tokens
+        parallel_key, _, decoder_key = jax.random.split(key, 3)
         parallel = None
         if train and self.options.parallel_fraction:
             p = self.options.parallel_fraction
             parallel = jax.random.bernoulli(parallel_key, p, (len(text),))
         dropout_key = decoder_key if train else None
-        states = self.states(encoded, text, parallel, prompt=prompt, key=dropout_key)
+        states = self.states(encoded.tokens, text, parallel, prompt=prompt, key=dropout_key)
 
         targets = is_target(text, prompt)
         examples = batch.get("mask", jnp.ones(len(text), bool)).astype(jnp.float32)
         examples = examples * jnp.any(targets, axis=1)
         smoothing = self.options.label_smoothing if train else 0.0
         nll, correct = self.token_losses(states, text, smoothing)
+        rows = {"nll": nll, "correct": correct, "targets": targets, "examples": examples}
+        return rows if parallel is None else {**rows, "parallel": parallel}
+
+    def reduce(self, rows: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, Any]]:
+        """Return the mean cross-entropy of the captions, and metrics; `rows` is of `rows`."""
+        nll, targets, examples = (rows[k] for k in ("nll", "targets", "examples"))
         per_caption = token_weights(targets, examples, "example")
         if self.options.average == "token":
             weights = token_weights(targets, examples, "token")
             total = jnp.sum(weights)
         else:
             weights, total = per_caption, jnp.sum(examples)
-        loss, metrics = weighted_loss(nll, correct, weights, total)
+        loss, metrics = weighted_loss(nll, rows["correct"], weights, total)
 
-        per_example = jnp.sum(nll * per_caption, 1)
-        if parallel is not None:
+        if "parallel" in rows:
+            parallel, per_example = rows["parallel"], jnp.sum(nll * per_caption, 1)
             metrics["parallel_share"] = jnp.mean(parallel.astype(jnp.float32))
             metrics["loss_parallel"] = mean_where(per_example, parallel * examples)
             metrics["loss_autoregressive"] = mean_where(per_example, ~parallel * examples)
@@ -296,103 +314,3 @@ def is_kernel_of_logits(path: tuple[Any, ...], _: Any) -> bool:
 def causal(length: int) -> jax.Array:
     """Return the causal mask bool [1, 1, T, T]: each position attends to itself and the past."""
     return jnp.tril(jnp.ones((length, length), bool))[None, None]
-
-
-def is_target(text: jax.Array, prompt: jax.Array | int = 0) -> jax.Array:
-    """Return bool [..., T]: which tokens of `text` are predicted, neither prompt nor padding."""
-    return (text != PAD) & (jnp.arange(text.shape[-1]) >= jnp.expand_dims(prompt, -1))
-
-
-def token_weights(targets: jax.Array, mask: jax.Array | None, average: str) -> jax.Array:
-    """Return the weight of each token in a loss, float32 [B, T].
-
-    Args:
-        targets: bool [B, T], the predicted tokens.
-        mask: bool or float32 [B], the examples that count. None means all.
-        average: "token" gives each token weight 1. "example" gives each caption weight 1, divided
-            evenly between its tokens.
-    """
-    weights = targets.astype(jnp.float32)
-    if mask is not None:
-        weights = weights * mask[:, None]
-    if average == "example":
-        weights = weights / jnp.maximum(jnp.sum(weights, axis=1, keepdims=True), 1)
-    return weights
-
-
-def weighted_loss(
-    nll: jax.Array, correct: jax.Array, weights: jax.Array, total: jax.Array
-) -> tuple[jax.Array, dict[str, Any]]:
-    """Return the mean of token losses [B, T] by `weights` [B, T] of sum `total`, and metrics."""
-    loss = jnp.sum(nll * weights) / jnp.maximum(total, 1)
-    accuracy = jnp.sum(correct * weights) / jnp.maximum(total, 1)
-    return loss, {"loss_weight": total, "token_accuracy": accuracy}
-
-
-def token_loss(
-    logits: jax.Array, labels: jax.Array, smoothing: float, dtype: Any = jnp.float32
-) -> jax.Array:
-    """Compute the cross-entropy with label smoothing of each label.
-
-    The gradient has one loop over the vocabulary, without a scatter: that of indexing writes an
-    array as large as the logits, and is not deterministic on GPUs.
-
-    Args:
-        logits: float32 [..., V].
-        labels: int32 [...].
-        smoothing: Probability mass spread evenly over the V classes.
-        dtype: The dtype that `logits` were computed in, in which the backward pass keeps them.
-
-    Returns:
-        float32 [...].
-    """
-    return _cross_entropy(smoothing, dtype, logits, labels)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _cross_entropy(smoothing, dtype, logits, labels):
-    return _cross_entropy_forward(smoothing, dtype, logits, labels)[0]
-
-
-def _cross_entropy_forward(smoothing, dtype, logits, labels):
-    whole = jax.nn.logsumexp(logits, axis=-1)
-    loss = whole - _own(logits, labels)
-    if smoothing:
-        loss = (1 - smoothing) * loss + smoothing * (whole - jnp.mean(logits, axis=-1))
-    return loss, (logits.astype(dtype), whole, labels)
-
-
-def _cross_entropy_backward(smoothing, dtype, residuals, gradient):  # noqa: ARG001
-    logits, whole, labels = residuals
-    probabilities = jnp.exp(logits.astype(jnp.float32) - whole[..., None])
-    wanted = jnp.where(_is_label(logits, labels), 1.0 - smoothing, 0.0)
-    wanted = wanted + smoothing / logits.shape[-1]
-    return gradient[..., None] * (probabilities - wanted), None
-
-
-_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
-
-
-def _is_label(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    return jnp.arange(logits.shape[-1]) == labels[..., None]
-
-
-def _own(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Return the logit of each label, [...]; on accelerators the loop fuses with others."""
-    if platform() == "cpu":
-        return jnp.take_along_axis(logits, labels[..., None], axis=-1, mode="clip")[..., 0]
-    return jnp.sum(jnp.where(_is_label(logits, labels), logits, 0.0), axis=-1)
-
-
-def is_first_maximum(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Return `argmax(logits, -1) == labels` for logits [..., V], labels int32 [...], but faster."""
-    logits = jax.lax.stop_gradient(logits)
-    own = _own(logits, labels)
-    earlier = jnp.arange(logits.shape[-1]) < labels[..., None]
-    before = jnp.max(jnp.where(earlier, logits, -jnp.inf), axis=-1)
-    return (own >= jnp.max(logits, axis=-1)) & (before < own)
-
-
-def mean_where(values: jax.Array, where: jax.Array) -> jax.Array:
-    """Return the mean of `values` weighted by `where`, or 0 if nothing is selected."""
-    return jnp.sum(values * where) / jnp.maximum(jnp.sum(where), 1)

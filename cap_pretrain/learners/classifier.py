@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from cap_pretrain import learners
 from cap_pretrain.errors import UserError
-from cap_pretrain.learners.captioner import mean_where, token_loss
+from cap_pretrain.learners.token_losses import mean_where, token_loss
 from cap_pretrain.models import readout
 from cap_pretrain.models.build import build_encoder
 from cap_pretrain.models.convnet import BatchNorm

@@ -17,9 +17,10 @@ from cap_pretrain import learners
 from cap_pretrain.errors import UserError
 from cap_pretrain.learners import pairs
 from cap_pretrain.learners.contrastive import Contrastive
+from cap_pretrain.learners.parts import Part
 from cap_pretrain.models.build import build_encoder, compute, text_size
 from cap_pretrain.models.encoder import ImageEncoder
-from cap_pretrain.models.layers import XAVIER, normalize_images
+from cap_pretrain.models.layers import XAVIER, EncoderOutput, normalize_images
 from cap_pretrain.models.text import TextTower
 
 # Log of the initial logit scale, and the initial logit bias: 1 / 0.07 as in CLIP (section 2.5),
@@ -27,7 +28,7 @@ from cap_pretrain.models.text import TextTower
 INITIAL_SCALE_AND_BIAS = {"softmax": (math.log(1 / 0.07), None), "sigmoid": (math.log(10), -10.0)}
 
 
-class DualEncoder(Contrastive):
+class DualEncoder(Contrastive, Part):
     """An image and a text tower, each with a linear projection to the same width.
 
     Args:
@@ -96,12 +97,18 @@ class DualEncoder(Contrastive):
         )
         return cls(build_encoder(config, rngs), tower, options=learners.options(config), rngs=rngs)
 
+    def encode(
+        self, images: jax.Array, *, train: bool = False, key: jax.Array | None = None
+    ) -> EncoderOutput:
+        """Encode uint8 images [B, H, W, 3]; `key` is for dropout in training."""
+        images = normalize_images(images, self.text_tower.compute.dtype)
+        return self.encoder(images, train=train, key=key)
+
     def embed_images(
         self, images: jax.Array, *, train: bool = False, key: jax.Array | None = None
     ) -> jax.Array:
         """Embed uint8 images [B, H, W, 3] as unit vectors float32 [B, D]."""
-        images = normalize_images(images, self.text_tower.compute.dtype)
-        pooled = self.encoder(images, train=train, key=key).pooled
+        pooled = self.encode(images, train=train, key=key).pooled
         return unit(self.image_projection(pooled))
 
     def embed_text(
@@ -145,15 +152,29 @@ class DualEncoder(Contrastive):
         """Return cosines [B, C] of text int32 [B, C, T] and uint8 images [B, H, W, 3]."""
         return self.compare(self.image_features(images), self.text_features(text))
 
+    def encoder_key(self, key: jax.Array) -> jax.Array:
+        """Return the key of the encoder's pass, from the random key of the loss."""
+        return jax.random.split(key)[0]
+
+    def rows(
+        self, encoded: EncoderOutput, batch: dict[str, jax.Array], key: jax.Array, train: bool
+    ) -> dict[str, jax.Array]:
+        """Return unit vectors `images` and `texts` [B, D], and `valid` bool [B] (the mask)."""
+        images = unit(self.image_projection(encoded.pooled))
+        texts = self.embed_text(batch["text"], train=train, key=jax.random.split(key)[1])
+        valid = batch.get("mask", jnp.ones(len(images), bool))
+        return {"images": images, "texts": texts, "valid": valid}
+
+    def reduce(self, rows: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, Any]]:
+        """Return the contrastive loss and metrics; see `contrast`."""
+        return self.contrast(rows)
+
     def embed(
         self, batch: dict[str, jax.Array], key: jax.Array, train: bool
     ) -> dict[str, jax.Array]:
-        """Return unit vectors `images` and `texts` [B, D], and `valid` bool [B] (the mask)."""
-        image_key, text_key = jax.random.split(key)
-        images = self.embed_images(batch["image"], train=train, key=image_key)
-        texts = self.embed_text(batch["text"], train=train, key=text_key)
-        valid = batch.get("mask", jnp.ones(len(images), bool))
-        return {"images": images, "texts": texts, "valid": valid}
+        """Return what `rows` does, for images."""
+        encoded = self.encode(batch["image"], train=train, key=self.encoder_key(key))
+        return self.rows(encoded, batch, key, train)
 
     def contrast(self, embedded: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, Any]]:
         """Compute the contrastive loss, and metrics with the accuracy of in-batch retrieval."""

@@ -11,13 +11,8 @@ from ml_collections import ConfigDict
 from cap_pretrain import learners
 from cap_pretrain.distributed.sharding import gathered
 from cap_pretrain.errors import UserError
-from cap_pretrain.learners.captioner import (
-    Captioner,
-    is_target,
-    shift_right,
-    token_weights,
-    weighted_loss,
-)
+from cap_pretrain.learners.captioner import Captioner, shift_right
+from cap_pretrain.learners.token_losses import is_target, token_weights, weighted_loss
 from cap_pretrain.models import recurrent
 from cap_pretrain.models.build import build_encoder, compute
 from cap_pretrain.models.encoder import ImageEncoder

@@ -6,8 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from cap_pretrain.learners import captioner
-from cap_pretrain.learners.captioner import is_first_maximum, token_loss
+from cap_pretrain.learners import token_losses
+from cap_pretrain.learners.token_losses import is_first_maximum, token_loss
 
 LOGITS = 3 * jax.random.normal(jax.random.key(0), (4, 5, 7))
 LABELS = jax.random.randint(jax.random.key(1), (4, 5), 0, 7)
@@ -17,7 +17,7 @@ LABELS = jax.random.randint(jax.random.key(1), (4, 5), 0, 7)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_loss_and_gradient(smoothing, dtype, where, monkeypatch):
-    monkeypatch.setattr(captioner, "platform", lambda: where)
+    monkeypatch.setattr(token_losses, "platform", lambda: where)
     weights = jax.random.uniform(jax.random.key(2), LABELS.shape)
 
     def plain(logits):

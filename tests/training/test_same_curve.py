@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from cap_pretrain.learners import captioner
+from cap_pretrain.learners import token_losses
 from cap_pretrain.models import elementwise, layers
 from cap_pretrain.training.step import make_train_step
 from tests import tiny, toy
@@ -67,7 +67,7 @@ def plain():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(elementwise.LayerNorm, "__call__", nnx.LayerNorm.__call__)
         patch.setitem(layers.ACTIVATIONS, "gelu_tanh", jax.nn.gelu)
-        patch.setattr(captioner, "_cross_entropy", cross_entropy)
+        patch.setattr(token_losses, "_cross_entropy", cross_entropy)
         fields = {"remat": "none", "unroll": 1, "attention": "xla"}
         return {objective: curve(objective, **fields) for objective in OBJECTIVES}
 
