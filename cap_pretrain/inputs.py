@@ -1,21 +1,19 @@
-"""Opening what a run reads according to its config: datasets, tokenizer and batches."""
+"""Opening what a run reads according to its config: datasets and tokenizer."""
 
 import contextlib
 import functools
 import hashlib
 import json
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import NewType
 
-import grain
 import numpy as np
 from ml_collections import ConfigDict
 
 from cap_pretrain import files, learners
-from cap_pretrain.data import blocks, pipeline, prefetch
-from cap_pretrain.data.sources import base, buckets, subset
+from cap_pretrain.data import blocks, pipeline
+from cap_pretrain.data.sources import base, subset
 from cap_pretrain.data.sources.base import NoSplitError, Source, parse_mixture, without_image
 from cap_pretrain.data.sources.open import GENERATED, open_source
 from cap_pretrain.data.sources.ranges import Cache
@@ -36,12 +34,6 @@ TRAINING, VALIDATION = "train", "val"
 
 Mixture = list[tuple[Source, float]]
 """Datasets and their relative weights."""
-
-TrainingMixture = NewType("TrainingMixture", Mixture)
-"""A mixture from `in_buckets`, the only function that makes one, as training needs it."""
-
-Order = buckets.Order | blocks.BlockOrder | None  # None: a shuffle of all examples
-Rows = Sequence[int] | np.ndarray | None  # of a batch; None: all
 
 
 def open_data(config: ConfigDict, split: str, name: str = "", share: float = 0.0) -> Source:
@@ -253,17 +245,17 @@ def _make_tokenizer(config: ConfigDict, mixture: Mixture, workdir: Path) -> None
         # All captions of a stored dataset, but no million scenes, which have few words.
         drawn = all(name in GENERATED for name, _ in parse_mixture(config.data.name))
         limit = TOKENIZER_EXAMPLES if drawn else None
-        with console.doing(f"Counting the words of the captions of {_images(mixture, limit)}"):
+        with console.doing(f"Counting the words of the captions of {images_of(mixture, limit)}"):
             captions = _captions(config, mixture, limit)
             words.write_words(captions, folder, words.Rules(**config.text.words), lower)
     else:
-        images = _images(mixture, TOKENIZER_EXAMPLES)
+        images = images_of(mixture, TOKENIZER_EXAMPLES)
         with console.doing(f"Training a tokenizer on the captions of {images}"):
             captions = _captions(config, mixture, TOKENIZER_EXAMPLES)
             tokenizers.train_sentencepiece(captions, folder, config.text.vocab_size, lower)
 
 
-def _images(mixture: Mixture, limit: int | None = None) -> str:
+def images_of(mixture: Mixture, limit: int | None = None) -> str:
     """Return how many examples `_captions` reads, as "3,096 images", and bytes if it reads all."""
     images = f"{sum(min(limit or len(source), len(source)) for source, _ in mixture):,} images"
     size = sum(base.example_bytes(source) * len(source) for source, _ in mixture) / 1e9
@@ -296,105 +288,3 @@ def tokenizer_identity(workdir: Path) -> dict[str, str]:
         return {}
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return {path.relative_to(workdir).as_posix(): digest}
-
-
-def in_buckets(
-    config: ConfigDict, mixture: Mixture, tokenizer: tokenizers.Tokenizer | None
-) -> TrainingMixture:
-    """Group the captions of a mixture by their length in tokens if `data.buckets` is set.
-
-    The result has one dataset per length, for which every record is read once. Without
-    `data.buckets`, `mixture` is returned, and `tokenizer` may be None.
-    """
-    if not (config.data.buckets and mixture):
-        return TrainingMixture(mixture)
-    assert tokenizer is not None
-    with console.doing(f"Grouping the captions of {_images(mixture)} by length"):
-        groups = [group for source, _ in mixture for group in buckets.by_length(source, tokenizer)]
-    return TrainingMixture([(group, 1.0) for group in groups])
-
-
-def examples_an_epoch(config: ConfigDict, mixture: TrainingMixture) -> int:
-    """Return the number of examples in an epoch."""
-    order = _order(config, mixture) if mixture else None
-    return sum(len(source) for source, _ in mixture) if order is None else order.examples
-
-
-def describe(config: ConfigDict, mixture: TrainingMixture, rows: Rows = None) -> list[str]:
-    """Return lines for the log about the buckets, subsets and blocks in a mixture.
-
-    `rows` are those of a batch that this host loads, if it is known.
-    """
-    if config.data.buckets and mixture:
-        return [buckets.describe(_length_groups(mixture), config.batch_size)]
-    parts = [source for source, _ in mixture if isinstance(source, subset.Subset)]
-    lines = [f"Part of a dataset: {source}: {len(source):,} examples." for source in parts]
-    order = _order(config, mixture) if mixture else None
-    return lines + (order.describe(rows) if isinstance(order, blocks.BlockOrder) else [])
-
-
-def _order(config: ConfigDict, mixture: TrainingMixture, offset: int = 0) -> Order:
-    """Return the order of batches of one length or of blocks, or None for a global shuffle."""
-    data = config.data
-    if data.buckets:
-        return buckets.Order(_length_groups(mixture), config.batch_size, config.seed)
-    if data.order != "blocks":
-        return None
-    layout = blocks.Layout(data.block, data.lanes, data.cache_gb)
-    kwargs = dict(batch_size=config.batch_size, seed=config.seed, offset=offset)
-    return blocks.BlockOrder(mixture, layout, **kwargs)
-
-
-def _length_groups(mixture: TrainingMixture) -> list[buckets.PairsOfOneLength]:
-    """Return the datasets of a mixture that is grouped by caption length."""
-    groups = [source for source, _ in mixture if isinstance(source, buckets.PairsOfOneLength)]
-    if len(groups) != len(mixture):
-        raise TypeError("with data.buckets, a mixture must come from in_buckets")
-    return groups
-
-
-def training_batches(
-    config: ConfigDict,
-    mixture: TrainingMixture,
-    tokenizer: tokenizers.Tokenizer,
-    rows: Rows = None,
-    offset: int = 0,
-    order: Order = None,
-) -> grain.MapDataset:
-    """Return an endless dataset whose element t is batch t, or the given `rows` of it.
-
-    Batch 0 begins with row `offset` of the run, see `schedule.BatchSizes`. `order` is by default
-    that of the config.
-    """
-    order = order or _order(config, mixture, offset)
-    if offset:
-        rows = [offset + int(row) for row in (range(config.batch_size) if rows is None else rows)]
-    return pipeline.train_dataset(
-        mixture,
-        tokenizer,
-        pipeline.ImageOptions(config.data.image_size, config.data.crop, config.data.flip),
-        batch_size=config.batch_size,
-        seed=config.seed,
-        order=order,
-        rows=rows,
-    )
-
-
-def prepared_batches(
-    config: ConfigDict,
-    mixture: TrainingMixture,
-    tokenizer: tokenizers.Tokenizer,
-    rows: Sequence[int] | np.ndarray,
-    steps: range,
-    offset: int = 0,
-) -> prefetch.Batches:
-    """Iterate over the elements `steps` of `training_batches`, which are prepared ahead of time.
-
-    With `data.order=blocks`, the sources learn what is read next.
-    """
-    order, plan = _order(config, mixture, offset), None
-    if isinstance(order, blocks.BlockOrder):
-        plan = blocks.ReadAhead(order, [source for source, _ in mixture], rows)
-    dataset = training_batches(config, mixture, tokenizer, rows, offset, order)
-    workers = config.data.workers
-    return prefetch.iterate(dataset, steps.start, steps.stop, workers=workers, plan=plan)

@@ -35,7 +35,7 @@ from cap_pretrain.reports.journal import Journal
 from cap_pretrain.telemetry import console, flops, trackers
 from cap_pretrain.telemetry.metrics import MetricsWriter, read_metrics
 from cap_pretrain.telemetry.progress import Progress
-from cap_pretrain.training import ending
+from cap_pretrain.training import ending, feed
 from cap_pretrain.training import setup as setups
 from cap_pretrain.training.broken import BrokenList
 from cap_pretrain.training.changes import fields, unused
@@ -261,9 +261,7 @@ class Run:
         reads += ("index",) if config.log.ids else ()
         rows = sharding.batch_rows(setup.mesh, config.batch_size)
         steps, offset = range(start, total), setup.batches.offset
-        batches = inputs.prepared_batches(
-            config, setup.mixture, setup.tokenizer, rows, steps, offset
-        )
+        batches = feed.prepared_batches(config, setup.mixture, setup.tokenizer, rows, steps, offset)
         self._stack.callback(batches.close)
         members = [source for source, _ in setup.mixture]
         broken = BrokenList(config.data, members, setup.workdir, jax.process_index())

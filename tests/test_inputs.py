@@ -8,6 +8,7 @@ from cap_pretrain import inputs, train
 from cap_pretrain.checkpoints.load import load_learner
 from cap_pretrain.data.text.words import Rules, WordTokenizer, write_words
 from cap_pretrain.errors import UserError
+from cap_pretrain.training import feed
 from cap_pretrain.validation import validate
 from tests import toy
 
@@ -100,7 +101,7 @@ def test_all_splits_of_a_run_have_the_classes_of_its_training_split():
     kept = [label for label in whole["val"] if label != smallest]
     assert [others[label] for label in labels(test)] == [str(label + 1) for label in kept]
     assert inputs.completed(c, mixture).learner.classes == 2
-    (line,) = inputs.describe(c, mixture)
+    (line,) = feed.describe(c, mixture)
     assert "2 of 3 classes, 2 at the cap of 4" in line and line.endswith(": 4 examples.")
 
 

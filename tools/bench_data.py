@@ -44,6 +44,7 @@ from cap_pretrain.data.builders.formats import pairs
 from cap_pretrain.data.builders.units import Part
 from cap_pretrain.data.sources.base import DEFAULT_FIELDS
 from cap_pretrain.errors import UserError, did_you_mean
+from cap_pretrain.training import feed
 from tools import bench_data_layouts, bench_data_rivals
 from tools.bench_decode import generated
 
@@ -205,8 +206,8 @@ def measure_all(config: ConfigDict) -> tuple[ConfigDict, dict[str, float], dict[
         mixture = inputs.open_sources(config)
         config = inputs.completed(config, mixture)
         tokenizer = inputs.prepare_tokenizer(config, mixture, folder, anew=True)
-        grouped = inputs.in_buckets(config, mixture, tokenizer)
-        dataset = inputs.training_batches(config, grouped, tokenizer)
+        grouped = feed.in_buckets(config, mixture, tokenizer)
+        dataset = feed.training_batches(config, grouped, tokenizer)
         with ThreadPoolExecutor(1) as thread:  # where memory is kept as in the pipeline
             parts = thread.submit(stages, mixture, tokenizer, config, dataset).result()
         candidates = {"cap_pretrain": ours(dataset, config.data.workers)}

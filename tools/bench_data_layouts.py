@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from cap_pretrain import inputs
 from cap_pretrain.data.sources.base import DEFAULT_FIELDS, Source
 from cap_pretrain.data.text.tokenizers import Tokenizer
+from cap_pretrain.training import feed
 
 LAYOUTS = ("wds", "parquet")
 """Prefixes of `data.name`; each names a folder with the files of that layout, too."""
@@ -52,4 +53,4 @@ def opened(config: ConfigDict, layout: str, folder: Path, tokenizer: Tokenizer) 
     config.data.fields.update(DEFAULT_FIELDS)
     mixture = inputs.open_sources(config)
     config = inputs.completed(config, mixture)
-    return inputs.training_batches(config, inputs.in_buckets(config, mixture, tokenizer), tokenizer)
+    return feed.training_batches(config, feed.in_buckets(config, mixture, tokenizer), tokenizer)

@@ -16,7 +16,7 @@ from cap_pretrain.errors import UserError, did_you_mean
 from cap_pretrain.optim import schedule
 from cap_pretrain.sweeps.trials import Trial, record
 from cap_pretrain.telemetry.metrics import read_metrics
-from cap_pretrain.training import plan
+from cap_pretrain.training import feed, plan
 from cap_pretrain.training.step import split_learner
 
 Row = dict[str, Any]
@@ -69,8 +69,8 @@ def _total_steps(folder: Path) -> int:
             return 0
         epoch = 0
         if in_epochs:
-            mixture = inputs.in_buckets(config, inputs.open_sources(config), None)
-            epoch = inputs.examples_an_epoch(config, mixture)
+            mixture = feed.in_buckets(config, inputs.open_sources(config), None)
+            epoch = feed.examples_an_epoch(config, mixture)
         batches = _batch_sizes(folder, config.batch_size)
         return schedule.make_schedule(config, epoch=epoch, batches=batches).total
     except UserError:  # the run has not written its config yet, or the data is not on this machine

@@ -30,7 +30,7 @@ from cap_pretrain.telemetry import console, flops
 from cap_pretrain.telemetry.metrics import read_metrics
 from cap_pretrain.telemetry.progress import Progress, parameter_table
 from cap_pretrain.telemetry.timer import StepTimer
-from cap_pretrain.training import automatic, forecast, plan
+from cap_pretrain.training import automatic, feed, forecast, plan
 from cap_pretrain.training.changes import reordering, with_earlier_order
 from cap_pretrain.training.step import TrainState, init_state, make_train_step
 from cap_pretrain.validation import validate
@@ -58,7 +58,7 @@ class Setup:
     workdir: Path
     mesh: Mesh
     sources: inputs.Mixture  # the datasets of training; empty for a run that only evaluates
-    mixture: inputs.TrainingMixture  # the same as training reads them, see `inputs.in_buckets`
+    mixture: feed.TrainingMixture  # the same as training reads them, see `feed.in_buckets`
     tokenizer: Any
     schedule: schedules.Schedule
     notes: list[str]  # lines for the log about the data and the moving average
@@ -86,7 +86,7 @@ class Setup:
         progress.say(f"{devices}, mesh {dict(self.mesh.shape)}")
         size = self.config.batch_size if self.schedule.total else 0
         rows = sharding.batch_rows(self.mesh, size) if size else None
-        data = inputs.describe(self.config, self.mixture, rows)
+        data = feed.describe(self.config, self.mixture, rows)
         for line in [*gpu.describe(), *data, *self.notes]:
             progress.say(line)
         if self.schedule.total:
@@ -197,9 +197,9 @@ def prepare(
     tokenizer = inputs.prepare_tokenizer(
         config, sources, workdir, anew=not (resuming or earlier.step)
     )
-    mixture = inputs.in_buckets(config, sources, tokenizer)
-    epoch = inputs.examples_an_epoch(config, mixture)
-    data = {"the data": [epoch, *inputs.describe(config, mixture)]}
+    mixture = feed.in_buckets(config, sources, tokenizer)
+    epoch = feed.examples_an_epoch(config, mixture)
+    data = {"the data": [epoch, *feed.describe(config, mixture)]}
     cluster.agree(data, "Give all hosts the same data.")
     schedule, batches, changes = _resolve_schedule(config, earlier, epoch)
     rate = schedules.learning_rate(config, schedule)
@@ -241,8 +241,8 @@ def dry_run(
         if kept
         else inputs.planned_tokenizer(config, sources)
     )
-    mixture = inputs.in_buckets(config, sources, tokenizer)
-    epoch = inputs.examples_an_epoch(config, mixture)
+    mixture = feed.in_buckets(config, sources, tokenizer)
+    epoch = feed.examples_an_epoch(config, mixture)
     schedule, _, changes = _resolve_schedule(config, earlier, epoch)
     rate = schedules.learning_rate(config, schedule)
     optimizer = functools.partial(make_optimizer, config, rate, idle=not schedule.total)
@@ -256,7 +256,7 @@ def dry_run(
         make_optimizer=optimizer,
     )
     foreseen = forecast.datasets(config, sources) if sources else []
-    foreseen += inputs.describe(config, mixture) if config.data.order == "blocks" else []
+    foreseen += feed.describe(config, mixture) if config.data.order == "blocks" else []
     if trains:
         needed, text = forecast.memory(choice.config, vocab_size, optimizer)
         made["bytes_per_device"] |= needed

@@ -8,6 +8,7 @@ import pytest
 
 from cap_pretrain import inputs, train
 from cap_pretrain.errors import UserError
+from cap_pretrain.training import feed
 from cap_pretrain.validation import validate
 from tests import toy
 from tests.data.test_question_formats import coco_photos, vqa_files, write_json
@@ -65,7 +66,7 @@ def test_captions_and_questions_in_one_run(datasets, tmp_path):
     # The tokenizer was also trained on questions, and batches contain both datasets.
     tokenizer = inputs.open_tokenizer(c, tmp_path / inputs.TOKENIZER_FILE)
     assert 2 not in tokenizer.encode("What about 2?")
-    batches = inputs.training_batches(c, inputs.open_sources(c), tokenizer)
+    batches = feed.training_batches(c, inputs.open_sources(c), tokenizer)
     prompts = np.concatenate([batches[step]["prompt"] for step in range(4)])
     assert np.sum(prompts > 0) == np.sum(prompts == 0) == 16
 

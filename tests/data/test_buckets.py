@@ -12,6 +12,7 @@ from cap_pretrain.data.prefetch import iterate
 from cap_pretrain.data.sources import buckets
 from cap_pretrain.data.text.words import Rules, WordTokenizer, write_words
 from cap_pretrain.errors import UserError
+from cap_pretrain.training import feed
 from cap_pretrain.validation import validate
 from tests import toy
 from tests.data.numbers import rows_of_host
@@ -191,11 +192,11 @@ def test_epochs_are_of_captions(tmp_path):
     c.data.scenes.length_train = 60
     mixture = inputs.open_sources(c)
     tokenizer = inputs.prepare_tokenizer(c, mixture, tmp_path, anew=True)
-    members = inputs.in_buckets(c, mixture, tokenizer)
-    epoch = inputs.examples_an_epoch(c, members)
+    members = feed.in_buckets(c, mixture, tokenizer)
+    epoch = feed.examples_an_epoch(c, members)
     assert 200 < epoch <= 60 * 5 and epoch % c.batch_size == 0
-    assert f"has {epoch // c.batch_size} batches" in inputs.describe(c, members)[0]
-    seen = [inputs.training_batches(c, members, tokenizer)[t]["index"] for t in range(epoch // 8)]
+    assert f"has {epoch // c.batch_size} batches" in feed.describe(c, members)[0]
+    seen = [feed.training_batches(c, members, tokenizer)[t]["index"] for t in range(epoch // 8)]
     assert len(set(np.concatenate(seen))) == epoch
     assert f"training, {3 * epoch // 8} steps" in train.dry_run(c, tmp_path / "plan")
 

@@ -12,7 +12,7 @@ from cap_pretrain import evals, inputs, learners, train
 from cap_pretrain.data.builders import ALIASES, FORMATS
 from cap_pretrain.data.text.tokenizers import SentencePieceTokenizer
 from cap_pretrain.distributed import sharding
-from cap_pretrain.training import step
+from cap_pretrain.training import feed, step
 from tests import tiny, toy
 from tests.data import test_webdataset as web
 from tests.data.test_flickr import published as flickr  # noqa: F401 - a fixture
@@ -132,7 +132,7 @@ class Trainer:
         c = self._config
         c.data.name = str(folder)
         mixture = inputs.open_sources(c)
-        dataset = inputs.training_batches(c, mixture, self._tokenizer)
+        dataset = feed.training_batches(c, mixture, self._tokenizer)
         reads = (*learners.learner_class(c.learner.name).reads, "broken")
         batches, losses = [dataset[0], dataset[1]], []
         state = jax.device_put(self._state, self._shardings)

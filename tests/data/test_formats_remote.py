@@ -18,6 +18,7 @@ from cap_pretrain.data.sources import base, footer, forward, storage, tar_index
 from cap_pretrain.data.sources.open import open_source
 from cap_pretrain.data.sources.ranges import Cache
 from cap_pretrain.errors import UserError
+from cap_pretrain.training import feed
 from tests import toy
 from tests.data.test_sources import write
 from tests.data.test_storage import Faulty
@@ -239,7 +240,7 @@ def test_batches_are_those_of_local_files_and_bytes_are_fetched_once(
         config = inputs.completed(config, mixture)
         fetched.clear()  # what an index was made from
         steps = range(6)  # two epochs
-        read = inputs.prepared_batches(config, mixture, tokenizer, np.arange(6), steps)
+        read = feed.prepared_batches(config, mixture, tokenizer, np.arange(6), steps)
         with contextlib.closing(read):
             batches.append(list(read))
     for mine, other in zip(*batches, strict=True):

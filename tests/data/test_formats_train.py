@@ -9,6 +9,7 @@ import pytest
 from pyarrow import parquet
 
 from cap_pretrain import inputs, train
+from cap_pretrain.training import feed
 from tests import toy
 from tests.data.test_parquet import table
 from tests.data.test_webdataset import samples, tar
@@ -40,7 +41,7 @@ def test_two_epochs_show_each_example_once_on_any_number_of_hosts(name, tmp_path
     mixture = inputs.open_sources(config)
     config = inputs.completed(config, mixture)
     assert (config.data.order, config.data.lanes, config.data.held_out) == ("blocks", 8, 2)
-    whole = inputs.training_batches(config, mixture, tokenizer)
+    whole = feed.training_batches(config, mixture, tokenizer)
     steps = 25 * 2 * 3 // (8 * 2)  # two epochs of the first member, which has two thirds
     index = np.concatenate([whole[t]["index"] for t in range(steps)])
     own = index[index < 25]
@@ -48,7 +49,7 @@ def test_two_epochs_show_each_example_once_on_any_number_of_hosts(name, tmp_path
     assert counts.max() <= 2 and counts.sum() >= 2 * 24 - 8
     for hosts in (2, 4):
         rows = np.arange(8).reshape(hosts, -1)
-        parts = [inputs.training_batches(config, mixture, tokenizer, part) for part in rows]
+        parts = [feed.training_batches(config, mixture, tokenizer, part) for part in rows]
         for t in (0, steps // 2, steps - 1):
             expected = whole[t]
             for key, value in expected.items():

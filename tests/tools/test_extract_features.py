@@ -19,7 +19,7 @@ from cap_pretrain.evals.captions import Captions
 from cap_pretrain.evals.inference.captioning import Captioning
 from cap_pretrain.evals.inference.scoring import Scoring
 from cap_pretrain.models.decoding import Decoding
-from cap_pretrain.training import plan
+from cap_pretrain.training import feed, plan
 from cap_pretrain.training.step import make_train_step
 from cap_pretrain.validation import validate
 from tests import toy
@@ -90,7 +90,7 @@ def trained(c, params, tokenizer):
     captioning = Captioning(context, context.source(), batch_size=8, limit=None, how=Decoding())
     captions = dict(captioning(state.variables))
     train_step = make_train_step(graphdef, tx, rate, c, shardings)
-    batches = inputs.training_batches(c, inputs.open_sources(c), tokenizer)
+    batches = feed.training_batches(c, inputs.open_sources(c), tokenizer)
     losses = []
     for step in range(3):
         batch = {k: batches[step][k] for k in ("image", "text", "broken", "prompt")}

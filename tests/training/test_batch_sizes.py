@@ -17,7 +17,7 @@ from cap_pretrain.data.text.tokenizers import NoText
 from cap_pretrain.errors import UserError
 from cap_pretrain.optim import schedule
 from cap_pretrain.optim.schedule import BatchSizes
-from cap_pretrain.training import changes
+from cap_pretrain.training import changes, feed
 from cap_pretrain.validation import validate
 from tests import toy
 
@@ -55,7 +55,7 @@ def test_examples_of_an_epoch_are_seen_once_across_a_change():
         c.batch_size, sizes = size, sizes.then(start, size)
         for part in (None, range(1, size, 2)):
             args = (c, mixture, NoText(), part, sizes.offset)
-            batches = inputs.training_batches(*args)
+            batches = feed.training_batches(*args)
             drawn = [batches[step]["index"] for step in range(start, stop)]
             (rows if part else seen).extend(np.concatenate(drawn))
     epoch = np.asarray(seen)
