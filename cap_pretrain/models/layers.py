@@ -239,16 +239,23 @@ class EncoderBlock(nnx.Module):
         self.mlp = Mlp(size.width, size.mlp, bias=True, activation=details.activation, **kwargs)
         self.rate = compute.dropout
 
-    def __call__(self, x: jax.Array, key: jax.Array | None, drop: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        key: jax.Array | None,
+        drop: jax.Array,
+        mask: jax.Array | None = None,
+    ) -> jax.Array:
         """Map x [B, N, D] to [B, N, D].
 
         Args:
             x: [B, N, D].
             key: Random key. None in evaluation.
             drop: Stochastic-depth rate of this layer.
+            mask: bool [B | 1, 1, N, N], True where a position attends. None is everywhere.
         """
         k1, k2, k3, k4 = split_optional(key, 4)
-        y = dropout(self.attention(self.norm1(x)), self.rate, k1)
+        y = dropout(self.attention(self.norm1(x), mask=mask), self.rate, k1)
         x = constrain(x + drop_branch(y, drop, k2))
         y = dropout(self.mlp(self.norm2(x)), self.rate, k3)
         return constrain(x + drop_branch(y, drop, k4))
@@ -354,12 +361,21 @@ def encoder_blocks(
 
 
 def run_encoder_blocks(
-    blocks: nnx.Module, x: jax.Array, key: jax.Array | None, *, depth: int, compute: Compute
+    blocks: nnx.Module,
+    x: jax.Array,
+    key: jax.Array | None,
+    *,
+    depth: int,
+    compute: Compute,
+    mask: jax.Array | None = None,
 ) -> jax.Array:
-    """Run `encoder_blocks` on x [B, N, D]; `key` is None in evaluation."""
+    """Run `encoder_blocks` on x [B, N, D].
+
+    `key` is None in evaluation; `mask` is that of `EncoderBlock`.
+    """
     x, _ = scan_layers(
         blocks,
-        lambda block, x, inputs: (block(x, *inputs), None),
+        lambda block, x, inputs: (block(x, *inputs, mask), None),
         x,
         layer_randomness(key, depth, compute),
         depth=depth,

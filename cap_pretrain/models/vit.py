@@ -6,7 +6,7 @@ CLIP, of SigLIP or of the original paper (Dosovitskiy et al. 2020), so weights c
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,20 @@ class Options(Details):
     class_token: bool = False
     pre_norm: bool = False
     final_norm: str = "tokens"
+
+
+class Masks(NamedTuple):
+    """What a pass over images does not see; see `ViT.masked`.
+
+    Attributes:
+        attention: bool [B | 1, 1, N, N], True where a token attends to another. None is everywhere.
+        hidden: bool [B, P], which of the P patches are hidden. None is none.
+        token: [D], what replaces the embedding of a hidden patch, before its position is added.
+    """
+
+    attention: jax.Array | None = None
+    hidden: jax.Array | None = None
+    token: jax.Array | None = None
 
 
 class MapHead(nnx.Module):
@@ -129,8 +143,29 @@ class ViT(ImageEncoder):
         train: bool,  # noqa: ARG002  # `key` decides
         key: jax.Array | None,
     ) -> EncoderOutput:
-        x = self._embed(images)
-        x = run_encoder_blocks(self.blocks, x, key, depth=self.size.depth, compute=self.compute)
+        return self._output(images, key, Masks())
+
+    def masked(
+        self,
+        images: jax.Array,
+        masks: Masks,
+        *,
+        train: bool = False,
+        key: jax.Array | None = None,
+    ) -> EncoderOutput:
+        """Encode images of which parts are hidden; the other arguments are those of a call."""
+        train = train and not self.frozen
+        return self._output(self._seen(images), key if train else None, masks)
+
+    def _output(self, images: jax.Array, key: jax.Array | None, masks: Masks) -> EncoderOutput:
+        x = run_encoder_blocks(
+            self.blocks,
+            self._embed(images, masks),
+            key,
+            depth=self.size.depth,
+            compute=self.compute,
+            mask=masks.attention,
+        )
         if self.options.final_norm == "pooled":
             return EncoderOutput(x, self.norm(self._pool(x)))
         tokens = self.norm(x)
@@ -153,9 +188,11 @@ class ViT(ImageEncoder):
         x = self._embed(images)
         return run_encoder_blocks(first, x, None, depth=depth, compute=self.compute)
 
-    def _embed(self, images: jax.Array) -> jax.Array:
+    def _embed(self, images: jax.Array, masks: Masks = Masks()) -> jax.Array:
         """Return the input [B, N, D] of the first block for images [B, H, W, 3]."""
-        x = self.patch_embedding(self._patchify(images.astype(self.compute.dtype)))
+        x = self.patch_embedding(self.patchify(images.astype(self.compute.dtype)))
+        if masks.hidden is not None and masks.token is not None:
+            x = jnp.where(masks.hidden[..., None], masks.token.astype(x.dtype), x)
         _, height, width, _ = images.shape
         x = x + self._positions(height, width).astype(x.dtype)
         if self.options.class_token:
@@ -172,7 +209,7 @@ class ViT(ImageEncoder):
         patches = tokens[:, 1:] if self.options.class_token else tokens
         return jnp.mean(patches, axis=1)
 
-    def _patchify(self, images: jax.Array) -> jax.Array:
+    def patchify(self, images: jax.Array) -> jax.Array:
         """Split [B, H, W, 3] into flat patches [B, N, patch * patch * 3] in row-major order."""
         b, h, w, c = images.shape
         p = self.patch
