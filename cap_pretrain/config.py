@@ -21,6 +21,7 @@ from cap_pretrain.data.scenes.source import ScenesOptions
 from cap_pretrain.data.sources.base import DEFAULT_FIELDS
 from cap_pretrain.data.text import words
 from cap_pretrain.errors import UserError, did_you_mean
+from cap_pretrain.optim.muon import Muon
 from cap_pretrain.optim.plateau import Plateau
 
 
@@ -214,7 +215,7 @@ def _text() -> ConfigDict:
 
 def _optim() -> ConfigDict:
     c = ConfigDict()
-    c.name = "adafactor"  # The optimizer: adamw, adafactor, lion, sgd or lars
+    c.name = "adafactor"  # The optimizer: adamw, adafactor, muon, lion, sgd or lars
     c.lr = 1e-3  # The highest learning rate, reached after the warm-up
     # The batch size for which `lr` is given; with another one the learning rate is scaled linearly
     # (Goyal et al. 2017, 1706.02677, section 2.1). 0: `lr` is for `batch_size`.
@@ -224,14 +225,16 @@ def _optim() -> ConfigDict:
     c.clip_value = 0.0
     # Decoupled weight decay, times the learning rate: p -= lr * weight_decay * p.
     c.weight_decay = 0.1
-    # Decay rates of the moments, and epsilon. 0 keeps the optimizer's own default (see
-    # optim/optimizers.py); -1 means zero, so optim.name=sgd with b1=-1 has no momentum.
+    # Decay rates of the moments, and epsilon; of muon, those of its Adam. 0 keeps the optimizer's
+    # own default (see optim/optimizers.py); -1 means zero, so optim.name=sgd with b1=-1 has no
+    # momentum.
     c.b1 = 0.0
     c.b2 = 0.0
     c.eps = 0.0
     # The dtype of first moments (momentum): float32 or bfloat16; "" keeps the optimizer's own
     # default, bfloat16 for adafactor and float32 for the others. Second moments are float32.
     c.moment_dtype = ""
+    c.muon = ConfigDict(dataclasses.asdict(Muon()))  # Of optim.name=muon, which updates matrices
     # Shape of the learning-rate schedule after the warm-up: cosine, linear, rsqrt, constant.
     c.decay = "cosine"
     # Linear from 0. The recipe's 10,000 of 366,500 steps.

@@ -15,6 +15,7 @@ from cap_pretrain.models.encoder import COLOURS
 from cap_pretrain.models.layers import ACTIVATIONS, REMAT_POLICIES
 from cap_pretrain.models.sizes import STORED, Size
 from cap_pretrain.optim import optimizers
+from cap_pretrain.optim.muon import Muon
 from cap_pretrain.optim.plateau import Plateau
 from cap_pretrain.telemetry import trackers
 from cap_pretrain.untrusted import parsing
@@ -119,6 +120,7 @@ def validate(config: ConfigDict, *, tokenizer: bool = False) -> None:
     if not there:
         raise UserError(f"text.tokenizer: there is no file {given!r}.")
     words.Rules(**config.text.words)
+    Muon(**config.optim.muon)
     trackers.check(config.log.trackers)
     _check_rules(config)
     _check_order(config)

@@ -51,7 +51,11 @@ OBJECTIVES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"parallel_fraction": 0.75},
         {"model__dropout": 0.1, "optim__ema": 0.9},
     ),
-    "clip": ("dual_encoder", {"contrast": "softmax"}, SMALL | {"model__heads": 8}),
+    "clip": (
+        "dual_encoder",
+        {"contrast": "softmax"},
+        SMALL | {"model__heads": 8, "optim__name": "muon"},
+    ),
     "siglip": (
         "dual_encoder",
         {"contrast": "sigmoid"},

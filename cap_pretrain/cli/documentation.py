@@ -24,9 +24,15 @@ from cap_pretrain import evals, learners
 from cap_pretrain.data.scenes.source import ScenesOptions
 from cap_pretrain.data.text.words import Rules
 from cap_pretrain.optim import optimizers
+from cap_pretrain.optim.muon import Muon
 from cap_pretrain.optim.plateau import Plateau
 
-SECTIONS = {"plateau": Plateau, "data.scenes": ScenesOptions, "text.words": Rules}
+SECTIONS = {
+    "plateau": Plateau,
+    "data.scenes": ScenesOptions,
+    "optim.muon": Muon,
+    "text.words": Rules,
+}
 """Sections of the config whose fields are those of a dataclass."""
 
 

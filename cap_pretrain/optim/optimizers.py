@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from cap_pretrain import rules
 from cap_pretrain.errors import UserError
+from cap_pretrain.optim.muon import Muon, muon
 
 # Weight decay applies to kernels only (the recipe), not to embeddings, positions, scales or biases.
 DECAY_RULES = ((r"(.*/)?kernel", 1.0),)
@@ -77,6 +78,11 @@ def _adamw(c: ConfigDict) -> optax.GradientTransformation:
     )
 
 
+def _muon(c: ConfigDict) -> optax.GradientTransformation:
+    """Return Muon (Jordan et al. 2024) for matrices, set by `optim.muon`, and Adam for the rest."""
+    return muon(Muon(**c.muon), _adamw(c), c.moment_dtype or None)
+
+
 def _lion(c: ConfigDict) -> optax.GradientTransformation:
     """Return the scaling of Lion (Chen et al. 2023, 2302.06675)."""
     return optax.scale_by_lion(
@@ -114,6 +120,7 @@ def _nesterov(c: ConfigDict) -> optax.GradientTransformation:
 OPTIMIZERS = {
     "adamw": Optimizer(_adamw),
     "adafactor": Optimizer(_adafactor),
+    "muon": Optimizer(_muon),
     "lion": Optimizer(_lion),
     "sgd": Optimizer(lambda _: optax.identity(), _nesterov),
     "lars": Optimizer(lambda _: optax.identity(), _lars),

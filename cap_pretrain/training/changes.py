@@ -116,6 +116,7 @@ def unused(config: ConfigDict, given: Collection[str]) -> list[str]:
         f"text.kind is {text.kind}": ("text.vocab_size" if text.kind == "words" else "text.words",),
         "data.order is global": ("data.block", "data.lanes", "data.cache_gb")
         * (config.data.order == "global"),
+        f"optim.name is {config.optim.name}": ("optim.muon",) * (config.optim.name != "muon"),
         "plateau.figure is empty": ("plateau",) * (not config.plateau.figure),
         "checkpoint.best is empty": ("checkpoint.best_mode",) * (not config.checkpoint.best),
     }

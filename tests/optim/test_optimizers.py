@@ -55,7 +55,10 @@ def run(tx, params, steps, loss=quadratic):
     return params, state
 
 
-LOWERS = [("adamw", 0.02), ("adafactor", 0.02), ("lion", 0.02), ("sgd", 0.1), ("lars", 0.5)]
+LOWERS = [
+    *(("adamw", 0.02), ("adafactor", 0.02), ("muon", 0.1)),
+    *(("lion", 0.02), ("sgd", 0.1), ("lars", 0.5)),
+]
 
 
 @pytest.mark.parametrize(("name", "lr"), LOWERS)
@@ -88,7 +91,7 @@ def test_moments_are_stored_as_the_config_says(name, lr):
 
 
 def test_the_registered_optimizers():
-    assert set(optimizers.OPTIMIZERS) == {"adamw", "adafactor", "lion", "sgd", "lars"}
+    assert list(optimizers.OPTIMIZERS) == ["adamw", "adafactor", "muon", "lion", "sgd", "lars"]
 
 
 def adafactor_in_numpy(params, gradients, *, lr, weight_decay, clip, cap):
@@ -162,7 +165,7 @@ def test_adafactor_keeps_a_row_and_a_column_of_a_matrix_only():
     }  # rows and columns; small matrices are not factored
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion"])
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon", "lion"])
 def test_weight_decay_is_the_learning_rate_times_the_kernels(name):
     params = parameters()
 
@@ -196,7 +199,7 @@ def test_decay_rules_take_precedence_over_the_default_rule():
     )
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "sgd", "lars"])
+@pytest.mark.parametrize("name", list(optimizers.OPTIMIZERS))
 def test_a_rate_of_zero_freezes_exactly_and_keeps_no_state(name):
     params = parameters()
     c = section(name=name, lr_rules=(("encoder/.*", 0.0),))
