@@ -315,6 +315,9 @@ def _log() -> ConfigDict:
     # A loss so many robust standard deviations above the median of the last 100 steps is reported
     # and logged as spike/loss; 0 disables it.
     c.spikes = 8.0
+    # Trace these steps, FIRST:LAST as "100:105", into WORKDIR/profile (docs/training.md); ""
+    # traces none. The first process of a cluster does so.
+    c.profile_steps = ""
     # Experiment trackers that get the figures, samples and config, joined by "+": wandb, mlflow.
     # TensorBoard files are always written.
     c.trackers = "tensorboard"

@@ -34,6 +34,7 @@ from cap_pretrain.evals.base import Interrupted
 from cap_pretrain.reports.journal import Journal
 from cap_pretrain.telemetry import console, flops, trackers
 from cap_pretrain.telemetry.metrics import MetricsWriter, read_metrics
+from cap_pretrain.telemetry.profiler import Profiler
 from cap_pretrain.telemetry.progress import Progress
 from cap_pretrain.training import ending, feed
 from cap_pretrain.training import setup as setups
@@ -210,7 +211,9 @@ class Run:
         batches = self._open_batches(start)
         self._stack.enter_context(jax.transfer_guard("disallow"))
         self._stack.push(lambda _, error, __: heartbeat.ending(error) if error else None)
-        for step, batch in batches:
+        steps, say = self._config.log.profile_steps, self._progress.say
+        profiler = Profiler(steps, self._setup.workdir, say, self._timer.pause)
+        for step, batch in profiler.traced(batches, lambda: self.state):
             first = step == start + 1
             doing = console.doing("Compiling and taking the first step", say=False)
             with doing if first else contextlib.nullcontext():

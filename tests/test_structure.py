@@ -87,6 +87,7 @@ LOCAL_PATHS = {
     "commands/rehearse_build.py": "/proc",
     "reports/journal.py:commit": "this package",
     "sweeps/runner.py": "this package",
+    "telemetry/profiler.py:_end": "a temporary folder",
     "training/lease.py:_here": "/proc",
     "training/setup.py:facts": "folders of datasets, not URLs",
 }
