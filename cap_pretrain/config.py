@@ -136,6 +136,14 @@ def _model() -> ConfigDict:
     # encoder and the text tower).
     c.dropout = 0.0
     c.stochastic_depth = 0.0
+    # Share of a ViT's patch tokens that each image keeps in training, drawn anew at every step;
+    # evaluation and frozen encoders see all tokens (docs/schedules.md).
+    c.keep_tokens = 1.0
+    # Where tokens are dropped: encoder, before its blocks; or decoder, so that only a captioner's
+    # decoder reads fewer.
+    c.keep_tokens_at = "encoder"
+    # Share of the run during which tokens are dropped; afterwards all are kept.
+    c.keep_tokens_until = 1.0
     return c
 
 

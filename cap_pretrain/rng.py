@@ -12,3 +12,8 @@ def key(seed: int, step: int | jax.Array, purpose: str) -> jax.Array:
     """
     base = jax.random.fold_in(jax.random.key(seed), zlib.crc32(purpose.encode()))
     return jax.random.fold_in(base, step)
+
+
+def derived(key: jax.Array, purpose: str) -> jax.Array:
+    """Return a further key for `purpose`, other than those that splitting `key` makes."""
+    return jax.random.fold_in(key, zlib.crc32(purpose.encode()))

@@ -10,7 +10,7 @@ from cap_pretrain.config import fields, get, trains
 from cap_pretrain.data.sources.base import parse_mixture
 from cap_pretrain.data.text import tokenizers, words
 from cap_pretrain.errors import UserError, did_you_mean
-from cap_pretrain.models import build
+from cap_pretrain.models import build, tokens
 from cap_pretrain.models.encoder import COLOURS
 from cap_pretrain.models.layers import ACTIVATIONS, REMAT_POLICIES
 from cap_pretrain.models.sizes import STORED, Size
@@ -66,6 +66,7 @@ FIELDS = {
     "model.attention": Field(("auto", "xla", "cudnn", "recompute", "keep"), free=True),
     "model.colours": Field(COLOURS),
     "model.final_norm": Field(("tokens", "pooled")),
+    "model.keep_tokens_at": Field(tokens.PLACES),
     "model.logit_chunks": Field(minimum=1, free=True),
     "model.pool": Field(("gap", "map", "class")),
     "model.remat": Field(("auto", *REMAT_POLICIES), free=True),
@@ -182,6 +183,7 @@ def _check_learner(config: ConfigDict) -> None:
     members = parse_mixture(config.data.name)
     cls = learners.learner_class(config.learner.name)
     learners.options(config)
+    _check_kept_tokens(config, cls)
     if config.data.buckets and (len(members) > 1 or "text" not in cls.reads):
         what = f"the mixture {config.data.name}" if len(members) > 1 else config.learner.name
         raise UserError(
@@ -194,6 +196,23 @@ def _check_learner(config: ConfigDict) -> None:
         raise UserError(
             "encoder: is empty, but optim.lr_rules freezes it; give --config.encoder=PATH."
         )
+
+
+def _check_kept_tokens(config: ConfigDict, cls: Any) -> None:
+    """Check that the learner can do without the tokens that `model.keep_tokens` drops."""
+    name, place = config.learner.name, config.model.keep_tokens_at
+    places = getattr(cls, "keeps_tokens_at", (tokens.ENCODER,))
+    if config.model.keep_tokens == 1 or place in places:
+        return
+    if not places:
+        raise UserError(
+            f"model.keep_tokens: {config.model.keep_tokens} drops tokens, but {name} needs all; "
+            "set it to 1."
+        )
+    raise UserError(
+        f"model.keep_tokens_at: {place!r} does not work with {name}; set it to "
+        f"{' or '.join(places)}."
+    )
 
 
 def _check_evals(config: ConfigDict) -> None:

@@ -120,14 +120,26 @@ def decoder_layers(
     return x
 
 
-def vit(params: dict, images: np.ndarray, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Encode uint8 images [B, H, W, 3] as tokens [B, N, D] and pooled [B, D]."""
+def chosen(x: torch.Tensor, index: np.ndarray | None) -> torch.Tensor:
+    """Return the tokens of x [B, N, D] at int [B, K], or all of them."""
+    if index is None:
+        return x
+    return torch.stack([row[tensor(own).long()] for row, own in zip(x, index, strict=True)])
+
+
+def vit(
+    params: dict, images: np.ndarray, heads: int, kept: np.ndarray | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Encode uint8 images [B, H, W, 3] as tokens [B, N, D] and pooled [B, D].
+
+    With `kept`, int [B, K], the layers see only these patches.
+    """
     kernel = params["patch_embedding"]["kernel"]
     patch = round((kernel.shape[0] / 3) ** 0.5)
     weight = tensor(kernel).reshape(patch, patch, 3, -1).permute(3, 2, 0, 1)
     pixels = tensor(images).float().permute(0, 3, 1, 2) / 255 * 2 - 1
     x = F.conv2d(pixels, weight, tensor(params["patch_embedding"]["bias"]), stride=patch)
-    x = x.flatten(2).transpose(1, 2) + tensor(params["positions"])
+    x = chosen(x.flatten(2).transpose(1, 2) + tensor(params["positions"]), kept)
     tokens = norm(params["norm"], encoder_layers(params["blocks"], x, heads))
     if "head" not in params:
         return tokens, tokens.mean(1)
@@ -147,8 +159,12 @@ def captioner(
     parallel: np.ndarray,
     heads: int,
     decoder_heads: int | None = None,
+    kept: np.ndarray | None = None,
 ) -> torch.Tensor:
-    """Return logits [B, T, V]; rows in `parallel` [B] read mask tokens without a causal mask."""
+    """Return logits [B, T, V]; rows in `parallel` [B] read mask tokens without a causal mask.
+
+    With `kept`, int [B, K], the decoder reads only these tokens of the encoder.
+    """
     decoder, length = params["decoder"], text.shape[1]
     embedding = tensor(decoder["embedding"]["embedding"])
     inputs = tensor(text).long().roll(1, dims=1)
@@ -157,7 +173,7 @@ def captioner(
     blocked = torch.ones(length, length, dtype=torch.bool).triu(1).repeat(len(text), 1, 1)
     blocked[tensor(parallel)] = False
     x = embedding[inputs] + tensor(params["text_positions"])
-    tokens, _ = vit(params["encoder"], images, heads)
+    tokens = chosen(vit(params["encoder"], images, heads)[0], kept)
     x = decoder_layers(decoder["blocks"], x, tokens, blocked, decoder_heads or heads)
     return linear(decoder["logits"], norm(decoder["norm"], x))
 

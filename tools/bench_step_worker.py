@@ -255,6 +255,7 @@ def torch_shape(config: ConfigDict) -> Any:
         "model.activation": "gelu_tanh",
         "model.dropout": 0,
         "model.stochastic_depth": 0,
+        "model.keep_tokens": 1,
         "optim.ema": 0,
     }
     learner, objective = config.learner, "cap"

@@ -24,6 +24,9 @@ Evaluators and tools look for further methods, which `protocols` lists: `WritesC
     settled(config, mixture) -> fields of `config.learner` to set at the start of a run; see
                             `inputs.completed`
 
+`keeps_tokens_at` says where a learner allows `model.keep_tokens` to drop tokens, ("encoder",) by
+default: () for one that needs all of them; see `models.tokens.PLACES`.
+
 A pretext task, which learns from images alone, also has
 
     RECIPES                 its published settings: config fields and values by recipe name

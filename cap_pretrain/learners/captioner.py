@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from cap_pretrain import learners
+from cap_pretrain import learners, rng
 from cap_pretrain.errors import UserError
 from cap_pretrain.learners.parts import Part
 from cap_pretrain.learners.token_losses import (
@@ -19,7 +19,14 @@ from cap_pretrain.learners.token_losses import (
     token_weights,
     weighted_loss,
 )
-from cap_pretrain.models.build import build_encoder, compute, decoder_size, encoder_width
+from cap_pretrain.models import tokens
+from cap_pretrain.models.build import (
+    build_encoder,
+    compute,
+    decoder_size,
+    encoder_width,
+    kept_tokens,
+)
 from cap_pretrain.models.encoder import ImageEncoder
 from cap_pretrain.models.layers import EncoderOutput, in_chunks, normalize_images
 from cap_pretrain.models.text import PAD, Cache, Decoder
@@ -46,7 +53,10 @@ class Captioner(Part):
         decoder: transformer decoder.
         length: number of position embeddings, the longest text.
         options: see `Options`.
+        keep: share of the patch tokens that the decoder reads in training; see `models.tokens`.
     """
+
+    keeps_tokens_at: tuple[str, ...] = tokens.PLACES
 
     @dataclasses.dataclass(frozen=True)
     class Options:
@@ -86,6 +96,7 @@ class Captioner(Part):
         *,
         length: int,
         options: Options,
+        keep: float = 1.0,
         rngs: nnx.Rngs,
     ):
         self.encoder = encoder
@@ -93,7 +104,7 @@ class Captioner(Part):
         width = decoder.size.width
         init = nnx.initializers.normal(width**-0.5)
         self.text_positions = nnx.Param(init(rngs.params(), (length, width)))
-        self.options = options
+        self.options, self.keep = options, keep
 
     @classmethod
     def from_config(cls, config: ConfigDict, vocab_size: int, rngs: nnx.Rngs) -> "Captioner":
@@ -110,6 +121,7 @@ class Captioner(Part):
             decoder,
             length=config.text.length,
             options=learners.options(config),
+            keep=kept_tokens(config, tokens.DECODER),
             rngs=rngs,
         )
 
@@ -119,6 +131,19 @@ class Captioner(Part):
         """Encode uint8 images [B, H, W, 3]; `key` is for dropout in training."""
         images = normalize_images(images, self.decoder.compute.dtype)
         return self.encoder(images, train=train, key=key)
+
+    def read_tokens(self, encoded: jax.Array, key: jax.Array) -> jax.Array:
+        """Return the tokens [B, K, D] that the decoder reads in training, of encoded [B, N, D].
+
+        They are drawn with the random key of the loss; a class token is always read.
+        """
+        batch, total, _ = encoded.shape
+        first = self.encoder.leading
+        kept = tokens.draw(rng.derived(key, "tokens"), batch, total - first, self.keep)
+        if kept is None:
+            return encoded
+        patches = tokens.take(encoded[:, first:], kept)
+        return jnp.concatenate([encoded[:, :first], patches], axis=1) if first else patches
 
     def predict(self, *args: Any, **kwargs: Any) -> jax.Array:
         """Return logits float32 [B * C, T, V] of every token; arguments as for `states`."""
@@ -209,7 +234,8 @@ class Captioner(Part):
             p = self.options.parallel_fraction
             parallel = jax.random.bernoulli(parallel_key, p, (len(text),))
         dropout_key = decoder_key if train else None
-        states = self.states(encoded.tokens, text, parallel, prompt=prompt, key=dropout_key)
+        read = self.read_tokens(encoded.tokens, key) if train else encoded.tokens
+        states = self.states(read, text, parallel, prompt=prompt, key=dropout_key)
 
         targets = is_target(text, prompt)
         examples = batch.get("mask", jnp.ones(len(text), bool)).astype(jnp.float32)

@@ -102,6 +102,7 @@ class Colorization(nnx.Module):
     }
 
     reads = ("image",)
+    keeps_tokens_at = ()  # each part of the image has a loss
 
     def __init__(self, encoder: ImageEncoder, *, options: Options, rngs: nnx.Rngs):
         self.encoder = encoder

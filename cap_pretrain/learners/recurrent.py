@@ -13,8 +13,8 @@ from cap_pretrain.distributed.sharding import gathered
 from cap_pretrain.errors import UserError
 from cap_pretrain.learners.captioner import Captioner, shift_right
 from cap_pretrain.learners.token_losses import is_target, token_weights, weighted_loss
-from cap_pretrain.models import recurrent
-from cap_pretrain.models.build import build_encoder, compute
+from cap_pretrain.models import recurrent, tokens
+from cap_pretrain.models.build import build_encoder, compute, kept_tokens
 from cap_pretrain.models.encoder import ImageEncoder
 
 
@@ -30,6 +30,7 @@ class Recurrent(Captioner):
         options: see `Options`.
     """
 
+    keeps_tokens_at = (tokens.ENCODER,)
     decoder: recurrent.Decoder  # type: ignore[assignment]  # replaces the transformer decoder
     options: Any  # `Recurrent.Options`, which are not those of a `Captioner`
 
@@ -92,6 +93,11 @@ class Recurrent(Captioner):
     def from_config(cls, config: ConfigDict, vocab_size: int, rngs: nnx.Rngs) -> "Recurrent":
         """Build the learner that `config` describes."""
         options = learners.options(config)
+        if options.grid and kept_tokens(config, tokens.ENCODER) < 1:
+            raise UserError(
+                f"learner.grid: {options.grid} needs all tokens of an image, but model.keep_tokens "
+                f"is {config.model.keep_tokens}; set one of them to its default."
+            )
         encoder = build_encoder(config, rngs)
         decoder = recurrent.DECODERS[options.decoder](
             options,

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from cap_pretrain.distributed.platform import platform
 from cap_pretrain.errors import UserError, did_you_mean
-from cap_pretrain.models import alexnet
+from cap_pretrain.models import alexnet, tokens
 from cap_pretrain.models.alexnet import AlexNet
 from cap_pretrain.models.encoder import ImageEncoder
 from cap_pretrain.models.layers import Compute
@@ -35,6 +35,9 @@ def check(config: ConfigDict) -> None:
         UserError: A name is unknown, or fields are incompatible.
     """
     model, side = config.model, config.data.image_size
+    for name in ("keep_tokens", "keep_tokens_until"):
+        if not 0 < model[name] <= 1:
+            raise UserError(f"model.{name}: {model[name]} is not in (0, 1].")
     if model.name == STORED:
         _check_stored(config)
         sizes = {"decoder_": text_size(config)}
@@ -70,7 +73,9 @@ def _check_stored(config: ConfigDict) -> None:
     numbers = {f.name: 0 for f in dataclasses.fields(Size) if f.name != "width"}
     _refuse(
         config.model,
-        numbers | dataclasses.asdict(Options()) | {"stem": "imagenet", "colours": "rgb"},
+        numbers
+        | dataclasses.asdict(Options())
+        | {"stem": "imagenet", "colours": "rgb", "keep_tokens": 1.0},
         "for images",
     )
     for field, usual in {"crop": "none", "flip": False}.items():
@@ -85,7 +90,7 @@ def _check_convnet(model: ConfigDict, side: int) -> None:
     numbers = {f.name: 0 for f in dataclasses.fields(Size)}
     if model.name in RESNETS:
         del numbers["width"]
-    _refuse(model, numbers | dataclasses.asdict(Options()), "for a ViT")
+    _refuse(model, numbers | dataclasses.asdict(Options()) | {"keep_tokens": 1.0}, "for a ViT")
     if model.stem not in STEMS:
         raise UserError(f"model.stem: {model.stem!r} is unknown.{did_you_mean(model.stem, STEMS)}")
     if model.name != ALEXNET:
@@ -185,6 +190,11 @@ def encoder_options(config: ConfigDict) -> Options:
     return Options(**{f.name: config.model[f.name] for f in dataclasses.fields(Options)})
 
 
+def kept_tokens(config: ConfigDict, place: str) -> float:
+    """Return the share of the patch tokens kept in training at `place`, one of `tokens.PLACES`."""
+    return config.model.keep_tokens if config.model.keep_tokens_at == place else 1.0
+
+
 def build_encoder(config: ConfigDict, rngs: nnx.Rngs) -> ImageEncoder:
     """Build the image encoder of a config."""
     encoder = _encoder(config, rngs)
@@ -207,5 +217,6 @@ def _encoder(config: ConfigDict, rngs: nnx.Rngs) -> ImageEncoder:
         patch=patch,
         image_size=config.data.image_size,
         options=encoder_options(config),
+        keep=kept_tokens(config, tokens.ENCODER),
         **kwargs,
     )

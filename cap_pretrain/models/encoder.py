@@ -20,6 +20,7 @@ class ImageEncoder(nnx.Module):
     Attributes:
         width: D, width of the tokens and the pooled vector.
         layers: Widths of the layers that `tokens_at` accepts, by name, from first to last.
+        leading: Number of tokens before those of the patches: 1 with a class token.
         frozen: Whether to compute as in evaluation during training, too. Set by `learners.build`.
         colours: Colors that the encoder sees, one of COLOURS: "rgb", or "lightness", which replaces
             each pixel by the gray of the same lightness. Set by `build_encoder`.
@@ -27,6 +28,7 @@ class ImageEncoder(nnx.Module):
 
     width: int
     layers: Mapping[str, int]
+    leading = 0
     frozen = False
     colours = "rgb"
 
@@ -38,7 +40,7 @@ class ImageEncoder(nnx.Module):
         Args:
             images: float [B, H, W, 3] in [-1, 1].
             train: Whether to use dropout and batch statistics.
-            key: Random key for dropout in training. None disables dropout.
+            key: Random key for dropout and dropped tokens in training. None disables both.
 
         Returns:
             tokens [B, N, D] and pooled [B, D].

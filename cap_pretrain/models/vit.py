@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from cap_pretrain.models import cpu
+from cap_pretrain import rng
+from cap_pretrain.distributed.determinism import rows_of
+from cap_pretrain.models import cpu, tokens
 from cap_pretrain.models.elementwise import LayerNorm
 from cap_pretrain.models.encoder import ImageEncoder
 from cap_pretrain.models.layers import (
@@ -104,6 +106,7 @@ class ViT(ImageEncoder):
         image_size: side in pixels of the square images for the position embeddings. Images of other
             sizes that are multiples of `patch` get resampled position embeddings.
         options: see `Options`.
+        keep: share of the patch tokens that are kept in training; see `models.tokens`.
         compute: precision, kernels and dropout.
     """
 
@@ -114,6 +117,7 @@ class ViT(ImageEncoder):
         patch: int,
         image_size: int,
         options: Options = Options(),
+        keep: float = 1.0,
         compute: Compute,
         rngs: nnx.Rngs,
     ):
@@ -134,7 +138,7 @@ class ViT(ImageEncoder):
         if options.pool == "map":
             self.head = MapHead(size, **kwargs)
         self.size, self.patch, self.grid, self.options = size, patch, grid, options
-        self.compute = compute
+        self.keep, self.compute = keep, compute
 
     def _encode(
         self,
@@ -143,7 +147,12 @@ class ViT(ImageEncoder):
         train: bool,  # noqa: ARG002  # `key` decides
         key: jax.Array | None,
     ) -> EncoderOutput:
-        return self._output(images, key, Masks())
+        kept = None
+        if key is not None:
+            batch, height, width, _ = images.shape
+            total = (height // self.patch) * (width // self.patch)
+            kept = tokens.draw(rng.derived(key, "tokens"), batch, total, self.keep)
+        return self._output(images, key, kept=kept)
 
     def masked(
         self,
@@ -153,14 +162,23 @@ class ViT(ImageEncoder):
         train: bool = False,
         key: jax.Array | None = None,
     ) -> EncoderOutput:
-        """Encode images of which parts are hidden; the other arguments are those of a call."""
+        """Encode images of which parts are hidden; the other arguments are those of a call.
+
+        All patches are kept.
+        """
         train = train and not self.frozen
         return self._output(self._seen(images), key if train else None, masks)
 
-    def _output(self, images: jax.Array, key: jax.Array | None, masks: Masks) -> EncoderOutput:
+    def _output(
+        self,
+        images: jax.Array,
+        key: jax.Array | None,
+        masks: Masks = Masks(),
+        kept: jax.Array | None = None,
+    ) -> EncoderOutput:
         x = run_encoder_blocks(
             self.blocks,
-            self._embed(images, masks),
+            self._embed(images, masks, kept),
             key,
             depth=self.size.depth,
             compute=self.compute,
@@ -168,8 +186,8 @@ class ViT(ImageEncoder):
         )
         if self.options.final_norm == "pooled":
             return EncoderOutput(x, self.norm(self._pool(x)))
-        tokens = self.norm(x)
-        return EncoderOutput(tokens, self._pool(tokens))
+        x = self.norm(x)
+        return EncoderOutput(x, self._pool(x))
 
     @property
     def width(self) -> int:  # type: ignore[override]  # read-only here
@@ -181,6 +199,11 @@ class ViT(ImageEncoder):
         """Width of each block's output, by name."""
         return {f"block_{n + 1}": self.width for n in range(self.size.depth)}
 
+    @property
+    def leading(self) -> int:  # type: ignore[override]  # read-only here
+        """Number of tokens before those of the patches."""
+        return int(self.options.class_token)
+
     def _tokens_at(self, layer: str, images: jax.Array) -> jax.Array:
         depth = list(self.layers).index(layer) + 1
         graphdef, params = nnx.split(self.blocks)
@@ -188,13 +211,20 @@ class ViT(ImageEncoder):
         x = self._embed(images)
         return run_encoder_blocks(first, x, None, depth=depth, compute=self.compute)
 
-    def _embed(self, images: jax.Array, masks: Masks = Masks()) -> jax.Array:
-        """Return the input [B, N, D] of the first block for images [B, H, W, 3]."""
-        x = self.patch_embedding(self.patchify(images.astype(self.compute.dtype)))
+    def _embed(
+        self, images: jax.Array, masks: Masks = Masks(), kept: jax.Array | None = None
+    ) -> jax.Array:
+        """Return the input [B, N, D] of the first block for images [B, H, W, 3].
+
+        With `kept`, int32 [B, K], only these patches are embedded, with their own positions.
+        """
+        x = self.patchify(images.astype(self.compute.dtype))
+        x = self.patch_embedding(x if kept is None else tokens.take(x, kept))
         if masks.hidden is not None and masks.token is not None:
             x = jnp.where(masks.hidden[..., None], masks.token.astype(x.dtype), x)
         _, height, width, _ = images.shape
-        x = x + self._positions(height, width).astype(x.dtype)
+        positions = self._positions(height, width).astype(x.dtype)
+        x = x + (positions if kept is None else rows_of(positions, kept))
         if self.options.class_token:
             token = self.class_token[...].astype(x.dtype)
             x = jnp.concatenate([jnp.broadcast_to(token, (len(x), *token.shape)), x], axis=1)
