@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from cap_pretrain import learners, rng
+from cap_pretrain import learners
 from cap_pretrain.errors import UserError
 from cap_pretrain.learners.parts import Part
 from cap_pretrain.learners.token_losses import (
@@ -139,7 +139,7 @@ class Captioner(Part):
         """
         batch, total, _ = encoded.shape
         first = self.encoder.leading
-        kept = tokens.draw(rng.derived(key, "tokens"), batch, total - first, self.keep)
+        kept = tokens.draw(key, batch, total - first, self.keep)
         if kept is None:
             return encoded
         patches = tokens.take(encoded[:, first:], kept)

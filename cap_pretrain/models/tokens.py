@@ -7,6 +7,8 @@ FLIP (Li et al. 2022, 2212.00794) drops patches before the encoder. OpenVision 2
 import jax
 import jax.numpy as jnp
 
+from cap_pretrain import rng
+
 # Where tokens are dropped: before the blocks of the encoder, or before the caption decoder.
 PLACES = ENCODER, DECODER = ("encoder", "decoder")
 
@@ -22,7 +24,7 @@ def draw(key: jax.Array, batch: int, total: int, share: float) -> jax.Array | No
     The draw of an example depends only on the key and on its index in the global batch.
 
     Args:
-        key: Random key of the batch.
+        key: Random key of the batch, which may serve other purposes, too.
         batch: Number of examples.
         total: N, number of tokens of an example.
         share: Share of tokens to keep, in (0, 1].
@@ -33,7 +35,8 @@ def draw(key: jax.Array, batch: int, total: int, share: float) -> jax.Array | No
     count = number_kept(total, share)
     if count == total:
         return None
-    order = jnp.argsort(jax.random.bits(key, (batch, total)), axis=1)
+    numbers = jax.random.bits(rng.derived(key, "tokens"), (batch, total))
+    order = jnp.argsort(numbers, axis=1)
     return jnp.sort(order[:, :count].astype(jnp.int32), axis=1)
 
 

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from cap_pretrain import rng
 from cap_pretrain.distributed.determinism import rows_of
 from cap_pretrain.models import cpu, tokens
 from cap_pretrain.models.elementwise import LayerNorm
@@ -151,8 +150,8 @@ class ViT(ImageEncoder):
         if key is not None:
             batch, height, width, _ = images.shape
             total = (height // self.patch) * (width // self.patch)
-            kept = tokens.draw(rng.derived(key, "tokens"), batch, total, self.keep)
-        return self._output(images, key, kept=kept)
+            kept = tokens.draw(key, batch, total, self.keep)
+        return self._output(images, key, Masks(), kept)
 
     def masked(
         self,
@@ -173,7 +172,7 @@ class ViT(ImageEncoder):
         self,
         images: jax.Array,
         key: jax.Array | None,
-        masks: Masks = Masks(),
+        masks: Masks,
         kept: jax.Array | None = None,
     ) -> EncoderOutput:
         x = run_encoder_blocks(
@@ -208,11 +207,14 @@ class ViT(ImageEncoder):
         depth = list(self.layers).index(layer) + 1
         graphdef, params = nnx.split(self.blocks)
         first = nnx.merge(graphdef, jax.tree.map(lambda p: p[:depth], params))
-        x = self._embed(images)
+        x = self._embed(images, Masks())
         return run_encoder_blocks(first, x, None, depth=depth, compute=self.compute)
 
     def _embed(
-        self, images: jax.Array, masks: Masks = Masks(), kept: jax.Array | None = None
+        self,
+        images: jax.Array,
+        masks: Masks,
+        kept: jax.Array | None = None,
     ) -> jax.Array:
         """Return the input [B, N, D] of the first block for images [B, H, W, 3].
 
