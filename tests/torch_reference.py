@@ -68,8 +68,18 @@ def linear(p: dict, x: torch.Tensor) -> torch.Tensor:
     return F.linear(x, tensor(p["kernel"].T), tensor(p["bias"]))
 
 
-def encoder_layers(blocks: dict, x: torch.Tensor, heads: int) -> torch.Tensor:
-    """Apply pre-norm self-attention layers with biases to x [B, N, D]."""
+def encoder_layers(
+    blocks: dict,
+    x: torch.Tensor,
+    heads: int,
+    blocked: torch.Tensor | None = None,
+    bias: bool = True,
+) -> torch.Tensor:
+    """Apply pre-norm self-attention layers, with biases or without, to x [B, N, D].
+
+    `blocked` [B, N, N] is True where a position must not attend; None is nowhere.
+    """
+    mask = None if blocked is None else blocked.repeat_interleave(heads, dim=0)
     for p in unstack(blocks):
         layer = nn.TransformerEncoderLayer(
             x.shape[-1],
@@ -79,12 +89,13 @@ def encoder_layers(blocks: dict, x: torch.Tensor, heads: int) -> torch.Tensor:
             layer_norm_eps=EPSILON,
             batch_first=True,
             norm_first=True,
+            bias=bias,
         )
         state = attention_state("self_attn.", p["attention"])
         state |= linear_state("norm1.", p["norm1"]) | linear_state("norm2.", p["norm2"])
         state |= linear_state("linear1.", p["mlp"]["up"])
         state |= linear_state("linear2.", p["mlp"]["down"])
-        x = load(layer, state)(x)
+        x = load(layer, state)(x, src_mask=mask)
     return x
 
 
@@ -128,11 +139,16 @@ def chosen(x: torch.Tensor, index: np.ndarray | None) -> torch.Tensor:
 
 
 def vit(
-    params: dict, images: np.ndarray, heads: int, kept: np.ndarray | None = None
+    params: dict,
+    images: np.ndarray,
+    heads: int,
+    kept: np.ndarray | None = None,
+    blocked: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Encode uint8 images [B, H, W, 3] as tokens [B, N, D] and pooled [B, D].
 
-    With `kept`, int [B, K], the layers see only these patches.
+    With `kept`, int [B, K], the layers see only these patches. `blocked` is that of
+    `encoder_layers`.
     """
     kernel = params["patch_embedding"]["kernel"]
     patch = round((kernel.shape[0] / 3) ** 0.5)
@@ -140,7 +156,7 @@ def vit(
     pixels = tensor(images).float().permute(0, 3, 1, 2) / 255 * 2 - 1
     x = F.conv2d(pixels, weight, tensor(params["patch_embedding"]["bias"]), stride=patch)
     x = chosen(x.flatten(2).transpose(1, 2) + tensor(params["positions"]), kept)
-    tokens = norm(params["norm"], encoder_layers(params["blocks"], x, heads))
+    tokens = norm(params["norm"], encoder_layers(params["blocks"], x, heads, blocked))
     if "head" not in params:
         return tokens, tokens.mean(1)
     head = params["head"]
@@ -176,6 +192,29 @@ def captioner(
     tokens = chosen(vit(params["encoder"], images, heads)[0], kept)
     x = decoder_layers(decoder["blocks"], x, tokens, blocked, decoder_heads or heads)
     return linear(decoder["logits"], norm(decoder["norm"], x))
+
+
+def aim(
+    params: dict, images: np.ndarray, text: np.ndarray, prefix: np.ndarray, heads: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return AIMv2's tokens [B, N, D], predicted patches [B, N, P] and logits [B, T, V].
+
+    The decoder reads one sequence: all tokens of the image, then the text.
+    """
+    decoder, (count, length) = params["decoder"], text.shape
+    patches = len(params["encoder"]["positions"])
+    later = torch.ones(patches, patches, dtype=torch.bool).triu(1).repeat(count, 1, 1)
+    shared = torch.arange(patches) < tensor(prefix)[:, None]
+    tokens, _ = vit(params["encoder"], images, heads, blocked=later & ~shared[:, None])
+    inputs = tensor(text).long().roll(1, dims=1)
+    inputs[:, 0] = 0
+    read = tensor(decoder["embedding"]["embedding"])[inputs] + tensor(params["text_positions"])
+    x = torch.cat([linear(decoder["connector"], tokens), read], dim=1)
+    whole = patches + length
+    blocked = torch.ones(whole, whole, dtype=torch.bool).triu(1).repeat(count, 1, 1)
+    x = norm(decoder["norm"], encoder_layers(decoder["blocks"], x, heads, blocked, bias=False))
+    predicted, logits = x[:, :patches], x[:, patches:]
+    return tokens, linear(decoder["pixels"], predicted), linear(decoder["logits"], logits)
 
 
 def text_tower(params: dict, text: np.ndarray, heads: int) -> torch.Tensor:

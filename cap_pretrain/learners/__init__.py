@@ -51,6 +51,7 @@ from cap_pretrain.optim import optimizers
 
 REGISTRY = {
     "captioner": "cap_pretrain.learners.captioner:Captioner",
+    "aimv2": "cap_pretrain.learners.aim:AIM",
     "recurrent": "cap_pretrain.learners.recurrent:Recurrent",
     "dual_encoder": "cap_pretrain.learners.dual_encoder:DualEncoder",
     "classifier": "cap_pretrain.learners.classifier:Classifier",

@@ -20,6 +20,7 @@ from cap_pretrain.learners.token_losses import (
     weighted_loss,
 )
 from cap_pretrain.models import tokens
+from cap_pretrain.models.attention import causal
 from cap_pretrain.models.build import (
     build_encoder,
     compute,
@@ -335,8 +336,3 @@ class Captioner(Part):
 def is_kernel_of_logits(path: tuple[Any, ...], _: Any) -> bool:
     """Filter for `nnx.split` that selects the kernel of the output layer."""
     return path == ("logits", "kernel")
-
-
-def causal(length: int) -> jax.Array:
-    """Return the causal mask bool [1, 1, T, T]: each position attends to itself and the past."""
-    return jnp.tril(jnp.ones((length, length), bool))[None, None]

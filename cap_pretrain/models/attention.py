@@ -22,6 +22,11 @@ from cap_pretrain.distributed.platform import device_kind, platform
 ATTENDED, WEIGHTS = "attended", "weights"
 
 
+def causal(length: int) -> jax.Array:
+    """Return the causal mask bool [1, 1, T, T]: each position attends to itself and the past."""
+    return jnp.tril(jnp.ones((length, length), bool))[None, None]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def explicit_attention(
     query: jax.Array,

@@ -210,7 +210,11 @@ class Attention(nnx.Module):
 
         They are for inspection: `attend` uses the fastest kernel, which does not return weights.
         """
-        query, keys = self._split_heads(self.query(x)), self._split_heads(self.key(context))
+        return self.weights_over(x, self._split_heads(self.key(context)))
+
+    def weights_over(self, x: jax.Array, keys: jax.Array) -> jax.Array:
+        """Return what `weights` does, over keys [B, S, heads, D / heads]."""
+        query = self._split_heads(self.query(x))
         logits = jnp.einsum("bthd,bshd->bhts", query, keys, preferred_element_type=jnp.float32)
         return jax.nn.softmax(logits * query.shape[-1] ** -0.5, axis=-1)
 

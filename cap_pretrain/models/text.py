@@ -185,11 +185,7 @@ class Decoder(nnx.Module):
             rngs=rngs,
         )
         self.blocks = stack_layers(
-            lambda rngs: DecoderBlock(
-                size, encoder_width=encoder_width, compute=compute, rngs=rngs
-            ),
-            size.depth,
-            rngs,
+            lambda rngs: self._block(size, encoder_width, compute, rngs), size.depth, rngs
         )
         self.norm = LayerNorm(size.width, use_bias=False, dtype=compute.dtype, rngs=rngs)
         self.logits = cpu.Linear(
@@ -200,6 +196,13 @@ class Decoder(nnx.Module):
             rngs=rngs,
         )
         self.size, self.vocab_size, self.compute = size, vocab_size, compute
+
+    @staticmethod
+    def _block(
+        size: Size, encoder_width: int | None, compute: Compute, rngs: nnx.Rngs
+    ) -> nnx.Module:
+        """Return a new layer."""
+        return DecoderBlock(size, encoder_width=encoder_width, compute=compute, rngs=rngs)
 
     def __call__(
         self,
@@ -313,22 +316,37 @@ class Decoder(nnx.Module):
         writers, (own, cross) = cache
         batch = len(cross[0][0])
         beams = len(tokens) // batch
-        row = jnp.arange(beams, dtype=jnp.int32)
-        writers = writers.at[:, position].set(jnp.tile(row, batch))
-        mask = (
-            writers.reshape(batch, 1, beams, -1, 1) == row
-        )  # -1 (future positions) matches no row
-        mask = mask.reshape(batch, 1, beams, -1)
-
-        x = self.embedding(tokens).reshape(batch, beams, -1)
-        x = x + jax.lax.dynamic_slice_in_dim(positions, position, 1).astype(x.dtype)
-
+        writers, mask = written(writers, position, batch)
+        x = self._read_one(tokens, position, positions, batch)
         after = []
         for block, mine, image in zip(self.layers(), own, cross, strict=True):
             x, mine = block.step(x, mask, position * beams, mine, image)
             after.append(mine)
         logits = self.to_logits(self.norm(x))
         return logits.reshape(batch * beams, -1), (writers, (after, cross))
+
+    def _read_one(
+        self, tokens: jax.Array, position: jax.Array, positions: jax.Array, batch: int
+    ) -> jax.Array:
+        """Return the input [B, C, D] of the first layer for tokens int32 [B * C] at `position`."""
+        x = self.embedding(tokens).reshape(batch, len(tokens) // batch, -1)
+        return x + jax.lax.dynamic_slice_in_dim(positions, position, 1).astype(x.dtype)
+
+
+def written(
+    writers: jax.Array, position: jax.Array, batch: int
+) -> tuple[jax.Array, jax.Array]:
+    """Note that each row writes its own token at `position`; see `Decoder.init_cache`.
+
+    Returns the table of writers int32 [B * C, T], and a mask bool [B, 1, C, T * C]: which of the
+    keys of the tokens each caption attends to.
+    """
+    beams = len(writers) // batch
+    row = jnp.arange(beams, dtype=jnp.int32)
+    writers = writers.at[:, position].set(jnp.tile(row, batch))
+    # -1 (future positions) matches no row
+    mask = writers.reshape(batch, 1, beams, -1, 1) == row
+    return writers, mask.reshape(batch, 1, beams, -1)
 
 
 class TextTower(nnx.Module):
