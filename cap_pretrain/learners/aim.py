@@ -65,15 +65,13 @@ class AIM(Captioner):
 
         def __post_init__(self):
             if self.image_weight < 0:
-                raise UserError(
-                    f"learner.image_weight: {self.image_weight} must not be negative."
-                )
+                raise UserError(f"learner.image_weight: {self.image_weight} must not be negative.")
             if not 0 <= self.label_smoothing < 1:
                 raise UserError(
                     f"learner.label_smoothing: {self.label_smoothing} is not in [0, 1)."
                 )
 
-    reads = ("image", "text")
+    reads: tuple[str, ...] = ("image", "text")
 
     @classmethod
     def from_config(cls, config: ConfigDict, vocab_size: int, rngs: nnx.Rngs) -> "AIM":

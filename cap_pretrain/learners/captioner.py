@@ -88,7 +88,7 @@ class Captioner(Part):
                     f"learner.average: {self.average!r} is neither 'example' nor 'token'."
                 )
 
-    reads = ("image", "text", "prompt")
+    reads: tuple[str, ...] = ("image", "text", "prompt")
 
     def __init__(
         self,

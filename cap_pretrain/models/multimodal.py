@@ -71,7 +71,9 @@ class MultimodalBlock(nnx.Module):
         k1, k2 = split_optional(key, 2)
         y = self.norm1(x)
         own = self.attention.keys_values(y)
-        keys, values = own if image is None else (_after(*pair) for pair in zip(image, own, strict=True))
+        keys, values = (
+            own if image is None else (_after(*pair) for pair in zip(image, own, strict=True))
+        )
         y = self.attention.attend(y, keys, values, mask)
         x = constrain(x + dropout(y, self.rate, k1))
         return constrain(x + dropout(self.mlp(self.norm2(x)), self.rate, k2)), own

@@ -333,9 +333,7 @@ class Decoder(nnx.Module):
         return x + jax.lax.dynamic_slice_in_dim(positions, position, 1).astype(x.dtype)
 
 
-def written(
-    writers: jax.Array, position: jax.Array, batch: int
-) -> tuple[jax.Array, jax.Array]:
+def written(writers: jax.Array, position: jax.Array, batch: int) -> tuple[jax.Array, jax.Array]:
     """Note that each row writes its own token at `position`; see `Decoder.init_cache`.
 
     Returns the table of writers int32 [B * C, T], and a mask bool [B, 1, C, T * C]: which of the
