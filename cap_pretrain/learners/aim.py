@@ -49,6 +49,7 @@ class AIM(Captioner):
     encoder: ViT
     decoder: MultimodalDecoder
     options: Any  # `AIM.Options`, which are not those of a `Captioner`
+    keeps_tokens_at = ()  # each patch has a loss
 
     @dataclasses.dataclass(frozen=True)
     class Options:
