@@ -13,7 +13,7 @@ The evaluators are the classes in `REGISTRY`, one per file, here and in `probes/
     suite.py    runs the evaluators of a run and writes their results
     inference/  runs a learner over a dataset: captions, scores of texts, outputs, attention
     metrics/    computes metrics from scores, captions or answers
-    probes/     the three probes, and the features, splits and solver that they share
+    probes/     the four probes, and the features, splits and solvers that they share
 """
 
 import dataclasses
@@ -37,6 +37,7 @@ REGISTRY = {
     "retrieval": "cap_pretrain.evals.retrieval:Retrieval",
     "composition": "cap_pretrain.evals.composition:Composition",
     "linear_probe": "cap_pretrain.evals.probes.linear_probe:LinearProbe",
+    "map_probe": "cap_pretrain.evals.probes.map_probe:MapProbe",
     "few_shot": "cap_pretrain.evals.probes.few_shot:FewShot",
     "knn": "cap_pretrain.evals.probes.knn:KNearestNeighbours",
     "accuracy": "cap_pretrain.evals.accuracy:Accuracy",

@@ -133,6 +133,19 @@ def resnet_stages(config: ConfigDict) -> Stages:
     return dataclasses.replace(stages, base=config.model.width or stages.base)
 
 
+def pooling_size(config: ConfigDict, width: int) -> Size:
+    """Return the size of attention pooling of tokens of this width.
+
+    For the tokens of a ViT it is the ViT's size, as for its own `model.pool=map`. Otherwise the MLP
+    is four times as wide as the tokens, and heads have 64 dimensions, or more so that they divide
+    the width (both as in the named sizes).
+    """
+    if config.model.name not in (*CONVNETS, STORED) and encoder_width(config) == width:
+        return encoder_size(config)
+    heads = next(n for n in range(max(1, width // 64), 0, -1) if width % n == 0)
+    return Size(width, depth=1, mlp=4 * width, heads=heads)
+
+
 def text_size(config: ConfigDict) -> Size:
     """Return the size of the text transformer that accompanies the encoder.
 

@@ -1,4 +1,4 @@
-"""Features that probes read from an encoder: one vector per image, from any layer."""
+"""Features that probes read from an encoder: a vector or all tokens per image, of any layer."""
 
 import jax
 import jax.numpy as jnp
@@ -48,3 +48,27 @@ def read(
     else:
         tokens = encoder.tokens_at(layer, images)
     return jnp.mean(tokens.astype(jnp.float32), axis=1)
+
+
+def read_tokens(
+    encoder: ImageEncoder,
+    layer: str,
+    images: jax.Array,
+    *,
+    train: bool = False,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """Return all tokens [B, N, D] of a layer; "tokens" are the encoder's last ones.
+
+    The arguments are those of `read`. Raises UserError if the encoder has no such layer, or for
+    "pooled", which is one vector.
+    """
+    if layer == POOLED:
+        raise UserError(
+            "the layer 'pooled' is one vector, which attention pooling cannot pool; choose "
+            "'tokens' or the name of a layer."
+        )
+    width(encoder, layer)  # raises
+    if layer == TOKENS:
+        return encoder(images, train=train, key=key).tokens
+    return encoder.tokens_at(layer, images)

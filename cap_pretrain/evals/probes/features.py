@@ -83,7 +83,7 @@ class Features:
         }
 
         def encode(learner, images, labels):
-            return _encode(learner, layer, images), labels
+            return self._features_of(learner, images), labels
 
         self._encode = EveryImage(context, encode, batch_size)
 
@@ -103,8 +103,17 @@ class Features:
             _write(path, key, computed)
         return computed
 
+    def _features_of(self, learner: Any, images: jax.Array) -> jax.Array:
+        """Return the features [B, D] float32 of images uint8 [B, H, W, 3]."""
+        if self._layer == "pixels":
+            return small_images(images).reshape(len(images), -1)
+        return readout.read(learner.encoder, self._layer, normalize_images(images, jnp.float32))
+
     def _compute(self, variables: Any) -> Labelled:
-        found = Labelled(*self._encode(variables, self._source))
+        return self._checked(Labelled(*self._encode(variables, self._source)))
+
+    def _checked(self, found: Labelled) -> Labelled:
+        """Return the examples that have a label; raise UserError if any is not finite."""
         found = Labelled(*(part[found.labels >= 0] for part in found))
         if not np.isfinite(found.features).all():
             raise UserError(
@@ -143,13 +152,10 @@ def on_one_device() -> contextlib.AbstractContextManager:
     return jax.set_mesh(one)
 
 
-def _encode(learner: Any, layer: str, images: jax.Array) -> jax.Array:
-    """Return the features [B, D] float32 of images uint8 [B, H, W, 3]."""
-    if layer == "pixels":
-        shape = (len(images), PIXELS, PIXELS, 3)
-        small = jax.image.resize(images.astype(jnp.float32), shape, "bilinear")
-        return small.reshape(len(images), -1) / 255
-    return readout.read(learner.encoder, layer, normalize_images(images, jnp.float32))
+def small_images(images: jax.Array) -> jax.Array:
+    """Return images uint8 [B, H, W, 3] as float32 [B, PIXELS, PIXELS, 3] in [0, 1]."""
+    shape = (len(images), PIXELS, PIXELS, 3)
+    return jax.image.resize(images.astype(jnp.float32), shape, "bilinear") / 255
 
 
 def _identity(source: Source) -> str:

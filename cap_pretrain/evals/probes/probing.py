@@ -69,9 +69,21 @@ class Splits:
     `validation` is the split to choose settings on; "" holds out HELD_OUT of every class of the
     training split; None: nothing is chosen. Raises UserError if a dataset or split is missing or
     has no labels.
+
+    `reader` is the class that computes features.
+
+    Attributes:
+        sources: the images of train, test and validation, as far as there are these parts.
+        features: what computes the features of each part.
     """
 
-    def __init__(self, context: Context, options: Options, validation: str | None = None):
+    def __init__(
+        self,
+        context: Context,
+        options: Options,
+        validation: str | None = None,
+        reader: type[Features] = Features,
+    ):
         self._options, self._validation = options, validation
         self._named = context.named(options.split, options.data)
         self._names = {
@@ -80,7 +92,7 @@ class Splits:
         }
         if validation:
             self._names["validation"] = validation
-        self._features: dict[str, Features] = {}
+        self.features: dict[str, Features] = {}
         self.sources: dict[str, Source] = {}
         self._class_names: list[str] = []
         for part, split in self._names.items():
@@ -95,7 +107,7 @@ class Splits:
             limit = options.limit if part == "test" else options.train_limit
             source = subset.sample(source, limit, options.seed)
             self.sources[part] = source
-            self._features[part] = Features(
+            self.features[part] = reader(
                 context, source, layer=options.layer, batch_size=options.batch_size
             )
             if part == "train" and validation == "":
@@ -129,8 +141,15 @@ class Splits:
 
     def __call__(self, variables: Any) -> Data:
         """Return features for these weights; raises UserError as `Features`, or for one class."""
-        found = {part: features(variables) for part, features in self._features.items()}
-        train, test = found["train"], found["test"]
+        return self.joined({part: read(variables) for part, read in self.features.items()})
+
+    def joined(self, found: dict[str, Labelled]) -> Data:
+        """Return the data of a probe from the features of its parts; the test part may be missing.
+
+        Raises UserError if there is one class.
+        """
+        train = found["train"]
+        test = found.get("test", Labelled(train.features[:0], train.labels[:0]))
         choose = np.zeros(len(train.labels), bool)
         if self._validation == "":
             choose[held_out(train.labels, self._options.seed)] = True
@@ -155,7 +174,7 @@ class Splits:
             "chosen_on": self._validation
             or (f"{HELD_OUT:.0%} of train" if self._validation == "" else None),
             "layer": self._options.layer,
-            "dimensions": data.train.features.shape[1],
+            "dimensions": data.train.features.shape[-1],
             "classes": data.classes,
             "train_images": int(data.final.sum()),
             "chosen_on_images": int(data.choose.sum()),
