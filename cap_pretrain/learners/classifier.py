@@ -9,21 +9,25 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from cap_pretrain import learners
-from cap_pretrain.errors import UserError
+from cap_pretrain.errors import UserError, did_you_mean
 from cap_pretrain.learners.token_losses import mean_where, token_loss
 from cap_pretrain.models import readout
-from cap_pretrain.models.build import build_encoder
+from cap_pretrain.models.build import build_encoder, build_pooling
 from cap_pretrain.models.convnet import BatchNorm
 from cap_pretrain.models.encoder import ImageEncoder
 from cap_pretrain.models.layers import normalize_images
+from cap_pretrain.models.vit import MapHead
+
+HEADS = ("linear", "map")
 
 
 class Classifier(nnx.Module):
-    """An encoder and a linear layer on one vector per image.
+    """An encoder and a linear layer on one vector per image, which may be pooled by attention.
 
     Args:
         encoder: image encoder.
         options: see `Options`; `classes` must be set.
+        pool: attention pooling of the layer's tokens, for head="map"; otherwise None.
 
     Raises:
         UserError: The encoder has no such layer.
@@ -35,8 +39,10 @@ class Classifier(nnx.Module):
 
         Attributes:
             classes: Number of classes. 0 is the number of class names of the dataset.
-            layer: Input of the linear layer: "pooled", "tokens" (their mean), or the name of an
-                encoder layer such as "block_6" (its mean).
+            layer: Input of the head: "pooled", "tokens" (their mean), or the name of an encoder
+                layer such as "block_6" (its mean). With head="map", all tokens, not their mean.
+            head: "linear", or "map": attention pooling of the layer's tokens (Zhai et al. 2021,
+                2106.04560), trained with the linear layer after it.
             batch_norm: Whether to normalize the features by a BatchNorm without scale and shift,
                 as VISSL's linear probes do.
             label_smoothing: Probability mass spread evenly over the classes.
@@ -44,10 +50,20 @@ class Classifier(nnx.Module):
 
         classes: int = 0
         layer: str = "pooled"
+        head: str = "linear"
         batch_norm: bool = False
         label_smoothing: float = 0.0
 
         def __post_init__(self):
+            if self.head not in HEADS:
+                raise UserError(
+                    f"learner.head: {self.head!r} is unknown.{did_you_mean(self.head, HEADS)}"
+                )
+            if self.head == "map" and self.layer == readout.POOLED:
+                raise UserError(
+                    "learner.layer: 'pooled' is one vector, but learner.head='map' pools tokens; "
+                    "set it to 'tokens'."
+                )
             if self.classes < 0:
                 raise UserError(f"learner.classes: {self.classes} must not be negative.")
             if not 0 <= self.label_smoothing < 1:
@@ -57,8 +73,17 @@ class Classifier(nnx.Module):
 
     reads = ("image", "label")
 
-    def __init__(self, encoder: ImageEncoder, *, options: Options, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        encoder: ImageEncoder,
+        *,
+        options: Options,
+        pool: MapHead | None = None,
+        rngs: nnx.Rngs,
+    ):
         self.encoder = encoder
+        if pool:
+            self.pool = pool
         width = readout.width(encoder, options.layer)
         if options.batch_norm:
             self.norm = BatchNorm(width, affine=False, rngs=rngs)
@@ -80,19 +105,21 @@ class Classifier(nnx.Module):
                 "learner.classes: the dataset does not name its classes; set their number with "
                 "--config.learner.classes."
             )
-        return cls(build_encoder(config, rngs), options=options, rngs=rngs)
+        encoder, pool = build_encoder(config, rngs), None
+        if options.head == "map":
+            pool = build_pooling(config, readout.width(encoder, options.layer), rngs)
+        return cls(encoder, options=options, pool=pool, rngs=rngs)
 
     def classify(
         self, images: jax.Array, *, train: bool = False, key: jax.Array | None = None
     ) -> jax.Array:
         """Return logits float32 [B, classes] for uint8 images [B, H, W, 3]."""
-        x = readout.read(
-            self.encoder,
-            self.options.layer,
-            normalize_images(images, jnp.float32),
-            train=train,
-            key=key,
-        )
+        images = normalize_images(images, jnp.float32)
+        where = self.encoder, self.options.layer, images
+        if self.options.head == "map":
+            x = self.pool(readout.read_tokens(*where, train=train, key=key)).astype(jnp.float32)
+        else:
+            x = readout.read(*where, train=train, key=key)
         if self.options.batch_norm:
             x = self.norm(x, train=train)
         return self.head(x)

@@ -12,7 +12,7 @@ from cap_pretrain.errors import UserError, did_you_mean
 from cap_pretrain.models import alexnet, tokens
 from cap_pretrain.models.alexnet import AlexNet
 from cap_pretrain.models.encoder import ImageEncoder
-from cap_pretrain.models.layers import Compute
+from cap_pretrain.models.layers import Compute, Details
 from cap_pretrain.models.resnet import STEMS, ResNet
 from cap_pretrain.models.sizes import (
     ALEXNET,
@@ -25,7 +25,7 @@ from cap_pretrain.models.sizes import (
     parse_name,
 )
 from cap_pretrain.models.stored import Stored
-from cap_pretrain.models.vit import Options, ViT
+from cap_pretrain.models.vit import MapHead, Options, ViT
 
 
 def check(config: ConfigDict) -> None:
@@ -212,6 +212,17 @@ def build_encoder(config: ConfigDict, rngs: nnx.Rngs) -> ImageEncoder:
     encoder = _encoder(config, rngs)
     encoder.colours = config.model.colours
     return encoder
+
+
+def build_pooling(config: ConfigDict, width: int, rngs: nnx.Rngs) -> MapHead:
+    """Build attention pooling of tokens of this width, apart from that of the encoder itself."""
+    is_vit = config.model.name not in (*CONVNETS, STORED)
+    return MapHead(
+        pooling_size(config, width),
+        details=encoder_options(config) if is_vit else Details(),
+        compute=compute(config),
+        rngs=rngs,
+    )
 
 
 def _encoder(config: ConfigDict, rngs: nnx.Rngs) -> ImageEncoder:

@@ -41,6 +41,7 @@ WITH_ENCODER = {
     "linear_probe": ("linear_probe", None),
     "linear_probe-sgd": ("linear_probe", "protocol=sgd"),
     "finetune": ("finetune", "fraction=0.1"),
+    "finetune-map": ("finetune", "head=map"),
 }
 
 # Trained in test_recurrent_recipes.py.

@@ -70,6 +70,27 @@ def test_the_loop_fine_tunes_all_of_it():
     assert all(jax.tree.leaves(changed))
 
 
+@pytest.mark.slow
+def test_the_loop_trains_attention_pooling_with_and_without_the_encoder():
+    c = config(learner__head="map", learner__layer="tokens")
+    first, last, metrics, graphdef = train(c, 3)
+    assert metrics[0]["loss"] == pytest.approx(np.log(6), abs=1e-5)
+    assert metrics[-1]["loss"] < metrics[0]["loss"]
+    changed = jax.tree.map(lambda a, b: bool((a != b).any()), first.params, last.params)
+    # The bias of the keys changes nothing, as softmax ignores what all tokens have in common.
+    changed["pool"]["attention"]["key"].pop("bias")
+    assert all(jax.tree.leaves(changed))
+    learner = nnx.merge(graphdef, last.params, last.stats)
+    tokens = learner.encoder(batch()["image"][:4] / np.float32(127.5) - 1).tokens
+    logits = learner.head(learner.pool(tokens))
+    np.testing.assert_allclose(learner.classify(batch()["image"][:4]), logits, atol=1e-5)
+
+    c = config(learner__head="map", learner__layer="block_2", optim__lr_rules=FROZEN)
+    first, last, metrics, _ = train(c, 40)
+    assert metrics[-1]["accuracy"] > metrics[0]["accuracy"] + 0.3
+    toy.assert_same(first.params["encoder"], last.params["encoder"])
+
+
 def test_loss_is_cross_entropy_over_examples_that_have_a_label():
     c = config()
     graphdef, params, stats = tiny.split(c)
@@ -176,6 +197,11 @@ def test_what_cannot_be_is_told(classifier):
         tiny.abstract(config(classes=0))
     with pytest.raises(UserError, match="no layer 'block_9'"):
         train(config(learner__layer="block_9"), 1)
-    for options in ({"classes": -1}, {"label_smoothing": 1.0}):
-        with pytest.raises(UserError, match=f"learner.{next(iter(options))}"):
+    for options, field in (
+        ({"classes": -1}, "classes"),
+        ({"label_smoothing": 1.0}, "label_smoothing"),
+        ({"head": "mpa"}, "head"),
+        ({"head": "map"}, "layer"),
+    ):
+        with pytest.raises(UserError, match=f"learner.{field}"):
             Classifier.Options(**options)

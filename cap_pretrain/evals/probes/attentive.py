@@ -113,8 +113,7 @@ class Heads:
     ):
         self._scale, self._heads = jax.device_put(scale), size.heads
         self._settings, self._seed = settings, seed
-        one = initial(size, classes, seed)
-        self._params = jax.tree.map(lambda p: jnp.stack([p] * len(settings)), one)
+        self._params = _copies(len(settings), size, classes, seed)
 
     def fit(
         self,
@@ -130,13 +129,11 @@ class Heads:
         Every row is seen once before any is seen again. `each` is called with the number of steps
         taken.
         """
-        state = (self._params, jax.vmap(_moments().init)(self._params))
+        state = (self._params, _begun(self._params))
         rates, decays = np.asarray(self._settings, np.float32).T
         decays = jax.device_put(decays)
-        schedule = optax.warmup_cosine_decay_schedule(0, 1, max(1, round(WARMUP * steps)), steps)
-        factors = np.asarray(jax.device_get(schedule(np.arange(1, steps + 1))), np.float32)
         batches = shuffled(rows, batch_size, self._seed)
-        for step, factor in enumerate(factors):
+        for step, factor in enumerate(schedule(steps)):
             chosen = next(batches)
             batch = jax.device_put((data.features[chosen], data.labels[chosen], factor * rates))
             state = _step(state, self._scale, *batch, decays, self._heads)
@@ -155,6 +152,13 @@ class Heads:
         return np.concatenate(parts, axis=1)
 
 
+def schedule(steps: int) -> np.ndarray:
+    """Return the learning rates of all steps as fractions of the highest, float32 [steps]."""
+    step, warmup = np.arange(steps), max(1, round(WARMUP * steps))
+    fall = (1 + np.cos(np.pi * (step - warmup) / max(1, steps - warmup))) / 2
+    return np.where(step < warmup, (step + 1) / (warmup + 1), fall).astype(np.float32)
+
+
 def shuffled(rows: np.ndarray, batch_size: int, seed: int) -> Iterator[np.ndarray]:
     """Yield batches of rows, int [batch_size], without end; batches may span two epochs."""
     epoch, left = 0, rows[:0]
@@ -168,6 +172,17 @@ def shuffled(rows: np.ndarray, batch_size: int, seed: int) -> Iterator[np.ndarra
 
 def _moments() -> optax.GradientTransformation:
     return optax.scale_by_adam()
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _copies(count, size, classes, seed):
+    """Return `count` copies of `initial` parameters along a new leading axis."""
+    return jax.tree.map(lambda p: jnp.stack([p] * count), initial(size, classes, seed))
+
+
+@jax.jit
+def _begun(params):
+    return jax.vmap(_moments().init)(params)
 
 
 @functools.partial(jax.jit, static_argnames="heads", donate_argnums=0)

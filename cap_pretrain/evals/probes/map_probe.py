@@ -232,7 +232,7 @@ class MapProbe:
         rows = np.flatnonzero(data.choose)
         scores = heads.scores(data.train.features[rows], self._options.fit_batch)
         labels = data.train.labels[rows]
-        top1 = [classification.metrics(own, labels)["top1"] for own in jax.device_put(scores)]
+        top1 = [_metrics(own, labels)["top1"] for own in scores]
         best = max(range(len(top1)), key=lambda k: top1[k])  # of equals the first
         tried = [(*own, value) for own, value in zip(self._settings, top1, strict=True)]
         return self._settings[best], tried
@@ -256,10 +256,10 @@ class MapProbe:
         data = data._replace(test=Labelled(scores, labels), classes=classes)
         own = np.flatnonzero(data.final)
         train = self._classified(heads, Labelled(data.train.features[own], data.train.labels[own]))
-        metrics = classification.metrics(scores, labels) | setting._asdict()
+        metrics = _metrics(scores, labels) | setting._asdict()
         if tried:
             metrics["held_out_top1"] = max(top1 for *_, top1 in tried)
-        metrics["train_top1"] = classification.metrics(train, data.train.labels[own])["top1"]
+        metrics["train_top1"] = _metrics(train, data.train.labels[own])["top1"]
         protocol = (
             "attention pooling with an MLP and a linear layer, by AdamW on the cross-entropy, on "
             f"standardised tokens; {self._options.epochs:g} epochs of batches of "
@@ -286,6 +286,11 @@ class MapProbe:
         rates = sorted(self._options.lr)
         if tried and len(rates) > 1 and setting.lr in (rates[0], rates[-1]):
             yield f"the best rate, {setting.lr:g}, is at an end of the values tried; extend `lr`"
+
+
+def _metrics(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    with on_one_device():
+        return classification.metrics(*jax.device_put((scores, labels)))
 
 
 def _patches(images: jax.Array) -> jax.Array:
