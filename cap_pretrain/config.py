@@ -191,6 +191,10 @@ def _data() -> ConfigDict:
     c.fields = ConfigDict(DEFAULT_FIELDS)
     # Side in pixels. The recipe resizes to 224 x 224, ignoring the aspect ratio.
     c.image_size = 224
+    # Sides of the images in the first parts of the run, before image_size, each with its share of
+    # the run, as "84:0.8" or "84:0.7+112:0.2" (docs/schedules.md). Evaluators, exports and the
+    # position embeddings use image_size.
+    c.first_sizes = ""
     # "none" resizes the whole image; "random" crops a random part (area 0.08 to 1) first, "window"
     # a square of 7/8 of the shorter side. With the latter two, evaluation takes the central square.
     c.crop = "none"

@@ -12,7 +12,7 @@ import importlib
 import json
 import sys
 import types
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import jax
 from ml_collections import ConfigDict
 
 from cap_pretrain import config as configs
-from cap_pretrain import inputs, learners
+from cap_pretrain import inputs
 from cap_pretrain.checkpoints import warm_start
 from cap_pretrain.checkpoints.checkpoint import Checkpoints
 from cap_pretrain.checkpoints.earlier import earlier, keep_config
@@ -36,14 +36,16 @@ from cap_pretrain.telemetry import console, flops, trackers
 from cap_pretrain.telemetry.metrics import MetricsWriter, read_metrics
 from cap_pretrain.telemetry.profiler import Profiler
 from cap_pretrain.telemetry.progress import Progress
-from cap_pretrain.training import ending, feed
+from cap_pretrain.training import ending
 from cap_pretrain.training import setup as setups
 from cap_pretrain.training.broken import BrokenList
 from cap_pretrain.training.changes import fields, unused
 from cap_pretrain.training.evaluation import Evaluation
 from cap_pretrain.training.lock import locked
+from cap_pretrain.training.programs import StepFn, program_at
 from cap_pretrain.training.setup import Earlier, Setup
 from cap_pretrain.training.step import TrainState
+from cap_pretrain.training.supply import supply
 from cap_pretrain.training.watch import Stopped, StopRequest, Watch
 
 
@@ -112,8 +114,7 @@ class Run:
         self._progress = Progress(setup.schedule.total, mfu_label=peak.label)
         setup.describe(self._progress, peak)
         self._timer = setup.timer(peak)
-        facts = lambda: setup.facts(self._timer.flops_per_step)
-        self._journal = Journal(setup.workdir, facts, enabled=self._is_main)
+        self._journal = Journal(setup.workdir, setup.facts, enabled=self._is_main)
         stack.callback(self._progress.close)
         stack.enter_context(jax.set_mesh(setup.mesh))
         self._writing = stack.enter_context(contextlib.ExitStack())  # ends after the checkpoints
@@ -134,11 +135,13 @@ class Run:
         """
         config, workdir, total = self._config, self._setup.workdir, self._schedule.total
         say = self._progress.say
-        ends = (self._checkpoints.latest_step() or 0) >= total
+        newest = self._checkpoints.latest_step() or 0
+        ends = newest >= total
         compiling = contextlib.nullcontext() if ends else self._setup.compiling()
         with self._timer.pause(), compiling:
-            self._step_fn = self._setup.step_fn if ends else self._setup.compiled_ahead()
-            if total and not isinstance(self._step_fn, Ahead):
+            program = program_at(self._setup.programs, newest)
+            step_fn = program.step_fn if ends else self._setup.ahead(program)
+            if total and not isinstance(step_fn, Ahead):
                 self._checkpoints.prepare(self._setup.abstract)
             restored = self._copies.restore(self._setup.abstract)
             restored = restored or self._checkpoints.restore_newest(self._setup.abstract, say)
@@ -152,6 +155,10 @@ class Run:
             if initial and not start:
                 self.state = initial.put(self.state)
                 say(f"Initialized from {initial.source}.")
+        # The state that was restored may be of an earlier phase than the newest checkpoint.
+        present = program_at(self._setup.programs, start)
+        self._step_fn = step_fn if present is program else present.step_fn
+        self._timer.flops_per_step = self._setup.flops_of_step(start)
         if start:
             say("\n".join([f"Resuming from step {start}.", *self._setup.changes]))
         if self._is_main:
@@ -208,7 +215,9 @@ class Run:
         gradient is not finite or too many images are broken.
         """
         start, step_fn = int(self.state.step), self._step_fn
-        batches = self._open_batches(start)
+        begun = {phase.start + 1 for phase in self._setup.phases}
+        batches, broken = supply(self._setup, start, self._timer, self._stack)
+        self._logs.append(broken)
         self._stack.enter_context(jax.transfer_guard("disallow"))
         self._stack.push(lambda _, error, __: heartbeat.ending(error) if error else None)
         steps, say = self._config.log.profile_steps, self._progress.say
@@ -218,6 +227,8 @@ class Run:
             doing = console.doing("Compiling and taking the first step", say=False)
             with doing if first else contextlib.nullcontext():
                 requests = self._requests() if self._several_hosts else None
+                if step in begun and not first:
+                    step_fn = self._begin_phase(step, batch, requests)
                 if self._several_hosts and first:
                     step_fn = cluster.compiled_everywhere(step_fn, self.state, batch, requests)
                 self.state, metrics = step_fn(self.state, batch, requests)
@@ -257,28 +268,16 @@ class Run:
         self._journal.write(step, last=when == "end")
         return self._evaluation.ended(self.state)
 
-    def _open_batches(self, start: int) -> Iterator[tuple[int, dict[str, jax.Array]]]:
-        """Return an iterator over the steps that are left, each with its batch on the devices."""
-        setup, config, total = self._setup, self._config, self._schedule.total
-        reads = (*learners.learner_class(config.learner.name).reads, "broken")
-        reads += ("index",) if config.log.ids else ()
-        rows = sharding.batch_rows(setup.mesh, config.batch_size)
-        steps, offset = range(start, total), setup.batches.offset
-        batches = feed.prepared_batches(config, setup.mixture, setup.tokenizer, rows, steps, offset)
-        self._stack.callback(batches.close)
-        members = [source for source, _ in setup.mixture]
-        broken = BrokenList(config.data, members, setup.workdir, jax.process_index())
-        self._stack.callback(broken.close)
-        self._logs.append(broken)
-
-        def iterate() -> Iterator[tuple[int, dict[str, jax.Array]]]:
-            for step in range(start + 1, total + 1):
-                with self._timer.data_wait():
-                    batch = next(batches)
-                    broken.see(step, batch)
-                yield step, sharding.put_batch({k: batch[k] for k in reads}, setup.mesh)
-
-        return iterate()
+    def _begin_phase(self, step: int, *args: Any) -> StepFn:
+        """Compile the training step of the phase that begins with `step`, for its arguments."""
+        program = program_at(self._setup.programs, step - 1)
+        jax.block_until_ready(self.state)  # the time of the steps before counts as theirs
+        with self._timer.pause():
+            self._progress.say(f"From step {step:,} on: {program.phase.describe()}")
+            with console.doing("Compiling its training step", say=False):
+                compiled = program.compiled(self.state, *args)
+        self._timer.flops_per_step = self._setup.flops_of_step(step - 1)
+        return compiled
 
     def _requests(self) -> jax.Array:
         """Put this host's requests, to stop and to save, on its devices."""

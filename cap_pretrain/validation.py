@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from cap_pretrain import evals, files, learners
 from cap_pretrain.config import fields, get, trains
+from cap_pretrain.data import resolution
 from cap_pretrain.data.sources.base import parse_mixture
 from cap_pretrain.data.text import tokenizers, words
 from cap_pretrain.errors import UserError, did_you_mean
@@ -126,6 +127,7 @@ def validate(config: ConfigDict, *, tokenizer: bool = False) -> None:
     trackers.check(config.log.trackers)
     _check_rules(config)
     _check_order(config)
+    _check_sizes(config)
     _check_learner(config)
     _check_evals(config)
 
@@ -176,6 +178,18 @@ def _check_order(config: ConfigDict) -> None:
             "data.order: blocks cannot be combined with data.buckets, whose batches need all "
             "captions of a length; set data.order=global or data.buckets=False."
         )
+
+
+def _check_sizes(config: ConfigDict) -> None:
+    """Check the sizes of images before `data.image_size`."""
+    resolution.check(config)
+    for side, _ in resolution.first_sizes(config):
+        if config.model.name == STORED:
+            raise UserError(
+                f"{resolution.FIELD}: {config.data.first_sizes!r} needs images, but model.name is "
+                f"{STORED}; set it to ''."
+            )
+        build.check_side(config.model, side, resolution.FIELD)
 
 
 def _check_learner(config: ConfigDict) -> None:

@@ -19,6 +19,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from cap_pretrain import learners
+from cap_pretrain.data import resolution
 from cap_pretrain.errors import UserError, did_you_mean
 from cap_pretrain.learners import augment, permutations
 from cap_pretrain.learners.classifier import classification
@@ -198,7 +199,9 @@ class Jigsaw(nnx.Module):
     ) -> "Jigsaw":
         """Build the learner that `config` describes."""
         options = learners.options(config)
-        _check(options, config.model.name, config.data.image_size)
+        _check(options, config.model.name, "data.image_size", config.data.image_size)
+        for side, _ in resolution.first_sizes(config):
+            _check(options, config.model.name, resolution.FIELD, side)
         orders = _orders(options, config.seed)
         return cls(build_encoder(config, rngs), options=options, orders=orders, rngs=rngs)
 
@@ -347,10 +350,10 @@ def _orders(options: Jigsaw.Options, seed: int) -> tuple[tuple[int, ...], ...]:
     return found[: options.permutations]
 
 
-def _check(options: Jigsaw.Options, model: str, side: int) -> None:
+def _check(options: Jigsaw.Options, model: str, field: str, side: int) -> None:
     """Raise UserError if images or tiles are too small, or tiles do not suit the tower."""
     if side < options.crop:
-        raise UserError(f"learner.crop: {options.crop} is larger than data.image_size={side}.")
+        raise UserError(f"learner.crop: {options.crop} is larger than {field}={side}.")
     if model == ALEXNET and options.tile < alexnet.SMALLEST:
         raise UserError(
             f"learner.tile: {options.tile} is too small for {ALEXNET}, which needs "

@@ -34,17 +34,17 @@ def check(config: ConfigDict) -> None:
     Raises:
         UserError: A name is unknown, or fields are incompatible.
     """
-    model, side = config.model, config.data.image_size
+    model = config.model
     if not 0 < model.keep_tokens <= 1:
         raise UserError(f"model.keep_tokens: {model.keep_tokens} is not in (0, 1].")
     if model.name == STORED:
         _check_stored(config)
         sizes = {"decoder_": text_size(config)}
     elif model.name in CONVNETS:
-        _check_convnet(model, side)
+        _check_convnet(model)
         sizes = {"decoder_": text_size(config)}
     else:
-        _check_vit(model, side)
+        _check_vit(model)
         sizes = {"": encoder_size(config), "decoder_": decoder_size(config)}
     for prefix, size in sizes.items():
         if size.width % size.heads:
@@ -52,20 +52,31 @@ def check(config: ConfigDict) -> None:
                 f"model.{prefix}heads: {size.heads} does not divide the width {size.width}; "
                 "choose a divisor."
             )
+    check_side(model, config.data.image_size, "data.image_size")
 
 
-def _check_vit(model: ConfigDict, side: int) -> None:
+def check_side(model: ConfigDict, side: int, field: str) -> None:
+    """Raise UserError, which names the field, unless images of `side` pixels fit the encoder."""
+    if model.name == ALEXNET and side < alexnet.SMALLEST:
+        raise UserError(
+            f"{field}: {side} is too small for {ALEXNET}; use {alexnet.SMALLEST} or more."
+        )
+    if model.name in (*CONVNETS, STORED):
+        return
     _, patch = parse_name(model.name)
+    if side % patch:
+        raise UserError(
+            f"{field}: {side} is not a multiple of the patch size {patch} "
+            f"of {model.name}; choose {max(1, side // patch) * patch}."
+        )
+
+
+def _check_vit(model: ConfigDict) -> None:
     _refuse(model, {"stem": "imagenet"}, "for a ResNet")
     if model.pool == "class" and not model.class_token:
         raise UserError("model.pool: 'class' needs --config.model.class_token=True.")
     if model.norm_eps <= 0:
         raise UserError(f"model.norm_eps: {model.norm_eps} must be positive.")
-    if side % patch:
-        raise UserError(
-            f"data.image_size: {side} is not a multiple of the patch size {patch} "
-            f"of {model.name}; choose {max(1, side // patch) * patch}."
-        )
 
 
 def _check_stored(config: ConfigDict) -> None:
@@ -85,20 +96,15 @@ def _check_stored(config: ConfigDict) -> None:
             )
 
 
-def _check_convnet(model: ConfigDict, side: int) -> None:
+def _check_convnet(model: ConfigDict) -> None:
     numbers = {f.name: 0 for f in dataclasses.fields(Size)}
     if model.name in RESNETS:
         del numbers["width"]
     _refuse(model, numbers | dataclasses.asdict(Options()) | {"keep_tokens": 1.0}, "for a ViT")
     if model.stem not in STEMS:
         raise UserError(f"model.stem: {model.stem!r} is unknown.{did_you_mean(model.stem, STEMS)}")
-    if model.name != ALEXNET:
-        return
-    _refuse(model, {"stem": "imagenet"}, "for a ResNet")
-    if side < alexnet.SMALLEST:
-        raise UserError(
-            f"data.image_size: {side} is too small for {ALEXNET}; use {alexnet.SMALLEST} or more."
-        )
+    if model.name == ALEXNET:
+        _refuse(model, {"stem": "imagenet"}, "for a ResNet")
 
 
 def _refuse(model: ConfigDict, usual: dict[str, Any], meant: str) -> None:

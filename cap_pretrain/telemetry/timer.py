@@ -14,7 +14,8 @@ class StepTimer:
     reported apart. Steps run asynchronously, so fetch a metric of the last step before `pause` and
     `report`, or the time of running steps counts toward the next interval. `batch_size`,
     `flops_per_step` (model FLOPs) and `peak_flops` are of all devices; without the latter two MFU
-    is not reported.
+    is not reported. If steps differ, set `flops_per_step` where it changes; `flops_after` then
+    returns the FLOPs of all steps after a given one.
     """
 
     def __init__(
@@ -24,10 +25,12 @@ class StepTimer:
         batch_size: int,
         flops_per_step: float | None = None,
         peak_flops: float | None = None,
+        flops_after: Callable[[int], float] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._total_steps, self._batch_size = total_steps, batch_size
         self.flops_per_step, self._peak_flops = flops_per_step, peak_flops
+        self._flops_after, self._flops_since_first = flops_after, 0.0
         self._clock = clock
         self._created = clock()
         self._first_step_end: float | None = None
@@ -40,7 +43,7 @@ class StepTimer:
     def _begin_interval(self) -> None:
         """Reset what is counted per interval."""
         self._begun = self._clock()
-        self._waited = self._paused = 0.0
+        self._waited = self._paused = self._flops = 0.0
         self._steps = 0
 
     @contextlib.contextmanager
@@ -70,6 +73,8 @@ class StepTimer:
         else:
             self._steps += 1
             self._steps_since_first += 1
+            self._flops += self.flops_per_step or 0.0
+            self._flops_since_first += self.flops_per_step or 0.0
             self._last_step_end = self._clock() - self._first_step_end
 
     @property
@@ -87,7 +92,8 @@ class StepTimer:
                          of the cost of data, because the device may be busy meanwhile.
         images_per_s     of all devices together
         mfu              model FLOP utilization (see flops.py), if the peak is known
-        eta_s            remaining time, at the pace since the first step including pauses
+        eta_s            remaining time, at the pace since the first step including pauses; by
+                         FLOPs if steps differ
         goodput          fraction of all wall time since the start spent in steps, as opposed to
                          waiting for data, compiling, evaluating, saving or starting up
         compile_s        duration of the first step, in the first report only
@@ -102,16 +108,20 @@ class StepTimer:
             now = self._clock()
             seconds = now - self._begun - self._paused
             self._productive += seconds - self._waited
-            pace = (now - self._first_step_end) / self._steps_since_first
             metrics |= {
                 "time/step_ms": 1000 * seconds / self._steps,
                 "time/data_wait_share": self._waited / seconds,
                 "time/images_per_s": self._batch_size * self._steps / seconds,
-                "time/eta_s": pace * (self._total_steps - step),
+                "time/eta_s": (now - self._first_step_end) * self._left(step),
                 "time/goodput": self._productive / (now - self._created),
             }
-            if self.flops_per_step and self._peak_flops:
-                rate = self.flops_per_step * self._steps / seconds
-                metrics["time/mfu"] = rate / self._peak_flops
+            if self._flops and self._peak_flops:
+                metrics["time/mfu"] = self._flops / seconds / self._peak_flops
             self._begin_interval()
         return metrics
+
+    def _left(self, step: int) -> float:
+        """Return the work after `step`, as a multiple of that since the first step."""
+        if self._flops_after and self._flops_since_first:
+            return self._flops_after(step) / self._flops_since_first
+        return (self._total_steps - step) / self._steps_since_first

@@ -95,7 +95,7 @@ def binding(config: ConfigDict) -> dict[str, Any]:
 # Fields that only training reads.
 TRAINING = (
     *("accumulate", "batch_size", "checkpoint", "eval", "log", "optim", "plateau"),
-    *("data.buckets", "data.flip", "data.fraction", "data.max_broken"),
+    *("data.buckets", "data.first_sizes", "data.flip", "data.fraction", "data.max_broken"),
     *BLOCKS,
     *("model.dropout", "model.stochastic_depth"),
     *("model.keep_tokens", "model.keep_tokens_at"),

@@ -1,5 +1,6 @@
 """The batches of training: their order, their sizes and how they are prepared."""
 
+import bisect
 from collections.abc import Sequence
 from typing import NewType
 
@@ -8,10 +9,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cap_pretrain import inputs
-from cap_pretrain.data import blocks, pipeline, prefetch
+from cap_pretrain.data import blocks, pipeline, prefetch, resolution
 from cap_pretrain.data.sources import buckets, subset
 from cap_pretrain.data.text import tokenizers
 from cap_pretrain.telemetry import console
+from cap_pretrain.training.phases import Phase
 
 TrainingMixture = NewType("TrainingMixture", inputs.Mixture)
 """A mixture from `in_buckets`, the only function that makes one, as training needs it."""
@@ -85,8 +87,8 @@ def training_batches(
 ) -> grain.MapDataset:
     """Return an endless dataset whose element t is batch t, or the given `rows` of it.
 
-    Batch 0 begins with row `offset` of the run, see `schedule.BatchSizes`. `order` is by default
-    that of the config.
+    The config is that of the phase to which the batch belongs. Batch 0 begins with row `offset` of
+    the run, see `schedule.BatchSizes`. `order` is by default that of the config.
     """
     order = order or _order(config, mixture, offset)
     if offset:
@@ -94,7 +96,7 @@ def training_batches(
     return pipeline.train_dataset(
         mixture,
         tokenizer,
-        pipeline.ImageOptions(config.data.image_size, config.data.crop, config.data.flip),
+        pipeline.ImageOptions(resolution.training_side(config), config.data.crop, config.data.flip),
         batch_size=config.batch_size,
         seed=config.seed,
         order=order,
@@ -109,14 +111,32 @@ def prepared_batches(
     rows: Sequence[int] | np.ndarray,
     steps: range,
     offset: int = 0,
+    phases: Sequence[Phase] = (),
 ) -> prefetch.Batches:
     """Iterate over the elements `steps` of `training_batches`, which are prepared ahead of time.
 
-    With `data.order=blocks`, the sources learn what is read next.
+    Each is made with the config of its phase, by default `config`. With `data.order=blocks`, the
+    sources learn what is read next.
     """
     order, plan = _order(config, mixture, offset), None
     if isinstance(order, blocks.BlockOrder):
         plan = blocks.ReadAhead(order, [source for source, _ in mixture], rows)
-    dataset = training_batches(config, mixture, tokenizer, rows, offset, order)
+    args = (mixture, tokenizer, rows, offset, order)
+    datasets = [training_batches(phase.config, *args) for phase in phases]
+    if len(datasets) > 1:
+        in_turn = _InTurn(datasets, [phase.stop for phase in phases])
+        dataset = grain.MapDataset.range(steps.stop).map(in_turn)
+    else:
+        dataset = datasets[0] if datasets else training_batches(config, *args)
     workers = config.data.workers
     return prefetch.iterate(dataset, steps.start, steps.stop, workers=workers, plan=plan)
+
+
+class _InTurn:
+    """A function from the number of a batch to the batch, taken from the dataset of its phase."""
+
+    def __init__(self, datasets: Sequence[grain.MapDataset], stops: Sequence[int]):
+        self._datasets, self._stops = datasets, stops
+
+    def __call__(self, number: int) -> pipeline.Row:
+        return self._datasets[bisect.bisect_right(self._stops, number)][number]

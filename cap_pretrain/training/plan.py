@@ -14,17 +14,19 @@ from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
 from cap_pretrain import files, learners
+from cap_pretrain.data.resolution import training_side
 from cap_pretrain.distributed import sharding
 from cap_pretrain.models.sizes import STORED
 from cap_pretrain.optim import optimizers
 from cap_pretrain.telemetry import flops
 from cap_pretrain.telemetry.tables import format_table
+from cap_pretrain.training.phases import Phase, phases_of
 from cap_pretrain.training.step import init_state, loss_and_stats, split_learner
 
 
 def abstract_batch(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return the shapes of the global batch that the learner reads."""
-    b, s, t = config.batch_size, config.data.image_size, config.text.length
+    """Return the shapes of the global batch that the learner reads; the config may be a phase's."""
+    b, s, t = config.batch_size, training_side(config), config.text.length
     image = jax.ShapeDtypeStruct((b, s, s, 3), np.uint8)
     if config.model.name == STORED:
         image = jax.ShapeDtypeStruct((b, 1 + config.model.tokens, config.model.width), np.float32)
@@ -65,6 +67,20 @@ def flops_per_example(
     return {name: per_example(counted[name]) for name in passes}
 
 
+def training_flops(phases: Sequence[Phase], vocab_size: int) -> list[float]:
+    """Return the model FLOPs per example of training in each phase."""
+    counted = (flops_per_example(phase.config, vocab_size, ["training"]) for phase in phases)
+    return [counts["training"] for counts in counted]
+
+
+def described(phases: Sequence[Phase], flops: Sequence[float]) -> list[dict[str, Any]]:
+    """Return phases, and their FLOPs per example of training, as JSON."""
+    return [
+        {"start": phase.start, "stop": phase.stop, "what": phase.describe(), "training": count}
+        for phase, count in zip(phases, flops, strict=True)
+    ]
+
+
 def count_parameters(params: Any) -> dict[str, int]:
     """Return the number of parameters, in total and by the first part of their paths."""
     sizes = {part: sum(map(_size, jax.tree.leaves(tree))) for part, tree in params.items()}
@@ -78,7 +94,8 @@ def make_plan(
 
     It is for as many devices as the mesh of the config names, perhaps another number than there
     are. Runs of 0 `total_steps` only evaluate and have no training FLOPs. `make_optimizer` takes
-    parameters.
+    parameters. The FLOPs per example of `training` are the mean over the run, and `phases` has
+    those of each phase.
     """
     if is_for_present_devices(config):
         shape = sharding.mesh_shape(config, jax.devices())
@@ -90,6 +107,13 @@ def make_plan(
     )
     parameter_bytes = bytes_per_device(abstract.params)
     counted = flops_per_example(config, vocab_size) if total_steps else {}
+    phases = phases_of(config, total_steps)
+    if len(phases) > 1 or phases[0].changed:
+        by_phase = training_flops(phases, vocab_size)
+        steps = [phase.stop - phase.start for phase in phases]
+        counted["training"] = float(np.average(by_phase, weights=steps))
+    else:
+        by_phase = [counted.get("training", 0.0)]
     return {
         "learner": config.learner.name,
         "model": config.model.name,
@@ -97,6 +121,7 @@ def make_plan(
         "parameters": count_parameters(abstract.params),
         "flops_per_example": counted,
         "total_steps": total_steps,
+        "phases": described(phases, by_phase),
         "batch_size": config.batch_size,
         "devices": math.prod(shape.values()),
         "mesh": shape,
@@ -135,13 +160,22 @@ def write_plan(plan: dict[str, Any], workdir: Path) -> str:
     ]
     if plan["flops_per_example"]:
         forward, training = (plan["flops_per_example"][k] for k in ("forward", "training"))
+        mean = " (mean)" if len(plan["phases"]) > 1 else ""
         whole = training * plan["batch_size"] * plan["total_steps"]
         cost = [
             ("forward, one example", f"{forward / 1e9:.3f} GFLOP"),
-            ("training, one example", f"{training / 1e9:.3f} GFLOP"),
-            ("training, one step", f"{training * plan['batch_size'] / 1e12:.3f} TFLOP"),
+            (f"training, one example{mean}", f"{training / 1e9:.3f} GFLOP"),
+            (f"training, one step{mean}", f"{training * plan['batch_size'] / 1e12:.3f} TFLOP"),
             (f"training, {plan['total_steps']:,} steps", f"{whole / 1e18:.4g} EFLOP"),
         ]
+        if len(plan["phases"]) > 1:
+            cost += [
+                (
+                    f"steps {phase['start'] + 1:,} to {phase['stop']:,}, {phase['what']}",
+                    f"{phase['training'] / 1e9:.3f} GFLOP an example",
+                )
+                for phase in plan["phases"]
+            ]
         tables.append(format_table(cost, ("arithmetic", "")))
     memory = [
         (name, f"{n / 2**20:,.1f} MiB")

@@ -20,7 +20,6 @@ from cap_pretrain.data.blocks import share_read
 from cap_pretrain.data.sources.base import parse_mixture
 from cap_pretrain.data.sources.open import GENERATED
 from cap_pretrain.distributed import cluster, gpu, sharding
-from cap_pretrain.distributed.ahead import Ahead
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals import suite
 from cap_pretrain.models import build
@@ -32,6 +31,8 @@ from cap_pretrain.telemetry.progress import Progress, parameter_table
 from cap_pretrain.telemetry.timer import StepTimer
 from cap_pretrain.training import automatic, feed, forecast, plan
 from cap_pretrain.training.changes import reordering, with_earlier_order
+from cap_pretrain.training.phases import Phase, phases_of
+from cap_pretrain.training.programs import Program, StepFn, program_at, programs_of
 from cap_pretrain.training.step import TrainState, init_state, make_train_step
 from cap_pretrain.validation import validate
 
@@ -68,7 +69,7 @@ class Setup:
     init: Callable[[], TrainState]  # makes the initial state on the mesh
     abstract: TrainState  # the state's shapes, dtypes and shardings
     graphdef: nnx.GraphDef  # the structure of the learner
-    step_fn: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+    programs: list[Program]  # the training step of each phase
 
     def describe(self, progress: Progress, peak: flops.Peak) -> None:
         """Print the parameters, the devices, the data and the schedule.
@@ -91,28 +92,36 @@ class Setup:
             progress.say(line)
         if self.schedule.total:
             progress.say(schedules.describe(self.config, self.schedule))
+            for phase in self.phases if len(self.phases) > 1 else ():
+                progress.say(f"Steps {phase.start + 1:,} to {phase.stop:,}: {phase.describe()}")
             progress.say(f"MFU is relative to {peak.source}" if peak.flops else peak.source)
 
-    def compiled_ahead(self) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-        """Return the training step, which compiles in the background where that is safe.
+    @property
+    def phases(self) -> list[Phase]:
+        """The phases of the run."""
+        return [program.phase for program in self.programs]
 
-        On GPUs and TPUs, what runs meanwhile could disturb the measurements of their compilers, and
-        the hosts of a cluster compile together (see `cluster.compiled_everywhere`).
-        """
-        alone = jax.default_backend() == "cpu" and jax.process_count() == 1
-        if not (alone and self.schedule.total and hasattr(self.step_fn, "lower")):
-            return self.step_fn
-        batch = plan.abstract_batch(self.config)
-        count = (self.config.batch_size,)
-        batch["broken"] = jax.ShapeDtypeStruct(count, np.bool_)
-        if self.config.log.ids:
-            batch["index"] = jax.ShapeDtypeStruct(count, np.int32)
-        spread = sharding.batch_sharding(self.mesh)
-        batch = {
-            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=spread)
-            for name, leaf in batch.items()
-        }
-        return Ahead(self.step_fn, self.abstract, batch, None)
+    def ahead(self, program: Program) -> StepFn:
+        """Return a training step, which compiles in the background where that is safe."""
+        return program.ahead(self.abstract, self.mesh)
+
+    @functools.cached_property
+    def training_flops(self) -> list[float]:
+        """The model FLOPs per example of training in each phase; 0 if there are no steps."""
+        if not self.schedule.total:
+            return [0.0]
+        return plan.training_flops(self.phases, self.tokenizer.vocab_size)
+
+    def flops_of_step(self, step: int) -> float:
+        """Return the model FLOPs of the step after `step` steps, for the present batch size."""
+        present = program_at(self.programs, step)
+        counts = zip(self.programs, self.training_flops, strict=True)
+        return self.config.batch_size * next(n for program, n in counts if program is present)
+
+    def flops_after(self, step: int) -> float:
+        """Return the model FLOPs of all steps after `step` steps."""
+        left = [max(0, phase.stop - max(phase.start, step)) for phase in self.phases]
+        return self.config.batch_size * float(np.dot(left, self.training_flops))
 
     def compiling(self) -> contextlib.AbstractContextManager[object]:
         """Return a context that says that, and about how long, the training step compiles."""
@@ -124,19 +133,16 @@ class Setup:
 
     def timer(self, peak: flops.Peak) -> StepTimer:
         """Return the timer of the run. The clock starts here."""
-        step_flops = 0.0
-        if self.schedule.total:
-            size = self.tokenizer.vocab_size
-            (training,) = plan.flops_per_example(self.config, size, ["training"]).values()
-            step_flops = self.config.batch_size * training
+        several = len(self.programs) > 1
         return StepTimer(
             total_steps=self.schedule.total,
             batch_size=self.config.batch_size,
-            flops_per_step=step_flops,
+            flops_per_step=self.flops_of_step(0),
             peak_flops=peak.flops,
+            flops_after=self.flops_after if several else None,
         )
 
-    def facts(self, flops_per_step: float | None) -> dict[str, Any]:
+    def facts(self) -> dict[str, Any]:
         """Return what the report says of a run besides its config and metrics, as JSON."""
         members = parse_mixture(self.config.data.name) if self.config.data.name else []
         data = [
@@ -151,10 +157,12 @@ class Setup:
         names = [name for name, _ in members if name not in GENERATED]
         places = {name: Path(name) for name in names if not files.is_url(name)}
         folders = {name: str(own.absolute()) for name, own in places.items() if own.is_dir()}
-        per_example = (flops_per_step or 0) / self.config.batch_size
+        steps = [phase.stop - phase.start for phase in self.phases]
+        mean = float(np.dot(steps, self.training_flops)) / max(sum(steps), 1)
         return {
             "parameters": plan.count_parameters(self.abstract.params),
-            "flops_per_example": {"training": per_example} if per_example else {},
+            "flops_per_example": {"training": mean} if mean else {},
+            "phases": plan.described(self.phases, self.training_flops),
             "devices": {
                 "kind": jax.devices()[0].device_kind,
                 "count": jax.device_count(),
@@ -216,12 +224,18 @@ def prepare(
             mesh,
         )
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    step_fn = make_train_step(graphdef, tx, rate, choice.config, shardings)
+    steps = programs_of(
+        phases_of(choice.config, schedule.total),
+        lambda graphdef, config: make_train_step(graphdef, tx, rate, config, shardings),
+        tokenizer.vocab_size,
+        graphdef,
+        abstract,
+    )
     notes = [*inputs.held_out(config, sources), *schedules.notes(config, schedule)]
     notes += [choice.line] if choice.line else []
     return Setup(
         *(config, workdir, mesh, sources, mixture, tokenizer, schedule, notes, batches),
-        *(changes, epoch, init, abstract, graphdef, step_fn),
+        *(changes, epoch, init, abstract, graphdef, steps),
     )
 
 

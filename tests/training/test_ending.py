@@ -39,8 +39,10 @@ def test_facts_have_the_datasets_and_not_their_groups(tmp_path, monkeypatch):
         schedule=types.SimpleNamespace(total=2),
         batches=schedule.BatchSizes(()),
         epoch=12,
+        phases=[],
+        training_flops=[],
     )
-    facts = setup.Setup.facts(run, None)
+    facts = setup.Setup.facts(run)
     sizes = {part["name"]: (part["examples"], part["weight"]) for part in facts["data"]}
     assert sizes == {"scenes": (200, 1.0), "own": (30, 0.5)}
     assert facts["folders"] == {"own": str(tmp_path / "own")}, "scenes are generated"
