@@ -22,6 +22,7 @@ from cap_pretrain.data.sources.base import DEFAULT_FIELDS
 from cap_pretrain.data.text import words
 from cap_pretrain.errors import UserError, did_you_mean
 from cap_pretrain.optim.muon import Muon
+from cap_pretrain.optim.mup import Mup
 from cap_pretrain.optim.plateau import Plateau
 
 
@@ -244,6 +245,8 @@ def _optim() -> ConfigDict:
     # The dtype of first moments (momentum): float32 or bfloat16; "" keeps the optimizer's own
     # default, bfloat16 for adafactor and float32 for the others. Second moments are float32.
     c.moment_dtype = ""
+    # Width scaling of rates and initialization (muP; docs/optimizers.md).
+    c.mup = ConfigDict(dataclasses.asdict(Mup()))
     c.muon = ConfigDict(dataclasses.asdict(Muon()))  # Of optim.name=muon, which updates matrices
     # Shape of the learning-rate schedule after the warm-up: cosine, linear, rsqrt, constant.
     c.decay = "cosine"

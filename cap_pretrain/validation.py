@@ -17,6 +17,7 @@ from cap_pretrain.models.layers import ACTIVATIONS, REMAT_POLICIES
 from cap_pretrain.models.sizes import STORED, Size
 from cap_pretrain.optim import optimizers
 from cap_pretrain.optim.muon import Muon
+from cap_pretrain.optim.mup import Mup
 from cap_pretrain.optim.plateau import Plateau
 from cap_pretrain.telemetry import profiler, trackers
 from cap_pretrain.untrusted import parsing
@@ -123,6 +124,7 @@ def validate(config: ConfigDict, *, tokenizer: bool = False) -> None:
         raise UserError(f"text.tokenizer: there is no file {given!r}.")
     words.Rules(**config.text.words)
     Muon(**config.optim.muon)
+    Mup(**config.optim.mup).check(config.optim.name)
     profiler.parse(config.log.profile_steps)
     trackers.check(config.log.trackers)
     _check_rules(config)

@@ -25,12 +25,14 @@ from cap_pretrain.data.scenes.source import ScenesOptions
 from cap_pretrain.data.text.words import Rules
 from cap_pretrain.optim import optimizers
 from cap_pretrain.optim.muon import Muon
+from cap_pretrain.optim.mup import Mup
 from cap_pretrain.optim.plateau import Plateau
 
 SECTIONS = {
     "plateau": Plateau,
     "data.scenes": ScenesOptions,
     "optim.muon": Muon,
+    "optim.mup": Mup,
     "text.words": Rules,
 }
 """Sections of the config whose fields are those of a dataclass."""

@@ -169,11 +169,14 @@ def schedule(
     return rate
 
 
-def build(c: ConfigDict, params: Any, rate: optax.Schedule) -> optax.GradientTransformation:
+def build(
+    c: ConfigDict, params: Any, rate: optax.Schedule, scales: Any = None
+) -> optax.GradientTransformation:
     """Return the optimizer of a config's `optim` section; `rate` is the learning rate by step.
 
-    `params`, to which the rules are applied, may be abstract shapes. Raises UserError if a rule
-    matches no parameter, or a setting is negative but not -1.
+    `params`, to which the rules are applied, may be abstract shapes. `scales` are factors on the
+    updates of parameters before weight decay is added (muP), None for none. Raises UserError if a
+    rule matches no parameter, or a setting is negative but not -1.
     """
     multipliers = rules.apply_rules(c.lr_rules, params, default=1.0, field="optim.lr_rules")
     rules.apply_rules(c.decay_rules, params, default=0.0, field="optim.decay_rules")  # strict
@@ -183,7 +186,8 @@ def build(c: ConfigDict, params: Any, rate: optax.Schedule) -> optax.GradientTra
     optimizer = OPTIMIZERS[c.name]
     decay = _scaled_decay(c.weight_decay, decays) if c.weight_decay else optax.identity()
     learning = optax.chain(
-        optimizer.before(c), decay, optimizer.after(c), optax.scale_by_learning_rate(rate)
+        *(optimizer.before(c), *([_scaled(scales)] if scales is not None else []), decay),
+        *(optimizer.after(c), optax.scale_by_learning_rate(rate)),
     )
     frozen = jax.tree.map(lambda m: "frozen" if m == 0 else "learning", multipliers)
     steps = [optax.partition({"learning": learning, "frozen": optax.set_to_zero()}, frozen)]
@@ -241,6 +245,15 @@ def _scaled_decay(rate: float, multipliers: Any) -> optax.GradientTransformation
         return update if not multiplier else update + rate * multiplier * param
 
     return optax.stateless(lambda updates, params: _map_unmasked(add, multipliers, updates, params))
+
+
+def _scaled(scales: Any) -> optax.GradientTransformation:
+    """Multiply each update by its scale, skipping masked leaves."""
+
+    def scale(update, _, scale):
+        return update * scale
+
+    return optax.stateless(lambda updates, params: _map_unmasked(scale, scales, updates, params))
 
 
 def _multiply(multipliers: Any) -> optax.GradientTransformation:

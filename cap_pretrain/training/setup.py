@@ -29,7 +29,7 @@ from cap_pretrain.telemetry import console, flops
 from cap_pretrain.telemetry.metrics import read_metrics
 from cap_pretrain.telemetry.progress import Progress, parameter_table
 from cap_pretrain.telemetry.timer import StepTimer
-from cap_pretrain.training import automatic, feed, forecast, plan
+from cap_pretrain.training import automatic, feed, forecast, plan, widths
 from cap_pretrain.training.changes import reordering, with_earlier_order
 from cap_pretrain.training.phases import Phase, phases_of
 from cap_pretrain.training.programs import Program, StepFn, program_at, programs_of
@@ -345,4 +345,6 @@ def make_optimizer(
     config: ConfigDict, rate: optax.Schedule, params: Any, *, idle: bool
 ) -> optax.GradientTransformation:
     """Return the optimizer for `params`; `idle` returns one without state, for runs of no steps."""
-    return optax.set_to_zero() if idle else optimizers.build(config.optim, params, rate)
+    if idle:
+        return optax.set_to_zero()
+    return optimizers.build(config.optim, params, rate, widths.rates(config))

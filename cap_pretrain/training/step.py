@@ -18,6 +18,7 @@ from cap_pretrain.learners.protocols import Contrasts, learner_type
 from cap_pretrain.models.layers import constrain
 from cap_pretrain.optim import optimizers
 from cap_pretrain.optim.plateau import Plateau
+from cap_pretrain.training import widths
 
 
 class TrainState(struct.PyTreeNode):
@@ -66,6 +67,7 @@ def init_state(
 
     def init() -> TrainState:
         _, params, stats = split_learner(build(key))
+        params = widths.initial(config, params)
         return TrainState(
             step=jnp.int32(0),
             params=params,

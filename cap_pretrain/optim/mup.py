@@ -1,0 +1,103 @@
+"""muP (Yang et al. 2022, 2203.03466): learning rates and initial scales for networks of any width.
+
+With optimizers whose update does not depend on the scale of the gradient, all that muP asks for can
+be expressed by these two, so a network computes what it always does and is exported as always: a
+factor f on an input of a product, such as 1/d instead of 1/sqrt(d) in attention, is the same as a
+kernel that begins with f times its values and learns with f times the rate.
+"""
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+import jax
+
+from cap_pretrain import rules
+from cap_pretrain.errors import UserError
+
+OPTIMIZERS = ("adamw", "adafactor", "lion")
+"""The optimizers with such updates."""
+
+# Parameters that are initialized with a standard deviation of width^-0.5, which have to keep their
+# size: inputs of the residual stream.
+INPUTS = r"(.*/)?(positions|text_positions|class_token|probe|text_tower/embedding/embedding)"
+QUERY = r"(.*/)?query/(kernel|bias)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Mup:
+    """Settings of `config.optim.mup`: the model for which `optim.lr` was chosen.
+
+    Attributes:
+        base_width: Width of a model of the same depth, for which `optim.lr` is good. All widths are
+            taken to be scaled together: those of MLPs, decoder and text tower, too. 0 disables muP.
+        base_heads: Number of attention heads of that model. 0 is as many as give heads of the same
+            size as now.
+    """
+
+    base_width: int = 0
+    base_heads: int = 0
+
+    def check(self, optimizer: str) -> None:
+        """Raise UserError if the settings are invalid, or are not for `optim.name`."""
+        for field, value in dataclasses.asdict(self).items():
+            if value < 0:
+                raise UserError(f"optim.mup.{field}: {value} must not be negative.")
+        if not self.base_width:
+            return
+        if self.base_heads and self.base_width % self.base_heads:
+            raise UserError(
+                f"optim.mup.base_heads: {self.base_heads} does not divide "
+                f"optim.mup.base_width={self.base_width}; choose a divisor."
+            )
+        if optimizer not in OPTIMIZERS:
+            raise UserError(
+                f"optim.mup.base_width: is for {', '.join(OPTIMIZERS)}, not for "
+                f"optim.name={optimizer}; set it to 0."
+            )
+
+    def query(self, head: int) -> float:
+        """Return the factor of queries that turns 1/sqrt(d) into 1/d, for heads of size `head`."""
+        return math.sqrt(self.base_width / self.base_heads / head) if self.base_heads else 1.0
+
+
+def rates(shapes: Any, base: Any, query: float) -> Any:
+    """Return the factor on the update of each parameter (table 8, and the row of Adam).
+
+    Args:
+        shapes: Parameters or their abstract shapes.
+        base: The same of the base model.
+        query: See `Mup.query`.
+    """
+
+    def rate(path, p, b):
+        name = rules.path_string(path)
+        factor = b.shape[-2] / p.shape[-2] if name.endswith("kernel") else 1.0
+        return factor * (query if _matches(QUERY, name) else 1.0)
+
+    return jax.tree_util.tree_map_with_path(rate, shapes, base)
+
+
+def initial(params: Any, base: Any, query: float) -> Any:
+    """Return the initial parameters of muP for those of the usual initialization.
+
+    That has kernels with a variance of 1 / fan_in, as hidden layers keep. Those of output layers,
+    whose outputs do not grow with the width, get 1 / fan_in^2.
+    """
+
+    def scale(path, p, b):
+        name, factor = rules.path_string(path), 1.0
+        if name.endswith("kernel"):
+            inputs, outputs = p.shape[-2] / b.shape[-2], p.shape[-1] / b.shape[-1]
+            factor = inputs**-0.5 if outputs == 1 else 1.0
+        elif _matches(INPUTS, name):
+            factor = (p.shape[-1] / b.shape[-1]) ** 0.5
+        factor *= query if _matches(QUERY, name) else 1.0
+        return p if factor == 1 else p * factor
+
+    return jax.tree_util.tree_map_with_path(scale, params, base)
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return re.fullmatch(pattern, name) is not None
