@@ -3,9 +3,11 @@
 Our vision encoder is the same as SigLIP's. SiglipModel lacks our linear projection of the image
 vector, but with `pool=gap` (the mean) its pooling head can express it: with query and key zero its
 attention is the mean, the value is the identity, the output projection is ours, and the MLP adds
-zero. A `map` head ends in such an MLP, so with it only the vision encoder is exported.
+zero. A `map` head ends in such an MLP, so with it only the vision encoder is exported. A learner
+with `head=map` has no projection after its own attention pooling, which is that of SigLIP.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from cap_pretrain.convert.tables import to_torch
 from cap_pretrain.errors import UserError
 from cap_pretrain.models.build import encoder_size
 from cap_pretrain.models.layers import Details
+from cap_pretrain.models.sizes import Size
 
 _HIDDEN_ACTS = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
 _BILINEAR = 2  # of PIL, as in the files of image processors
@@ -60,6 +63,8 @@ def why_not_whole(config: ConfigDict) -> str:
             f"the parts of the learner {config.learner.name} other than the encoder, which have no "
             "counterpart in transformers; they stay in the checkpoint"
         )
+    if config.learner.head == "map":
+        return ""
     if config.model.pool != "gap":
         return (
             f"the projection of a vector pooled by model.pool={config.model.pool} cannot be "
@@ -84,8 +89,7 @@ def write_dual_encoder(
     size = encoder_size(config)
     projection = inside("text_projection")
     text = inside("text_tower") | {f"projection/{k}": v for k, v in projection.items()}
-    vision = inside("encoder") | mean_head(size.width, size.mlp, inside("image_projection"))
-    tensors = _vision_tensors(vision)
+    tensors = _vision_tensors(_with_head(inside("encoder"), size, config.learner.head, inside))
     tensors |= {f"text_model.{k}": v for k, v in to_torch(text, siglip.TEXT_NAMES).items()}
     tensors["logit_scale"] = np.reshape(params["log_scale"], 1)
     tensors["logit_bias"] = np.reshape(params.get("bias", np.float32(0)), 1)
@@ -110,6 +114,24 @@ def write_dual_encoder(
         tokenizer_model, length=config.text.length, lower=config.text.lower
     ).items():
         (folder / name).write_bytes(content)
+
+
+def _with_head(
+    encoder: Params, size: Size, head: str, inside: Callable[[str], Params]
+) -> dict[str, np.ndarray]:
+    """Return the parameters of an encoder with the pooling head that makes vectors of images."""
+    plain = {path: array for path, array in encoder.items() if not path.startswith("head/")}
+    if head == "map":
+        own = inside("image_pooling")
+        return plain | {f"head/{path}": array for path, array in own.items()}
+    projection = inside("image_projection")
+    if head == "none":
+        width = size.width
+        projection = {
+            "kernel": np.eye(width, dtype=np.float32),
+            "bias": np.zeros(width, np.float32),
+        }
+    return plain | mean_head(size.width, size.mlp, projection)
 
 
 def vision_config(config: ConfigDict) -> dict[str, Any]:

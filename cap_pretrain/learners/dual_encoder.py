@@ -14,27 +14,32 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from cap_pretrain import learners
-from cap_pretrain.errors import UserError
+from cap_pretrain.errors import UserError, did_you_mean
 from cap_pretrain.learners import pairs
 from cap_pretrain.learners.contrastive import Contrastive
 from cap_pretrain.learners.parts import Part
-from cap_pretrain.models.build import build_encoder, compute, text_size
+from cap_pretrain.models.build import build_encoder, build_pooling, compute, text_size
 from cap_pretrain.models.encoder import ImageEncoder
 from cap_pretrain.models.layers import XAVIER, EncoderOutput, normalize_images
 from cap_pretrain.models.text import TextTower
+from cap_pretrain.models.vit import MapHead
 
 # Log of the initial logit scale, and the initial logit bias: 1 / 0.07 as in CLIP (section 2.5),
 # 10 and -10 as in SigLIP (section 3.2).
 INITIAL_SCALE_AND_BIAS = {"softmax": (math.log(1 / 0.07), None), "sigmoid": (math.log(10), -10.0)}
 
 
+HEADS = ("linear", "none", "map")
+
+
 class DualEncoder(Contrastive, Part):
-    """An image and a text tower, each with a linear projection to the same width.
+    """An image and a text tower, whose outputs are mapped to vectors of the same width.
 
     Args:
         encoder: image encoder.
-        text_tower: text encoder; its width is that of the embeddings.
+        text_tower: text encoder.
         options: see `Options`.
+        pooling: attention pooling of the encoder's tokens, for head="map"; otherwise None.
     """
 
     @dataclasses.dataclass(frozen=True)
@@ -43,6 +48,11 @@ class DualEncoder(Contrastive, Part):
 
         Attributes:
             contrast: "softmax" (CLIP) or "sigmoid" (SigLIP).
+            head: What becomes the vector of an image: "linear", a linear projection of the
+                encoder's pooled vector to the width of the text tower; "none", the pooled vector as
+                it is (LiT, Zhai et al. 2021, 2111.07991); "map", attention pooling of the encoder's
+                tokens, as in SigLIP, apart from any pooling of the encoder. With the latter two,
+                texts are projected to the width of the encoder.
             ring: For "sigmoid": whether to pass the texts around the devices instead of gathering
                 them. A device with b examples then holds b texts and logits [b, b] instead of all
                 B texts and logits [b, B]. The result is the same. It takes as many sequential
@@ -50,9 +60,14 @@ class DualEncoder(Contrastive, Part):
         """
 
         contrast: str = "softmax"
+        head: str = "linear"
         ring: bool = False
 
         def __post_init__(self):
+            if self.head not in HEADS:
+                raise UserError(
+                    f"learner.head: {self.head!r} is unknown.{did_you_mean(self.head, HEADS)}"
+                )
             if self.contrast not in INITIAL_SCALE_AND_BIAS:
                 raise UserError(
                     f"learner.contrast: {self.contrast!r} is not 'softmax' or 'sigmoid'."
@@ -71,14 +86,19 @@ class DualEncoder(Contrastive, Part):
         text_tower: TextTower,
         *,
         options: Options,
+        pooling: MapHead | None = None,
         rngs: nnx.Rngs,
     ):
         self.encoder = encoder
         self.text_tower = text_tower
         width, dtype = text_tower.size.width, text_tower.compute.dtype
-        kwargs = dict(dtype=dtype, kernel_init=XAVIER, rngs=rngs)
-        self.image_projection = nnx.Linear(encoder.width, width, **kwargs)
-        self.text_projection = nnx.Linear(width, width, **kwargs)
+        kwargs: dict[str, Any] = dict(dtype=dtype, kernel_init=XAVIER, rngs=rngs)
+        if options.head == "linear":
+            self.image_projection = nnx.Linear(encoder.width, width, **kwargs)
+        if pooling:
+            self.image_pooling = pooling
+        common = width if options.head == "linear" else encoder.width
+        self.text_projection = nnx.Linear(width, common, **kwargs)
         scale, bias = INITIAL_SCALE_AND_BIAS[options.contrast]
         self.log_scale = nnx.Param(jnp.asarray(scale, jnp.float32))
         if bias is not None:
@@ -95,7 +115,10 @@ class DualEncoder(Contrastive, Part):
             compute=compute(config),
             rngs=rngs,
         )
-        return cls(build_encoder(config, rngs), tower, options=learners.options(config), rngs=rngs)
+        options, encoder, pooling = learners.options(config), build_encoder(config, rngs), None
+        if options.head == "map":
+            pooling = build_pooling(config, encoder.width, rngs)
+        return cls(encoder, tower, options=options, pooling=pooling, rngs=rngs)
 
     def encode(
         self, images: jax.Array, *, train: bool = False, key: jax.Array | None = None
@@ -108,8 +131,15 @@ class DualEncoder(Contrastive, Part):
         self, images: jax.Array, *, train: bool = False, key: jax.Array | None = None
     ) -> jax.Array:
         """Embed uint8 images [B, H, W, 3] as unit vectors float32 [B, D]."""
-        pooled = self.encode(images, train=train, key=key).pooled
-        return unit(self.image_projection(pooled))
+        return self._image_vectors(self.encode(images, train=train, key=key))
+
+    def _image_vectors(self, encoded: EncoderOutput) -> jax.Array:
+        """Return unit vectors float32 [B, D] from the output of the encoder."""
+        if self.options.head == "map":
+            return unit(self.image_pooling(encoded.tokens))
+        if self.options.head == "none":
+            return unit(encoded.pooled)
+        return unit(self.image_projection(encoded.pooled))
 
     def embed_text(
         self, text: jax.Array, *, train: bool = False, key: jax.Array | None = None
@@ -160,7 +190,7 @@ class DualEncoder(Contrastive, Part):
         self, encoded: EncoderOutput, batch: dict[str, jax.Array], key: jax.Array, train: bool
     ) -> dict[str, jax.Array]:
         """Return unit vectors `images` and `texts` [B, D], and `valid` bool [B] (the mask)."""
-        images = unit(self.image_projection(encoded.pooled))
+        images = self._image_vectors(encoded)
         texts = self.embed_text(batch["text"], train=train, key=jax.random.split(key)[1])
         valid = batch.get("mask", jnp.ones(len(images), bool))
         return {"images": images, "texts": texts, "valid": valid}

@@ -42,6 +42,8 @@ WITH_ENCODER = {
     "linear_probe-sgd": ("linear_probe", "protocol=sgd"),
     "finetune": ("finetune", "fraction=0.1"),
     "finetune-map": ("finetune", "head=map"),
+    "lit": ("lit", "encoder=runs/cappa,data=data/coco,zero_shot=data/imagenette"),
+    "lit-stored": ("lit", "encoder=stored,data=data/features,contrast=sigmoid,head=none"),
 }
 
 # Trained in test_recurrent_recipes.py.

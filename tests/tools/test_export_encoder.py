@@ -109,9 +109,17 @@ def test_transformers_computes_the_same_and_the_folder_can_be_read(
     assert config.model.to_dict() == c.model.to_dict() | {"name": "B/4", "decoder_depth": 2}
 
 
-@pytest.mark.parametrize("contrast", ["sigmoid", pytest.param("softmax", marks=pytest.mark.slow)])
-def test_a_dual_encoder_gives_the_same_logits(contrast, tokenizer_path, tmp_path):
-    c, split = make_run(tmp_path / "run", tokenizer_path, "dual_encoder", {"contrast": contrast})
+@pytest.mark.parametrize(
+    ("contrast", "head", "pool"),
+    [
+        ("sigmoid", "linear", "gap"),
+        pytest.param("softmax", "none", "gap", marks=pytest.mark.slow),
+        pytest.param("softmax", "map", "map", marks=pytest.mark.slow),
+    ],
+)
+def test_a_dual_encoder_gives_the_same_logits(contrast, head, pool, tokenizer_path, tmp_path):
+    options = {"contrast": contrast, "head": head}
+    c, split = make_run(tmp_path / "run", tokenizer_path, "dual_encoder", options, pool=pool)
     assert export(tmp_path / "run", tmp_path / "out") == 0
     folder = tmp_path / "out" / "siglip"
     texts = ["A red star.", "two circles; one blue", "a green ring " * 5, ""]

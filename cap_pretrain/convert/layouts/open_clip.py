@@ -53,6 +53,11 @@ def write(folder: Path, source: Source) -> Written:
             f"--layout=open_clip: the learner is {config.learner.name}, and OpenCLIP holds pairs "
             "of image and text towers (dual_encoder); use timm or transformers."
         )
+    if config.learner.head != "linear":
+        raise UserError(
+            f"--layout=open_clip: the run has learner.head={config.learner.head!r}, and OpenCLIP "
+            "projects the pooled vector of an image; use transformers."
+        )
     if source.tokenizer is None:
         raise UserError(
             "--layout=open_clip: the run's tokenizer of whole words cannot be written for "
