@@ -53,7 +53,7 @@ OBJECTIVES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
     "clip": (
         "dual_encoder",
-        {"contrast": "softmax"},
+        {"contrast": "softmax", "head": "map"},
         SMALL | {"model__heads": 8, "optim__name": "muon"},
     ),
     "siglip": (
