@@ -322,6 +322,13 @@ def costs(run: Run) -> dict[str, float]:
     seconds = sum(_amount(start.get("seconds")) for start in starts)
     hours = sum(_amount(s.get("seconds")) * _amount(s.get("devices")) for s in starts) / 3600
     flops = section(run.facts, "flops_per_example") or section(run.plan, "flops_per_example")
+    spent = run.examples * _amount(flops.get("training"))
+    if (phases := entries(run.facts, "phases") or entries(run.plan, "phases"))[1:]:
+        spent = sum(
+            _amount(phase.get("training"))
+            * (run.shown_by(whole(phase.get("stop"))) - run.shown_by(whole(phase.get("start"))))
+            for phase in phases
+        )
     in_steps = _seconds_in_steps(run)
     epoch = whole(run.facts.get("epoch"))
     found = {
@@ -332,7 +339,7 @@ def costs(run: Run) -> dict[str, float]:
         "steps": run.step,
         "examples": run.examples,
         "epochs": run.examples / epoch if epoch else 0,
-        "training FLOPs": run.examples * _amount(flops.get("training")),
+        "training FLOPs": spent,
     }
     return {name: value for name, value in found.items() if value}
 

@@ -74,9 +74,14 @@ class Run:
     @property
     def examples(self) -> int:
         """Examples shown up to the last step, repeated ones counted again."""
-        ends = [first for first, _ in self.batches[1:]] + [self.step]
+        return self.shown_by(self.step)
+
+    def shown_by(self, step: int) -> int:
+        """Return how many of these were shown by a step."""
+        step = min(step, self.step)
+        ends = [first for first, _ in self.batches[1:]] + [step]
         pairs = zip(self.batches, ends, strict=True)
-        return sum(size * max(0, min(end, self.step) - first) for (first, size), end in pairs)
+        return sum(size * max(0, min(end, step) - first) for (first, size), end in pairs)
 
 
 def section(values: Any, name: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from cap_pretrain.optim import schedule
 from cap_pretrain.sweeps.trials import Trial, record
 from cap_pretrain.telemetry.metrics import read_metrics
 from cap_pretrain.training import feed, plan
+from cap_pretrain.training.phases import changes, phases_of
 from cap_pretrain.training.step import split_learner
 
 Row = dict[str, Any]
@@ -183,8 +184,12 @@ def costs(folder: Path) -> dict[str, float]:
         files.write_text(path, json.dumps(_count(folder), indent=2) + "\n")
     counted = files.read_json(path)
     steps = max((line["step"] for line in read_metrics(folder)), default=0)
-    examples = _batch_sizes(folder, counted.pop("batch_size")).examples(steps)
-    return counted | {"examples": examples, "flops": examples * counted.pop("flops_per_example")}
+    batches = _batch_sizes(folder, counted.pop("batch_size"))
+    examples = batches.examples(steps)
+    spent = examples * counted.pop("flops_per_example")
+    if phases := counted.pop("phases", []):
+        spent = plan.flops_until(phases, lambda step: batches.examples(min(step, steps)))
+    return counted | {"examples": examples, "flops": spent}
 
 
 def _count(folder: Path) -> dict[str, float]:
@@ -196,10 +201,12 @@ def _count(folder: Path) -> dict[str, float]:
     learner = nnx.eval_shape(lambda: learners.build(config, size, jax.random.key(0)))
     parameters = plan.count_parameters(split_learner(learner)[1])
     parts = {f"parameters/{part}": n for part, n in parameters.items() if part != "total"}
-    flops = plan.flops_per_example(config, size)["training"]
+    phases = phases_of(config, _total_steps(folder)) if changes(config) else []
+    flops = [plan.flops_per_example(phase.config, size)["training"] for phase in phases]
     return {
         "parameters": parameters["total"],
         **parts,
-        "flops_per_example": flops,
+        "flops_per_example": plan.flops_per_example(config, size)["training"],
+        "phases": plan.described(phases, flops),
         "batch_size": config.batch_size,
     }

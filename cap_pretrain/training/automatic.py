@@ -20,6 +20,7 @@ from cap_pretrain.distributed import cluster, sharding
 from cap_pretrain.distributed.platform import platform_of
 from cap_pretrain.optim import optimizers
 from cap_pretrain.training import plan
+from cap_pretrain.training.phases import phases_of
 from cap_pretrain.training.step import init_state, loss_and_stats, split_learner
 
 # From the fastest on GPUs to the one that needs the least memory. (On TPUs, lean is the fastest of
@@ -76,6 +77,7 @@ def settle(
     make_optimizer: MakeOptimizer,
     devices: Sequence[jax.Device],
     limit: int | None,
+    total: int = 0,
 ) -> Choice:
     """Choose the rematerialization policy where the config leaves it open.
 
@@ -85,6 +87,7 @@ def settle(
         make_optimizer: Makes the optimizer for abstract parameters.
         devices: All devices, or devices that exist only for a compiler.
         limit: Bytes that a step may use on one of them. None leaves the config as it is.
+        total: Steps of the run, from which its phases follow.
 
     Returns:
         The first policy whose estimate fits, or the last with a line that says that none does.
@@ -94,7 +97,7 @@ def settle(
     candidate = copy.deepcopy(config)
     for policy in POLICIES:
         candidate.model.remat = policy
-        need = estimate(candidate, vocab_size, make_optimizer, devices)
+        need = estimate_run(candidate, vocab_size, make_optimizer, devices, total)
         if need.total <= USABLE * limit:
             break
     fits = need.total <= USABLE * limit
@@ -108,6 +111,19 @@ def settle(
     elif candidate.model.remat == "full":
         line += "; accumulate=2 or more may be faster (tools/check_topology.py --fit)"
     return Choice(candidate, line)
+
+
+def estimate_run(
+    config: ConfigDict,
+    vocab_size: int,
+    make_optimizer: MakeOptimizer,
+    devices: Sequence[jax.Device],
+    total: int,
+) -> Need:
+    """Estimate as `estimate` the step of that phase of a run which needs most."""
+    phases = phases_of(config, total)
+    needs = [estimate(phase.config, vocab_size, make_optimizer, devices) for phase in phases]
+    return max(needs, key=lambda need: need.total)
 
 
 def estimate(

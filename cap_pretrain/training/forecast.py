@@ -31,13 +31,14 @@ def datasets(config: ConfigDict, mixture: inputs.Mixture) -> list[str]:
 
 
 def memory(
-    config: ConfigDict, vocab_size: int, make_optimizer: automatic.MakeOptimizer
+    config: ConfigDict, vocab_size: int, make_optimizer: automatic.MakeOptimizer, total: int = 0
 ) -> tuple[dict[str, int], str]:
-    """Estimate the memory of a step on a present device.
+    """Estimate the memory of a step of a run of `total` steps on a present device.
 
-    Returns entries of plan.json's bytes_per_device, and lines of text.
+    It is that of the phase that needs most. Returns entries of plan.json's bytes_per_device, and
+    lines of text.
     """
-    need = automatic.estimate(config, vocab_size, make_optimizer, jax.devices())
+    need = automatic.estimate_run(config, vocab_size, make_optimizer, jax.devices(), total)
     entries = {"activations": need.activations, "workspace": need.workspace}
     text = (
         f"activations (estimated from the arrays that the backward pass keeps): "
@@ -67,11 +68,16 @@ def _limit(device: jax.Device) -> tuple[int, str]:
 def duration(plan: Mapping[str, Any], workdir: Path) -> tuple[float, str]:
     """Estimate how long the steps of a run take: seconds, 0 if unknown, and a line of text.
 
-    The pace is the median of an earlier start in the workdir, or else follows from the arithmetic
-    of a step and `ASSUMED_MFU` of the peak of the present devices.
+    The pace is the median of an earlier start in the workdir, relative to the arithmetic of its
+    steps, or else follows from the arithmetic and `ASSUMED_MFU` of the peak of the present devices.
     """
     steps = plan["total_steps"]
-    before = [line["time/step_ms"] for line in read_metrics(workdir) if line.get("time/step_ms")]
+    mean = plan["flops_per_example"]["training"]
+    before = [
+        line["time/step_ms"] * mean / _flops_at(plan, line["step"])
+        for line in read_metrics(workdir)
+        if line.get("time/step_ms")
+    ]
     if before:
         step_s = statistics.median(before) / 1000
         basis = "as measured in this workdir"
@@ -80,13 +86,19 @@ def duration(plan: Mapping[str, Any], workdir: Path) -> tuple[float, str]:
         if not peak.flops:
             return 0.0, f"how long it takes is unknown: {peak.source}"
         share = ASSUMED_MFU.get(platform_of(jax.devices()[0]), 0.4)
-        step_s = plan["flops_per_example"]["training"] * plan["batch_size"] / (share * peak.flops)
+        step_s = mean * plan["batch_size"] / (share * peak.flops)
         basis = f"estimated, for {share:.0%} of {peak.source}"
     seconds = step_s * steps
     return seconds, (
         f"{steps:,} steps take about {console.short_duration(seconds)}, {1000 * step_s:,.0f} ms "
         f"each ({basis}); start and evaluations come on top"
     )
+
+
+def _flops_at(plan: Mapping[str, Any], step: int) -> float:
+    """Return the FLOPs per example of training in the phase of a step."""
+    phases = plan["phases"]
+    return next((p["training"] for p in phases if step <= p["stop"]), phases[-1]["training"])
 
 
 def _size(count: int) -> str:

@@ -3,7 +3,7 @@
 import copy
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,15 @@ def described(phases: Sequence[Phase], flops: Sequence[float]) -> list[dict[str,
         {"start": phase.start, "stop": phase.stop, "what": phase.describe(), "training": count}
         for phase, count in zip(phases, flops, strict=True)
     ]
+
+
+def flops_until(phases: Sequence[Mapping[str, Any]], examples: Callable[[int], int]) -> float:
+    """Return the model FLOPs of training up to a step, for phases from `described`.
+
+    `examples` returns how many examples were shown by then in the steps up to a given one.
+    """
+    seen = [examples(phase["stop"]) - examples(phase["start"]) for phase in phases]
+    return float(sum(n * phase["training"] for n, phase in zip(seen, phases, strict=True)))
 
 
 def count_parameters(params: Any) -> dict[str, int]:

@@ -215,7 +215,7 @@ def prepare(
     idle = not schedule.total and not resuming
     optimizer = functools.partial(make_optimizer, config, rate, idle=idle)
     with console.doing(f"Building {config.learner.name} {config.model.name}"):
-        choice = _settle(config, tokenizer.vocab_size, optimizer, trains=bool(schedule.total))
+        choice = _settle(config, tokenizer.vocab_size, optimizer, schedule.total)
         mesh = sharding.make_mesh(choice.config)
         init, abstract, graphdef, tx = init_state(
             lambda key: learners.build(choice.config, tokenizer.vocab_size, key),
@@ -262,7 +262,7 @@ def dry_run(
     optimizer = functools.partial(make_optimizer, config, rate, idle=not schedule.total)
     vocab_size = tokenizer.vocab_size if tokenizer else config.text.vocab_size
     trains = bool(schedule.total) and plan.is_for_present_devices(config)
-    choice = _settle(config, vocab_size, optimizer, trains=trains)
+    choice = _settle(config, vocab_size, optimizer, schedule.total if trains else 0)
     made = plan.make_plan(
         choice.config,
         vocab_size=vocab_size,
@@ -272,7 +272,7 @@ def dry_run(
     foreseen = forecast.datasets(config, sources) if sources else []
     foreseen += feed.describe(config, mixture) if config.data.order == "blocks" else []
     if trains:
-        needed, text = forecast.memory(choice.config, vocab_size, optimizer)
+        needed, text = forecast.memory(choice.config, vocab_size, optimizer, schedule.total)
         made["bytes_per_device"] |= needed
         made["seconds"], line = forecast.duration(made, workdir)
         foreseen += [text, line]
@@ -299,11 +299,11 @@ def _opened(config: ConfigDict, share: float = 0.0) -> tuple[inputs.Mixture, Con
 
 
 def _settle(
-    config: ConfigDict, vocab_size: int, optimizer: automatic.MakeOptimizer, *, trains: bool
+    config: ConfigDict, vocab_size: int, optimizer: automatic.MakeOptimizer, total: int
 ) -> automatic.Choice:
-    """Settle what the config leaves to the devices of this run."""
-    limit = automatic.memory_of(jax.local_devices()[0]) if trains else None
-    return automatic.settle(config, vocab_size, optimizer, jax.devices(), limit)
+    """Settle what the config leaves to the devices of this run of `total` steps."""
+    limit = automatic.memory_of(jax.local_devices()[0]) if total else None
+    return automatic.settle(config, vocab_size, optimizer, jax.devices(), limit, total)
 
 
 def _resolve_schedule(

@@ -10,7 +10,9 @@ from cap_pretrain.telemetry.flops import Peak
 from cap_pretrain.training import forecast
 from tests import quick, toy
 
+PHASES = [{"stop": 750, "training": 1e9}, {"stop": 1000, "training": 5e9}]
 PLAN = {"total_steps": 1000, "batch_size": 10, "flops_per_example": {"training": 2e9}}
+PLAN["phases"] = PHASES
 
 
 def test_the_duration_is_that_of_an_earlier_start_or_follows_from_the_peak(tmp_path, monkeypatch):
@@ -21,7 +23,7 @@ def test_the_duration_is_that_of_an_earlier_start_or_follows_from_the_peak(tmp_p
     assert line.startswith("1,000 steps take about 2 min, 100 ms each (estimated, for 20% of a CPU")
     unknown = "how long it takes is unknown: the peak is unknown"
     assert forecast.duration(PLAN, tmp_path) == (0.0, unknown)
-    steps = [{"step": k, "time/step_ms": ms} for k, ms in ((1, 9000), (2, 50), (3, 70))]
+    steps = [{"step": k, "time/step_ms": ms} for k, ms in ((1, 9000), (2, 25), (760, 175))]
     times = "".join(json.dumps(step) + "\n" for step in steps)
     (tmp_path / "metrics.jsonl").write_text(times)
     seconds, line = forecast.duration(PLAN, tmp_path)

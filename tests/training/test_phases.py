@@ -10,6 +10,8 @@ import pytest
 from cap_pretrain import inputs, train
 from cap_pretrain.data import resolution
 from cap_pretrain.errors import UserError
+from cap_pretrain.reports import sections, workdir
+from cap_pretrain.sweeps import results
 from cap_pretrain.training import feed, plan, programs, watch
 from cap_pretrain.training.phases import phases_of
 from cap_pretrain.training.step import split_learner
@@ -150,11 +152,11 @@ def straight(tmp_path_factory, tokenizer_path):
     return of
 
 
-def figures(workdir):
+def figures(folder):
     """What was logged, without times."""
     return [
         {k: v for k, v in line.items() if not k.startswith("time/")}
-        for line in toy.lines(workdir)
+        for line in toy.lines(folder)
         if "train/loss" in line or "data/ids" in line
     ]
 
@@ -199,11 +201,22 @@ def test_the_ids_are_those_of_a_run_of_one_size(straight, tokenizer_path, tmp_pa
     assert losses[0]["train/loss"] != others[0]["train/loss"]
 
 
-def losses_of(workdir, tokenizer, layout):
+def test_reports_and_sweeps_count_the_flops_of_each_phase(straight, tokenizer_path):
+    c = make_config(QUICK, tokenizer_path)
+    size = vocab_size(straight(QUICK))
+    phases = phases_of(c, STEPS)
+    counted = 3 * c.batch_size * sum(plan.training_flops(phases, size))
+    assert counted > 0
+    run = workdir.read(straight(QUICK), "run")
+    assert sections.costs(run)["training FLOPs"] == pytest.approx(counted)
+    assert results.costs(straight(QUICK))["flops"] == pytest.approx(counted)
+
+
+def losses_of(folder, tokenizer, layout):
     c = make_config(CAPPA, tokenizer, model__dropout=0.0, optim__lr=1e-3)
     c.mesh.data, c.mesh.fsdp, c.mesh.tensor = layouts.LAYOUTS[layout]
-    train.run(c, Path(workdir))
-    return [line["train/loss"] for line in toy.losses(Path(workdir))]
+    train.run(c, Path(folder))
+    return [line["train/loss"] for line in toy.losses(Path(folder))]
 
 
 @pytest.mark.slow
