@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers as policies
 
 from cap_pretrain import files, untrusted
+from cap_pretrain.checkpoints import regrid
 from cap_pretrain.checkpoints.folders import (
     checkpoints_folder,
     remove_unfinished,
@@ -196,7 +197,7 @@ class Checkpoints:
         steps = saved_steps(self._workdir)
         for step in reversed(steps):
             try:
-                return self.restore(abstract, step)
+                return self.restore(abstract, step, say)
             except CorruptCheckpointError as e:
                 say(f"{e}. {self._set_aside(step, str(e))}.")
         if steps:
@@ -206,8 +207,12 @@ class Checkpoints:
             )
         return None
 
-    def restore(self, abstract: TrainState, step: int) -> TrainState:
+    def restore(
+        self, abstract: TrainState, step: int, say: Callable[[str], None] = print
+    ) -> TrainState:
         """Restore the state saved at `step`, with the shapes, dtypes and shardings of `abstract`.
+
+        Position embeddings for images of another size are resampled, see `regrid`.
 
         Raises:
             CorruptCheckpointError: an array or the manifest differs from what was saved.
@@ -216,7 +221,10 @@ class Checkpoints:
         """
         folder = self._manager.directory / str(step)
         manifest = read_on_all_hosts(folder, functools.partial(read_manifest, folder))
-        target = items_of(abstract)
+        wanted = target = items_of(abstract)
+        resized = regrid.grids(manifest["leaves"], describe(wanted))
+        if resized:
+            target = regrid.as_saved(wanted, manifest["leaves"])
         self._check_compatible(folder, manifest, target)
         read = functools.partial(
             self._manager.restore,
@@ -226,7 +234,12 @@ class Checkpoints:
             ),
         )
         saved = dict(read_on_all_hosts(folder, read).items())
-        self.verify(folder, saved, manifest)
+        if resized:
+            compare(folder, describe(saved, jax.jit(fingerprints)(saved)), manifest["leaves"])
+            saved = regrid.resampled(saved, wanted, resized)
+            say(resized.describe())
+        else:
+            self.verify(folder, saved, manifest)
         return state_of(saved)
 
     def close(self) -> None:
