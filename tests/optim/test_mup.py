@@ -1,4 +1,4 @@
-"""muP: factors as in its tables, the same as multipliers, and coordinates that are flat in width."""
+"""muP: factors as in its tables, the same as multipliers, and coordinates flat in width."""
 
 import functools
 
