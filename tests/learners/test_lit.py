@@ -97,5 +97,5 @@ def test_a_run_of_lit_leaves_the_encoder_as_it_is(tokenizer_path, tmp_path):
 
 
 def test_a_head_that_is_not_there():
-    with pytest.raises(UserError, match="learner.head: 'mapp' is unknown. Did you mean 'map'"):
-        DualEncoder.Options(head="mapp")
+    with pytest.raises(UserError, match="learner.head: 'maps' is unknown. Did you mean 'map'"):
+        DualEncoder.Options(head="maps")

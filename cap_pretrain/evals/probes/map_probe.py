@@ -117,8 +117,8 @@ class MapProbe:
 
         layer: str = readout.TOKENS
         validation_split: str = ""
-        lr: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
-        weight_decay: tuple[float, ...] = (0.01, 0.3, 3.0)
+        lr: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)
+        weight_decay: tuple[float, ...] = (0.01, 0.3)
         epochs: float = 20.0
         fit_batch: int = 256
         memory_gb: float = 8.0
