@@ -144,18 +144,22 @@ def vit(
     heads: int,
     kept: np.ndarray | None = None,
     blocked: torch.Tensor | None = None,
+    hidden: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Encode uint8 images [B, H, W, 3] as tokens [B, N, D] and pooled [B, D].
 
     With `kept`, int [B, K], the layers see only these patches. `blocked` is that of
-    `encoder_layers`.
+    `encoder_layers`. `hidden` are a bool [B, N] and what replaces these patches, [D].
     """
     kernel = params["patch_embedding"]["kernel"]
     patch = round((kernel.shape[0] / 3) ** 0.5)
     weight = tensor(kernel).reshape(patch, patch, 3, -1).permute(3, 2, 0, 1)
     pixels = tensor(images).float().permute(0, 3, 1, 2) / 255 * 2 - 1
     x = F.conv2d(pixels, weight, tensor(params["patch_embedding"]["bias"]), stride=patch)
-    x = chosen(x.flatten(2).transpose(1, 2) + tensor(params["positions"]), kept)
+    x = x.flatten(2).transpose(1, 2)
+    if hidden is not None:
+        x = torch.where(tensor(hidden[0])[..., None], tensor(hidden[1]), x)
+    x = chosen(x + tensor(params["positions"]), kept)
     tokens = norm(params["norm"], encoder_layers(params["blocks"], x, heads, blocked))
     if "head" not in params:
         return tokens, tokens.mean(1)
@@ -215,6 +219,14 @@ def aim(
     x = norm(decoder["norm"], encoder_layers(decoder["blocks"], x, heads, blocked, bias=False))
     predicted, logits = x[:, :patches], x[:, patches:]
     return tokens, linear(decoder["pixels"], predicted), linear(decoder["logits"], logits)
+
+
+def prototypes(params: dict, x: torch.Tensor) -> torch.Tensor:
+    """Return the cosines [..., K] of features [..., D] with prototypes, as in DINO's head."""
+    for name in ("layer1", "layer2"):
+        x = gelu(linear(params[name], x))
+    x = F.normalize(linear(params["layer3"], x), dim=-1)
+    return x @ F.normalize(tensor(params["prototypes"]["kernel"]), dim=0)
 
 
 def text_tower(params: dict, text: np.ndarray, heads: int) -> torch.Tensor:

@@ -213,7 +213,8 @@ def gathered(module: nnx.Module) -> nnx.Module:
 def state_shardings(state: Any, params: Any, shardings: Any, mesh: Mesh | AbstractMesh) -> Any:
     """Return the sharding of each leaf of a state, such as an optimizer's; leaves may be abstract.
 
-    A leaf whose path ends in the path of one of `params` is sharded like it, as in `shardings`. A
+    A leaf whose path ends in the path of one of `params` is sharded like it, as in `shardings`;
+    "teacher" in a path does not count, so copies of parameters in `learners.teacher` are, too. A
     factored moment, whose shape lacks one dimension of the parameter, is sharded like the remaining
     dimensions, which also take over the axes of the missing one. Other leaves are replicated.
     """
@@ -223,7 +224,7 @@ def state_shardings(state: Any, params: Any, shardings: Any, mesh: Mesh | Abstra
     }
 
     def sharding_of(key_path, leaf):
-        parts = rules.path_string(key_path).split("/")
+        parts = [part for part in rules.path_string(key_path).split("/") if part != "teacher"]
         for start in range(len(parts)):
             path = "/".join(parts[start:])
             if path in known:

@@ -58,6 +58,8 @@ REGISTRY = {
     "rotation": "cap_pretrain.learners.rotation:Rotation",
     "jigsaw": "cap_pretrain.learners.jigsaw:Jigsaw",
     "colorization": "cap_pretrain.learners.colorization:Colorization",
+    "distillation": "cap_pretrain.learners.distillation:Distillation",
+    "masked_patches": "cap_pretrain.learners.masked_patches:MaskedPatches",
     "simclr": "cap_pretrain.learners.simclr:SimCLR",
     "encoder": "cap_pretrain.learners.encoder:Encoder",
     "pretrained": "cap_pretrain.learners.encoder:Pretrained",

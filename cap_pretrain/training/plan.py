@@ -115,6 +115,7 @@ def make_plan(
         lambda key: learners.build(config, vocab_size, key), make_optimizer, config, mesh
     )
     parameter_bytes = bytes_per_device(abstract.params)
+    others = bytes_per_device(abstract.stats)  # BatchNorm statistics, teachers
     counted = flops_per_example(config, vocab_size) if total_steps else {}
     phases = phases_of(config, total_steps)
     if len(phases) > 1 or phases[0].changed:
@@ -140,6 +141,7 @@ def make_plan(
             "optimizer": bytes_per_device(abstract.opt_state),
             "gradients": parameter_bytes if total_steps else 0,
             "ema": bytes_per_device(abstract.ema),
+            **({"other variables": others} if others else {}),
         },
     }
 
