@@ -28,8 +28,6 @@ class MaskedPatches(Taught):
         options: see `Options`.
     """
 
-    keeps_tokens_at = ()  # it hides patches by itself
-
     @dataclasses.dataclass(frozen=True)
     class Options(teacher.Options):
         """Settings of `config.learner`, besides those of `teacher.Options`.

@@ -23,7 +23,7 @@ from cap_pretrain import learners
 from cap_pretrain.errors import UserError
 from cap_pretrain.learners.parts import Part
 from cap_pretrain.learners.token_losses import mean_where
-from cap_pretrain.models import cpu
+from cap_pretrain.models import cpu, tokens
 from cap_pretrain.models.build import build_encoder
 from cap_pretrain.models.layers import XAVIER, EncoderOutput, normalize_images
 from cap_pretrain.models.vit import ViT
@@ -187,6 +187,7 @@ class Taught(Part):
     encoder: ViT
     options: Any
     reads = ("image",)
+    keeps_tokens_at = tokens.PLACES  # of the other parts of a joint learner: it sees all tokens
 
     def __init__(self, encoder: ViT, *, options: Options, rngs: nnx.Rngs):
         self.encoder, self.options = encoder, options
