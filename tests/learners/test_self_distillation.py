@@ -55,7 +55,9 @@ def test_crops_predict_the_whole_image_as_in_torch(monkeypatch):
     params, taught = split[1], split[2]["teacher"]
     _, whole = torch_reference.vit(taught["encoder"], BATCH["image"], tiny.HEADS)
     _, parts = torch_reference.vit(params["encoder"], crops, tiny.HEADS)
-    wanted = torch_reference.prototypes(taught["head"], whole) - torch_reference.tensor(taught["center"])
+    wanted = torch_reference.prototypes(taught["head"], whole) - torch_reference.tensor(
+        taught["center"]
+    )
     targets = (wanted / 0.2).softmax(-1)
     logs = (torch_reference.prototypes(params["head"], parts) / 0.1).log_softmax(-1)
     losses = -(targets[:, None] * logs.reshape(4, 2, -1)).sum(-1).mean(1)
@@ -77,7 +79,9 @@ def test_hidden_patches_are_predicted_as_in_torch(monkeypatch):
     whole, _ = torch_reference.vit(taught["encoder"], images, tiny.HEADS)
     masks = hidden, params["mask_token"]
     seen, _ = torch_reference.vit(params["encoder"], images, tiny.HEADS, hidden=masks)
-    wanted = torch_reference.prototypes(taught["head"], whole) - torch_reference.tensor(taught["center"])
+    wanted = torch_reference.prototypes(taught["head"], whole) - torch_reference.tensor(
+        taught["center"]
+    )
     targets = (wanted / 0.2).softmax(-1)
     logs = (torch_reference.prototypes(params["head"], seen) / 0.1).log_softmax(-1)
     losses = -(targets * logs).sum(-1)[torch_reference.tensor(hidden)].reshape(4, 3)
