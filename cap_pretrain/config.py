@@ -143,6 +143,8 @@ def _model() -> ConfigDict:
     # Where tokens are dropped: encoder, before its blocks; or decoder, so that only a captioner's
     # decoder reads fewer.
     c.keep_tokens_at = "encoder"
+    # Share of the run during which tokens are dropped; afterwards all are kept.
+    c.keep_tokens_until = 1.0
     return c
 
 

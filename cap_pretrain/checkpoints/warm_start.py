@@ -32,7 +32,7 @@ from cap_pretrain.untrusted import parsing
 # Fields of `config.model` that belong to no weights.
 FREE_FIELDS = (
     *("attention", "remat", "unroll", "logit_chunks", "dropout", "stochastic_depth"),
-    *("keep_tokens", "keep_tokens_at"),
+    *("keep_tokens", "keep_tokens_at", "keep_tokens_until"),
 )
 # Fields of `config.model` that do not depend on the weights of the encoder.
 OWN_FIELDS = (

@@ -35,8 +35,9 @@ def check(config: ConfigDict) -> None:
         UserError: A name is unknown, or fields are incompatible.
     """
     model = config.model
-    if not 0 < model.keep_tokens <= 1:
-        raise UserError(f"model.keep_tokens: {model.keep_tokens} is not in (0, 1].")
+    for name in ("keep_tokens", "keep_tokens_until"):
+        if not 0 < model[name] <= 1:
+            raise UserError(f"model.{name}: {model[name]} is not in (0, 1].")
     if model.name == STORED:
         _check_stored(config)
         sizes = {"decoder_": text_size(config)}

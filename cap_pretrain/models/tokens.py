@@ -4,13 +4,24 @@ FLIP (Li et al. 2022, 2212.00794) drops patches before the encoder. OpenVision 2
 2509.01644) encodes all of them, and its caption decoder reads a part of the result.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from cap_pretrain import rng
 
 # Where tokens are dropped: before the blocks of the encoder, or before the caption decoder.
 PLACES = ENCODER, DECODER = ("encoder", "decoder")
+
+
+def changes(config: ConfigDict) -> list[tuple[float, dict[str, Any]]]:
+    """Return from which share of the run on all tokens are kept; see `training.phases.changes`."""
+    model = config.model
+    if model.keep_tokens == 1 or model.keep_tokens_until == 1:
+        return []
+    return [(model.keep_tokens_until, {"model.keep_tokens": 1.0})]
 
 
 def number_kept(total: int, share: float) -> int:

@@ -98,7 +98,7 @@ TRAINING = (
     *("data.buckets", "data.first_sizes", "data.flip", "data.fraction", "data.max_broken"),
     *BLOCKS,
     *("model.dropout", "model.stochastic_depth"),
-    *("model.keep_tokens", "model.keep_tokens_at"),
+    *("model.keep_tokens", "model.keep_tokens_at", "model.keep_tokens_until"),
 )
 
 

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from cap_pretrain.config import get
 from cap_pretrain.data import resolution
 from cap_pretrain.learners import learner_class
+from cap_pretrain.models import tokens
 
 Changes = list[tuple[float, dict[str, Any]]]
 """Pairs (share of the run, values of fields from there on)."""
@@ -45,7 +46,7 @@ class Phase:
 
 def changes(config: ConfigDict) -> Changes:
     """Return all fields that change during a run, by the share of the run, ascending."""
-    found: Changes = resolution.changes(config)
+    found: Changes = [*resolution.changes(config), *tokens.changes(config)]
     own = getattr(learner_class(config.learner.name), "changes", None)
     found += own(config) if own else []
     return sorted(found, key=lambda change: change[0])

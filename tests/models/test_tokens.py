@@ -214,6 +214,7 @@ def test_flops_are_those_of_the_kept_tokens():
     ("learner", "options", "fields", "said"),
     [
         ("captioner", {}, {"keep_tokens": 0.0}, r"model.keep_tokens: 0.0 is not in \(0, 1\]"),
+        ("captioner", {}, {"keep_tokens_until": 0.0}, r"model.keep_tokens_until: 0.0 is not in"),
         ("captioner", {}, {"keep_tokens_at": "encode"}, "model.keep_tokens_at: 'encode' is unk"),
         ("captioner", {}, {"name": "resnet18"}, "model.keep_tokens: 0.4 is for a ViT"),
         ("dual_encoder", {}, {"keep_tokens_at": "decoder"}, "does not work with dual_encoder"),

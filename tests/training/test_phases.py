@@ -24,7 +24,10 @@ QUICK = (quick.NAME, {}, {"optim__ema": 0.9})
 CAPPA = (
     "captioner",
     {"parallel_fraction": 0.75},
-    {"model__dropout": 0.2, "optim__ema": 0.9, "accumulate": 2, "model__depth": 1},
+    {
+        **{"model__dropout": 0.2, "optim__ema": 0.9, "accumulate": 2, "model__depth": 1},
+        **{"model__keep_tokens": 0.5, "model__keep_tokens_until": 0.9},  # but for the last step
+    },
 )
 
 
@@ -76,6 +79,19 @@ def test_shares_of_the_run_become_ranges_of_steps(monkeypatch):
     state = toy.abstract_state(c, 100).replace(params=params, stats=stats)
     with pytest.raises(ValueError, match=r"learner.width=3: changes the parameters"):
         programs.programs_of(phases_of(c, 10), lambda *_: None, 100, graphdef, state)
+
+
+def test_tokens_are_dropped_up_to_a_share_of_the_run():
+    whole = {"model.keep_tokens": 1.0}
+    c = toy.config(model__keep_tokens=0.5)
+    assert spans(c) == [(0, 10, {})]
+    c.model.keep_tokens_until = 0.8
+    assert spans(c) == [(0, 8, {}), (8, 10, whole)]
+    assert phases_of(c, 10)[1].describe() == "images of 16 px, model.keep_tokens=1.0"
+    c.data.first_sizes = "8:0.6"
+    assert spans(c) == [(0, 6, side(8)), (6, 8, side(0)), (8, 10, side(0) | whole)]
+    c.model.keep_tokens = 1.0
+    assert len(spans(c)) == 2
 
 
 @pytest.mark.parametrize(
