@@ -140,7 +140,7 @@ class Captioner(Part):
         """
         batch, total, _ = encoded.shape
         first = self.encoder.leading
-        kept = tokens.draw(key, batch, total - first, self.keep)
+        kept = tokens.draw(key, batch, total - first, self.keep, first)
         if kept is None:
             return encoded
         patches = tokens.take(encoded[:, first:], kept)

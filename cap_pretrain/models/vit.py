@@ -150,7 +150,7 @@ class ViT(ImageEncoder):
         if key is not None:
             batch, height, width, _ = images.shape
             total = (height // self.patch) * (width // self.patch)
-            kept = tokens.draw(key, batch, total, self.keep)
+            kept = tokens.draw(key, batch, total, self.keep, self.leading)
         return self._output(images, key, Masks(), kept)
 
     def masked(

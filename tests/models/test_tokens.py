@@ -50,12 +50,22 @@ def test_all_sets_of_the_right_size_are_equally_likely():
 
 
 @pytest.mark.parametrize(
-    ("total", "share", "kept"), [(196, 1 / 3, 65), (16, 1 / 3, 5), (4, 0.01, 1), (16, 0.99, 16)]
+    ("total", "share", "leading", "kept"),
+    [
+        *((16, 1 / 3, 0, 5), (16, 1 / 3, 1, 5), (4, 0.01, 0, 1), (16, 0.99, 0, 16)),
+        # From 32 on, with a class token, a multiple of 8.
+        *((96, 0.33, 0, 32), (96, 0.32, 0, 31), (196, 1 / 3, 0, 64), (196, 1 / 3, 1, 63)),
+        *((196, 0.5, 0, 96), (196, 0.35, 0, 72), (196, 0.999, 0, 196), (197, 0.995, 0, 192)),
+        *((34, 0.97, 0, 32), (38, 0.98, 0, 38)),
+    ],
 )
-def test_the_number_kept_is_rounded_and_at_least_one(total, share, kept):
-    assert tokens.number_kept(total, share) == kept
-    index = tokens.draw(KEY, 2, total, share)
-    assert index is None if kept == total else index.shape == (2, kept)
+def test_the_number_kept_is_rounded_and_at_least_one(total, share, leading, kept):
+    assert tokens.number_kept(total, share, leading) == kept
+
+
+def test_nothing_is_drawn_where_rounding_keeps_all():
+    assert tokens.draw(KEY, 2, 16, 0.99) is None
+    assert tokens.draw(KEY, 2, 16, 0.9).shape == (2, 14)
 
 
 def test_taking_tokens_has_the_gradient_of_indexing_without_a_scatter():
