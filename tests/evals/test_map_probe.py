@@ -50,6 +50,7 @@ def test_a_head_is_map_head_and_a_linear_layer():
 
 
 @pytest.mark.parity
+@pytest.mark.slow
 def test_a_head_is_that_of_torch():
     import torch
 
@@ -136,6 +137,7 @@ def few_steps(monkeypatch):
     monkeypatch.setattr(attentive, "LEAST_STEPS", 25)
 
 
+@pytest.mark.slow
 def test_it_chooses_on_held_out_images_and_tests_once(few_steps):
     made, variables = context(TRAIN, Coloured(52, 4, seed=1, clear=90, broken=(3,)))
     probe = MapProbe(made, MapProbe.Options(layer="pixels", **FAST))
