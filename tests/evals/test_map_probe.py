@@ -192,6 +192,10 @@ def test_training_images_are_drawn_where_memory_is_short_and_classes_may_be_miss
     assert any(
         line.startswith("trained on 40 training images, drawn at random") for line in result.lines
     )
+    broken = Coloured(40, 4, broken=range(40))
+    nothing = dataclasses.replace(made, sources=made.sources | {"val": broken})
+    with pytest.raises(UserError, match="has no image with a label that can be decoded"):
+        MapProbe(nothing, MapProbe.Options(layer="pixels", **one))(variables)
     stopping = dataclasses.replace(made, stop=lambda: True)
     with pytest.raises(Interrupted):
         MapProbe(stopping, MapProbe.Options(**one))(variables)

@@ -66,14 +66,20 @@ class Tokens(Features):
         for part in self.batches(variables):
             end = count + len(part.labels)
             tokens[count:end], labels[count:end], count = *part, end
-        if not count:
-            raise UserError(f"evals: {self.source} has no image that can be decoded.")
+        self.check_any(count)
         return Labelled(tokens[:count], labels[:count])
 
     def batches(self, variables: Any) -> Iterator[Labelled]:
-        """Yield the same in parts, in order."""
+        """Yield the same in parts, in order, none of them empty."""
         for _, found in self._encode.batches(variables, self.source):
-            yield self._checked(Labelled(*found))
+            part = self._checked(Labelled(*found))
+            if len(part.labels):
+                yield part
+
+    def check_any(self, count: int) -> None:
+        """Raise UserError if there are no images."""
+        if not count:
+            raise UserError(f"evals: {self.source} has no image with a label that can be decoded.")
 
     def _features_of(self, learner: Any, images: jax.Array) -> jax.Array:
         return self._read(learner.encoder, images).astype(_STORED)
@@ -249,6 +255,7 @@ class MapProbe:
         parts = [
             Labelled(self._classified(heads, p), p.labels) for p in self._test.batches(variables)
         ]
+        self._test.check_any(len(parts))
         scores, labels = (np.concatenate(both) for both in zip(*parts, strict=True))
         classes = max(data.classes, 1 + int(labels.max()))
         # No image of further classes was trained on, so they come last.
