@@ -116,7 +116,7 @@ def open_sources(config: ConfigDict, share: float = 0.0) -> Mixture:
 
     Raises UserError if one is missing, or lacks captions or labels that the learner needs.
     """
-    reads = learners.learner_class(config.learner.name).reads
+    reads = learners.reads(config)
     members = []
     for name, weight in parse_mixture(config.data.name):
         source = open_data(config, config.data.split, name, share)
@@ -217,7 +217,7 @@ def prepare_tokenizer(
     text the result is `NoText`, without a file. Raises UserError if `text.tokenizer` does not fit
     the config.
     """
-    if "text" not in learners.learner_class(config.learner.name).reads:
+    if "text" not in learners.reads(config):
         return tokenizers.NoText()
 
     def make(_: list[None]) -> None:

@@ -197,10 +197,11 @@ def _check_sizes(config: ConfigDict) -> None:
 def _check_learner(config: ConfigDict) -> None:
     """Check the learner's options against the data and the encoder."""
     members = parse_mixture(config.data.name)
-    cls = learners.learner_class(config.learner.name)
     learners.options(config)
-    _check_kept_tokens(config, cls)
-    if config.data.buckets and (len(members) > 1 or "text" not in cls.reads):
+    _check_kept_tokens(config)
+    if hasattr(cls := learners.learner_class(config.learner.name), "changes"):
+        cls.changes(config)
+    if config.data.buckets and (len(members) > 1 or "text" not in learners.reads(config)):
         what = f"the mixture {config.data.name}" if len(members) > 1 else config.learner.name
         raise UserError(
             f"data.buckets: works with the captions of one dataset, not with {what}; set "
@@ -214,10 +215,12 @@ def _check_learner(config: ConfigDict) -> None:
         )
 
 
-def _check_kept_tokens(config: ConfigDict, cls: Any) -> None:
+def _check_kept_tokens(config: ConfigDict) -> None:
     """Check that the learner can do without the tokens that `model.keep_tokens` drops."""
     name, place = config.learner.name, config.model.keep_tokens_at
-    places = getattr(cls, "keeps_tokens_at", (tokens.ENCODER,))
+    whole, *parts = (member.kind for member in learners.members(config))
+    each = [getattr(kind, "keeps_tokens_at", (tokens.ENCODER,)) for kind in parts or [whole]]
+    places = () if () in each else tuple(dict.fromkeys(p for own in each for p in own))
     if config.model.keep_tokens == 1 or place in places:
         return
     if not places:

@@ -1,10 +1,11 @@
-"""Pretrain an encoder with Cap, CapPa, CLIP, SigLIP or AIMv2; only the objective differs.
+"""Pretrain an encoder with Cap, CapPa, CLIP, SigLIP, AIMv2 or several of them; all else is equal.
 
 python -m cap_pretrain.main --workdir=runs/cappa \
     --config=configs/pretrain.py:objective=cappa,model=B/16,data=cc12m
 
 Arguments:
-  objective  cappa, cap, clip, siglip or aimv2; default: cappa
+  objective  cappa, cap, clip, siglip or aimv2, or several joined by +, as cap+siglip, or
+             cap+siglip:0.5 with a weight (docs/objectives.md); default: cappa
   model      size of the encoder, with its patch size; default: S/16
   data       dataset; default: scenes
 
@@ -16,27 +17,21 @@ The defaults are the recipe of the matched comparison in Tschannen et al. 2023 (
 from ml_collections import ConfigDict
 
 from cap_pretrain import config, evals, learners
-
-OBJECTIVES = {
-    "cappa": ("captioner", {"parallel_fraction": 0.75}),
-    "cap": ("captioner", {"parallel_fraction": 0.0}),
-    "clip": ("dual_encoder", {"contrast": "softmax"}),
-    "siglip": ("dual_encoder", {"contrast": "sigmoid"}),
-    "aimv2": ("aimv2", {}),
-}
+from cap_pretrain.learners import objectives
+from cap_pretrain.learners.protocols import WritesCaptions
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """Return the config for `objective=cappa|cap|clip|siglip|aimv2,model=…,data=…`."""
-    args = config.arguments(arg, objective=tuple(OBJECTIVES), model="S/16", data="scenes")
-    learner, options = OBJECTIVES[args.objective]
+    """Return the config for `objective=cappa|cap|clip|siglip|aimv2|cap+siglip|…,model=…,data=…`."""
+    args = config.arguments(arg, objective="cappa", model="S/16", data="scenes")
     c = config.default()
     c.total_steps = 366_500
     c.model.name = args.model
     c.data.name = args.data
-    c.learner = learners.defaults(learner, **options)
+    c.learner = objectives.section(args.objective)
     # AIMv2's loss is also of patches, so that of a unigram model is no baseline of it.
-    c.evals = ConfigDict({"val": evals.defaults("loss", unigram=learner == "captioner")})
-    if learner in ("captioner", "aimv2"):
+    kinds = {member.config.learner.name for member in learners.members(c)}
+    c.evals = ConfigDict({"val": evals.defaults("loss", unigram="captioner" in kinds)})
+    if learners.able(c, WritesCaptions):
         c.evals.samples = evals.defaults("captions")
     return c

@@ -17,7 +17,7 @@ from cap_pretrain.api.images import Images, listed
 from cap_pretrain.checkpoints.load import Learner
 from cap_pretrain.data.text.tokenizers import encode_answer
 from cap_pretrain.errors import UserError, did_you_mean
-from cap_pretrain.evals.base import Context
+from cap_pretrain.evals.base import Context, ScoringOptions
 from cap_pretrain.evals.inference import word_maps
 from cap_pretrain.evals.inference.captioning import Caption, read_captions
 from cap_pretrain.evals.inference.classes import TEMPLATES, ClassCaptions
@@ -28,7 +28,6 @@ from cap_pretrain.learners.protocols import (
     Featurizes,
     ScoresTexts,
     WritesCaptions,
-    learner_type,
 )
 from cap_pretrain.models import readout
 from cap_pretrain.models.decoding import Decoding, write_all
@@ -91,11 +90,10 @@ class Model:
         self.learner = learner.config.learner.name
         self.image_size = learner.config.data.image_size
         self._tokenizer, self._variables = learner.tokenizer, learner.variables
-        self._kind = learner_type(learner.graphdef)
         self._mesh = jax.tree.leaves(learner.variables)[0].sharding.mesh
         self._context = Context(learner.config, learner.graphdef, learner.tokenizer, self._mesh)
         self._programs: dict[Hashable, Any] = {}
-        able = [name for name, (needed, _) in _NEEDS.items() if issubclass(self._kind, needed)]
+        able = [name for name, (needed, _) in _NEEDS.items() if self._able(needed)]
         self.methods = ("embed", *able)
 
     def __repr__(self) -> str:
@@ -147,12 +145,13 @@ class Model:
                 return learner.features(pixels).astype(jnp.float32)
             return readout.read(learner.encoder, what, normalize_images(pixels, jnp.float32))
 
-        if what == PROJECTED and not issubclass(self._kind, Featurizes):
+        needed = Featurizes if what == PROJECTED else None
+        if needed and not self._able(needed):
             raise UserError(
                 f"what: 'projected' needs layers behind the encoder, which a {self.learner} lacks; "
                 f"{_able(Featurizes)} have them. Choose 'pooled' or 'tokens'."
             )
-        program = self._compiled(("embed", what), encode)
+        program = self._compiled(("embed", what), encode, needed)
         yield from self._batches(
             images, batch_size, lambda pixels, _: program(self._variables, pixels), unreadable
         )
@@ -160,7 +159,7 @@ class Model:
     @property
     def default_vector(self) -> str:
         """What `embed` computes by default, as `what` names it."""
-        return PROJECTED if issubclass(self._kind, EmbedsText) else readout.POOLED
+        return PROJECTED if self._able(EmbedsText) else readout.POOLED
 
     @functools.cached_property
     def identity(self) -> str:
@@ -216,7 +215,7 @@ class Model:
             )
 
         own = seed if how.method == "sample" else None
-        program = self._compiled(("captions", how, own, bool(given)), write)
+        program = self._compiled(("captions", how, own, bool(given)), write, WritesCaptions)
 
         def compute(pixels: jax.Array, first: int) -> Any:
             return program(self._variables, pixels, np.int32(first), ids)
@@ -295,13 +294,14 @@ class Model:
         options: dict[str, Any] = {}
         if layer is not None:
             options = {"layer": None if layer == "mean" else layer}
-        word_maps.check_attends(self._kind, by_layer=bool(options))
+        able = self._able(Attends)
+        word_maps.check_attends((able or self._context).kind, by_layer=bool(options))
         text = self._tokenizer.encode(caption or self.caption(one)[0])
 
         def attend(learner: Any, pixels: jax.Array, text: jax.Array) -> jax.Array:
             return learner.attend(pixels, jnp.tile(text, (len(pixels), 1)), **options)
 
-        program = self._compiled(("attention", layer), attend)
+        program = self._compiled(("attention", layer), attend, Attends)
         rows = self._each(one, 1, lambda pixels, _: program(self._variables, pixels, text))
         _, words = word_maps.words_of(self._tokenizer, text)
         return Attention([word.text for word in words], word_maps.word_maps(rows[0], words))
@@ -309,22 +309,34 @@ class Model:
     def _check(self, method: str) -> None:
         """Raise UserError if the learner lacks what a method needs."""
         needed, lacks = _NEEDS[method]
-        if not issubclass(self._kind, needed):
+        if not self._able(needed):
             raise UserError(
                 f"{method}: {self.path or 'the model'} is a {self.learner}, which {lacks}; "
                 f"{_able(needed)} can."
             )
 
-    def _compiled(self, key: Hashable, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """Return `fn(learner, *arrays)` compiled, the same program for the same key."""
+    def _able(self, needed: type) -> Context | None:
+        """Return the context of the learner, or of a part of it, that has a protocol's methods."""
+        return self._context.able(needed)
+
+    def _compiled(
+        self, key: Hashable, fn: Callable[..., Any], needed: type | None = None
+    ) -> Callable[..., Any]:
+        """Return `fn(learner, *arrays)` compiled, the same program for the same key.
+
+        The learner is the one, or the part, that has the methods of `needed`, if given.
+        """
         if key not in self._programs:
-            self._programs[key] = self._context.jit(fn)
+            context = (self._able(needed) if needed else None) or self._context
+            self._programs[key] = context.jit(fn)
         return self._programs[key]
 
     def _scoring(self, batch_size: int) -> Scoring:
         key = ("scoring", positive(batch_size))
         if key not in self._programs:
-            self._programs[key] = Scoring(self._context, batch_size=batch_size, pairs=PAIRS)
+            self._programs[key] = Scoring(
+                self._context, ScoringOptions(batch_size=batch_size, pairs=PAIRS)
+            )
         return self._programs[key]
 
     def _compared(self, images: Images, texts: np.ndarray, scoring: Scoring) -> np.ndarray:

@@ -19,6 +19,7 @@ from cap_pretrain.checkpoints.stored import load_arrays, saved_batches, saved_id
 from cap_pretrain.data.text import tokenizers
 from cap_pretrain.distributed import sharding
 from cap_pretrain.errors import UserError
+from cap_pretrain.learners.protocols import learner_type
 from cap_pretrain.models.build import check_device
 from cap_pretrain.optim.schedule import BatchSizes
 from cap_pretrain.training.step import split_learner
@@ -52,6 +53,18 @@ class Learner(NamedTuple):
     tokenizer: tokenizers.Tokenizer
     graphdef: nnx.GraphDef
     variables: tuple[Any, Any]
+
+    def able(self, protocol: type, part: str = "") -> "Learner | None":
+        """Return the learner, or a part of it as a learner, that has the methods of a protocol.
+
+        None if neither has; see `learners.able`. Raises UserError if there is no such `part`.
+        """
+        kind = learner_type(self.graphdef)
+        found = learners.able(self.config, protocol, part, kind)
+        if found is None or not found.name:
+            return found and self
+        graphdef, *variables = split_learner(found.of(nnx.merge(self.graphdef, *self.variables)))
+        return Learner(found.config, self.tokenizer, graphdef, (variables[0], variables[1]))
 
 
 def load_learner(
@@ -122,7 +135,8 @@ def read_config(workdir: str | Path) -> ConfigDict:
             learner = untrusted.entry(stored, "learner", dict, path)
             config = configs.default()
             with config.unlocked():
-                config.learner = learners.defaults(untrusted.entry(learner, "name", str, path))
+                untrusted.entry(learner, "name", str, path)
+                config.learner = learners.defaults_like(learner)
                 config.update(stored)
             validate(config.lock(), tokenizer=True)
     except UserError as e:
@@ -184,7 +198,7 @@ def _under(prefix: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def _open_tokenizer(config: ConfigDict, workdir: Path, step: int) -> tokenizers.Tokenizer:
     """Open the run's tokenizer; raise UserError unless it is the one saved with `step`."""
-    if "text" not in learners.learner_class(config.learner.name).reads:
+    if "text" not in learners.reads(config):
         return tokenizers.NoText()
     path = inputs.tokenizer_path(workdir)
     tokenizer = inputs.open_tokenizer(config, path)

@@ -20,7 +20,7 @@ from cap_pretrain.data.builders import files
 from cap_pretrain.data.text.tokenizers import encode_answer
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.inference.captioning import Caption, read_captions
-from cap_pretrain.learners.protocols import WritesCaptions, learner_type
+from cap_pretrain.learners.protocols import WritesCaptions
 from cap_pretrain.models.decoding import Decoding, write_all
 from cap_pretrain.models.sizes import STORED
 
@@ -166,16 +166,18 @@ def scored_captioner(
     Smaller batches are padded; `seed` is for sampling. If there is a `question`, the captions are
     answers to it. Raises UserError if the learner cannot write captions, or has no image encoder.
     """
-    config, tokenizer, graphdef, variables = learner
+    config = learner.config
     if config.model.name == STORED:
         raise UserError(
             f"--checkpoint: trained on stored features ({config.data.name}) and has no image "
             "encoder; choose a run that was given the encoder itself."
         )
-    if not issubclass(learner_type(graphdef), WritesCaptions):
+    able = learner.able(WritesCaptions)
+    if able is None:
         raise UserError(
             f"--checkpoint: a {config.learner.name} cannot write captions; choose a captioner."
         )
+    config, tokenizer, graphdef, variables = able
 
     prompt_ids, given = encode_answer(tokenizer, question, None)
     prompt = np.tile(prompt_ids, (batch_size, 1)) if given else None

@@ -22,7 +22,7 @@ from cap_pretrain.checkpoints.load import Learner
 from cap_pretrain.cli import arguments, figures
 from cap_pretrain.cli.captioning import Named, draw_images
 from cap_pretrain.errors import UserError
-from cap_pretrain.learners.protocols import Colorizes, learner_type
+from cap_pretrain.learners.protocols import Colorizes
 from cap_pretrain.models import lab
 
 PANEL = 1.8  # inches
@@ -30,7 +30,7 @@ PANEL = 1.8  # inches
 
 def colorized(learner: Learner, pixels: np.ndarray) -> np.ndarray:
     """Return images, uint8 [B, S, S, 3], in predicted colors; raises UserError if it has none."""
-    if not issubclass(learner_type(learner.graphdef), Colorizes):
+    if not learner.able(Colorizes):
         raise UserError(
             f"--checkpoint: a {learner.config.learner.name} does not predict colors; "
             "name a run with task=colorization."

@@ -145,13 +145,12 @@ def _config(args: argparse.Namespace) -> ConfigDict:
 
 def _tokenizer(config: ConfigDict, what: str) -> Tokenizer:
     """Return the learner's tokenizer, which may be NoText; raise UserError if it has no head."""
-    learner = learners.learner_class(config.learner.name)
-    if what == "head" and not issubclass(learner, Featurizes):
+    if what == "head" and not learners.able(config, Featurizes):
         raise UserError(
             f"--what: head, but a learner {config.learner.name!r} has no layers after its encoder; "
             "choose pooled or tokens."
         )
-    if "text" not in learner.reads:
+    if "text" not in learners.reads(config):
         return NoText()
     return inputs.open_tokenizer(config, config.text.tokenizer)
 

@@ -27,7 +27,7 @@ from cap_pretrain.checkpoints.load import Learner
 from cap_pretrain.cli import arguments, figures
 from cap_pretrain.cli.captioning import Named, captioner, draw_images, evaluation_crop
 from cap_pretrain.evals.inference import word_maps
-from cap_pretrain.learners.protocols import learner_type
+from cap_pretrain.learners.protocols import Attends, learner_type
 from cap_pretrain.models.decoding import Decoding
 
 SIDE = 256  # pixels of the longer side of a panel at least: smaller images are enlarged
@@ -71,7 +71,8 @@ def attend_words(
     `layer` is {"layer": index}, where None is the mean, or {} for the learner's default. Raises
     UserError if the learner does not attend to parts of images, or has no such layer.
     """
-    _, tokenizer, graphdef, variables = learner
+    able = learner.able(Attends) or learner
+    _, tokenizer, graphdef, variables = able
     word_maps.check_attends(learner_type(graphdef), by_layer=bool(layer))
     pixels = np.stack([one.image for one in named])
     write = captioner(learner, Decoding(), len(pixels), seed=0)

@@ -11,7 +11,7 @@ from cap_pretrain.evals.fit import Work
 from cap_pretrain.evals.inference.portions import EveryImage
 from cap_pretrain.evals.metrics import ranking
 from cap_pretrain.evals.metrics.classification import accuracies, count_better_and_tied
-from cap_pretrain.learners.protocols import Classifies, learner_type
+from cap_pretrain.learners.protocols import Classifies
 
 
 class Accuracy:
@@ -28,12 +28,13 @@ class Accuracy:
 
     def __init__(self, context: Context, options: Options):
         """Build the evaluator; raises UserError if the learner is not a classifier."""
-        kind = learner_type(context.graphdef)
-        if not issubclass(kind, Classifies):
+        able = context.able(Classifies)
+        if able is None:
             raise UserError(
-                f"evals: accuracy needs a classifier, and a {kind.__name__} is none; evaluate its "
-                "encoder by linear_probe, knn or few_shot."
+                f"evals: accuracy needs a classifier, and a {context.kind.__name__} is none; "
+                "evaluate its encoder by linear_probe, knn or few_shot."
             )
+        context = able
         self._context, self._options = context, options
         source = context.source(options.split, options.data)
         inputs.check_reads(source, ("label",), "evals: {}, which accuracy needs")

@@ -11,10 +11,10 @@ from cap_pretrain.data.scenes.source import Scenes
 from cap_pretrain.data.scenes.text import find_mentions
 from cap_pretrain.data.scenes.world import Scene
 from cap_pretrain.errors import UserError
-from cap_pretrain.evals.base import Context, Result
+from cap_pretrain.evals.base import Context, PartOptions, Result
 from cap_pretrain.evals.fit import Work
 from cap_pretrain.evals.inference import word_maps
-from cap_pretrain.learners.protocols import learner_type
+from cap_pretrain.learners.protocols import Attends
 
 Box = tuple[float, float, float, float]
 
@@ -50,7 +50,7 @@ class AttentionMass:
     """
 
     @dataclasses.dataclass(frozen=True)
-    class Options:
+    class Options(PartOptions):
         """Settings; the first `count` images of a split of `scenes` ("": `data.eval_split`)."""
 
         split: str = ""
@@ -59,7 +59,8 @@ class AttentionMass:
 
     def __init__(self, context: Context, options: Options):
         """Build the evaluator; raise UserError without attention over the image or `scenes`."""
-        word_maps.check_attends(learner_type(context.graphdef))
+        context = context.able(Attends, options.part) or context
+        word_maps.check_attends(context.kind)
         self._context, self._options = context, options
         source = context.source(options.split, "scenes")
         if not isinstance(source, Scenes):

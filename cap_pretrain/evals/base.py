@@ -11,11 +11,13 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from cap_pretrain import inputs
+from cap_pretrain import inputs, learners
 from cap_pretrain.data import pipeline, prefetch
 from cap_pretrain.data.sources.base import Source, parse_mixture
 from cap_pretrain.distributed import sharding
 from cap_pretrain.evals.exhibits import Exhibit
+from cap_pretrain.learners import Member
+from cap_pretrain.learners.protocols import learner_type
 from cap_pretrain.telemetry import console
 
 
@@ -41,7 +43,7 @@ class Interrupted(Exception):  # noqa: N818 (control flow: the run is stopping, 
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What evaluators work with; `nnx.merge(graphdef, *variables)` is the learner.
+    """What evaluators work with; `nnx.merge(graphdef, *variables)` is the whole learner.
 
     `stop` says whether to abandon the evaluation, and is called before each batch.
     """
@@ -52,6 +54,33 @@ class Context:
     mesh: Any  # to compute on, a Mesh; abstract where nothing is computed
     stop: Callable[[], bool] = lambda: False
     workdir: Path | None = None  # of the run, where evaluators may cache; None: no cache
+    member: Member | None = None  # the part of the learner that is evaluated; None: all of it
+
+    @property
+    def kind(self) -> type:
+        """The class of the learner, or of the part that is evaluated."""
+        return self.member.kind if self.member else learner_type(self.graphdef)
+
+    @property
+    def part(self) -> str:
+        """The name of the part that is evaluated; "" is the whole learner."""
+        return self.member.name if self.member else ""
+
+    def able(self, protocol: type, part: str = "") -> "Context | None":
+        """Return the context of the learner, or of a part of it, that has a protocol's methods.
+
+        None if neither has; see `learners.able`. Raises UserError if there is no such `part`.
+        """
+        found = learners.able(self.config, protocol, part, self.kind)
+        if found is None or not found.name:
+            return found and self
+        found = found._replace(name=f"{self.part}/{found.name}".strip("/"))
+        return dataclasses.replace(self, config=found.config, member=found)
+
+    def merged(self, variables: Any) -> Any:
+        """Return the learner, or its part, with these variables of the whole learner."""
+        learner = nnx.merge(self.graphdef, *variables)
+        return self.member.of(learner) if self.member else learner
 
     def jit(self, fn: Callable[..., Any], *, hasty: bool = False) -> Callable[..., Any]:
         """Compile `fn(learner, *arrays)` into `(variables, *arrays) -> results on every host`.
@@ -60,7 +89,7 @@ class Context:
         """
 
         def call(variables, *args):
-            return fn(nnx.merge(self.graphdef, *variables), *args)
+            return fn(self.merged(variables), *args)
 
         lazy = hasty and jax.default_backend() == "cpu"
         options = {"xla_backend_optimization_level": 0} if lazy else None
@@ -145,8 +174,18 @@ class BatchOptions(DataOptions):
 
 
 @dataclasses.dataclass(frozen=True)
-class ScoringOptions(BatchOptions):
-    """Options for scoring texts (see `inference.scoring`); captioners score `pairs` at once."""
+class PartOptions:
+    """The part of a joint learner that is evaluated; "" chooses one that can."""
+
+    part: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoringOptions(PartOptions, BatchOptions):
+    """Options for scoring texts (see `inference.scoring`); captioners score `pairs` at once.
+
+    In a joint learner, `part` scores; "" is a part that embeds texts, as SigLIP, if there is one.
+    """
 
     batch_size: int = 64
     pairs: int = 512

@@ -11,7 +11,7 @@ import numpy as np
 from cap_pretrain.data.sources.base import parse_mixture
 from cap_pretrain.distributed import cluster
 from cap_pretrain.errors import UserError
-from cap_pretrain.evals.base import BatchOptions, Context, Interrupted, Result
+from cap_pretrain.evals.base import BatchOptions, Context, Interrupted, PartOptions, Result
 from cap_pretrain.evals.fit import Work
 from cap_pretrain.evals.inference.captioning import Caption, Captioning
 from cap_pretrain.evals.metrics import caption_metrics
@@ -26,7 +26,7 @@ class CaptionScores:
     """
 
     @dataclasses.dataclass(frozen=True)
-    class Options(BatchOptions, Decoding):
+    class Options(PartOptions, BatchOptions, Decoding):
         """Settings besides decoding; CIDEr values with different `limit` are not comparable."""
 
         tokenizer: str = "auto"  # one of `caption_metrics.TOKENIZERS`
@@ -58,6 +58,7 @@ class CaptionScores:
             batch_size=options.batch_size,
             limit=options.limit or None,
             how=options,
+            part=options.part,
         )
 
     def work(self) -> Work:

@@ -11,7 +11,7 @@ import numpy as np
 from cap_pretrain.data import pipeline
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals import examples, exhibits
-from cap_pretrain.evals.base import Context, DataOptions, Result
+from cap_pretrain.evals.base import Context, DataOptions, PartOptions, Result
 from cap_pretrain.evals.exhibits import Exhibit, Panel
 from cap_pretrain.evals.fit import Work
 from cap_pretrain.evals.inference.captioning import Captioning
@@ -22,7 +22,7 @@ class Captions:
     """Captions of the first images of a split, with their references."""
 
     @dataclasses.dataclass(frozen=True)
-    class Options(DataOptions, Decoding):
+    class Options(PartOptions, DataOptions, Decoding):
         """Decoding, the number of images to caption, and how many are `shown` on the console."""
 
         count: int = 32
@@ -32,10 +32,15 @@ class Captions:
         self._context, self._options = context, options
         self._source = context.source(options.split, options.data)
         self._captioning = Captioning(
-            context, self._source, batch_size=options.count, limit=options.count, how=options
+            context,
+            self._source,
+            batch_size=options.count,
+            limit=options.count,
+            how=options,
+            part=options.part,
         )
         named = context.named(options.split, options.data)
-        self._heat = examples.WordHeat(context, self._source)
+        self._heat = examples.WordHeat(self._captioning.context, self._source)
         self._details = {"protocol": options.described, **named}
 
     def work(self) -> Work:

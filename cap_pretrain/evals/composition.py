@@ -64,7 +64,7 @@ class Composition:
     def __init__(self, context: Context, options: Options):
         """Build the evaluator; raise UserError if the learner scores no texts or the set is bad."""
         self._context, self._options = context, options
-        self._scoring = Scoring(context, batch_size=options.batch_size, pairs=options.pairs)
+        self._scoring = Scoring(context, options)
         self._set = question_set(context, options)
         # A cast, since mypy takes the property `class_names` of Scenes for another type.
         self._source = cast(Source, self._set.source)

@@ -19,7 +19,7 @@ from cap_pretrain.errors import UserError
 from cap_pretrain.evals.base import Context, Interrupted
 from cap_pretrain.evals.exhibits import COUNT, Exhibit, Line, Panel, original
 from cap_pretrain.evals.inference import word_maps
-from cap_pretrain.learners.protocols import Attends, Illustrates, learner_type
+from cap_pretrain.learners.protocols import Attends, Illustrates
 
 ATTENDED = 3
 """Images whose attention maps are drawn."""
@@ -89,9 +89,10 @@ class WordHeat:
     """Draws where a learner looks for each word of a caption, over the image at its own size."""
 
     def __init__(self, context: Context, source: Source):
-        self._context, self._source = context, source
-        self._attends = issubclass(learner_type(context.graphdef), Attends)
-        self._attend = context.jit(lambda learner, *arrays: learner.attend(*arrays), hasty=True)
+        able = context.able(Attends)
+        self._context, self._source = able or context, source
+        self._attends = able is not None
+        self._attend = self._context.jit(lambda learner, *own: learner.attend(*own), hasty=True)
 
     def __call__(self, variables: Any, captions: Sequence[str]) -> dict[int, tuple[Panel, ...]]:
         """Return maps of the captions of the first images, by the image's index; {} if none."""
@@ -139,10 +140,11 @@ class Illustrations:
     """Shows what a learner with a pretext task predicts for the first images of a source."""
 
     def __init__(self, context: Context, source: Source):
-        self._context, self._source = context, source
-        self._learner = learner_type(context.graphdef)
+        able = context.able(Illustrates)
+        self._context, self._source = able or context, source
+        self._learner: Any = self._context.kind
         key = functools.partial(rng.key, context.config.seed, 0, "illustrations")
-        self._illustrate = context.jit(
+        self._illustrate = self._context.jit(
             lambda learner, batch: (learner.illustrate(batch, key()), batch["mask"]), hasty=True
         )
 

@@ -2,14 +2,14 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cap_pretrain import inputs
+from cap_pretrain import inputs, learners
 from cap_pretrain.data.sources.base import without_image
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals import examples
@@ -17,8 +17,10 @@ from cap_pretrain.evals.base import BatchOptions, Context, Result
 from cap_pretrain.evals.exhibits import Exhibit
 from cap_pretrain.evals.fit import Work
 from cap_pretrain.evals.retrieval import Retrieval
-from cap_pretrain.learners.protocols import Contrasts, EmbedsText, learner_type
+from cap_pretrain.learners.protocols import Contrasts, EmbedsText
 from cap_pretrain.telemetry import console
+
+WEIGHT = "loss_weight"  # of a batch in the mean over batches
 
 UNIGRAM_CAPTIONS = 50_000  # Training captions that the unigram model is estimated from
 
@@ -41,15 +43,13 @@ class Loss:
     def __init__(self, context: Context, options: Options):
         self._context, self._options = context, options
         self._source = context.source(options.split, options.data)
-        learner = learner_type(context.graphdef)
-        reads = getattr(learner, "reads", ())
-        inputs.check_reads(self._source, reads, f"evals: {{}}, which a {learner.__name__} needs")
+        learner = context.config.learner.name
+        reads = learners.reads(context.config)
+        inputs.check_reads(self._source, reads, f"evals: {{}}, which a {learner} needs")
         if options.unigram and "text" not in reads:
-            raise UserError(
-                f"evals: loss.unigram is for captions, which a {learner.__name__} does not read."
-            )
+            raise UserError(f"evals: loss.unigram is for captions, but a {learner} reads none.")
         over = "examples"
-        if issubclass(learner, Contrasts):
+        if issubclass(context.kind, Contrasts):
             over = f"batches of {options.batch_size}, weighted by their examples"
         named = context.named(options.split, options.data)
         self._details = {"protocol": f"the learner's own loss, its mean over {over}", **named}
@@ -61,15 +61,21 @@ class Loss:
     def __call__(self, variables: Any) -> Result:
         """Average the learner's loss and metrics over the split."""
         totals: dict[str, float] = {}
-        weight_sum, count = 0.0, 0
+        count = 0
         for batch, _ in self._batches():
             values = {k: float(v) for k, v in jax.device_get(self._loss(variables, batch)).items()}
             count += int(values.pop("examples"))
-            weight = values.pop("loss_weight")
-            weight_sum += weight
             for name, value in values.items():
+                weight = 1.0 if name.endswith(WEIGHT) else values[weight_of(name, values)]
                 totals[name] = totals.get(name, 0.0) + weight * value
-        metrics = {name: total / max(weight_sum, 1e-9) for name, total in totals.items()}
+        metrics = {
+            name: total / max(totals[weight_of(name, totals)], 1e-9)
+            for name, total in totals.items()
+            if not name.endswith(WEIGHT)
+        }
+        parts = [name.removesuffix("/loss") for name in metrics if name.endswith("/loss")]
+        if parts:  # each of them a mean by weights of its own
+            metrics["loss"] = sum(metrics[f"{p}/weight"] * metrics[f"{p}/loss"] for p in parts)
         if self._options.unigram:
             if self._unigram is None:
                 with console.doing("Counting the tokens of training captions", say=False):
@@ -82,7 +88,7 @@ class Loss:
         """Return what a pretext task predicts, or which captions a dual encoder retrieves."""
         config, options = self._context.config, self._options
         searched = any(section.evaluator == "retrieval" for section in config.evals.values())
-        if issubclass(learner_type(self._context.graphdef), EmbedsText) and not searched:
+        if self._context.able(EmbedsText) and not searched:
             if self._retrieval is None:
                 own = Retrieval.Options(options.data, options.split, limit=examples.COMPARED)
                 self._retrieval = Retrieval(self._context, own)
@@ -116,6 +122,12 @@ class Loss:
                 ids = tokenizer.encode(caption)
                 losses.append(nll[ids[ids != tokenizer.pad_id]].mean())
         return float(np.mean(losses))
+
+
+def weight_of(name: str, metrics: Collection[str]) -> str:
+    """Return which of the metrics weighs batches in the mean of one: that of its part, if any."""
+    own = f"{name.partition('/')[0]}/{WEIGHT}"
+    return own if own in metrics else WEIGHT
 
 
 def _loss_and_metrics(learner, batch):

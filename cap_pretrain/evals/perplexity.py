@@ -30,7 +30,7 @@ class Perplexity:
     def __init__(self, context: Context, options: Options):
         """Build the evaluator; raise UserError without a captioner or captions."""
         self._context, self._options = context, options
-        self._scoring = Scoring(context, batch_size=options.batch_size, pairs=options.pairs)
+        self._scoring = Scoring(context, options)
         if not self._scoring.has_prior:
             raise UserError(
                 "evals: perplexity needs a captioner, and this learner is a dual encoder; remove "

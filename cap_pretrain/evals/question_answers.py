@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from cap_pretrain.errors import UserError
-from cap_pretrain.evals.base import BatchOptions, Context, Result
+from cap_pretrain.evals.base import BatchOptions, Context, PartOptions, Result
 from cap_pretrain.evals.fit import Work
 from cap_pretrain.evals.inference.captioning import Captioning
 from cap_pretrain.evals.metrics.answer_accuracy import accuracy
@@ -26,7 +26,7 @@ class QuestionAnswers:
     """
 
     @dataclasses.dataclass(frozen=True)
-    class Options(BatchOptions, Decoding):
+    class Options(PartOptions, BatchOptions, Decoding):
         """Settings besides decoding; `samples` questions are recorded with their answers."""
 
         samples: int = 32
@@ -46,6 +46,7 @@ class QuestionAnswers:
             batch_size=options.batch_size,
             limit=options.limit or None,
             how=options,
+            part=options.part,
         )
 
     def work(self) -> Work:

@@ -44,7 +44,7 @@ class Retrieval:
     def __init__(self, context: Context, options: Options):
         """Build the evaluator; raise UserError if no texts can be scored or there are none."""
         self._context, self._options = context, options
-        self._scoring = Scoring(context, batch_size=options.batch_size, pairs=options.pairs)
+        self._scoring = Scoring(context, options)
         self._source = source = context.source(options.split, options.data)
         self._scoring.check_prior()
         self._count = min(len(source), options.limit or len(source))

@@ -7,7 +7,7 @@ from cap_pretrain.data.scenes.source import Scenes
 from cap_pretrain.data.scenes.text import mentions, names_every_object
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals import examples, exhibits
-from cap_pretrain.evals.base import Context, Result
+from cap_pretrain.evals.base import Context, PartOptions, Result
 from cap_pretrain.evals.fit import Work
 from cap_pretrain.evals.inference.captioning import Captioning
 from cap_pretrain.models.decoding import Decoding
@@ -17,7 +17,7 @@ class SceneCaptions:
     """Fraction of captions that name each object by its color and shape, and no other object."""
 
     @dataclasses.dataclass(frozen=True)
-    class Options(Decoding):
+    class Options(PartOptions, Decoding):
         """Settings, in addition to how captions are decoded.
 
         `split` of `scenes` is val, test, or novel (color-shape pairs that training never shows).
@@ -34,7 +34,12 @@ class SceneCaptions:
             raise UserError("evals: scene_captions works on the dataset `scenes` only.")
         self._context, self._source, self._count = context, source, options.count
         self._captioning = Captioning(
-            context, source, batch_size=options.batch_size, limit=options.count, how=options
+            context,
+            source,
+            batch_size=options.batch_size,
+            limit=options.count,
+            how=options,
+            part=options.part,
         )
         self._details = {
             "protocol": f"{options.described}; every object's colour and shape, and no other",

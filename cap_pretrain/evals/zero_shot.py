@@ -48,7 +48,7 @@ class ZeroShot:
     def __init__(self, context: Context, options: Options):
         """Build the evaluator; raises UserError as `prompts`, or if a learner scores no text."""
         self._context, self._options = context, options
-        self._scoring = Scoring(context, batch_size=options.batch_size, pairs=options.pairs)
+        self._scoring = Scoring(context, options)
         source = context.source(options.split, options.data)
         self.classes, self.templates = prompts(source, options.classes, options.templates)
         self._captions = ClassCaptions(self._scoring, self.classes, self.templates)

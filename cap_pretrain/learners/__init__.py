@@ -27,6 +27,18 @@ Evaluators and tools look for further methods, which `protocols` lists: `WritesC
 `keeps_tokens_at` says where a learner allows `model.keep_tokens` to drop tokens, ("encoder",) by
 default: () for one that needs all of them; see `models.tokens.PLACES`.
 
+One whose form depends on its options, as that of `joint`, has the classmethods
+
+    reads_of(options)       what it reads of a batch, in place of `reads`
+    members(config)         its parts, each a learner that evaluators can use; see `able`
+    like(section)           the default of a section of `config.learner` with the same parts
+
+A learner that is not the same during a whole run has the classmethods
+
+    changes(config)         fields that change during a run; see `training.phases`
+    idle(config)            prefixes of the paths of parameters that have no loss and stay as they
+                            are, also without weight decay
+
 A pretext task, which learns from images alone, also has
 
     RECIPES                 its published settings: config fields and values by recipe name
@@ -37,13 +49,15 @@ tasks by itself.
 
 import dataclasses
 import importlib
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
 from ml_collections import ConfigDict
 
 from cap_pretrain.errors import UserError, did_you_mean
+from cap_pretrain.learners.protocols import EmbedsText
 from cap_pretrain.models.convnet import BatchNorm
 from cap_pretrain.models.encoder import ImageEncoder
 from cap_pretrain.models.sizes import STORED
@@ -54,6 +68,7 @@ REGISTRY = {
     "aimv2": "cap_pretrain.learners.aim:AIM",
     "recurrent": "cap_pretrain.learners.recurrent:Recurrent",
     "dual_encoder": "cap_pretrain.learners.dual_encoder:DualEncoder",
+    "joint": "cap_pretrain.learners.joint:Joint",
     "classifier": "cap_pretrain.learners.classifier:Classifier",
     "rotation": "cap_pretrain.learners.rotation:Rotation",
     "jigsaw": "cap_pretrain.learners.jigsaw:Jigsaw",
@@ -64,6 +79,9 @@ REGISTRY = {
     "encoder": "cap_pretrain.learners.encoder:Encoder",
     "pretrained": "cap_pretrain.learners.encoder:Pretrained",
 }
+
+PROGRESS = "progress"
+"""The part of a batch that says which share of the run is done, float32 [B], in training only."""
 
 
 # Former names of recipes, which are still accepted.
@@ -94,10 +112,95 @@ def defaults(name: str, **overrides: Any) -> ConfigDict:
     return ConfigDict({"name": name, **dataclasses.asdict(options)}).lock()
 
 
+def defaults_like(section: Mapping[str, Any]) -> ConfigDict:
+    """Return the default of a section `learner` with the same learner and the same parts.
+
+    Raises UserError if a name is unknown.
+    """
+    name = section.get("name", "") if isinstance(section, Mapping) else ""
+    cls = learner_class(name if isinstance(name, str) else "")
+    return cls.like(section) if hasattr(cls, "like") else defaults(name)
+
+
 def options(config: ConfigDict) -> Any:
     """Return the `Options` of the learner that `config.learner` describes."""
     fields = config.learner.to_dict()
     return learner_class(fields.pop("name")).Options(**fields)
+
+
+def reads(config: ConfigDict) -> tuple[str, ...]:
+    """Return the parts of a batch that the learner of a config reads of the data."""
+    return tuple(name for name in _reads(config) if name != PROGRESS)
+
+
+def idle(config: ConfigDict) -> tuple[str, ...]:
+    """Return prefixes of the paths of parameters that a learner does not train at all."""
+    cls = learner_class(config.learner.name)
+    return cls.idle(config) if hasattr(cls, "idle") else ()
+
+
+def reads_progress(config: ConfigDict) -> bool:
+    """Return whether the learner reads which share of the run is done; see `training.step`."""
+    return PROGRESS in _reads(config)
+
+
+def _reads(config: ConfigDict) -> tuple[str, ...]:
+    cls = learner_class(config.learner.name)
+    return cls.reads_of(options(config)) if hasattr(cls, "reads_of") else cls.reads
+
+
+def with_learner(config: ConfigDict, section: ConfigDict) -> ConfigDict:
+    """Return a config with another section `learner`."""
+    own = config.copy_and_resolve_references()
+    with own.unlocked():
+        own.learner = section
+    return own
+
+
+class Member(NamedTuple):
+    """A learner, or a part of one: its name ("" is the whole), class, and a config that fits.
+
+    Parts of parts have names such as "coca/captions".
+    """
+
+    name: str
+    kind: type
+    config: ConfigDict
+
+    def of(self, learner: Any) -> Any:
+        """Return the member of a learner of the config that it was found for."""
+        for name in filter(None, self.name.split("/")):
+            learner = learner.parts[name]
+        return learner
+
+
+def members(config: ConfigDict, kind: type | None = None) -> list[Member]:
+    """Return the learner of a config, which is a `kind` if given, and its parts, if it has any."""
+    kind = kind or learner_class(config.learner.name)
+    found = [Member("", kind, config)]
+    return found + kind.members(config) if hasattr(kind, "members") else found
+
+
+def able(
+    config: ConfigDict, protocol: type, part: str = "", kind: type | None = None
+) -> Member | None:
+    """Return what has the methods of a protocol: the learner of a config or a part of it, or None.
+
+    The learner itself comes first, then parts that embed texts without an image, then the others in
+    the order of their names. A `part` asks for this one. Raises UserError if there is none.
+    """
+    found = members(config, kind)
+    if part:
+        names = [member.name for member in found[1:]]
+        if part not in names:
+            there = f"the parts {', '.join(names)}" if names else "no parts"
+            raise UserError(
+                f"part: there is no {part!r}; a {config.learner.name} has {there}."
+                f"{did_you_mean(part, names)}"
+            )
+        found = [member for member in found if member.name == part]
+    fit = [member for member in found if issubclass(member.kind, protocol)]
+    return min(fit, key=lambda m: bool(m.name) + (not issubclass(m.kind, EmbedsText)), default=None)
 
 
 def build(config: ConfigDict, vocab_size: int, key: jax.Array) -> nnx.Module:

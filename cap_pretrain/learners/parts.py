@@ -5,9 +5,11 @@ A `Part` computes its loss in three steps, so that several parts can share the f
     encoded = part.encode(images, train=train, key=part.encoder_key(key))
     rows = part.rows(encoded, batch, key, train)     a tree of arrays [B, ...]
     loss, metrics = part.reduce(rows)                over the examples of the whole batch
+
+`joint.Joint` composes any of them.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from flax import nnx
@@ -22,10 +24,12 @@ class Part(nnx.Module):
     Attributes:
         encoder: The image encoder, which may belong to other parts, too.
         reads: The parts of a batch that it reads.
+        joins: Whether it can be trained with others on one encoder.
     """
 
     encoder: ImageEncoder
     reads: tuple[str, ...]
+    joins: ClassVar[bool] = True
 
     def encode(
         self, images: jax.Array, *, train: bool = False, key: jax.Array | None = None

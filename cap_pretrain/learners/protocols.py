@@ -20,6 +20,14 @@ def learner_type(graphdef: nnx.GraphDef) -> type[nnx.Module]:
 
 
 @runtime_checkable
+class Encodes(Protocol):
+    """Encodes images, as parts of joint learners do."""
+
+    def encode(self, images: jax.Array) -> Any:
+        """Return the encoder's output, `models.layers.EncoderOutput`, for uint8 [B, H, W, 3]."""
+
+
+@runtime_checkable
 class WritesCaptions(Protocol):
     """Writes captions of images token by token; see `models.decoding`."""
 

@@ -31,6 +31,7 @@ class Recurrent(Captioner):
     """
 
     keeps_tokens_at = (tokens.ENCODER,)
+    joins = False  # its penalty is not a function of `rows`
     decoder: recurrent.Decoder  # type: ignore[assignment]  # replaces the transformer decoder
     options: Any  # `Recurrent.Options`, which are not those of a `Captioner`
 

@@ -1,5 +1,6 @@
 """Configs as differences: from the default, and between runs."""
 
+import contextlib
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -32,10 +33,9 @@ def from_default(config: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
 def _defaults(config: dict[str, Any]) -> Fields:
     """Return the default of every field that a config with this learner and evaluators has."""
     default = configs.default()
-    learner = section(config, "learner").get("name")
     with default.unlocked():
-        if isinstance(learner, str) and learner in learners.REGISTRY:
-            default.learner = learners.defaults(learner)
+        with contextlib.suppress(UserError):  # a learner of another version
+            default.learner = learners.defaults_like(section(config, "learner"))
         for name, own in section(config, "evals").items():
             evaluator = own.get("evaluator") if isinstance(own, dict) else None
             if isinstance(evaluator, str) and evaluator in evals.REGISTRY:

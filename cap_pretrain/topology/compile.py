@@ -77,7 +77,7 @@ def prepare(config: ConfigDict, devices: Sequence[jax.Device] = ()) -> tuple[Con
         vocab_size = tokenizer.vocab_size if tokenizer else vocab_size
     except UserError:
         given = config.text.tokenizer or config.text.kind == "words"
-        if given or not {"text"} & {*learners.learner_class(config.learner.name).reads}:
+        if given or not {"text"} & {*learners.reads(config)}:
             raise
     compiler = compiler_for(devices) if devices else TPU()
     for field, value in compiler.choices(config, vocab_size, devices).items():

@@ -17,7 +17,7 @@ from cap_pretrain.distributed.platform import tracing_for
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.base import data_parallel
 from cap_pretrain.evals.inference.portions import PORTION, in_portions
-from cap_pretrain.learners.protocols import ScoresTexts, WritesCaptions, learner_type
+from cap_pretrain.learners.protocols import Encodes, ScoresTexts, WritesCaptions
 from cap_pretrain.models.decoding import Decoding, write_captions
 from cap_pretrain.telemetry import flops
 from cap_pretrain.topology import hlo
@@ -51,7 +51,7 @@ def check(
     graphdef, variables = nnx.split(
         nnx.eval_shape(lambda: learners.build(config, vocab_size, jax.random.key(0)))
     )
-    run = _program(config, what, learner_type(graphdef), mesh)
+    member, run = _program(config, what, mesh)
     whole, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
 
     def placed(tree, where):
@@ -59,7 +59,9 @@ def check(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree
         )
 
-    program: Any = jax.jit(lambda v, x: run(nnx.merge(graphdef, v), *x), out_shardings=whole)
+    program: Any = jax.jit(
+        lambda v, x: run(member.of(nnx.merge(graphdef, v)), *x), out_shardings=whole
+    )
     with jax.set_mesh(mesh), tracing_for(devices[0]):
         lowered = program.lower(placed(variables, whole), placed(arrays, split))
         try:
@@ -118,18 +120,21 @@ def _arrays(config: ConfigDict, what: str) -> tuple[jax.ShapeDtypeStruct, ...]:
     return (images, texts) if what == "compare" else (images,)
 
 
-def _program(config: ConfigDict, what: str, learner: type, mesh: Any) -> Any:
-    """Return the function of a learner and the arrays of a batch."""
-    needs = {"compare": ScoresTexts, "features": object}.get(what, WritesCaptions)
-    if not issubclass(learner, needs):
+def _program(config: ConfigDict, what: str, mesh: Any) -> tuple[learners.Member, Any]:
+    """Return what computes it, and the function of that and the arrays of a batch."""
+    needs = {"compare": ScoresTexts, "features": Encodes}.get(what, WritesCaptions)
+    member = learners.able(config, needs)
+    if member is None:
         raise UserError(f"--what: {what}, which a learner {config.learner.name!r} cannot do.")
     if what == "features":
-        return lambda learner, images: in_portions(
+        return member, lambda learner, images: in_portions(
             lambda part: learner.encode(part).pooled.astype(jnp.float32), images, mesh
         )
     if what == "compare":
-        return lambda learner, images, texts: learner.compare(learner.image_features(images), texts)
+        return member, lambda learner, images, texts: learner.compare(
+            learner.image_features(images), texts
+        )
     how = Decoding(method=what)
-    return lambda learner, images: write_captions(
+    return member, lambda learner, images: write_captions(
         learner, images, how, length=config.text.length, eos=1
     )

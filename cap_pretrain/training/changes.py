@@ -12,7 +12,6 @@ from cap_pretrain import config as configs
 from cap_pretrain import files, learners, untrusted
 from cap_pretrain.config import fields
 from cap_pretrain.errors import UserError
-from cap_pretrain.learners import learner_class
 from cap_pretrain.optim import optimizers
 from cap_pretrain.validation import FREE
 
@@ -53,7 +52,7 @@ def check_unchanged(config: ConfigDict, path: Path, allowed: Sequence[str] = ())
         then |= {field: now[field] for field in BLOCKS}
     default = configs.default()
     with default.unlocked():
-        default.learner = learners.defaults(config.learner.name)
+        default.learner = learners.defaults_like(config.learner)
     defaults = fields(json.loads(configs.to_json(default)))
     changed = {}
     for field in sorted({*then, *now}):
@@ -111,7 +110,7 @@ def unused(config: ConfigDict, given: Collection[str]) -> list[str]:
     text, learner = config.text, config.learner.name
     reasons: dict[str, Sequence[str]] = {
         "the run has no steps": () if configs.trains(config) else TRAINING,
-        f"{learner} reads no text": ("text",) * ("text" not in learner_class(learner).reads),
+        f"{learner} reads no text": ("text",) * ("text" not in learners.reads(config)),
         "text.tokenizer is given": ("text.kind", "text.vocab_size", "text.words")
         * bool(text.tokenizer),
         f"text.kind is {text.kind}": ("text.vocab_size" if text.kind == "words" else "text.words",),

@@ -6,9 +6,9 @@ from shlex import quote
 
 from ml_collections import ConfigDict
 
+from cap_pretrain import learners
 from cap_pretrain.convert.layouts.base import vit_form
 from cap_pretrain.errors import UserError
-from cap_pretrain.learners import learner_class
 from cap_pretrain.learners.protocols import Classifies, EmbedsText, WritesCaptions
 from cap_pretrain.models.sizes import STORED
 
@@ -31,20 +31,20 @@ def lines(config: ConfigDict, workdir: Path, step: int) -> str:
 
 
 def _commands(config: ConfigDict, workdir: Path) -> Sequence[str]:
-    run, kind = quote(str(workdir)), learner_class(config.learner.name)
+    run = quote(str(workdir))
     try:
         vit_form(config, "transformers")
         last = f"cap export --checkpoint {run} --out {run}/exported"
     except UserError:  # no library holds such an encoder
         last = f"cap report {run} --serve 8000"
-    if issubclass(kind, WritesCaptions):
+    if learners.able(config, WritesCaptions):
         if config.model.name == STORED:  # it reads no images
             return [last]
         return [f"cap caption --checkpoint {run} photo.jpg", last]
-    if issubclass(kind, Classifies):
+    if learners.able(config, Classifies):
         evaluators = "accuracy"
     else:
-        evaluators = "retrieval" if issubclass(kind, EmbedsText) else "knn+linear_probe"
+        evaluators = "retrieval" if learners.able(config, EmbedsText) else "knn+linear_probe"
     data = "" if evaluators == "retrieval" else ",data=LABELLED_DATASET"
     judge = f"{MAIN} --config=configs/evaluate.py:evals={evaluators}{data} "
     judge += f"--workdir={run}_judged --config.encoder={run}"

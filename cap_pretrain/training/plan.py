@@ -25,7 +25,10 @@ from cap_pretrain.training.step import init_state, loss_and_stats, split_learner
 
 
 def abstract_batch(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return the shapes of the global batch that the learner reads; the config may be a phase's."""
+    """Return the shapes of the global batch that the learner reads of the data.
+
+    The config may be a phase's.
+    """
     b, s, t = config.batch_size, training_side(config), config.text.length
     image = jax.ShapeDtypeStruct((b, s, s, 3), np.uint8)
     if config.model.name == STORED:
@@ -36,7 +39,7 @@ def abstract_batch(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
         "prompt": jax.ShapeDtypeStruct((b,), np.int32),
         "label": jax.ShapeDtypeStruct((b,), np.int32),
     }
-    return {k: everything[k] for k in learners.learner_class(config.learner.name).reads}
+    return {k: everything[k] for k in learners.reads(config)}
 
 
 def flops_per_example(

@@ -226,7 +226,9 @@ def prepare(
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     steps = programs_of(
         phases_of(choice.config, schedule.total),
-        lambda graphdef, config: make_train_step(graphdef, tx, rate, config, shardings),
+        lambda graphdef, config: make_train_step(
+            graphdef, tx, rate, config, shardings, schedule.total
+        ),
         tokenizer.vocab_size,
         graphdef,
         abstract,

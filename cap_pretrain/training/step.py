@@ -11,7 +11,7 @@ from flax import nnx, struct
 from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
-from cap_pretrain import rng
+from cap_pretrain import learners, rng, rules
 from cap_pretrain.distributed import gpu, sharding
 from cap_pretrain.fingerprint import fingerprint
 from cap_pretrain.learners.protocols import Contrasts, learner_type
@@ -213,6 +213,16 @@ def _sum_over_parts(fn: Callable[..., Any], *parts: Any) -> Any:
     return jax.lax.scan(add, zeros, parts)[0]
 
 
+def _without(updates: Any, prefixes: tuple[str, ...]) -> Any:
+    """Return updates of parameters, those whose path begins with one of `prefixes` as 0."""
+
+    def keep(path, update):
+        held = rules.path_string(path).startswith(prefixes)
+        return jnp.zeros_like(update) if held else update
+
+    return jax.tree_util.tree_map_with_path(keep, updates)
+
+
 # A step is valid if these metrics are finite.
 FINITE = ("loss", "grad_norm", "update_norm", "param_norm")
 
@@ -223,6 +233,7 @@ def make_train_step(
     rate: optax.Schedule,
     config: ConfigDict,
     shardings: TrainState,
+    total: int = 1,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """Return the jitted training step `(state, batch, requests=None) -> (state, metrics)`.
 
@@ -230,8 +241,10 @@ def make_train_step(
     [B], counted) and `index` (uint32 [B], the examples' numbers; the metric `data/ids` is their
     fingerprint). `requests` (bool [devices, n], see `sharding.put_requests`) is what the hosts of a
     cluster request; the metric `requests`, bool [n], is what any of them does. `rate` is for the
-    log; `config` has seed, accumulation, EMA, and how many invalid steps may be skipped.
+    log; `config` has seed, accumulation, EMA, and how many invalid steps may be skipped. `total` is
+    the number of steps of the run, for learners that read "progress".
     """
+    reads_progress, idle = learners.reads_progress(config), learners.idle(config)
 
     def hold(params: Any) -> Any:
         return optimizers.hold_frozen(config.optim, params)
@@ -241,6 +254,9 @@ def make_train_step(
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         batch = dict(batch)
         broken, index = batch.pop("broken", jnp.zeros(1, bool)), batch.pop("index", None)
+        if reads_progress:
+            share = jnp.minimum(state.step / total, 1).astype(jnp.float32)
+            batch["progress"] = jnp.broadcast_to(share, len(batch["image"]))
         key = rng.key(config.seed, state.step, "train")
         grads, metrics, stats = accumulated_gradients(
             graphdef, state.params, state.stats, batch, key, config.accumulate, hold
@@ -250,11 +266,13 @@ def make_train_step(
         if state.plateau is not None:
             scale = state.plateau["scale"]
             updates = jax.tree.map(lambda u: scale * u, updates)
+        if idle:
+            updates = _without(updates, idle)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
         if ema is not None:
             ema = optax.incremental_update(params, ema, 1.0 - config.optim.ema)
-        metrics.pop("loss_weight", None)
+        metrics = {k: v for k, v in metrics.items() if not k.endswith("loss_weight")}
         metrics |= {
             "learning_rate": scale * rate(state.step),
             "grad_norm": optax.tree.norm(grads),

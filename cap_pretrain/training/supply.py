@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import jax
 
+from cap_pretrain import learners
 from cap_pretrain.distributed import sharding
-from cap_pretrain.learners import learner_class
 from cap_pretrain.telemetry.timer import StepTimer
 from cap_pretrain.training import feed
 from cap_pretrain.training.broken import BrokenList
@@ -22,7 +22,7 @@ def supply(
     `timer` counts the wait for batches.
     """
     config, total = setup.config, setup.schedule.total
-    reads = (*learner_class(config.learner.name).reads, "broken")
+    reads = (*learners.reads(config), "broken")
     reads += ("index",) if config.log.ids else ()
     rows = sharding.batch_rows(setup.mesh, config.batch_size)
     args = (config, setup.mixture, setup.tokenizer, rows, range(start, total))

@@ -14,7 +14,7 @@ from cap_pretrain.data.builders import features
 from cap_pretrain.data.sources.open import open_source
 from cap_pretrain.distributed import sharding
 from cap_pretrain.errors import UserError
-from cap_pretrain.evals.base import Context
+from cap_pretrain.evals.base import Context, ScoringOptions
 from cap_pretrain.evals.captions import Captions
 from cap_pretrain.evals.inference.captioning import Captioning
 from cap_pretrain.evals.inference.scoring import Scoring
@@ -273,7 +273,8 @@ def test_evaluators_and_tools_that_need_pixels_say_so(stored, tokenizer_path, tm
     result = Captions(context, Captions.Options(count=2))(variables)
     assert len(result.details["samples"]) == 2 and not result.pictures
     with pytest.raises(UserError, match="for a blank image, and the run reads stored features"):
-        Scoring(context, batch_size=2, pairs=4).prior(variables, np.zeros((1, 8), np.int32))
+        scoring = Scoring(context, ScoringOptions(batch_size=2, pairs=4))
+        scoring.prior(variables, np.zeros((1, 8), np.int32))
     with pytest.raises(UserError, match="trained on stored features .* has no image encoder"):
         captioner(Learner(c, tokenizer, graphdef, variables), Decoding(), 2, seed=0)
     assert contact_sheet.main(["--data", str(stored), "--out", str(tmp_path / "a.png")]) == 2

@@ -12,7 +12,7 @@ from cap_pretrain import rng
 from cap_pretrain.data.sources.base import Source
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.base import Context
-from cap_pretrain.learners.protocols import WritesCaptions, learner_type
+from cap_pretrain.learners.protocols import WritesCaptions
 from cap_pretrain.models.decoding import Decoding, write_all
 from cap_pretrain.models.text import PAD
 
@@ -71,14 +71,22 @@ class Captioning:
     """
 
     def __init__(
-        self, context: Context, source: Source, *, batch_size: int, limit: int | None, how: Decoding
+        self,
+        context: Context,
+        source: Source,
+        *,
+        batch_size: int,
+        limit: int | None,
+        how: Decoding,
+        part: str = "",
     ):
-        learner = learner_type(context.graphdef)
-        if not issubclass(learner, WritesCaptions):
+        able = context.able(WritesCaptions, part)
+        if able is None:
             raise UserError(
-                f"evals: this evaluator needs captions, which a {learner.__name__} does not write; "
-                "use a captioner, or remove the evaluator."
+                f"evals: this evaluator needs captions, which a {context.kind.__name__} does not "
+                "write; use a captioner, or remove the evaluator."
             )
+        self.context = context = able
         self._context, self._source = context, source
         self._batch_size, self._limit = batch_size, limit
         self._beams = how.beams if how.method == "beam" else 1

@@ -14,14 +14,13 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from flax import nnx
 
 from cap_pretrain.data.sources.base import Source
 from cap_pretrain.data.text.tokenizers import encode_answer
 from cap_pretrain.distributed import sharding
 from cap_pretrain.errors import UserError
-from cap_pretrain.evals.base import Context, Interrupted, data_parallel, round_up
-from cap_pretrain.learners.protocols import EmbedsText, ScoresTexts, learner_type
+from cap_pretrain.evals.base import Context, Interrupted, ScoringOptions, data_parallel, round_up
+from cap_pretrain.learners.protocols import EmbedsText, ScoresTexts
 from cap_pretrain.models.sizes import STORED
 
 # The gray of the blank image, in 0..255: the value that normalization brings closest to 0.
@@ -47,7 +46,7 @@ class Told(NamedTuple):
 class Scoring:
     """Scores (image, text) pairs by a learner; the scores are on every host.
 
-    A captioner scores `pairs` pairs at once. Raises UserError if the learner does not score texts.
+    Raises UserError if the learner does not score texts, nor a part of it.
 
     Attributes:
         has_prior: whether the learner is a captioner.
@@ -57,21 +56,22 @@ class Scoring:
             `compare`, compiled once for each B.
     """
 
-    def __init__(self, context: Context, *, batch_size: int, pairs: int):
-        learner = learner_type(context.graphdef)
-        if not issubclass(learner, ScoresTexts):
+    def __init__(self, context: Context, options: ScoringOptions):
+        able = context.able(ScoresTexts, options.part)
+        if able is None:
             raise UserError(
-                f"evals: this evaluator scores texts for images, which a {learner.__name__} "
+                f"evals: this evaluator scores texts for images, which a {context.kind.__name__} "
                 "cannot; use a captioner or a dual encoder, or remove the evaluator."
             )
-        self.has_prior = not issubclass(learner, EmbedsText)
+        context = able
+        self.has_prior = not issubclass(context.kind, EmbedsText)
         self.tolerance = CAPTIONER_TOLERANCE if self.has_prior else DUAL_ENCODER_TOLERANCE
         self._context = context
-        self.batch_size = round_up(batch_size, data_parallel(context.mesh))
-        self._texts = max(1, (pairs if self.has_prior else COSINES) // self.batch_size)
+        self.batch_size = round_up(options.batch_size, data_parallel(context.mesh))
+        self._texts = max(1, (options.pairs if self.has_prior else COSINES) // self.batch_size)
 
         def image_features(variables, images):
-            return nnx.merge(context.graphdef, *variables).image_features(images)
+            return context.merged(variables).image_features(images)
 
         # Image features are large and stay sharded; all other results go to every host.
         self.image_features = jax.jit(
@@ -179,7 +179,9 @@ class Scoring:
 
     def details(self, data: str, split: str) -> dict[str, str]:
         """Return what `Result.details` says of the scores and the dataset ("" is the run's own)."""
+        part = self._context.part
         return self._context.named(split, data) | {
+            **({"part": part} if part else {}),
             "score": "log-likelihood, nats" if self.has_prior else "cosine",
             "blank_image": f"grey, {BLANK} of 255" if self.has_prior else "none",
         }
