@@ -311,7 +311,8 @@ class Run:
     def _log(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Write and print the metrics of a step."""
         values = {
-            k if "/" in k else f"train/{k}": v for k, v in jax.device_get(metrics).items()
+            k if k.startswith("data/") else f"train/{k}": v
+            for k, v in jax.device_get(metrics).items()
         } | self._timer.report(step)
         self._writer.write(step, values)
         self._progress.update(step, values)

@@ -245,8 +245,8 @@ def _check_evals(config: ConfigDict) -> None:
             "each host."
         )
     best = config.checkpoint.best
-    if best and best.rpartition("/")[0] not in config.evals:
+    if best and best.partition("/")[0] not in config.evals:
         raise UserError(
             f"checkpoint.best: {best!r} is not a metric of an evaluator of this config; write "
-            f"EVALUATOR/METRIC.{did_you_mean(best.rpartition('/')[0], config.evals)}"
+            f"EVALUATOR/METRIC.{did_you_mean(best.partition('/')[0], config.evals)}"
         )

@@ -121,7 +121,7 @@ class Checkpoints:
 
     def best_step(self) -> int | None:
         """Return the saved step with the best `config.checkpoint.best`, or None if unknown."""
-        evaluator, _, metric = self._best.rpartition("/")
+        evaluator, _, metric = self._best.partition("/")
         values = {}
         for step in saved_steps(self._workdir) if self._best else ():
             path = self._workdir / "evals" / evaluator / f"{step}.json"

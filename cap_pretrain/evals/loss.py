@@ -43,7 +43,7 @@ class Loss:
     def __init__(self, context: Context, options: Options):
         self._context, self._options = context, options
         self._source = context.source(options.split, options.data)
-        learner = context.config.learner.name
+        learner = context.kind.__name__
         reads = learners.reads(context.config)
         inputs.check_reads(self._source, reads, f"evals: {{}}, which a {learner} needs")
         if options.unigram and "text" not in reads:

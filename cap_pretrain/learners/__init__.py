@@ -49,7 +49,6 @@ tasks by itself.
 
 import dataclasses
 import importlib
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -112,13 +111,13 @@ def defaults(name: str, **overrides: Any) -> ConfigDict:
     return ConfigDict({"name": name, **dataclasses.asdict(options)}).lock()
 
 
-def defaults_like(section: Mapping[str, Any]) -> ConfigDict:
+def defaults_like(section: dict[str, Any]) -> ConfigDict:
     """Return the default of a section `learner` with the same learner and the same parts.
 
     Raises UserError if a name is unknown.
     """
-    name = section.get("name", "") if isinstance(section, Mapping) else ""
-    cls = learner_class(name if isinstance(name, str) else "")
+    name = str(section.get("name", ""))
+    cls = learner_class(name)
     return cls.like(section) if hasattr(cls, "like") else defaults(name)
 
 

@@ -116,7 +116,8 @@ class Joint(Contrastive):
     def like(cls, section: dict[str, Any]) -> ConfigDict:
         """Return the default of `config.learner` with the parts that a section has."""
         given = section.get("parts")
-        parts = given if isinstance(given, dict) else {}
+        parts = {} if not isinstance(given, dict) else given
+        parts = {name: part for name, part in parts.items() if isinstance(part, dict)}
         sections = {name: learners.defaults_like(part).to_dict() for name, part in parts.items()}
         return learners.defaults("joint", parts=sections, weights=dict.fromkeys(parts, "1"))
 

@@ -43,7 +43,7 @@ class Plateau:
     def of(cls, config: ConfigDict) -> "Plateau":
         """Return the settings of a run's config; raise UserError if they are invalid."""
         plateau = cls(**config.plateau)
-        if plateau.figure and plateau.figure.rpartition("/")[0] not in config.evals:
+        if plateau.figure and plateau.figure.partition("/")[0] not in config.evals:
             raise UserError(
                 f"plateau.figure: {plateau.figure!r} is not a metric of an evaluator of this "
                 f"config; write EVALUATOR/METRIC with one of {', '.join(config.evals) or 'evals'}."

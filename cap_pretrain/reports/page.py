@@ -82,7 +82,7 @@ def _cards(runs: Sequence[Run]) -> Markup:
         shown["training loss"] = figure(finals["train/loss"]["value"])
     for last in CARDS:
         for name, entry in finals.items():
-            evaluator, _, metric = name.rpartition("/")
+            evaluator, _, metric = name.partition("/")
             if evaluator in run.evaluators and metric == last and len(shown) < 6:
                 shown[f"{evaluator}: {metric}"] = figure(entry["value"])
     for name in ("wall time", "time in steps"):

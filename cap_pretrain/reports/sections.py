@@ -47,7 +47,7 @@ def finals(runs: Sequence[Run]) -> Markup:
     """Return the table of final figures; in rows of several runs the best value is bold."""
     every = [series.finals(run) for run in runs]
     names = dict.fromkeys(name for own in every for name in own)
-    of_evals = [n for n in names if any(n.rpartition("/")[0] in run.evaluators for run in runs)]
+    of_evals = [n for n in names if any(n.partition("/")[0] in run.evaluators for run in runs)]
     chosen = [name for name in names if name in ("train/loss", "train/accuracy")] + of_evals
     rest = [name for name in names if name not in chosen and name != "time/eta_s"]
     make = _final_of_one if len(runs) == 1 else _final_of_several
@@ -75,7 +75,7 @@ def _final_of_several(runs: Sequence[Run], every: Sequence[dict], names: Iterabl
         values = [own.get(name, {}).get("value") for own in every]
         finite = [v for v in values if v is not None]
         better = series.direction(name)
-        kinds = {run.evaluators.get(name.rpartition("/")[0], {}).get("evaluator") for run in runs}
+        kinds = {run.evaluators.get(name.partition("/")[0], {}).get("evaluator") for run in runs}
         if len(learners) > 1 and (name.startswith("train/") or "loss" in kinds):
             better = ""  # the tasks of different learners do not compare
         best = (min if better == "lower" else max)(finite) if better and len(finite) > 1 else None

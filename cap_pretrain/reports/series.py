@@ -95,7 +95,7 @@ def charts(runs: Sequence[Run]) -> list[Chart]:
     for name in names:
         if name in taken or name in skipped or name.endswith("/unigram_loss"):
             continue
-        evaluator = name.rpartition("/")[0]
+        evaluator = name.partition("/")[0]
         in_config = any(evaluator in run.evaluators for run in runs)
         group = evaluator if in_config else "more"
         made.append(Chart(_title(name, in_config), group, _of(every, [name])))
@@ -103,7 +103,7 @@ def charts(runs: Sequence[Run]) -> list[Chart]:
 
 
 def _title(name: str, in_config: bool) -> str:
-    return name.rpartition("/")[2] if in_config else name
+    return name.partition("/")[2] if in_config else name
 
 
 def _of(every: Sequence[dict[str, Points]], names: Iterable[str]) -> list[Series]:
@@ -114,7 +114,7 @@ def _of(every: Sequence[dict[str, Points]], names: Iterable[str]) -> list[Series
 
 def _is_loss(name: str, runs: Sequence[Run]) -> bool:
     """Return whether a metric is the learner's own loss, in training or in an evaluation."""
-    evaluator, _, metric = name.rpartition("/")
+    evaluator, _, metric = name.partition("/")
     own = any(run.evaluators.get(evaluator, {}).get("evaluator") == "loss" for run in runs)
     return name == "train/loss" or (own and metric in ("loss", "unigram_loss"))
 

@@ -52,7 +52,7 @@ def check_unchanged(config: ConfigDict, path: Path, allowed: Sequence[str] = ())
         then |= {field: now[field] for field in BLOCKS}
     default = configs.default()
     with default.unlocked():
-        default.learner = learners.defaults_like(config.learner)
+        default.learner = learners.defaults_like(config.learner.to_dict())
     defaults = fields(json.loads(configs.to_json(default)))
     changed = {}
     for field in sorted({*then, *now}):

@@ -23,7 +23,7 @@ def evaluations(
     """
     rows: dict[int, Row] = {}
     for line in lines:
-        found = {k: v for k, v in line.items() if k.rpartition("/")[0] in names}
+        found = {k: v for k, v in line.items() if k.partition("/")[0] in names}
         if found:
             step = int(line["step"])
             row = rows.setdefault(step, {"step": step, "epoch": round(epochs(step), 3)})
@@ -45,14 +45,14 @@ def keep(workdir: Path, names: Collection[str], epochs: Callable[[int], float]) 
 
 def tables(rows: Sequence[Row]) -> str:
     """Return a Markdown table for each evaluator that ran more than once."""
-    names = dict.fromkeys(c.rpartition("/")[0] for row in rows for c in row if "/" in c)
+    names = dict.fromkeys(c.partition("/")[0] for row in rows for c in row if "/" in c)
     shown = []
     for name in names:
-        columns = dict.fromkeys(c for row in rows for c in row if c.rpartition("/")[0] == name)
+        columns = dict.fromkeys(c for row in rows for c in row if c.partition("/")[0] == name)
         own = [row for row in rows if columns.keys() & row.keys()]
         if len(own) < 2:
             continue
-        head = ["step", "epoch", *(c.rpartition("/")[2] for c in columns)]
+        head = ["step", "epoch", *(c.partition("/")[2] for c in columns)]
         cells = [[_written(row.get(c)) for c in ("step", "epoch", *columns)] for row in own]
         shown.append(f"{name}\n\n{markdown(head, cells)}")
     return "\n\n".join(shown)

@@ -21,7 +21,7 @@ CASES = {
     "quickstart": ("quickstart", None),
     **{
         f"pretrain-{objective}": ("pretrain", f"objective={objective}")
-        for objective in ("cappa", "cap", "clip", "siglip", "aimv2")
+        for objective in ("cappa", "cap", "clip", "siglip", "aimv2", "cap+siglip")
     },
 }
 

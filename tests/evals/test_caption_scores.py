@@ -10,7 +10,7 @@ from cap_pretrain import evals
 from cap_pretrain.commands import score_captions
 from cap_pretrain.data.scenes.source import Scenes
 from cap_pretrain.errors import UserError
-from cap_pretrain.evals import caption_scores
+from cap_pretrain.evals import base, caption_scores
 from cap_pretrain.evals.base import Interrupted
 from cap_pretrain.evals.caption_scores import CaptionScores
 from cap_pretrain.evals.inference.captioning import Caption
@@ -48,7 +48,7 @@ def evaluator(monkeypatch):
 
     def make(captions=CAPTIONS, context=None, **options):
         class Captioning:
-            def __init__(self, context, source, *, batch_size, limit, how):
+            def __init__(self, context, source, *, batch_size, limit, how, part):
                 assert limit is None and how.rows == options.get("beams", 1)
 
             def scored(self, variables):
@@ -149,8 +149,7 @@ def test_a_captioner_is_scored_alike_on_eight_devices(tokenizer_path):
 
 
 def test_contrastive_learners_write_no_captions():
-    graphdef, *_ = tiny.abstract(tiny.config("dual_encoder"))
-    context = Context()
-    context.graphdef = graphdef
+    c = tiny.config("dual_encoder")
+    context = base.Context(c, tiny.abstract(c)[0], None, None)
     with pytest.raises(UserError, match="needs captions, which a DualEncoder does not write"):
         CaptionScores(context, CaptionScores.Options())

@@ -28,7 +28,7 @@ def judged(monkeypatch):
 
     def judge(captions, workdir=None):
         class Captioning:
-            def __init__(self, context, source, *, batch_size, limit, how):
+            def __init__(self, context, source, *, batch_size, limit, how, part):
                 assert limit == 20 and how.method == "greedy"
 
             def scored(self, variables):

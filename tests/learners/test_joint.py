@@ -1,4 +1,4 @@
-"""Joint learners: the loss and gradient of their parts, weights over a run, and a part of one's own."""
+"""Joint learners: loss and gradient of their parts, weights over a run, a part of one's own."""
 
 import dataclasses
 import functools
@@ -58,8 +58,8 @@ BATCH = {
 def gradients(c, params, accumulate=1, **batch):
     """The gradient of a learner's training loss, and its metrics."""
     graphdef, _, stats = tiny.abstract(c)
-    compute = functools.partial(step.accumulated_gradients, graphdef, parts=accumulate)
-    grads, metrics, _ = jax.jit(lambda *args: compute(*args))(params, stats, BATCH | batch, KEY)
+    compute = jax.jit(functools.partial(step.accumulated_gradients, graphdef, parts=accumulate))
+    grads, metrics, _ = compute(params, stats, BATCH | batch, KEY)
     return jax.device_get((grads, metrics))
 
 

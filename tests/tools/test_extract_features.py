@@ -272,8 +272,8 @@ def test_evaluators_and_tools_that_need_pixels_say_so(stored, tokenizer_path, tm
     context, variables = Context(c, graphdef, tokenizer, mesh), init().variables
     result = Captions(context, Captions.Options(count=2))(variables)
     assert len(result.details["samples"]) == 2 and not result.pictures
+    scoring = Scoring(context, ScoringOptions(batch_size=2, pairs=4))
     with pytest.raises(UserError, match="for a blank image, and the run reads stored features"):
-        scoring = Scoring(context, ScoringOptions(batch_size=2, pairs=4))
         scoring.prior(variables, np.zeros((1, 8), np.int32))
     with pytest.raises(UserError, match="trained on stored features .* has no image encoder"):
         captioner(Learner(c, tokenizer, graphdef, variables), Decoding(), 2, seed=0)
