@@ -20,6 +20,7 @@ from cap_pretrain.learners.weights import Weight
 from cap_pretrain.models.build import build_encoder
 from cap_pretrain.models.layers import normalize_images
 from cap_pretrain.training import plan, step
+from cap_pretrain.training.phases import phases_of
 from cap_pretrain.validation import validate
 from tests import tiny, toy
 
@@ -144,6 +145,19 @@ def test_mistakes_in_a_config_are_named():
         validate(joint(siglip="0@0.5,1@0.6"))
 
 
+def test_a_part_begins_and_ends_a_phase():
+    c = joint(cap="1@0.5,0@0.75", siglip="0@0.25,1@0.5")
+    found = phases_of(c, 8)
+    assert [(p.start, p.stop, p.changed) for p in found] == [
+        (0, 2, {"learner.weights.siglip": "0"}),
+        (2, 6, {}),
+        (6, 8, {"learner.weights.cap": "0"}),
+    ]
+    assert [learners.idle(p.config) for p in found] == [("parts/siglip/",), (), ("parts/cap/",)]
+    costs = plan.training_flops(found, tiny.VOCAB)
+    assert costs[1] > max(costs[0], costs[2])
+
+
 def test_parts_are_found_by_what_they_can_do():
     c = joint(cap=1, siglip=1)
     assert learners.reads(c) == ("image", "text", "prompt") and not learners.reads_progress(c)
@@ -233,23 +247,27 @@ def test_a_joint_run_with_changing_weights_is_evaluated_and_resumes(tmp_path):
         c = toy.load("pretrain", "objective=cap+siglip:0.5")
         with c.unlocked():
             c.learner.parts.bright = learners.defaults("brightness")
-            c.learner.weights.bright = "0@0.25,1@0.75"
-        fields = {"checkpoint__every_steps": 2, "eval__every_steps": 4}
+            c.learner.weights.bright = "0@0.5,1@1"
+        fields = {"checkpoint__every_steps": 1, "checkpoint__keep_last": 4, "eval__every_steps": 4}
         return toy.shrink(c, total_steps=4, **fields)
 
     train.run(config(), tmp_path / "run")
     lines = toy.losses(tmp_path / "run")
-    assert [line["train/bright/weight"] for line in lines] == pytest.approx([0, 0, 0.5, 1])
+    assert [line.get("train/bright/weight") for line in lines] == [None, None, 0, 0.5]
     for line in lines:
-        parts = sum(
-            line[f"train/{p}/weight"] * line[f"train/{p}/loss"] for p in ("bright", "cap", "siglip")
-        )
-        assert line["train/loss"] == pytest.approx(parts, rel=1e-5)
+        parts = [p for p in ("bright", "cap", "siglip") if f"train/{p}/weight" in line]
+        whole = sum(line[f"train/{p}/weight"] * line[f"train/{p}/loss"] for p in parts)
+        assert line["train/loss"] == pytest.approx(whole, rel=1e-5)
         assert "train/loss_weight" not in line and "train/cap/loss_weight" not in line
     (found,) = [line for line in toy.lines(tmp_path / "run") if "val/loss" in line]
     assert found["val/loss"] == pytest.approx(
         found["val/cap/loss"] + 0.5 * found["val/siglip/loss"] + found["val/bright/loss"], rel=1e-5
     )
+    # A part that has not begun stays as it is, also without weight decay.
+    before, still, after = (read_weights(tmp_path / "run", at).params for at in (1, 2, 4))
+    kernel = "parts/bright/head/kernel"
+    assert np.array_equal(before[kernel], still[kernel])
+    assert not np.array_equal(before[kernel], after[kernel])
     whole = read_weights(tmp_path / "run", 4)
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
     train.run(config(), tmp_path / "run")
