@@ -214,6 +214,19 @@ def kept_tokens(config: ConfigDict, place: str) -> float:
     return config.model.keep_tokens if config.model.keep_tokens_at == place else 1.0
 
 
+def notes(config: ConfigDict) -> list[str]:
+    """Return a line for the log if a run trains on a part of the patch tokens."""
+    model = config.model
+    if model.keep_tokens == 1:
+        return []
+    total = (config.data.image_size // parse_name(model.name)[1]) ** 2
+    count = tokens.number_kept(total, model.keep_tokens, int(model.class_token))
+    return [
+        f"In training the {model.keep_tokens_at} reads {count:,} of {total:,} patch tokens "
+        f"(model.keep_tokens={model.keep_tokens:.4g})"
+    ]
+
+
 def build_encoder(config: ConfigDict, rngs: nnx.Rngs) -> ImageEncoder:
     """Build the image encoder of a config."""
     encoder = _encoder(config, rngs)

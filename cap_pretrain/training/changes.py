@@ -117,6 +117,8 @@ def unused(config: ConfigDict, given: Collection[str]) -> list[str]:
         "data.order is global": ("data.block", "data.lanes", "data.cache_gb")
         * (config.data.order == "global"),
         f"optim.name is {config.optim.name}": ("optim.muon",) * (config.optim.name != "muon"),
+        "model.keep_tokens is 1": ("model.keep_tokens_at", "model.keep_tokens_until")
+        * (config.model.keep_tokens == 1),
         "plateau.figure is empty": ("plateau",) * (not config.plateau.figure),
         "checkpoint.best is empty": ("checkpoint.best_mode",) * (not config.checkpoint.best),
     }

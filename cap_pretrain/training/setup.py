@@ -234,6 +234,7 @@ def prepare(
         abstract,
     )
     notes = [*inputs.held_out(config, sources), *schedules.notes(config, schedule)]
+    notes += build.notes(config) if schedule.total else []
     notes += [choice.line] if choice.line else []
     return Setup(
         *(config, workdir, mesh, sources, mixture, tokenizer, schedule, notes, batches),
@@ -279,6 +280,7 @@ def dry_run(
         made["seconds"], line = forecast.duration(made, workdir)
         foreseen += [text, line]
     notes = [*inputs.held_out(config, sources), *schedules.notes(config, schedule)]
+    notes += build.notes(config) if schedule.total else []
     length = [schedules.describe(config, schedule)] if schedule.total else []
     lines = "\n".join([*changes, *length, plan.write_plan(made, workdir)])
     return "\n\n".join(filter(None, [lines, "\n".join(foreseen), choice.line, *notes]))

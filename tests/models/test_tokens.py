@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 from cap_pretrain.errors import UserError
-from cap_pretrain.models import tokens
+from cap_pretrain.models import build, tokens
 from cap_pretrain.models.layers import normalize_images, run_encoder_blocks
 from cap_pretrain.models.vit import Masks
 from cap_pretrain.training import plan
@@ -86,6 +86,13 @@ def test_taking_tokens_has_the_gradient_of_indexing_without_a_scatter():
     np.testing.assert_array_equal(found, expected)
     jaxpr = jax.make_jaxpr(jax.grad(lambda x: total(x, ours)))(x).jaxpr
     assert not [e for e in equations(jaxpr) if e.primitive.name.startswith("scatter")]
+
+
+def test_the_log_says_how_many_are_kept():
+    assert build.notes(toy.config()) == []
+    c = toy.config(data__image_size=112, model__keep_tokens=1 / 3, model__class_token=True)
+    (line,) = build.notes(c)
+    assert line == "In training the encoder reads 63 of 196 patch tokens (model.keep_tokens=0.3333)"
 
 
 # Before the encoder

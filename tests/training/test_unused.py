@@ -23,6 +23,7 @@ def with_given(c, given):
         ({"text.kind": "words", "text.vocab_size": 9}, "text.vocab_size=9 (text.kind is words)"),
         ({"text.tokenizer": "a", "text.vocab_size": 9}, "text.vocab_size=9 (text.tokenizer is"),
         ({"plateau.patience": 2}, "plateau.patience=2 (plateau.figure is empty)"),
+        ({"model.keep_tokens_until": 0.5}, "until=0.5 (model.keep_tokens is 1)"),
         ({"checkpoint.best_mode": "max"}, "best_mode='max' (checkpoint.best is empty)"),
         ({"optim.cooldown_steps": 5}, "optim.cooldown_steps=5 (optim.decay is cosine)"),
         ({"log.every_epochs": 0.5}, "log.every_epochs=0.5 (log.every_steps counts)"),
