@@ -35,7 +35,8 @@ One whose form depends on its options, as that of `joint`, has the classmethods
 
 A learner that is not the same during a whole run has the classmethods
 
-    changes(config)         fields that change during a run; see `training.phases`
+    changes(config)         fields that change during a run, (share of the run, {field: value from
+                            there on}); parameters must not depend on them. See `training.phases`
     idle(config)            prefixes of the paths of parameters that have no loss and stay as they
                             are, also without weight decay
 

@@ -38,10 +38,13 @@ MESHES = {
     "siglip": {"mesh.data": 2, "mesh.tensor": 2},
 }
 CAPTIONS = {"evals.samples.count": 4}  # a field of captioners only
+# One of them changes the size of the images. Of a single patch, some gradients would only be noise.
+PHASES = {"data.first_sizes": "24:0.5"}
 
 
 def fields_of(objective: str) -> dict:
-    return SMALL | (CAPTIONS if objective.startswith("cap") else {})
+    own = PHASES if objective == "cappa" else {}
+    return SMALL | (CAPTIONS if objective.startswith("cap") else {}) | own
 
 
 def arguments(objective: str, fields: dict) -> list[str]:
