@@ -8,6 +8,7 @@ Arguments:
              cap+siglip:0.5 with a weight (docs/objectives.md); default: cappa
   model      size of the encoder, with its patch size; default: S/16
   data       dataset; default: scenes
+  evals      evaluators that run at the end besides the loss, joined by +; default: none
 
 The defaults are the recipe of the matched comparison in Tschannen et al. 2023 (arXiv 2306.07915):
 366,500 steps with batches of 8192, for a TPU pod. On smaller machines, set
@@ -22,8 +23,8 @@ from cap_pretrain.learners.protocols import WritesCaptions
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """Return the config for `objective=cappa|cap|clip|siglip|aimv2|cap+siglip|…,model=…,data=…`."""
-    args = config.arguments(arg, objective="cappa", model="S/16", data="scenes")
+    """Return the config for `objective=…,model=…,data=…,evals=…` (see the module's docstring)."""
+    args = config.arguments(arg, objective="cappa", model="S/16", data="scenes", evals="")
     c = config.default()
     c.total_steps = 366_500
     c.model.name = args.model
@@ -34,4 +35,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.evals = ConfigDict({"val": evals.defaults("loss", unigram="captioner" in kinds)})
     if learners.able(c, WritesCaptions):
         c.evals.samples = evals.defaults("captions")
+    for name in filter(None, args.evals.split("+")):
+        c.evals[name] = evals.defaults(name, when="end")
     return c

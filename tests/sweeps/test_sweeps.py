@@ -34,6 +34,12 @@ def root(monkeypatch):
         ("recurrent.py:recipe=rotation_lstm,rates=0.1", 5 * 5),
         ("scaling.py", 4 * 4 * 2),
         ("scaling.py:sizes=S/16+B/16,scenes=full,rates=0.1+0.2", 2 * 4 * 2 * 2),
+        ("ablations.py", 5 * 2),
+        ("ablations.py:what=depth,values=1+2,seeds=3,data=data/coco,size=S/16", 2),
+        ("ablations.py:what=width", 3 * 2),
+        ("ablations.py:what=tokens", 5 * 2),
+        ("ablations.py:what=read", 5 * 2),
+        ("ablations.py:what=patch,seeds=0", 5),
     ],
 )
 def test_every_trial_has_a_valid_config_of_its_own(root, sweep, count):
