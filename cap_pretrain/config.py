@@ -190,8 +190,12 @@ def _data() -> ConfigDict:
     # decode and were replaced by neighbors; 1: never.
     c.max_broken = 0.01
     # Names of the features in a stored dataset; nested ones as "captions/text"; captions may come
-    # from several by weight, "caption:2+alt_text".
+    # from several by weight, "caption:2+alt_text", also by weights that change (docs/data.md).
     c.fields = ConfigDict(DEFAULT_FIELDS)
+    # In training, for each feature of data.fields.captions: what its captions begin with, which the
+    # model is given like a question; and their most tokens, EOS included, 0 for no limit. (): none.
+    c.caption_prefixes = ()
+    c.caption_lengths = ()
     # Side in pixels. The recipe resizes to 224 x 224, ignoring the aspect ratio.
     c.image_size = 224
     # Sides of the images in the first parts of the run, before image_size, each with its share of

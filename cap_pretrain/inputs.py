@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import tempfile
 from collections.abc import Collection, Iterator
@@ -25,6 +26,7 @@ from cap_pretrain.telemetry import console
 
 # Examples per dataset whose captions train a new sentencepiece tokenizer.
 TOKENIZER_EXAMPLES = 50_000
+PREFIXES = 1000  # times that a new tokenizer sees each of data.caption_prefixes
 
 # Subsets of a dataset are drawn with this seed, so that runs with other seeds are comparable.
 SUBSET_SEED = 0
@@ -241,17 +243,19 @@ def _make_tokenizer(config: ConfigDict, mixture: Mixture, workdir: Path) -> None
         files.write_bytes(workdir / name, data)
         return
     folder, lower = (workdir / TOKENIZER_FILE).parent, config.text.lower
+    prefixes = [prefix for prefix in config.data.caption_prefixes if prefix]
+    more = prefixes * max(PREFIXES, config.text.words.min_count)
     if config.text.kind == "words":  # the minimum count refers to all captions
         # All captions of a stored dataset, but no million scenes, which have few words.
         drawn = all(name in GENERATED for name, _ in parse_mixture(config.data.name))
         limit = TOKENIZER_EXAMPLES if drawn else None
         with console.doing(f"Counting the words of the captions of {images_of(mixture, limit)}"):
-            captions = _captions(config, mixture, limit)
+            captions = itertools.chain(_captions(config, mixture, limit), more)
             words.write_words(captions, folder, words.Rules(**config.text.words), lower)
     else:
         images = images_of(mixture, TOKENIZER_EXAMPLES)
         with console.doing(f"Training a tokenizer on the captions of {images}"):
-            captions = _captions(config, mixture, TOKENIZER_EXAMPLES)
+            captions = itertools.chain(_captions(config, mixture, TOKENIZER_EXAMPLES), more)
             tokenizers.train_sentencepiece(captions, folder, config.text.vocab_size, lower)
 
 

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from cap_pretrain import evals, files, learners
 from cap_pretrain.config import fields, get, trains
 from cap_pretrain.data import resolution
+from cap_pretrain.data.origins import Origins
 from cap_pretrain.data.sources.base import parse_mixture
 from cap_pretrain.data.text import tokenizers, words
 from cap_pretrain.errors import UserError, did_you_mean
@@ -123,6 +124,7 @@ def validate(config: ConfigDict, *, tokenizer: bool = False) -> None:
     if not there:
         raise UserError(f"text.tokenizer: there is no file {given!r}.")
     words.Rules(**config.text.words)
+    Origins.of(config.data)
     Muon(**config.optim.muon)
     Mup(**config.optim.mup).check(config.optim.name)
     profiler.parse(config.log.profile_steps)

@@ -19,8 +19,9 @@ import grain
 import numpy as np
 
 from cap_pretrain.data import images
+from cap_pretrain.data.origins import Origins, text_row
 from cap_pretrain.data.sources.base import Example, Source
-from cap_pretrain.data.text.tokenizers import TextEncoder, encode_answer
+from cap_pretrain.data.text.tokenizers import TextEncoder
 from cap_pretrain.errors import UserError, did_you_mean
 
 BROKEN_IN_A_ROW = 100  # images that do not decode, after which a dataset is taken to be corrupt
@@ -49,7 +50,7 @@ class ImageOptions:
     flip: bool = False
 
 
-def train_dataset(
+def train_dataset(  # noqa: PLR0913  # what batches are made of
     sources: Sequence[tuple[Source, float]],
     tokenizer: TextEncoder,
     image: ImageOptions,
@@ -57,6 +58,7 @@ def train_dataset(
     batch_size: int,
     seed: int,
     order: Callable[[int], int] | None = None,
+    origins: Origins | None = None,
     rows: Sequence[int] | np.ndarray | None = None,
 ) -> grain.MapDataset:
     """Return an endless dataset whose element t is this host's part of global batch t.
@@ -74,6 +76,7 @@ def train_dataset(
         seed: not negative; decides the order, the captions drawn and the augmentations.
         order: maps rows of the run to positions in the concatenation of the sources, in place of
             shuffling and mixing by weight (see `buckets.Order`).
+        origins: how captions of several origins are shown, if not all alike.
         rows: the rows of the global batch to load; by default all.
 
     Returns:
@@ -88,6 +91,8 @@ def train_dataset(
     """
     for source, _ in sources:
         _check_not_empty(source)
+    if origins:
+        origins.check(tokenizer)
     bounds = [0, *itertools.accumulate(len(source) for source, _ in sources)]
     # Positions are shuffled and mixed before anything is loaded, so the random numbers of an
     # example depend only on its row in the run, not on the member it comes from.
@@ -104,6 +109,7 @@ def train_dataset(
         positions,
         tokenizer,
         image,
+        origins=origins,
         seed=_derive(seed, _DRAW),
     )
     return _batched(load, sys.maxsize // batch_size, batch_size, rows)
@@ -178,6 +184,7 @@ class _TrainRows:
         tokenizer: TextEncoder,
         image: ImageOptions,
         *,
+        origins: Origins | None = None,
         seed: int,
     ):
         self._ends = list(itertools.accumulate(len(source) for source in sources))
@@ -185,7 +192,7 @@ class _TrainRows:
         self._positions = positions
         self._tokenizer = tokenizer
         _check_crop(image.crop, ("none", *_RANDOM_CROPS))
-        self._options = image
+        self._options, self._origins = image, origins
         self._key = np.random.SeedSequence(seed).generate_state(2, np.uint64)
 
     def __call__(self, numbers: Sequence[int]) -> Iterator[Row]:
@@ -201,11 +208,11 @@ class _TrainRows:
         places = [self._place(position) for position in positions]
         examples = [source[index] for source, index in places]
         texts = [
-            _text(example, which, self._tokenizer)
-            for example, (which, _) in zip(examples, drawn, strict=True)
+            self._text(example, which, number)
+            for example, (which, _), number in zip(examples, drawn, numbers, strict=True)
         ]
-        for position, rng, (which, side), (source, index), example, text in zip(
-            positions, rngs, drawn, places, examples, texts, strict=True
+        for number, position, rng, (which, side), (source, index), example, text in zip(
+            numbers, positions, rngs, drawn, places, examples, texts, strict=True
         ):
             image, skipped = self._image(example, rng), 0
             while isinstance(image, images.ImageError):
@@ -220,11 +227,14 @@ class _TrainRows:
                 image = self._image(example, rng)
             yield {
                 "image": images.flip(image) if self._options.flip and side < 0.5 else image,
-                **(_text(example, which, self._tokenizer) if skipped else text),
+                **(self._text(example, which, number) if skipped else text),
                 "label": np.int32(example["label"]),
                 "index": np.int64(position),
                 "broken": np.bool_(skipped > 0),
             }
+
+    def _text(self, example: Example, which: float, number: int) -> Row:
+        return text_row(example, which, self._tokenizer, self._origins, number)
 
     def _place(self, position: int) -> tuple[Source, int]:
         """Return the source of a position in the concatenation, and the index in it."""
@@ -277,7 +287,7 @@ class _EvalRow:
         if position >= self.count:
             return row
         example = self._source[position]
-        row |= _text(example, 0.0, self._tokenizer)
+        row |= text_row(example, 0.0, self._tokenizer)
         row["label"] = np.int32(example["label"])
         row["index"] = np.int64(position)
         try:
@@ -339,19 +349,6 @@ def square(
         assert rng is not None
         return _RANDOM_CROPS[crop](image, size, rng)
     return images.center_crop(image, size) if crop == "center" else images.resize(image, size)
-
-
-def _text(example: Example, where: float, tokenizer: TextEncoder) -> Row:
-    """Return `text` and `prompt` of a row; `where` in [0, 1) chooses the caption by weight."""
-    captions, weights = example["captions"], example.get("weights")
-    if weights:
-        ends = np.cumsum(weights)
-        which = int(np.searchsorted(ends[:-1], where * ends[-1], side="right"))
-    else:
-        which = int(where * len(captions))
-    caption = captions[which] if captions else None
-    ids, given = encode_answer(tokenizer, example.get("question", ""), caption)
-    return {"text": ids, "prompt": np.int32(given)}
 
 
 def _check_not_empty(source: Source) -> None:

@@ -110,7 +110,8 @@ def unused(config: ConfigDict, given: Collection[str]) -> list[str]:
     text, learner = config.text, config.learner.name
     reasons: dict[str, Sequence[str]] = {
         "the run has no steps": () if configs.trains(config) else TRAINING,
-        f"{learner} reads no text": ("text",) * ("text" not in learners.reads(config)),
+        f"{learner} reads no text": ("text", "data.caption_lengths", "data.caption_prefixes")
+        * ("text" not in learners.reads(config)),
         "text.tokenizer is given": ("text.kind", "text.vocab_size", "text.words")
         * bool(text.tokenizer),
         f"text.kind is {text.kind}": ("text.vocab_size" if text.kind == "words" else "text.words",),

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from cap_pretrain import inputs
 from cap_pretrain.data import blocks, pipeline, prefetch, resolution
+from cap_pretrain.data.origins import Origins
 from cap_pretrain.data.sources import buckets, subset
 from cap_pretrain.data.text import tokenizers
 from cap_pretrain.telemetry import console
@@ -84,11 +85,13 @@ def training_batches(
     rows: Rows = None,
     offset: int = 0,
     order: Order = None,
+    total: int = 0,
 ) -> grain.MapDataset:
     """Return an endless dataset whose element t is batch t, or the given `rows` of it.
 
     The config is that of the phase to which the batch belongs. Batch 0 begins with row `offset` of
-    the run, see `schedule.BatchSizes`. `order` is by default that of the config.
+    the run, see `schedule.BatchSizes`. `order` is by default that of the config. The run has
+    `total` rows, on which weights of captions may depend; 0 keeps those of its beginning.
     """
     order = order or _order(config, mixture, offset)
     if offset:
@@ -100,6 +103,7 @@ def training_batches(
         batch_size=config.batch_size,
         seed=config.seed,
         order=order,
+        origins=Origins.of(config.data, total),
         rows=rows,
     )
 
@@ -115,13 +119,14 @@ def prepared_batches(
 ) -> prefetch.Batches:
     """Iterate over the elements `steps` of `training_batches`, which are prepared ahead of time.
 
-    Each is made with the config of its phase, by default `config`. With `data.order=blocks`, the
-    sources learn what is read next.
+    The last of them ends the run. Each is made with the config of its phase, by default `config`.
+    With `data.order=blocks`, the sources learn what is read next.
     """
     order, plan = _order(config, mixture, offset), None
     if isinstance(order, blocks.BlockOrder):
         plan = blocks.ReadAhead(order, [source for source, _ in mixture], rows)
-    args = (mixture, tokenizer, rows, offset, order)
+    total = offset + steps.stop * config.batch_size
+    args = (mixture, tokenizer, rows, offset, order, total)
     datasets = [training_batches(phase.config, *args) for phase in phases]
     if len(datasets) > 1:
         in_turn = _InTurn(datasets, [phase.stop for phase in phases])

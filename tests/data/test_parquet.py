@@ -129,6 +129,7 @@ def test_columns_are_found_or_chosen(tmp_path):
     assert source[0]["id"] in read(build(tmp_path, "parquet", *arguments), "train")
     both = opened(tmp_path / "t.parquet", captions="caption:2+alt", id="caption")
     assert both[0]["captions"] == ["one", "x", "y"] and both[0]["weights"] == [2, 0.5, 0.5]
+    assert both[0]["origins"] == [0, 1, 1]
     assert both[0]["id"] == "one"
     with pytest.raises(UserError, match="no column 'alt_text' for the field 'captions'"):
         opened(tmp_path / "t.parquet", captions="alt_text")

@@ -172,10 +172,13 @@ def test_captions_of_several_fields_have_weights(tmp_path):
         lambda i: {"caption": ["one", " "][i % 2], "more": ["two", "", "three"]},
     )
     both = {
-        tuple(e["captions"]): e["weights"]
+        tuple(e["captions"]): (e["weights"], e["origins"])
         for e in read(folder, fields={"captions": "caption:3 + more"})
     }
-    assert both == {("one", "two", "three"): [3.0, 0.5, 0.5], ("two", "three"): [0.5, 0.5]}
+    assert both == {
+        ("one", "two", "three"): ([3.0, 0.5, 0.5], [0, 1, 1]),
+        ("two", "three"): ([0.5, 0.5], [1, 1]),
+    }
     one = read(folder, fields={"captions": "more"})[0]
     assert one["captions"] == ["two", "", "three"] and "weights" not in one
     with pytest.raises(UserError, match="no feature 'moor' for the field 'captions'"):

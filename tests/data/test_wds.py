@@ -142,6 +142,7 @@ def test_fields_come_from_the_text_and_the_json(tmp_path):
     assert [e["id"] for e in source] == ["t/a", "t/b", "t/c"]
     chosen = opened(tmp_path / "t.tar", captions="alt+txt:3", label="class", id="name")
     assert chosen[0]["captions"] == ["x", "by text"] and chosen[0]["weights"] == [1, 3]
+    assert chosen[0]["origins"] == [0, 1]
     assert (chosen[0]["id"], chosen[1]["label"], chosen[2]["id"]) == ("k", 7, "t/c")
     with pytest.raises(UserError, match="data.fields.image"):
         opened(tmp_path / "t.tar", image="png")

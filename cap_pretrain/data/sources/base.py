@@ -10,6 +10,8 @@ A source is a picklable sequence. `source[i]` is one example, as it is stored:
     question: str, which the captions answer; missing or "" if there is none. The label and the
         class names then are those of question types.
     weights: list[float], relative probabilities of drawing each caption; missing or empty if equal
+    origins: list[int], which feature of `data.fields.captions` holds each caption; missing if that
+        names one
 
 `source.class_names` lists the names of the labels and is empty if there are none. A source may also
 have what these functions of this module call, each of which says what holds without it:
@@ -26,6 +28,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from cap_pretrain.data.weights import Weight, never
 from cap_pretrain.errors import UserError
 
 Example = dict[str, Any]
@@ -34,7 +37,8 @@ DEFAULT_FIELDS = {name: name for name in ("image", "captions", "label", "id", "q
 """Field -> feature of a stored dataset that holds it; "a/b" is feature b inside feature a.
 
 Captions may come from several features, as in "caption:2+alt_text": first a feature is drawn by its
-weight (1 if omitted), then one of its captions. Empty strings are not captions."""
+weight (1 if omitted), then one of its captions. Empty strings are not captions. A weight may change
+during a run, "alt_text:1@0,0@0.5+caption" (see `data.origins`)."""
 
 INFO_FILE = "dataset_info.json"
 
@@ -105,6 +109,45 @@ def parse_mixture(text: str, field: str = "data.name") -> list[tuple[str, float]
     names the config field, if a name is empty, or a weight is not positive and finite.
     """
     return [_parse_weighted(part.strip(), f"{field} {text!r}") for part in text.split("+")]
+
+
+def parse_captions(text: str) -> list[tuple[str, Weight]]:
+    """Split `data.fields.captions` into features and their weights, as `parse_mixture` does.
+
+    A weight may be points WEIGHT@SHARE joined by commas, and then be 0, but not all at a time.
+    """
+    field, found = "data.fields.captions", []
+    for part in text.split("+"):
+        name, colon, points = part.strip().rpartition(":")
+        if colon and "@" in points:
+            found.append((name.strip(), Weight.parse(points, field)))
+        else:
+            name, weight = _parse_weighted(part.strip(), f"{field} {text!r}")
+            found.append((name, Weight(((0.0, weight),))))
+    if not all(name for name, _ in found):
+        raise UserError(f"{field} {text!r}: a name is empty; write name:weight+name:weight.")
+    empty = never([weight for _, weight in found])
+    if empty is not None:
+        raise UserError(f"{field} {text!r}: all weights are 0 at {empty:g} of the run.")
+    return found
+
+
+def mixed(found: Sequence[Sequence[str]], weights: Sequence[Weight]) -> dict[str, list]:
+    """Return `captions` of several features, with `weights` and `origins`.
+
+    A weight that changes during a run counts as at its end.
+
+    Args:
+        found: The captions of each feature.
+        weights: The weight of each feature, which its captions share.
+    """
+    return {
+        "captions": [caption for own in found for caption in own],
+        "weights": [
+            weight.last / len(own) for own, weight in zip(found, weights, strict=True) for _ in own
+        ],
+        "origins": [origin for origin, own in enumerate(found) for _ in own],
+    }
 
 
 def _parse_weighted(part: str, where: str) -> tuple[str, float]:

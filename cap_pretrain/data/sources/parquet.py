@@ -19,11 +19,12 @@ import numpy as np
 
 from cap_pretrain.data.examples import pair_id, texts
 from cap_pretrain.data.sources import arrow, footer, numbered, storage
-from cap_pretrain.data.sources.base import DEFAULT_FIELDS, Example, parse_mixture
+from cap_pretrain.data.sources.base import DEFAULT_FIELDS, Example, mixed, parse_captions
 from cap_pretrain.data.sources.contents import Contents, Recent
 from cap_pretrain.data.sources.metadata import MAX_CLASSES, listed
 from cap_pretrain.data.sources.numbered import Numbered
 from cap_pretrain.data.sources.row_groups import MEMORY, Group, RowGroups, own_folder
+from cap_pretrain.data.weights import Weight
 from cap_pretrain.errors import UserError, did_you_mean
 from cap_pretrain.telemetry import console
 from cap_pretrain.untrusted import FREE_BYTES, MAX_RATIO, TooLargeError, parse_json, parsing
@@ -39,7 +40,7 @@ class _Columns:
     """The columns that hold the fields of an example; "" if there is none."""
 
     image: str
-    captions: tuple[tuple[str, float], ...]  # with weights
+    captions: tuple[tuple[str, Weight], ...]
     label: str
     id: str
     question: str
@@ -279,9 +280,9 @@ def _columns(schema: Any, fields: Mapping[str, str], where: str) -> _Columns:
                 f"data.fields: no field {field!r}.{did_you_mean(field, DEFAULT_FIELDS)}"
             )
     chosen = {field: name for field, name in fields.items() if name != DEFAULT_FIELDS[field]}
-    captions = parse_mixture(chosen.get("captions", "captions"), "data.fields.captions")
+    captions = parse_captions(chosen.get("captions", "captions"))
     if "captions" not in chosen:
-        captions = [(name, 1.0) for name in _CAPTIONS if name in names][:1]
+        captions = [(name, Weight(((0.0, 1.0),))) for name in _CAPTIONS if name in names][:1]
     image = chosen.get("image") or _image_column(schema)
     wanted = [*((f, n) for f, n in chosen.items() if f != "captions"), ("image", image)]
     for field, name in [*wanted, *(("captions", name) for name, _ in captions)]:
@@ -344,15 +345,8 @@ def _image(value: Any) -> bytes:
 
 
 def _captions(values: Mapping[str, Any], columns: _Columns) -> dict[str, list]:
-    """Return `captions` and, if several columns hold them, `weights`."""
+    """Return `captions` and, if several columns hold them, what `mixed` does."""
     found = [texts(values.get(name)) for name, _ in columns.captions]
-    captions = {"captions": [caption for own in found for caption in own]}
     if len(found) < 2:
-        return captions
-    return captions | {
-        "weights": [
-            weight / len(own)
-            for own, (_, weight) in zip(found, columns.captions, strict=True)
-            for _ in own
-        ]
-    }
+        return {"captions": [caption for own in found for caption in own]}
+    return mixed(found, [weight for _, weight in columns.captions])

@@ -19,11 +19,13 @@ from cap_pretrain.data.sources.base import (
     Example,
     NoSplitError,
     file_bounds,
-    parse_mixture,
+    mixed,
+    parse_captions,
 )
 from cap_pretrain.data.sources.metadata import listed, open_builder
 from cap_pretrain.data.sources.ranges import Ranges
 from cap_pretrain.data.sources.storage import Copies, retried, why
+from cap_pretrain.data.weights import Weight
 from cap_pretrain.errors import UserError, did_you_mean
 from cap_pretrain.untrusted import NotRegularError
 
@@ -202,7 +204,7 @@ class _Layout:
     """
 
     paths: dict[str, str]
-    captions: list[tuple[str, float]]
+    captions: list[tuple[str, Weight]]
     leaves: dict[str, Any]
 
     def feature(self, field: str) -> Any:
@@ -225,7 +227,7 @@ class _Layout:
         }
 
     def _captions_of(self, record: Mapping[str, Any]) -> dict[str, list]:
-        """Return `captions` and, if several features hold them, `weights`."""
+        """Return `captions` and, if several features hold them, what `mixed` does."""
         found = [
             [_text(c) for c in np.atleast_1d(np.asarray(record[path], object))]
             for path, _ in self.captions
@@ -233,14 +235,7 @@ class _Layout:
         if len(found) < 2:
             return {"captions": [caption for captions in found for caption in captions]}
         found = [[c for c in captions if c.strip()] for captions in found]
-        return {
-            "captions": [caption for captions in found for caption in captions],
-            "weights": [
-                weight / len(captions)
-                for captions, (_, weight) in zip(found, self.captions, strict=True)
-                for _ in captions
-            ],
-        }
+        return mixed(found, [weight for _, weight in self.captions])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,7 +260,7 @@ def _find_fields(features: Any, chosen: Mapping[str, str], where: str) -> _Layou
             raise UserError(
                 f"data.fields: no field {field!r}.{did_you_mean(field, DEFAULT_FIELDS)}"
             )
-    captions = parse_mixture(paths["captions"], "data.fields.captions")
+    captions = parse_captions(paths["captions"])
     single = [(field, path) for field, path in paths.items() if field != "captions"]
     for field, path in [*single, *(("captions", path) for path, _ in captions)]:
         chosen_or_nested = paths[field] != DEFAULT_FIELDS[field] or any(

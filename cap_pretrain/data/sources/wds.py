@@ -14,7 +14,7 @@ import numpy as np
 from cap_pretrain.data import tar_examples
 from cap_pretrain.data.examples import pair_id, texts
 from cap_pretrain.data.sources import contents, numbered
-from cap_pretrain.data.sources.base import DEFAULT_FIELDS, Example, parse_mixture
+from cap_pretrain.data.sources.base import DEFAULT_FIELDS, Example, mixed, parse_captions
 from cap_pretrain.data.sources.numbered import Numbered
 from cap_pretrain.data.sources.tar_index import Indexes
 from cap_pretrain.errors import UserError, did_you_mean
@@ -71,7 +71,7 @@ class WdsSource(Numbered):
         self._entries = joined.entries
         self._fields, self._contents = fields, files
         captions = fields.get("captions")
-        self._captions = parse_mixture(captions, "data.fields.captions") if captions else []
+        self._captions = parse_captions(captions) if captions else []
 
     def __reduce__(self):
         return _again, self._state
@@ -149,16 +149,9 @@ class WdsSource(Numbered):
         if not self._captions:
             return {"captions": texts(text) or texts(about.get("caption"))}
         found = [texts(text if key == _TXT else about.get(key)) for key, _ in self._captions]
-        captions = {"captions": [caption for own in found for caption in own]}
         if len(found) < 2:
-            return captions
-        return captions | {
-            "weights": [
-                weight / len(own)
-                for own, (_, weight) in zip(found, self._captions, strict=True)
-                for _ in own
-            ]
-        }
+            return {"captions": [caption for own in found for caption in own]}
+        return mixed(found, [weight for _, weight in self._captions])
 
     def _value(self, field: str, text: str, about: Mapping[str, Any]) -> Any:
         """Return the value of a field that was chosen, or None."""

@@ -119,16 +119,19 @@ class SentencePieceTokenizer:
 
 
 def encode_answer(
-    tokenizer: TextEncoder, question: str, answer: str | None
+    tokenizer: TextEncoder, question: str, answer: str | None, limit: int = 0
 ) -> tuple[np.ndarray, int]:
     """Encode a question, which is given to the model, and the answer that it learns to predict.
 
     Returns a row, int32 [max_len], and the number of its ids that belong to the question. The row
     holds the question's ids without EOS, truncated to half of the row, the answer's with EOS (kept
     when truncated), and padding. The question "" has no ids, nor has the answer None, not even EOS.
+    The answer is also truncated to `limit` ids, EOS included, if that is not 0.
     """
     pad, length = tokenizer.pad_id, tokenizer.max_len
     ids = np.zeros(length, np.int32) if answer is None else tokenizer.encode(answer)
+    if limit and np.sum(ids != pad) > limit:
+        ids[limit - 1], ids[limit:] = tokenizer.eos_id, pad
     if not question or not length:
         return ids, 0
     given = tokenizer.encode(question)
