@@ -206,6 +206,8 @@ def _data() -> ConfigDict:
     # a square of 7/8 of the shorter side. With the latter two, evaluation takes the central square.
     c.crop = "none"
     c.flip = False  # Mirror half of the images. Captions that mention left and right become wrong.
+    # Regions (phrases with boxes) of each image that are drawn for a learner that reads them.
+    c.regions = 1
     # Make every batch of captions with the same number of tokens; an epoch is then each caption
     # once, not each image (see cap_pretrain/data/sources/buckets.py).
     c.buckets = False

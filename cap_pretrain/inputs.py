@@ -6,16 +6,16 @@ import hashlib
 import itertools
 import json
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from cap_pretrain import files, learners
-from cap_pretrain.data import blocks, pipeline
+from cap_pretrain.data import blocks, pipeline, requirements
 from cap_pretrain.data.sources import base, subset
-from cap_pretrain.data.sources.base import NoSplitError, Source, parse_mixture, without_image
+from cap_pretrain.data.sources.base import NoSplitError, Source, parse_mixture
 from cap_pretrain.data.sources.open import GENERATED, open_source
 from cap_pretrain.data.sources.ranges import Cache
 from cap_pretrain.data.text import tokenizers, words
@@ -122,31 +122,17 @@ def open_sources(config: ConfigDict, share: float = 0.0) -> Mixture:
     members = []
     for name, weight in parse_mixture(config.data.name):
         source = open_data(config, config.data.split, name, share)
-        check_reads(
+        requirements.check_reads(
             source, reads, f"data.name: {{}}, which the learner {config.learner.name} needs"
         )
         members.append((subset.fraction_of(source, config.data.fraction, SUBSET_SEED), weight))
+    requirements.check_regions([source for source, _ in members], reads)
     return members
 
 
-def check_reads(source: Source, reads: Collection[str], why: str) -> None:
-    """Raise UserError if a source lacks a part of `reads`.
-
-    That is, if the first example has no label, or none of the first 100 has captions. In the
-    message `why`, {} stands for the source and what it lacks.
-    """
-
-    def has_text() -> bool:
-        examples = (without_image(source, i) for i in range(min(100, len(source))))
-        return any(example["captions"] for example in examples)
-
-    def has_label() -> bool:
-        return without_image(source, 0)["label"] >= 0
-
-    for part, has_part in (("text", has_text), ("label", has_label)):
-        if part in reads and not has_part():
-            what = why.format(f"{source} has no {part}")
-            raise UserError(f"{what}; name another dataset or set data.fields.")
+def regions_read(config: ConfigDict) -> int:
+    """Return how many regions of an image a batch has: `data.regions` if the learner reads any."""
+    return config.data.regions if "boxes" in learners.reads(config) else 0
 
 
 def held_out(config: ConfigDict, mixture: Mixture) -> list[str]:
@@ -270,7 +256,7 @@ def _captions(config: ConfigDict, mixture: Mixture, limit: int | None = None) ->
     """Yield the captions of all datasets, from at most `limit` examples of each, or its blocks."""
     block = config.data.block if blocks.order_of(config.data) == "blocks" else 0
     for source, _ in mixture:
-        yield from tokenizers.source_captions(source, limit, block)
+        yield from tokenizers.source_captions(source, limit, block, bool(regions_read(config)))
 
 
 def planned_tokenizer(config: ConfigDict, mixture: Mixture) -> tokenizers.Tokenizer | None:

@@ -9,6 +9,7 @@ from cap_pretrain import evals, files, learners
 from cap_pretrain.config import fields, get, trains
 from cap_pretrain.data import resolution
 from cap_pretrain.data.origins import Origins
+from cap_pretrain.data.regions import MAX_REGIONS, check_augmentation
 from cap_pretrain.data.sources.base import parse_mixture
 from cap_pretrain.data.text import tokenizers, words
 from cap_pretrain.errors import UserError, did_you_mean
@@ -61,6 +62,7 @@ FIELDS = {
     "data.max_broken": Field(minimum=0, free=True),
     "data.order": Field(("auto", "global", "blocks")),
     "data.workers": Field(minimum=0, free=True),
+    "data.regions": Field(minimum=1, maximum=MAX_REGIONS),
     "deterministic": Field(free=True),
     "dtype": Field(DTYPES),
     "learner.ring": Field(free=True),
@@ -209,6 +211,10 @@ def _check_learner(config: ConfigDict) -> None:
             f"data.buckets: works with the captions of one dataset, not with {what}; set "
             "data.buckets=False."
         )
+    if "boxes" in learners.reads(config):
+        check_augmentation(config.data.crop, config.data.flip)
+        if config.data.buckets:
+            raise UserError("data.buckets: has no regions of images; set data.buckets=False.")
     frozen = [rule[0] for rule in config.optim.lr_rules if tuple(rule[1:]) == (0,)]
     has_encoder = config.encoder or config.model.name == STORED
     if not has_encoder and any(rule.startswith("encoder/") for rule in frozen):

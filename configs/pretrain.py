@@ -1,11 +1,11 @@
-"""Pretrain an encoder with Cap, CapPa, CLIP, SigLIP, AIMv2 or several of them; all else is equal.
+"""Pretrain an encoder with Cap, CapPa, LocCa, CLIP, SigLIP, AIMv2 or several; all else is equal.
 
 python -m cap_pretrain.main --workdir=runs/cappa \
     --config=configs/pretrain.py:objective=cappa,model=B/16,data=cc12m
 
 Arguments:
-  objective  cappa, cap, clip, siglip or aimv2, or several joined by +, as cap+siglip, or
-             cap+siglip:0.5 with a weight (docs/objectives.md); default: cappa
+  objective  cappa, cap, locca (docs/locca.md), clip, siglip or aimv2, or several joined by +, as
+             cap+siglip, or cap+siglip:0.5 with a weight (docs/objectives.md); default: cappa
   model      size of the encoder, with its patch size; default: S/16
   data       dataset; default: scenes
   evals      evaluators that run at the end besides the loss, joined by +; default: none
@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from cap_pretrain import config, evals, learners
 from cap_pretrain.learners import objectives
-from cap_pretrain.learners.protocols import WritesCaptions
+from cap_pretrain.learners.protocols import Locates, WritesCaptions
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -30,11 +30,14 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.model.name = args.model
     c.data.name = args.data
     c.learner = objectives.section(args.objective)
-    # AIMv2's loss is also of patches, so that of a unigram model is no baseline of it.
+    # The losses of AIMv2 and LocCa are not of captions alone, so that of a unigram model is no
+    # baseline of them.
     kinds = {member.config.learner.name for member in learners.members(c)}
     c.evals = ConfigDict({"val": evals.defaults("loss", unigram="captioner" in kinds)})
     if learners.able(c, WritesCaptions):
         c.evals.samples = evals.defaults("captions")
+    if learners.able(c, Locates):
+        c.evals.boxes = evals.defaults("referring")
     for name in filter(None, args.evals.split("+")):
         c.evals[name] = evals.defaults(name, when="end")
     return c

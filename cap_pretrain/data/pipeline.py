@@ -20,6 +20,7 @@ import numpy as np
 
 from cap_pretrain.data import images
 from cap_pretrain.data.origins import Origins, text_row
+from cap_pretrain.data.regions import check_augmentation, chosen, encoded, regions_of
 from cap_pretrain.data.sources.base import Example, Source
 from cap_pretrain.data.text.tokenizers import TextEncoder
 from cap_pretrain.errors import UserError, did_you_mean
@@ -42,12 +43,14 @@ class ImageOptions:
     """How images become squares of `size` pixels in training; `flip` mirrors half of them.
 
     `crop` "none" squashes the whole image, as in the Cap recipe; "random" is a random resized crop;
-    "window" is a square of most of the image at a random position.
+    "window" is a square of most of the image at a random position. `regions` of each image are
+    drawn, which needs whole images without flips.
     """
 
     size: int
     crop: Literal["none", "random", "window"] = "none"
     flip: bool = False
+    regions: int = 0
 
 
 def train_dataset(  # noqa: PLR0913  # what batches are made of
@@ -71,7 +74,7 @@ def train_dataset(  # noqa: PLR0913  # what batches are made of
     Args:
         sources: (source, weight) of each member; weights are relative and kept within 1%.
         tokenizer: encodes the captions; its `max_len` is T.
-        image: size S, crop and flip of the images.
+        image: size S, crop and flip of the images, and how many of their regions are drawn, K.
         batch_size: number of examples of the global batch, B.
         seed: not negative; decides the order, the captions drawn and the augmentations.
         order: maps rows of the run to positions in the concatenation of the sources, in place of
@@ -88,6 +91,7 @@ def train_dataset(  # noqa: PLR0913  # what batches are made of
             label: int32 [b], -1 if there is none.
             index: int64 [b], position drawn, in the concatenation of the sources.
             broken: bool [b], whether that image does not decode; the next that does replaces it.
+            phrases, boxes: with regions, those of `regions.encoded`, [b, K, T] and [b, K, 4].
     """
     for source, _ in sources:
         _check_not_empty(source)
@@ -115,7 +119,7 @@ def train_dataset(  # noqa: PLR0913  # what batches are made of
     return _batched(load, sys.maxsize // batch_size, batch_size, rows)
 
 
-def eval_batches(
+def eval_batches(  # noqa: PLR0913  # what a batch holds
     source: Source,
     tokenizer: TextEncoder,
     *,
@@ -123,6 +127,7 @@ def eval_batches(
     batch_size: int,
     crop: Literal["none", "center"] = "none",
     limit: int | None = None,
+    regions: int = 0,
     rows: Sequence[int] | np.ndarray | None = None,
 ) -> grain.MapDataset:
     """Return the batches that show every example exactly once, in order, as a sequence.
@@ -130,13 +135,13 @@ def eval_batches(
     They are dicts like those of `train_dataset`, with one more entry, mask: bool [b], False for
     padding and for images that do not decode (`broken`). The last batch is padded with zeros, so
     all hosts see the same number of batches of equal size. Nothing is random: the text is the first
-    caption; all captions are in `source[index]["captions"]`.
+    caption, and `regions` are the first ones; all captions are in `source[index]["captions"]`.
 
     Crop "none" squashes the whole image; "center" takes the largest centered square. `limit` shows
     only the first examples; `rows` are those of each global batch to load, by default all. Raises
     UserError if the source is empty. Use `prefetch.iterate` to prepare batches ahead of time.
     """
-    load = _EvalRow(source, tokenizer, image_size, crop, limit)
+    load = _EvalRow(source, tokenizer, image_size, crop, limit, regions)
     return _batched(functools.partial(map, load), -(-load.count // batch_size), batch_size, rows)
 
 
@@ -187,12 +192,14 @@ class _TrainRows:
         origins: Origins | None = None,
         seed: int,
     ):
+        if image.regions:
+            check_augmentation(image.crop, image.flip)
         self._ends = list(itertools.accumulate(len(source) for source in sources))
         self._sources = list(sources)
         self._positions = positions
         self._tokenizer = tokenizer
         _check_crop(image.crop, ("none", *_RANDOM_CROPS))
-        self._options, self._origins = image, origins
+        self._options, self._origins, self._regions = image, origins, image.regions
         self._key = np.random.SeedSequence(seed).generate_state(2, np.uint64)
 
     def __call__(self, numbers: Sequence[int]) -> Iterator[Row]:
@@ -205,14 +212,15 @@ class _TrainRows:
         rngs = [self._rng(number) for number in numbers]
         # Drawn first, so augmentation options do not change which captions are drawn.
         drawn = [rng.random(2) for rng in rngs]
+        where = [rng.random(self._regions) for rng in rngs]
         places = [self._place(position) for position in positions]
         examples = [source[index] for source, index in places]
         texts = [
             self._text(example, which, number)
             for example, (which, _), number in zip(examples, drawn, numbers, strict=True)
         ]
-        for number, position, rng, (which, side), (source, index), example, text in zip(
-            numbers, positions, rngs, drawn, places, examples, texts, strict=True
+        for number, position, rng, (which, side), shares, (source, index), example, text in zip(
+            numbers, positions, rngs, drawn, where, places, examples, texts, strict=True
         ):
             image, skipped = self._image(example, rng), 0
             while isinstance(image, images.ImageError):
@@ -225,13 +233,17 @@ class _TrainRows:
                     )
                 example = source[(index + skipped) % len(source)]
                 image = self._image(example, rng)
-            yield {
+            row = {
                 "image": images.flip(image) if self._options.flip and side < 0.5 else image,
                 **(self._text(example, which, number) if skipped else text),
                 "label": np.int32(example["label"]),
                 "index": np.int64(position),
                 "broken": np.bool_(skipped > 0),
             }
+            if self._regions:
+                found = regions_of(source, (index + skipped) % len(source), example)
+                row |= encoded(chosen(found, shares), self._regions, self._tokenizer)
+            yield row
 
     def _text(self, example: Example, which: float, number: int) -> Row:
         return text_row(example, which, self._tokenizer, self._origins, number)
@@ -262,8 +274,10 @@ class _EvalRow:
         image_size: int,
         crop: str,
         limit: int | None,
+        regions: int,
     ):
         _check_not_empty(source)
+        self._regions = regions
         self.count = len(source) if limit is None else min(limit, len(source))
         self._source = source
         self._tokenizer = tokenizer
@@ -284,9 +298,14 @@ class _EvalRow:
             "broken": np.bool_(False),
             "mask": np.bool_(False),
         }
+        if self._regions:
+            row |= encoded((), self._regions, self._tokenizer)
         if position >= self.count:
             return row
         example = self._source[position]
+        if self._regions:
+            found = regions_of(self._source, position, example)
+            row |= encoded(found, self._regions, self._tokenizer)
         row |= text_row(example, 0.0, self._tokenizer)
         row["label"] = np.int32(example["label"])
         row["index"] = np.int64(position)

@@ -32,6 +32,7 @@ REGISTRY = {
     "scene_captions": "cap_pretrain.evals.scene_captions:SceneCaptions",
     "attention_mass": "cap_pretrain.evals.attention_mass:AttentionMass",
     "question_answers": "cap_pretrain.evals.question_answers:QuestionAnswers",
+    "referring": "cap_pretrain.evals.referring:Referring",
     "perplexity": "cap_pretrain.evals.perplexity:Perplexity",
     "zero_shot": "cap_pretrain.evals.zero_shot:ZeroShot",
     "retrieval": "cap_pretrain.evals.retrieval:Retrieval",

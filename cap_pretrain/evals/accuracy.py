@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from cap_pretrain import inputs
+from cap_pretrain.data.requirements import check_reads
 from cap_pretrain.data.sources import subset
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.base import BatchOptions, Context, Result
@@ -37,7 +37,7 @@ class Accuracy:
         context = able
         self._context, self._options = context, options
         source = context.source(options.split, options.data)
-        inputs.check_reads(source, ("label",), "evals: {}, which accuracy needs")
+        check_reads(source, ("label",), "evals: {}, which accuracy needs")
         self._source = subset.sample(source, options.limit, seed=0)
 
         def count(learner, images, labels):

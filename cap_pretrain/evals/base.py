@@ -124,6 +124,7 @@ class Context:
             batch_size=batch_size,
             crop="none" if self.config.data.crop == "none" else "center",
             limit=limit,
+            regions=(regions := inputs.regions_read(self.config)),
             rows=sharding.batch_rows(self.mesh, batch_size).tolist(),
         )
         batches, count = prefetch.iterate(dataset), min(limit or len(source), len(source))
@@ -132,7 +133,8 @@ class Context:
                 console.advance(min(number * batch_size, count), count)
                 if self.stop():
                     raise Interrupted
-                read = ("image", "text", "prompt", "label", "mask", "index")
+                read = ["image", "text", "prompt", "label", "mask", "index"]
+                read += ["phrases", "boxes"] if regions else []
                 arrays = {k: batch[k] for k in read}
                 arrays["index"] = arrays["index"].astype(np.int32)
                 yield sharding.put_batch(arrays, self.mesh), batch

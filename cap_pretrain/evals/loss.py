@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cap_pretrain import inputs, learners
+from cap_pretrain.data.requirements import check_reads
 from cap_pretrain.data.sources.base import without_image
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals import examples
@@ -45,7 +46,7 @@ class Loss:
         self._source = context.source(options.split, options.data)
         learner = context.kind.__name__
         reads = learners.reads(context.config)
-        inputs.check_reads(self._source, reads, f"evals: {{}}, which a {learner} needs")
+        check_reads(self._source, reads, f"evals: {{}}, which a {learner} needs")
         if options.unigram and "text" not in reads:
             raise UserError(f"evals: loss.unigram is for captions, but a {learner} reads none.")
         over = "examples"

@@ -16,7 +16,7 @@ A learner whose loss compares the examples of a batch is a `contrastive.Contrast
     contrast(embedded)       -> (scalar loss, metrics)
 
 Evaluators and tools look for further methods, which `protocols` lists: `WritesCaptions`,
-`ScoresTexts`, `EmbedsText`, `Attends`, `Classifies`, `Colorizes` and `Featurizes`.
+`ScoresTexts`, `Locates`, `EmbedsText`, `Attends`, `Classifies`, `Colorizes`, `Featurizes`, ….
 
 `metrics` may contain "loss_weight", the weight of a part of a batch in gradient accumulation
 (default: equal weights). A learner whose options depend on the training data implements
@@ -65,6 +65,7 @@ from cap_pretrain.optim import optimizers
 
 REGISTRY = {
     "captioner": "cap_pretrain.learners.captioner:Captioner",
+    "locca": "cap_pretrain.learners.locca:LocCa",
     "aimv2": "cap_pretrain.learners.aim:AIM",
     "recurrent": "cap_pretrain.learners.recurrent:Recurrent",
     "dual_encoder": "cap_pretrain.learners.dual_encoder:DualEncoder",

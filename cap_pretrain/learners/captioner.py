@@ -33,9 +33,13 @@ from cap_pretrain.models.layers import EncoderOutput, in_chunks, normalize_image
 from cap_pretrain.models.text import PAD, Cache, Decoder
 
 
-def shift_right(text: jax.Array) -> jax.Array:
-    """Return the decoder inputs [B, T] for text int32 [B, T]: the previous token, padding first."""
-    return jnp.pad(text, ((0, 0), (1, 0)), constant_values=PAD)[:, :-1]
+def shift_right(text: jax.Array, start: jax.Array | None = None) -> jax.Array:
+    """Return the decoder inputs [B, T] for text int32 [B, T]: the previous token.
+
+    The first one is padding, or `start`, int32 [B].
+    """
+    inputs = jnp.pad(text, ((0, 0), (1, 0)), constant_values=PAD)[:, :-1]
+    return inputs if start is None else inputs.at[:, 0].set(start)
 
 
 class Captioner(Part):
@@ -157,6 +161,7 @@ class Captioner(Part):
         parallel: jax.Array | None = None,
         *,
         prompt: jax.Array | int = 0,
+        start: jax.Array | None = None,
         key: jax.Array | None = None,
     ) -> jax.Array:
         """Return the final hidden states [B * C, T, D] from which each token is predicted.
@@ -166,9 +171,10 @@ class Captioner(Part):
             text: Target tokens int32 [B * C, T]. The C texts of an image are adjacent rows.
             parallel: bool [B], which examples are predicted in parallel. None means none.
             prompt: int32 [B], prompt lengths. Prompt tokens are read in parallel prediction, too.
+            start: int32 [B * C], what the decoder reads first. None is padding.
             key: Random key for dropout. None disables dropout.
         """
-        inputs = shift_right(text)
+        inputs = shift_right(text, start)
         mask = causal(text.shape[1])
         if parallel is not None:
             # Inputs are shifted by one: position `prompt` reads the last prompt token.
@@ -212,7 +218,7 @@ class Captioner(Part):
 
     def rows(
         self, encoded: EncoderOutput, batch: dict[str, jax.Array], key: jax.Array, train: bool
-    ) -> dict[str, jax.Array]:
+    ) -> dict[str, Any]:
         """Compute the cross-entropy of each token of the captions; see `Part.rows`.
 
         Prompts, padding and masked examples do not count.
@@ -246,7 +252,7 @@ class Captioner(Part):
         rows = {"nll": nll, "correct": correct, "targets": targets, "examples": examples}
         return rows if parallel is None else {**rows, "parallel": parallel}
 
-    def reduce(self, rows: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, Any]]:
+    def reduce(self, rows: dict[str, Any]) -> tuple[jax.Array, dict[str, Any]]:
         """Return the mean cross-entropy of the captions, and metrics; `rows` is of `rows`."""
         nll, targets, examples = (rows[k] for k in ("nll", "targets", "examples"))
         per_caption = token_weights(targets, examples, "example")

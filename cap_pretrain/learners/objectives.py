@@ -11,6 +11,8 @@ OBJECTIVES: dict[str, tuple[str, dict[str, Any]]] = {
     # 0.75: the paper's share of parallel prediction (Tschannen et al. 2023, 2306.07915).
     "cappa": ("captioner", {"parallel_fraction": 0.75}),
     "cap": ("captioner", {"parallel_fraction": 0.0}),
+    # 0.5: the share of captions in parallel of LocCa's decoder in SigLIP 2 (2502.14786).
+    "locca": ("locca", {"parallel_fraction": 0.5}),
     "clip": ("dual_encoder", {"contrast": "softmax"}),
     "siglip": ("dual_encoder", {"contrast": "sigmoid"}),
     "aimv2": ("aimv2", {}),

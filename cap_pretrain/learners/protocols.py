@@ -55,6 +55,14 @@ class ScoresTexts(Protocol):
 
 
 @runtime_checkable
+class Locates(Protocol):
+    """Finds what a text refers to in an image."""
+
+    def locate(self, images: jax.Array, text: jax.Array) -> jax.Array:
+        """Return a box float32 [B, 4] for each text int32 [B, T]; see `data.regions`."""
+
+
+@runtime_checkable
 class EmbedsText(Protocol):
     """Embeds a text without an image, as dual encoders do."""
 

@@ -99,7 +99,12 @@ def training_batches(
     return pipeline.train_dataset(
         mixture,
         tokenizer,
-        pipeline.ImageOptions(resolution.training_side(config), config.data.crop, config.data.flip),
+        pipeline.ImageOptions(
+            resolution.training_side(config),
+            config.data.crop,
+            config.data.flip,
+            inputs.regions_read(config),
+        ),
         batch_size=config.batch_size,
         seed=config.seed,
         order=order,

@@ -38,6 +38,8 @@ def abstract_batch(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
         "text": jax.ShapeDtypeStruct((b, t), np.int32),
         "prompt": jax.ShapeDtypeStruct((b,), np.int32),
         "label": jax.ShapeDtypeStruct((b,), np.int32),
+        "phrases": jax.ShapeDtypeStruct((b, config.data.regions, t), np.int32),
+        "boxes": jax.ShapeDtypeStruct((b, config.data.regions, 4), np.float32),
     }
     return {k: everything[k] for k in learners.reads(config)}
 

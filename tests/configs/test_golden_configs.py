@@ -21,7 +21,7 @@ CASES = {
     "quickstart": ("quickstart", None),
     **{
         f"pretrain-{objective}": ("pretrain", f"objective={objective}")
-        for objective in ("cappa", "cap", "clip", "siglip", "aimv2", "cap+siglip")
+        for objective in ("cappa", "cap", "locca", "clip", "siglip", "aimv2", "cap+siglip")
     },
 }
 
@@ -38,6 +38,7 @@ WITH_ENCODER = {
         "coco_captioning",
         "data=data/coco:0.5+data/vqav2:0.5,tasks=captions+questions",
     ),
+    "referring": ("referring", None),
     "linear_probe": ("linear_probe", None),
     "linear_probe-sgd": ("linear_probe", "protocol=sgd"),
     "finetune": ("finetune", "fraction=0.1"),
@@ -102,7 +103,7 @@ def test_only_the_objective_differs():
         del c["learner"], c["evals"]
         return c
 
-    assert rest("cappa") == rest("cap") == rest("clip") == rest("siglip")
+    assert rest("cappa") == rest("cap") == rest("locca") == rest("clip") == rest("siglip")
 
 
 @pytest.mark.parametrize("case", TRAINED)

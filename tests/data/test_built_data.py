@@ -24,6 +24,7 @@ from tests.data.test_question_formats import (  # noqa: F401 - fixtures
     vqav2,
     write_json,
 )
+from tests.data.test_region_formats import refcoco, visual_genome  # noqa: F401 - fixtures
 from tests.data.test_tables import photos
 from tests.data.test_vizwiz import published as vizwiz  # noqa: F401 - a fixture
 from tests.data.test_webdataset import samples, tar
@@ -107,10 +108,11 @@ CAPTIONS = {
 }
 QUESTIONS = {"vqav2": "vqav2", "gqa": gqa, "nlvr2": nlvr2}
 LABELS = {"image_folder": image_folder, "openimages": "openimages"}
+REGIONS = {"refcoco": "refcoco", "visual_genome": "visual_genome"}
 
 
 def test_all_formats_are_tried():
-    tried = {name.partition(",")[0] for name in (CAPTIONS | QUESTIONS | LABELS)}
+    tried = {name.partition(",")[0] for name in (CAPTIONS | QUESTIONS | LABELS | REGIONS)}
     assert tried == {*FORMATS, *(name for names in ALIASES.values() for name in names)}
 
 
@@ -150,6 +152,11 @@ def captioner(tokenizer_path):
 
 
 @pytest.fixture(scope="module")
+def locca(tokenizer_path):
+    return Trainer("locca", {"bins": 5}, SentencePieceTokenizer(tokenizer_path, 16))
+
+
+@pytest.fixture(scope="module")
 def classifier(tokenizer_path):
     return Trainer("classifier", {"classes": 4}, SentencePieceTokenizer(tokenizer_path, 16))
 
@@ -182,6 +189,14 @@ def test_labels_of_every_format_are_trained_on(name, recipe, tmp_path, request, 
     for batch in classifier.two_steps(built(name, recipe, tmp_path, request)):
         assert not batch["broken"].any() and (batch["label"] >= 0).all()
         assert batch["image"].std() > 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "recipe"), REGIONS.items(), ids=REGIONS)
+def test_regions_of_every_format_are_trained_on(name, recipe, tmp_path, request, locca):
+    for batch in locca.two_steps(built(name, recipe, tmp_path, request)):
+        assert not batch["broken"].any() and batch["phrases"][:, 0, :2].all()
+        assert (batch["boxes"][..., 2:] > batch["boxes"][..., :2]).all()
 
 
 def classes_that_differ_in_size(tmp_path):

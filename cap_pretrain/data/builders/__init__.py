@@ -21,6 +21,8 @@ FORMATS = {
     "vizwiz": "captions marked as rejected or precanned where they are (VizWiz-Captions)",
     "vqav2": "questions about images with ten answers each (VQAv2, OK-VQA)",
     "gqa": "questions about images with one answer each (GQA)",
+    "refcoco": "referring expressions with boxes in COCO's images (RefCOCO, RefCOCO+, RefCOCOg)",
+    "visual_genome": "described regions of images (Visual Genome)",
     "nlvr2": "sentences that are true or false of two images (NLVR2)",
     "image_folder": "labeled images in one folder per class, in a folder or zip",
     "openimages": "images with the label files (CSV) of Open Images",

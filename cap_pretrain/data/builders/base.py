@@ -205,13 +205,14 @@ def _check(candidate: Candidate, filters: Filters) -> _Outcome:
     if problem:
         return _Outcome({"reason": problem})
     features, replaced = _as_text(candidate.features)
-    dropped = list[str]()
+    dropped = list(candidate.left_out)
     if len(features.get("question", "")) > MAX_CAPTION:
         return _Outcome({"reason": "question too long"})
     if features.get("captions"):
-        features["captions"], dropped = kept_captions(filters, features["captions"])
+        features["captions"], more = kept_captions(filters, features["captions"])
         if not features["captions"]:
-            return _Outcome({"reason": dropped[0]})
+            return _Outcome({"reason": more[0]})
+        dropped += more
     try:
         data = candidate.read()
         picture = filters.picture(data)

@@ -16,3 +16,4 @@ class Candidate:
     problem: str = ""  # a reason to drop the example that is known before the image is read, or ""
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # for filters (`--where`)
     held: int = 0  # bytes that it keeps in memory until it is checked
+    left_out: tuple[str, ...] = ()  # reasons why texts are not in `features`, for the report

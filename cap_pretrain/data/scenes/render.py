@@ -45,6 +45,20 @@ def render(scene: Scene, size: int, noise: float) -> np.ndarray:
     return cv2.addWeighted(image, 1, grain, 255 * noise * scene.noise, 0, dtype=cv2.CV_8U)
 
 
+def outline(thing: Thing) -> tuple[float, float, float, float]:
+    """Return the smallest box around an object's shape: left, top, right and bottom, as shares."""
+    corners = thing.radius * (_SHAPE[thing.shape].reshape(-1, 2) @ _turned(thing.angle))
+    (left, top), (right, bottom) = corners.min(axis=0), corners.max(axis=0)
+    x, y = thing.x, thing.y
+    return x + float(left), y + float(top), x + float(right), y + float(bottom)
+
+
+def _turned(angle: float) -> np.ndarray:
+    """Return the matrix by which corners are multiplied from the right to turn a shape."""
+    cos, sin = math.cos(angle), math.sin(angle)
+    return np.array(((cos, sin), (-sin, cos)))
+
+
 def _backdrop(background: Background, size: int) -> np.ndarray:
     tones = np.array(background.tones, np.float32).reshape(background.cells, background.cells, 1)
     tones = tones + np.array(background.tint, np.float32) * _BACKGROUND_TINT

@@ -10,8 +10,9 @@ from dataclasses import dataclass, fields
 from random import Random
 from typing import Any
 
-from cap_pretrain.data.scenes import text, world
-from cap_pretrain.data.scenes.render import render
+from cap_pretrain.data.regions import Region
+from cap_pretrain.data.scenes import expressions, text, world
+from cap_pretrain.data.scenes.render import outline, render
 from cap_pretrain.data.scenes.world import COLOURS, MAX_OBJECTS, OPPOSITE, SHAPES, Scene
 from cap_pretrain.errors import UserError, did_you_mean
 
@@ -201,6 +202,22 @@ class Scenes:
             "label": self.class_names.index(scene.labels()[self.options.label]),
             "id": f"{self.split}/{index}",
         }
+
+    def regions(self, index: int) -> list[Region]:
+        """Return an expression that fits only one object of example `index`, and its box, for each.
+
+        See `expressions.write`; the box is the smallest one around the object.
+        """
+        scene, options = self.scene(index), self.options
+        phrases = expressions.write(
+            scene,
+            self._rng(index, "regions"),
+            plain=options.plain_captions,
+            partial=options.partial_captions,
+            relations=options.relations,
+            synonyms=options.synonyms,
+        )
+        return [(p, outline(t)) for p, t in zip(phrases, scene.things, strict=True)]
 
     def scene(self, index: int) -> Scene:
         """Return the scene that example `index` shows."""

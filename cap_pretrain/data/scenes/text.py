@@ -158,7 +158,7 @@ class Wording:
         if not claim.relation:
             return _listed(names)
         first, second, *others = names
-        relation = self.pick("relation", _RELATION_FORMS[claim.relation])
+        relation = self.relation(claim.relation)
         text = f"{first} {relation} {second}"
         if sentence:
             sentences = (f"{first} is {relation} {second}", f"{relation} {second} is {first}")
@@ -166,6 +166,10 @@ class Wording:
         for name in others:
             text += f", {self.pick('too', ('and', 'with'))} {name}"
         return text
+
+    def relation(self, relation: str) -> str:
+        """Return words for a relation, one of `OPPOSITE`."""
+        return self.pick("relation", _RELATION_FORMS[relation])
 
     def noun(
         self,
@@ -338,7 +342,7 @@ def _full_claim(scene: Scene, rng: Random, related: bool) -> Claim:
             relation = clear_relation(things[0], things[1])
     count = len(things) if len(things) > 1 and not relation and rng.random() < 0.2 else None
     background = scene.background.brightness if rng.random() < 0.15 else None
-    return Claim(tuple(_describe(t, rng) for t in things), relation, count, background)
+    return Claim(tuple(describe(t, rng) for t in things), relation, count, background)
 
 
 def _partial_claim(scene: Scene, rng: Random) -> Claim:
@@ -349,12 +353,13 @@ def _partial_claim(scene: Scene, rng: Random) -> Claim:
         return Claim((), count=len(things))
     if omit == "objects" and len(things) > 1:
         kept = things[: 1 + int(rng.random() * (len(things) - 1))]
-        return Claim(tuple(_describe(thing, rng) for thing in kept))
+        return Claim(tuple(describe(thing, rng) for thing in kept))
     unsaid = {"shape": None} if omit == "shapes" else {"colour": None}
-    return Claim(tuple(replace(_describe(thing, rng), **unsaid) for thing in things))
+    return Claim(tuple(replace(describe(thing, rng), **unsaid) for thing in things))
 
 
-def _describe(thing: Thing, rng: Random) -> Phrase:
+def describe(thing: Thing, rng: Random) -> Phrase:
+    """Return a phrase with the color and shape of an object, and perhaps its size and pattern."""
     size = thing.size if rng.random() < 0.3 else None
     pattern = thing.pattern if rng.random() < (0.1 if thing.pattern == "solid" else 0.4) else None
     return Phrase(thing.colour, thing.shape, size, pattern)

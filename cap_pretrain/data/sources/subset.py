@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cap_pretrain.data.regions import Region, regions_of
 from cap_pretrain.data.sources import base, passes
 from cap_pretrain.data.sources.base import Example, Source, without_image
 from cap_pretrain.errors import UserError
@@ -87,6 +88,10 @@ class Subset:
     def without_image(self, index: int) -> Example:
         """Return `self[index]`, without its image where the source can skip reading it."""
         return self._relabeled(without_image(self._source, int(self._indices[index])))
+
+    def regions(self, index: int) -> list[Region]:
+        """Return the regions of `self[index]` that its source computes; see `regions_of`."""
+        return regions_of(self._source, int(self._indices[index]), {})
 
     def block_bounds(self, size: int) -> np.ndarray:
         """Return the bounds of the source's blocks within the subset; see `base.block_bounds`."""

@@ -4,7 +4,7 @@ import bisect
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,19 +14,16 @@ import numpy as np
 from cap_pretrain.data.sources import passes
 from cap_pretrain.data.sources.array_record import ArrayRecords, RangedRecords, count_records
 from cap_pretrain.data.sources.base import (
-    DEFAULT_FIELDS,
     INFO_FILE,
     Example,
     NoSplitError,
     file_bounds,
-    mixed,
-    parse_captions,
 )
+from cap_pretrain.data.sources.layout import find_fields, is_plain, lookup, stored_values
 from cap_pretrain.data.sources.metadata import listed, open_builder
 from cap_pretrain.data.sources.ranges import Ranges
 from cap_pretrain.data.sources.storage import Copies, retried, why
-from cap_pretrain.data.weights import Weight
-from cap_pretrain.errors import UserError, did_you_mean
+from cap_pretrain.errors import UserError
 from cap_pretrain.untrusted import NotRegularError
 
 _SPLIT_ALIASES = {"val": "validation", "validation": "val"}
@@ -59,13 +56,13 @@ class TfdsSource:
         self.answers = self._copies and passes.answers_folder(self._copies.path, fields)
         self._ranged = ranges is not None
         builder = open_builder(folder.path if isinstance(folder, Copies) else folder, self._where)
-        self._layout = _find_fields(builder.info.features, fields or {}, self._where)
+        self._layout = find_fields(builder.info.features, fields or {}, self._where)
         label = self._layout.feature("label")
         self.class_names: list[str] = list(getattr(label, "names", None) or [])
         encoded = isinstance(self._layout.feature("image"), tfds.features.Image)
         encoded_path = self._layout.paths["image"] if encoded else None
         self._wanted = self._layout.wanted()
-        self._plain = all(_is_plain(self._layout.leaves[path]) for path in self._wanted)
+        self._plain = all(is_plain(self._layout.leaves[path]) for path in self._wanted)
         self.splits = tuple(builder.info.splits)
         opened = _open_split(builder, split, encoded_path, self._where)
         self._shards, self._is_array_record = opened.shards, opened.file_format == "array_record"
@@ -136,9 +133,9 @@ class TfdsSource:
 
             stored = tf_example_pb2.Example.FromString(record).features.feature
             if all(path in stored for path in self._layout.leaves):
-                return {path: _stored_values(stored[path]) for path in self._wanted}
+                return {path: stored_values(stored[path]) for path in self._wanted}
         example = self._features.deserialize_example_np(record, decoders=self._decoders)
-        return {path: _lookup(example, path) for path in self._wanted}
+        return {path: lookup(example, path) for path in self._wanted}
 
     def _read(self, index: int) -> bytes:
         try:
@@ -195,50 +192,6 @@ class TfdsSource:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Layout:
-    """Where a dataset stores the fields of an example.
-
-    `paths` maps each field that the dataset has, but captions, to its feature; `captions` lists
-    (path, weight) of the features that hold captions; `leaves` maps the path of every feature to
-    it.
-    """
-
-    paths: dict[str, str]
-    captions: list[tuple[str, Weight]]
-    leaves: dict[str, Any]
-
-    def feature(self, field: str) -> Any:
-        """Return the TFDS feature of a field, or None."""
-        return self.leaves[self.paths[field]] if field in self.paths else None
-
-    def wanted(self) -> set[str]:
-        """Return the paths of all features that an example is made of."""
-        return {*self.paths.values(), *(path for path, _ in self.captions)}
-
-    def example(self, record: Mapping[str, Any], index: int) -> Example:
-        """Make example `index` from the values of its features by path."""
-        values = {field: _single(record[path]) for field, path in self.paths.items()}
-        return {
-            "image": _image(values["image"]),
-            **self._captions_of(record),
-            "label": int(values.get("label", -1)),
-            "id": _text(values.get("id", index)),
-            "question": _text(values.get("question", "")),
-        }
-
-    def _captions_of(self, record: Mapping[str, Any]) -> dict[str, list]:
-        """Return `captions` and, if several features hold them, what `mixed` does."""
-        found = [
-            [_text(c) for c in np.atleast_1d(np.asarray(record[path], object))]
-            for path, _ in self.captions
-        ]
-        if len(found) < 2:
-            return {"captions": [caption for captions in found for caption in captions]}
-        found = [[c for c in captions if c.strip()] for captions in found]
-        return mixed(found, [weight for _, weight in self.captions])
-
-
-@dataclasses.dataclass(frozen=True)
 class _Split:
     """An opened split: its files, and a function that opens its records.
 
@@ -249,30 +202,6 @@ class _Split:
     shards: Sequence[Any]  # tfds.core.utils.shard_utils.FileInstruction
     file_format: str
     decoders: Any
-
-
-def _find_fields(features: Any, chosen: Mapping[str, str], where: str) -> _Layout:
-    """Find the features of all fields, of which `chosen` overrides `DEFAULT_FIELDS`."""
-    leaves = dict(_leaves(features))
-    paths = {**DEFAULT_FIELDS, **chosen}
-    for field in chosen:
-        if field not in DEFAULT_FIELDS:
-            raise UserError(
-                f"data.fields: no field {field!r}.{did_you_mean(field, DEFAULT_FIELDS)}"
-            )
-    captions = parse_captions(paths["captions"])
-    single = [(field, path) for field, path in paths.items() if field != "captions"]
-    for field, path in [*single, *(("captions", path) for path, _ in captions)]:
-        chosen_or_nested = paths[field] != DEFAULT_FIELDS[field] or any(
-            leaf.startswith(f"{path}/") for leaf in leaves
-        )
-        if path not in leaves and (field == "image" or chosen_or_nested):
-            raise UserError(
-                f"{where}: no feature {path!r} for the field {field!r}; it has "
-                f"{listed(sorted(leaves))}. Set data.fields.{field}."
-            )
-    found = {field: path for field, path in single if path in leaves}
-    return _Layout(found, [(path, weight) for path, weight in captions if path in leaves], leaves)
 
 
 def _open_split(builder: Any, split: str, encoded_path: str | None, where: str) -> _Split:
@@ -347,48 +276,3 @@ def _resolve(part: str, known: Mapping[str, Any], where: str) -> str:
 
 def _missing(where: str, name: str) -> UserError:
     return UserError(f"{where}: {name} is missing; copy or build it again.")
-
-
-def _leaves(features: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield ("a/b", feature) for each feature that is not itself a dictionary of features."""
-    for name, feature in features.items():
-        inner = getattr(feature, "feature", feature)  # the element of a Sequence
-        if hasattr(inner, "items"):
-            yield from _leaves(inner, f"{prefix}{name}/")
-        else:
-            yield prefix + name, feature
-
-
-def _is_plain(feature: Any) -> bool:
-    """Return whether records store a feature as plain values: a scalar or sequence, not nested."""
-    import tensorflow_datasets as tfds
-
-    plain = (tfds.features.Image, tfds.features.Text, tfds.features.ClassLabel)
-    return isinstance(getattr(feature, "feature", feature), plain)
-
-
-def _stored_values(feature: Any) -> list:
-    """Return the values of a tf.train.Feature."""
-    kind = feature.WhichOneof("kind")
-    return list(getattr(feature, kind).value) if kind else []
-
-
-def _single(value: Any) -> Any:
-    """Unpack a list of one value; anything else is returned unchanged."""
-    if isinstance(value, list):
-        (value,) = value
-    return value
-
-
-def _lookup(record: Mapping[str, Any], path: str) -> Any:
-    return functools.reduce(lambda value, part: value[part], path.split("/"), record)
-
-
-def _image(value: Any) -> bytes | np.ndarray:
-    if not isinstance(value, bytes | np.ndarray):
-        raise TypeError("it has no image")
-    return value
-
-
-def _text(value: Any) -> str:
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)

@@ -13,6 +13,7 @@ import numpy as np
 import sentencepiece
 
 from cap_pretrain import files
+from cap_pretrain.data.regions import regions_of
 from cap_pretrain.data.sources import passes
 from cap_pretrain.data.sources.base import Source, without_image
 from cap_pretrain.errors import UserError
@@ -231,10 +232,13 @@ def _train_byte_pairs(sentences: Iterator[str], vocab_size: int, seed: int) -> b
     return model.getvalue()
 
 
-def source_captions(source: Source, limit: int | None = None, block: int = 0) -> Iterator[str]:
+def source_captions(
+    source: Source, limit: int | None = None, block: int = 0, regions: bool = False
+) -> Iterator[str]:
     """Yield questions and captions of a source, or of `limit` examples spread over it.
 
-    With `block`, those are whole blocks of up to so many examples (see `passes.sample`).
+    With `block`, those are whole blocks of up to so many examples (see `passes.sample`). With
+    `regions`, the phrases of regions are among them.
     """
     indices: Iterator[int]
     if limit is None:
@@ -246,6 +250,8 @@ def source_captions(source: Source, limit: int | None = None, block: int = 0) ->
         if question := example.get("question"):
             yield question
         yield from example["captions"]
+        if regions:
+            yield from (phrase for phrase, _ in regions_of(source, index, example))
 
 
 def encodable(text: str) -> str:

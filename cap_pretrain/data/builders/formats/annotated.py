@@ -16,6 +16,7 @@ from cap_pretrain.data.builders.arguments import by_split
 from cap_pretrain.data.builders.candidates import Candidate
 from cap_pretrain.data.builders.files import Finder, open_files
 from cap_pretrain.data.examples import texts
+from cap_pretrain.data.regions import Region
 from cap_pretrain.errors import UserError
 
 IMAGES_HELP = "folder or zip of the images; without SPLIT= it serves all splits"
@@ -31,6 +32,8 @@ class Entry:
     question: str = ""
     kind: str = ""  # type of the question; "": none
     problem: str = ""  # a reason to drop the example, or ""
+    regions: Sequence[Region] = ()  # see `located`
+    left_out: Sequence[str] = ()  # reasons why regions are not among them
 
 
 class Annotated(base.ImageDataset):
@@ -64,6 +67,7 @@ class Annotated(base.ImageDataset):
                 read=functools.partial(self.picture, finder, entry.files),
                 features=self.values(entry),
                 problem=entry.problem,
+                left_out=tuple(entry.left_out),
             )
 
     def picture(self, finder: Finder, names: Sequence[str]) -> bytes:
