@@ -1,8 +1,9 @@
 """AIMv2: pretraining an encoder by predicting the next patch and the caption.
 
-Fini et al. 2024 (2411.14402). The encoder has prefix attention (El-Nouby et al. 2024, 2401.08541,
-section 3.2): the first patches attend to each other, all others to the past only. A causal decoder
-reads its tokens and then the caption; it predicts the pixels of the next patch, and the next token.
+Fini et al. 2024 (2411.14402). The encoder has prefix attention (AIM, El-Nouby et al.
+2024, 2401.08541): the first patches attend to each other, all others to the past only. A causal
+decoder reads its tokens and then the caption; it predicts the pixels of the next patch, and the
+next token.
 The blocks are those of the other learners here, not the paper's SwiGLU and RMSNorm.
 """
 
@@ -57,7 +58,7 @@ class AIM(Captioner):
 
         Attributes:
             image_weight: Weight of the loss of patches beside that of captions: alpha, whose best
-                value in the paper is 0.4 (section 2.1 and the ablations).
+                value in the paper's ablation is 0.4.
             label_smoothing: Probability mass spread evenly over the vocabulary.
         """
 
@@ -109,7 +110,7 @@ class AIM(Captioner):
         """Encode images with prefix attention and compute the losses of patches and tokens.
 
         In training, the length of each image's prefix is uniform from 1 to all patches but one
-        (2401.08541, section 3.2). In evaluation it is half of the patches.
+        (2401.08541). In evaluation it is half of the patches.
 
         Args:
             encoded: Not used: without a causal mask, a token has seen the patches after it.

@@ -40,7 +40,7 @@ class Distillation(Taught):
             crops: Number of crops of an image, 8 in SILC and SigLIP 2.
             size: Side of the crops in pixels. 0 is 96 of 224 pixels of the image's side, as in
                 DINO, rounded to whole patches.
-            area_min: Smallest share of the image's area in a crop (SILC, section 4.1).
+            area_min: Smallest share of the image's area in a crop (SILC).
             area_max: Largest share.
         """
 

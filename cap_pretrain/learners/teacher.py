@@ -36,7 +36,7 @@ class Average(nnx.Variable):
 class Head(nnx.Module):
     """Maps features to logits of prototypes: an MLP, and cosines with the prototypes.
 
-    The MLP has three layers with GELU between them (2104.14294, section 3.2 and appendix C).
+    The MLP has three layers with GELU between them (2104.14294).
 
     Args:
         width: width of the features.
@@ -76,8 +76,8 @@ class Options:
     Attributes:
         momentum: Share of a teacher's weight that a step keeps; the rest comes from the student.
             It is fixed, because with one that grows to 1 the teacher would stop learning from the
-            text (SILC, 2310.13355, section 3.2); 0.996 is what DINO begins with.
-        prototypes: Number of prototypes. DINO and SILC have 65,536; in DINO's appendix C, 4,096
+            text (SILC, 2310.13355); 0.996 is what DINO begins with.
+        prototypes: Number of prototypes. DINO and SILC have 65,536; in DINO's ablation, 4,096
             lose little.
         hidden: Width of the two hidden layers of the head (DINO: 2,048).
         bottleneck: Width of the vectors that are compared with the prototypes (DINO: 256).

@@ -9,7 +9,7 @@ from flax import nnx
 from cap_pretrain import learners
 from cap_pretrain.errors import UserError
 from cap_pretrain.learners import teacher
-from cap_pretrain.training import step
+from cap_pretrain.training import plan, step
 from tests import tiny, toy
 from tests.layouts import SMALL, Training, bytes_per_device, on_eight_devices
 
@@ -202,3 +202,26 @@ def test_teachers_are_saved_and_sharded_like_their_students(name, options, tmp_p
     ((curves, (one, eight)),) = on_eight_devices(resumed, [(name, options, str(tmp_path))])
     np.testing.assert_allclose(curves[1:], np.broadcast_to(curves[0], (2, 4)), rtol=1e-3)
     np.testing.assert_allclose(8 * np.array(eight) / one, 1, rtol=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["distillation", "masked_patches"])
+def test_passes_of_teacher_and_student_count_as_flops(name):
+    """The teacher has a forward pass only; half of the patches are hidden, and crops have four."""
+    c = tiny.config(name, SIZES)
+    counted = plan.flops_per_example(c, 0)
+    width, mlp, pixels = 16, 40, 3 * tiny.PATCH**2
+    layer = 4 * width * width + 2 * width * mlp
+
+    def encoder(n):
+        return n * pixels * width + 3 * (n * layer + 2 * n * n * width)
+
+    head = 16 * 16 + 16 * 16 + 16 * 8 + 8 * 12
+    resized = 3 * 8 * tiny.SIDE * (tiny.SIDE + 8)  # one axis after the other
+    seen = {
+        "distillation": (encoder(PATCHES) + head + 8 * resized, 8 * (encoder(4) + head)),
+        "masked_patches": (encoder(PATCHES) + PATCHES // 2 * head,) * 2,
+    }
+    teachers, students = seen[name]
+    assert counted["forward"] == pytest.approx(2 * (teachers + students), rel=0.02)
+    assert counted["training"] == pytest.approx(2 * (teachers + 3 * students), rel=0.1)
