@@ -16,6 +16,8 @@ OBJECTIVES: dict[str, tuple[str, dict[str, Any]]] = {
     "clip": ("dual_encoder", {"contrast": "softmax"}),
     "siglip": ("dual_encoder", {"contrast": "sigmoid"}),
     "aimv2": ("aimv2", {}),
+    "distill": ("distillation", {}),
+    "masked": ("masked_patches", {}),
 }
 """The learner of each objective, and the options that differ from its defaults."""
 

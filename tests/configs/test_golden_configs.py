@@ -16,12 +16,13 @@ from cap_pretrain.validation import validate
 from tests import toy
 
 GOLDEN = Path(__file__).parents[1] / "golden"
+JOINT = ("cap+siglip", "cap+siglip+distill+masked")
 # Every file of configs/, with every value of the arguments that choose the training objective.
 CASES = {
     "quickstart": ("quickstart", None),
     **{
         f"pretrain-{objective}": ("pretrain", f"objective={objective}")
-        for objective in ("cappa", "cap", "locca", "clip", "siglip", "aimv2", "cap+siglip")
+        for objective in ("cappa", "cap", "locca", "clip", "siglip", "aimv2", *JOINT)
     },
 }
 

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from cap_pretrain import learners
+from cap_pretrain import learners, train
 from cap_pretrain.errors import UserError
-from cap_pretrain.learners import teacher
-from cap_pretrain.training import plan, step
+from cap_pretrain.learners import objectives, teacher
+from cap_pretrain.training import plan, step, watch
+from cap_pretrain.validation import validate
 from tests import tiny, toy
 from tests.layouts import SMALL, Training, bytes_per_device, on_eight_devices
+from tests.test_train import sigterm_in, vocab_size
 
 SIZES = dict(prototypes=12, hidden=16, bottleneck=8)
 PATCHES = (tiny.SIDE // tiny.PATCH) ** 2
@@ -118,9 +120,9 @@ def test_the_center_is_the_running_mean_of_examples_that_count():
     own = teacher.Teacher(encoder, head, options)
     features = np.random.default_rng(0).standard_normal((4, 2, 5)).astype(np.float32)
     cosines = np.asarray(own.head(features))
-    for train, center in ((True, 0.1 * cosines[[0, 1, 3]].mean((0, 1))), (False, None)):
+    for trains, center in ((True, 0.1 * cosines[[0, 1, 3]].mean((0, 1))), (False, None)):
         before = np.asarray(own.center[...])
-        targets = own.targets(features, BATCH["mask"].astype(np.float32), train=train)
+        targets = own.targets(features, BATCH["mask"].astype(np.float32), train=trains)
         np.testing.assert_allclose(targets, jax.nn.softmax((cosines - before) / 0.04), rtol=1e-4)
         np.testing.assert_allclose(own.center[...], before if center is None else center, rtol=1e-4)
 
@@ -195,13 +197,42 @@ def resumed(name, options, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "options"), [("distillation", {"crops": 2, "size": 8}), ("masked_patches", {})]
-)
-def test_teachers_are_saved_and_sharded_like_their_students(name, options, tmp_path):
-    ((curves, (one, eight)),) = on_eight_devices(resumed, [(name, options, str(tmp_path))])
+def test_a_teacher_is_saved_and_sharded_like_its_student(tmp_path):
+    call = ("masked_patches", {}, str(tmp_path))
+    ((curves, (one, eight)),) = on_eight_devices(resumed, [call])
     np.testing.assert_allclose(curves[1:], np.broadcast_to(curves[0], (2, 4)), rtol=1e-3)
     np.testing.assert_allclose(8 * np.array(eight) / one, 1, rtol=0.05)
+
+
+@pytest.mark.slow
+def test_in_a_joint_run_teachers_begin_late_and_go_on_exactly(
+    tokenizer_path, tmp_path, monkeypatch
+):
+    """Of four steps, the first two are of captions alone; the run is stopped in the third."""
+    c = toy.config(total_steps=4, text__tokenizer=str(tokenizer_path), **SMALL)
+    c.learner = objectives.section("cap+distill+masked")
+    for part, weight in (("distill", "0@0.5,1@0.75"), ("masked", "0@0.5,0.25@0.75")):
+        c.learner.parts[part].update(SIZES)
+        c.learner.weights[part] = weight
+    c.learner.parts.distill.update(crops=2)
+    c.checkpoint.every_steps = 2
+    validate(c)
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    train.run(c, straight)
+    with monkeypatch.context() as patch:
+        sigterm_in(3, patch)
+        with pytest.raises(watch.Stopped):
+            train.run(c, stopped)
+    train.run(c, stopped)
+    assert toy.losses(stopped) == toy.losses(straight)
+    vocab = vocab_size(straight)
+    before, after = (toy.saved_state(c, straight, vocab, at) for at in (2, 4))
+    toy.assert_same(after, toy.saved_state(c, stopped, vocab, 4))
+    for part in ("distill", "masked"):
+        assert before.stats["parts"][part]["teacher"]["begun"] == 0
+        assert after.stats["parts"][part]["teacher"]["begun"] == 1
+    first, last = toy.losses(straight)[1], toy.losses(straight)[3]
+    assert "train/distill/loss" not in first and last["train/distill/loss"] > 0
 
 
 @pytest.mark.slow
