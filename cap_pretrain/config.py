@@ -234,7 +234,8 @@ def _text() -> ConfigDict:
 
 def _optim() -> ConfigDict:
     c = ConfigDict()
-    c.name = "adafactor"  # The optimizer: adamw, adafactor, muon, lion, sgd or lars
+    # The optimizer: adamw, adafactor, muon, lion, schedule_free, sgd or lars.
+    c.name = "adafactor"
     c.lr = 1e-3  # The highest learning rate, reached after the warm-up
     # The batch size for which `lr` is given; with another one the learning rate is scaled linearly
     # (Goyal et al. 2017, 1706.02677, section 2.1). 0: `lr` is for `batch_size`.

@@ -17,7 +17,7 @@ from cap_pretrain.models import build, tokens
 from cap_pretrain.models.encoder import COLOURS
 from cap_pretrain.models.layers import ACTIVATIONS, REMAT_POLICIES
 from cap_pretrain.models.sizes import STORED, Size
-from cap_pretrain.optim import optimizers
+from cap_pretrain.optim import optimizers, schedule_free
 from cap_pretrain.optim.muon import Muon
 from cap_pretrain.optim.mup import Mup
 from cap_pretrain.optim.plateau import Plateau
@@ -125,6 +125,7 @@ def validate(config: ConfigDict, *, tokenizer: bool = False) -> None:
         there = tokenizer or not given or files.place(given).is_file()
     if not there:
         raise UserError(f"text.tokenizer: there is no file {given!r}.")
+    _check_average(config)
     words.Rules(**config.text.words)
     Origins.of(config.data)
     Muon(**config.optim.muon)
@@ -155,6 +156,18 @@ def _check_rules(config: ConfigDict) -> None:
             if not (pair and isinstance(rule[0], str) and isinstance(rule[1], int | float)):
                 raise UserError(f"optim.{name}: {rule!r} is not a pair (pattern, number).")
             _check_number(f"optim.{name}", rule[1])
+
+
+def _check_average(config: ConfigDict) -> None:
+    """Refuse what schedule-free learning, whose average is another one, cannot be combined with."""
+    if config.optim.name != schedule_free.NAME:
+        return
+    for field in ("optim.ema", "plateau.figure"):
+        if get(config, field):
+            raise UserError(
+                f"{field}: optim.name=schedule_free has an average that depends on all rates; "
+                f"leave {field} at its default."
+            )
 
 
 def _check_field(name: str, field: Field, value: Any) -> None:

@@ -25,6 +25,7 @@ from cap_pretrain.checkpoints.load import read_config, read_weights
 from cap_pretrain.errors import UserError
 from cap_pretrain.models.sizes import parse_name
 from cap_pretrain.models.vit import resample_positions
+from cap_pretrain.optim import schedule_free
 from cap_pretrain.training.changes import fields
 from cap_pretrain.training.step import TrainState
 from cap_pretrain.untrusted import parsing
@@ -52,13 +53,14 @@ class PretrainedWeights:
     def put(self, state: TrainState) -> TrainState:
         """Return `state` with these arrays in place, with the shardings of those they replace.
 
-        A moving average of the parameters restarts from the new ones. Raises UserError if the
+        Averages of the parameters restart from the new ones. Raises UserError if the
         learner lacks one of the arrays, or has it in another shape.
         """
         params = _replaced(state.params, self.params, self.source)
         ema = None if state.ema is None else jax.tree.map(lambda p: p.copy(), params)
         stats = _replaced(state.stats, self.stats, self.source)
-        return dataclasses.replace(state, params=params, stats=stats, ema=ema)
+        opt_state = schedule_free.restarted(state.opt_state, params)
+        return state.replace(params=params, stats=stats, opt_state=opt_state, ema=ema)
 
     def for_images(self, config: ConfigDict) -> "PretrainedWeights":
         """Resample the position embeddings of a ViT to `data.image_size`."""

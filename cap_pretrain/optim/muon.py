@@ -15,10 +15,10 @@ from optax.contrib import MuonDimensionNumbers, scale_by_muon
 from cap_pretrain import rules
 from cap_pretrain.errors import UserError
 
-# The first match says how a parameter is updated. Patches, the first convolutions of ResNet and
-# AlexNet, and kernels of logits are input and output layers.
+# The first match says how a parameter is updated. Input layers are those of patches and the first
+# convolutions of ResNet and AlexNet; output layers predict tokens, classes, pixels or prototypes.
 KINDS = (
-    (r"(.*/)?(patch_embedding|stem/conv|conv1|logits|head)/kernel", "adam"),
+    (r"(.*/)?(patch_embedding|stem/conv|conv1|logits|head|pixels|prototypes)/kernel", "adam"),
     (r"(.*/)?kernel", "muon"),
 )
 

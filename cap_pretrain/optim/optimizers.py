@@ -11,20 +11,32 @@ import jax
 import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
+from optax.contrib import schedule_free
 
 from cap_pretrain import rules
 from cap_pretrain.errors import UserError
 from cap_pretrain.optim.muon import Muon, muon
+from cap_pretrain.optim.schedule_free import NAME, averaged
 
 # Weight decay applies to kernels only (the recipe), not to embeddings, positions, scales or biases.
 DECAY_RULES = ((r"(.*/)?kernel", 1.0),)
 
 
 class Optimizer(NamedTuple):
-    """What is applied to gradients before and after weight decay is added, by `config.optim`."""
+    """What is applied to gradients before and after weight decay is added, by `config.optim`.
+
+    `around` makes an optimizer of all of that, given the learning rate by step.
+    """
 
     before: Callable[[ConfigDict], optax.GradientTransformation]
     after: Callable[[ConfigDict], optax.GradientTransformation] = lambda _: optax.identity()
+    around: (
+        Callable[
+            [ConfigDict, optax.GradientTransformation, optax.Schedule],
+            optax.GradientTransformation,
+        ]
+        | None
+    ) = None
 
 
 def _setting(c: ConfigDict, field: str, default: float) -> float:
@@ -117,11 +129,29 @@ def _nesterov(c: ConfigDict) -> optax.GradientTransformation:
     return _momentum(c, nesterov=True)
 
 
+def _rms(c: ConfigDict) -> optax.GradientTransformation:
+    """Return schedule-free AdamW (Defazio et al. 2024, 2405.15682), for constant rates."""
+    if c.moment_dtype:
+        raise UserError("optim.moment_dtype: schedule_free has no first moments; leave it empty.")
+    b2, eps = _setting(c, "b2", 0.999), _setting(c, "eps", 1e-8)
+    return optax.scale_by_rms(b2, eps, eps_in_sqrt=False, bias_correction=True)
+
+
+def _averaging(
+    c: ConfigDict, base: optax.GradientTransformation, rate: optax.Schedule
+) -> optax.GradientTransformation:
+    b1 = _setting(c, "b1", 0.9)
+    if not 0 < b1 <= 1:
+        raise UserError(f"optim.b1: schedule_free needs one in (0, 1], not {c.b1}.")
+    return schedule_free(base, rate, b1)
+
+
 OPTIMIZERS = {
     "adamw": Optimizer(_adamw),
     "adafactor": Optimizer(_adafactor),
     "muon": Optimizer(_muon),
     "lion": Optimizer(_lion),
+    NAME: Optimizer(_rms, around=_averaging),
     "sgd": Optimizer(lambda _: optax.identity(), _nesterov),
     "lars": Optimizer(lambda _: optax.identity(), _lars),
 }
@@ -189,6 +219,8 @@ def build(
         *(optimizer.before(c), *([_scaled(scales)] if scales is not None else []), decay),
         *(optimizer.after(c), optax.scale_by_learning_rate(rate)),
     )
+    if optimizer.around:  # rates belong inside of it
+        learning = optimizer.around(c, optax.chain(learning, _scaled(multipliers)), rate)
     frozen = jax.tree.map(lambda m: "frozen" if m == 0 else "learning", multipliers)
     steps = [optax.partition({"learning": learning, "frozen": optax.set_to_zero()}, frozen)]
     if c.clip_norm:
@@ -196,7 +228,7 @@ def build(
         steps.insert(0, optax.masked(clip, jax.tree.map(lambda m: m != 0, multipliers)))
     if c.clip_value:
         steps.insert(0, optax.clip(c.clip_value))
-    if c.lr_rules:
+    if c.lr_rules and not optimizer.around:
         steps.append(_multiply(multipliers))
     return optax.chain(*steps)
 
@@ -214,6 +246,25 @@ def _clip(max_norm: float) -> optax.GradientTransformation:
         return jax.tree.map(lambda u: u * factor.astype(u.dtype), updates)
 
     return optax.stateless(clip)
+
+
+def averages(c: ConfigDict) -> bool:
+    """Return whether other parameters than those that are trained are to be evaluated."""
+    return bool(c.ema) or c.name == NAME
+
+
+def average(c: ConfigDict, ema: Any, params: Any, opt_state: Any) -> Any:
+    """Return the parameters to evaluate after a step, None if they are `params`.
+
+    Args:
+        c: The `optim` section of a config.
+        ema: The parameters to evaluate before the step.
+        params: Parameters after the step.
+        opt_state: State of the optimizer after the step.
+    """
+    if c.name == NAME:
+        return averaged(opt_state, params)
+    return None if ema is None else optax.incremental_update(params, ema, 1.0 - c.ema)
 
 
 def is_frozen(c: ConfigDict, params: Any) -> bool:

@@ -33,7 +33,7 @@ class TrainState(struct.PyTreeNode):
     stats: Any  # its other variables, such as BatchNorm statistics
     opt_state: Any
     counts: dict[str, jax.Array]
-    ema: Any = None  # moving average of `params`, or None
+    ema: Any = None  # average of `params` over steps, or None
     plateau: Any = None  # the memory of the plateau rule (see plateau.py), or None
 
     @property
@@ -74,7 +74,7 @@ def init_state(
             stats=stats,
             opt_state=tx.init(params),
             counts={"broken": jnp.int32(0), "skipped": jnp.int32(0)},
-            ema=jax.tree.map(jnp.copy, params) if config.optim.ema else None,
+            ema=jax.tree.map(jnp.copy, params) if optimizers.averages(config.optim) else None,
             plateau=jax.tree.map(jnp.asarray, Plateau.of(config).begin()),
         )
 
@@ -269,9 +269,7 @@ def make_train_step(
         if idle:
             updates = _without(updates, idle)
         params = optax.apply_updates(state.params, updates)
-        ema = state.ema
-        if ema is not None:
-            ema = optax.incremental_update(params, ema, 1.0 - config.optim.ema)
+        ema = optimizers.average(config.optim, state.ema, params, opt_state)
         metrics = {k: v for k, v in metrics.items() if not k.endswith("loss_weight")}
         metrics |= {
             "learning_rate": scale * rate(state.step),

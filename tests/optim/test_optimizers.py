@@ -91,7 +91,8 @@ def test_moments_are_stored_as_the_config_says(name, lr):
 
 
 def test_the_registered_optimizers():
-    assert list(optimizers.OPTIMIZERS) == ["adamw", "adafactor", "muon", "lion", "sgd", "lars"]
+    names = ["adamw", "adafactor", "muon", "lion", "schedule_free", "sgd", "lars"]
+    assert list(optimizers.OPTIMIZERS) == names
 
 
 def adafactor_in_numpy(params, gradients, *, lr, weight_decay, clip, cap):
