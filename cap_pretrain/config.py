@@ -218,8 +218,9 @@ def _data() -> ConfigDict:
 
 def _text() -> ConfigDict:
     c = ConfigDict()
-    # A sentencepiece model with pad id 0 and an EOS piece, or a file of words, which brings its own
-    # rules and casing; "" trains one on the training captions and stores it in the workdir.
+    # A sentencepiece model with pad id 0 and an EOS piece; or a file of words or CLIP's
+    # tokenizer.json (or merges.txt beside vocab.json), which bring their own rules and casing; ""
+    # trains one on the training captions and stores it in the workdir.
     c.tokenizer = ""
     c.kind = "sentencepiece"  # The kind of tokenizer to train: sentencepiece (subwords) or words
     # Pieces of sentencepiece. The number of words follows from their frequencies instead.
@@ -227,6 +228,8 @@ def _text() -> ConfigDict:
     # Tokens per caption, EOS included; shorter captions are padded, longer ones cut, EOS kept.
     c.length = 64
     c.lower = True  # Lower-case the captions
+    # False deletes ASCII punctuation before a sentencepiece model encodes a text, as in SigLIP.
+    c.punctuation = True
     # How text is split into words, and which words are kept (see cap_pretrain/data/text/words.py).
     c.words = ConfigDict(dataclasses.asdict(words.Rules()))
     return c

@@ -18,7 +18,7 @@ from cap_pretrain.data.sources import base, subset
 from cap_pretrain.data.sources.base import NoSplitError, Source, parse_mixture
 from cap_pretrain.data.sources.open import GENERATED, open_source
 from cap_pretrain.data.sources.ranges import Cache
-from cap_pretrain.data.text import tokenizers, words
+from cap_pretrain.data.text import byte_pairs, tokenizers, words
 from cap_pretrain.distributed import cluster
 from cap_pretrain.errors import UserError
 from cap_pretrain.models.sizes import STORED
@@ -178,21 +178,28 @@ def completed(config: ConfigDict, mixture: Mixture) -> ConfigDict:
 
 
 def open_tokenizer(config: ConfigDict, path: str | Path) -> tokenizers.Tokenizer:
-    """Open a tokenizer file: a words file, or a sentencepiece model used with `text.lower`."""
+    """Open a tokenizer file: of words, of CLIP's byte pairs, or a sentencepiece model.
+
+    The last is used with `text.lower` and `text.punctuation`.
+    """
+    text = config.text
     if words.is_words_file(path):
-        return words.WordTokenizer(path, config.text.length)
-    return tokenizers.SentencePieceTokenizer(path, config.text.length, config.text.lower)
+        return words.WordTokenizer(path, text.length)
+    if byte_pairs.is_byte_pairs_file(path):
+        return byte_pairs.BytePairTokenizer(path, text.length)
+    return tokenizers.SentencePieceTokenizer(path, text.length, text.lower, text.punctuation)
 
 
-# The tokenizer in a workdir: a sentencepiece model or a words file.
+# The tokenizer in a workdir: a sentencepiece model, a words file or CLIP's byte pairs.
 TOKENIZER_FILE = "tokenizer/tokenizer.model"
 WORDS_FILE = f"tokenizer/{words.WORDS_FILE}"
+BYTE_PAIRS_FILE = "tokenizer/byte_pairs.json"
 
 
 def tokenizer_path(workdir: Path) -> Path:
-    """Return the path of a run's tokenizer, of either kind; the file may not exist."""
-    path = workdir / WORDS_FILE
-    return path if path.exists() else workdir / TOKENIZER_FILE
+    """Return the path of a run's tokenizer, of any kind; the file may not exist."""
+    others = (workdir / WORDS_FILE, workdir / BYTE_PAIRS_FILE)
+    return next((path for path in others if path.exists()), workdir / TOKENIZER_FILE)
 
 
 def prepare_tokenizer(
@@ -216,14 +223,21 @@ def prepare_tokenizer(
     return open_tokenizer(config, tokenizer_path(workdir))
 
 
+def _stored(given: Path) -> tuple[str, bytes]:
+    """Return the name that a tokenizer file has in a workdir, and its content there."""
+    if byte_pairs.is_byte_pairs_file(given):  # perhaps two files
+        return BYTE_PAIRS_FILE, byte_pairs.content(byte_pairs.read(given))
+    name = WORDS_FILE if words.is_words_file(given) else TOKENIZER_FILE
+    return name, given.read_bytes()
+
+
 def _make_tokenizer(config: ConfigDict, mixture: Mixture, workdir: Path) -> None:
-    """Write the tokenizer file of a run, replacing those of either kind."""
+    """Write the tokenizer file of a run, replacing those of any kind."""
     given = config.text.tokenizer
     if given:
         open_tokenizer(config, given)  # raises if the file does not fit
-        data = files.place(given).read_bytes()  # read first: it may be in this workdir
-        name = WORDS_FILE if words.is_words_file(given) else TOKENIZER_FILE
-    for left_over in (TOKENIZER_FILE, WORDS_FILE):
+        name, data = _stored(files.place(given))  # read first: it may be in this workdir
+    for left_over in (TOKENIZER_FILE, WORDS_FILE, BYTE_PAIRS_FILE):
         (workdir / left_over).unlink(missing_ok=True)
     if given:
         files.write_bytes(workdir / name, data)

@@ -4,20 +4,14 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
-from flax import nnx
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from cap_pretrain import config as configs
-from cap_pretrain import convert, files, learners, rules
+from cap_pretrain import convert, files, inputs, learners
 from cap_pretrain.checkpoints import warm_start
 from cap_pretrain.checkpoints.load import Learner, Say, assemble, load_learner, to_stderr
-from cap_pretrain.convert import dual
-from cap_pretrain.data.text.tokenizers import NoText, SentencePieceTokenizer, Tokenizer
+from cap_pretrain.data.text.tokenizers import NoText, Tokenizer
 from cap_pretrain.errors import UserError
-from cap_pretrain.models.build import encoder_width
-from cap_pretrain.training.step import split_learner
 
 
 class Run(NamedTuple):
@@ -58,9 +52,9 @@ def open_learner(
 
     The path is what `config.encoder` accepts: a workdir (its newest valid checkpoint, or that of
     `step`), one checkpoint of it (runs/cappa/checkpoints/300), or a pretrained encoder (see
-    `convert.open_encoder`), whose images are cropped as its own preprocessing crops them. A
-    SiglipModel that we exported is loaded with its text tower. Each may be in a bucket (gs://).
-    `mesh` and `say` are those of `load_learner`.
+    `convert.open_encoder`), whose images are cropped as its own preprocessing crops them. A dual
+    encoder is loaded whole (see `convert.dual`). Each may be in a bucket (gs://). `mesh` and `say`
+    are those of `load_learner`.
 
     Raises:
         UserError: There is none of these, the path is another URL, or `step` is given for a path
@@ -79,36 +73,18 @@ def open_learner(
     if step is not None:
         raise UserError(f"step: {text} is not a workdir, so it has no steps; leave step out.")
     with files.local(place) as copy:
-        return _imported(copy, mesh)
+        return _imported(copy, mesh, say)
 
 
-def _imported(place: Path, mesh: Mesh | None) -> Learner:
-    """Load an encoder; with its text tower if it is a SiglipModel that we exported."""
+def _imported(place: Path, mesh: Mesh | None, say: Say) -> Learner:
+    """Load an encoder, or a dual encoder with its text tower and tokenizer."""
     config = configs.default()
     with config.unlocked():
         config.learner = learners.defaults("pretrained")
-        weights = warm_start.from_import(config, place)
+        weights = warm_start.from_import(config, place, place, say)
         # Evaluation takes the central square where training would crop at random.
         config.data.crop = "random" if convert.crops_center(place) else "none"
-        text = dual.text_settings(place)
-        if text:
-            config.learner = learners.defaults("dual_encoder", contrast="sigmoid")
-            config.text.update(text)
     tokenizer: Tokenizer = NoText()
-    params = weights.params
-    if text:
-        file = place / dual.TOKENIZER
-        tokenizer = SentencePieceTokenizer(file, config.text.length, config.text.lower)
-        shapes = _shapes(config, tokenizer.vocab_size)
-        params = params | dual.text_params(place, shapes, encoder_width(config))
-    return assemble(config.lock(), tokenizer, params, weights.stats, (weights.source, mesh))
-
-
-def _shapes(config: ConfigDict, vocab_size: int) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the parameters of a learner by path."""
-
-    def build() -> nnx.Module:
-        return learners.build(config, vocab_size, jax.random.key(0))
-
-    _, params, _ = split_learner(nnx.eval_shape(build))
-    return {path: leaf.shape for path, leaf in rules.flatten(params).items()}
+    if "text" in learners.learner_class(config.learner.name).reads:
+        tokenizer = inputs.open_tokenizer(config, config.text.tokenizer)
+    return assemble(config.lock(), tokenizer, weights.params, weights.stats, (weights.source, mesh))

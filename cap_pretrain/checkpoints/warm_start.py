@@ -3,8 +3,9 @@
 The path names a workdir (its newest valid checkpoint), one checkpoint of a workdir
 (runs/cappa/checkpoints/300), or an imported encoder; each may be in a bucket (gs://). A learner
 with an encoder takes that encoder's weights, and the fields of `config.model` and `data.image_size`
-that belong to them. The learner `pretrained`, for evaluation, takes everything found there: the
-whole learner of a workdir, and its data if `data.name` is empty, or the bare encoder.
+that belong to them. The learner `pretrained` takes everything found there: the whole learner of a
+workdir, and its data if `data.name` is empty; a whole dual encoder from elsewhere, with its
+tokenizer; or the bare encoder.
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ from cap_pretrain import config as configs
 from cap_pretrain import convert, files, inputs, learners, rules
 from cap_pretrain.checkpoints.folders import saved_steps
 from cap_pretrain.checkpoints.load import read_config, read_weights
+from cap_pretrain.convert import dual
 from cap_pretrain.errors import UserError
 from cap_pretrain.models.sizes import parse_name
 from cap_pretrain.models.vit import resample_positions
@@ -106,7 +108,7 @@ def resolve(
             weights = _from_workdir(config, run, step, given)
         else:
             with files.local(path) as copy:
-                weights = from_import(config, copy)
+                weights = from_import(config, copy, path, say)
             source = weights.source.replace(str(copy), str(path))
             weights = dataclasses.replace(weights, source=source)
         if "data.image_size" in given:
@@ -213,18 +215,31 @@ def _from_workdir(
     return PretrainedWeights(params, stats, f"step {step} of {workdir}")
 
 
-def from_import(config: ConfigDict, path: Path) -> PretrainedWeights:
-    """Load an encoder trained elsewhere and set the fields of `config` that describe it."""
-    found = convert.open_encoder(path)
+def from_import(
+    config: ConfigDict, copy: Path, place: Path, say: Callable[[str], None]
+) -> PretrainedWeights:
+    """Load what was trained elsewhere and set the fields of `config` that describe it.
+
+    `copy` is the folder or file on this machine, `place` what the config calls it. For the learner
+    `pretrained`, a dual encoder is loaded whole; `say` receives a line if it cannot be.
+    """
+    found = convert.open_encoder(copy)
     defaults = {k: v for k, v in configs.default().model.items() if k not in OWN_FIELDS}
     config.model.update(defaults | found.model)
     config.data.image_size = found.image_size or config.data.image_size
-    if config.learner.name == "pretrained":
-        config.learner = learners.defaults("encoder")
     params, stats = (
         {f"encoder/{path}": array for path, array in rules.flatten(tree).items()}
         for tree in (found.params, found.stats)
     )
+    if config.learner.name == "pretrained":
+        config.learner = learners.defaults("encoder")
+        whole, note = dual.read(copy, found)
+        if whole:
+            config.learner = learners.defaults("dual_encoder", **whole.learner)
+            config.text.update(whole.text | {"tokenizer": str(place / whole.text["tokenizer"])})
+            params |= whole.params
+        elif note:
+            say(f"{note}.")
     return PretrainedWeights(params, stats, found.source)
 
 

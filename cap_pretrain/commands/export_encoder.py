@@ -7,7 +7,8 @@
 The folder has weights (safetensors; averaged ones, if any), config files, preprocessing and a model
 card (README.md) with the run's config and figures. For transformers it is a SiglipVisionModel; a
 CLIP or SigLIP run is also written whole, with its tokenizer, to OUT/siglip, a SiglipModel, and
---config.encoder=OUT loads OUT. --layout=open_clip writes such a run whole, --layout=timm a ViT.
+--config.encoder=OUT loads OUT. An imported CLIP is a CLIPVisionModel again, and whole in OUT/clip.
+ --layout=open_clip writes such a run whole, --layout=timm a ViT.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from cap_pretrain.cli import arguments
 from cap_pretrain.convert import huggingface, layouts, openai
 from cap_pretrain.convert.layouts import card, hub
 from cap_pretrain.errors import UserError
-from cap_pretrain.inputs import TOKENIZER_FILE
+from cap_pretrain.inputs import BYTE_PAIRS_FILE, TOKENIZER_FILE
 from cap_pretrain.telemetry.metrics import read_metrics
 
 
@@ -53,13 +54,12 @@ def write(workdir: Path, step: int | None, out: Path, choice: Choice = Choice())
     """
     config = read_config(workdir)
     step, averaged, params, _ = read_weights(workdir, step)
-    path = workdir / TOKENIZER_FILE
-    source = layouts.Source(
-        config,
-        params,
-        path.read_bytes() if path.exists() else None,
-        choice.place or f"local-dir:{out.name if files.is_url(out) else out.absolute()}",
+    tokenizer, byte_pairs = (
+        path.read_bytes() if path.exists() else None
+        for path in (workdir / TOKENIZER_FILE, workdir / BYTE_PAIRS_FILE)
     )
+    place = choice.place or f"local-dir:{out.name if files.is_url(out) else out.absolute()}"
+    source = layouts.Source(config, params, tokenizer, place, byte_pairs)
     encoder = source.inside("encoder")
     with complete_or_not_there(out) as folder:
         written = layouts.write(choice.layout, folder, source)

@@ -1,5 +1,6 @@
 """CLIP's vision model of `transformers`, unprojected (Radford et al. 2021, arXiv 2103.00020)."""
 
+import dataclasses
 from typing import Any
 
 from cap_pretrain.convert.family import BLOCKS, Family
@@ -23,6 +24,28 @@ NAMES: dict[str, Entry] = BLOCKS | {
     "pre_norm": "pre_layrnorm",
     "norm": "post_layernorm",
 }
+
+TEXT_NAMES: dict[str, Entry] = BLOCKS | {  # of the text tower and the projections
+    "embedding/embedding": "embeddings.token_embedding.weight",
+    "positions": "embeddings.position_embedding.weight",
+    "norm": "final_layer_norm",
+    "text_projection": "text_projection",
+    "image_projection": "visual_projection",
+}
+
+LEARNER = {  # options of our dual encoder that are CLIP's
+    "contrast": "softmax",
+    "head": "linear",
+    "bias": False,
+    "text_causal": True,
+    "text_pool": "eos",
+}
+
+
+def is_vision(options: Options) -> bool:
+    """Return whether options are those of CLIP's vision model, with any activation and epsilon."""
+    own = (options.activation, options.norm_eps)
+    return dataclasses.replace(OPTIONS, activation=own[0], norm_eps=own[1]) == options
 
 
 def describe(config: dict[str, Any]) -> tuple[Options, Table]:

@@ -1,84 +1,96 @@
-"""Reading back the text tower of a SiglipModel that `export.write_dual_encoder` wrote."""
+"""Import of whole dual encoders: CLIPModel and SiglipModel of `transformers`, and OpenCLIP's."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from cap_pretrain.convert import siglip
-from cap_pretrain.convert.huggingface import CONFIG, LIMITS, WEIGHTS
-from cap_pretrain.convert.tables import to_ours
+from cap_pretrain.convert import clip, huggingface, openai, siglip, towers
+from cap_pretrain.convert.encoder import Pretrained
+from cap_pretrain.convert.towers import Text, Tower, Whole
 from cap_pretrain.convert.weights import open_folder, read_json
 from cap_pretrain.untrusted import bounded, checked, entry
 
-TOKENIZER = "tokenizer.model"
-"""The sentencepiece model beside the weights. SigLIP's own folders name it differently, and their
-tokenizer also removes punctuation, which ours does not; of them only the encoder is read."""
-
-MAX_LENGTH = 2**16
-"""Largest number of tokens of a text that a folder can ask for."""
-
-
-def text_settings(folder: Path) -> dict[str, Any]:
-    """Return `length` and `lower` of `config.text`; {} if the folder holds no text tower of ours.
-
-    Raises UserError if a file in it is damaged.
-    """
-    where = folder / CONFIG
-    if not ((folder / TOKENIZER).is_file() and where.is_file()):
-        return {}
-    config = read_json(where)
-    text, vision = (
-        checked(config.get(name) or {}, name, dict, where)
-        for name in ("text_config", "vision_config")
-    )
-    same = text and all(text.get(name) == vision.get(name) for name in LIMITS)
-    if not same or config.get("model_type") != "siglip":
-        return {}
-    length = bounded(
-        entry(text, "max_position_embeddings", int, where), "length", 2, MAX_LENGTH, where
-    )
-    tokenizer = read_json(folder / "tokenizer.json")
-    normalizer = checked(tokenizer.get("normalizer") or {}, "normalizer", dict, where)
-    steps = checked(normalizer.get("normalizers") or [], "normalizers", list, where)
-    return {"length": length, "lower": {"type": "Lowercase"} in steps}
+DEFAULTS: dict[str, dict[str, Any]] = {  # of transformers, for fields that text_config may omit
+    "clip": {
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 8,
+        "max_position_embeddings": 77,
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+    },
+    "siglip": {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "max_position_embeddings": 64,
+        "hidden_act": "gelu_pytorch_tanh",
+        "layer_norm_eps": 1e-6,
+    },
+}
 
 
-def text_params(
-    folder: Path, shapes: Mapping[str, tuple[int, ...]], width: int
-) -> dict[str, np.ndarray]:
-    """Return the parameters of a dual encoder besides those of its encoder, by path.
-
-    The encoder's pooling head holds the projection of images (see `export.mean_head`), so
-    `image_projection` is the identity.
+def read(folder: Path, encoder: Pretrained) -> tuple[Whole | None, str]:
+    """Read what a folder holds besides the image encoder.
 
     Args:
-        folder: One for which `text_settings` are not empty.
-        shapes: Shapes of all parameters of the learner, by path.
-        width: Width of the encoder and the text tower.
+        folder: One that `convert.open_encoder` reads.
+        encoder: What it returned.
+
+    Returns:
+        The rest, or None if there is only an encoder; and, for people, why a text tower that is
+        there cannot be used, or "".
 
     Raises:
-        UserError: The weights do not fit.
+        UserError: The files of the text tower are damaged or do not fit.
     """
-    parts = {"text_tower/": "", "text_projection/": "projection/"}
-    inner = {
-        path: new + path.removeprefix(own)
-        for own, new in parts.items()
-        for path in shapes
-        if path.startswith(own)
-    }
-    weights = open_folder(folder, *WEIGHTS)
-    scale, bias = weights.take("logit_scale"), weights.take("logit_bias")
-    tower = to_ours(
-        weights.without("text_model."),
-        siglip.TEXT_NAMES,
-        {inner[path]: shapes[path] for path in inner},
-        ("vision_model.", "logit_scale", "logit_bias"),
+    where = folder / huggingface.CONFIG
+    if where.is_file():
+        kind = read_json(where).get("model_type")
+        if kind in DEFAULTS:
+            return _transformers(folder, str(kind), encoder)
+    if (folder / openai.CONFIG).is_file():
+        return openai.read_whole(folder, _width(encoder))
+    return None, ""
+
+
+def _width(encoder: Pretrained) -> int:
+    return len(encoder.params["norm"]["scale"])
+
+
+def _transformers(folder: Path, kind: str, encoder: Pretrained) -> tuple[Whole | None, str]:
+    where = folder / huggingface.CONFIG
+    config, family = read_json(where), clip if kind == "clip" else siglip
+    section = DEFAULTS[kind]
+    for name in ("text_config", "text_config_dict"):  # the second of old CLIP configs
+        section = section | checked(config.get(name) or {}, name, dict, where)
+    length = bounded(
+        entry(section, "max_position_embeddings", int, where),
+        *("max_position_embeddings", 3, towers.MAX_LENGTH, where),
     )
-    return {path: tower[new] for path, new in inner.items()} | {
-        "image_projection/kernel": np.eye(width, dtype=np.float32),
-        "image_projection/bias": np.zeros(width, np.float32),
-        "log_scale": scale.reshape(()),
-        "bias": bias.reshape(()),
-    }
+    text = _text(folder, kind, length)
+    if text is None:
+        needs = " or ".join(towers.PIECES)
+        if kind == "clip":
+            needs = f"{towers.BYTE_PAIRS[0]}, or {towers.BYTE_PAIRS[1]} with vocab.json"
+        return None, f"{folder}: its text tower is left out, as it has no tokenizer ({needs})"
+    activation, eps = huggingface.details(section, where)
+    weights = open_folder(folder, *huggingface.WEIGHTS).without("text_model.")
+    embedding, _ = weights.shape(f"{family.TEXT_NAMES['text_projection']}.weight", 2)
+    tower = Tower(
+        options={**family.LEARNER, "text_activation": activation, "text_norm_eps": eps},
+        size=huggingface.size(section, where),
+        names=family.TEXT_NAMES,
+        ignored=("vision_model.", "logit_scale", "logit_bias", "embeddings.position_ids"),
+        widths=(_width(encoder), embedding),
+    )
+    return towers.read(folder, weights, tower, text), ""
+
+
+def _text(folder: Path, kind: str, length: int) -> Text | None:
+    """Return how the texts of a CLIPModel or SiglipModel are encoded; None without a tokenizer."""
+    if kind == "siglip":
+        return towers.pieces(folder, length)
+    file = towers.named(folder, towers.BYTE_PAIRS)
+    return Text(file, length) if file else None

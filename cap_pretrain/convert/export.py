@@ -1,5 +1,7 @@
 """Export of our models as folders that `transformers` loads: SiglipVisionModel and SiglipModel.
 
+`convert.export_clip` writes those that are CLIP's instead.
+
 Our vision encoder is the same as SigLIP's. SiglipModel lacks our linear projection of the image
 vector, but with `pool=gap` (the mean) its pooling head can express it: with query and key zero its
 attention is the mean, the value is the identity, the output projection is ours, and the MLP adds
@@ -7,41 +9,44 @@ zero. A `map` head ends in such an MLP, so with it only the vision encoder is ex
 with `head=map` has no projection after its own attention pooling, which is that of SigLIP.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
+from cap_pretrain import learners
 from cap_pretrain.convert import fast_tokenizer, siglip
 from cap_pretrain.convert.encoder import OURS, Form
 from cap_pretrain.convert.huggingface import ACTIVATIONS
 from cap_pretrain.convert.layouts.base import (
     Params,
+    Source,
     check_encoder,
     vit_form,
     write_json,
     write_tensors,
 )
 from cap_pretrain.convert.tables import to_torch
+from cap_pretrain.data.text import byte_pairs
 from cap_pretrain.errors import UserError
-from cap_pretrain.models.build import encoder_size
-from cap_pretrain.models.layers import Details
+from cap_pretrain.models.build import encoder_size, text_size
 from cap_pretrain.models.sizes import Size
 
 _HIDDEN_ACTS = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
+NO_VIT = "is not a SiglipVisionModel, and cannot be exported"
 _BILINEAR = 2  # of PIL, as in the files of image processors
 
 
 def form(config: ConfigDict) -> Form:
     """Return the architecture of an encoder; raises UserError if SigLIP cannot express it."""
-    made = vit_form(config, "transformers", "is not a SiglipVisionModel, and cannot be exported")
+    made = vit_form(config, "transformers", NO_VIT)
     options = made.options
     if options.class_token or options.pre_norm or options.final_norm != "tokens":
         raise UserError(
             "model: an encoder with a class token, with a norm before its blocks or without one "
-            "after them (as in CLIP) is not a SiglipVisionModel, and cannot be exported."
+            "after them is neither a SiglipVisionModel nor, without all of these and "
+            "model.pool=class, a CLIPVisionModel, and cannot be exported."
         )
     return made
 
@@ -53,7 +58,7 @@ def write_vision_model(folder: Path, config: ConfigDict, encoder: Params) -> Non
     """
     check_encoder(config, encoder, form(config))
     architecture = {"architectures": ["SiglipVisionModel"], **vision_config(config)}
-    _write(folder, config, architecture, _vision_tensors(encoder))
+    write_model(folder, config, architecture, _vision_tensors(encoder))
 
 
 def why_not_whole(config: ConfigDict) -> str:
@@ -63,75 +68,115 @@ def why_not_whole(config: ConfigDict) -> str:
             f"the parts of the learner {config.learner.name} other than the encoder, which have no "
             "counterpart in transformers; they stay in the checkpoint"
         )
-    if config.learner.head == "map":
+    options = learners.options(config)
+    for name, needed in siglip.TEXT.items():
+        if (found := getattr(options, name)) != needed:
+            return (
+                f"the text tower and projections, since learner.{name} is {found!r}, and "
+                f"{needed!r} in a SiglipModel"
+            )
+    if options.head == "map":
         return ""
-    if config.model.pool != "gap":
+    if options.head == "linear" and config.model.pool != "gap":
         return (
             f"the projection of a vector pooled by model.pool={config.model.pool} cannot be "
             "expressed by SiglipModel (with gap it can); projections and text tower stay in the "
             "checkpoint"
         )
+    width = options.embedding or options.tower(text_size(config)).width
+    if options.head == "linear" and width != encoder_size(config).width:
+        return (
+            f"the text tower and projections, since the embeddings have {width} dimensions and "
+            f"the image tower {encoder_size(config).width}; in a SiglipModel these are equal"
+        )
     return ""
 
 
-def write_dual_encoder(
-    folder: Path, config: ConfigDict, params: Params, tokenizer_model: bytes
-) -> None:
-    """Write the files of a SiglipModel and its tokenizer, given a sentencepiece model.
+def write_dual_encoder(folder: Path, source: Source) -> None:
+    """Write the files of a SiglipModel and its tokenizer.
 
     `why_not_whole` must return "". CLIP's softmax loss has no bias of the logits; zero is written.
     """
-
-    def inside(module: str) -> dict[str, np.ndarray]:
-        prefix = module + "/"
-        return {k.removeprefix(prefix): v for k, v in params.items() if k.startswith(prefix)}
-
+    config, params = source.config, source.params
     size = encoder_size(config)
-    projection = inside("text_projection")
-    text = inside("text_tower") | {f"projection/{k}": v for k, v in projection.items()}
-    tensors = _vision_tensors(_with_head(inside("encoder"), size, config.learner.head, inside))
+    projection = source.inside("text_projection")
+    text = source.inside("text_tower") | {f"text_projection/{k}": v for k, v in projection.items()}
+    tensors = _vision_tensors(_with_head(source, size))
     tensors |= {f"text_model.{k}": v for k, v in to_torch(text, siglip.TEXT_NAMES).items()}
     tensors["logit_scale"] = np.reshape(params["log_scale"], 1)
     tensors["logit_bias"] = np.reshape(params.get("bias", np.float32(0)), 1)
 
+    fields, special = text_config(source)
     architecture = {
         "architectures": ["SiglipModel"],
         "model_type": "siglip",
         "text_config": {
             "model_type": "siglip_text_model",
-            **_sizes(config),
-            "vocab_size": len(text["embedding/embedding"]),
-            "max_position_embeddings": config.text.length,
-            "hidden_act": _HIDDEN_ACTS[Details.activation],
-            "layer_norm_eps": Details.norm_eps,
-            "projection_size": len(text["projection/bias"]),
-            **fast_tokenizer.special_ids(tokenizer_model),
+            **fields,
+            "projection_size": len(projection["bias"]),
+            **special,
         },
         "vision_config": vision_config(config) | {"vision_use_head": True},
     }
-    _write(folder, config, architecture, tensors, processor_class="SiglipProcessor")
-    for name, content in fast_tokenizer.files(
-        tokenizer_model, length=config.text.length, lower=config.text.lower
-    ).items():
+    write_model(folder, config, architecture, tensors, processor_class="SiglipProcessor")
+    write_tokenizer(folder, source)
+
+
+def text_config(source: Source) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the fields of a text model's config, and the ids of special tokens."""
+    config, options = source.config, learners.options(source.config)
+    embeddings = without_padding(source.inside("text_tower"), source)["embedding/embedding"]
+    return {
+        **sizes(options.tower(text_size(config))),
+        "vocab_size": len(embeddings),
+        "max_position_embeddings": config.text.length,
+        "hidden_act": _HIDDEN_ACTS[options.text_activation],
+        "layer_norm_eps": options.text_norm_eps,
+    }, _special_ids(source)
+
+
+def _special_ids(source: Source) -> dict[str, int | None]:
+    if source.byte_pairs is not None:
+        return dict(byte_pairs.special_ids(source.byte_pairs))
+    assert source.tokenizer is not None
+    return fast_tokenizer.special_ids(source.tokenizer)
+
+
+def without_padding(params: Params, source: Source) -> dict[str, np.ndarray]:
+    """Return parameters of a text tower whose embeddings are those of the tokenizer's own ids.
+
+    Ours of byte pairs have padding before them; see `convert.towers`.
+    """
+    path = "embedding/embedding"
+    return {**params, path: params[path][1 if source.byte_pairs is not None else 0 :]}
+
+
+def write_tokenizer(folder: Path, source: Source) -> None:
+    """Write the files of the run's tokenizer."""
+    text = source.config.text
+    if source.byte_pairs is not None:
+        files = byte_pairs.exported(source.byte_pairs, text.length)
+    else:
+        assert source.tokenizer is not None
+        files = fast_tokenizer.files(
+            source.tokenizer, length=text.length, lower=text.lower, punctuation=text.punctuation
+        )
+    for name, content in files.items():
         (folder / name).write_bytes(content)
 
 
-def _with_head(
-    encoder: Params, size: Size, head: str, inside: Callable[[str], Params]
-) -> dict[str, np.ndarray]:
+def _with_head(source: Source, size: Size) -> dict[str, np.ndarray]:
     """Return the parameters of an encoder with the pooling head that makes vectors of images."""
+    head, encoder = source.config.learner.head, source.inside("encoder")
     plain = {path: array for path, array in encoder.items() if not path.startswith("head/")}
     if head == "map":
-        own = inside("image_pooling")
+        own = source.inside("image_pooling")
         return plain | {f"head/{path}": array for path, array in own.items()}
-    projection = inside("image_projection")
-    if head == "none":
-        width = size.width
-        projection = {
-            "kernel": np.eye(width, dtype=np.float32),
-            "bias": np.zeros(width, np.float32),
-        }
-    return plain | mean_head(size.width, size.mlp, projection)
+    if head == "none" and source.config.model.pool == "map":
+        return encoder
+    width = size.width
+    projection = {"kernel": np.eye(width, dtype=np.float32), "bias": np.zeros(width, np.float32)}
+    return plain | mean_head(width, size.mlp, projection | source.inside("image_projection"))
 
 
 def vision_config(config: ConfigDict) -> dict[str, Any]:
@@ -139,13 +184,20 @@ def vision_config(config: ConfigDict) -> dict[str, Any]:
     made = form(config)
     return {
         "model_type": "siglip_vision_model",
-        **_sizes(config),
-        "image_size": made.image_size,
-        "patch_size": made.patch,
-        "num_channels": 3,
-        "hidden_act": _HIDDEN_ACTS[made.options.activation],
-        "layer_norm_eps": made.options.norm_eps,
+        **vision_fields(made),
         "vision_use_head": made.options.pool == "map",
+    }
+
+
+def vision_fields(form: Form) -> dict[str, Any]:
+    """Return the fields that the configs of all vision models have."""
+    return {
+        **sizes(form.size),
+        "image_size": form.image_size,
+        "patch_size": form.patch,
+        "num_channels": 3,
+        "hidden_act": _HIDDEN_ACTS[form.options.activation],
+        "layer_norm_eps": form.options.norm_eps,
     }
 
 
@@ -201,8 +253,8 @@ def mean_head(width: int, mlp: int, projection: Params) -> dict[str, np.ndarray]
     return params | {"head/probe": zeros(1, width)}
 
 
-def _sizes(config: ConfigDict) -> dict[str, int]:
-    size = encoder_size(config)
+def sizes(size: Size) -> dict[str, int]:
+    """Return the fields of a config.json that give the size of a transformer."""
     return {
         "hidden_size": size.width,
         "num_hidden_layers": size.depth,
@@ -216,13 +268,14 @@ def _vision_tensors(encoder: Params) -> dict[str, np.ndarray]:
     return {prefix + name: tensor for name, tensor in to_torch(encoder, siglip.NAMES).items()}
 
 
-def _write(
+def write_model(
     folder: Path,
     config: ConfigDict,
     architecture: dict[str, Any],
     tensors: dict[str, np.ndarray],
     **preprocessing: Any,
 ) -> None:
+    """Write config.json, weights and preprocessor_config.json, the last with more fields."""
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / "model.safetensors", tensors)
     write_json(folder / "config.json", architecture)

@@ -13,7 +13,7 @@ from cap_pretrain.errors import UserError
 from cap_pretrain.untrusted import parsing
 
 
-def files(model: bytes, *, length: int, lower: bool) -> dict[str, bytes]:
+def files(model: bytes, *, length: int, lower: bool, punctuation: bool = True) -> dict[str, bytes]:
     """Return the content of a tokenizer's two JSON files and of its model, by file name.
 
     `length` is the maximum number of ids per text. Raises UserError if the sentencepiece model is
@@ -21,7 +21,7 @@ def files(model: bytes, *, length: int, lower: bool) -> dict[str, bytes]:
     """
     proto = _parse(model)
     content = {
-        "tokenizer.json": _tokenizer(proto, lower),
+        "tokenizer.json": _tokenizer(proto, lower, punctuation),
         "tokenizer_config.json": _config(proto.trainer_spec, length),
     }
     texts = {k: json.dumps(v, ensure_ascii=False, indent=1) + "\n" for k, v in content.items()}
@@ -42,7 +42,7 @@ def _parse(model: bytes) -> Any:
         return sentencepiece_model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]
 
 
-def _tokenizer(proto: Any, lower: bool) -> dict[str, Any]:
+def _tokenizer(proto: Any, lower: bool, punctuation: bool) -> dict[str, Any]:
     trained, normalizer = proto.trainer_spec, proto.normalizer_spec
     if (
         trained.model_type not in (trained.BPE, trained.UNIGRAM)
@@ -64,6 +64,7 @@ def _tokenizer(proto: Any, lower: bool) -> dict[str, Any]:
         "prepend_scheme": "always" if normalizer.add_dummy_prefix else "never",
         "split": trained.split_by_whitespace,
     }
+    steps = _normalizers(normalizer, lower, punctuation)
     eos = trained.eos_piece
     end = {"SpecialToken": {"id": eos, "type_id": 0}}
     text, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
@@ -72,7 +73,7 @@ def _tokenizer(proto: Any, lower: bool) -> dict[str, Any]:
         "truncation": None,
         "padding": None,
         "added_tokens": special,
-        "normalizer": {"type": "Sequence", "normalizers": _normalizers(normalizer, lower)},
+        "normalizer": {"type": "Sequence", "normalizers": steps},
         "pre_tokenizer": space,
         "post_processor": {
             "type": "TemplateProcessing",
@@ -99,9 +100,19 @@ def _config(trained: Any, length: int) -> dict[str, Any]:
     }
 
 
-def _normalizers(spec: Any, lower: bool) -> list[dict[str, Any]]:
-    """Return the normalization of texts, in the order of sentencepiece."""
+DELETES_PUNCTUATION = {"type": "Replace", "pattern": {"Regex": r"[!-/:-@\[-`{-~]"}, "content": ""}
+"""The step that deletes the punctuation of ASCII, `string.punctuation`."""
+
+
+def _normalizers(spec: Any, lower: bool, punctuation: bool) -> list[dict[str, Any]]:
+    """Return the normalization of texts, in the order of `SentencePieceTokenizer`."""
     steps: list[dict[str, Any]] = [{"type": "Lowercase"}] if lower else []
+    if not punctuation:
+        steps += [
+            DELETES_PUNCTUATION,
+            {"type": "Replace", "pattern": {"Regex": r"\s+"}, "content": " "},
+            {"type": "Strip", "strip_left": True, "strip_right": True},
+        ]
     if spec.precompiled_charsmap:
         charsmap = base64.b64encode(spec.precompiled_charsmap).decode()
         steps.append({"type": "Precompiled", "precompiled_charsmap": charsmap})

@@ -99,26 +99,37 @@ def open_folder(folder: Path) -> Pretrained:
 
 def _form(vision: dict[str, Any], options: Options, where: Path) -> Form:
     """Return the architecture that the config of a vision model describes."""
-    act = entry(vision, "hidden_act", str, where)
+    activation, eps = details(vision, where)
+    if entry(vision, "num_channels", int, where) != 3:
+        raise UserError(f"{where}: num_channels is {shown(vision['num_channels'])}, it must be 3.")
+    patch = _side(where, vision, "patch_size", MAX_PATCH)
+    side = _side(where, vision, "image_size", MAX_PATCH * MAX_GRID)
+    return Form(
+        size(vision, where),
+        patch=patch,
+        # Pixels beyond the last whole patch are ignored, such as 6 of 384 with patches of 14.
+        image_size=side // patch * patch,
+        options=dataclasses.replace(options, activation=activation, norm_eps=eps),
+    )
+
+
+def size(section: dict[str, Any], where: Path) -> Size:
+    """Return the size of a vision or text model, given its section of a config.json."""
+    width, depth, mlp, heads = (
+        bounded(section[name], name, 1, most, where) for name, most in LIMITS.items()
+    )
+    return Size(width=width, depth=depth, mlp=mlp, heads=heads)
+
+
+def details(section: dict[str, Any], where: Path) -> tuple[str, float]:
+    """Return the activation, under our name, and the epsilon of a vision or text model."""
+    act = entry(section, "hidden_act", str, where)
     if act not in ACTIVATIONS:
         raise UserError(
             f"{where}: hidden_act {shown(act)} is unknown.{did_you_mean(act[:80], ACTIVATIONS)}"
         )
-    if entry(vision, "num_channels", int, where) != 3:
-        raise UserError(f"{where}: num_channels is {shown(vision['num_channels'])}, it must be 3.")
-    width, depth, mlp, heads = (
-        bounded(vision[name], name, 1, most, where) for name, most in LIMITS.items()
-    )
-    patch = _side(where, vision, "patch_size", MAX_PATCH)
-    side = _side(where, vision, "image_size", MAX_PATCH * MAX_GRID)
-    eps = bounded(vision["layer_norm_eps"], "layer_norm_eps", 0, 1, where, kind=(int, float))
-    return Form(
-        Size(width=width, depth=depth, mlp=mlp, heads=heads),
-        patch=patch,
-        # Pixels beyond the last whole patch are ignored, such as 6 of 384 with patches of 14.
-        image_size=side // patch * patch,
-        options=dataclasses.replace(options, activation=ACTIVATIONS[act], norm_eps=eps),
-    )
+    eps = bounded(section["layer_norm_eps"], "layer_norm_eps", 0, 1, where, kind=(int, float))
+    return ACTIVATIONS[act], eps
 
 
 def _class(config: dict[str, Any]) -> str:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cap_pretrain.convert import clip
+from cap_pretrain.convert import clip, towers
 from cap_pretrain.convert.encoder import (
+    MAX_HEADS,
     MAX_PIXEL,
     MAX_WIDTH,
     MIN_STD,
@@ -18,6 +19,7 @@ from cap_pretrain.convert.encoder import (
     per_channel,
 )
 from cap_pretrain.convert.tables import Computed, Entry, Fused
+from cap_pretrain.convert.towers import Text, Tower, Whole
 from cap_pretrain.convert.weights import Weights, few, read_json
 from cap_pretrain.convert.weights import open_folder as open_weights_of
 from cap_pretrain.errors import UserError
@@ -54,11 +56,34 @@ NAMES: dict[str, Entry] = {
     "norm": "visual.ln_post",
 }
 
+_TEXT_LAYER = "transformer.resblocks.{}."
+
+TEXT_NAMES: dict[str, Entry] = {  # of the text tower and the projections
+    "embedding/embedding": "token_embedding.weight",
+    "positions": "positional_embedding",
+    "blocks/norm1": _TEXT_LAYER + "ln_1",
+    "blocks/attention/query": Fused(_TEXT_LAYER + "attn.in_proj", 0),
+    "blocks/attention/key": Fused(_TEXT_LAYER + "attn.in_proj", 1),
+    "blocks/attention/value": Fused(_TEXT_LAYER + "attn.in_proj", 2),
+    "blocks/attention/out": _TEXT_LAYER + "attn.out_proj",
+    "blocks/norm2": _TEXT_LAYER + "ln_2",
+    "blocks/mlp/up": _TEXT_LAYER + "mlp.c_fc",
+    "blocks/mlp/down": _TEXT_LAYER + "mlp.c_proj",
+    "norm": "ln_final",
+    "text_projection": "text_projection",
+    "text_projection/kernel": Computed(("text_projection",), lambda kernel: kernel.T),
+    "image_projection/kernel": Computed(("visual.proj",), lambda kernel: kernel.T),
+}
+
 IGNORED = (  # projection, text tower, and what OpenAI's archives hold besides weights
     *("visual.proj", "transformer.", "token_embedding.", "positional_embedding", "ln_final."),
     *("text_projection", "text.", "attn_mask", "logit_scale", "logit_bias"),
     *("input_resolution", "context_length", "vocab_size"),
 )
+
+# Fields of OpenCLIP's text_cfg that can have any value, since the shapes of the weights imply them
+# or they concern the tokenizer or OpenCLIP's own program.
+_ANY = ("vocab_size", "width", "layers", "mlp_ratio", "hf_tokenizer_name", "tokenizer_kwargs")
 
 # Fields of OpenCLIP's vision_cfg that the shapes of the weights imply, and the one they do not.
 _IN_SHAPES = ("image_size", "layers", "width", "patch_size", "mlp_ratio")
@@ -132,3 +157,94 @@ def _read(
         std=std,
         source=source,
     )
+
+
+def read_whole(folder: Path, encoder_width: int) -> tuple[Whole | None, str]:
+    """Read what a folder of OpenCLIP holds besides its image encoder; see `dual.read`."""
+    where = folder / CONFIG
+    model = checked(read_json(where).get("model_cfg") or {}, "model_cfg", dict, where)
+    section = checked(model.get("text_cfg") or {}, "text_cfg", dict, where)
+    vision = checked(model.get("vision_cfg") or {}, "vision_cfg", dict, where)
+    length = bounded(
+        section.get("context_length", 77), "context_length", 3, towers.MAX_LENGTH, where
+    )
+    text = _text(folder, section, length)
+    if isinstance(text, str):
+        return None, f"{folder}: its text tower is left out, as {text}"
+    weights = open_weights_of(folder, *WEIGHTS).without("text.")
+    options, names = _text_options(model, section, where), dict(TEXT_NAMES)
+    if section.get("proj_bias"):
+        del names["text_projection/kernel"]  # it is a linear layer like any other
+    if "timm_model_name" in vision:  # of an export of ours
+        del names["image_projection/kernel"]
+        names["image_projection"] = "visual.head.proj"
+        options["image_projection"] = "bias"
+    layers = {m[1] for name in weights.names if (m := re.match(_TEXT_NUMBER, name))}
+    positions, width = weights.shape("positional_embedding", 2)
+    if positions != length:
+        raise UserError(f"{where}: context_length is {length}, but the weights have {positions}.")
+    tower = Tower(
+        options=options,
+        size=Size(
+            width=width,
+            depth=len(layers),
+            mlp=weights.shape(_TEXT_LAYER.format(0) + "mlp.c_fc.bias", 1)[0],
+            heads=bounded(section.get("heads", 8), "heads", 1, MAX_HEADS, where),
+        ),
+        names=names,
+        ignored=("visual.", "logit_scale", "logit_bias", "attn_mask"),
+        widths=(encoder_width, bounded(model.get("embed_dim"), "embed_dim", 1, MAX_WIDTH, where)),
+    )
+    return towers.read(folder, weights, tower, text), ""
+
+
+_TEXT_NUMBER = _TEXT_LAYER.replace(".", r"\.").format(r"(\d+)")
+
+
+def _text(folder: Path, section: dict[str, Any], length: int) -> Text | str:
+    """Return how texts are encoded, or why that is not known here."""
+    if section.get("hf_tokenizer_name"):
+        return towers.pieces(folder, length) or f"it has no {' or '.join(towers.PIECES)}"
+    file = towers.named(folder, towers.BYTE_PAIRS)
+    if not file:
+        return f"it has no {towers.BYTE_PAIRS[0]}, nor {towers.BYTE_PAIRS[1]} with vocab.json"
+    return Text(file, length, pads_with_eos=False)
+
+
+def _text_options(model: dict[str, Any], section: dict[str, Any], where: Path) -> dict[str, Any]:
+    """Return the options of the learner that a model_cfg describes, if it is without timm."""
+
+    def flag(inside: dict[str, Any], name: str) -> bool:
+        return checked(inside.get(name) or False, name, bool, where)
+
+    act, norm = (
+        checked(section.get(name) or {}, name, dict, where)
+        for name in ("act_kwargs", "norm_kwargs")
+    )
+    pool = section.get("pool_type", "argmax")
+    other = [k for k, v in section.items() if v and k not in (*_ANY, *_READ)]
+    other += [f"act_kwargs {k}" for k, v in act.items() if (k, v) != ("approximate", "tanh")]
+    other += [f"norm_kwargs {k}" for k in norm if k != "eps"]
+    if other or pool not in _POOLS:
+        raise UserError(
+            f"{where}: its text tower has {few(other or [f'pool_type {pool}'])}; only the plain "
+            "transformer of CLIP and SigLIP can be read."
+        )
+    plain = "quick_gelu" if flag(model, "quick_gelu") else "gelu"
+    sigmoid = model.get("init_logit_bias") is not None
+    return {
+        "contrast": "sigmoid" if sigmoid else "softmax",
+        "image_projection": "no_bias",
+        "text_projection": "bias" if flag(section, "proj_bias") else "no_bias",
+        "text_activation": "gelu_tanh" if act else plain,
+        "text_norm_eps": bounded(norm.get("eps", NORM_EPS), "eps", 0, 1, where, kind=(int, float)),
+        "text_causal": not flag(section, "no_causal_mask"),
+        "text_pool": _POOLS[pool],
+    }
+
+
+_POOLS = {"argmax": "eos", "last": "last"}
+_READ = (
+    *("context_length", "heads", "proj_bias", "act_kwargs", "norm_kwargs", "no_causal_mask"),
+    "pool_type",
+)

@@ -20,12 +20,16 @@ NAMES: dict[str, Entry] = BLOCKS | {
     "head/mlp/down": "head.mlp.fc2",
 }
 
-TEXT_NAMES: dict[str, Entry] = BLOCKS | {  # of our text tower and the "projection" after it
+TEXT_NAMES: dict[str, Entry] = BLOCKS | {  # of the text tower and the projection after it
     "embedding/embedding": "embeddings.token_embedding.weight",
     "positions": "embeddings.position_embedding.weight",
     "norm": "final_layer_norm",
-    "projection": "head",
+    "text_projection": "head",
 }
+
+TEXT = {"bias": True, "text_causal": False, "text_pool": "last"}
+LEARNER = {"contrast": "sigmoid", "head": "none", **TEXT}
+"""Options of our dual encoder that are SigLIP's."""
 
 
 def describe(config: dict[str, Any]) -> tuple[Options, Table]:

@@ -20,8 +20,9 @@ from cap_pretrain.learners.contrastive import Contrastive
 from cap_pretrain.learners.parts import Part
 from cap_pretrain.models.build import build_encoder, build_pooling, compute, text_size
 from cap_pretrain.models.encoder import ImageEncoder
-from cap_pretrain.models.layers import XAVIER, EncoderOutput, normalize_images
-from cap_pretrain.models.text import TextTower
+from cap_pretrain.models.layers import ACTIVATIONS, XAVIER, EncoderOutput, normalize_images
+from cap_pretrain.models.sizes import Size
+from cap_pretrain.models.text_tower import POOLS, TextOptions, TextTower
 from cap_pretrain.models.vit import MapHead
 
 # Log of the initial logit scale, and the initial logit bias: 1 / 0.07 as in CLIP (section 2.5),
@@ -57,17 +58,49 @@ class DualEncoder(Contrastive, Part):
                 them. A device with b examples then holds b texts and logits [b, b] instead of all
                 B texts and logits [b, B]. The result is the same. It takes as many sequential
                 messages as there are devices, so it pays off only if those arrays do not fit.
+            embedding: With head="linear", width of the embeddings; 0 is that of the text tower.
+            bias: Whether the linear projections have biases; CLIP's have none.
+            text_width: Like the next three, overrides the text tower's size, which is that of the
+                ViT (see `models.build.text_size`); 0 keeps it.
+            text_depth: Number of layers.
+            text_mlp: Hidden units of the MLPs.
+            text_heads: Number of attention heads.
+            text_activation: Of the text tower's MLPs, as `model.activation` is of the encoder's.
+            text_norm_eps: Epsilon of the text tower's LayerNorms.
+            text_causal: Whether positions attend only to themselves and earlier ones (CLIP).
+            text_pool: The position that stands for the text: "last", or "eos" (CLIP).
         """
 
         contrast: str = "softmax"
         head: str = "linear"
         ring: bool = False
+        embedding: int = 0
+        bias: bool = True
+        text_width: int = 0
+        text_depth: int = 0
+        text_mlp: int = 0
+        text_heads: int = 0
+        text_activation: str = TextOptions.activation
+        text_norm_eps: float = TextOptions.norm_eps
+        text_causal: bool = TextOptions.causal
+        text_pool: str = TextOptions.pool
 
         def __post_init__(self):
-            if self.head not in HEADS:
-                raise UserError(
-                    f"learner.head: {self.head!r} is unknown.{did_you_mean(self.head, HEADS)}"
-                )
+            for name, known in (
+                ("head", HEADS),
+                ("text_activation", tuple(ACTIVATIONS)),
+                ("text_pool", POOLS),
+            ):
+                value = getattr(self, name)
+                if value not in known:
+                    raise UserError(
+                        f"learner.{name}: {value!r} is unknown.{did_you_mean(value, known)}"
+                    )
+            for name in ("embedding", *(f"text_{f.name}" for f in dataclasses.fields(Size))):
+                if getattr(self, name) < 0:
+                    raise UserError(f"learner.{name}: {getattr(self, name)} must not be negative.")
+            if self.text_norm_eps <= 0:
+                raise UserError(f"learner.text_norm_eps: {self.text_norm_eps} must be positive.")
             if self.contrast not in INITIAL_SCALE_AND_BIAS:
                 raise UserError(
                     f"learner.contrast: {self.contrast!r} is not 'softmax' or 'sigmoid'."
@@ -77,6 +110,22 @@ class DualEncoder(Contrastive, Part):
                     f"learner.ring: contrast={self.contrast!r} needs all texts of the batch at "
                     "once; use contrast='sigmoid' or ring=False."
                 )
+
+        def tower(self, size: Size) -> Size:
+            """Return the text tower's size, given the one that these options override."""
+            given = {f.name: getattr(self, f"text_{f.name}") for f in dataclasses.fields(Size)}
+            size = dataclasses.replace(size, **{name: n for name, n in given.items() if n})
+            if size.width % size.heads:
+                raise UserError(
+                    f"learner.text_heads: {size.heads} does not divide the width {size.width} of "
+                    "the text tower; choose a divisor."
+                )
+            return size
+
+        def text(self) -> TextOptions:
+            """Return the options of the text tower."""
+            names = [f.name for f in dataclasses.fields(TextOptions)]
+            return TextOptions(**{name: getattr(self, f"text_{name}") for name in names})
 
     reads = ("image", "text")
 
@@ -92,13 +141,20 @@ class DualEncoder(Contrastive, Part):
         self.encoder = encoder
         self.text_tower = text_tower
         width, dtype = text_tower.size.width, text_tower.compute.dtype
-        kwargs: dict[str, Any] = dict(dtype=dtype, kernel_init=XAVIER, rngs=rngs)
+        kwargs: dict[str, Any] = dict(use_bias=options.bias, dtype=dtype, kernel_init=XAVIER)
+        common = options.embedding or width
         if options.head == "linear":
-            self.image_projection = nnx.Linear(encoder.width, width, **kwargs)
+            self.image_projection = nnx.Linear(encoder.width, common, rngs=rngs, **kwargs)
+        else:
+            common = encoder.width
+        if options.embedding not in (0, common):
+            raise UserError(
+                f"learner.embedding: is {options.embedding}, but with head={options.head!r} "
+                f"embeddings have the width of the encoder, {common}; set it to 0."
+            )
         if pooling:
             self.image_pooling = pooling
-        common = width if options.head == "linear" else encoder.width
-        self.text_projection = nnx.Linear(width, common, **kwargs)
+        self.text_projection = nnx.Linear(width, common, rngs=rngs, **kwargs)
         scale, bias = INITIAL_SCALE_AND_BIAS[options.contrast]
         self.log_scale = nnx.Param(jnp.asarray(scale, jnp.float32))
         if bias is not None:
@@ -108,14 +164,16 @@ class DualEncoder(Contrastive, Part):
     @classmethod
     def from_config(cls, config: ConfigDict, vocab_size: int, rngs: nnx.Rngs) -> "DualEncoder":
         """Build the learner that `config` describes."""
+        options = learners.options(config)
         tower = TextTower(
-            text_size(config),
+            options.tower(text_size(config)),
             vocab_size=vocab_size,
             length=config.text.length,
+            options=options.text(),
             compute=compute(config),
             rngs=rngs,
         )
-        options, encoder, pooling = learners.options(config), build_encoder(config, rngs), None
+        encoder, pooling = build_encoder(config, rngs), None
         if options.head == "map":
             pooling = build_pooling(config, encoder.width, rngs)
         return cls(encoder, tower, options=options, pooling=pooling, rngs=rngs)

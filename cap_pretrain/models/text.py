@@ -1,4 +1,4 @@
-"""Text transformers: the caption decoder and the text tower of dual encoders."""
+"""The caption decoder, a text transformer that attends to an image."""
 
 from typing import Any, cast
 
@@ -15,9 +15,7 @@ from cap_pretrain.models.layers import (
     Mlp,
     constrain,
     dropout,
-    encoder_blocks,
     layer_randomness,
-    run_encoder_blocks,
     scan_layers,
     split_optional,
     stack_layers,
@@ -34,6 +32,11 @@ def embed(embedding: nnx.Embed, tokens: jax.Array, compute: Compute) -> jax.Arra
     if not compute.deterministic:
         return embedding(tokens)
     return rows_of(embedding.embedding[...].astype(compute.dtype), tokens)
+
+
+def causal(length: int) -> jax.Array:
+    """Return the causal mask bool [1, 1, T, T]: each position attends to itself and the past."""
+    return jnp.tril(jnp.ones((length, length), bool))[None, None]
 
 
 class DecoderBlock(nnx.Module):
@@ -345,50 +348,3 @@ def written(writers: jax.Array, position: jax.Array, batch: int) -> tuple[jax.Ar
     # -1 (future positions) matches no row
     mask = writers.reshape(batch, 1, beams, -1, 1) == row
     return writers, mask.reshape(batch, 1, beams, -1)
-
-
-class TextTower(nnx.Module):
-    """A bidirectional text encoder that pools the last of its `length` positions.
-
-    Padding is not masked. The last position of a padded text serves as the read-out token, as in
-    the authors' code (big_vision `text_transformer.py`, pool "last") and in SigLIP, so weights can
-    be converted.
-
-    Args:
-        size: shape of the transformer.
-        vocab_size: number of tokens.
-        length: T, number of positions.
-        compute: precision, kernels and dropout.
-    """
-
-    def __init__(
-        self,
-        size: Size,
-        *,
-        vocab_size: int,
-        length: int,
-        compute: Compute,
-        rngs: nnx.Rngs,
-    ):
-        self.embedding = nnx.Embed(
-            vocab_size,
-            size.width,
-            dtype=compute.dtype,
-            embedding_init=nnx.initializers.normal(size.width**-0.5),
-            rngs=rngs,
-        )
-        init = nnx.initializers.normal(size.width**-0.5)
-        self.positions = nnx.Param(init(rngs.params(), (length, size.width)))
-        self.blocks = encoder_blocks(size, compute=compute, rngs=rngs)
-        self.norm = LayerNorm(size.width, dtype=compute.dtype, rngs=rngs)
-        self.size, self.compute = size, compute
-
-    def __call__(
-        self, text: jax.Array, *, train: bool = False, key: jax.Array | None = None
-    ) -> jax.Array:
-        """Encode text int32 [B, T] as vectors [B, D]."""
-        x = embed(self.embedding, text, self.compute)
-        x = constrain(x + self.positions[...].astype(x.dtype))
-        key = key if train else None
-        x = run_encoder_blocks(self.blocks, x, key, depth=self.size.depth, compute=self.compute)
-        return self.norm(x)[:, -1]

@@ -12,7 +12,7 @@ from cap_pretrain.learners.simclr import SimCLR
 from cap_pretrain.models.convnet import BatchNorm
 from cap_pretrain.models.layers import Compute, dropout
 from cap_pretrain.models.sizes import Size
-from cap_pretrain.models.text import TextTower
+from cap_pretrain.models.text_tower import TextTower
 from cap_pretrain.training import step
 from tests import tiny
 from tests.layouts import SMALL, Training, config, on_eight_devices

@@ -27,6 +27,7 @@ class Source:
         config: Config of the run.
         params: Parameters of its learner, by path.
         tokenizer: Its sentencepiece model; None if there is none.
+        byte_pairs: Its tokenizer.json of CLIP's byte pairs; None if there is none.
         place: Where the export will lie, as its own files name it: "local-dir:FOLDER" or
             "hf-hub:OWNER/NAME".
     """
@@ -35,6 +36,7 @@ class Source:
     params: Params
     tokenizer: bytes | None
     place: str
+    byte_pairs: bytes | None = None
 
     @property
     def shown_place(self) -> str:

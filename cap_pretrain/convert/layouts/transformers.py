@@ -1,31 +1,36 @@
-"""Export as folders that transformers loads: SiglipVisionModel, and SiglipModel in `siglip/`."""
+"""Export as folders that transformers loads: the encoder, and a dual encoder whole inside it.
+
+These are SiglipVisionModel and, in `siglip/`, SiglipModel; or for an encoder with all options of
+CLIP's, CLIPVisionModel and, in `clip/`, CLIPModel.
+"""
 
 from pathlib import Path
 
-from cap_pretrain.convert import export
+from cap_pretrain import learners
+from cap_pretrain.convert import export, export_clip
 from cap_pretrain.convert.layouts import processor
 from cap_pretrain.convert.layouts.base import Source, Written
-
-DUAL = "siglip"  # folder of the SiglipModel
 
 _POOLED = {
     "gap": "`outputs.last_hidden_state.mean(1)` (the model has no pooling head)",
     "map": "`outputs.pooler_output` (attention pooling)",
+    "class": "`outputs.pooler_output` (the class token)",
 }
 
 
 def write(folder: Path, source: Source) -> Written:
     """Write the vision encoder, and a dual encoder whole where possible; see `layouts.write`."""
     config = source.config
-    left_out = export.why_not_whole(config)
-    if not left_out and source.tokenizer is None:
-        left_out = "the text tower, because transformers has no tokenizer of whole words"
-    export.write_vision_model(folder, config, source.inside("encoder"))
+    is_clip = export_clip.is_clip(config)
+    left_out = _left_out(source, is_clip)
+    writer = export_clip if is_clip else export
+    writer.write_vision_model(folder, config, source.inside("encoder"))
     processor.write(folder)
+    model = f"{'CLIP' if is_clip else 'Siglip'}VisionModel"
     usage = [
-        "```python\nfrom transformers import AutoImageProcessor, SiglipVisionModel\n\n"
+        f"```python\nfrom transformers import AutoImageProcessor, {model}\n\n"
         "processor = AutoImageProcessor.from_pretrained(FOLDER, trust_remote_code=True)\n"
-        "model = SiglipVisionModel.from_pretrained(FOLDER)\n"
+        f"model = {model}.from_pretrained(FOLDER)\n"
         'outputs = model(**processor(images=image, return_tensors="pt"))\n```',
         f"Tokens of the patches: `outputs.last_hidden_state`. The pooled vector that the run's own "
         f"evaluations used: {_POOLED[config.model.pool]}. In cap_pretrain it is "
@@ -35,28 +40,54 @@ def write(folder: Path, source: Source) -> Written:
         "transformers interpolates where the run averaged areas, so pixels differ slightly.",
     ]
     parts: tuple[str, ...] = ()
-    if not left_out and source.tokenizer is not None:
-        export.write_dual_encoder(folder / DUAL, config, source.params, source.tokenizer)
-        processor.write(folder / DUAL)
-        usage += _dual_encoder(config.learner.contrast)
-        parts = (f"{DUAL}: the same with text tower and tokenizer",)
+    if not left_out:
+        inside = "clip" if is_clip else "siglip"
+        writer.write_dual_encoder(folder / inside, source)
+        processor.write(folder / inside)
+        usage += _dual_encoder(inside, config.learner.contrast)
+        parts = (f"{inside}: the same with text tower and tokenizer",)
     return Written("transformers", tuple(usage), parts, left_out)
 
 
-def _dual_encoder(contrast: str) -> list[str]:
+def _left_out(source: Source, is_clip: bool) -> str:
+    """Return what cannot be written besides the encoder, and why; "" if nothing."""
+    config = source.config
+    if config.learner.name == "dual_encoder" and is_clip:
+        left_out = export_clip.why_not_whole(learners.options(config))
+    else:
+        left_out = export.why_not_whole(config)
+    if left_out:
+        return left_out
+    if source.tokenizer is None and source.byte_pairs is None:
+        return "the text tower, because transformers has no tokenizer of whole words"
+    if source.byte_pairs is not None and not is_clip:
+        return (
+            "the text tower, because it reads padding, for which CLIP's tokenizer of transformers "
+            "has no id"
+        )
+    return ""
+
+
+def _dual_encoder(inside: str, contrast: str) -> list[str]:
+    model = {"clip": "CLIPModel", "siglip": "SiglipModel"}[inside]
     probabilities = (
         "`logits_per_image.softmax(-1)` over the texts"
         if contrast == "softmax"
         else "`logits_per_image.sigmoid()`"
     )
+    padding = (
+        "The padding is required, since the text tower treats it like any other token. "
+        "`tokenizer.json` gives the token ids of the training; the class `SiglipTokenizer` would "
+        "not, since it removes punctuation."
+        if inside == "siglip"
+        else "Texts are truncated to the length of the text tower."
+    )
     return [
         "## Images and texts",
-        f"```python\nfrom transformers import AutoProcessor, SiglipModel\n\n"
-        f'processor = AutoProcessor.from_pretrained(FOLDER, subfolder="{DUAL}")\n'
-        f'model = SiglipModel.from_pretrained(FOLDER, subfolder="{DUAL}")\n'
+        f"```python\nfrom transformers import AutoProcessor, {model}\n\n"
+        f'processor = AutoProcessor.from_pretrained(FOLDER, subfolder="{inside}")\n'
+        f'model = {model}.from_pretrained(FOLDER, subfolder="{inside}")\n'
         'inputs = processor(images=image, text=texts, padding="max_length", truncation=True, '
         'return_tensors="pt")\noutputs = model(**inputs)\n```',
-        f"Probabilities: {probabilities}. The padding is required, since the text tower treats it "
-        "like any other token. `tokenizer.json` gives the token ids of the training; the class "
-        "`SiglipTokenizer` would not, since it removes punctuation.",
+        f"Probabilities: {probabilities}. {padding}",
     ]

@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import os
+import string
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
@@ -24,6 +25,8 @@ _TRAIN_CAPTIONS = 1_000_000
 # Rarer characters (the last 0.01% of the text) become the unknown piece, so that a few emoji do
 # not take the place of words. The default, 0.9995, would drop letters in small corpora.
 _CHARACTER_COVERAGE = 0.9999
+
+_WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 MAX_VOCABULARY = 2**24
 """Largest vocabulary that can be asked for; sentencepiece reserves memory for all of it."""
@@ -72,22 +75,31 @@ class NoText:
 class SentencePieceTokenizer:
     """A sentencepiece model as a `Tokenizer`; pickles hold only its arguments, not the model.
 
-    `lower` lower-cases the text before encoding, as in the Cap recipe. Raises UserError if the file
-    is missing, is not a sentencepiece model, does not pad with id 0 or has no end-of-sentence
-    piece; or if `max_len` leaves no room for text.
+    `lower` lower-cases the text before encoding, as in the Cap recipe. Without `punctuation`, that
+    of ASCII is deleted, and white space becomes single spaces, as in SigLIP's code (big_vision
+    `prompt_engineering.py`, `canonicalize_text`). Raises UserError if the file is missing, is not a
+    sentencepiece model, does not pad with id 0 or has no end-of-sentence piece; or if `max_len`
+    leaves no room for text.
     """
 
     pad_id = 0
 
-    def __init__(self, model_path: str | os.PathLike, max_len: int = 64, lower: bool = True):
+    def __init__(
+        self,
+        model_path: str | os.PathLike,
+        max_len: int = 64,
+        lower: bool = True,
+        punctuation: bool = True,
+    ):
         if max_len < 2:
             raise UserError(f"tokenizer: max_len is {max_len}; it must be at least 2.")
         self.max_len = max_len
         self._path = os.fspath(model_path)
-        self._lower = lower
+        self._lower, self._punctuation = lower, punctuation
         self._model = _load(files.place(model_path))
         proto = self._model.serialized_model_proto()
         self.identity = f"{hashlib.sha256(proto).hexdigest()} {max_len} {lower}"
+        self.identity += "" if punctuation else " without punctuation"
         self.eos_id = self._model.eos_id()
         self.vocab_size = len(self._model)
         if self._model.pad_id() != self.pad_id or self.eos_id < 0:
@@ -100,6 +112,8 @@ class SentencePieceTokenizer:
     def encode(self, text: str) -> np.ndarray:
         """Return int32 [max_len]: pieces, EOS, then 0. Long texts are truncated but keep EOS."""
         text = encodable(text.lower() if self._lower else text)
+        if not self._punctuation:
+            text = " ".join(text.translate(_WITHOUT_PUNCTUATION).split())
         pieces = self._model.encode(text)[: self.max_len - 1]
         ids = np.zeros(self.max_len, np.int32)
         ids[: len(pieces)] = pieces
@@ -116,7 +130,7 @@ class SentencePieceTokenizer:
         return self._model.decode(pieces)
 
     def __reduce__(self):
-        return SentencePieceTokenizer, (self._path, self.max_len, self._lower)
+        return SentencePieceTokenizer, (self._path, self.max_len, self._lower, self._punctuation)
 
 
 def encode_answer(
