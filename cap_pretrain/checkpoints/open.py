@@ -7,7 +7,7 @@ from typing import NamedTuple
 from jax.sharding import Mesh
 
 from cap_pretrain import config as configs
-from cap_pretrain import convert, files, inputs, learners
+from cap_pretrain import files, inputs, learners
 from cap_pretrain.checkpoints import warm_start
 from cap_pretrain.checkpoints.load import Learner, Say, assemble, load_learner, to_stderr
 from cap_pretrain.data.text.tokenizers import NoText, Tokenizer
@@ -82,8 +82,7 @@ def _imported(place: Path, mesh: Mesh | None, say: Say) -> Learner:
     with config.unlocked():
         config.learner = learners.defaults("pretrained")
         weights = warm_start.from_import(config, place, place, say)
-        # Evaluation takes the central square where training would crop at random.
-        config.data.crop = "random" if convert.crops_center(place) else "none"
+        config.data.crop = warm_start.evaluation_crop(place)
     tokenizer: Tokenizer = NoText()
     if "text" in learners.learner_class(config.learner.name).reads:
         tokenizer = inputs.open_tokenizer(config, config.text.tokenizer)

@@ -108,7 +108,7 @@ def resolve(
             weights = _from_workdir(config, run, step, given)
         else:
             with files.local(path) as copy:
-                weights = from_import(config, copy, path, say)
+                weights = from_import(config, copy, path, say, given)
             source = weights.source.replace(str(copy), str(path))
             weights = dataclasses.replace(weights, source=source)
         if "data.image_size" in given:
@@ -216,12 +216,17 @@ def _from_workdir(
 
 
 def from_import(
-    config: ConfigDict, copy: Path, place: Path, say: Callable[[str], None]
+    config: ConfigDict,
+    copy: Path,
+    place: Path,
+    say: Callable[[str], None],
+    given: Collection[str] = (),
 ) -> PretrainedWeights:
     """Load what was trained elsewhere and set the fields of `config` that describe it.
 
     `copy` is the folder or file on this machine, `place` what the config calls it. For the learner
-    `pretrained`, a dual encoder is loaded whole; `say` receives a line if it cannot be.
+    `pretrained`, a dual encoder is loaded whole; `say` receives a line if it cannot be. Unless
+    `data.crop` is `given`, its evaluation crops images as its own preprocessing does.
     """
     found = convert.open_encoder(copy)
     defaults = {k: v for k, v in configs.default().model.items() if k not in OWN_FIELDS}
@@ -238,9 +243,19 @@ def from_import(
             config.learner = learners.defaults("dual_encoder", **whole.learner)
             config.text.update(whole.text | {"tokenizer": str(place / whole.text["tokenizer"])})
             params |= whole.params
+            if not configs.trains(config) and "data.crop" not in given:
+                config.data.crop = evaluation_crop(copy)
         elif note:
             say(f"{note}.")
     return PretrainedWeights(params, stats, found.source)
+
+
+def evaluation_crop(path: Path) -> str:
+    """Return the `data.crop` with which evaluation crops as an encoder's own preprocessing does.
+
+    Where training would crop at random, evaluation takes the central square.
+    """
+    return "random" if convert.crops_center(path) else "none"
 
 
 def _replaced(tree: Any, arrays: dict[str, np.ndarray], source: str) -> Any:

@@ -44,9 +44,9 @@ def form(config: ConfigDict) -> Form:
     options = made.options
     if options.class_token or options.pre_norm or options.final_norm != "tokens":
         raise UserError(
-            "model: an encoder with a class token, with a norm before its blocks or without one "
-            "after them is neither a SiglipVisionModel nor, without all of these and "
-            "model.pool=class, a CLIPVisionModel, and cannot be exported."
+            "model: an encoder with some of a class token, pooling by it, a norm before its blocks "
+            "and the last norm after pooling is not a SiglipVisionModel, and cannot be exported; "
+            "with all of them it is a CLIPVisionModel."
         )
     return made
 

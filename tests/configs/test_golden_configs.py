@@ -34,6 +34,7 @@ TRAINED = ("quickstart", pytest.param("pretrain-cappa", marks=pytest.mark.slow))
 # Configs initialized from an encoder.
 WITH_ENCODER = {
     "evaluate": ("evaluate", "evals=loss+captions"),
+    "continue_training": ("continue_training", None),
     "coco_captioning": ("coco_captioning", None),
     "coco_captioning-questions": (
         "coco_captioning",

@@ -60,27 +60,6 @@ def exported(model, workdir, out):
     np.testing.assert_array_equal(cap_pretrain.load(workdir).embed(IMAGES), model.embed(IMAGES))
 
 
-def test_clip(tmp_path):
-    theirs = dual_models.clip(tmp_path / "clip")
-    expected = dual_models.embeddings(*theirs, IMAGES, of_clip.MEAN, of_clip.STD)
-    model = cap_pretrain.load(tmp_path / "clip")
-    assert model.config.learner.contrast == "softmax"
-    assert_close(vectors(model), expected)
-    cosines = expected[0] @ expected[1].T
-    np.testing.assert_allclose(model.score(IMAGES, TEXTS), cosines, atol=1e-5)
-
-    exported(model, tmp_path / "run", tmp_path / "out")
-    again = loaded("CLIPModel", tmp_path / "out" / "clip")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out" / "clip")
-    assert_close(dual_models.embeddings(again, tokenizer, IMAGES, *OURS), expected)
-    back = cap_pretrain.load(tmp_path / "out" / "clip")
-    assert_close(vectors(back), expected)
-    vision = loaded("CLIPVisionModel", tmp_path / "out")
-    with torch.no_grad():
-        pooled = vision(torch_models.pixels(IMAGES, *OURS)).pooler_output
-    np.testing.assert_allclose(model.embed(IMAGES, what="pooled"), pooled, atol=1e-5)
-
-
 def loaded(name, folder):
     """Load a model with transformers and check that no weight is missing or unused."""
     model, info = getattr(transformers, name).from_pretrained(folder, output_loading_info=True)
@@ -88,14 +67,45 @@ def loaded(name, folder):
     return model.eval()
 
 
+def test_clip(tmp_path):
+    theirs = dual_models.clip(tmp_path)
+    expected = dual_models.embeddings(*theirs, IMAGES, of_clip.MEAN, of_clip.STD)
+    model = cap_pretrain.load(tmp_path)
+    assert model.config.learner.contrast == "softmax"
+    assert_close(vectors(model), expected)
+
+
 def test_siglip(tokenizer_path, tmp_path):
-    theirs = dual_models.siglip(tmp_path / "siglip", tokenizer_path)
+    theirs = dual_models.siglip(tmp_path, tokenizer_path)
     expected = dual_models.embeddings(*theirs, IMAGES, *OURS)
-    model = cap_pretrain.load(tmp_path / "siglip")
+    model = cap_pretrain.load(tmp_path)
     assert not model.config.text.punctuation
     assert_close(vectors(model), expected)
 
+
+@pytest.mark.slow
+def test_an_export_of_a_clip_is_one_again(tmp_path):
+    theirs = dual_models.clip(tmp_path / "clip")
+    expected = dual_models.embeddings(*theirs, IMAGES, of_clip.MEAN, of_clip.STD)
+    model = cap_pretrain.load(tmp_path / "clip")
+    cosines = expected[0] @ expected[1].T
+    np.testing.assert_allclose(model.score(IMAGES, TEXTS), cosines, atol=1e-5)
     exported(model, tmp_path / "run", tmp_path / "out")
+    again = loaded("CLIPModel", tmp_path / "out" / "clip")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out" / "clip")
+    assert_close(dual_models.embeddings(again, tokenizer, IMAGES, *OURS), expected)
+    assert_close(vectors(cap_pretrain.load(tmp_path / "out" / "clip")), expected)
+    vision = loaded("CLIPVisionModel", tmp_path / "out")
+    with torch.no_grad():
+        pooled = vision(torch_models.pixels(IMAGES, *OURS)).pooler_output
+    np.testing.assert_allclose(model.embed(IMAGES, what="pooled"), pooled, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_an_export_of_a_siglip_is_one_again(tokenizer_path, tmp_path):
+    theirs = dual_models.siglip(tmp_path / "siglip", tokenizer_path)
+    expected = dual_models.embeddings(*theirs, IMAGES, *OURS)
+    exported(cap_pretrain.load(tmp_path / "siglip"), tmp_path / "run", tmp_path / "out")
     inside = tmp_path / "out" / "siglip"
     again = loaded("SiglipModel", inside)
     tokenizer = transformers.AutoTokenizer.from_pretrained(inside)
@@ -152,3 +162,29 @@ def test_files_that_are_missing_or_do_not_fit(tokenizer_path, tmp_path, capsys):
     assert cap_pretrain.load(folder).learner == "encoder"
     note = "its text tower is left out, as it has no tokenizer (spiece.model or tokenizer.model)."
     assert note in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_clip_is_evaluated_and_fine_tuned_with_its_tokenizer(tmp_path):
+    dual_models.clip(tmp_path / "clip")
+    folder, sizes = str(tmp_path / "clip"), {"length_train": 40, "length_val": 24}
+    given = {f"data.scenes.{name}": n for name, n in sizes.items()} | {"encoder": folder}
+    judged = cap_pretrain.train(
+        "evaluate:evals=retrieval+zero_shot,data=scenes", tmp_path / "judged", given
+    )
+    assert {"retrieval/text_to_image_r1", "zero_shot/top1"} <= judged.metrics.keys()
+    steps = {"total_steps": 2, "batch_size": 8, "optim.lr": 1e-4}
+    tuned = cap_pretrain.train("continue_training", tmp_path / "tuned", given | steps)
+    before, after = cap_pretrain.load(folder), tuned.load()
+    assert after.config.learner == before.config.learner
+    own, other = before.embed_text(TEXTS), after.embed_text(TEXTS)
+    assert 0 < np.abs(own - other).max() < 0.1
+    # The folder is not needed any more, and more steps can follow.
+    (tmp_path / "clip").rename(tmp_path / "elsewhere")
+    again = cap_pretrain.train(
+        "continue_training",
+        tmp_path / "tuned",
+        given | steps | {"total_steps": 3},
+        allow_changes=["total_steps"],
+    )
+    assert again.step == 3
