@@ -173,12 +173,13 @@ def read_whole(folder: Path, encoder_width: int) -> tuple[Whole | None, str]:
         return None, f"{folder}: its text tower is left out, as {text}"
     weights = open_weights_of(folder, *WEIGHTS).without("text.")
     options, names = _text_options(model, section, where), dict(TEXT_NAMES)
-    if section.get("proj_bias"):
+    if options["bias"]:
         del names["text_projection/kernel"]  # it is a linear layer like any other
+        names["image_projection/bias"] = None
     if "timm_model_name" in vision:  # of an export of ours
         del names["image_projection/kernel"]
+        names.pop("image_projection/bias", None)
         names["image_projection"] = "visual.head.proj"
-        options["image_projection"] = "bias"
     layers = {m[1] for name in weights.names if (m := re.match(_TEXT_NUMBER, name))}
     positions, width = weights.shape("positional_embedding", 2)
     if positions != length:
@@ -234,8 +235,7 @@ def _text_options(model: dict[str, Any], section: dict[str, Any], where: Path) -
     sigmoid = model.get("init_logit_bias") is not None
     return {
         "contrast": "sigmoid" if sigmoid else "softmax",
-        "image_projection": "no_bias",
-        "text_projection": "bias" if flag(section, "proj_bias") else "no_bias",
+        "bias": flag(section, "proj_bias"),
         "text_activation": "gelu_tanh" if act else plain,
         "text_norm_eps": bounded(norm.get("eps", NORM_EPS), "eps", 0, 1, where, kind=(int, float)),
         "text_causal": not flag(section, "no_causal_mask"),

@@ -101,7 +101,14 @@ def read(folder: Path, weights: Weights, tower: Tower, text: Text) -> Whole:
     """
     _check(tower, folder)
     sizes = {f"text_{name}": n for name, n in dataclasses.asdict(tower.size).items()}
-    made = DualEncoder.Options(**tower.options, **sizes, embedding=tower.widths[1])
+    made = DualEncoder.Options(**tower.options, **sizes)
+    if made.head == "linear":
+        made = dataclasses.replace(made, embedding=tower.widths[1])
+    elif len(set(tower.widths)) > 1:
+        raise UserError(
+            f"{folder}: its image vectors have {tower.widths[0]} dimensions, and those of texts "
+            f"{tower.widths[1]}."
+        )
     tokens = str(tower.names["embedding/embedding"])
     count = bounded(weights.shape(tokens, 2)[0], "number of tokens", 1, MAX_TOKENS, folder)
     params = {
@@ -158,10 +165,11 @@ def _shapes(
     state = nnx.state(nnx.eval_shape(build), nnx.Param)
     shapes = {k: v.shape for k, v in rules.flatten(nnx.to_pure_dict(state)).items()}
     of_images, width = tower.widths
-    for name, own in (("image_projection", of_images), ("text_projection", tower.size.width)):
-        kind = getattr(options, name)
-        shapes |= {f"{name}/kernel": (own, width)} if kind != "none" else {}
-        shapes |= {f"{name}/bias": (width,)} if kind == "bias" else {}
+    projected = {"text_projection": tower.size.width}
+    projected |= {"image_projection": of_images} if options.head == "linear" else {}
+    for name, own in projected.items():
+        shapes |= {f"{name}/kernel": (own, width)}
+        shapes |= {f"{name}/bias": (width,)} if options.bias else {}
     return shapes
 
 

@@ -30,7 +30,7 @@ from cap_pretrain.models.build import (
 )
 from cap_pretrain.models.encoder import ImageEncoder
 from cap_pretrain.models.layers import EncoderOutput, in_chunks, normalize_images
-from cap_pretrain.models.text import PAD, Cache, Decoder, causal
+from cap_pretrain.models.text import PAD, Cache, Decoder
 
 
 def shift_right(text: jax.Array, start: jax.Array | None = None) -> jax.Array:

@@ -34,11 +34,6 @@ def embed(embedding: nnx.Embed, tokens: jax.Array, compute: Compute) -> jax.Arra
     return rows_of(embedding.embedding[...].astype(compute.dtype), tokens)
 
 
-def causal(length: int) -> jax.Array:
-    """Return the causal mask bool [1, 1, T, T]: each position attends to itself and the past."""
-    return jnp.tril(jnp.ones((length, length), bool))[None, None]
-
-
 class DecoderBlock(nnx.Module):
     """Pre-norm self-attention, cross-attention and MLP, without biases.
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from cap_pretrain.models.attention import causal
 from cap_pretrain.models.elementwise import LayerNorm
 from cap_pretrain.models.layers import (
     Compute,
@@ -15,7 +16,7 @@ from cap_pretrain.models.layers import (
     run_encoder_blocks,
 )
 from cap_pretrain.models.sizes import Size
-from cap_pretrain.models.text import PAD, causal, embed
+from cap_pretrain.models.text import PAD, embed
 
 POOLS = ("last", "eos")
 
