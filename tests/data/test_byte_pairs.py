@@ -55,7 +55,7 @@ def test_rows_have_a_start_an_end_and_padding_that_is_no_token(folder):
     long = BytePairTokenizer(folder / "merges.txt", 5).encode("a b c d e f g")
     assert long[-1] == tokenizer.eos_id and long.all()
     wide = BytePairTokenizer(folder / "merges.txt", 40)
-    assert wide.decode(wide.encode("The RED café, 😀!")) == "the red café , 😀 !"
+    assert wide.decode(wide.encode("The RED café, 😀!")) == "the red café , 😀!"
 
 
 def test_without_a_vocabulary_the_order_is_that_of_clip(folder, tmp_path):
