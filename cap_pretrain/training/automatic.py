@@ -166,14 +166,15 @@ def _kept(config: ConfigDict, vocab_size: int) -> tuple[int, int]:
     learner = nnx.eval_shape(lambda: learners.build(config, vocab_size, jax.random.key(0)))
     graphdef, params, stats = split_learner(learner)
 
-    def backward(params: Any, batch: Any, key: jax.Array) -> Any:
+    def backward(params: Any, stats: Any, batch: Any, key: jax.Array) -> Any:
         def loss(params):
             params = optimizers.hold_frozen(config.optim, params)
             return loss_and_stats(graphdef, params, stats, batch, key)[0]
 
         return jax.vjp(loss, params)[1]
 
-    kept = jax.tree.leaves(jax.eval_shape(backward, params, plan.abstract_batch(config), key))
+    batch = plan.abstract_batch(config)
+    kept = jax.tree.leaves(jax.eval_shape(backward, params, stats, batch, key))
     sizes = [leaf.size * leaf.dtype.itemsize for leaf in kept]
     single = [
         size // (leaf.shape[0] if leaf.ndim > 2 and leaf.shape[0] != config.batch_size else 1)

@@ -217,6 +217,7 @@ def test_in_a_joint_run_teachers_begin_late_and_go_on_exactly(
     c.learner.parts.distill.update(crops=2)
     c.checkpoint.every_steps = 2
     validate(c)
+    train.dry_run(c, tmp_path / "plan")
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     train.run(c, straight)
     with monkeypatch.context() as patch:
