@@ -32,6 +32,7 @@ LAYOUTS = {
     "all": (2, 2, 2),
 }
 VOCAB = 104
+READS = ("image", "text", "phrases", "boxes")  # of `toy.batch`
 # Captions use only these many words, so that twenty steps suffice to learn something.
 WORDS = 20
 
@@ -113,7 +114,8 @@ class Training:
         with jax.set_mesh(self.mesh):
             for number in range(int(state.step), int(state.step) + steps):
                 batch = toy.batch(self.config, number, WORDS)
-                arrays = sharding.put_batch({k: batch[k] for k in ("image", "text")}, self.mesh)
+                batch = {k: batch[k] for k in READS if k in batch}
+                arrays = sharding.put_batch(batch, self.mesh)
                 state, metrics = self._take(state, arrays)
                 losses.append(float(metrics["loss"]))
         return state, losses
@@ -124,7 +126,8 @@ class Training:
         rows = sharding.batch_sharding(self.mesh)
         shapes = {
             k: jax.ShapeDtypeStruct(batch[k].shape, batch[k].dtype, sharding=rows)
-            for k in ("image", "text")
+            for k in READS
+            if k in batch
         }
         with jax.set_mesh(self.mesh):
             return self._take.lower(self.abstract, shapes).compile().as_text()

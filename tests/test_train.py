@@ -30,6 +30,17 @@ STEPS = 4
 # Everything random that a step may draw, and an average besides the parameters.
 CAPPA = ("captioner", {"parallel_fraction": 0.75}, {"model__dropout": 0.2, "optim__ema": 0.9})
 CLIP = ("dual_encoder", {"contrast": "softmax"}, {"optim__name": "adamw"})
+LOCCA = (
+    "joint",
+    {
+        "parts": {
+            "locca": {"name": "locca", "parallel_fraction": 0.5, "bins": 17},
+            "siglip": {"name": "dual_encoder", "contrast": "sigmoid"},
+        },
+        "weights": {"locca": "1", "siglip": "0.5"},
+    },
+    {"data__regions": 2, "model__depth": 1, "model__decoder_depth": 1},
+)
 # What is about the loop alone.
 QUICK = (quick.NAME, {}, {"optim__ema": 0.9})
 
@@ -91,8 +102,12 @@ def straight(tmp_path_factory, tokenizer_path):
         (QUICK, sigterm_in, 1, 1),  # saved where it was stopped
         pytest.param(CAPPA, sigterm_in, 1, 1, marks=pytest.mark.slow),
         pytest.param(CLIP, sigterm_in, 3, 3, marks=pytest.mark.slow),
+        pytest.param(LOCCA, sigterm_in, 1, 1, marks=pytest.mark.slow),
     ],
-    ids=["quick-power-cut", "cappa-power-cut", "quick-sigterm", "cappa-sigterm", "clip-sigterm"],
+    ids=[
+        *("quick-power-cut", "cappa-power-cut", "quick-sigterm", "cappa-sigterm", "clip-sigterm"),
+        "locca+siglip-sigterm",
+    ],
 )
 def test_a_run_that_was_stopped_goes_on_exactly(
     case, stop, at, goes_on_from, straight, tokenizer_path, tmp_path, monkeypatch, capsys

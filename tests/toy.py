@@ -138,16 +138,22 @@ def saved_run(c: ConfigDict, workdir: Path, tokenizer_path: Path, *steps: int) -
 
 
 def batch(c: ConfigDict, seed: int = 0, vocab_size: int = 100) -> dict[str, np.ndarray]:
-    """Return a batch of noise with captions of all lengths from 2."""
+    """Return a batch of noise with captions of all lengths from 2, and regions in half of it."""
     rng = np.random.default_rng(seed)
     b, s, t = c.batch_size, c.data.image_size, c.text.length
     text = rng.integers(1, vocab_size, (b, t)).astype(np.int32)
     lengths = 2 + np.arange(b) * (t - 2) // max(b - 1, 1)
-    return {
+    found = {
         "image": rng.integers(0, 256, (b, s, s, 3)).astype(np.uint8),
         "text": np.where(np.arange(t) < lengths[:, None], text, 0),
         "label": np.zeros(b, np.int32),
     }
+    if "boxes" in learners.reads(c):
+        phrases = rng.integers(1, vocab_size, (b, c.data.regions, t), np.int32)
+        phrases *= (np.arange(t) < t // 2) & (np.arange(b)[:, None, None] % 2 == 0)
+        corners = np.sort(rng.random((b, c.data.regions, 2, 2), np.float32), axis=2)
+        found |= {"phrases": phrases, "boxes": corners.reshape(*phrases.shape[:2], 4)}
+    return found
 
 
 def assert_same(a: Any, b: Any) -> None:

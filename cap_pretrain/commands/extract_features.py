@@ -33,6 +33,8 @@ from cap_pretrain import config as configs
 from cap_pretrain import fingerprint, inputs, learners
 from cap_pretrain.checkpoints import warm_start
 from cap_pretrain.cli import arguments
+from cap_pretrain.data.regions import regions_of
+from cap_pretrain.data.requirements import has_regions
 from cap_pretrain.data.sources.base import Example, Source
 from cap_pretrain.data.text.tokenizers import NoText, Tokenizer
 from cap_pretrain.distributed import sharding
@@ -94,8 +96,11 @@ def extract(args: argparse.Namespace) -> Iterator[str]:
             jax.ShapeDtypeStruct((1, side, side, 3), np.uint8),
         ).shape[1:]
         first = next(iter(sources.values()))
+        # A central square would move what boxes refer to.
+        located = config.data.crop == "none" and has_regions(first)
+        like = _with_regions(first, 0) if located else first[0]
         dataset = FeatureDataset(
-            built, like=first[0], shape=shape, dtype=args.dtype, class_names=first.class_names
+            built, like=like, shape=shape, dtype=args.dtype, class_names=first.class_names
         )
         made = _made(args, config, initial.source, variables) | {"shape": shape, "splits": {}}
         for name, source in sources.items():
@@ -123,8 +128,14 @@ def _examples(
         for indices, (features,) in batches:
             seen[indices] = True
             for index, array in zip(indices.tolist(), features, strict=True):
-                yield source[index] | {"image": array}
+                yield _with_regions(source, index) | {"image": array}
             bar.update(len(indices))
+
+
+def _with_regions(source: Source, index: int) -> Example:
+    """Return an example with its regions, also those that its source computes when asked."""
+    example = source[index]
+    return example | {"regions": regions_of(source, index, example)}
 
 
 def _config(args: argparse.Namespace) -> ConfigDict:

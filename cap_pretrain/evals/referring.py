@@ -21,6 +21,7 @@ from cap_pretrain.evals.metrics.boxes import intersection_over_union
 from cap_pretrain.learners.protocols import Locates
 from cap_pretrain.telemetry import console
 
+_LOOKED_AT = 20  # images that tell how many expressions an image has
 _PREDICTED, _TRUE = (220, 30, 30), (30, 160, 30)  # RGB of drawn boxes
 
 
@@ -70,9 +71,11 @@ class Referring:
         self._locate = context.jit(locate)
 
     def work(self) -> Work:
-        """Return the work of an evaluation, with one expression an image."""
+        """Return the work of an evaluation: about two forward passes for each expression."""
         count = min(len(self._source), self._options.limit or len(self._source))
-        return Work(count, lambda images: 2.0 * images)
+        seen = min(count, _LOOKED_AT)
+        regions = len(Expressions(self._source, seen)) / max(seen, 1)
+        return Work(count, lambda images: 2.0 * regions * images)
 
     def __call__(self, variables: Any) -> Result:
         """Find the box of every expression; raises UserError if no image can be decoded."""

@@ -9,7 +9,9 @@ from cap_pretrain.errors import UserError
 from cap_pretrain.learners.locca import LocCa
 from cap_pretrain.learners.protocols import Locates, WritesCaptions
 from cap_pretrain.models import decoding
-from tests import tiny
+from cap_pretrain.training import plan
+from tests import tiny, toy
+from tests.layouts import SMALL, Training, on_eight_devices
 from tests.learners.test_captioner import KEY, log_softmax
 
 BINS, LENGTH, EOS = 9, 10, 1
@@ -237,6 +239,30 @@ def test_captions_have_no_coordinates(locca, batch):
         ),
     )(batch["image"])
     assert written.max() < WORDS and written.any()
+
+
+def losses_on(layout, accumulate):
+    """The losses of two steps on a mesh; only half of the images have regions."""
+    fields = SMALL | {"batch_size": 16, "accumulate": accumulate, "data__regions": 2}
+    training = Training(toy.config("locca", {"bins": BINS}, **fields), layout)
+    return training.go_on(training.init(), 2)[1]
+
+
+@pytest.mark.slow
+def test_parts_of_a_batch_and_devices_do_not_matter():
+    whole, parts = on_eight_devices(losses_on, [("one", 1), ("all", 4)])
+    assert whole[0] != whole[1]
+    assert parts == pytest.approx(whole, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_costs_grow_by_the_texts_of_regions():
+    counted = []
+    for regions in (1, 2, 3):
+        c = toy.config("locca", batch_size=2, data__regions=regions, model__depth=1)
+        counted.append(plan.flops_per_example(c, 100, ["forward"])["forward"])
+    one, two, three = counted
+    assert three - two == pytest.approx(two - one, rel=1e-3) and two > 1.2 * one
 
 
 @pytest.mark.parametrize(

@@ -230,9 +230,10 @@ def test_error_messages(run, data, stored, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_shards_labels_and_questions(tmp_path, monkeypatch):
+def test_shards_labels_questions_and_regions(tmp_path, monkeypatch):
     monkeypatch.setattr(features, "_SHARD_BYTES", 300)
-    example = {"captions": ["two"], "label": 1, "question": "how many?"}
+    regions = [("a dog", (0.25, 0.0, 1.0, 0.5)), ("é", (0.0, 0.0, 0.5, 1.0))]
+    example = {"captions": ["two"], "label": 1, "question": "how many?", "regions": regions}
     dataset = features.FeatureDataset(
         tmp_path / "mine" / "1.0.0",
         like=example,

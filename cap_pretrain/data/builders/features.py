@@ -15,6 +15,7 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from cap_pretrain.data.builders.base import ordered
+from cap_pretrain.data.builders.regions import region_features, stored_regions
 from cap_pretrain.data.sources.base import Example
 
 _WRITING = "group_size:1,uncompressed"  # random access; features hardly compress
@@ -32,7 +33,7 @@ class Split:
 class FeatureDataset:
     """Writer of a dataset of features to `folder` (NAME/VERSION), which must not exist.
 
-    Label and question are stored if `like`, an example of the source dataset, has them. Features
+    Label, question and regions are stored if `like`, an example of the source, has them. Features
     have the `dtype` float32 or float16 and the `shape` (1 + N, D): the pooled vector and N tokens.
     Without `class_names`, labels are plain integers. `splits` is what has been written so far, by
     name.
@@ -60,6 +61,8 @@ class FeatureDataset:
             feature["label"] = tfds.features.Scalar(np.int64)
         if like.get("question"):
             feature["question"] = tfds.features.Text()
+        if "regions" in like:
+            feature |= region_features()
         self._features = tfds.features.FeaturesDict(feature)
         self._serializer = tfds.core.example_serializer.ExampleSerializer(
             self._features.get_serialized_info()
@@ -71,7 +74,9 @@ class FeatureDataset:
         split = self.splits[name] = Split()
         writer, size = None, 0
         for example in examples:
-            values = {field: example[field] for field in self._features}
+            values = {name: example[name] for name in self._features if name in example}
+            if "boxes" in self._features:
+                values |= stored_regions(example["regions"])
             record = self._serializer.serialize_example(self._features.encode_example(values))
             record = ordered(record)
             if writer is None or size + len(record) > _SHARD_BYTES:

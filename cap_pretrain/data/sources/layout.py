@@ -13,7 +13,7 @@ from cap_pretrain.data.sources.metadata import listed
 from cap_pretrain.data.weights import Weight
 from cap_pretrain.errors import UserError, did_you_mean
 
-_REGIONS = ("phrases", "boxes")  # features that hold regions (see builders/formats/located.py)
+_REGIONS = ("phrases", "boxes")  # features that hold regions (see builders/regions.py)
 
 
 @dataclasses.dataclass(frozen=True)

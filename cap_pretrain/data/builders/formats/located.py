@@ -3,12 +3,10 @@
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
-import tensorflow_datasets as tfds
-
 from cap_pretrain.data.builders.filters import MAX_CAPTION
 from cap_pretrain.data.builders.formats import annotated
 from cap_pretrain.data.builders.formats.annotated import Entry
+from cap_pretrain.data.builders.regions import region_features, stored_regions
 from cap_pretrain.data.examples import texts
 from cap_pretrain.data.regions import MAX_REGIONS, Box, Region, checked_box
 
@@ -24,16 +22,11 @@ class Located(annotated.SharedImages):
 
     def values(self, entry: Entry) -> dict[str, Any]:
         """Return captions, phrases and boxes."""
-        boxes = [side for _, box in entry.regions for side in box]
-        phrases = [phrase for phrase, _ in entry.regions]
-        return super().values(entry) | {"phrases": phrases, "boxes": boxes}
+        return super().values(entry) | stored_regions(entry.regions)
 
     def features(self) -> dict[str, Any]:
         """Return the features "captions", "phrases" and "boxes"."""
-        return super().features() | {
-            "phrases": tfds.features.Sequence(tfds.features.Text()),
-            "boxes": tfds.features.Sequence(np.float32),
-        }
+        return super().features() | region_features()
 
     def description(self) -> str:
         """Return one sentence that names the input files."""
