@@ -18,6 +18,7 @@ from cap_pretrain.data.scenes.world import PLAIN, SHAPES, relation_holds
 from cap_pretrain.data.sources import subset
 from cap_pretrain.data.text.tokenizers import SentencePieceTokenizer, source_captions
 from cap_pretrain.errors import UserError
+from cap_pretrain.validation import validate
 from tests import toy
 
 READS = ("image", "text", "prompt", "phrases", "boxes")
@@ -220,3 +221,17 @@ def test_sources_say_whether_they_have_regions():
     phrases = {phrase for phrase, _ in scenes.regions(0)}
     assert phrases < set(source_captions(scenes, 20, regions=True))
     assert phrases.isdisjoint(source_captions(scenes, 20))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"data__crop": "random"}, "data.crop: 'random' moves"),
+        ({"data__flip": True}, "data.flip: True moves"),
+        ({"data__buckets": True}, "data.buckets: has no regions"),
+        ({"data__regions": 0}, "data.regions: 0 must be at least 1"),
+    ],
+)
+def test_what_moves_regions_is_refused(fields, message):
+    with pytest.raises(UserError, match=message):
+        validate(toy.config("locca", **fields))
