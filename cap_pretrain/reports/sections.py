@@ -209,6 +209,9 @@ def _facts(run: Run) -> dict[str, Any]:
         "learner": section(config, "learner").get("name"),
         "model": f"{model.get('name')}, images of {data.get('image_size')} pixels",
     }
+    if (phases := entries(noted, "phases"))[1:]:
+        spans = [(whole(p.get("start")) + 1, whole(p.get("stop")), p.get("what")) for p in phases]
+        found["phases"] = "; ".join(f"steps {a:,} to {b:,}: {what}" for a, b, what in spans)
     if parameters:
         parts = ", ".join(f"{k} {figure(n)}" for k, n in parameters.items() if k != "total")
         found["parameters"] = f"{figure(parameters.get('total'))} ({parts})"

@@ -1,10 +1,10 @@
 """Phases of a run: where they begin, what their batches are, and exact resume across a change."""
 
-import json
 from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from cap_pretrain import inputs, train
@@ -140,12 +140,13 @@ def test_sizes_change_no_example_and_no_text(tokenizer_path):
 
 
 def test_the_plan_sums_over_phases(tmp_path):
-    c = toy.config(total_steps=10, data__first_sizes="8:0.6", text__vocab_size=30)
-    c.data.image_size = 32
-    train.dry_run(c, tmp_path)
-    made = json.loads((tmp_path / "plan.json").read_text())
+    c = toy.config("rotation", data__first_sizes="8:0.6", data__image_size=32, model__depth=1)
+    kwargs = {"total_steps": 10, "make_optimizer": lambda _: optax.identity()}
+    made = plan.make_plan(c, vocab_size=0, **kwargs)
+    lines = plan.write_plan(made, tmp_path).splitlines()
+    assert any(line.startswith("steps 1 to 6, images of 8 px  ") for line in lines)
     c.data.first_sizes = ""
-    large = plan.flops_per_example(c, made["vocab_size"])
+    large = plan.flops_per_example(c, 0)
     assert made["flops_per_example"]["forward"] == large["forward"]
     first, last = made["phases"]
     assert (first["start"], first["stop"], last["stop"]) == (0, 6, 10)
@@ -225,6 +226,7 @@ def test_reports_and_sweeps_count_the_flops_of_each_phase(straight, tokenizer_pa
     assert counted > 0
     run = workdir.read(straight(QUICK), "run")
     assert sections.costs(run)["training FLOPs"] == pytest.approx(counted)
+    assert "steps 1 to 3: images of 8 px" in str(sections.facts([run]))
     assert results.costs(straight(QUICK))["flops"] == pytest.approx(counted)
 
 
