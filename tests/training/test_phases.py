@@ -25,10 +25,12 @@ CAPPA = (
     "captioner",
     {"parallel_fraction": 0.75},
     {
-        **{"model__dropout": 0.2, "optim__ema": 0.9, "accumulate": 2, "model__depth": 1},
+        **{"model__dropout": 0.2, "optim__ema": 0.9, "model__depth": 1},
         **{"model__keep_tokens": 0.5, "model__keep_tokens_until": 0.9},  # but for the last step
+        **{"model__width": 32, "model__mlp": 64, "model__decoder_depth": 1},
     },
 )
+ROTATION = ("rotation", {}, {"model__depth": 1, "optim__lr": 1e-3, "accumulate": 2})
 
 
 def make_config(case, tokenizer_path, first_sizes="8:0.5", **fields):
@@ -185,7 +187,8 @@ SLOW = pytest.mark.slow
     ("case", "stop"),
     [
         pytest.param(QUICK, 3, id="quick-at-the-change"),
-        *(pytest.param(CAPPA, n, id=f"cappa-{n}", marks=SLOW) for n in (2, 3, 4)),
+        pytest.param(QUICK, 4, id="quick-after-it", marks=SLOW),
+        pytest.param(CAPPA, 2, id="cappa-before-it", marks=SLOW),
     ],
 )
 def test_a_run_goes_on_exactly_across_a_change(
@@ -230,18 +233,16 @@ def test_reports_and_sweeps_count_the_flops_of_each_phase(straight, tokenizer_pa
     assert results.costs(straight(QUICK))["flops"] == pytest.approx(counted)
 
 
-def losses_of(folder, tokenizer, layout):
-    c = make_config(CAPPA, tokenizer, model__dropout=0.0, optim__lr=1e-3)
+def losses_of(folder, layout):
+    c = make_config(ROTATION, "")
     c.mesh.data, c.mesh.fsdp, c.mesh.tensor = layouts.LAYOUTS[layout]
     train.run(c, Path(folder))
     return [line["train/loss"] for line in toy.losses(Path(folder))]
 
 
 @pytest.mark.slow
-def test_eight_devices_compute_the_same_across_a_change(tokenizer_path, tmp_path):
-    tokenizer = str(tokenizer_path)
-    one = losses_of(str(tmp_path / "one"), tokenizer, "one")
-    calls = [(str(tmp_path / "eight"), tokenizer, "all")]
-    (eight,) = layouts.on_eight_devices(losses_of, calls)
+def test_eight_devices_compute_the_same_across_a_change(tmp_path):
+    one = losses_of(str(tmp_path / "one"), "one")
+    (eight,) = layouts.on_eight_devices(losses_of, [(str(tmp_path / "eight"), "all")])
     np.testing.assert_allclose(eight, one, rtol=1e-4)
     assert len(one) == STEPS
