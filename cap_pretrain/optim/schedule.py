@@ -8,6 +8,7 @@ import optax
 from ml_collections import ConfigDict
 
 from cap_pretrain.optim import optimizers
+from cap_pretrain.optim.schedule_free import NAME
 
 # The units of the length of a run; the first one that is set takes precedence.
 UNITS = ("steps", "examples", "epochs")
@@ -131,7 +132,12 @@ def describe(config: ConfigDict, schedule: Schedule) -> str:
 
 
 def notes(config: ConfigDict, schedule: Schedule) -> list[str]:
-    """Return a line if a moving average of the parameters is too long for the run."""
+    """Return a line if the average of the parameters does not fit the rate or length of the run."""
+    if schedule.total and config.optim.name == NAME and config.optim.decay != "constant":
+        return [
+            f"optim.decay: {config.optim.decay} lowers the rate, but optim.name={NAME} averages in "
+            "place of that; give --config.optim.decay=constant."
+        ]
     share = config.optim.ema**schedule.total if schedule.total else 0.0
     if share < EMA_SHARE:
         return []

@@ -120,6 +120,7 @@ def unused(config: ConfigDict, given: Collection[str]) -> list[str]:
         f"optim.name is {config.optim.name}": ("optim.muon",) * (config.optim.name != "muon"),
         "model.keep_tokens is 1": ("model.keep_tokens_at", "model.keep_tokens_until")
         * (config.model.keep_tokens == 1),
+        "optim.mup.base_width is 0": ("optim.mup",) * (not config.optim.mup.base_width),
         "plateau.figure is empty": ("plateau",) * (not config.plateau.figure),
         "checkpoint.best is empty": ("checkpoint.best_mode",) * (not config.checkpoint.best),
     }

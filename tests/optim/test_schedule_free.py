@@ -10,7 +10,7 @@ from cap_pretrain import train
 from cap_pretrain.checkpoints.load import read_weights
 from cap_pretrain.checkpoints.warm_start import PretrainedWeights
 from cap_pretrain.errors import UserError
-from cap_pretrain.optim import optimizers
+from cap_pretrain.optim import optimizers, schedule
 from cap_pretrain.rules import flatten
 from cap_pretrain.training.step import TrainState
 from cap_pretrain.validation import validate
@@ -122,3 +122,11 @@ def test_what_does_not_fit_is_refused(field, value, message):
 
     with pytest.raises(UserError, match=message):
         prepare()
+
+
+def test_a_rate_that_falls_is_remarked_on():
+    c = toy.config(optim__name="schedule_free")
+    (line,) = schedule.notes(c, schedule.make_schedule(c, epoch=1))
+    assert line.startswith("optim.decay: cosine lowers the rate")
+    c.optim.decay = "constant"
+    assert not schedule.notes(c, schedule.make_schedule(c, epoch=1))
