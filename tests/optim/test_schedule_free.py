@@ -76,6 +76,7 @@ def config(tokenizer_path, **fields):
     return toy.config(quick.NAME, text__tokenizer=str(tokenizer_path), **own | fields)
 
 
+@pytest.mark.slow
 def test_a_run_stores_the_average_and_resumes_exactly(tokenizer_path, tmp_path):
     whole = config(tokenizer_path, total_steps=4)
     train.run(whole, tmp_path / "whole")
