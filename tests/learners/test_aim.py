@@ -133,6 +133,7 @@ def test_prefixes_are_drawn_from_one_to_all_patches_but_one(split, monkeypatch):
     assert sorted(set(drawn.tolist())) == [*range(1, PATCHES)]
 
 
+@pytest.mark.slow
 def test_all_products_count_as_flops():
     c = tiny.config("aimv2")
     forward = plan.flops_per_example(c, tiny.VOCAB, ["forward"])["forward"]

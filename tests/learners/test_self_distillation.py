@@ -113,6 +113,7 @@ def ema(old, new):
     return 0.75 * old + 0.25 * new
 
 
+@pytest.mark.slow
 def test_the_center_is_the_running_mean_of_examples_that_count():
     options = teacher.Options(**SIZES)
     encoder = nnx.Linear(3, 5, rngs=nnx.Rngs(0))  # not used here
@@ -140,6 +141,7 @@ def test_no_gradient_comes_through_the_teacher():
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_crops_are_small_parts_of_their_own_image():
     """Of images of one color each, all crops have the color of their image."""
     images = np.broadcast_to(
