@@ -198,6 +198,37 @@ def captioner(
     return linear(decoder["logits"], norm(decoder["norm"], x))
 
 
+def pool(p: dict, tokens: torch.Tensor, heads: int) -> torch.Tensor:
+    """Pool tokens [B, N, E] to [B, Q, D] by learned queries, then normalize."""
+    probe = tensor(p["probe"]).expand(len(tokens), -1, -1)
+    widths = dict(kdim=tokens.shape[-1], vdim=tokens.shape[-1])
+    attention = nn.MultiheadAttention(probe.shape[-1], heads, batch_first=True, **widths)
+    load(attention, attention_state("", p["attention"]))
+    return norm(p["norm"], attention(probe, tokens, tokens)[0])
+
+
+def coca(
+    params: dict, images: np.ndarray, text: np.ndarray, heads: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return CoCa's logits [B, T, V] of captions, and unit vectors [B, D] of images and texts."""
+    decoder, (count, length) = params["decoder"], text.shape
+    tokens, _ = vit(params["encoder"], images, heads)
+    inputs = tensor(text).long().roll(1, dims=1)
+    inputs[:, 0] = 0
+    x = tensor(decoder["embedding"]["embedding"])[inputs] + tensor(params["text_positions"])
+    x = torch.cat([x, tensor(decoder["class_token"]).expand(count, 1, -1)], dim=1)
+    blocked = torch.ones(length + 1, length + 1, dtype=torch.bool).triu(1).repeat(count, 1, 1)
+    blocked[:, -1, 1:-1] = inputs[:, 1:] == 0
+    x = encoder_layers(decoder["unimodal"], x, heads, blocked, bias=False)
+    texts = linear(params["text_projection"], norm(decoder["text_norm"], x[:, -1]))
+    pooled = pool(params["image_pooling"], tokens, heads)[:, 0]
+    pictures = linear(params["image_projection"], pooled)
+    context = pool(decoder["pooling"], tokens, heads) if "pooling" in decoder else tokens
+    x = decoder_layers(decoder["blocks"], x[:, :-1], context, blocked[:, :-1, :-1], heads)
+    logits = linear(decoder["logits"], norm(decoder["norm"], x))
+    return logits, F.normalize(pictures, dim=-1), F.normalize(texts, dim=-1)
+
+
 def aim(
     params: dict, images: np.ndarray, text: np.ndarray, prefix: np.ndarray, heads: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -67,6 +67,7 @@ REGISTRY = {
     "captioner": "cap_pretrain.learners.captioner:Captioner",
     "locca": "cap_pretrain.learners.locca:LocCa",
     "aimv2": "cap_pretrain.learners.aim:AIM",
+    "coca": "cap_pretrain.learners.coca:CoCa",
     "recurrent": "cap_pretrain.learners.recurrent:Recurrent",
     "dual_encoder": "cap_pretrain.learners.dual_encoder:DualEncoder",
     "joint": "cap_pretrain.learners.joint:Joint",

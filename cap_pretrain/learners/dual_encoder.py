@@ -5,7 +5,6 @@ al. 2023 (2303.15343), a sigmoid for every pair. Both use the global batch, howe
 """
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -15,8 +14,7 @@ from ml_collections import ConfigDict
 
 from cap_pretrain import learners
 from cap_pretrain.errors import UserError, did_you_mean
-from cap_pretrain.learners import pairs
-from cap_pretrain.learners.contrastive import Contrastive
+from cap_pretrain.learners.matching import Matching, check_contrast, unit
 from cap_pretrain.learners.parts import Part
 from cap_pretrain.models.build import build_encoder, build_pooling, compute, text_size
 from cap_pretrain.models.encoder import ImageEncoder
@@ -25,15 +23,10 @@ from cap_pretrain.models.sizes import Size
 from cap_pretrain.models.text_tower import POOLS, TextOptions, TextTower
 from cap_pretrain.models.vit import MapHead
 
-# Log of the initial logit scale, and the initial logit bias: 1 / 0.07 as in CLIP (section 2.5),
-# 10 and -10 as in SigLIP (section 3.2).
-INITIAL_SCALE_AND_BIAS = {"softmax": (math.log(1 / 0.07), None), "sigmoid": (math.log(10), -10.0)}
-
-
 HEADS = ("linear", "none", "map")
 
 
-class DualEncoder(Contrastive, Part):
+class DualEncoder(Matching, Part):
     """An image and a text tower, whose outputs are mapped to vectors of the same width.
 
     Args:
@@ -101,10 +94,7 @@ class DualEncoder(Contrastive, Part):
                     raise UserError(f"learner.{name}: {getattr(self, name)} must not be negative.")
             if self.text_norm_eps <= 0:
                 raise UserError(f"learner.text_norm_eps: {self.text_norm_eps} must be positive.")
-            if self.contrast not in INITIAL_SCALE_AND_BIAS:
-                raise UserError(
-                    f"learner.contrast: {self.contrast!r} is not 'softmax' or 'sigmoid'."
-                )
+            check_contrast(self.contrast)
             if self.ring and self.contrast != "sigmoid":
                 raise UserError(
                     f"learner.ring: contrast={self.contrast!r} needs all texts of the batch at "
@@ -155,10 +145,7 @@ class DualEncoder(Contrastive, Part):
         if pooling:
             self.image_pooling = pooling
         self.text_projection = nnx.Linear(width, common, rngs=rngs, **kwargs)
-        scale, bias = INITIAL_SCALE_AND_BIAS[options.contrast]
-        self.log_scale = nnx.Param(jnp.asarray(scale, jnp.float32))
-        if bias is not None:
-            self.bias = nnx.Param(jnp.asarray(bias, jnp.float32))
+        self.init_scale(options.contrast)
         self.options = options
 
     @classmethod
@@ -205,41 +192,6 @@ class DualEncoder(Contrastive, Part):
         """Embed text int32 [B, T] as unit vectors float32 [B, D]."""
         return unit(self.text_projection(self.text_tower(text, train=train, key=key)))
 
-    def logits(self, images: jax.Array, texts: jax.Array) -> jax.Array:
-        """Return the logits [B, C] of the loss for unit vectors [B, D] and [C, D]."""
-        return pairs.similarities(images, texts, self._scale_and_bias())
-
-    def _scale_and_bias(self) -> dict[str, jax.Array]:
-        scale = {"scale": jnp.exp(self.log_scale[...])}
-        return scale | ({"bias": self.bias[...]} if self.options.contrast == "sigmoid" else {})
-
-    def features(self, images: jax.Array) -> jax.Array:
-        """Return the embeddings of `embed_images`, float32 [B, D]."""
-        return self.embed_images(images)
-
-    def image_features(self, images: jax.Array) -> jax.Array:
-        """Encode uint8 images [B, H, W, 3] as unit vectors [B, D] for `compare`."""
-        return self.embed_images(images)
-
-    def text_features(self, text: jax.Array) -> jax.Array:
-        """Encode text int32 [..., T] as unit vectors [..., D] for `compare`."""
-        vectors = self.embed_text(text.reshape(-1, text.shape[-1]))
-        return vectors.reshape(*text.shape[:-1], -1)
-
-    def compare(self, images: jax.Array, texts: jax.Array) -> jax.Array:
-        """Return the cosine similarities float32 [B, C] of unit vectors.
-
-        Args:
-            images: [B, D].
-            texts: [C, D], the same texts for each image, or [B, C, D], its own texts.
-        """
-        product = "bd,cd->bc" if texts.ndim == 2 else "bd,bcd->bc"
-        return jnp.einsum(product, images, texts, precision="highest")
-
-    def score(self, images: jax.Array, text: jax.Array) -> jax.Array:
-        """Return cosines [B, C] of text int32 [B, C, T] and uint8 images [B, H, W, 3]."""
-        return self.compare(self.image_features(images), self.text_features(text))
-
     def encoder_key(self, key: jax.Array) -> jax.Array:
         """Return the key of the encoder's pass, from the random key of the loss."""
         return jax.random.split(key)[0]
@@ -263,24 +215,3 @@ class DualEncoder(Contrastive, Part):
         """Return what `rows` does, for images."""
         encoded = self.encode(batch["image"], train=train, key=self.encoder_key(key))
         return self.rows(encoded, batch, key, train)
-
-    def contrast(self, embedded: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, Any]]:
-        """Compute the contrastive loss, and metrics with the accuracy of in-batch retrieval."""
-        images, texts, valid = (embedded[k] for k in ("images", "texts", "valid"))
-        shared, count = self._scale_and_bias(), jnp.maximum(jnp.sum(valid), 1)
-        ring = self.options.ring and not jax.sharding.get_abstract_mesh().empty
-        compare = pairs.around if ring else pairs.gathered
-        found = compare(pairs.LOSSES[self.options.contrast], images, texts, shared, valid)
-        metrics = {
-            "loss_weight": jnp.sum(valid).astype(jnp.float32),
-            "image_to_text_accuracy": jnp.sum((found.own > found.other_text) & valid) / count,
-            "text_to_image_accuracy": jnp.sum((found.own > found.other_image) & valid) / count,
-            "logit_scale": shared["scale"],
-        }
-        return found.loss / count, metrics
-
-
-def unit(x: jax.Array) -> jax.Array:
-    """Scale vectors [B, D] to unit length, in float32."""
-    x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-12)

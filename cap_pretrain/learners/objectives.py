@@ -15,6 +15,7 @@ OBJECTIVES: dict[str, tuple[str, dict[str, Any]]] = {
     "locca": ("locca", {"parallel_fraction": 0.5}),
     "clip": ("dual_encoder", {"contrast": "softmax"}),
     "siglip": ("dual_encoder", {"contrast": "sigmoid"}),
+    "coca": ("coca", {}),
     "aimv2": ("aimv2", {}),
     "distill": ("distillation", {}),
     "masked": ("masked_patches", {}),

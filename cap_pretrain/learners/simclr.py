@@ -17,7 +17,7 @@ from cap_pretrain.errors import UserError
 from cap_pretrain.learners import augment
 from cap_pretrain.learners.classifier import classification
 from cap_pretrain.learners.contrastive import Contrastive
-from cap_pretrain.learners.dual_encoder import unit
+from cap_pretrain.learners.matching import unit
 from cap_pretrain.models.build import build_encoder
 from cap_pretrain.models.encoder import ImageEncoder
 from cap_pretrain.models.layers import constrain

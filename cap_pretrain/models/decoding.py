@@ -219,7 +219,7 @@ def for_decoding(learner: nnx.Module) -> Any:
             module.embedding = nnx.Param(module.embedding[...].astype(module.dtype))
     for _, module in nnx.iter_modules(learner):
         if isinstance(module, Decoder):
-            module.blocks = nnx.List(module.layers())
+            module.separate()
     return learner
 
 

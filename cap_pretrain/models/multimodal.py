@@ -14,6 +14,7 @@ from flax import nnx
 
 from cap_pretrain.models import cpu
 from cap_pretrain.models.attention import causal
+from cap_pretrain.models.caches import attend_cached, for_queries, written
 from cap_pretrain.models.elementwise import LayerNorm
 from cap_pretrain.models.layers import (
     XAVIER,
@@ -27,7 +28,7 @@ from cap_pretrain.models.layers import (
     split_optional,
 )
 from cap_pretrain.models.sizes import Size
-from cap_pretrain.models.text import Cache, Decoder, attend_cached, for_queries, written
+from cap_pretrain.models.text import Cache, Decoder
 
 KeysValues = tuple[jax.Array, jax.Array]
 

@@ -1,6 +1,6 @@
 """The caption decoder, a text transformer that attends to an image."""
 
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,13 @@ from flax import nnx
 
 from cap_pretrain.distributed.determinism import rows_of
 from cap_pretrain.models import cpu
+from cap_pretrain.models.caches import (
+    attend_cached,
+    for_queries,
+    padded,
+    separated,
+    written,
+)
 from cap_pretrain.models.elementwise import LayerNorm
 from cap_pretrain.models.layers import (
     Attention,
@@ -110,47 +117,6 @@ class DecoderBlock(nnx.Module):
         x = x + attend_cached(self.self_attention, y, *own, mask)
         x = x + attend_cached(self.cross_attention, self.norm2(x), *cross)
         return x + self.mlp(self.norm3(x)), own
-
-
-def for_queries(keys: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Transpose [B, S, heads, D / heads] to [B, heads, D / heads, S] and [B, heads, S, D / heads].
-
-    These are the layouts of the two products of attention, so decoding does not transpose the cache
-    at every position.
-    """
-    return keys.transpose(0, 2, 3, 1), values.transpose(0, 2, 1, 3)
-
-
-def padded(keys: jax.Array, values: jax.Array) -> tuple[jax.Array, ...]:
-    """Append zeros to keys and values of `for_queries`; return them and a mask bool [S].
-
-    XLA's GPU compiler pads the operands of products in half precision to multiples of 8, here at
-    every position. In float32 nothing is appended and there is no mask.
-    """
-    length = keys.shape[-1]
-    more = -length % 8 if keys.dtype.itemsize == 2 else 0
-    if not more:
-        return keys, values
-    keys = jnp.pad(keys, [(0, 0)] * 3 + [(0, more)])
-    values = jnp.pad(values, [(0, 0)] * 2 + [(0, more), (0, 0)])
-    return keys, values, jnp.arange(length + more) < length
-
-
-def attend_cached(
-    attention: Attention,
-    x: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    mask: jax.Array | None = None,
-) -> jax.Array:
-    """Apply `attention` to x [B, C, D] with keys and values of `for_queries`: [B, C, D]."""
-    query = attention.query(x).reshape(*x.shape[:2], attention.heads, -1)
-    weights = jnp.einsum("bchd,bhds->bhcs", query, keys, preferred_element_type=jnp.float32)
-    weights = weights * query.shape[-1] ** -0.5
-    if mask is not None:
-        weights = jnp.where(mask, weights, -jnp.inf)
-    weights = jax.nn.softmax(weights, axis=-1).astype(values.dtype)
-    return attention.out(jnp.einsum("bhcs,bhsd->bchd", weights, values).reshape(x.shape))
 
 
 class Decoder(nnx.Module):
@@ -301,11 +267,11 @@ class Decoder(nnx.Module):
 
     def layers(self) -> list[DecoderBlock]:
         """Return the layers in order, each with its own parameters."""
-        if isinstance(self.blocks, nnx.List):  # see `models.decoding.for_decoding`
-            return [*self.blocks]
-        graphdef, params = nnx.split(self.blocks)
-        parts = [jax.tree.map(lambda p, n=n: p[n], params) for n in range(self.size.depth)]
-        return [cast(DecoderBlock, nnx.merge(graphdef, part)) for part in parts]
+        return separated(self.blocks, self.size.depth)
+
+    def separate(self) -> None:
+        """Give each layer its own arrays, for decoding."""
+        self.blocks = nnx.List(self.layers())
 
     def step(
         self, tokens: jax.Array, position: jax.Array, positions: jax.Array, cache: Cache
@@ -331,15 +297,3 @@ class Decoder(nnx.Module):
         return x + jax.lax.dynamic_slice_in_dim(positions, position, 1).astype(x.dtype)
 
 
-def written(writers: jax.Array, position: jax.Array, batch: int) -> tuple[jax.Array, jax.Array]:
-    """Note that each row writes its own token at `position`; see `Decoder.init_cache`.
-
-    Returns the table of writers int32 [B * C, T], and a mask bool [B, 1, C, T * C]: which of the
-    keys of the tokens each caption attends to.
-    """
-    beams = len(writers) // batch
-    row = jnp.arange(beams, dtype=jnp.int32)
-    writers = writers.at[:, position].set(jnp.tile(row, batch))
-    # -1 (future positions) matches no row
-    mask = writers.reshape(batch, 1, beams, -1, 1) == row
-    return writers, mask.reshape(batch, 1, beams, -1)

@@ -22,7 +22,7 @@ CASES = {
     "quickstart": ("quickstart", None),
     **{
         f"pretrain-{objective}": ("pretrain", f"objective={objective}")
-        for objective in ("cappa", "cap", "locca", "clip", "siglip", "aimv2", *JOINT)
+        for objective in ("cappa", "cap", "locca", "clip", "siglip", "aimv2", "coca", *JOINT)
     },
 }
 

@@ -14,7 +14,7 @@ from flax import nnx
 
 from cap_pretrain.errors import UserError
 from cap_pretrain.learners.classifier import classification
-from cap_pretrain.learners.dual_encoder import unit
+from cap_pretrain.learners.matching import unit
 from cap_pretrain.learners.simclr import SimCLR, choices
 from tests import tiny
 from tests.collectives import Sent, of_step

@@ -8,8 +8,8 @@ from flax import nnx
 
 from cap_pretrain import learners
 from cap_pretrain.learners.captioner import shift_right
+from cap_pretrain.models.caches import attend_cached, for_queries, padded
 from cap_pretrain.models.layers import Attention, Compute
-from cap_pretrain.models.text import attend_cached, for_queries, padded
 from cap_pretrain.training import plan
 from cap_pretrain.training.step import split_learner
 from tests import tiny, torch_reference, toy

@@ -9,7 +9,8 @@ LINES = [
     {"step": 10, "scores/CIDEr": 0.5, "scores/Bleu_4": 0.125},
     {"step": 5, "val/loss": 2.0},
     {"step": 10, "val/loss": None},
-    {"step": 10, "val/deep/loss": 7.0},
+    {"step": 10, "other/loss": 7.0},
+    {"step": 10, "val/cap/loss": 2.5},
     {"step": 10, "end/loss": 1.5},
 ]
 
@@ -19,9 +20,9 @@ def test_a_row_for_each_time_and_all_figures_in_it(tmp_path):
     rows = history.keep(tmp_path, {"val", "scores", "end"}, epochs=lambda step: step / 5)
     assert [row["epoch"] for row in rows] == [1, 2] and rows[0]["val/loss"] == 2
     assert (tmp_path / "evals" / "table.csv").read_text().splitlines() == [
-        "step,epoch,val/loss,scores/CIDEr,scores/Bleu_4,end/loss",
-        "5,1.0,2.0,,,",
-        "10,2.0,,0.5,0.125,1.5",
+        "step,epoch,val/loss,scores/CIDEr,scores/Bleu_4,val/cap/loss,end/loss",
+        "5,1.0,2.0,,,,",
+        "10,2.0,,0.5,0.125,2.5,1.5",
     ]
 
 
@@ -30,9 +31,9 @@ def test_people_see_what_was_found_more_than_once():
     assert history.tables(rows).splitlines() == [
         "val",
         "",
-        "| step | epoch | loss |",
-        "| --- | --- | --- |",
-        "| 5 | 1 | 2 |",
-        "| 10 | 2 |  |",
+        "| step | epoch | loss | cap/loss |",
+        "| --- | --- | --- | --- |",
+        "| 5 | 1 | 2 |  |",
+        "| 10 | 2 |  | 2.5 |",
     ]
     assert not history.tables(rows[:1])
