@@ -295,5 +295,3 @@ class Decoder(nnx.Module):
         """Return the input [B, C, D] of the first layer for tokens int32 [B * C] at `position`."""
         x = self.embedding(tokens).reshape(batch, len(tokens) // batch, -1)
         return x + jax.lax.dynamic_slice_in_dim(positions, position, 1).astype(x.dtype)
-
-
