@@ -106,6 +106,7 @@ def _model() -> ConfigDict:
     # The fields up to norm_eps distinguish ViTs of one size; importing an encoder sets them.
     # A learned token before those of the patches.
     c.class_token = False
+    c.registers = 0  # Further learned tokens after it, as in DINOv2 with registers
     c.pre_norm = False  # A LayerNorm before the first block, as in CLIP
     # What the last LayerNorm is applied to: all tokens, or only the pooled vector, as in CLIP.
     c.final_norm = "tokens"

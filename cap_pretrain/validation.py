@@ -74,6 +74,7 @@ FIELDS = {
     "model.keep_tokens_at": Field(tokens.PLACES),
     "model.logit_chunks": Field(minimum=1, free=True),
     "model.pool": Field(("gap", "map", "class")),
+    "model.registers": Field(minimum=0),
     "model.remat": Field(("auto", *REMAT_POLICIES), free=True),
     "model.unroll": Field(minimum=0, free=True),
     "optim.clip_norm": Field(minimum=0),

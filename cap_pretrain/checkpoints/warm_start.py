@@ -26,7 +26,7 @@ from cap_pretrain.checkpoints.load import read_config, read_weights
 from cap_pretrain.convert import dual
 from cap_pretrain.errors import UserError
 from cap_pretrain.models.sizes import parse_name
-from cap_pretrain.models.vit import resample_positions
+from cap_pretrain.models.vit import Resample, resample_positions
 from cap_pretrain.optim import schedule_free
 from cap_pretrain.training.changes import fields
 from cap_pretrain.training.step import TrainState
@@ -51,6 +51,7 @@ class PretrainedWeights:
     params: dict[str, np.ndarray]
     stats: dict[str, np.ndarray]  # other variables, such as BatchNorm statistics
     source: str  # where they come from, for messages
+    resample: Resample = resample_positions  # for images of other sizes
 
     def put(self, state: TrainState) -> TrainState:
         """Return `state` with these arrays in place, with the shardings of those they replace.
@@ -74,7 +75,7 @@ class PretrainedWeights:
         if new == old or new < 1:
             return self
         positions = jnp.asarray(self.params[path])
-        resampled = resample_positions(positions, (old, old), (new, new))
+        resampled = self.resample(positions, (old, old), (new, new))
         return dataclasses.replace(self, params={**self.params, path: np.asarray(resampled)})
 
 
@@ -247,7 +248,7 @@ def from_import(
                 config.data.crop = evaluation_crop(copy)
         elif note:
             say(f"{note}.")
-    return PretrainedWeights(params, stats, found.source)
+    return PretrainedWeights(params, stats, found.source, found.resample)
 
 
 def evaluation_crop(path: Path) -> str:

@@ -13,7 +13,7 @@ from cap_pretrain.convert.weights import Weights
 from cap_pretrain.errors import UserError
 from cap_pretrain.models.layers import Compute
 from cap_pretrain.models.sizes import SIZES, Size
-from cap_pretrain.models.vit import Options, ViT
+from cap_pretrain.models.vit import Options, Resample, ViT, resample_positions
 from cap_pretrain.untrusted import bounded, checked
 
 MAX_WIDTH, MAX_DEPTH, MAX_MLP, MAX_HEADS = 2**15, 2**10, 2**17, 2**10
@@ -43,6 +43,7 @@ class Pretrained:
     params: dict[str, Any]  # nested, float32
     source: str  # what it is, for messages
     stats: dict[str, Any] = dataclasses.field(default_factory=dict)  # other variables
+    resample: Resample = resample_positions  # for images of other sizes, of a ViT
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from cap_pretrain.convert.tables import Entry, Table
-from cap_pretrain.models.vit import Options
+from cap_pretrain.models.vit import Options, Resample, resample_positions
 
 _LAYER = "encoder.layers.{}."
 
@@ -37,3 +37,6 @@ class Family:
     defaults: Mapping[str, Any]  # fields that the config may omit, besides `huggingface.DEFAULTS`
     mean: tuple[float, ...]  # per channel, of the preprocessing, unless a file gives it
     std: tuple[float, ...]  # likewise
+    # Fills in the fields of `huggingface.DEFAULTS` that such configs call otherwise.
+    complete: Callable[[dict[str, Any], object], dict[str, Any]] = lambda config, _: config
+    resample: Resample = resample_positions  # how it fits positions to other sizes of images

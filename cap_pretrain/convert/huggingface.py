@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from cap_pretrain.convert import clip, siglip, vit
+from cap_pretrain.convert import clip, dinov2, siglip, vit
 from cap_pretrain.convert.encoder import (
     MAX_DEPTH,
     MAX_GRID,
@@ -36,6 +36,8 @@ FAMILIES: dict[str, Family] = {  # by `model_type` in config.json
     "siglip": siglip.FAMILY,
     "siglip_vision_model": siglip.FAMILY,
     "vit": vit.FAMILY,
+    "dinov2": dinov2.FAMILY,
+    "dinov2_with_registers": dinov2.WITH_REGISTERS,
 }
 
 DEFAULTS = {  # of transformers, for fields that config.json of any family may omit
@@ -55,7 +57,7 @@ LIMITS = {
 }
 """Fields for a `Size`, and their largest values."""
 
-FLAGS = {"qkv_bias", "vision_use_head"}  # fields that are true or false
+FLAGS = {"qkv_bias", "vision_use_head", "use_swiglu_ffn"}  # fields that are true or false
 
 ACTIVATIONS = {  # names in transformers, and ours
     "gelu": "gelu",
@@ -82,11 +84,12 @@ def open_folder(folder: Path) -> Pretrained:
             vision |= checked(config.get(section) or {}, section, dict, where)
     else:
         vision |= config
+    vision = family.complete(vision, where)
     for flag in FLAGS & vision.keys():
         entry(vision, flag, bool, where)
     options, names = family.describe(vision)
     mean, std = normalization(folder, family)
-    return assemble(
+    found = assemble(
         _form(vision, options, where),
         open_weights(folder, *WEIGHTS).without(family.prefix),
         names,
@@ -95,6 +98,7 @@ def open_folder(folder: Path) -> Pretrained:
         std=std,
         source=f"{_class(config) or f'{family.name} encoder'} of transformers",
     )
+    return dataclasses.replace(found, resample=family.resample)
 
 
 def _form(vision: dict[str, Any], options: Options, where: Path) -> Form:

@@ -135,6 +135,9 @@ def _layers(
             yield entry.format(layer), shape[1:]
         elif isinstance(entry, Fused):
             yield entry._replace(name=entry.name.format(layer)), shape[1:]
+        elif isinstance(entry, Computed):
+            names = tuple(name.format(layer) for name in entry.names)
+            yield entry._replace(names=names), shape[1:]
         else:
             yield entry, shape[1:]
 

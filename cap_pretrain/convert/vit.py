@@ -26,13 +26,15 @@ NAMES: dict[str, Entry] = {
     "norm": "layernorm",
 }
 
+NO_BIAS: dict[str, Entry] = {
+    f"blocks/attention/{part}/bias": None for part in ("query", "key", "value")
+}
+"""What models without `qkv_bias` lack."""
+
 
 def describe(config: dict[str, Any]) -> tuple[Options, Table]:
     """Return the options of such a ViT and the names of its weights."""
-    no_bias: dict[str, Entry] = {
-        f"blocks/attention/{part}/bias": None for part in ("query", "key", "value")
-    }
-    names = NAMES if config.get("qkv_bias", True) else NAMES | no_bias
+    names = NAMES if config.get("qkv_bias", True) else NAMES | NO_BIAS
     return Options(pool="class", class_token=True), names
 
 

@@ -181,7 +181,7 @@ class AIM(Captioner):
         class token precedes the patches and counts as one more of the prefix.
         """
         pixels = normalize_images(images, self.decoder.compute.dtype)
-        first = int(self.encoder.options.class_token)
+        first = self.encoder.leading
         patches = (images.shape[1] // self.encoder.patch) * (images.shape[2] // self.encoder.patch)
         shared = jnp.arange(first + patches) < (prefix + first)[:, None]
         mask = causal(first + patches) | shared[:, None, None, :]

@@ -76,6 +76,8 @@ def _check_vit(model: ConfigDict) -> None:
     _refuse(model, {"stem": "imagenet"}, "for a ResNet")
     if model.pool == "class" and not model.class_token:
         raise UserError("model.pool: 'class' needs --config.model.class_token=True.")
+    if model.registers and not model.class_token:
+        raise UserError("model.registers: they need --config.model.class_token=True.")
     if model.norm_eps <= 0:
         raise UserError(f"model.norm_eps: {model.norm_eps} must be positive.")
 
@@ -220,7 +222,8 @@ def notes(config: ConfigDict) -> list[str]:
     if model.keep_tokens == 1:
         return []
     total = (config.data.image_size // parse_name(model.name)[1]) ** 2
-    count = tokens.number_kept(total, model.keep_tokens, int(model.class_token))
+    leading = 1 + model.registers if model.class_token else 0
+    count = tokens.number_kept(total, model.keep_tokens, leading)
     return [
         f"In training the {model.keep_tokens_at} reads {count:,} of {total:,} patch tokens "
         f"(model.keep_tokens={model.keep_tokens:.4g})"

@@ -6,6 +6,7 @@ CLIP, of SigLIP or of the original paper (Dosovitskiy et al. 2020), so weights c
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -38,6 +39,7 @@ class Options(Details):
             class token.
         class_token: Whether there is a learned token before the patch tokens. It has no position
             embedding, which would only be added to it.
+        registers: Further learned tokens after the class token (Darcet et al. 2023, 2309.16588).
         pre_norm: Whether there is a LayerNorm before the first block (CLIP).
         final_norm: Input of the last LayerNorm: "tokens", which are then pooled, or "pooled"
             (CLIP), so that the tokens are the output of the last block.
@@ -45,6 +47,7 @@ class Options(Details):
 
     pool: str = "gap"
     class_token: bool = False
+    registers: int = 0
     pre_norm: bool = False
     final_norm: str = "tokens"
 
@@ -84,6 +87,10 @@ class MapHead(nnx.Module):
         probe = jnp.broadcast_to(self.probe[...], (len(tokens), *self.probe.shape))
         x = self.attention(probe.astype(tokens.dtype), tokens)
         return (x + self.mlp(self.norm(x)))[:, 0]
+
+
+Resample = Callable[[jax.Array, tuple[int, int], tuple[int, int]], jax.Array]
+"""A function with the arguments of `resample_positions`."""
 
 
 def resample_positions(
@@ -129,7 +136,8 @@ class ViT(ImageEncoder):
         init = nnx.initializers.normal(size.width**-0.5)
         self.positions = nnx.Param(init(rngs.params(), (grid * grid, size.width)))
         if options.class_token:
-            self.class_token = nnx.Param(init(rngs.params(), (1, size.width)))
+            shape = (1 + options.registers, size.width)
+            self.class_token = nnx.Param(init(rngs.params(), shape))
         if options.pre_norm:
             self.pre_norm = LayerNorm(size.width, **norm)
         self.blocks = encoder_blocks(size, **kwargs)
@@ -201,7 +209,7 @@ class ViT(ImageEncoder):
     @property
     def leading(self) -> int:  # type: ignore[override]  # read-only here
         """Number of tokens before those of the patches."""
-        return int(self.options.class_token)
+        return 1 + self.options.registers if self.options.class_token else 0
 
     def _tokens_at(self, layer: str, images: jax.Array) -> jax.Array:
         depth = list(self.layers).index(layer) + 1
@@ -238,8 +246,7 @@ class ViT(ImageEncoder):
             return self.head(tokens)
         if self.options.pool == "class":
             return tokens[:, 0]
-        patches = tokens[:, 1:] if self.options.class_token else tokens
-        return jnp.mean(patches, axis=1)
+        return jnp.mean(tokens[:, self.leading :], axis=1)
 
     def patchify(self, images: jax.Array) -> jax.Array:
         """Split [B, H, W, 3] into flat patches [B, N, patch * patch * 3] in row-major order."""

@@ -6,6 +6,8 @@ import pickle
 import numpy as np
 import pytest
 
+from cap_pretrain import config as configs
+from cap_pretrain.checkpoints import warm_start
 from cap_pretrain.convert import encoder, open_encoder
 from cap_pretrain.errors import UserError
 from tests import tiny
@@ -38,6 +40,14 @@ def vit_classifier():
     return transformers.ViTForImageClassification(config)
 
 
+def dinov2(registers=0, **fields):
+    fields = {k: v for k, v in VISION.items() if k != "intermediate_size"} | fields
+    if registers:
+        config = transformers.Dinov2WithRegistersConfig(**fields, num_register_tokens=registers)
+        return transformers.Dinov2WithRegistersModel(config)
+    return transformers.Dinov2Model(transformers.Dinov2Config(**fields, mlp_ratio=2))
+
+
 # Each with a function that returns its vision model.
 MODELS = {
     "CLIPModel": (clip, lambda model: model.vision_model),
@@ -55,6 +65,8 @@ MODELS = {
         lambda: transformers.ViTModel(transformers.ViTConfig(**VISION)),
         lambda model: model,
     ),
+    "Dinov2Model": (dinov2, lambda model: model),
+    "Dinov2WithRegistersModel": (lambda: dinov2(3), lambda model: model),
     "ViTForImageClassification": (vit_classifier, lambda model: model.vit),
 }
 
@@ -66,6 +78,29 @@ def expected(vision, images, pretrained):
     if isinstance(vision, transformers.ViTModel):
         return tokens, tokens[:, 0]  # the pooler is not part of the encoder
     return tokens, tokens.mean(1) if out.pooler_output is None else out.pooler_output
+
+
+def test_dinov2_sees_images_of_other_sizes_as_there(tmp_path):
+    model = torch_models.randomised(dinov2(image_size=40))
+    torch_models.save(model, tmp_path)
+    config = configs.default()
+    with config.unlocked():
+        weights = warm_start.from_import(config, tmp_path, tmp_path, print)
+    for side in (24, 64):
+        config.data.image_size = side
+        found = weights.for_images(config).params["encoder/positions"]
+        theirs = model.embeddings.interpolate_pos_encoding(
+            torch.zeros(1, (side // PATCH) ** 2 + 1, VISION["hidden_size"]), side, side
+        )
+        np.testing.assert_allclose(found, theirs[0, 1:], atol=1e-5)
+
+
+def test_a_gated_dinov2_is_refused(tmp_path):
+    torch_models.save(dinov2(use_swiglu_ffn=True), tmp_path)
+    with pytest.raises(
+        UserError, match="its MLPs are gated \\(use_swiglu_ffn\\), as in DINOv2 giant"
+    ):
+        open_encoder(tmp_path)
 
 
 @pytest.mark.parametrize("case", MODELS)

@@ -4,11 +4,13 @@ OpenCLIP's own ViT has a class token and no bias in its projection. Its image to
 every option of ours, so the image tower is one, whose config.json lies in the same folder.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cap_pretrain import learners
 from cap_pretrain.convert import fast_tokenizer, openai
 from cap_pretrain.convert.encoder import OURS
 from cap_pretrain.convert.layouts import timm
@@ -24,8 +26,10 @@ from cap_pretrain.convert.layouts.base import (
 )
 from cap_pretrain.convert.tables import Entry, Fused, to_torch
 from cap_pretrain.errors import UserError
+from cap_pretrain.learners.dual_encoder import DualEncoder
 from cap_pretrain.models.build import text_size
 from cap_pretrain.models.layers import Details
+from cap_pretrain.models.text_tower import TextOptions
 
 _LAYER = "transformer.resblocks.{}."
 
@@ -58,6 +62,13 @@ def write(folder: Path, source: Source) -> Written:
             f"--layout=open_clip: the run has learner.head={config.learner.head!r}, and OpenCLIP "
             "projects the pooled vector of an image; use transformers."
         )
+    options, usual = learners.options(config), DualEncoder.Options()
+    for name in ("bias", *(f"text_{field.name}" for field in dataclasses.fields(TextOptions))):
+        if getattr(options, name) != getattr(usual, name):
+            raise UserError(
+                f"--layout=open_clip: learner.{name} is {getattr(options, name)!r}, and only text "
+                "towers with our defaults can be written in it; use transformers."
+            )
     if source.tokenizer is None:
         raise UserError(
             "--layout=open_clip: the run's tokenizer of whole words cannot be written for "
@@ -70,7 +81,10 @@ def write(folder: Path, source: Source) -> Written:
     write_json(folder / openai.CONFIG, _config(source))
     write_tensors(folder / openai.WEIGHTS[0], _tensors(source, timm.tensors(encoder, form)))
     tokenizer = fast_tokenizer.files(
-        source.tokenizer, length=config.text.length, lower=config.text.lower
+        source.tokenizer,
+        length=config.text.length,
+        lower=config.text.lower,
+        punctuation=config.text.punctuation,
     )
     for name, content in tokenizer.items():
         (folder / name).write_bytes(content)
@@ -97,11 +111,12 @@ def write(folder: Path, source: Source) -> Written:
 
 def _config(source: Source) -> dict[str, Any]:
     config, (mean, std) = source.config, OURS
-    size = text_size(config)
-    # Details of the text tower, which are always the default.
+    options = learners.options(config)
+    size = options.tower(text_size(config))
+    # Details of the text tower, which are the default.
     details = {"act_kwargs": {"approximate": "tanh"}, "norm_kwargs": {"eps": Details.norm_eps}}
     model: dict[str, Any] = {
-        "embed_dim": size.width,
+        "embed_dim": options.embedding or size.width,
         "custom_text": True,
         "vision_cfg": {
             "image_size": config.data.image_size,

@@ -131,6 +131,11 @@ def model_config(config: ConfigDict, form: Form) -> dict[str, Any]:
             f"model.norm_eps: is {options.norm_eps:g}, and ViTs of timm have {known}; it cannot be "
             "exported in this layout."
         )
+    if options.registers:
+        raise UserError(
+            "model.registers: an encoder with registers cannot be exported in this layout; pass "
+            "its workdir as --config.encoder instead."
+        )
     pooled_norm = options.final_norm == "pooled"
     pool = _POOLS[options.pool]
     side = form.image_size
