@@ -40,6 +40,18 @@ FAMILIES: dict[str, Family] = {  # by `model_type` in config.json
     "dinov2_with_registers": dinov2.WITH_REGISTERS,
 }
 
+_NAFLEX = "of SigLIP 2 in native aspect ratios and not supported; its other models are SigLIP's"
+_DINOV3 = "of DINOv3 and not supported: its attention rotates queries and keys by position"
+_AIMV2 = "of AIMv2 and not supported: it has RMSNorm and gated MLPs, which our ViT has not"
+
+REFUSED = {  # what is said of models that are like those above
+    "siglip2": _NAFLEX,
+    "siglip2_vision_model": _NAFLEX,
+    "dinov3_vit": _DINOV3,
+    "aimv2": _AIMV2,
+    "aimv2_vision_model": _AIMV2,
+}
+
 DEFAULTS = {  # of transformers, for fields that config.json of any family may omit
     "hidden_size": 768,
     "num_hidden_layers": 12,
@@ -72,6 +84,8 @@ def open_folder(folder: Path) -> Pretrained:
     where = folder / CONFIG
     config = read_json(where)
     kind = entry(config, "model_type", str, where)
+    if kind in REFUSED:
+        raise UserError(f"{where}: model_type is {shown(kind)}, {REFUSED[kind]}.")
     if kind not in FAMILIES:
         raise UserError(
             f"{where}: model_type is {shown(kind)}, which is not supported."

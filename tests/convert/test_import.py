@@ -90,17 +90,25 @@ def test_dinov2_sees_images_of_other_sizes_as_there(tmp_path):
         config.data.image_size = side
         found = weights.for_images(config).params["encoder/positions"]
         theirs = model.embeddings.interpolate_pos_encoding(
-            torch.zeros(1, (side // PATCH) ** 2 + 1, VISION["hidden_size"]), side, side
+            torch.zeros(1, (side // VISION["patch_size"]) ** 2 + 1, VISION["hidden_size"]),
+            side,
+            side,
         )
         np.testing.assert_allclose(found, theirs[0, 1:], atol=1e-5)
 
 
-def test_a_gated_dinov2_is_refused(tmp_path):
+def test_relatives_that_our_vit_cannot_express_are_refused(tmp_path):
     torch_models.save(dinov2(use_swiglu_ffn=True), tmp_path)
-    with pytest.raises(
-        UserError, match="its MLPs are gated \\(use_swiglu_ffn\\), as in DINOv2 giant"
-    ):
+    with pytest.raises(UserError, match="its MLPs are gated .use_swiglu_ffn., as in DINOv2 giant"):
         open_encoder(tmp_path)
+    for kind, message in (
+        ("dinov3_vit", "of DINOv3 and not supported: its attention rotates"),
+        ("siglip2_vision_model", "of SigLIP 2 in native aspect ratios"),
+        ("aimv2_vision_model", "of AIMv2 and not supported: it has RMSNorm and gated MLPs"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+        with pytest.raises(UserError, match=message):
+            open_encoder(tmp_path)
 
 
 @pytest.mark.parametrize("case", MODELS)
