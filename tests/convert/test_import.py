@@ -89,11 +89,8 @@ def test_dinov2_sees_images_of_other_sizes_as_there(tmp_path):
     for side in (24, 64):
         config.data.image_size = side
         found = weights.for_images(config).params["encoder/positions"]
-        theirs = model.embeddings.interpolate_pos_encoding(
-            torch.zeros(1, (side // VISION["patch_size"]) ** 2 + 1, VISION["hidden_size"]),
-            side,
-            side,
-        )
+        tokens = torch.zeros(1, (side // VISION["patch_size"]) ** 2 + 1, VISION["hidden_size"])
+        theirs = model.embeddings.interpolate_pos_encoding(tokens, side, side)
         np.testing.assert_allclose(found, theirs[0, 1:], atol=1e-5)
 
 
