@@ -111,9 +111,7 @@ def test_unknown_learners():
         learners.defaults("captoner")
     c = toy.config()
     c.learner.name = "clip"
-    with pytest.raises(
-        UserError, match="no learner 'clip'. Choose from: .*captioner"
-    ):
+    with pytest.raises(UserError, match="no learner 'clip'. Choose from: .*captioner"):
         validate(c)
 
 

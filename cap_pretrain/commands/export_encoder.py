@@ -78,9 +78,8 @@ def write(workdir: Path, step: int | None, out: Path, choice: Choice = Choice())
         )
     kind = "averaged parameters" if averaged else "parameters"
     lines = [f"wrote {out}: {kind} of the {config.model.name} encoder at step {step}"]
-    if written.left_out:
-        return "\n".join([*lines, f"not included: {written.left_out}"])
-    return "\n".join([*lines, *(f"wrote {out}/{part}" for part in written.parts)])
+    lines += [f"wrote {out}/{part}" for part in written.parts]
+    return "\n".join(lines + [f"not included: {written.left_out}"] * bool(written.left_out))
 
 
 def _figures(workdir: Path, step: int) -> dict[str, float | None]:

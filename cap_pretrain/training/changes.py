@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -142,4 +143,5 @@ def unused(config: ConfigDict, given: Collection[str]) -> list[str]:
 
 
 def _covered(field: str, names: Sequence[str]) -> bool:
+    field = re.sub(r"^learner\.parts\.\w+\.", "learner.", field)  # of a part, as of a learner alone
     return any(field == name or field.startswith(f"{name}.") for name in names)

@@ -31,7 +31,7 @@ def split():
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("queries", [QUERIES, 0])
+@pytest.mark.parametrize("queries", [QUERIES, pytest.param(0, marks=pytest.mark.slow)])
 def test_losses_and_vectors_are_those_of_torch(queries):
     from tests import torch_reference
 

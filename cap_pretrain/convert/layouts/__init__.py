@@ -5,6 +5,7 @@ library cannot express the model. To add one, write a module and register it bel
 `cap export --layout` then accepts it.
 """
 
+import dataclasses
 import importlib
 from pathlib import Path
 
@@ -23,8 +24,13 @@ LAYOUTS = {  # name: what it is for
 def write(layout: str, folder: Path, source: Source) -> Written:
     """Write the files of a layout into `folder`, which exists and is empty.
 
+    Of a joint learner, a dual encoder in it is written.
+
     Raises UserError if the layout is unknown or cannot express the model.
     """
     if layout not in LAYOUTS:
         raise UserError(f"--layout: no layout {layout!r}.{did_you_mean(layout, LAYOUTS)}")
-    return importlib.import_module(f"{__name__}.{layout}").write(folder, source)
+    source, left_out = source.dual_encoder()
+    written = importlib.import_module(f"{__name__}.{layout}").write(folder, source)
+    whole = "; ".join(filter(None, (written.left_out, left_out)))
+    return dataclasses.replace(written, left_out=whole)

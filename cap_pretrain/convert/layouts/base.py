@@ -9,8 +9,11 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from cap_pretrain import learners
 from cap_pretrain.convert.encoder import Form
 from cap_pretrain.errors import UserError
+from cap_pretrain.learners.dual_encoder import DualEncoder
+from cap_pretrain.learners.protocols import EmbedsText
 from cap_pretrain.models.build import encoder_options, encoder_size
 from cap_pretrain.models.sizes import CONVNETS, parse_name
 
@@ -37,6 +40,21 @@ class Source:
     tokenizer: bytes | None
     place: str
     byte_pairs: bytes | None = None
+
+    def dual_encoder(self) -> tuple["Source", str]:
+        """Return the dual encoder in a joint learner as a run of its own, and what is left out.
+
+        Of several, it is the first by name. Any other learner is returned as it is, with "".
+        """
+        found = learners.able(self.config, EmbedsText)
+        if found is None or found.kind is not DualEncoder or not found.name:
+            return self, ""
+        inside = f"parts/{found.name}/"
+        own = {k.removeprefix(inside): v for k, v in self.params.items() if k.startswith(inside)}
+        own |= {k: v for k, v in self.params.items() if k.startswith("encoder/")}
+        others = [name for name in sorted(self.config.learner.parts) if name != found.name]
+        left_out = f"the parts {', '.join(others)}, which stay in the checkpoint" if others else ""
+        return dataclasses.replace(self, config=found.config, params=own), left_out
 
     @property
     def shown_place(self) -> str:
