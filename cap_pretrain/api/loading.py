@@ -14,6 +14,7 @@ def load(
     path: str | os.PathLike[str],
     *,
     step: int | None = None,
+    part: str = "",
     devices: Sequence[jax.Device] | None = None,
 ) -> Model:
     """Load a trained model, with averaged parameters if its run kept them.
@@ -25,11 +26,14 @@ def load(
             or OpenCLIP's CLIP, or torchvision's ResNet or AlexNet. Each may be in a bucket, as
             gs://BUCKET/FOLDER; nothing else is downloaded.
         step: Checkpoint of a workdir.
+        part: A part of a joint learner, as "cap" of cap+siglip, as if it had been trained alone.
+            "" is all of it: each method uses a part that can.
         devices: Devices that share the work, by default all of this process; each holds the whole
             model.
 
     Raises:
-        UserError: There is no such model, or its files do not fit together.
+        UserError: There is no such model or part, or its files do not fit together.
     """
     mesh = make_mesh(jax.local_devices() if devices is None else list(devices))
-    return Model(open_learner(path, step, mesh), os.fspath(path))
+    learner = open_learner(path, step, mesh)
+    return Model((learner.able(object, part) or learner) if part else learner, os.fspath(path))

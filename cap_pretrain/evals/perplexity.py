@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from cap_pretrain import learners
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.base import Context, Result, ScoringOptions
 from cap_pretrain.evals.fit import Work
 from cap_pretrain.evals.inference.scoring import Scoring
+from cap_pretrain.learners.protocols import EmbedsText, ScoresTexts
 
 
 class Perplexity:
@@ -29,6 +31,8 @@ class Perplexity:
 
     def __init__(self, context: Context, options: Options):
         """Build the evaluator; raise UserError without a captioner or captions."""
+        if not options.part:
+            options = dataclasses.replace(options, part=_captioner(context))
         self._context, self._options = context, options
         self._scoring = Scoring(context, options)
         if not self._scoring.has_prior:
@@ -105,3 +109,11 @@ class Perplexity:
             "captions_of_full_length": full,
         }
         return Result(metrics, details)
+
+
+def _captioner(context: Context) -> str:
+    """Return the name of the first part that scores texts as captions; "" is the learner itself."""
+    for name, kind, _ in learners.members(context.config, context.kind):
+        if issubclass(kind, ScoresTexts) and not issubclass(kind, EmbedsText):
+            return name
+    return ""
