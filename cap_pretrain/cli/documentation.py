@@ -68,6 +68,7 @@ def found(prefix: str) -> list[Section]:
 
     "" is all of the default config; a prefix that is none of these finds names that contain it.
     """
+    prefix = re.sub(r"^learner\.parts\.\w+\.", "learner.", prefix)  # of a part, as of a learner
     group, _, rest = prefix.partition(".")
     named = {"learner": (learners.REGISTRY, of_learner), "evals": (evals.REGISTRY, of_evaluator)}
     if group in named and rest:

@@ -143,5 +143,6 @@ def unused(config: ConfigDict, given: Collection[str]) -> list[str]:
 
 
 def _covered(field: str, names: Sequence[str]) -> bool:
-    field = re.sub(r"^learner\.parts\.\w+\.", "learner.", field)  # of a part, as of a learner alone
-    return any(field == name or field.startswith(f"{name}.") for name in names)
+    # An option of a part is also one of the learner that it is.
+    fields = {field, re.sub(r"^learner\.parts\.\w+\.", "learner.", field)}
+    return any(own == name or own.startswith(f"{name}.") for own in fields for name in names)

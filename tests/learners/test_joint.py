@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from cap_pretrain import config as configs
 from cap_pretrain import learners, rules, train
-from cap_pretrain.checkpoints.load import read_weights
+from cap_pretrain.checkpoints.load import read_config, read_weights
+from cap_pretrain.cli import documentation
 from cap_pretrain.convert.layouts import Source
 from cap_pretrain.errors import UserError
 from cap_pretrain.learners.parts import Part
@@ -22,6 +24,7 @@ from cap_pretrain.learners.weights import Weight
 from cap_pretrain.models.build import build_encoder
 from cap_pretrain.models.layers import normalize_images
 from cap_pretrain.training import plan, step
+from cap_pretrain.training.changes import check_unchanged
 from cap_pretrain.training.phases import phases_of
 from cap_pretrain.validation import validate
 from tests import tiny, toy
@@ -154,6 +157,22 @@ def test_mistakes_in_a_config_are_named():
         validate(joint(siglip="0@0.5,1@0.6"))
 
 
+def test_options_of_parts_are_documented_and_may_change_like_those_of_learners(tmp_path):
+    (found,) = [
+        s for s in documentation.found("learner.parts.cap.average") if "captioner" in s.name
+    ]
+    assert "tokens of each caption" in found.entries[0].text
+    c, path = joint(cap=1, siglip=1), tmp_path / "config.json"
+    path.write_text(configs.to_json(c))
+    with c.unlocked():
+        c.learner.parts.siglip.ring = True  # affects how it is computed only
+        c.learner.parts.cap.label_smoothing = 0.5
+    with pytest.raises(UserError, match="learner.parts.cap.label_smoothing was 0.1, is now 0.5"):
+        check_unchanged(c, path)
+    field = "learner.parts.cap.label_smoothing"
+    assert check_unchanged(c, path, [field]) == [f"{field} was 0.1, is now 0.5"]
+
+
 def test_a_part_begins_and_ends_a_phase():
     c = joint(cap="1@0.5,0@0.75", siglip="0@0.25,1@0.5")
     found = phases_of(c, 8)
@@ -284,6 +303,7 @@ def test_a_joint_run_with_changing_weights_is_evaluated_and_resumes(tmp_path):
     kernel = "parts/bright/head/kernel"
     assert np.array_equal(before[kernel], still[kernel])
     assert not np.array_equal(before[kernel], after[kernel])
+    assert read_config(tmp_path / "run").learner == config().learner
     whole = read_weights(tmp_path / "run", 4)
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
     train.run(config(), tmp_path / "run")
