@@ -94,7 +94,9 @@ def _trial(shared: dict[str, Any], data: str, evals: str, name: str, seed: int) 
     objective, fields = VARIANTS[name]
     arguments = f"objective={objective},data={data},evals={evals}"
     overrides = {**shared, "seed": seed, **fields}
-    return Trial(f"{name.replace('%', '')}_seed={seed}", f"configs/pretrain.py:{arguments}", overrides)
+    return Trial(
+        f"{name.replace('%', '')}_seed={seed}", f"configs/pretrain.py:{arguments}", overrides
+    )
 
 
 def _flops(one: Any) -> float:

@@ -40,6 +40,7 @@ def root(monkeypatch):
         ("ablations.py:what=tokens", 5 * 2),
         ("ablations.py:what=read", 5 * 2),
         ("ablations.py:what=patch,seeds=0", 5),
+        ("objectives.py:what=cap/cappa_small_first,seeds=3+4,size=32x1", 4),
     ],
 )
 def test_every_trial_has_a_valid_config_of_its_own(root, sweep, count):
