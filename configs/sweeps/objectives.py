@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 
 from cap_pretrain import config
-from cap_pretrain.cli import config_files
 from cap_pretrain.sweeps.settings import RECIPE, model
 from cap_pretrain.sweeps.trials import Trial
 from cap_pretrain.training import plan
