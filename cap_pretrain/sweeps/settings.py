@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from cap_pretrain.errors import UserError
+
 # As in configs/quickstart.py.
 EASY_SCENES: dict[str, Any] = {
     "data.image_size": 48,
@@ -39,3 +41,17 @@ def model(size: str) -> dict[str, Any]:
         "model.mlp": 4 * int(width),
         "model.heads": int(width) // 16,
     }
+
+
+_KINDS: dict[Any, str] = {int: "a whole number", float: "a number"}
+
+
+def values(field: str, text: str, kind: type[int] | type[float]) -> list[Any]:
+    """Return the values of an argument "A+B+…" of a sweep; raise UserError if one is no `kind`."""
+    found = []
+    for part in text.split("+"):
+        try:
+            found.append(kind(part))
+        except ValueError as error:
+            raise UserError(f"{field}={text}: {part!r} is not {_KINDS[kind]}.") from error
+    return found

@@ -12,7 +12,7 @@ Arguments, with lists joined by +:
           width:    width of the decoder: 48+96+192
           tokens:   share of patch tokens that reach the encoder in training: 0.25+0.35+0.5+0.75+1
           read:     share of patch tokens that the decoder reads in training; the same values
-          patch:    side of a patch in pixels: 6+8+12+16+24
+          patch:    side of a patch in pixels, which must divide data.image_size: 6+8+12+16+24
           default: parallel
   values  other values than these
   seeds   default: 0+1
@@ -21,7 +21,7 @@ Arguments, with lists joined by +:
   data    dataset; default: scenes, simple ones of 48 pixels
   evals   evaluators at the end; default: linear_probe+composition
 
-The defaults take about half an hour for an ablation on two CPU cores. For a dataset of photographs:
+For a dataset of photographs:
 
     ablations.py:what=read,data=data/flickr8k,size=S/16,steps=20000,evals=retrieval -- \
         --config.data.image_size=112 --config.batch_size=256
@@ -32,34 +32,34 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from cap_pretrain import config
-from cap_pretrain.sweeps.settings import EASY_SCENES, RECIPE, model
+from cap_pretrain.sweeps.settings import EASY_SCENES, RECIPE, model, values
 from cap_pretrain.sweeps.trials import Trial
 
 Fields = dict[str, Any]
+Kind = type[int] | type[float]
 
-WHAT: dict[str, tuple[str, Callable[[str], Fields]]] = {
-    "parallel": ("0+0.25+0.5+0.75+1", lambda v: {"learner.parallel_fraction": float(v)}),
-    "depth": ("1+2+3+6", lambda v: {"model.decoder_depth": int(v)}),
-    # Heads of 16, as `settings.model` has them, and an MLP of four times the width.
+WHAT: dict[str, tuple[str, Kind, Callable[[Any, str], Fields]]] = {
+    "parallel": ("0+0.25+0.5+0.75+1", float, lambda v, _: {"learner.parallel_fraction": v}),
+    "depth": ("1+2+3+6", int, lambda v, _: {"model.decoder_depth": v}),
+    # An MLP of four times the width; heads of 16, as `settings.model` has them, or one.
     "width": (
         "48+96+192",
-        lambda v: {
-            "model.decoder_width": int(v),
-            "model.decoder_mlp": 4 * int(v),
-            "model.decoder_heads": max(1, int(v) // 16),
+        int,
+        lambda v, _: {
+            "model.decoder_width": v,
+            "model.decoder_mlp": 4 * v,
+            "model.decoder_heads": 1 if v % 16 else v // 16,
         },
     ),
-    "tokens": (
-        "0.25+0.35+0.5+0.75+1",
-        lambda v: {"model.keep_tokens": float(v), "model.keep_tokens_at": "encoder"},
-    ),
-    "read": (
-        "0.25+0.35+0.5+0.75+1",
-        lambda v: {"model.keep_tokens": float(v), "model.keep_tokens_at": "decoder"},
-    ),
-    "patch": ("6+8+12+16+24", lambda v: {"model.name": f"mu/{v}"}),
+    "tokens": ("0.25+0.35+0.5+0.75+1", float, lambda v, _: _kept(v, "encoder")),
+    "read": ("0.25+0.35+0.5+0.75+1", float, lambda v, _: _kept(v, "decoder")),
+    "patch": ("6+8+12+16+24", int, lambda v, name: {"model.name": f"{name.partition('/')[0]}/{v}"}),
 }
-"""The values of each setting, and the fields that a value sets."""
+"""The values of each setting, and the fields that follow from a value and `model.name`."""
+
+
+def _kept(share: float, place: str) -> Fields:
+    return {"model.keep_tokens": share, "model.keep_tokens_at": place}
 
 
 def sweep(arg: str | None = None) -> Iterator[Trial]:
@@ -74,21 +74,25 @@ def sweep(arg: str | None = None) -> Iterator[Trial]:
         data="scenes",
         evals="linear_probe+composition",
     )
-    values, fields = WHAT[args.what]
+    usual, kind, fields = WHAT[args.what]
     drawn = {**EASY_SCENES, "data.scenes.length_train": 20_000}
-    pairs = itertools.product((args.values or values).split("+"), args.seeds.split("+"))
+    size = model(args.size)
+    (steps,) = values("steps", args.steps, int)
+    pairs = itertools.product(
+        values("values", args.values or usual, kind), values("seeds", args.seeds, int)
+    )
     for value, seed in pairs:
         yield Trial(
-            f"{args.what}={value.replace('/', '-')}_seed={seed}",
+            f"{args.what}={value:g}_seed={seed}",
             f"configs/pretrain.py:objective=cappa,data={args.data},evals={args.evals}",
             {
-                **model(args.size),
-                "total_steps": int(args.steps),
+                **size,
+                "total_steps": steps,
                 "batch_size": 64,
                 "optim.lr": 1e-3,
                 **RECIPE,
                 **(drawn if args.data == "scenes" else {}),
-                "seed": int(seed),
-                **fields(value),
+                "seed": seed,
+                **fields(value, size["model.name"]),
             },
         )

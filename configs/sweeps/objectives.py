@@ -5,12 +5,14 @@ python tools/sweep.py table runs/objectives --figures linear_probe/top1 map_prob
 
 Arguments, with lists joined by +:
   what    names of VARIANTS below, which are objectives of configs/pretrain.py, some with fewer
-          tokens or smaller images first; joined by /; default: all
+          tokens or smaller images first; joined by /; default: all, but locca only with scenes,
+          since it needs boxes
   seeds   default: 0+1+2
   steps   the budget: that of so many steps of Cap; default: 2000
   size    encoder as WIDTHxDEPTH with patches of 12 pixels; default: 96x3
   data    dataset; default: scenes, of one or two large objects and 48 pixels
-  evals   evaluators at the end, joined by +; default: linear_probe+map_probe+retrieval
+  evals   evaluators at the end, joined by +; default: linear_probe+map_probe+retrieval with scenes,
+          and else retrieval, since probes need labels
 
 Each trial takes as many steps as the budget pays for, by the FLOPs of `--dry_run`, with a batch of
 64. Smaller images come first in three of four steps.
@@ -24,7 +26,8 @@ from typing import Any
 import numpy as np
 
 from cap_pretrain import config
-from cap_pretrain.sweeps.settings import RECIPE, model
+from cap_pretrain.errors import UserError, did_you_mean
+from cap_pretrain.sweeps.settings import RECIPE, model, values
 from cap_pretrain.sweeps.trials import Trial
 from cap_pretrain.training import plan
 from cap_pretrain.training.phases import phases_of
@@ -65,26 +68,33 @@ def sweep(arg: str | None = None) -> Iterator[Trial]:
     """Yield the trials of `what=…,seeds=…,steps=…,size=…,data=…,evals=…`."""
     args = config.arguments(
         arg,
-        what="/".join(VARIANTS),
+        what="",
         seeds="0+1+2",
         steps="2000",
         size="96x3",
         data="scenes",
-        evals="linear_probe+map_probe+retrieval",
+        evals="",
     )
+    drawn = args.data == "scenes"
+    evals = args.evals or ("linear_probe+map_probe+retrieval" if drawn else "retrieval")
+    names = args.what.split("/") if args.what else [n for n in VARIANTS if drawn or n != "locca"]
+    for name in names:
+        if name not in VARIANTS:
+            raise UserError(f"what: no variant {name!r}.{did_you_mean(name, VARIANTS)}")
     shared: dict[str, Any] = {
         "data.image_size": 48,
-        **(SCENES if args.data == "scenes" else PHOTOGRAPHS),
+        **(SCENES if drawn else PHOTOGRAPHS),
         **model(args.size),
         "model.decoder_depth": 2,
         "batch_size": 64,
         "optim.lr": 1e-3,
         **RECIPE,
     }
-    training = functools.partial(_trial, shared, args.data, args.evals)
-    budget = float(args.steps) * _flops(training("cap", 0).resolved())
-    for name, seed in itertools.product(args.what.split("/"), args.seeds.split("+")):
-        one = training(name, int(seed))
+    training = functools.partial(_trial, shared, args.data, evals)
+    (cap_steps,) = values("steps", args.steps, int)
+    budget = cap_steps * _flops(training("cap", 0).resolved())
+    for name, seed in itertools.product(names, values("seeds", args.seeds, int)):
+        one = training(name, seed)
         steps = round(budget / _flops(one.resolved()))
         yield Trial(one.name, one.config, {**one.overrides, "total_steps": steps})
 
