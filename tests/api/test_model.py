@@ -88,7 +88,7 @@ def test_a_method_that_a_learner_lacks_says_which_have_it(tokenizer_path):
         (lambda: model.caption(IMAGES), "caption: runs/tiny is a rotation, which writes no capti"),
         (lambda: model.caption(IMAGES), "captioner, .*recurrent can.$"),
         (lambda: model.score(IMAGES, "a"), "captioner, .* and dual_encoder can.$"),
-        (lambda: model.embed_text("a"), "texts without an image; dual_encoder can.$"),
+        (lambda: model.embed_text("a"), "texts without an image; coca and dual_encoder can.$"),
         (lambda: model.zero_shot(IMAGES, ["a"]), "zero_shot: .* scores no texts"),
         (lambda: model.attention(IMAGES[0]), "attention: .* captioner, .*recurrent can"),
         (lambda: model.embed(IMAGES, what="projected"), "dual_encoder and jigsaw have them"),

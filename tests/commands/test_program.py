@@ -151,7 +151,7 @@ def test_the_list_of_configs_has_every_config_and_argument(capsys, tmp_path, mon
     out = capsys.readouterr().out
     for path in (ROOT / "configs").rglob("*.py"):
         assert f"  {path.stem}: " in out
-    assert "objective  cappa, cap, clip or siglip" in out and "batches  batch sizes" in out
+    assert "objective  cappa, cap, locca" in out and "batches  batch sizes" in out
     assert program.main(["configs", "scaling"]) == 0
     assert "scaling laws" in capsys.readouterr().out
 

@@ -148,6 +148,39 @@ class Generated:
         photos = write_files(self.folder / "p", {name: jpeg(1, kind="PNG") for name in names})
         return ("--questions", path, "--images", photos)
 
+    def box(self):
+        odd = [[], None, [0, 0, -1, 2], [0, 0, 9**400, 1], [0, 0, "1", 1], [0, 0, 1e400, 1]]
+        return self.rng.choice(odd) if self.rng.random() < 0.3 else [0, 0, 5, 5]
+
+    def refcoco(self):
+        listed = [
+            {"id": n, "file_name": f"{n % IMAGES}.jpg", "width": 9, "height": 9}
+            for n in range(self.count)
+        ]
+        boxes = [
+            {"id": n, "image_id": n, "bbox": self.box() if n else [0, 0, 5, 5]}
+            for n in range(self.count)
+        ]
+        refs = [
+            {"image_id": n, "ann_id": n, "split": "train"}
+            | {"sentences": [{"sent": self.text() if n else "a dog"}]}
+            for n in range(self.count)
+        ]
+        instances = write_json(self.folder / "b.json", {"images": listed, "annotations": boxes})
+        return ("--refs", self.json(refs), "--instances", instances, "--images", self.images)
+
+    def visual_genome(self):
+        def regions(n):
+            box = self.box() if n else [0, 0, 5, 5]
+            values = box if isinstance(box, list) and len(box) == 4 else [None] * 4
+            phrase = self.text() if n else "a dog"
+            return [{"phrase": phrase, **dict(zip(("x", "y", "width", "height"), values, strict=True))}]
+
+        sizes = [{"image_id": n, "width": 9, "height": 9} for n in range(self.count)]
+        described = [{"id": n, "regions": regions(n)} for n in range(self.count)]
+        data = write_json(self.folder / "b.json", sizes)
+        return ("--regions", self.json(described), "--image_data", data, "--images", self.images)
+
     def image_folder(self):
         names = ["a", "b\udce9", "c\nd", "\udcff"]
         files = {
