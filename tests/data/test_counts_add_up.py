@@ -173,8 +173,8 @@ class Generated:
         def regions(n):
             box = self.box() if n else [0, 0, 5, 5]
             values = box if isinstance(box, list) and len(box) == 4 else [None] * 4
-            phrase = self.text() if n else "a dog"
-            return [{"phrase": phrase, **dict(zip(("x", "y", "width", "height"), values, strict=True))}]
+            sides = dict(zip(("x", "y", "width", "height"), values, strict=True))
+            return [{"phrase": self.text() if n else "a dog", **sides}]
 
         sizes = [{"image_id": n, "width": 9, "height": 9} for n in range(self.count)]
         described = [{"id": n, "regions": regions(n)} for n in range(self.count)]
