@@ -122,9 +122,10 @@ def open_sources(config: ConfigDict, share: float = 0.0) -> Mixture:
     members = []
     for name, weight in parse_mixture(config.data.name):
         source = open_data(config, config.data.split, name, share)
-        requirements.check_reads(
-            source, reads, f"data.name: {{}}, which the learner {config.learner.name} needs"
-        )
+        for own in learners.needs(config):  # a part does not see what another can do without
+            requirements.check_reads(
+                source, own, f"data.name: {{}}, which the learner {config.learner.name} needs"
+            )
         members.append((subset.fraction_of(source, config.data.fraction, SUBSET_SEED), weight))
     requirements.check_regions([source for source, _ in members], reads)
     return members
@@ -256,7 +257,9 @@ def _make_tokenizer(config: ConfigDict, mixture: Mixture, workdir: Path) -> None
         images = images_of(mixture, TOKENIZER_EXAMPLES)
         with console.doing(f"Training a tokenizer on the captions of {images}"):
             captions = itertools.chain(_captions(config, mixture, TOKENIZER_EXAMPLES), more)
-            tokenizers.train_sentencepiece(captions, folder, config.text.vocab_size, lower)
+            tokenizers.train_sentencepiece(
+                captions, folder, config.text.vocab_size, lower, punctuation=config.text.punctuation
+            )
 
 
 def images_of(mixture: Mixture, limit: int | None = None) -> str:

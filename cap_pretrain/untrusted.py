@@ -280,15 +280,26 @@ class _Bounded(io.RawIOBase):
         super().close()
 
 
-def read_bounded(path: Path) -> bytes:
+def _first(file: BinaryIO, most: int) -> bytes:
+    """Return up to `most` bytes of a file, without reserving memory for more than it has."""
+    parts: list[bytes] = []
+    while most and (part := file.read(min(most, 2**20))):
+        parts.append(part)
+        most -= len(part)
+    return b"".join(parts)
+
+
+def read_bounded(path: Path, most: int = -1) -> bytes:
     """Return the content of a regular file, decompressed under the limits of `open_bounded`.
+
+    Of a longer content only the first `most` bytes are read, if that is not -1.
 
     Raises:
         UserError: it is missing, not a regular file, damaged, or decompresses to too much.
     """
     try:
         with open_bounded(path) as file:
-            return file.read()
+            return file.read() if most < 0 else _first(file, most)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file.") from error
     except (OSError, EOFError, zlib.error, MemoryError) as error:

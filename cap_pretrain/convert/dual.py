@@ -71,7 +71,7 @@ def _transformers(folder: Path, kind: str, encoder: Pretrained) -> tuple[Whole |
     )
     text = _text(folder, kind, length)
     if text is None:
-        needs = " or ".join(towers.PIECES)
+        needs = towers.needed()
         if kind == "clip":
             needs = f"{towers.BYTE_PAIRS[0]}, or {towers.BYTE_PAIRS[1]} with vocab.json"
         return None, f"{folder}: its text tower is left out, as it has no tokenizer ({needs})"

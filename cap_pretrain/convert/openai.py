@@ -205,7 +205,7 @@ _TEXT_NUMBER = _TEXT_LAYER.replace(".", r"\.").format(r"(\d+)")
 def _text(folder: Path, section: dict[str, Any], length: int) -> Text | str:
     """Return how texts are encoded, or why that is not known here."""
     if section.get("hf_tokenizer_name"):
-        return towers.pieces(folder, length) or f"it has no {' or '.join(towers.PIECES)}"
+        return towers.pieces(folder, length) or f"it has no {towers.needed()}"
     file = towers.named(folder, towers.BYTE_PAIRS)
     if not file:
         return f"it has no {towers.BYTE_PAIRS[0]}, nor {towers.BYTE_PAIRS[1]} with vocab.json"

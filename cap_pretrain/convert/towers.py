@@ -16,7 +16,7 @@ from cap_pretrain.convert.tables import Table, to_ours
 from cap_pretrain.convert.weights import Weights, read_json
 from cap_pretrain.data.text import byte_pairs
 from cap_pretrain.data.text.byte_pairs import BytePairTokenizer
-from cap_pretrain.data.text.tokenizers import SentencePieceTokenizer
+from cap_pretrain.data.text.tokenizers import MAX_FILE, SentencePieceTokenizer
 from cap_pretrain.errors import UserError
 from cap_pretrain.learners.dual_encoder import DualEncoder
 from cap_pretrain.models.layers import Compute
@@ -28,7 +28,7 @@ BYTE_PAIRS = (byte_pairs.JSON, byte_pairs.MERGES, "bpe_simple_vocab_16e6.txt.gz"
 PIECES = ("spiece.model", "tokenizer.model")
 """Names of the files of tokenizers: of CLIP's, and of SigLIP's and ours."""
 
-MAX_LENGTH = 2**16
+MAX_LENGTH = 2**12
 """Largest number of tokens of a text that a folder can ask for."""
 
 MAX_TOKENS = 2**24
@@ -202,25 +202,27 @@ def _embeddings(theirs: np.ndarray, folder: Path, text: Text) -> np.ndarray:
     return np.concatenate([pad[None], theirs[1 - shift : needed]])
 
 
+def needed() -> str:
+    """Return what `pieces` needs in a folder, for people."""
+    return f"{' or '.join(PIECES)} with {SETTINGS}, which names its class"
+
+
 def named(folder: Path, names: Iterable[str]) -> str:
     """Return the first of the names of files that the folder has; "" if it has none."""
     return next((name for name in names if (folder / name).is_file()), "")
 
 
 def pieces(folder: Path, length: int) -> Text | None:
-    """Return how a folder with a sentencepiece model encodes texts; None if it has none.
+    """Return how a folder with a sentencepiece model encodes texts; None if it does not say that.
 
-    SigLIP's tokenizer deletes punctuation, that of SigLIP 2 only lower-cases, and tokenizer.json of
-    an export of ours says what it does.
+    By the class in SETTINGS: SigLIP's tokenizer deletes punctuation, that of SigLIP 2 only
+    lower-cases, and tokenizer.json of an export of ours says what it does.
     """
-    file = named(folder, PIECES)
-    if not file:
+    file, where = named(folder, PIECES), folder / SETTINGS
+    settings = read_json(where) if file and where.is_file() else {}
+    kind = settings.get("tokenizer_class")
+    if not kind:
         return None
-    settings: dict[str, Any] = {}
-    where = folder / "tokenizer_config.json"
-    if where.is_file():
-        settings = read_json(where)
-    kind = settings.get("tokenizer_class", "SiglipTokenizer")
     pad = settings.get("pad_token", "</s>")
     if isinstance(pad, dict):
         pad = pad.get("content")
@@ -235,12 +237,14 @@ def pieces(folder: Path, length: int) -> Text | None:
     return Text(file, length, lower, punctuation, pads_with_eos=pad != "<pad>")
 
 
+SETTINGS = "tokenizer_config.json"
+
 OURS = "PreTrainedTokenizerFast"
 """The class of the tokenizers that we export."""
 
 
 def _normalizers(folder: Path) -> list[Any]:
     where = folder / byte_pairs.JSON
-    tokenizer = read_json(where)
+    tokenizer = read_json(where, MAX_FILE)  # it lists the vocabulary
     normalizer = checked(tokenizer.get("normalizer") or {}, "normalizer", dict, where)
     return checked(normalizer.get("normalizers") or [], "normalizers", list, where)

@@ -129,10 +129,13 @@ def open_folder(folder: Path, *names: str) -> Weights:
     raise UserError(f"{folder}: has no weights; it needs one of {', '.join(names)}.")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file; raises UserError if it is not valid JSON or no object."""
-    if path.is_file() and path.stat().st_size > MAX_CONFIG:
-        raise UserError(f"{path}: has more than {MAX_CONFIG:,} bytes, too many for a config.")
+def read_json(path: Path, most: int = MAX_CONFIG) -> dict[str, Any]:
+    """Return the object in a JSON file of at most so many bytes.
+
+    Raises UserError if it is longer, is not valid JSON or not an object.
+    """
+    if path.is_file() and path.stat().st_size > most:
+        raise UserError(f"{path}: has more than {most:,} bytes, too many for such a file.")
     content = files.read_json(path)
     if not isinstance(content, dict):
         raise UserError(f"{path}: is not a JSON object.")

@@ -26,7 +26,8 @@ def check_reads(source: Source, reads: Collection[str], why: str) -> None:
     """Raise UserError if a source lacks a part of `reads`.
 
     That is, if the first example has no label, or none of the first 100 has captions; a learner
-    that reads "boxes" can do with regions instead. In the message `why`, {} stands for the source
+    that reads "boxes" can do with regions instead, so ask for each part of a joint learner alone
+    (`learners.needs`). In the message `why`, {} stands for the source
     and what it lacks.
     """
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -19,9 +19,8 @@ from cap_pretrain.evals.exhibits import Exhibit
 from cap_pretrain.evals.fit import Work
 from cap_pretrain.evals.retrieval import Retrieval
 from cap_pretrain.learners.protocols import Contrasts, EmbedsText
+from cap_pretrain.learners.weights import has_own, is_weight, weight_of
 from cap_pretrain.telemetry import console
-
-WEIGHT = "loss_weight"  # of a batch in the mean over batches
 
 UNIGRAM_CAPTIONS = 50_000  # Training captions that the unigram model is estimated from
 
@@ -46,7 +45,8 @@ class Loss:
         self._source = context.source(options.split, options.data)
         learner = context.kind.__name__
         reads = learners.reads(context.config)
-        check_reads(self._source, reads, f"evals: {{}}, which a {learner} needs")
+        for own in learners.needs(context.config):
+            check_reads(self._source, own, f"evals: {{}}, which a {learner} needs")
         if options.unigram and "text" not in reads:
             raise UserError(f"evals: loss.unigram is for captions, but a {learner} reads none.")
         over = "examples"
@@ -67,12 +67,14 @@ class Loss:
             values = {k: float(v) for k, v in jax.device_get(self._loss(variables, batch)).items()}
             count += int(values.pop("examples"))
             for name, value in values.items():
-                weight = 1.0 if name.endswith(WEIGHT) else values[weight_of(name, values)]
+                weight = 1.0 if is_weight(name) else values[weight_of(name, values)]
                 totals[name] = totals.get(name, 0.0) + weight * value
         metrics = {
             name: total / max(totals[weight_of(name, totals)], 1e-9)
             for name, total in totals.items()
-            if not name.endswith(WEIGHT)
+            # A metric with a weight for itself is that of a task, which these data may lack.
+            if not is_weight(name)
+            and (totals[weight_of(name, totals)] or not has_own(name, totals))
         }
         parts = [name.removesuffix("/loss") for name in metrics if name.endswith("/loss")]
         if parts:  # each of them a mean by weights of its own
@@ -123,12 +125,6 @@ class Loss:
                 ids = tokenizer.encode(caption)
                 losses.append(nll[ids[ids != tokenizer.pad_id]].mean())
         return float(np.mean(losses))
-
-
-def weight_of(name: str, metrics: Collection[str]) -> str:
-    """Return which of the metrics weighs batches in the mean of one: that of its part, if any."""
-    own = f"{name.partition('/')[0]}/{WEIGHT}"
-    return own if own in metrics else WEIGHT
 
 
 def _loss_and_metrics(learner, batch):

@@ -19,7 +19,8 @@ Evaluators and tools look for further methods, which `protocols` lists: `WritesC
 `ScoresTexts`, `Locates`, `EmbedsText`, `Attends`, `Classifies`, `Colorizes`, `Featurizes`, ….
 
 `metrics` may contain "loss_weight", the weight of a part of a batch in gradient accumulation
-(default: equal weights). A learner whose options depend on the training data implements
+(default: equal weights), and NAME_weight where the metric NAME has another. Evaluators weigh
+batches in the same way. A learner whose options depend on the training data implements
 
     settled(config, mixture) -> fields of `config.learner` to set at the start of a run; see
                             `inputs.completed`
@@ -133,6 +134,11 @@ def options(config: ConfigDict) -> Any:
 def reads(config: ConfigDict) -> tuple[str, ...]:
     """Return the parts of a batch that the learner of a config reads of the data."""
     return tuple(name for name in _reads(config) if name != PROGRESS)
+
+
+def needs(config: ConfigDict) -> list[tuple[str, ...]]:
+    """Return what each learner among the members of a config reads of the data, each once."""
+    return list(dict.fromkeys(reads(member.config) for member in members(config)))
 
 
 def idle(config: ConfigDict) -> tuple[str, ...]:

@@ -237,6 +237,7 @@ class LocCa(Captioner):
 
         for task, own in rows.items():
             metrics[f"loss_{task}"] = mean_where(per_text[task], own["examples"])
+            metrics[f"loss_{task}_weight"] = jnp.sum(own["examples"])
         if "parallel" in rows.get("cap", {}):
             parallel, counts = rows["cap"]["parallel"], by_image["cap"]
             captions = per_text["cap"][:, 0]

@@ -15,6 +15,7 @@ from cap_pretrain import learners, rng, rules
 from cap_pretrain.distributed import gpu, sharding
 from cap_pretrain.fingerprint import fingerprint
 from cap_pretrain.learners.protocols import Contrasts, learner_type
+from cap_pretrain.learners.weights import LOSS_WEIGHT, is_weight, weight_of
 from cap_pretrain.models.layers import constrain
 from cap_pretrain.optim import optimizers
 from cap_pretrain.optim.plateau import Plateau
@@ -140,19 +141,30 @@ def _joined(x: jax.Array) -> jax.Array:
 
 
 def _averaged_gradients(graphdef, hold, params, stats, split, keys):
-    """Average the gradients of the parts, weighted by their metric "loss_weight"."""
+    """Average the gradients of the parts, weighted by their metric "loss_weight".
+
+    Metrics are averaged by `weight_of`, and the weights themselves are left out.
+    """
 
     def gradient(batch, key):
         def loss_of(params):
             return loss_and_stats(graphdef, hold(params), stats, batch, key)
 
         (loss, (metrics, seen)), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
-        weight = metrics.get("loss_weight", jnp.float32(1))
-        weighted = jax.tree.map(lambda x: weight * x, (grads, {"loss": loss, **metrics}))
-        return weight, weighted, jax.tree.map(jnp.subtract, seen, stats)
+        metrics = {"loss": loss, LOSS_WEIGHT: jnp.float32(1), **metrics}
+        weights = {name: value for name, value in metrics.items() if is_weight(name)}
+        grads = jax.tree.map(lambda x: weights[LOSS_WEIGHT] * x, grads)
+        values = {
+            name: weights[weight_of(name, weights)] * value
+            for name, value in metrics.items()
+            if name not in weights
+        }
+        return weights, grads, values, jax.tree.map(jnp.subtract, seen, stats)
 
-    total, weighted, moved = _sum_over_parts(gradient, split, keys)
-    return *jax.tree.map(lambda x: x / jnp.maximum(total, 1e-9), weighted), moved
+    totals, grads, values, moved = _sum_over_parts(gradient, split, keys)
+    totals = {name: jnp.maximum(total, 1e-9) for name, total in totals.items()}
+    grads = jax.tree.map(lambda x: x / totals[LOSS_WEIGHT], grads)
+    return grads, {name: x / totals[weight_of(name, totals)] for name, x in values.items()}, moved
 
 
 def _cached_gradients(graphdef, hold, params, stats, split, keys):
@@ -270,7 +282,7 @@ def make_train_step(
             updates = _without(updates, idle)
         params = optax.apply_updates(state.params, updates)
         ema = optimizers.average(config.optim, state.ema, params, opt_state)
-        metrics = {k: v for k, v in metrics.items() if not k.endswith("loss_weight")}
+        metrics = {k: v for k, v in metrics.items() if not is_weight(k)}
         metrics |= {
             "learning_rate": scale * rate(state.step),
             "grad_norm": optax.tree.norm(grads),

@@ -1,13 +1,16 @@
 """CLIP's tokenizer: the ids of transformers, on odd texts, from each kind of file."""
 
+import gzip
 import json
 import pickle
 import time
+import tracemalloc
 
 import pytest
 
 from cap_pretrain.data.text import byte_pairs
 from cap_pretrain.data.text.byte_pairs import BytePairTokenizer
+from cap_pretrain.data.text.tokenizers import encode_answer
 from cap_pretrain.errors import UserError
 from tests.convert.dual_models import vocabulary, write_clip_tokenizer
 
@@ -69,6 +72,34 @@ def test_a_long_word_takes_no_time(folder):
     assert time.process_time() - begin < 5
 
 
+def test_memory_is_bounded(folder, tmp_path):
+    tokenizer = BytePairTokenizer(folder / "merges.txt")
+    tokenizer.encode("the " + "字" * 22)
+    assert tokenizer._of_short_word.cache_info().currsize == 1
+    bomb = tmp_path / "merges.txt.gz"
+    bomb.write_bytes(gzip.compress(b"#version\n" + b"a b\n" * 2**20))
+    tracemalloc.start()
+    with pytest.raises(UserError, match="has over 524,288 merges"):
+        byte_pairs.read(bomb)
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
+
+
+def test_a_question_and_its_answer_have_one_start(folder):
+    tokenizer = BytePairTokenizer(folder / "merges.txt", 8)
+    start, end = tokenizer.eos_id - 1, tokenizer.eos_id
+    a, b = (vocabulary().ids[f"{letter}</w>"] + 1 for letter in "ab")
+    for question, answer, limit, row, given in (
+        ("a", "b", 0, [start, a, b, end], 2),
+        ("a", "b b b", 2, [start, a, b, end], 2),
+        ("", "b b b", 2, [start, b, end], 0),
+        ("a a a a a a", "b b b b b b", 0, [start, a, a, a, b, b, b, end], 4),
+        ("a", None, 2, [start, a], 2),
+    ):
+        ids, count = encode_answer(tokenizer, question, answer, limit)
+        assert (ids[ids != 0].tolist(), count, len(ids)) == (row, given, 8)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -80,6 +111,9 @@ def test_a_long_word_takes_no_time(folder):
         ({"merges": [["a"]]}, "has a merge that is not of two tokens"),
         ({"merges": ["q q"]}, "merges 'q q', which has no id"),
         ({"merges": 3}, "'merges' must be list"),
+        ({"merges": [0] * 2**19 + [0]}, "has over 524,288 merges"),
+        ({"vocab": {"\ud800": 0}}, "has half a surrogate pair"),
+        ({"vocab": {"x" * 999: "0"}}, "id of 'x{78}…"),
     ],
 )
 def test_what_is_not_of_clip_is_refused(change, message, folder, tmp_path):

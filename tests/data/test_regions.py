@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from cap_pretrain import inputs
 from cap_pretrain.data import pipeline, regions
 from cap_pretrain.data.builders.formats.located import in_shares, usable
 from cap_pretrain.data.requirements import check_reads, check_regions, has_regions
@@ -18,6 +19,7 @@ from cap_pretrain.data.scenes.world import PLAIN, SHAPES, relation_holds
 from cap_pretrain.data.sources import subset
 from cap_pretrain.data.text.tokenizers import SentencePieceTokenizer, source_captions
 from cap_pretrain.errors import UserError
+from cap_pretrain.learners import objectives
 from cap_pretrain.validation import validate
 from tests import toy
 
@@ -218,6 +220,23 @@ def test_sources_say_whether_they_have_regions():
     check_reads(none, READS, "{}")
     with pytest.raises(UserError, match="has no regions"):
         check_regions([subset.Subset(none, np.array([1, 2]), "some")], READS)
+
+
+def test_each_part_of_a_joint_learner_has_what_it_reads(monkeypatch):
+    class Wordless(Scenes):
+        def without_image(self, index):
+            return super().without_image(index) | {"captions": []}
+
+    monkeypatch.setattr(inputs, "open_data", lambda *_: Wordless("val", 16))
+    locca, both = toy.config("locca"), toy.config()
+    both.learner = objectives.section("locca+siglip")
+    assert inputs.open_sources(locca)
+    with pytest.raises(UserError, match="has no text, which the learner joint needs"):
+        inputs.open_sources(both)
+
+
+def test_phrases_are_text_of_a_source():
+    scenes = Scenes("val", 16)
     phrases = {phrase for phrase, _ in scenes.regions(0)}
     assert phrases < set(source_captions(scenes, 20, regions=True))
     assert phrases.isdisjoint(source_captions(scenes, 20))

@@ -49,6 +49,20 @@ def test_the_batch_size_and_padding_do_not_matter(captioner):
     assert not math.isclose(results[0].metrics["loss"], math.log(100), rel_tol=0.01)
 
 
+def test_a_task_is_averaged_over_its_texts(captioner):
+    context, variables = captioner
+    loss = Loss(context, Loss.Options(batch_size=5))
+    found = iter([(4.0, 1.0, 3.0), (0.0, 2.0, 0.0), (0.0, 3.0, 0.0)])  # loss_box of nothing is 0
+
+    def batch_loss(*_):
+        box, of_all, boxes = next(found)
+        weights = {"loss_weight": 4, "loss_box_weight": boxes, "loss_no_weight": 0}
+        return {"loss": of_all, "loss_box": box, "loss_no": 0, "examples": 4} | weights
+
+    loss._loss = batch_loss
+    assert loss(variables).metrics == {"loss": 2.0, "loss_box": 4.0}
+
+
 def test_limit_takes_the_first_examples(captioner):
     whole, limited = measured(captioner, batch_size=5), measured(captioner, batch_size=5, limit=7)
     assert limited.details["examples"] == 7

@@ -187,6 +187,7 @@ def test_the_loss_is_the_mean_of_three_captioners(locca, batch, nll_of, train, o
     for task, losses in by_task.items():
         if options.get(f"{task}_weight", 1.0):
             assert metrics[f"loss_{task}"] == pytest.approx(np.mean(losses), rel=1e-5)
+            assert metrics[f"loss_{task}_weight"] == len(losses)
         else:
             assert f"loss_{task}" not in metrics
 

@@ -62,6 +62,27 @@ def test_views_in_parts_learn_what_the_whole_batch_does():
     assert_same(in_parts(*split, BATCH, KEY, 2), in_parts(*split, BATCH, KEY, 1))
 
 
+class Tasks(nnx.Module):
+    """A loss of all examples, and one of some of them, which has another weight."""
+
+    def __init__(self):
+        self.scale = nnx.Param(jnp.float32(2))
+
+    def loss(self, batch, key, train):
+        values, some = self.scale[...] * batch["value"], batch["some"]
+        count = jnp.sum(some)
+        metrics = {"task": jnp.sum(values * some) / jnp.maximum(count, 1), "task_weight": count}
+        return jnp.mean(values**2), metrics | {"other": jnp.mean(values)}
+
+
+def test_a_metric_of_some_examples_is_their_mean():
+    split = step.split_learner(Tasks())
+    batch = {"value": jnp.arange(8.0), "some": jnp.float32([1, 0, 0, 0, 1, 0, 1, 0])}
+    grads, metrics, stats = in_parts(*split, batch, KEY, 1)
+    assert metrics.pop("task_weight") == 3
+    assert_same(in_parts(*split, batch, KEY, 4), (grads, metrics, stats))
+
+
 class Neighbours(Contrastive):
     """Nothing but the two methods; random, and with statistics."""
 

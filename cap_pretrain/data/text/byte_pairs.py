@@ -13,6 +13,7 @@ broken encodings, which `transformers` and this module do not.
 import functools
 import hashlib
 import heapq
+import itertools
 import json
 import os
 import re
@@ -31,9 +32,11 @@ from cap_pretrain.untrusted import (
     check_parsed,
     checked,
     entry,
+    is_text,
     open_regular,
     parse_json,
     read_bounded,
+    shown,
 )
 
 JSON, VOCABULARY, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
@@ -56,6 +59,12 @@ _NORMALIZERS = [
 
 MAX_CACHED = 2**16
 """Words whose tokens are kept, so that common ones are encoded once."""
+
+MAX_CACHED_WORD = 64
+"""Longest word whose tokens are kept, in bytes."""
+
+MAX_MERGES = 2**19
+"""Most merges in a file; OpenAI's has 262,144."""
 
 
 class BytePairs(NamedTuple):
@@ -86,13 +95,14 @@ class BytePairTokenizer:
         self._start, self.eos_id = self._ids[START], self._ids[END]
         self.vocab_size = len(self._ids) + 1
         self.identity = f"{hashlib.sha256(content(pairs)).hexdigest()} {max_len}"
-        self._of_word = functools.lru_cache(MAX_CACHED)(self._encode_word)
+        self._of_short_word = functools.lru_cache(MAX_CACHED)(self._encode_word)
 
     def encode(self, text: str) -> np.ndarray:
         """Return int32 [max_len]: START, the tokens, EOS, then 0; a long text keeps EOS."""
         ids = [self._start]
         for word in words_of(normalized(text)):
-            ids += self._of_word(word)
+            is_short = len(word.encode()) <= MAX_CACHED_WORD
+            ids += self._of_short_word(word) if is_short else self._encode_word(word)
             if len(ids) >= self.max_len:
                 break
         ids = [*ids[: self.max_len - 1], self.eos_id]
@@ -212,12 +222,9 @@ def is_byte_pairs_file(path: str | os.PathLike) -> bool:
 
 def read(path: Path) -> BytePairs:
     """Read a vocabulary from a file; see the module. Raises UserError if it is not CLIP's."""
-    data = read_bounded(path)
-    if len(data) > MAX_FILE:
-        raise UserError(f"tokenizer: {path} has over {MAX_FILE} bytes, so it is none.")
+    data = _read(path)
     if data[:1] == b"{":
-        check_parsed(data, path)
-        pairs = _from_json(parse_json(data, path), path)
+        pairs = _from_json(_parse(data, path), path)
     else:
         pairs = _from_merges(data, path)
     lacking = [t for letter in _LETTERS for t in (letter, letter + SUFFIX) if t not in pairs.ids]
@@ -229,6 +236,18 @@ def read(path: Path) -> BytePairs:
         if any(token not in pairs.ids for token in (*pair, "".join(pair))):
             raise UserError(f"{path}: merges {' '.join(pair)[:80]!r}, which has no id.")
     return pairs
+
+
+def _read(path: Path) -> bytes:
+    data = read_bounded(path, MAX_FILE + 1)
+    if len(data) > MAX_FILE:
+        raise UserError(f"tokenizer: {path} has over {MAX_FILE} bytes, so it is none.")
+    return data
+
+
+def _parse(data: bytes, path: Path) -> Any:
+    check_parsed(data, path)
+    return parse_json(data, path)
 
 
 def _from_json(content: Any, path: Path) -> BytePairs:
@@ -250,24 +269,24 @@ def _from_json(content: Any, path: Path) -> BytePairs:
         name = entry(token, "content", str, path)
         if name in (START, END):
             ids[name] = bounded(entry(token, "id", int, path), name, 0, MAX_VOCABULARY, path)
-    merges = [
-        pair.split(" ") if isinstance(pair, str) else pair
-        for pair in entry(model, "merges", list, path)
-    ]
-    return BytePairs(ids, _checked_merges(merges, path))
+    merges = entry(model, "merges", list, path)
+    _check_count(len(merges), path)
+    pairs = (pair.split(" ", 2) if isinstance(pair, str) else pair for pair in merges)
+    return BytePairs(ids, _checked_merges(pairs, path))
 
 
 def _from_merges(data: bytes, path: Path) -> BytePairs:
+    _check_count(data.count(b"\n"), path)  # before they take memory as a list
     try:
         lines = data.decode().split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not a file of merges in UTF-8.") from error
-    merges = [line.split() for line in lines[1:] if line.strip()]
+    merges = (line.split(maxsplit=2) for line in lines[1:] if line.strip())
     beside = path.with_name(VOCABULARY)
     if beside.is_file():
-        ids = dict(_checked_ids(files.read_json(beside), beside))
+        ids = dict(_checked_ids(_parse(_read(beside), beside), beside))
         return BytePairs(ids, _checked_merges(merges, path))
-    pairs = _checked_merges(merges[:_CLIP_MERGES], path)
+    pairs = _checked_merges(itertools.islice(merges, _CLIP_MERGES), path)
     # The order of the bytes is that of the characters which stand for them.
     letters = sorted(_LETTERS)
     tokens = [*letters, *(letter + SUFFIX for letter in letters), *map("".join, pairs), START, END]
@@ -277,7 +296,14 @@ def _from_merges(data: bytes, path: Path) -> BytePairs:
 def _checked_ids(vocabulary: Any, path: Path) -> Iterator[tuple[str, int]]:
     checked(vocabulary, VOCABULARY, dict, path)
     for token, n in vocabulary.items():
-        yield token, bounded(n, token, 0, MAX_VOCABULARY, path)
+        if not is_text(token):
+            raise UserError(f"{path}: the token {shown(token)} has half a surrogate pair.")
+        yield token, bounded(n, f"id of {shown(token)}", 0, MAX_VOCABULARY, path)
+
+
+def _check_count(merges: int, path: Path) -> None:
+    if merges > MAX_MERGES:
+        raise UserError(f"{path}: has over {MAX_MERGES:,} merges, too many for CLIP's tokenizer.")
 
 
 def _checked_merges(merges: Iterable[Any], path: Path) -> list[tuple[str, str]]:

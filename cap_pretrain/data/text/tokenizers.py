@@ -141,17 +141,21 @@ def encode_answer(
     Returns a row, int32 [max_len], and the number of its ids that belong to the question. The row
     holds the question's ids without EOS, truncated to half of the row, the answer's with EOS (kept
     when truncated), and padding. The question "" has no ids, nor has the answer None, not even EOS.
-    The answer is also truncated to `limit` ids, EOS included, if that is not 0.
+    The answer is also truncated to `limit` ids, EOS included, if that is not 0. If every text
+    begins with a start token, as in CLIP, the row has one, which does not count for the limit.
     """
     pad, length = tokenizer.pad_id, tokenizer.max_len
+    if not length or not (question or limit):
+        return np.zeros(length, np.int32) if answer is None else tokenizer.encode(answer), 0
+    starts = int(np.sum(tokenizer.encode("") != pad)) - 1  # besides EOS
     ids = np.zeros(length, np.int32) if answer is None else tokenizer.encode(answer)
-    if limit and np.sum(ids != pad) > limit:
-        ids[limit - 1], ids[limit:] = tokenizer.eos_id, pad
-    if not question or not length:
+    if limit and np.sum(ids != pad) > starts + limit:
+        ids[starts + limit - 1], ids[starts + limit :] = tokenizer.eos_id, pad
+    if not question:
         return ids, 0
     given = tokenizer.encode(question)
     given = given[: min(np.sum(given != pad) - 1, length // 2)]
-    ids = np.concatenate([given, ids])[:length]
+    ids = np.concatenate([given, ids[starts:]])[:length]
     if ids[-1] != pad:
         ids[-1] = tokenizer.eos_id
     return ids, len(given)
@@ -163,6 +167,7 @@ def train_sentencepiece(
     vocab_size: int,
     lower: bool = True,
     seed: int = 0,
+    punctuation: bool = True,
 ) -> Path:
     """Train a byte-pair model; write it, `tokenizer.model`, and `tokenizer.json`, its settings.
 
@@ -173,8 +178,9 @@ def train_sentencepiece(
 
     The same captions in the same order, vocabulary size and seed give the same file. Empty captions
     are skipped; of more than a million, `seed` chooses those to train on. With `lower`, they are
-    lower-cased; encode with the same setting. A corpus too small for `vocab_size` pieces gives a
-    smaller vocabulary. Ids: pad 0, EOS 1, unknown 2, no BOS.
+    lower-cased, and without `punctuation`, that of ASCII is deleted; encode with the same settings.
+    A corpus too small for `vocab_size` pieces gives a smaller vocabulary. Ids: pad 0, EOS 1,
+    unknown 2, no BOS.
 
     Returns the path of the model, which is written atomically. Raises UserError if there are no
     captions, or they have more different characters than `vocab_size`; OSError, with the file's
@@ -192,7 +198,7 @@ def train_sentencepiece(
         try:
             for caption in captions:
                 # Without line feeds, which would split the caption in two.
-                if sentence := " ".join((caption.lower() if lower else caption).split()):
+                if sentence := " ".join(_prepared(caption, lower, punctuation).split()):
                     used += 1
                     yield encodable(sentence)
         except Exception as error:  # sentencepiece turns it into a RuntimeError
@@ -217,10 +223,16 @@ def train_sentencepiece(
         ) from error
     size = len(sentencepiece.SentencePieceProcessor(model_proto=model))
     made = {"captions": used, "lower": lower, "vocab_size": size, "asked": vocab_size, "seed": seed}
+    made |= {} if punctuation else {"punctuation": False}
     path = files.place(out_dir) / "tokenizer.model"
     files.write_text(path.with_suffix(".json"), json.dumps(made, indent=2) + "\n")
     files.write_bytes(path, model)
     return path
+
+
+def _prepared(text: str, lower: bool, punctuation: bool) -> str:
+    text = text.lower() if lower else text
+    return text if punctuation else text.translate(_WITHOUT_PUNCTUATION)
 
 
 def _train_byte_pairs(sentences: Iterator[str], vocab_size: int, seed: int) -> bytes:
