@@ -30,6 +30,7 @@ def test_a_run_counts_the_words_of_all_captions(words_config, tmp_path):
     assert tokenizer.vocab_size == text.count("\t") > 10
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_bound_to_its_words_file(words_config, tmp_path):
     words = write_words(["a red star", "a blue star"], tmp_path, Rules())
     toy.saved_run(words_config, tmp_path / "run", words, 3)

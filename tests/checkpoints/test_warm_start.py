@@ -67,6 +67,7 @@ def test_evaluating_a_run_again_gives_its_own_results(workdir, tmp_path, capsys)
         train.run(evaluation(workdir, seed=1), tmp_path)
 
 
+@pytest.mark.slow
 def test_any_checkpoint_of_a_workdir_can_be_named(workdir):
     config, found = warm_start.resolve(evaluation(workdir / "checkpoints" / "2"))
     assert found.source == f"step 2 of {workdir}" and config.learner.name == "dual_encoder"

@@ -145,7 +145,7 @@ def test_the_slices_of_the_hosts_make_up_the_batch(build, hosts):
         assert_same({k: np.concatenate([p[k] for p in parts]) for k in parts[0]}, dataset[t])
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("workers", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
 def test_any_start_and_any_workers_give_the_same(build, workers):
     dataset = build()
     start = BATCHES - 3  # across the end of an epoch

@@ -153,6 +153,7 @@ def test_only_what_is_read_is_fetched(local, tmp_path):
     assert file.stat().st_blocks * 512 < file.stat().st_size / 2
 
 
+@pytest.mark.slow
 def test_one_read_of_twenty_fails_and_the_batches_are_the_same(
     local, tokenizer, tmp_path, monkeypatch
 ):

@@ -91,6 +91,7 @@ def test_hidden_patches_are_predicted_as_in_torch(monkeypatch):
     assert_loss(in_evaluation(split), targets.numpy(), losses.mean(1).numpy())
 
 
+@pytest.mark.slow
 def test_a_teacher_follows_once_a_step_also_with_accumulation():
     """It begins as a copy of the student, whatever its first weights are."""
     graphdef, params, stats = made("masked_patches", momentum=0.75)

@@ -26,6 +26,7 @@ def steps_of(workdir, steps):
     return [int(e["args"]["step_num"]) for e in events if e.get("name") == "train"]
 
 
+@pytest.mark.slow
 def test_the_steps_are_in_a_trace(tokenizer_path, tmp_path, capsys):
     c = toy.config(quick.NAME, text__tokenizer=str(tokenizer_path), log__profile_steps="2:3")
     c.total_steps = 4

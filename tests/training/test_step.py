@@ -12,7 +12,8 @@ from tests import quick, toy
 SMALL = dict(model__depth=1, model__width=32, model__mlp=64)
 
 
-@pytest.mark.parametrize("average", [pytest.param("example", marks=pytest.mark.slow), "token"])
+@pytest.mark.slow
+@pytest.mark.parametrize("average", ["example", "token"])
 def test_accumulation_gives_the_gradient_of_the_whole_batch(average):
     c = toy.config(options={"average": average}, **SMALL)
     learner = learners.build(c, 100, jax.random.key(0))
