@@ -127,6 +127,7 @@ def validate(config: ConfigDict, *, tokenizer: bool = False) -> None:
     if not there:
         raise UserError(f"text.tokenizer: there is no file {given!r}.")
     _check_average(config)
+    optimizers.check(config.optim)
     words.Rules(**config.text.words)
     Origins.of(config.data)
     Muon(**config.optim.muon)

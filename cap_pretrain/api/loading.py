@@ -32,7 +32,7 @@ def load(
             model.
 
     Raises:
-        UserError: There is no such model or part, or its files do not fit together.
+        UserError: The model or part does not exist, or its files do not fit together.
     """
     mesh = make_mesh(jax.local_devices() if devices is None else list(devices))
     learner = open_learner(path, step, mesh)

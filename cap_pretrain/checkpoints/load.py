@@ -57,7 +57,7 @@ class Learner(NamedTuple):
     def able(self, protocol: type, part: str = "") -> "Learner | None":
         """Return the learner, or a part of it as a learner, that has the methods of a protocol.
 
-        None if neither has; see `learners.able`. Raises UserError if there is no such `part`.
+        None if neither has; see `learners.able`. Raises UserError if the learner has no such part.
         """
         kind = learner_type(self.graphdef)
         found = learners.able(self.config, protocol, part, kind)

@@ -122,8 +122,8 @@ class LocCa(Captioner):
         """Return the texts of the tasks "aref" and "gcap".
 
         Args:
-            phrases: int32 [B, K, T], each with EOS; without tokens where there is no region. They
-                are cut to leave room for the box.
+            phrases: int32 [B, K, T], each with EOS; those of regions that an image does not have
+                are without tokens. They are cut to leave room for the box.
             boxes: float32 [B, K, 4].
         """
         place = jnp.arange(phrases.shape[-1])

@@ -22,7 +22,7 @@ def padded(keys: jax.Array, values: jax.Array) -> tuple[jax.Array, ...]:
     """Append zeros to keys and values of `for_queries`; return them and a mask bool [S].
 
     XLA's GPU compiler pads the operands of products in half precision to multiples of 8, here at
-    every position. In float32 nothing is appended and there is no mask.
+    every position. In float32 nothing is appended, and no mask is returned.
     """
     length = keys.shape[-1]
     more = -length % 8 if keys.dtype.itemsize == 2 else 0

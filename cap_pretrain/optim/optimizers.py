@@ -233,6 +233,14 @@ def build(
     return optax.chain(*steps)
 
 
+def check(c: ConfigDict) -> None:
+    """Raise UserError if a setting of a config's `optim` section does not fit the optimizer."""
+    optimizer = OPTIMIZERS[c.name]
+    optimizer.before(c), optimizer.after(c)
+    if optimizer.around:
+        optimizer.around(c, optax.identity(), optax.constant_schedule(c.lr))
+
+
 def _clip(max_norm: float) -> optax.GradientTransformation:
     """Return `optax.clip_by_global_norm` with one factor for all elements.
 

@@ -133,10 +133,14 @@ def describe(config: ConfigDict, schedule: Schedule) -> str:
 
 def notes(config: ConfigDict, schedule: Schedule) -> list[str]:
     """Return a line if the average of the parameters does not fit the rate or length of the run."""
-    if schedule.total and config.optim.name == NAME and config.optim.decay != "constant":
+    decay = config.optim.decay
+    if schedule.total and config.optim.name == NAME and (decay != "constant" or schedule.cooldown):
+        lowers, instead = f"decay: {decay}", "decay=constant"
+        if decay == "constant":
+            lowers, instead = "cooldown_share, or _steps, _examples or _epochs,", "cooldown_share=0"
         return [
-            f"optim.decay: {config.optim.decay} lowers the rate, but optim.name={NAME} averages in "
-            "place of that; give --config.optim.decay=constant."
+            f"optim.{lowers} lowers the rate, but optim.name={NAME} averages in place of that; "
+            f"give --config.optim.{instead}."
         ]
     share = config.optim.ema**schedule.total if schedule.total else 0.0
     if share < EMA_SHARE:

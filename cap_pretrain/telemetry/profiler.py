@@ -36,6 +36,14 @@ def parse(text: str) -> range:
     return range(first, last + 1)
 
 
+def notes(text: str, total: int) -> list[str]:
+    """Return a line if a run of `total` steps ends before the steps that are to be traced."""
+    steps = parse(text)
+    if not (steps and total < steps[0]):
+        return []
+    return [f"log.profile_steps: {text} is not traced, because the run ends at step {total:,}."]
+
+
 @dataclasses.dataclass(frozen=True)
 class Profiler:
     """Traces steps of a run into WORKDIR/profile, in the first process of a cluster.
@@ -43,7 +51,7 @@ class Profiler:
     Attributes:
         steps: The value of `log.profile_steps`.
         workdir: Folder of the run.
-        say: Receives a line when a trace is stored, or why there is none.
+        say: Receives a line when a trace is stored, or the reason that none is.
         pause: Returns a context whose time does not count as that of a step.
     """
 
@@ -68,19 +76,19 @@ class Profiler:
         if not steps:
             yield from batches
             return
-        trace, begun = None, False
+        trace, first, step = None, 0, 0
         try:
             for step, batch in batches:
-                if step in steps and not begun:
-                    trace, begun = self._begin(state), True
+                if step in steps and not first:
+                    trace, first = self._begin(state), step
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
                     yield step, batch
                 if trace and step == steps[-1]:
-                    self._end(trace, state)
-                    trace = None
+                    done, trace = trace, None
+                    self._end(done, state, f"{first}:{step}")
         finally:
             if trace:
-                self._end(trace, state)
+                self._end(trace, state, f"{first}:{step}")
 
     def _begin(self, state: Callable[[], Any]) -> tempfile.TemporaryDirectory | None:
         """Begin a trace in the folder that is returned; return None if that fails."""
@@ -93,20 +101,24 @@ class Profiler:
             return folder
         return None
 
-    def _end(self, folder: tempfile.TemporaryDirectory, state: Callable[[], Any]) -> None:
-        """Store the trace in the workdir, which may be in a bucket.
+    def _end(
+        self, folder: tempfile.TemporaryDirectory, state: Callable[[], Any], traced: str
+    ) -> None:
+        """Store the trace of the steps `traced` in the workdir, which may be in a bucket.
 
         Viewers look for traces in LOGDIR/plugins/profile/NAME.
         """
         name = f"steps_{self.steps.replace(':', '_')}"
         target = self.workdir / FOLDER / "plugins" / "profile" / name
         with self.pause(), folder, self._losses_said():
-            jax.block_until_ready(state())
-            jax.profiler.stop_trace()
+            try:
+                jax.block_until_ready(state())
+            finally:
+                jax.profiler.stop_trace()
             for file in Path(folder.name).rglob("*.*"):
                 if file.is_file():
                     files.write_bytes(target / file.name, file.read_bytes())
-            self.say(f"A trace of the steps {self.steps} is in {target}.")
+            self.say(f"A trace of the steps {traced} is in {target}.")
 
     @contextlib.contextmanager
     def _losses_said(self) -> Iterator[None]:

@@ -25,7 +25,7 @@ from cap_pretrain.evals import suite
 from cap_pretrain.models import build
 from cap_pretrain.optim import optimizers
 from cap_pretrain.optim import schedule as schedules
-from cap_pretrain.telemetry import console, flops
+from cap_pretrain.telemetry import console, flops, profiler
 from cap_pretrain.telemetry.metrics import read_metrics
 from cap_pretrain.telemetry.progress import Progress, parameter_table
 from cap_pretrain.telemetry.timer import StepTimer
@@ -233,9 +233,7 @@ def prepare(
         graphdef,
         abstract,
     )
-    notes = [*inputs.held_out(config, sources), *schedules.notes(config, schedule)]
-    notes += build.notes(config) if schedule.total else []
-    notes += [choice.line] if choice.line else []
+    notes = _notes(config, sources, schedule) + ([choice.line] if choice.line else [])
     return Setup(
         *(config, workdir, mesh, sources, mixture, tokenizer, schedule, notes, batches),
         *(changes, epoch, init, abstract, graphdef, steps),
@@ -279,11 +277,18 @@ def dry_run(
         made["bytes_per_device"] |= needed
         made["seconds"], line = forecast.duration(made, workdir)
         foreseen += [text, line]
-    notes = [*inputs.held_out(config, sources), *schedules.notes(config, schedule)]
-    notes += build.notes(config) if schedule.total else []
+    notes = _notes(config, sources, schedule)
     length = [schedules.describe(config, schedule)] if schedule.total else []
     lines = "\n".join([*changes, *length, plan.write_plan(made, workdir)])
     return "\n\n".join(filter(None, [lines, "\n".join(foreseen), choice.line, *notes]))
+
+
+def _notes(config: ConfigDict, sources: inputs.Mixture, schedule: schedules.Schedule) -> list[str]:
+    """Return lines for the log about data and settings that may not be meant."""
+    notes = [*inputs.held_out(config, sources), *schedules.notes(config, schedule)]
+    if schedule.total:
+        notes += build.notes(config) + profiler.notes(config.log.profile_steps, schedule.total)
+    return notes
 
 
 def _opened(config: ConfigDict, share: float = 0.0) -> tuple[inputs.Mixture, ConfigDict]:

@@ -106,6 +106,9 @@ def test_it_tells_apart_what_the_mean_of_the_tokens_does_not():
     learned, idle = heads.scores(test.features, 64)
     assert (learned.argmax(1) == test.labels).mean() > 0.97
     assert np.abs(idle).max() < 1e-3 and steps == list(range(1, 151))
+    some = np.arange(len(test.labels))[::-2]
+    found = heads.scores(test.features, 64, some)[0]
+    np.testing.assert_array_equal(found, learned[some])
     means = train.features.mean(1, dtype=np.float32)
     direction = means[train.labels == 1].mean(0) - means[train.labels == 0].mean(0)
     by_mean = (test.features.mean(1, dtype=np.float32) - means.mean(0)) @ direction > 0
@@ -164,13 +167,20 @@ def test_it_chooses_on_held_out_images_and_tests_once(few_steps):
     assert expected["top1"] > 0.5
 
 
-def test_pixels_are_patches_with_their_positions():
+def test_pixels_are_patches_with_their_positions_and_work_is_counted():
     made, variables = context(TRAIN, TEST)
     found = Tokens(made, TEST, layer="pixels", batch_size=64)(variables)
     assert found.features.shape == (52, 16, 64) and found.features.dtype == np.float16
     image = TEST[7]["image"] / 255  # 16 x 16 pixels already
     np.testing.assert_allclose(found.features[7, 6, :48], image[4:8, 8:12].ravel(), atol=1e-3)
     np.testing.assert_array_equal(found.features[7, :, 48:], np.eye(16))
+    # The work counts the fits, too.
+    work = MapProbe(made, MapProbe.Options(**FAST)).work()
+    least = work.passes(212) - 212  # of 500 steps each
+    assert least > 1000 and work.passes(424) - 424 == least
+    # One epoch of 1.6 million training images in batches of 32.
+    expected = least * 1.6e6 / 32 / attentive.LEAST_STEPS
+    assert work.passes(2120000) - 2120000 == pytest.approx(expected)
 
 
 @pytest.mark.slow

@@ -111,18 +111,14 @@ def test_trained_weights_are_where_all_sequences_begin():
     [
         ("optim__ema", 0.9, "optim.ema: optim.name=schedule_free has an average"),
         ("optim__b1", -1.0, r"optim.b1: schedule_free needs one in \(0, 1\]"),
+        ("optim__b1", 1.5, r"optim.b1: schedule_free needs one in \(0, 1\], not 1.5"),
         ("optim__moment_dtype", "bfloat16", "optim.moment_dtype: schedule_free has no first"),
     ],
 )
 def test_what_does_not_fit_is_refused(field, value, message):
     c = toy.config(optim__name="schedule_free", **{field: value})
-
-    def prepare():
-        validate(c)
-        optimizers.build(c.optim, parameters(), rate)
-
     with pytest.raises(UserError, match=message):
-        prepare()
+        validate(c)
 
 
 def test_a_rate_that_falls_is_remarked_on():
@@ -131,3 +127,6 @@ def test_a_rate_that_falls_is_remarked_on():
     assert line.startswith("optim.decay: cosine lowers the rate")
     c.optim.decay = "constant"
     assert not schedule.notes(c, schedule.make_schedule(c, epoch=1))
+    c.optim.cooldown_share = 0.2
+    (line,) = schedule.notes(c, schedule.make_schedule(c, epoch=1))
+    assert line.startswith("optim.cooldown_share, or") and "optim.cooldown_share=0." in line

@@ -42,12 +42,18 @@ def test_the_steps_are_in_a_trace(tokenizer_path, tmp_path, capsys):
     c.total_steps, c.log.profile_steps = 5, "4:9"  # resumed after step 4, and at an end before 9
     train.run(c, tmp_path, allow_changes=["total_steps"])
     assert steps_of(tmp_path, "steps_4_9") == [5]
+    assert "A trace of the steps 5:5 is in" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ["3", "0:5", "5:4", "1:101", "a:b", ":", "1:2:3", "1:²"])
 def test_invalid_steps_are_refused(text):
     with pytest.raises(UserError, match=r"log.profile_steps: .* is not FIRST:LAST"):
         profiler.parse(text)
+
+
+def test_steps_after_the_run_are_remarked_on():
+    assert "6:9 is not traced, because the run ends at step 5." in profiler.notes("6:9", 5)[0]
+    assert not profiler.notes("5:9", 5) and not profiler.notes("", 5)
 
 
 def test_valid_steps():
@@ -65,6 +71,22 @@ def test_a_trace_that_cannot_be_taken_does_not_end_the_run(tmp_path, monkeypatch
     monkeypatch.setattr(jax.profiler, "start_trace", busy)
     assert list(traced(iter([(1, "a"), (2, "b")]), lambda: None)) == [(1, "a"), (2, "b")]
     assert said == ["log.profile_steps: the steps 1:2 are not traced (another profile is running)."]
+
+
+def test_a_trace_ends_when_the_devices_fail(tmp_path, monkeypatch):
+    calls, said = [], []
+
+    def state():
+        calls.append("state")
+        if len(calls) > 1:
+            raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda *_, **__: None)
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
+    traced = profiler.Profiler("1:1", tmp_path, said.append, contextlib.nullcontext).traced
+    assert list(traced(iter([(1, "a")]), state)) == [(1, "a")]
+    assert calls == ["state", "state", "stop"]
+    assert said == ["log.profile_steps: the steps 1:1 are not traced (out of memory)."]
 
 
 def test_a_trace_goes_to_a_bucket(bucket):

@@ -21,6 +21,7 @@ from cap_pretrain.models.compute import Compute
 from cap_pretrain.models.layers import ACTIVATIONS, Details
 from cap_pretrain.models.sizes import Size
 from cap_pretrain.models.vit import MapHead
+from cap_pretrain.telemetry.flops import count_flops
 
 WARMUP = 0.05
 """Fraction of the steps in which the learning rate rises; afterwards it falls as a cosine."""
@@ -91,6 +92,12 @@ def logits(params: dict[str, Any], tokens: jax.Array, heads: int) -> jax.Array:
     return _linear(params["linear"], x + _linear(params["mlp"]["down"], hidden))
 
 
+def flops(size: Size, tokens: jax.ShapeDtypeStruct) -> int:
+    """Return the FLOPs of the logits of two classes for tokens [B, T, D]."""
+    params = jax.eval_shape(lambda: initial(size, 2, 0))
+    return count_flops(functools.partial(logits, heads=size.heads), params, tokens)
+
+
 def _linear(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
     return x @ params["kernel"] + params["bias"]
 
@@ -140,11 +147,17 @@ class Heads:
             each(step + 1)
         self._params = state[0]
 
-    def scores(self, tokens: np.ndarray, batch_size: int) -> np.ndarray:
-        """Return logits float32 [settings, N, classes] for tokens float [N, T, D]."""
+    def scores(
+        self, tokens: np.ndarray, batch_size: int, rows: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Return logits float32 [settings, n, classes] for the rows, int [n], of tokens [N, T, D].
+
+        None are all rows. Tokens are copied a batch at a time.
+        """
+        rows = np.arange(len(tokens)) if rows is None else rows
         parts = []
-        for start in range(0, len(tokens), batch_size):
-            part = tokens[start : start + batch_size]
+        for start in range(0, len(rows), batch_size):
+            part = tokens[rows[start : start + batch_size]]
             padded = np.zeros((batch_size, *part.shape[1:]), part.dtype)
             padded[: len(part)] = part
             found = _scores(self._params, self._scale, jax.device_put(padded), self._heads)

@@ -58,7 +58,12 @@ class Features:
     as "block_6", the mean of its output tokens; or "pixels", without the encoder: the image,
     resized to 16 x 16 pixels. Raises UserError if the first image has no label, the layer does not
     exist, or for "pixels" of stored features.
+
+    Attributes:
+        dtype: name of the dtype of the features, for messages.
     """
+
+    dtype = "float32"
 
     def __init__(self, context: Context, source: Source, *, layer: str, batch_size: int):
         if source[0]["label"] < 0:
@@ -117,8 +122,8 @@ class Features:
         found = Labelled(*(part[found.labels >= 0] for part in found))
         if not np.isfinite(found.features).all():
             raise UserError(
-                f"evals: features ({self._layer}) of {self._source} are not finite; check the "
-                "encoder's weights and dtype."
+                f"evals: features ({self._layer}) of {self._source} are not finite in "
+                f"{self.dtype}; choose another layer, or check the encoder's weights and dtype."
             )
         return found
 

@@ -12,7 +12,7 @@ from flax import nnx
 
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.base import Context, Interrupted, Result
-from cap_pretrain.evals.fit import Work
+from cap_pretrain.evals.fit import PASSES, Work
 from cap_pretrain.evals.metrics import classification
 from cap_pretrain.evals.probes import attentive, probing
 from cap_pretrain.evals.probes.features import (
@@ -27,6 +27,7 @@ from cap_pretrain.models.build import build_encoder, pooling_size
 from cap_pretrain.models.layers import normalize_images
 from cap_pretrain.models.sizes import STORED, Size
 from cap_pretrain.telemetry import console
+from cap_pretrain.telemetry.flops import count_flops
 
 PATCH = 4
 """Side in pixels of the tokens of the layer "pixels", whose images have PIXELS x PIXELS pixels."""
@@ -45,19 +46,30 @@ class Tokens(Features):
     each with its position, a one-hot vector: attention pooling alone knows no order of tokens.
     """
 
+    dtype = f"float16 (at most {np.finfo(_STORED).max:,.0f})"
+
     def __init__(self, context: Context, source: Any, *, layer: str, batch_size: int):
         super().__init__(context, source, layer=layer, batch_size=batch_size)
         side = context.config.data.image_size
         model = context.config.model
-        image = jax.ShapeDtypeStruct((1, side, side, 3), np.uint8)
+        self._image = jax.ShapeDtypeStruct((1, side, side, 3), np.uint8)
         if model.name == STORED:
-            image = jax.ShapeDtypeStruct((1, 1 + model.tokens, model.width), np.float32)
+            self._image = jax.ShapeDtypeStruct((1, 1 + model.tokens, model.width), np.float32)
 
         def read(images):
             return self._read(build_encoder(context.config, nnx.Rngs(0)), images)
 
-        self.shape: tuple[int, int] = jax.eval_shape(read, image).shape[1:]
+        self.shape: tuple[int, int] = jax.eval_shape(read, self._image).shape[1:]
         self.source = source
+
+    def passes(self, flops: float) -> float:
+        """Return how many images the encoder encodes with so many FLOPs."""
+
+        def encode(images):
+            encoder = build_encoder(self._context.config, nnx.Rngs(0))
+            return encoder(normalize_images(images, jnp.float32)).tokens
+
+        return flops / max(1, count_flops(encode, self._image))
 
     def __call__(self, variables: Any) -> Labelled:
         """Return the tokens for these weights, on every host; may raise as `Features` does."""
@@ -171,8 +183,17 @@ class MapProbe:
         return reader
 
     def work(self) -> Work:
-        """Return the work of an evaluation."""
-        return self._splits.work()
+        """Return the work of an evaluation: encoding all splits, and training the heads."""
+        work, train = self._splits.work(), self._reader("train")
+        share = len(self._splits.sources["train"]) / work.images
+        tokens = jax.ShapeDtypeStruct((self._options.fit_batch, *train.shape), np.float32)
+        step = train.passes(PASSES * attentive.flops(self._size(), tokens))
+        heads = 1 + (len(self._settings) if len(self._settings) > 1 else 0)
+
+        def passes(images: int) -> float:
+            return images + step * heads * self._steps(int(share * images))
+
+        return work._replace(passes=passes)
 
     def __call__(self, variables: Any) -> Result:
         """Choose the setting, train the probe and test it; may raise as `Features` does."""
@@ -236,7 +257,7 @@ class MapProbe:
     ) -> tuple[attentive.Setting, list[Tried]]:
         """Return the best setting, and all that were tried."""
         rows = np.flatnonzero(data.choose)
-        scores = heads.scores(data.train.features[rows], self._options.fit_batch)
+        scores = heads.scores(data.train.features, self._options.fit_batch, rows)
         labels = data.train.labels[rows]
         top1 = [_metrics(own, labels)["top1"] for own in scores]
         best = max(range(len(top1)), key=lambda k: top1[k])  # of equals the first
@@ -253,7 +274,8 @@ class MapProbe:
     ) -> Result:
         """Classify the test split by the one head."""
         parts = [
-            Labelled(self._classified(heads, p), p.labels) for p in self._test.batches(variables)
+            Labelled(self._classified(heads, part.features), part.labels)
+            for part in self._test.batches(variables)
         ]
         self._test.check_any(len(parts))
         scores, labels = (np.concatenate(both) for both in zip(*parts, strict=True))
@@ -262,7 +284,7 @@ class MapProbe:
         scores = np.pad(scores, [(0, 0), (0, classes - data.classes)], constant_values=-np.inf)
         data = data._replace(test=Labelled(scores, labels), classes=classes)
         own = np.flatnonzero(data.final)
-        train = self._classified(heads, Labelled(data.train.features[own], data.train.labels[own]))
+        train = self._classified(heads, data.train.features, own)
         metrics = _metrics(scores, labels) | setting._asdict()
         if tried:
             metrics["held_out_top1"] = max(top1 for *_, top1 in tried)
@@ -279,10 +301,12 @@ class MapProbe:
         }
         return Result(metrics, details, (*self._splits.lines(data), *self._lines(setting, tried)))
 
-    def _classified(self, heads: attentive.Heads, part: Labelled) -> np.ndarray:
-        """Return logits float32 [n, classes] of the one head."""
+    def _classified(
+        self, heads: attentive.Heads, tokens: np.ndarray, rows: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Return logits float32 [n, classes] of the one head; see `Heads.scores`."""
         with on_one_device(), jax.default_matmul_precision("highest"):
-            return heads.scores(part.features, self._options.fit_batch)[0]
+            return heads.scores(tokens, self._options.fit_batch, rows)[0]
 
     def _lines(self, setting: attentive.Setting, tried: list[Tried]) -> Iterator[str]:
         if self._limited:
