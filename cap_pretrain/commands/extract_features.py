@@ -97,7 +97,13 @@ def extract(args: argparse.Namespace) -> Iterator[str]:
         ).shape[1:]
         first = next(iter(sources.values()))
         # A central square would move what boxes refer to.
-        located = config.data.crop == "none" and has_regions(first)
+        located = has_regions(first)
+        if located and config.data.crop != "none":
+            located = False
+            yield (
+                f"data.crop: images are cut to squares, which moves what boxes refer to; the "
+                f"regions of {first} are left out"
+            )
         like = _with_regions(first, 0) if located else first[0]
         dataset = FeatureDataset(
             built, like=like, shape=shape, dtype=args.dtype, class_names=first.class_names

@@ -1,4 +1,4 @@
-"""Train a tokenizer on the captions of a dataset: sentencepiece, or whole words.
+"""Train a tokenizer on the captions and phrases of a dataset: sentencepiece, or whole words.
 
     cap tokenizer --data scenes --vocab_size 300 --limit 9999 --out data/tokenizer
     cap tokenizer --data data/my_data --kind words --min_count 6 --out data/words
@@ -17,7 +17,7 @@ from tqdm import tqdm
 from cap_pretrain.cli import arguments
 from cap_pretrain.data.sources import passes
 from cap_pretrain.data.sources.base import parse_mixture
-from cap_pretrain.data.sources.open import cache_of, open_source
+from cap_pretrain.data.sources.open import GENERATED, cache_of, open_source
 from cap_pretrain.data.text.tokenizers import (
     SentencePieceTokenizer,
     source_captions,
@@ -90,7 +90,9 @@ def _captions(args: argparse.Namespace) -> Iterator[str]:
         cache = cache_of(name, args.data_dir)
         options = {"image_size": _SMALL_IMAGE, "data_dir": args.data_dir, "cache": cache}
         source = open_source(name, args.split, **options)
-        yield from source_captions(source, args.limit, passes.BLOCK if cache else 0)
+        # The expressions of scenes have the words of their captions.
+        phrases = name not in GENERATED
+        yield from source_captions(source, args.limit, passes.BLOCK if cache else 0, phrases)
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ REGISTERS: dict[str, Entry] = {
 
 
 def complete(config: dict[str, Any], where: object) -> dict[str, Any]:
-    """Return a vision config with the fields that other families have instead of its own."""
+    """Return a vision config with the fields that other families have in place of DINOv2's."""
     if config.get("use_swiglu_ffn"):
         raise UserError(
             f"{where}: its MLPs are gated (use_swiglu_ffn), as in DINOv2 giant, which cannot be "

@@ -52,6 +52,11 @@ def read(folder: Path, encoder: Pretrained) -> tuple[Whole | None, str]:
             return _transformers(folder, str(kind), encoder)
     if (folder / openai.CONFIG).is_file():
         return openai.read_whole(folder, _width(encoder))
+    if encoder.text:
+        return None, (
+            f"{folder}: its text tower is left out, as weights alone do not say how texts are "
+            "encoded; give a folder of OpenCLIP or transformers with the model's tokenizer"
+        )
     return None, ""
 
 

@@ -44,6 +44,7 @@ class Pretrained:
     source: str  # what it is, for messages
     stats: dict[str, Any] = dataclasses.field(default_factory=dict)  # other variables
     resample: Resample = resample_positions  # for images of other sizes, of a ViT
+    text: bool = False  # whether the weights include a text tower, where no config says so
 
 
 @dataclasses.dataclass(frozen=True)

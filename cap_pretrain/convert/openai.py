@@ -92,7 +92,9 @@ _HEAD_WIDTH = "head_width"
 
 def read(weights: Weights) -> Pretrained:
     """Read weights without a config, with OpenAI's activation; see `convert.open_encoder`."""
-    return _read(weights, "quick_gelu", HEAD_WIDTH, clip.MEAN, clip.STD, "OpenAI's CLIP")
+    found = _read(weights, "quick_gelu", HEAD_WIDTH, clip.MEAN, clip.STD, "OpenAI's CLIP")
+    text = any(name.endswith("token_embedding.weight") for name in weights.names)
+    return dataclasses.replace(found, text=text)
 
 
 def open_folder(folder: Path) -> Pretrained:

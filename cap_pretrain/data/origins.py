@@ -61,7 +61,7 @@ class Origins:
         return cls(weights, prefixes, lengths, examples)
 
     def check(self, tokenizer: TextEncoder) -> None:
-        """Raise UserError if the tokenizer does not tell the prefixes apart."""
+        """Raise UserError if the tokenizer gives two prefixes the same ids."""
         known: dict[bytes, str] = {}
         for prefix in dict.fromkeys(self.prefixes):
             ids = encode_answer(tokenizer, prefix, None)[0].tobytes()

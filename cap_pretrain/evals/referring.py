@@ -21,7 +21,7 @@ from cap_pretrain.evals.metrics.boxes import intersection_over_union
 from cap_pretrain.learners.protocols import Locates
 from cap_pretrain.telemetry import console
 
-_LOOKED_AT = 20  # images that tell how many expressions an image has
+_LOOKED_AT = 20  # images from which the number of expressions is estimated
 _PREDICTED, _TRUE = (220, 30, 30), (30, 160, 30)  # RGB of drawn boxes
 
 
@@ -30,7 +30,7 @@ class Referring:
 
     Each expression of an image counts once. The box is written by greedy decoding after the
     expression, and is right if its intersection over union (IoU) with the true one is at least
-    `threshold`. `constant_accuracy` is that of one box for all, their mean, which needs no image.
+    `threshold`. `constant_accuracy` is that of one box for all, the mean, which needs no image.
     """
 
     @dataclasses.dataclass(frozen=True)
@@ -52,6 +52,11 @@ class Referring:
             raise UserError(
                 f"evals: referring needs boxes, which a {context.kind.__name__} does not find; "
                 "train a decoder that does (configs/referring.py), or remove the evaluator."
+            )
+        if not able.config.learner.get("aref_weight", 1.0):
+            raise UserError(
+                "evals: referring decodes the boxes of the task aref, which is not trained with "
+                "learner.aref_weight: 0; set it, or remove the evaluator."
             )
         if not 0 < options.threshold <= 1:
             raise UserError(f"evals: referring.threshold: {options.threshold} is not in (0, 1].")

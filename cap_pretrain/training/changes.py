@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from cap_pretrain import config as configs
 from cap_pretrain import files, learners, untrusted
 from cap_pretrain.config import fields
+from cap_pretrain.data.text import byte_pairs, words
 from cap_pretrain.errors import UserError
 from cap_pretrain.optim import optimizers
 from cap_pretrain.validation import FREE
@@ -109,12 +110,21 @@ def unused(config: ConfigDict, given: Collection[str]) -> list[str]:
     the same.
     """
     text, learner = config.text, config.learner.name
+    of_words = words.is_words_file(text.tokenizer) if text.tokenizer else text.kind == "words"
+    of_pairs = text.tokenizer and byte_pairs.is_byte_pairs_file(text.tokenizer)
     reasons: dict[str, Sequence[str]] = {
         "the run has no steps": () if configs.trains(config) else TRAINING,
         f"{learner} reads no text": ("text", "data.caption_lengths", "data.caption_prefixes")
         * ("text" not in learners.reads(config)),
         "text.tokenizer is given": ("text.kind", "text.vocab_size", "text.words")
         * bool(text.tokenizer),
+        f"{learner} reads no boxes": ("data.regions",) * ("boxes" not in learners.reads(config)),
+        "the tokenizer is CLIP's": ("text.lower", "text.punctuation") * bool(of_pairs),
+        "the tokenizer has whole words": (
+            "text.punctuation",
+            *("text.lower",) * bool(text.tokenizer),
+        )
+        * of_words,
         f"text.kind is {text.kind}": ("text.vocab_size" if text.kind == "words" else "text.words",),
         "data.order is global": ("data.block", "data.lanes", "data.cache_gb")
         * (config.data.order == "global"),

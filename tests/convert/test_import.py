@@ -8,7 +8,7 @@ import pytest
 
 from cap_pretrain import config as configs
 from cap_pretrain.checkpoints import warm_start
-from cap_pretrain.convert import encoder, open_encoder
+from cap_pretrain.convert import dual, encoder, open_encoder
 from cap_pretrain.errors import UserError
 from tests import tiny
 from tests.convert import torch_models
@@ -179,7 +179,7 @@ def test_openais_layout_computes_the_same_in_any_file(kind, openai_model, tmp_pa
         path = tmp_path / "clip.safetensors"
         safetensors.save_file(state, path)
     elif kind == "pt":
-        torch.save(state, path)
+        torch.save(state | {"token_embedding.weight": torch.zeros(2, 2)}, path)
     elif kind == "training":
         state = {f"module.{k}": v for k, v in state.items()}
         torch.save({"epoch": 3, "state_dict": state, "optimizer": {"lr": 0.1}}, path)
@@ -190,6 +190,8 @@ def test_openais_layout_computes_the_same_in_any_file(kind, openai_model, tmp_pa
         config = {"model_cfg": {"quick_gelu": True, "vision_cfg": vision}}
         (path / "open_clip_config.json").write_text(json.dumps(config))
     pretrained = open_encoder(path)
+    if kind == "pt":
+        assert "text tower is left out, as weights alone" in dual.read(path, pretrained)[1]
     images = tiny.images(3, side=SIDE)
     tokens, pooled = expected(model.vision_model, images, pretrained)
     out = torch_models.encode(pretrained, images)

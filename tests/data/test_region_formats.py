@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from cap_pretrain.commands import train_tokenizer
 from cap_pretrain.data.sources.open import open_source
 from tests.data.test_question_formats import build, lost, write_json
 from tests.tools.test_build_dataset import jpeg, report, run, write_captions, write_files
@@ -124,6 +125,9 @@ def test_visual_genome_has_all_regions_of_an_image(visual_genome, tmp_path):
     assert regions == {"1": [("a clock", box)], "2": [("a man", box)]}
     assert lost(folder, "train") == {"not in image_data.json": ["3"]}
     assert report(folder)["train"]["captions"]["dropped"] == {"box not valid": 2}
+    words = ["--kind=words", "--min_count=1", f"--out={tmp_path / 'words'}"]
+    assert train_tokenizer.main([f"--data={folder}", *words]) == 0
+    assert "clock" in (tmp_path / "words" / "words.tsv").read_text()
 
 
 @pytest.mark.parametrize(

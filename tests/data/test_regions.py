@@ -7,16 +7,19 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 
 from cap_pretrain import inputs
 from cap_pretrain.data import pipeline, regions
 from cap_pretrain.data.builders.formats.located import in_shares, usable
+from cap_pretrain.data.builders.regions import region_features
 from cap_pretrain.data.requirements import check_reads, check_regions, has_regions
 from cap_pretrain.data.scenes.render import render
 from cap_pretrain.data.scenes.source import Scenes
 from cap_pretrain.data.scenes.text import Phrase, find_mentions
 from cap_pretrain.data.scenes.world import PLAIN, SHAPES, relation_holds
 from cap_pretrain.data.sources import subset
+from cap_pretrain.data.sources.layout import find_fields
 from cap_pretrain.data.text.tokenizers import SentencePieceTokenizer, source_captions
 from cap_pretrain.errors import UserError
 from cap_pretrain.learners import objectives
@@ -137,11 +140,11 @@ def test_boxes_in_pixels(box, expected):
 
 def test_regions_that_cannot_be_used_are_counted():
     box = (0.0, 0.0, 1.0, 1.0)
-    found = [("a", box), ("  ", box), (3, box), ("x" * 20_001, box), ("b", None)]
+    found = [("a", box), ("  ", box), (3, box), (["a", "b"], box), ("x" * 20_001, box), ("b", None)]
     kept, dropped = usable([*found, *[("c", box)] * 1001])
     assert len(kept) == 1000 and kept[0] == ("a", box)
     assert Counter(dropped) == {
-        "region without phrase": 2,
+        "region without phrase": 3,
         "phrase too long": 1,
         "box not valid": 1,
         "more than 1000 regions": 2,
@@ -233,6 +236,20 @@ def test_each_part_of_a_joint_learner_has_what_it_reads(monkeypatch):
     assert inputs.open_sources(locca)
     with pytest.raises(UserError, match="has no text, which the learner joint needs"):
         inputs.open_sources(both)
+
+
+def test_features_of_other_types_hold_no_regions():
+    features = tfds.features
+    rows = {"phrases": features.Text(), "boxes": features.BBoxFeature()}
+    for own in (
+        {"phrases": features.Sequence(features.Text()), "boxes": features.Sequence(rows["boxes"])},
+        {"phrases": features.Sequence(np.int64), "boxes": features.Sequence(np.float32)},
+        {"phrases": features.Text(), "boxes": features.Sequence(np.float32)},
+        rows,
+        {"phrases": features.Sequence(rows), "boxes": features.Sequence(np.float32)},
+    ):
+        assert not find_fields({"image": features.Image(), **own}, {}, "d").has_regions
+    assert find_fields({"image": features.Image(), **region_features()}, {}, "d").has_regions
 
 
 def test_phrases_are_text_of_a_source():

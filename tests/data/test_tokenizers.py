@@ -129,6 +129,10 @@ def test_captions_and_seeds_of_any_kind_are_trained_on(tmp_path):
     for seed in (-1, 2**40):
         path = train_sentencepiece([*CAPTIONS, "half \ud83d", "a\0b"], tmp_path, 60, seed=seed)
     tokenizer = SentencePieceTokenizer(path, max_len=8)
+    marked = train_sentencepiece(["wow!?"] * 9, tmp_path / "without", 60, punctuation=False)
+    assert "!" not in SentencePieceTokenizer(marked).decode(
+        SentencePieceTokenizer(marked).encode("!")
+    )
     assert tokenizer.encode("\ud83d half").tolist() == tokenizer.encode("? half").tolist()
     with pytest.raises(UserError, match="skips those over 4192 bytes"):
         train_sentencepiece(["a" * 5000], tmp_path, 60)

@@ -1,10 +1,13 @@
 """Boxes for referring expressions: intersection over union, and the accuracy of a learner."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from cap_pretrain import learners
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.metrics.boxes import intersection_over_union
 from cap_pretrain.evals.referring import Referring, drawn
@@ -107,3 +110,11 @@ def test_mistakes_are_found_before_the_run(learner, source, options, message):
     context, _ = stubs.context(learner, source)
     with pytest.raises(UserError, match=message):
         Referring(context, Referring.Options(**options))
+
+
+def test_boxes_that_are_not_trained_are_not_decoded():
+    context, _ = stubs.context(Pointer, Places())
+    section = learners.defaults("locca", aref_weight=0.0)
+    context = dataclasses.replace(context, config=learners.with_learner(context.config, section))
+    with pytest.raises(UserError, match=r"learner\.aref_weight: 0; set it"):
+        Referring(context, Referring.Options())

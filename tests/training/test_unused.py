@@ -6,6 +6,7 @@ import pytest
 
 from cap_pretrain import config as configs
 from cap_pretrain import learners
+from cap_pretrain.data.text.words import Rules, write_words
 from cap_pretrain.optim import schedule
 from cap_pretrain.training.changes import TRAINING, fields, unused
 from tests import toy
@@ -22,6 +23,18 @@ def with_given(c, given):
         ({"text.words.min_count": 6}, "text.words.min_count=6 (text.kind is sentencepiece)"),
         ({"text.kind": "words", "text.vocab_size": 9}, "text.vocab_size=9 (text.kind is words)"),
         ({"text.tokenizer": "a", "text.vocab_size": 9}, "text.vocab_size=9 (text.tokenizer is"),
+        ({"data.regions": 2}, "data.regions=2 (captioner reads no boxes)"),
+        (
+            {"text.tokenizer": "PAIRS", "text.lower": False},
+            "text.lower=False (the tokenizer is CLIP",
+        ),
+        ({"text.tokenizer": "WORDS", "text.lower": False}, "False (the tokenizer has whole words)"),
+        (
+            {"text.kind": "words", "text.punctuation": False},
+            "False (the tokenizer has whole words)",
+        ),
+        ({"text.kind": "words", "text.lower": False}, None),
+        ({"text.tokenizer": "a", "text.lower": False, "text.punctuation": False}, None),
         ({"plateau.patience": 2}, "plateau.patience=2 (plateau.figure is empty)"),
         ({"model.keep_tokens_until": 0.5}, "until=0.5 (model.keep_tokens is 1)"),
         ({"checkpoint.best_mode": "max"}, "best_mode='max' (checkpoint.best is empty)"),
@@ -33,7 +46,11 @@ def with_given(c, given):
         ({"log.every_epochs": 0.0, "plateau.patience": 8}, None),
     ],
 )
-def test_what_has_no_effect_is_named(given, said):
+def test_what_has_no_effect_is_named(given, said, tmp_path):
+    (tmp_path / "PAIRS").write_text("#version\n")
+    write_words(["a word"], tmp_path, Rules(min_count=1), lower=True).rename(tmp_path / "WORDS")
+    if given.get("text.tokenizer", "").isupper():
+        given = given | {"text.tokenizer": str(tmp_path / given["text.tokenizer"])}
     lines = with_given(toy.config(), given)
     assert len(lines) == bool(said)
     if said:

@@ -70,9 +70,10 @@ def write(folder: Path, source: Source) -> Written:
                 "towers with our defaults can be written in it; use transformers."
             )
     if source.tokenizer is None:
+        what = "tokenizer of whole words" if source.byte_pairs is None else "CLIP's byte pairs"
         raise UserError(
-            "--layout=open_clip: the run's tokenizer of whole words cannot be written for "
-            "OpenCLIP; use timm or transformers for the image encoder alone."
+            f"--layout=open_clip: the run has {what}, which cannot be written for OpenCLIP; use "
+            "timm or transformers."
         )
     form = vit_form(config, "OpenCLIP")
     encoder = source.inside("encoder")

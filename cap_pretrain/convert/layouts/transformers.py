@@ -44,7 +44,7 @@ def write(folder: Path, source: Source) -> Written:
         inside = "clip" if is_clip else "siglip"
         writer.write_dual_encoder(folder / inside, source)
         processor.write(folder / inside)
-        usage += _dual_encoder(inside, config.learner.contrast)
+        usage += _dual_encoder(inside, config.learner.contrast, config.text.punctuation)
         parts = (f"{inside}: the same with text tower and tokenizer",)
     return Written("transformers", tuple(usage), parts, left_out)
 
@@ -68,17 +68,17 @@ def _left_out(source: Source, is_clip: bool) -> str:
     return ""
 
 
-def _dual_encoder(inside: str, contrast: str) -> list[str]:
+def _dual_encoder(inside: str, contrast: str, punctuation: bool) -> list[str]:
     model = {"clip": "CLIPModel", "siglip": "SiglipModel"}[inside]
     probabilities = (
         "`logits_per_image.softmax(-1)` over the texts"
         if contrast == "softmax"
         else "`logits_per_image.sigmoid()`"
     )
+    differs = "; the class `SiglipTokenizer` would not, since it removes punctuation"
     padding = (
         "The padding is required, since the text tower treats it like any other token. "
-        "`tokenizer.json` gives the token ids of the training; the class `SiglipTokenizer` would "
-        "not, since it removes punctuation."
+        f"`tokenizer.json` gives the token ids of the training{differs if punctuation else ''}."
         if inside == "siglip"
         else "Texts are truncated to the length of the text tower."
     )

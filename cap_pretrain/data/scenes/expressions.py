@@ -21,7 +21,7 @@ def write(
     """Return an expression for each object, such as "the striped circle above the red ring".
 
     It names the object's color and shape, and perhaps its size and pattern; with `partial`, less
-    where that is enough to tell it from the others; with `relations`, perhaps its position relative
+    where that fits no other object; with `relations`, perhaps its position relative
     to another object. With `plain`, all name color and shape alone.
     """
     kinds: list[Callable[[Thing, Scene, Random, Wording], str | None]] = [_full]

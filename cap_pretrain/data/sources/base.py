@@ -13,6 +13,11 @@ A source is a picklable sequence. `source[i]` is one example, as it is stored:
     origins: list[int], which feature of `data.fields.captions` holds each caption; missing if that
         names one
 
+    regions: list of (phrase, box), see `data.regions`; missing or empty if there are none
+
+A generated source may have a method `regions(index)` in place of the last, which is called only
+where regions are read.
+
 `source.class_names` lists the names of the labels and is empty if there are none. A source may also
 have what these functions of this module call, each of which says what holds without it:
 `without_image`, `block_bounds`, `read_ahead` and `example_bytes`.

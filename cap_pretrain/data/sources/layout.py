@@ -35,8 +35,12 @@ class Layout:
 
     @property
     def has_regions(self) -> bool:
-        """Whether there are the features that hold regions."""
-        return all(name in self.leaves for name in _REGIONS)
+        """Whether there are the features that hold regions, of the types that we write.
+
+        Others of these names may be something else, such as the boxes of TFDS, whose order differs.
+        """
+        phrases, boxes = (self.leaves.get(name) for name in _REGIONS)
+        return _is_texts(phrases) and _is_numbers(boxes)
 
     def wanted(self) -> set[str]:
         """Return the paths of all features that an example is made of."""
@@ -109,6 +113,25 @@ def is_plain(feature: Any) -> bool:
     element = getattr(feature, "feature", feature)
     of_numbers = element is not feature and element.shape == () and element.np_dtype == np.float32
     return isinstance(element, plain) or of_numbers
+
+
+def _is_texts(feature: Any) -> bool:
+    import tensorflow_datasets as tfds
+
+    kinds = type(feature), type(getattr(feature, "feature", None))
+    return kinds == (tfds.features.Sequence, tfds.features.Text)
+
+
+def _is_numbers(feature: Any) -> bool:
+    """Return whether a feature is a flat sequence of float32."""
+    import tensorflow_datasets as tfds
+
+    element = getattr(feature, "feature", None)
+    return (
+        type(feature) is tfds.features.Sequence
+        and isinstance(element, tfds.features.Tensor)
+        and (element.shape, element.np_dtype) == ((), np.float32)
+    )
 
 
 def stored_values(feature: Any) -> list:

@@ -54,7 +54,7 @@ def usable(found: Iterable[tuple[Any, Box | None]]) -> tuple[list[Region], list[
     regions: list[Region] = []
     dropped: list[str] = []
     for phrase, box in found:
-        (words,) = texts(phrase) or [""]
+        words = next(iter(texts(phrase)), "") if isinstance(phrase, str) else ""
         if not words:
             dropped.append("region without phrase")
         elif len(words) > MAX_CAPTION:
