@@ -243,7 +243,7 @@ def _check_kept_tokens(config: ConfigDict) -> None:
     name, place = config.learner.name, config.model.keep_tokens_at
     whole, *parts = (member.kind for member in learners.members(config))
     each = [getattr(kind, "keeps_tokens_at", (tokens.ENCODER,)) for kind in parts or [whole]]
-    places = () if () in each else tuple(dict.fromkeys(p for own in each for p in own))
+    places = () if () in each else tuple(dict.fromkeys(p for own in each for p in own or ()))
     if config.model.keep_tokens == 1 or place in places:
         return
     if not places:

@@ -66,17 +66,21 @@ class PretrainedWeights:
         return state.replace(params=params, stats=stats, opt_state=opt_state, ema=ema)
 
     def for_images(self, config: ConfigDict) -> "PretrainedWeights":
-        """Resample the position embeddings of a ViT to `data.image_size`."""
-        path = "encoder/positions"
-        if path not in self.params:
-            return self
+        """Resample the position embeddings of ViTs, teachers' too, to `data.image_size`."""
+
+        def resampled(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            found = [path for path in arrays if f"/{path}".endswith("/encoder/positions")]
+            return arrays | {path: self._positions(arrays[path], config) for path in found}
+
+        return dataclasses.replace(self, params=resampled(self.params), stats=resampled(self.stats))
+
+    def _positions(self, positions: np.ndarray, config: ConfigDict) -> np.ndarray:
+        """Resample position embeddings [N, D] of a ViT to `data.image_size`."""
         _, patch = parse_name(config.model.name)
-        old, new = math.isqrt(len(self.params[path])), config.data.image_size // patch
+        old, new = math.isqrt(len(positions)), config.data.image_size // patch
         if new == old or new < 1:
-            return self
-        positions = jnp.asarray(self.params[path])
-        resampled = self.resample(positions, (old, old), (new, new))
-        return dataclasses.replace(self, params={**self.params, path: np.asarray(resampled)})
+            return positions
+        return np.asarray(self.resample(jnp.asarray(positions), (old, old), (new, new)))
 
 
 def resolve(

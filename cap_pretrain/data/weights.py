@@ -21,7 +21,7 @@ class Weight:
     points: tuple[tuple[float, float], ...]
 
     @classmethod
-    def parse(cls, text: str, field: str) -> Self:
+    def parse(cls, text: str | float, field: str) -> Self:
         """Read a number, or points `WEIGHT@SHARE` joined by commas.
 
         "0@0.5,1@0.8" is 0 in the first half of a run, grows to 1 in the next 30%, and stays 1.
@@ -33,6 +33,7 @@ class Weight:
         Raises:
             UserError: The text is not like that, a weight is negative, or shares do not increase.
         """
+        text = str(text)
         try:
             written = text if "@" in text else f"{text}@0"
             pairs = [point.split("@") for point in written.split(",")]

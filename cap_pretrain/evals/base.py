@@ -69,7 +69,7 @@ class Context:
     def able(self, protocol: type, part: str = "") -> "Context | None":
         """Return the context of the learner, or of a part of it, that has a protocol's methods.
 
-        None if neither has; see `learners.able`. Raises UserError if there is no such `part`.
+        None if neither has; see `learners.able`. Raises UserError if `part` is unknown.
         """
         found = learners.able(self.config, protocol, part, self.kind)
         if found is None or not found.name:

@@ -77,7 +77,7 @@ class Loss:
             and (totals[weight_of(name, totals)] or not has_own(name, totals))
         }
         parts = [name.removesuffix("/loss") for name in metrics if name.endswith("/loss")]
-        if parts:  # each of them a mean by weights of its own
+        if parts:  # each of them a mean, weighted by part
             metrics["loss"] = sum(metrics[f"{p}/weight"] * metrics[f"{p}/loss"] for p in parts)
         if self._options.unigram:
             if self._unigram is None:

@@ -25,13 +25,15 @@ batches in the same way. A learner whose options depend on the training data imp
     settled(config, mixture) -> fields of `config.learner` to set at the start of a run; see
                             `inputs.completed`
 
-`keeps_tokens_at` says where a learner allows `model.keep_tokens` to drop tokens, ("encoder",) by
-default: () for one that needs all of them; see `models.tokens.PLACES`.
+`keeps_tokens_at` says where `model.keep_tokens` drops tokens of a learner, ("encoder",) by default;
+see `models.tokens.PLACES`. () is for one that needs all of them, and None for a part to which the
+field does not apply, and which may be trained beside others to which it does.
 
 One whose form depends on its options, as that of `joint`, has the classmethods
 
     reads_of(options)       what it reads of a batch, in place of `reads`
-    members(config)         its parts, each a learner that evaluators can use; see `able`
+    members(config)         the parts that it trains, each a learner that evaluators can use; see
+                            `able`
     like(section)           the default of a section of `config.learner` with the same parts
 
 A learner that is not the same during a whole run has the classmethods
@@ -127,8 +129,24 @@ def defaults_like(section: dict[str, Any]) -> ConfigDict:
 
 def options(config: ConfigDict) -> Any:
     """Return the `Options` of the learner that `config.learner` describes."""
-    fields = config.learner.to_dict()
-    return learner_class(fields.pop("name")).Options(**fields)
+    return options_of(config.learner.to_dict())
+
+
+def options_of(section: dict[str, Any]) -> Any:
+    """Return the `Options` of the learner that a section `learner` describes.
+
+    Raises UserError if the learner has other fields, or a value is not allowed.
+    """
+    given = {field: value for field, value in section.items() if field != "name"}
+    kind = learner_class(section["name"]).Options
+    known = {field.name for field in dataclasses.fields(kind)}
+    for field in given:
+        if field not in known:
+            raise UserError(
+                f"learner.{field}: is no option of {section['name']}; choose a learner by the "
+                "config file and its arguments, not by learner.name."
+            )
+    return kind(**given)
 
 
 def reads(config: ConfigDict) -> tuple[str, ...]:
@@ -195,7 +213,8 @@ def able(
     """Return what has the methods of a protocol: the learner of a config or a part of it, or None.
 
     The learner itself comes first, then parts that embed texts without an image, then the others in
-    the order of their names. A `part` asks for this one. Raises UserError if there is none.
+    the order of their names. A `part` asks for this one. Raises UserError if it is unknown, or no
+    part that the config trains.
     """
     found = members(config, kind)
     if part:
@@ -203,7 +222,7 @@ def able(
         if part not in names:
             there = f"the parts {', '.join(names)}" if names else "no parts"
             raise UserError(
-                f"part: there is no {part!r}; a {config.learner.name} has {there}."
+                f"part: {part!r} is unknown; a {config.learner.name} trains {there}."
                 f"{did_you_mean(part, names)}"
             )
         found = [member for member in found if member.name == part]

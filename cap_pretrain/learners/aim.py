@@ -16,6 +16,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from cap_pretrain import learners
+from cap_pretrain.data import resolution
 from cap_pretrain.errors import UserError
 from cap_pretrain.learners.captioner import Captioner, shift_right
 from cap_pretrain.learners.token_losses import (
@@ -50,6 +51,7 @@ class AIM(Captioner):
     encoder: ViT
     decoder: MultimodalDecoder
     options: Any  # `AIM.Options`, which are not those of a `Captioner`
+    reads_encoded = False  # without a causal mask, a token has seen the patches after it
     keeps_tokens_at = ()  # each patch has a loss
 
     @dataclasses.dataclass(frozen=True)
@@ -73,8 +75,6 @@ class AIM(Captioner):
                     f"learner.label_smoothing: {self.label_smoothing} is not in [0, 1)."
                 )
 
-    reads: tuple[str, ...] = ("image", "text")
-
     @classmethod
     def from_config(cls, config: ConfigDict, vocab_size: int, rngs: nnx.Rngs) -> "AIM":
         """Build the learner that `config` describes."""
@@ -84,10 +84,17 @@ class AIM(Captioner):
                 f"model.name: aimv2 predicts the patches of a ViT, but {config.model.name} is "
                 "none; choose a ViT, such as S/16."
             )
-        if config.data.image_size < 2 * encoder.patch:
+        sizes = [(resolution.FIELD, side) for side, _ in resolution.first_sizes(config)]
+        for field, side in [*sizes, ("data.image_size", config.data.image_size)]:
+            if side < 2 * encoder.patch:
+                raise UserError(
+                    f"{field}: aimv2 predicts patches from earlier ones, but an image of {side} "
+                    f"pixels has one patch of {encoder.patch}; choose a larger one."
+                )
+        if config.model.colours != "rgb":
             raise UserError(
-                f"data.image_size: aimv2 predicts patches from earlier ones, but an image of "
-                f"{config.data.image_size} pixels has one patch of {encoder.patch}."
+                "model.colours: aimv2 predicts colors, which the encoder does not see with "
+                f"{config.model.colours!r}; set it to 'rgb'."
             )
         decoder = MultimodalDecoder(
             decoder_size(config),
@@ -113,8 +120,9 @@ class AIM(Captioner):
         (2401.08541). In evaluation it is half of the patches.
 
         Args:
-            encoded: Not used: without a causal mask, a token has seen the patches after it.
-            batch: "image" uint8 [B, H, W, 3] and "text" int32 [B, T]; optionally "mask" bool [B].
+            encoded: Not used.
+            batch: "image" uint8 [B, H, W, 3] and "text" int32 [B, T]; optionally "prompt" int32 [B]
+                (prompt lengths) and "mask" bool [B].
             key: Random key for prefixes and dropout.
             train: Whether to compute the training loss.
 
@@ -140,7 +148,7 @@ class AIM(Captioner):
         before = image[:, -count:-1]  # the states from which all patches but the first follow
         errors = jnp.mean((self.decoder.to_pixels(before) - patches[:, 1:]) ** 2, axis=-1)
         predicted = (jnp.arange(1, count) >= prefix[:, None]).astype(jnp.float32)
-        targets = is_target(text)
+        targets = is_target(text, batch.get("prompt", 0))
         examples = batch.get("mask", jnp.ones(len(text), bool)).astype(jnp.float32)
         smoothing = self.options.label_smoothing if train else 0.0
         nll, correct = self.token_losses(states, text, smoothing)

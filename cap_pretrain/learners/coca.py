@@ -76,8 +76,6 @@ class CoCa(Matching, Captioner):  # type: ignore[misc]  # `compare` is that of `
             check_contrast(self.contrast)
             Captioner.Options(label_smoothing=self.label_smoothing, average=self.average)
 
-    reads: tuple[str, ...] = ("image", "text")
-
     def __init__(
         self,
         encoder: ImageEncoder,
@@ -156,7 +154,8 @@ class CoCa(Matching, Captioner):  # type: ignore[misc]  # `compare` is that of `
 
         Args:
             encoded: The encoder's output.
-            batch: "text" int32 [B, T]; optionally "mask" bool [B] (False for padding examples).
+            batch: "text" int32 [B, T]; optionally "prompt" int32 [B] (prompt lengths; prompts count
+                in the contrast only) and "mask" bool [B] (False for padding examples).
             key: Random key for dropout.
             train: Whether to compute the training loss.
 
@@ -174,7 +173,7 @@ class CoCa(Matching, Captioner):  # type: ignore[misc]  # `compare` is that of `
             key=decoder_key if train else None,
         )
         valid = batch.get("mask", jnp.ones(len(text), bool))
-        targets = is_target(text)
+        targets = is_target(text, batch.get("prompt", 0))
         smoothing = self.options.label_smoothing if train else 0.0
         nll, correct = self.token_losses(states, text, smoothing)
         examples = valid.astype(jnp.float32) * jnp.any(targets, axis=1)

@@ -5,8 +5,11 @@ is their weighted sum. Each part is a complete learner that shares the encoder, 
 tools can use it alone (see `learners.able`).
 """
 
+import contextlib
 import dataclasses
+import re
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -21,13 +24,16 @@ from cap_pretrain.learners.parts import Part
 from cap_pretrain.learners.weights import Weight
 from cap_pretrain.models.encoder import ImageEncoder
 
+RESERVED = ("data",)
+"""What comes before "/" in metrics of a training step that are not those of a part."""
+
 
 class Joint(Contrastive):
     """A weighted sum of the losses of several parts, which share one encoder.
 
     The parts are ordered by name. The first one that is active, that is, whose weight is not always
-    0, encodes the images and gets the random key of the loss as it is; the other parts get keys of
-    their own.
+    0, gets the random key of the loss as it is, also for the encoder; the key of each other part
+    follows from its name.
 
     Args:
         parts: The parts by name; all have the same encoder.
@@ -90,7 +96,7 @@ class Joint(Contrastive):
         While its weight stays 0, a part is not computed; see `training.phases`. Raises UserError if
         all weights are 0 at some time.
         """
-        weights = learners.options(config).parsed
+        weights = _weights(config)
         shares = {share for weight in weights.values() for share, _ in weight.points}
         for share in sorted({*shares, 0.0, 1.0}):
             if not any(weight.then(share) for weight in weights.values()):
@@ -123,48 +129,57 @@ class Joint(Contrastive):
 
     @classmethod
     def members(cls, config: ConfigDict) -> list[learners.Member]:
-        """Return the parts of the learner of a config, each with a config of its own."""
+        """Return the parts that the learner of a config trains, each with its config."""
+        weights = learners.options(config).parsed
         found: list[learners.Member] = []
         for name, part in sorted(config.learner.parts.items()):
             inner = learners.members(learners.with_learner(config, part))
-            found += [own._replace(name=f"{name}/{own.name}".rstrip("/")) for own in inner]
+            if weights[name].ever:
+                found += [own._replace(name=f"{name}/{own.name}".rstrip("/")) for own in inner]
         return found
 
     @classmethod
     def from_config(cls, config: ConfigDict, vocab_size: int, rngs: nnx.Rngs) -> "Joint":
         """Build the learner that `config` describes.
 
-        The first part is initialized as it would be alone, with the encoder of all parts. The
-        parameters of the others depend on the seed and their own name only.
+        The first part whose weight is not always 0 is initialized as it would be alone, with the
+        encoder of all parts. The parameters of the others depend on the seed and their name only.
         """
-        options, key = learners.options(config), rngs.params.key[...]
+        weights, key = _weights(config), rngs.params.key[...]
+        first = next((name for name, weight in weights.items() if weight.ever), min(weights))
         parts: dict[str, Part] = {}
         for name, section in sorted(config.learner.parts.items()):
-            own, kind = learners.with_learner(config, section), learners.learner_class(section.name)
-            if parts:
-                rngs = nnx.Rngs(params=jax.random.fold_in(key, zlib.crc32(name.encode())))
-            parts[name] = kind.from_config(own, vocab_size, rngs)
-            parts[name].encoder = next(iter(parts.values())).encoder
-        if not parts:
-            raise UserError("learner.parts: is empty; name the learners to train together.")
-        return cls(parts, options.parsed)
+            changed, kind = (
+                learners.with_learner(config, section),
+                learners.learner_class(section.name),
+            )
+            named = nnx.Rngs(params=jax.random.fold_in(key, zlib.crc32(name.encode())))
+            with _naming(f"learner.parts.{name}"):
+                parts[name] = kind.from_config(
+                    changed, vocab_size, rngs if name == first else named
+                )
+        for part in parts.values():
+            part.encoder = parts[first].encoder
+        return cls(parts, weights)
 
     def embed(self, batch: dict[str, jax.Array], key: jax.Array, train: bool) -> dict[str, Any]:
         """Return the rows of each active part by name, and what else the loss needs.
 
         Active are the parts whose weight is ever positive in training, and at the end of the run in
-        evaluation.
+        evaluation. Images are encoded if one of them needs it.
         """
         weights = dict(self.weights)
         active = [name for name, w in weights.items() if (w.ever if train else w.last > 0)]
         first = self.parts[active[0]]
-        encoded = first.encode(batch["image"], train=train, key=first.encoder_key(key))
+        encoded: Any = None
+        if any(self.parts[name].reads_encoded for name in active):
+            encoded = first.encode(batch["image"], train=train, key=first.encoder_key(key))
         rows = {}
         for name in active:
-            own = key
+            named = key
             if name != active[0]:
-                own = jax.random.fold_in(key, zlib.crc32(name.encode()))
-            rows[name] = self.parts[name].rows(encoded, batch, own, train)
+                named = jax.random.fold_in(key, zlib.crc32(name.encode()))
+            rows[name] = self.parts[name].rows(encoded, batch, named, train)
         examples = batch.get("mask", jnp.ones(len(batch["image"]), bool))
         embedded = {"parts": rows, "examples": examples}
         if "progress" in batch:
@@ -190,23 +205,39 @@ class Joint(Contrastive):
         return sum(terms[1:], terms[0]), metrics
 
 
+def _weights(config: ConfigDict) -> dict[str, Weight]:
+    """Return the weights by name; raise UserError if there are no parts."""
+    weights = learners.options(config).parsed
+    if not weights:
+        raise UserError("learner.parts: is empty; name the learners to train together.")
+    return weights
+
+
 def _check_part(name: str, section: dict[str, Any]) -> None:
     """Raise UserError if a part cannot share its encoder, or its options are not valid."""
     where = f"learner.parts.{name}"
     if not name.isidentifier():
         raise UserError(f"{where}: {name!r} is not a name of letters, digits and _; rename it.")
-    options = dict(section)
-    kind = learners.learner_class(options.pop("name", ""))
+    if name in RESERVED:
+        raise UserError(f"{where}: metrics of another kind are called {name}/…; rename it.")
+    kind = learners.learner_class(section.get("name", ""))
     if not (issubclass(kind, Part) and kind.joins):
         able = [name for name in learners.REGISTRY if _joins(name)]
         raise UserError(
             f"{where}.name: a {section['name']} cannot share its encoder with other learners; "
             f"choose among {', '.join(able)}."
         )
+    with _naming(where):
+        learners.options_of(section)
+
+
+@contextlib.contextmanager
+def _naming(where: str) -> Iterator[None]:
+    """Name the fields of a part in a UserError as they are called in the joint learner."""
     try:
-        kind.Options(**options)
+        yield
     except UserError as error:
-        raise UserError(str(error).replace("learner.", f"{where}.", 1)) from error
+        raise UserError(re.sub(r"^learner\.", f"{where}.", str(error))) from error
 
 
 def _joins(name: str) -> bool:

@@ -25,11 +25,13 @@ class Part(nnx.Module):
         encoder: The image encoder, which may belong to other parts, too.
         reads: The parts of a batch that it reads.
         joins: Whether it can be trained with others on one encoder.
+        reads_encoded: Whether its rows depend on that pass, or only on others that it makes.
     """
 
     encoder: ImageEncoder
     reads: tuple[str, ...]
     joins: ClassVar[bool] = True
+    reads_encoded: ClassVar[bool] = True
 
     def encode(
         self, images: jax.Array, *, train: bool = False, key: jax.Array | None = None
@@ -47,7 +49,7 @@ class Part(nnx.Module):
         """Return what the loss needs of each example, a tree of arrays [B, ...].
 
         Args:
-            encoded: The encoder's output for `batch["image"]`.
+            encoded: The encoder's output for `batch["image"]`; if `reads_encoded` is False, None.
             batch: What `reads` names, and optionally "mask" bool [B], False for padding examples.
             key: The random key of the loss.
             train: Whether to compute the training loss.

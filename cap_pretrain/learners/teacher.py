@@ -23,7 +23,7 @@ from cap_pretrain import learners
 from cap_pretrain.errors import UserError
 from cap_pretrain.learners.parts import Part
 from cap_pretrain.learners.token_losses import mean_where
-from cap_pretrain.models import cpu, tokens
+from cap_pretrain.models import cpu
 from cap_pretrain.models.build import build_encoder
 from cap_pretrain.models.layers import XAVIER, EncoderOutput, normalize_images
 from cap_pretrain.models.vit import ViT
@@ -187,7 +187,8 @@ class Taught(Part):
     encoder: ViT
     options: Any
     reads = ("image",)
-    keeps_tokens_at = tokens.PLACES  # of the other parts of a joint learner: it sees all tokens
+    reads_encoded = False  # it has passes of teacher and student
+    keeps_tokens_at = None  # it drops no tokens, beside parts that may
 
     def __init__(self, encoder: ViT, *, options: Options, rngs: nnx.Rngs):
         self.encoder, self.options = encoder, options
@@ -235,7 +236,7 @@ class Taught(Part):
         key: jax.Array,
         train: bool,
     ) -> dict[str, jax.Array]:
-        """Compute the loss of each image, with passes of teacher and student of its own.
+        """Compute the loss of each image, by a pass of the teacher and one of the student.
 
         Args:
             encoded: Not used.

@@ -221,12 +221,11 @@ def notes(config: ConfigDict) -> list[str]:
     model = config.model
     if model.keep_tokens == 1:
         return []
-    total = (config.data.image_size // parse_name(model.name)[1]) ** 2
-    leading = 1 + model.registers if model.class_token else 0
-    count = tokens.number_kept(total, model.keep_tokens, leading)
+    until = model.keep_tokens_until
+    part = "In training" if until == 1 else f"In the first {until:.4g} of training"
     return [
-        f"In training the {model.keep_tokens_at} reads {count:,} of {total:,} patch tokens "
-        f"(model.keep_tokens={model.keep_tokens:.4g})"
+        f"{part} the {model.keep_tokens_at} reads a share of {model.keep_tokens:.4g} of the patch "
+        "tokens (model.keep_tokens)"
     ]
 
 

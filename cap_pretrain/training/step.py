@@ -225,14 +225,18 @@ def _sum_over_parts(fn: Callable[..., Any], *parts: Any) -> Any:
     return jax.lax.scan(add, zeros, parts)[0]
 
 
-def _without(updates: Any, prefixes: tuple[str, ...]) -> Any:
-    """Return updates of parameters, those whose path begins with one of `prefixes` as 0."""
+def _held(new: Any, old: Any, prefixes: tuple[str, ...]) -> Any:
+    """Return a tree with the leaves of `old` that belong to some parameters, and others of `new`.
 
-    def keep(path, update):
-        held = rules.path_string(path).startswith(prefixes)
-        return jnp.zeros_like(update) if held else update
+    These are the parameters whose path begins with one of `prefixes`. The path of a leaf of an
+    optimizer's state ends in that of its parameter.
+    """
 
-    return jax.tree_util.tree_map_with_path(keep, updates)
+    def choose(path, new, old):
+        held = any(f"/{prefix}" in f"/{rules.path_string(path)}" for prefix in prefixes)
+        return old if held else new
+
+    return jax.tree_util.tree_map_with_path(choose, new, old)
 
 
 # A step is valid if these metrics are finite.
@@ -279,7 +283,8 @@ def make_train_step(
             scale = state.plateau["scale"]
             updates = jax.tree.map(lambda u: scale * u, updates)
         if idle:
-            updates = _without(updates, idle)
+            updates = _held(updates, jax.tree.map(jnp.zeros_like, updates), idle)
+            opt_state = _held(opt_state, state.opt_state, idle)
         params = optax.apply_updates(state.params, updates)
         ema = optimizers.average(config.optim, state.ema, params, opt_state)
         metrics = {k: v for k, v in metrics.items() if not is_weight(k)}

@@ -204,6 +204,17 @@ def test_an_encoder_is_fine_tuned_or_left_as_it_is(name, argument, moves, workdi
     assert 0 <= result["top1"] <= result["top5"] <= 1
 
 
+def test_positions_of_teachers_are_resampled_like_those_of_their_students():
+    positions = np.arange(32.0).reshape(4, 8)
+    stats = {"parts/distill/teacher/encoder/positions": positions, "teacher/center": positions}
+    weights = warm_start.PretrainedWeights({"encoder/positions": positions}, stats, "a run")
+    found = weights.for_images(toy.config(data__image_size=24))  # 3 x 3 patches of 8 pixels
+    (student,) = found.params.values()
+    teacher, other = found.stats.values()
+    assert student.shape == (9, 8) and np.array_equal(student, teacher)
+    assert other is positions
+
+
 def test_arrays_that_do_not_fit_are_named(workdir):
     c, weights = warm_start.resolve(toy.config(encoder=str(workdir), **SMALL))
     c.model.mlp = 48

@@ -14,6 +14,7 @@ from tests.layouts import on_eight_devices
 BATCH = {
     "image": tiny.images(4),
     "text": tiny.texts([7, 4, 2, 5]),
+    "prompt": np.array([2, 0, 1, 0], np.int32),
     "mask": np.array([1, 1, 1, 0], bool),
 }
 PATCHES = (tiny.SIDE // tiny.PATCH) ** 2
@@ -61,7 +62,8 @@ def test_tokens_and_loss_are_those_of_torch(split, computed):
     image = errors[:, PATCHES // 2 - 1 :].mean(1)
     nll = -np.asarray(logits.log_softmax(-1))
     own = np.take_along_axis(nll, text[..., None], -1)[..., 0]
-    caption = np.array([row[t > 0].mean() for row, t in zip(own, text, strict=True)])
+    counts = (text > 0) & (np.arange(tiny.LENGTH) >= BATCH["prompt"][:, None])
+    caption = np.array([row[t].mean() for row, t in zip(own, counts, strict=True)])
     counted = BATCH["mask"]
     assert image.std() > 0.01 and caption.std() > 0.01
     np.testing.assert_allclose(metrics["loss_image"], image[counted].mean(), rtol=1e-4)
@@ -148,13 +150,15 @@ def test_all_products_count_as_flops():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model": "resnet18", "side": 32}, "model.name: aimv2 predicts the patches of a ViT"),
-        ({"model": "mu/16", "side": 16}, "data.image_size: aimv2 predicts patches from earlier"),
+        ({"model.name": "resnet18"}, "model.name: aimv2 predicts the patches of a ViT"),
+        ({"model.name": "mu/16"}, "data.image_size: aimv2 predicts patches from earlier"),
+        ({"data.first_sizes": "4:0.2+8:0.2"}, "data.first_sizes: .* an image of 4 pixels has one"),
+        ({"model.colours": "lightness"}, "model.colours: aimv2 predicts colors"),
     ],
 )
 def test_what_has_no_patches_to_predict_is_refused(fields, message):
     c = tiny.config("aimv2")
-    c.model.name, c.data.image_size = fields["model"], fields["side"]
+    c.update_from_flattened_dict(fields)
     with pytest.raises(UserError, match=message):
         tiny.abstract(c)
 

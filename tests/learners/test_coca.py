@@ -14,6 +14,7 @@ from tests import tiny
 BATCH = {
     "image": tiny.images(4),
     "text": tiny.texts([7, 4, 2, 5]),
+    "prompt": np.array([2, 0, 1, 0], np.int32),
     "mask": np.array([1, 1, 1, 0], bool),
 }
 PATCHES = (tiny.SIDE // tiny.PATCH) ** 2
@@ -48,7 +49,8 @@ def test_losses_and_vectors_are_those_of_torch(queries):
 
     nll = -np.asarray(logits.log_softmax(-1))
     own = np.take_along_axis(nll, text[..., None], -1)[..., 0]
-    caption = np.mean([row[t > 0].mean() for row, t in zip(own[:3], text[:3], strict=True)])
+    counts = (text > 0) & (np.arange(tiny.LENGTH) >= BATCH["prompt"][:, None])
+    caption = np.mean([row[t].mean() for row, t in zip(own[:3], counts[:3], strict=True)])
     images, texts = (part[:3].numpy().astype(np.float64) for part in expected)
     scores = np.exp(float(split[1]["log_scale"])) * images @ texts.T
     rows, columns = (np.log(np.exp(part).sum(1)) - np.diag(part) for part in (scores, scores.T))

@@ -146,6 +146,11 @@ def test_mistakes_in_a_config_are_named():
             {"parts": {"cap": {"name": "captioner", "parallel_fraction": 2.0}}},
             "^learner.parts.cap.parallel_fraction: 2.0 is not in",
         ),
+        (
+            {"parts": {"cap": {"name": "dual_encoder", "average": "token"}}},
+            "^learner.parts.cap.average: is no option of dual_encoder",
+        ),
+        ({"parts": {"data": {"name": "captioner"}}}, "learner.parts.data: metrics of another kind"),
         ({"weights": {"cap": "1"}}, "has cap, but learner.parts has cap, siglip"),
     ):
         given = {"parts": PARTS, "weights": {"cap": "1", "siglip": "1"}} | change
@@ -155,6 +160,12 @@ def test_mistakes_in_a_config_are_named():
             learners.defaults("joint", **given)
     with pytest.raises(UserError, match="learner.weights: all are 0 at 0 of the run"):
         validate(joint(siglip="0@0.5,1@0.6"))
+    with pytest.raises(UserError, match="learner.parts: is empty"):
+        validate(tiny.config("joint"))
+    parts = {"distill": {"name": "distillation", "size": 6}}
+    c = tiny.config("joint", {"parts": parts, "weights": {"distill": 1}})
+    with pytest.raises(UserError, match="^learner.parts.distill.size: 6 is not a multiple"):
+        tiny.abstract(c)
 
 
 def test_options_of_parts_are_documented_and_may_change_like_those_of_learners(tmp_path):
@@ -200,8 +211,14 @@ def test_parts_are_found_by_what_they_can_do():
     ]
     assert [f and f.name for f in found] == ["siglip", "cap", "cap", None, "siglip"]
     assert found[0].config.learner.contrast == "sigmoid"
-    with pytest.raises(UserError, match="no 'capp'; a joint has the parts cap, siglip. Did you"):
+    with pytest.raises(
+        UserError, match="'capp' is unknown; a joint trains the parts cap, siglip. D"
+    ):
         learners.able(c, ScoresTexts, "capp")
+    c = joint(cap=1)  # the other part is never trained
+    assert learners.able(c, ScoresTexts).name == "cap" and not learners.able(c, EmbedsText)
+    with pytest.raises(UserError, match="'siglip' is unknown; a joint trains the parts cap"):
+        learners.able(c, ScoresTexts, "siglip")
 
 
 def test_a_dual_encoder_is_exported_without_the_other_parts(params):
@@ -210,6 +227,12 @@ def test_a_dual_encoder_is_exported_without_the_other_parts(params):
     assert source.config.learner.to_dict() == c.learner.parts.siglip.to_dict()
     assert source.params.keys() == rules.flatten(tiny.abstract(alone("siglip"))[1]).keys()
     assert left_out == "the parts cap, which stay in the checkpoint"
+    # A CoCa, which embeds texts, too, is no dual encoder.
+    parts = {"coca": {"name": "coca"}, "siglip": PARTS["siglip"]}
+    c = tiny.config("joint", {"parts": parts, "weights": dict.fromkeys(parts, "1")})
+    source, left_out = Source(c, {}, None, "").dual_encoder()
+    assert source.config.learner.name == "dual_encoder"
+    assert left_out == "the parts coca, which stay in the checkpoint"
 
 
 @pytest.mark.slow
@@ -220,6 +243,11 @@ def test_the_first_part_is_initialized_as_it_would_be_alone():
         for config in (c, alone("cap"))
     )
     toy.assert_same(own(together, "cap"), single)
+    together, single = (
+        step.split_learner(learners.build(config, tiny.VOCAB, KEY))[1]
+        for config in (joint(siglip=1), alone("siglip"))
+    )
+    toy.assert_same(own(together, "siglip"), single)
 
 
 class Brightness(Part):
@@ -273,6 +301,13 @@ def test_a_part_of_ones_own_is_composed_by_the_config():
     validate(c)
     counted, single = (plan.flops_per_example(d, tiny.VOCAB) for d in (c, alone("cap", 0)))
     assert 1 < counted["training"] / single["training"] < 1.02  # the encoder is counted once
+    # A part with separate passes does not need that one.
+    parts = {"aim": learners.defaults("aimv2").to_dict()}
+    c = tiny.config("joint", {"parts": parts, "weights": {"aim": "1"}})
+    counted, single = (
+        plan.flops_per_example(d, tiny.VOCAB, ["forward"]) for d in (c, tiny.config("aimv2"))
+    )
+    assert counted == single
 
 
 @pytest.mark.slow

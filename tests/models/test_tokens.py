@@ -90,9 +90,11 @@ def test_taking_tokens_has_the_gradient_of_indexing_without_a_scatter():
 
 def test_the_log_says_how_many_are_kept():
     assert build.notes(toy.config()) == []
-    c = toy.config(data__image_size=112, model__keep_tokens=1 / 3, model__class_token=True)
-    (line,) = build.notes(c)
-    assert line == "In training the encoder reads 63 of 196 patch tokens (model.keep_tokens=0.3333)"
+    c = toy.config(model__keep_tokens=1 / 3)
+    said = "the encoder reads a share of 0.3333 of the patch tokens (model.keep_tokens)"
+    assert build.notes(c) == [f"In training {said}"]
+    c.model.keep_tokens_until = 0.8
+    assert build.notes(c) == [f"In the first 0.8 of training {said}"]
 
 
 # Before the encoder
@@ -226,6 +228,11 @@ def test_flops_are_those_of_the_kept_tokens():
 
 # Mistakes
 
+BESIDE = {  # a teacher's part has no decoder that drops tokens
+    "parts": {"siglip": {"name": "dual_encoder"}, "distill": {"name": "distillation"}},
+    "weights": {"siglip": "1", "distill": "1"},
+}
+
 
 @pytest.mark.parametrize(
     ("learner", "options", "fields", "said"),
@@ -237,6 +244,8 @@ def test_flops_are_those_of_the_kept_tokens():
         ("dual_encoder", {}, {"keep_tokens_at": "decoder"}, "does not work with dual_encoder"),
         ("recurrent", {}, {"keep_tokens_at": "decoder"}, "recurrent; set it to encoder"),
         ("colorization", {}, {}, "colorization needs all; set it to 1"),
+        ("distillation", {}, {}, "distillation needs all; set it to 1"),
+        ("joint", BESIDE, {"keep_tokens_at": "decoder"}, "with joint; set it to encoder"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_built(learner, options, fields, said):

@@ -4,8 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from cap_pretrain import learners
+from cap_pretrain import learners, rules
 from cap_pretrain.distributed import sharding
+from cap_pretrain.optim import optimizers
 from cap_pretrain.training import step
 from tests import quick, toy
 
@@ -34,6 +35,25 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(average):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), whole[0], in_parts[0])
     np.testing.assert_allclose(whole[1]["loss"], in_parts[1]["loss"], rtol=1e-5)
     np.testing.assert_allclose(whole[1]["token_accuracy"], in_parts[1]["token_accuracy"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["schedule_free", "adafactor"])
+def test_optimizers_keep_their_state_of_idle_parameters(name):
+    c = toy.config(optim__name=name, optim__weight_decay=0.1).optim
+    params = {
+        "encoder": {"kernel": np.ones((4, 4), np.float32)},
+        "parts": {part: {"kernel": np.ones((4, 4), np.float32)} for part in ("idle", "other")},
+    }
+    tx = optimizers.build(c, params, lambda _: 0.1)
+    before = tx.init(params)
+    after = step._held(tx.update(params, before, params)[1], before, ("parts/idle/",))
+    before, after = rules.flatten(before), rules.flatten(after)
+    arrays = [path for path in before if path.endswith("parts/idle/kernel")]
+    assert arrays
+    for path in arrays:
+        assert np.array_equal(before[path], after[path])
+    others = [path.replace("/idle/", "/other/") for path in arrays]
+    assert any(not np.array_equal(before[path], after[path]) for path in others)
 
 
 def test_a_bad_step_is_left_out_whole():

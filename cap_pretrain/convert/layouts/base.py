@@ -13,7 +13,6 @@ from cap_pretrain import learners
 from cap_pretrain.convert.encoder import Form
 from cap_pretrain.errors import UserError
 from cap_pretrain.learners.dual_encoder import DualEncoder
-from cap_pretrain.learners.protocols import EmbedsText
 from cap_pretrain.models.build import encoder_options, encoder_size
 from cap_pretrain.models.sizes import CONVNETS, parse_name
 
@@ -31,7 +30,7 @@ class Source:
         params: Parameters of its learner, by path.
         tokenizer: Its sentencepiece model; None if there is none.
         byte_pairs: Its tokenizer.json of CLIP's byte pairs; None if there is none.
-        place: Where the export will lie, as its own files name it: "local-dir:FOLDER" or
+        place: Where the export will lie, as its files name it: "local-dir:FOLDER" or
             "hf-hub:OWNER/NAME".
     """
 
@@ -42,12 +41,13 @@ class Source:
     byte_pairs: bytes | None = None
 
     def dual_encoder(self) -> tuple["Source", str]:
-        """Return the dual encoder in a joint learner as a run of its own, and what is left out.
+        """Return the dual encoder in a joint learner as a separate run, and what is left out.
 
         Of several, it is the first by name. Any other learner is returned as it is, with "".
         """
-        found = learners.able(self.config, EmbedsText)
-        if found is None or found.kind is not DualEncoder or not found.name:
+        members = learners.members(self.config)
+        found = next((member for member in members if member.kind is DualEncoder), None)
+        if found is None or not found.name:
             return self, ""
         inside = f"parts/{found.name}/"
         own = {k.removeprefix(inside): v for k, v in self.params.items() if k.startswith(inside)}
