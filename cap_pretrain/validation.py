@@ -16,6 +16,7 @@ from cap_pretrain.errors import UserError, did_you_mean
 from cap_pretrain.models import build, tokens
 from cap_pretrain.models.encoder import COLOURS
 from cap_pretrain.models.layers import ACTIVATIONS, REMAT_POLICIES
+from cap_pretrain.models.narrowing import narrowed
 from cap_pretrain.models.sizes import STORED, Size
 from cap_pretrain.optim import optimizers, schedule_free
 from cap_pretrain.optim.muon import Muon
@@ -132,6 +133,8 @@ def validate(config: ConfigDict, *, tokenizer: bool = False) -> None:
     Origins.of(config.data)
     Muon(**config.optim.muon)
     Mup(**config.optim.mup).check(config.optim.name)
+    if config.optim.mup.base_width:
+        narrowed(config)
     profiler.parse(config.log.profile_steps)
     trackers.check(config.log.trackers)
     _check_rules(config)

@@ -19,10 +19,16 @@ from cap_pretrain.errors import UserError
 OPTIMIZERS = ("adamw", "adafactor", "lion")
 """The optimizers with such updates."""
 
-# Parameters that are initialized with a standard deviation of width^-0.5, which have to keep their
-# size: inputs of the residual stream.
+# Parameters that are initialized with a variance of 1 / width, or of Xavier ("probe"), and have to
+# keep it: inputs of the residual stream.
 INPUTS = r"(.*/)?(positions|text_positions|class_token|probe|text_tower/embedding/embedding)"
-QUERY = r"(.*/)?query/(kernel|bias)"
+# Of attention by products; that of recurrent decoders adds queries and keys.
+QUERY = r"(.*/)?(cross_)?attention/query/(kernel|bias)"
+# What `models.layers.XAVIER` initializes, with a variance of 2 / (inputs + outputs).
+XAVIER = (
+    r"(.*/)?((cross_)?attention/(query|key|value|out)|mlp/(up|down)|connector|pixels"
+    r"|(image|text)_projection|layer\d|prototypes)/kernel|(.*/)?probe"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +38,9 @@ class Mup:
     Attributes:
         base_width: Width of a model of the same depth, for which `optim.lr` is good. All widths are
             taken to be scaled together: those of MLPs, decoder and text tower, too. 0 disables muP.
-        base_heads: Number of attention heads of that model. 0 is as many as give heads of the same
-            size as now.
+        base_heads: Number of attention heads of that model's encoder, a ViT. 0 is as many as give
+            heads of the same size as now. Those of a decoder or text tower are taken to be in the
+            same proportion to its present ones.
     """
 
     base_width: int = 0
@@ -82,21 +89,28 @@ def rates(shapes: Any, base: Any, query: float) -> Any:
 def initial(params: Any, base: Any, query: float) -> Any:
     """Return the initial parameters of muP for those of the usual initialization.
 
-    That has kernels with a variance of 1 / fan_in, as hidden layers keep. Those of output layers,
-    whose outputs do not grow with the width, get 1 / fan_in^2.
+    Kernels of hidden layers keep their variance, which is in proportion to 1 / inputs. Those of
+    output layers, whose outputs do not grow with the width, get one in
+    proportion to 1 / inputs^2. Input layers and `INPUTS` get that of the base model.
     """
 
     def scale(path, p, b):
         name, factor = rules.path_string(path), 1.0
-        if name.endswith("kernel"):
-            inputs, outputs = p.shape[-2] / b.shape[-2], p.shape[-1] / b.shape[-1]
-            factor = inputs**-0.5 if outputs == 1 else 1.0
-        elif _matches(INPUTS, name):
-            factor = (p.shape[-1] / b.shape[-1]) ** 0.5
+        kernel = name.endswith("kernel")
+        hidden = kernel and p.shape[-2] != b.shape[-2] and p.shape[-1] != b.shape[-1]
+        if (kernel and not hidden) or _matches(INPUTS, name):
+            factor = (variance(name, b.shape) / variance(name, p.shape)) ** 0.5
+            factor *= b.shape[-2] / p.shape[-2] if kernel else 1.0
         factor *= query if _matches(QUERY, name) else 1.0
         return p if factor == 1 else p * factor
 
     return jax.tree_util.tree_map_with_path(scale, params, base)
+
+
+def variance(name: str, shape: tuple[int, ...]) -> float:
+    """Return the initial variance of a kernel or of one of `INPUTS`, up to a constant factor."""
+    inputs = shape[-2] if name.endswith("kernel") else shape[-1]
+    return 2 / (shape[-2] + shape[-1]) if _matches(XAVIER, name) else 1 / inputs
 
 
 def _matches(pattern: str, name: str) -> bool:

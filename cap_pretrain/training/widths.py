@@ -10,9 +10,9 @@ from ml_collections import ConfigDict
 
 from cap_pretrain import config as configs
 from cap_pretrain import learners
-from cap_pretrain.errors import UserError
 from cap_pretrain.models.build import encoder_size
-from cap_pretrain.models.sizes import RESNETS, SIZES
+from cap_pretrain.models.narrowing import narrowed
+from cap_pretrain.models.sizes import RESNETS
 from cap_pretrain.optim import mup
 from cap_pretrain.optim.mup import Mup
 
@@ -38,7 +38,7 @@ def initial(config: ConfigDict, params: Any) -> Any:
 def _compared(text: str) -> tuple[Any, Any, float]:
     """Return abstract parameters of a config in JSON and of its base, and the factor of queries."""
     config = ConfigDict(json.loads(text))
-    base, query = _narrowed(config), 1.0
+    base, query = narrowed(config), 1.0
     if config.model.name not in RESNETS:
         size = encoder_size(config)
         query = Mup(**config.optim.mup).query(size.width // size.heads)
@@ -48,28 +48,3 @@ def _compared(text: str) -> tuple[Any, Any, float]:
 def _parameters(config: ConfigDict) -> Any:
     learner = nnx.eval_shape(lambda: learners.build(config, VOCABULARY, jax.random.key(0)))
     return nnx.to_pure_dict(nnx.state(learner, nnx.Param))
-
-
-def _narrowed(config: ConfigDict) -> ConfigDict:
-    """Return the config with the width of the base model, and all others in proportion."""
-    base = config.copy_and_resolve_references()
-    model, width = base.model, config.optim.mup.base_width
-    if model.name in RESNETS:
-        model.width = width
-        return base
-    if model.name.partition("/")[0] not in SIZES:
-        raise UserError(
-            f"optim.mup.base_width: model.name={model.name} has no widths to scale; set it to 0."
-        )
-    size = encoder_size(config)
-    model.width, model.mlp = size.width, size.mlp
-    for field in ("width", "mlp", "decoder_width", "decoder_mlp"):
-        scaled = model[field] * width
-        if scaled % size.width:
-            raise UserError(
-                f"optim.mup.base_width: {width} of {size.width} is no whole number of "
-                f"model.{field}={model[field]}; choose another one."
-            )
-        model[field] = scaled // size.width
-    model.heads = model.decoder_heads = 1  # which no parameter shows
-    return base

@@ -1,16 +1,21 @@
 """Muon: each matrix of each layer is orthogonalized by itself, on any mesh; the rest is Adam."""
 
+import ast
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+from cap_pretrain import rules
 from cap_pretrain.distributed import sharding
 from cap_pretrain.errors import UserError
-from cap_pretrain.optim import optimizers
+from cap_pretrain.optim import muon, optimizers
 from cap_pretrain.optim.muon import Muon
 from cap_pretrain.rules import flatten
+from tests import tiny, toy
 from tests.layouts import mesh, on_eight_devices
 from tests.optim.test_optimizers import section
 
@@ -30,6 +35,14 @@ OTHERS = {
     "decoder/logits/kernel": (32, 24),
     "log_scale": (),
 }
+
+
+def test_the_rules_in_the_docs_are_for_what_adam_updates():
+    text = (toy.CONFIGS.parent / "docs/optimizers.md").read_text()
+    documented = ast.literal_eval(re.search(r"optim.lr_rules=(\(\(.*\)\))'", text)[1])
+    _, params, _ = tiny.abstract(tiny.config(pool="map"))
+    rates = rules.apply_rules(documented, params, default=1.0, field="optim.lr_rules")
+    assert rates == jax.tree.map({"adam": 0.05, "muon": 1.0}.get, muon._kinds(params))
 
 
 def tree(seed):

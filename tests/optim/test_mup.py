@@ -1,6 +1,7 @@
 """muP: factors as in its tables, the same as multipliers, and coordinates flat in width."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,8 @@ from flax import nnx
 from cap_pretrain import learners
 from cap_pretrain.distributed import sharding
 from cap_pretrain.errors import UserError
-from cap_pretrain.optim import optimizers
+from cap_pretrain.models.narrowing import narrowed
+from cap_pretrain.optim import mup, optimizers
 from cap_pretrain.optim.mup import Mup
 from cap_pretrain.rules import flatten
 from cap_pretrain.training import setup, step, widths
@@ -62,6 +64,34 @@ def test_at_the_width_of_the_base_nothing_changes():
     assert widths.rates(config(128, base_width=0, base_heads=0)) is None
 
 
+def test_output_layers_get_the_same_variance_by_any_initialization():
+    outputs = {"layer1": 1024, "image_projection": 512, "pixels": 768, "head": 4}
+    params, base = (
+        {name: {"kernel": np.ones((width, n))} for name, n in outputs.items()}
+        | {"probe": np.ones((100, width))}
+        for width in (256, 64)
+    )
+    found = mup.initial(params, base, 1.0)
+    for name, n in outputs.items():
+        usual = 1 / 256 if name == "head" else 2 / (256 + n)
+        of_base = 1 / 64 if name == "head" else 2 / (64 + n)
+        scaled = found[name]["kernel"][0, 0] ** 2 * usual
+        np.testing.assert_allclose(scaled, of_base / 4**2)
+    np.testing.assert_allclose(found["probe"][0, 0] ** 2 / (100 + 256), 1 / (100 + 64))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("learner", ["captioner", "dual_encoder", "distillation", "aimv2", "coca"])
+def test_the_variances_are_those_of_the_initialization(learner):
+    c = config(64, learner=learner)
+    params = nnx.to_pure_dict(nnx.state(learners.build(c, 500, jax.random.key(0)), nnx.Param))
+    for path, leaf in flatten(params).items():
+        kernel = path.endswith("kernel") and jnp.any(leaf)
+        if kernel or re.fullmatch(mup.INPUTS, path):
+            expected = mup.variance(path, leaf.shape)
+            np.testing.assert_allclose(np.var(leaf), expected, rtol=0.4, err_msg=path)
+
+
 @pytest.mark.slow
 def test_convolutions_and_widths_of_other_parts():
     c = config(0, base_width=16, base_heads=0, learner="recurrent")
@@ -71,6 +101,13 @@ def test_convolutions_and_widths_of_other_parts():
     assert rates["encoder/stage_3/block_1/unit_1/conv/kernel"] == 1 / 4
     assert rates["decoder/image/kernel"] == 1 / 4
     assert rates["decoder/layers/0/recurrent/kernel"] == rates["decoder/logits/kernel"] == 1
+    c = config(0, base_width=16, base_heads=0)
+    c.model.update(name="resnet18", mlp=0, depth=0, heads=0, decoder_width=64, decoder_heads=4)
+    assert flatten(widths.rates(c))["decoder/logits/kernel"] == 1 / 4
+    c = config(128, learner="recurrent")
+    c.learner.decoder = "attention"
+    rates = flatten(widths.rates(c))
+    assert rates["decoder/query/kernel"] == 1 and rates["decoder/key/kernel"] == 1 / 4
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "lion"])
@@ -93,17 +130,17 @@ def test_rate_and_initialization_are_the_same_as_a_multiplier(name):
 
 
 @pytest.mark.parametrize(
-    ("mup", "optimizer", "message"),
+    ("given", "optimizer", "message"),
     [
         ({"base_width": 32}, "muon", "base_width: is for adamw, adafactor, lion, not for .*=muon"),
         ({"base_width": -1}, "adamw", "base_width: -1 must not be negative"),
         ({"base_width": 32, "base_heads": 3}, "adamw", "base_heads: 3 does not divide"),
     ],
 )
-def test_invalid_settings_are_refused(mup, optimizer, message):
+def test_invalid_settings_are_refused(given, optimizer, message):
     c = config(64)
     c.optim.name = optimizer
-    c.optim.mup.update(dict(base_heads=0) | mup)
+    c.optim.mup.update(dict(base_heads=0) | given)
     with pytest.raises(UserError, match=f"optim.mup.{message}"):
         validate(c)
 
@@ -112,11 +149,14 @@ def test_a_base_that_is_no_model_is_refused():
     c = config(64, base_width=33, base_heads=0)
     c.model.mlp = 100
     with pytest.raises(UserError, match="base_width: 33 of 64 is no whole number of model.mlp=100"):
-        widths.rates(c)
+        validate(c)
     stored = config(64)
     stored.model.name = "stored"
     with pytest.raises(UserError, match="model.name=stored has no widths"):
-        widths.rates(stored)
+        narrowed(stored)
+    stored.model.name = "resnet18"
+    with pytest.raises(UserError, match="base_heads: model.name=resnet18 has no heads"):
+        narrowed(stored)
     Mup().check("sgd")
 
 
