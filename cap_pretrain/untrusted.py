@@ -49,7 +49,7 @@ class TooLargeError(OSError):
 
 
 class NotRegularError(OSError):
-    """There is a FIFO, device, socket or folder where a file is expected."""
+    """A FIFO, device, socket, folder or impossible name is where a file is expected."""
 
 
 @contextlib.contextmanager
@@ -215,7 +215,10 @@ def open_regular(path: Path) -> BinaryIO:
     """
     if not isinstance(path, (str, Path)):
         return io.BufferedReader(io.BytesIO(path.read_bytes()))
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    except ValueError as error:  # a null byte
+        raise NotRegularError(f"not a regular file: {path}") from error
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise NotRegularError(f"not a regular file: {path}")
