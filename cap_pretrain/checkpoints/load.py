@@ -73,7 +73,7 @@ def load_learner(
     """Load a run's learner, without its optimizer. The workdir is not changed.
 
     `mesh` holds the variables, by default the first device of this process; `step` and `say` are
-    those of `read_weights`. Raises UserError if there is no such run or no valid checkpoint, or if
+    those of `read_weights`. Raises UserError if the run or a valid checkpoint is missing, or if
     its config.json or tokenizer is not the one it was trained with.
     """
     workdir = files.place(workdir)
@@ -126,8 +126,8 @@ def read_config(workdir: str | Path) -> ConfigDict:
     path = files.place(workdir) / "config.json"
     if not path.is_file():
         raise UserError(
-            f"{workdir}: is not the folder of a run: its config.json cannot be read (there is no "
-            "such file); give the --workdir of a run."
+            f"{workdir}: is not the folder of a run: its config.json cannot be read (no such "
+            "file); give the --workdir of a run."
         )
     try:
         with untrusted.parsing(path):
@@ -172,7 +172,7 @@ def read_weights(workdir: str | Path, step: int | None = None, say: Say = to_std
     """Read and validate the learner's variables, with averaged parameters if the run kept them.
 
     `step` is by default that of the newest valid checkpoint; corrupt ones are skipped, with a line
-    to `say`. Raises UserError if there is no such checkpoint, or no valid one.
+    to `say`. Raises UserError if the checkpoint is missing, or none is valid.
     """
     steps = saved_steps(workdir)
     if not steps or step not in (None, *steps):
