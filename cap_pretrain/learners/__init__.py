@@ -220,9 +220,8 @@ def able(
     if part:
         names = [member.name for member in found[1:]]
         if part not in names:
-            there = f"the parts {', '.join(names)}" if names else "no parts"
             raise UserError(
-                f"part: {part!r} is unknown; a {config.learner.name} trains {there}."
+                f"part: {part!r} is no part that this {config.learner.name} trains."
                 f"{did_you_mean(part, names)}"
             )
         found = [member for member in found if member.name == part]

@@ -212,12 +212,14 @@ def test_parts_are_found_by_what_they_can_do():
     assert [f and f.name for f in found] == ["siglip", "cap", "cap", None, "siglip"]
     assert found[0].config.learner.contrast == "sigmoid"
     with pytest.raises(
-        UserError, match="'capp' is unknown; a joint trains the parts cap, siglip. D"
+        UserError, match="'capp' is no part that this joint trains. Did you mean 'cap'"
     ):
         learners.able(c, ScoresTexts, "capp")
     c = joint(cap=1)  # the other part is never trained
     assert learners.able(c, ScoresTexts).name == "cap" and not learners.able(c, EmbedsText)
-    with pytest.raises(UserError, match="'siglip' is unknown; a joint trains the parts cap"):
+    with pytest.raises(
+        UserError, match="'siglip' is no part that this joint trains. Choose from: cap"
+    ):
         learners.able(c, ScoresTexts, "siglip")
 
 
