@@ -13,6 +13,7 @@ from cap_pretrain.distributed import sharding
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals import suite
 from cap_pretrain.evals.base import Context
+from cap_pretrain.evals.probes import attentive
 from cap_pretrain.learners import build
 from cap_pretrain.telemetry import console
 from cap_pretrain.training.step import split_learner
@@ -31,6 +32,7 @@ SMALL = {
     **{"linear_probe": {"c": (1.0, 2.0)}, "few_shot": {"shots": (1,), "draws": 1}},
     **{"scene_captions": {"count": 4}, "attention_mass": {"count": 4}, "captions": {"count": 4}},
 }
+SMALL["map_probe"] = {"lr": (1e-3,), "weight_decay": (0.01,), "fit_batch": 4}
 for _name in (
     *("retrieval", "composition", "zero_shot"),
     *("perplexity", "question_answers", "caption_scores"),
@@ -148,10 +150,12 @@ def test_a_missing_program_is_told_at_once(data, monkeypatch):
     assert "no java on the PATH" in refusal(config(data, "captioned", mine=mine))
 
 
+# Referring expressions need regions, which no dataset here has; see test_referring.py.
 @pytest.mark.slow
-@pytest.mark.parametrize("name", evals.REGISTRY)
-def test_what_is_accepted_can_be_evaluated(name, data, built, tokenizer_path):
+@pytest.mark.parametrize("name", [name for name in evals.REGISTRY if name != "referring"])
+def test_what_is_accepted_can_be_evaluated(name, data, built, tokenizer_path, monkeypatch):
     """No evaluation finds a mistake that the check could have found."""
+    monkeypatch.setattr(attentive, "LEAST_STEPS", 2)
     accepted = 0
     for kind in KINDS:
         for learner in LEARNERS:
