@@ -42,7 +42,7 @@ class Grids(NamedTuple):
         return math.isqrt(self.old[0]), math.isqrt(self.new[0])
 
     def resample(self, x: jax.Array) -> jax.Array:
-        """Resample [patches, width] to the present patches; what is not negative remains so."""
+        """Resample [patches, width] to the present patches; values >= 0 remain >= 0."""
         old, new = self.sides
         return resample_positions(x.astype(jnp.float32), (old, old), (new, new)).astype(x.dtype)
 

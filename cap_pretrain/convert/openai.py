@@ -34,6 +34,22 @@ HEAD_WIDTH = 64
 NORM_EPS = 1e-5
 
 _POSITIONS = "visual.positional_embedding"
+
+
+def _blocks(layer: str) -> dict[str, Entry]:
+    """Return the names of the parameters of the blocks, whose own names begin with `layer`."""
+    return {
+        "blocks/norm1": layer + "ln_1",
+        "blocks/attention/query": Fused(layer + "attn.in_proj", 0),
+        "blocks/attention/key": Fused(layer + "attn.in_proj", 1),
+        "blocks/attention/value": Fused(layer + "attn.in_proj", 2),
+        "blocks/attention/out": layer + "attn.out_proj",
+        "blocks/norm2": layer + "ln_2",
+        "blocks/mlp/up": layer + "mlp.c_fc",
+        "blocks/mlp/down": layer + "mlp.c_proj",
+    }
+
+
 _LAYER = "visual.transformer.resblocks.{}."
 _NUMBER = _LAYER.replace(".", r"\.").format(r"(\d+)")
 
@@ -45,14 +61,7 @@ NAMES: dict[str, Entry] = {
         ("visual.class_embedding", _POSITIONS), lambda token, positions: token + positions[:1]
     ),
     "pre_norm": "visual.ln_pre",
-    "blocks/norm1": _LAYER + "ln_1",
-    "blocks/attention/query": Fused(_LAYER + "attn.in_proj", 0),
-    "blocks/attention/key": Fused(_LAYER + "attn.in_proj", 1),
-    "blocks/attention/value": Fused(_LAYER + "attn.in_proj", 2),
-    "blocks/attention/out": _LAYER + "attn.out_proj",
-    "blocks/norm2": _LAYER + "ln_2",
-    "blocks/mlp/up": _LAYER + "mlp.c_fc",
-    "blocks/mlp/down": _LAYER + "mlp.c_proj",
+    **_blocks(_LAYER),
     "norm": "visual.ln_post",
 }
 
@@ -61,14 +70,7 @@ _TEXT_LAYER = "transformer.resblocks.{}."
 TEXT_NAMES: dict[str, Entry] = {  # of the text tower and the projections
     "embedding/embedding": "token_embedding.weight",
     "positions": "positional_embedding",
-    "blocks/norm1": _TEXT_LAYER + "ln_1",
-    "blocks/attention/query": Fused(_TEXT_LAYER + "attn.in_proj", 0),
-    "blocks/attention/key": Fused(_TEXT_LAYER + "attn.in_proj", 1),
-    "blocks/attention/value": Fused(_TEXT_LAYER + "attn.in_proj", 2),
-    "blocks/attention/out": _TEXT_LAYER + "attn.out_proj",
-    "blocks/norm2": _TEXT_LAYER + "ln_2",
-    "blocks/mlp/up": _TEXT_LAYER + "mlp.c_fc",
-    "blocks/mlp/down": _TEXT_LAYER + "mlp.c_proj",
+    **_blocks(_TEXT_LAYER),
     "norm": "ln_final",
     "text_projection": "text_projection",
     "text_projection/kernel": Computed(("text_projection",), lambda kernel: kernel.T),

@@ -119,7 +119,8 @@ class ContrastiveDecoder(Decoder):
         """
         first, second = split_optional(key, 2)
         x = self._unimodal(tokens, positions, mask, first, embeds=True)
-        return self._multimodal(x[:, :-1], encoded, mask, second), self.text_norm(x[:, -1])
+        states = self._decode(x[:, :-1], self._pooled(encoded), mask, second)
+        return states, self.text_norm(x[:, -1])
 
     def states(
         self,
@@ -133,7 +134,7 @@ class ContrastiveDecoder(Decoder):
         """Return the final hidden states [B * C, T, D] of texts; see `Decoder.states`."""
         first, second = split_optional(key, 2)
         x = self._unimodal(tokens, positions, mask, first)
-        return self._multimodal(x, encoded, mask, second)
+        return self._decode(x, self._pooled(encoded), mask, second)
 
     def embed(
         self,
@@ -177,22 +178,6 @@ class ContrastiveDecoder(Decoder):
             depth=self.size.depth,
             compute=self.compute,
         )[0]
-
-    def _multimodal(
-        self, x: jax.Array, encoded: jax.Array, mask: jax.Array, key: jax.Array | None
-    ) -> jax.Array:
-        """Return the final hidden states [B * C, T, D] for those of the first layers."""
-        context = self._pooled(encoded)
-        keys, _ = layer_randomness(key, self.size.depth, self.compute)
-        x, _ = scan_layers(
-            self.blocks,
-            lambda block, x, key: (block(x, context, mask, key), None),
-            x,
-            keys,
-            depth=self.size.depth,
-            compute=self.compute,
-        )
-        return self.norm(x)
 
     def _pooled(self, encoded: jax.Array) -> jax.Array:
         return encoded if self.pooling is None else self.pooling(encoded)

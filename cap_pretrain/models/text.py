@@ -199,7 +199,12 @@ class Decoder(nnx.Module):
             mask: bool [B * C | 1, 1, T, T], True where a position attends.
             key: Random key for dropout. None in evaluation.
         """
-        x = self._read(tokens, positions)
+        return self._decode(self._read(tokens, positions), encoded, mask, key)
+
+    def _decode(
+        self, x: jax.Array, encoded: jax.Array, mask: jax.Array, key: jax.Array | None
+    ) -> jax.Array:
+        """Return the final hidden states for the input x [B * C, T, D] of the first layer."""
         keys, _ = layer_randomness(key, self.size.depth, self.compute)
         x, _ = scan_layers(
             self.blocks,

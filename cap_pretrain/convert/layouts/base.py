@@ -29,7 +29,7 @@ class Source:
         config: Config of the run.
         params: Parameters of its learner, by path.
         tokenizer: Its sentencepiece model; None if there is none.
-        byte_pairs: Its tokenizer.json of CLIP's byte pairs; None if there is none.
+        byte_pairs: its tokenizer.json of CLIP's byte pairs, or None.
         place: Where the export will lie, as its files name it: "local-dir:FOLDER" or
             "hf-hub:OWNER/NAME".
     """

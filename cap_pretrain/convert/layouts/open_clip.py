@@ -24,27 +24,16 @@ from cap_pretrain.convert.layouts.base import (
     write_json,
     write_tensors,
 )
-from cap_pretrain.convert.tables import Entry, Fused, to_torch
+from cap_pretrain.convert.tables import Entry, to_torch
 from cap_pretrain.errors import UserError
 from cap_pretrain.learners.dual_encoder import DualEncoder
 from cap_pretrain.models.build import text_size
 from cap_pretrain.models.layers import Details
 from cap_pretrain.models.text_tower import TextOptions
 
-_LAYER = "transformer.resblocks.{}."
-
-TEXT_NAMES: dict[str, Entry] = {  # of our text tower and the "projection" after it
-    "embedding/embedding": "token_embedding.weight",
-    "positions": "positional_embedding",
-    "blocks/norm1": _LAYER + "ln_1",
-    "blocks/attention/query": Fused(_LAYER + "attn.in_proj", 0),
-    "blocks/attention/key": Fused(_LAYER + "attn.in_proj", 1),
-    "blocks/attention/value": Fused(_LAYER + "attn.in_proj", 2),
-    "blocks/attention/out": _LAYER + "attn.out_proj",
-    "blocks/norm2": _LAYER + "ln_2",
-    "blocks/mlp/up": _LAYER + "mlp.c_fc",
-    "blocks/mlp/down": _LAYER + "mlp.c_proj",
-    "norm": "ln_final",
+# Of our text tower and the "projection" after it.
+TEXT_NAMES: dict[str, Entry] = {
+    **{name: own for name, own in openai.TEXT_NAMES.items() if "projection" not in name},
     "projection": "text_projection",
 }
 
