@@ -32,7 +32,7 @@ URL = "faulty://bucket/set"
 @pytest.fixture(params=["wds", "parquet"])
 def here(request, tmp_path, monkeypatch):
     """The name of a local dataset whose files are in the bucket, too."""
-    for name, value in {"rate": 0, "failed": 0, "requested": [], "store": {}}.items():
+    for name, value in {"rate": 0, "failed": [], "requested": [], "store": {}}.items():
         monkeypatch.setattr(Faulty, name, value)
     monkeypatch.setattr(Faulty, "random", random.Random(0))
     monkeypatch.setattr(storage, "FIRST_DELAY", 1e-4)
