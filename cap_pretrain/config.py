@@ -206,6 +206,8 @@ def _data() -> ConfigDict:
     # "none" resizes the whole image; "random" crops a random part (area 0.08 to 1) first, "window"
     # a square of 7/8 of the shorter side. With the latter two, evaluation takes the central square.
     c.crop = "none"
+    # "naflex" keeps the aspect ratio, with at most the patches of a square image (docs/naflex.md).
+    c.layout = "square"
     c.flip = False  # Mirror half of the images. Captions that mention left and right become wrong.
     # Regions (phrases with boxes) of each image that are drawn for a learner that reads them.
     c.regions = 1

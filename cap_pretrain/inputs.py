@@ -8,12 +8,13 @@ import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from cap_pretrain import files, learners
-from cap_pretrain.data import blocks, pipeline, requirements
+from cap_pretrain.data import blocks, requirements, views
 from cap_pretrain.data.sources import base, subset
 from cap_pretrain.data.sources.base import NoSplitError, Source, parse_mixture
 from cap_pretrain.data.sources.open import GENERATED, open_source
@@ -21,6 +22,7 @@ from cap_pretrain.data.sources.ranges import Cache
 from cap_pretrain.data.text import byte_pairs, tokenizers, words
 from cap_pretrain.distributed import cluster
 from cap_pretrain.errors import UserError
+from cap_pretrain.models import build
 from cap_pretrain.models.sizes import STORED
 from cap_pretrain.telemetry import console
 
@@ -53,7 +55,7 @@ def open_data(config: ConfigDict, split: str, name: str = "", share: float = 0.0
     members = [member for member, _ in parse_mixture(config.data.name)]
     name = name or members[0]
     source = _open_unrestricted(config.data, split, name, share)
-    features, stored = pipeline.is_features(source[0]["image"]), config.model.name == STORED
+    features, stored = views.is_features(source[0]["image"]), config.model.name == STORED
     if features and not stored:
         raise UserError(
             f"data.name: {source} holds features of another encoder instead of images; set "
@@ -129,6 +131,13 @@ def open_sources(config: ConfigDict, share: float = 0.0) -> Mixture:
         members.append((subset.fraction_of(source, config.data.fraction, SUBSET_SEED), weight))
     requirements.check_regions([source for source, _ in members], reads)
     return members
+
+
+def view(config: ConfigDict) -> views.View:
+    """Return how the learner of a config sees images in evaluation."""
+    data = config.data
+    crop: Literal["none", "center"] = "none" if data.crop == "none" else "center"
+    return views.View(data.image_size, crop, build.patch_of(config))
 
 
 def regions_read(config: ConfigDict) -> int:

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from cap_pretrain import evals, files, learners
 from cap_pretrain.config import fields, get, trains
 from cap_pretrain.data import resolution
+from cap_pretrain.data.naflex import LAYOUTS, SQUARE
 from cap_pretrain.data.origins import Origins
 from cap_pretrain.data.regions import MAX_REGIONS, check_augmentation
 from cap_pretrain.data.sources.base import parse_mixture
@@ -60,6 +61,7 @@ FIELDS = {
     "data.eval_split": Field(free=True),
     "data.held_out": Field(minimum=-1),
     "data.lanes": Field(minimum=0),
+    "data.layout": Field(LAYOUTS),
     "data.max_broken": Field(minimum=0, free=True),
     "data.order": Field(("auto", "global", "blocks")),
     "data.workers": Field(minimum=0, free=True),
@@ -220,6 +222,7 @@ def _check_learner(config: ConfigDict) -> None:
     """Check the learner's options against the data and the encoder."""
     members = parse_mixture(config.data.name)
     learners.options(config)
+    _check_layout(config)
     _check_kept_tokens(config)
     if hasattr(cls := learners.learner_class(config.learner.name), "changes"):
         cls.changes(config)
@@ -239,6 +242,16 @@ def _check_learner(config: ConfigDict) -> None:
         raise UserError(
             "encoder: is empty, but optim.lr_rules freezes it; give --config.encoder=PATH."
         )
+
+
+def _check_layout(config: ConfigDict) -> None:
+    """Check that the learner can read images in the layout `data.layout`."""
+    layout = config.data.layout
+    whole, *parts = learners.members(config)
+    for member in parts or [whole]:
+        if layout not in getattr(member.kind, "layouts", (SQUARE,)):
+            named = member.config.learner.name + (f" ({member.name})" if member.name else "")
+            raise UserError(f"data.layout: {layout!r} does not work with {named}; use {SQUARE!r}.")
 
 
 def _check_kept_tokens(config: ConfigDict) -> None:

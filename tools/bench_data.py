@@ -38,7 +38,7 @@ from ml_collections import ConfigDict, config_flags
 
 from cap_pretrain import inputs
 from cap_pretrain.cli import arguments
-from cap_pretrain.data import images, pipeline, prefetch
+from cap_pretrain.data import images, prefetch, views
 from cap_pretrain.data.builders import build
 from cap_pretrain.data.builders.formats import pairs
 from cap_pretrain.data.builders.units import Part
@@ -93,7 +93,7 @@ def stages(mixture: inputs.Mixture, tokenizer, config: ConfigDict, dataset) -> d
     smallest = data.image_size if data.crop == "none" else 0
     _, decode = _timed(lambda file: images.decode(file, smallest), files)
     _, square = _timed(
-        lambda e: pipeline.square(e["image"], data.image_size, data.crop, rng), examples
+        lambda e: views.square(e["image"], data.image_size, data.crop, rng), examples
     )
     texts = [caption for e in examples for caption in e["captions"][:1]]
     _, tokenize = _timed(tokenizer.encode, texts)

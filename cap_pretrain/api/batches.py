@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from cap_pretrain.api.images import Item
 from cap_pretrain.data.prefetch import DEFAULT_THREADS
+from cap_pretrain.data.views import View
 from cap_pretrain.distributed import sharding
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.base import data_parallel, round_up
@@ -22,14 +22,14 @@ class Work:
     """What to compute, and on which devices.
 
     Attributes:
-        data: The section of a config that says how images are preprocessed.
+        view: What the learner sees of an image.
         mesh: Its devices share each batch.
         batch_size: Images at a time; rounded up to a multiple of the devices.
-        compute: Maps images uint8 [B, S, S, 3] on the devices, and the number of the first one, to
-            an array [B, …] or a tree of them, each image independently of the others.
+        compute: Maps images uint8 [B, S, S, 3], or patches, on the devices, and the number of the
+            first one, to an array [B, …] or a tree of them, each image independently of the others.
     """
 
-    data: ConfigDict
+    view: View
     mesh: Mesh
     batch_size: int
     compute: Callable[[jax.Array, int], Any]
@@ -56,7 +56,7 @@ def computed(
     size = work.size(len(items))
     previous: tuple[list[str], Any] | None = None
     first = 0
-    for batch in _read(items, work.data, size):
+    for batch in _read(items, work.view, size):
         names, squares = _readable(batch, unreadable)
         if not names:
             continue
@@ -80,7 +80,7 @@ def positive(batch_size: int) -> int:
 
 
 def _read(
-    items: Sequence[Item], data: ConfigDict, size: int
+    items: Sequence[Item], view: View, size: int
 ) -> Iterator[list[tuple[Item, np.ndarray | str]]]:
     """Yield `size` items at a time with their squares, or why they cannot be read.
 
@@ -89,7 +89,7 @@ def _read(
     with ThreadPoolExecutor(DEFAULT_THREADS) as pool:
 
         def begin(start: int) -> list[Future[np.ndarray | str]]:
-            return [pool.submit(item.read, data) for item in items[start : start + size]]
+            return [pool.submit(item.read, view) for item in items[start : start + size]]
 
         following = begin(0)
         try:

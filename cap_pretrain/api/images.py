@@ -1,8 +1,8 @@
 """Images as callers give them: arrays, images of Pillow, files and folders, one or many.
 
-All become squares, uint8 [S, S, 3], as the evaluation of a run makes them. Arrays of anything but
-uint8 are refused: floats may be in [0, 1], [-1, 1], [0, 255] or standardized, and a wrong guess
-gives features that look fine and are wrong.
+All become squares, uint8 [S, S, 3], or patches, as the evaluation of a run makes them. Arrays of
+anything but uint8 are refused: floats may be in [0, 1], [-1, 1], [0, 255] or standardized, and a
+wrong guess gives features that look fine and are wrong.
 """
 
 import functools
@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
-from ml_collections import ConfigDict
 from PIL import Image
 
-from cap_pretrain.cli.captioning import evaluation_crop, image_paths, read_image
-from cap_pretrain.data import images, pipeline
+from cap_pretrain.cli.captioning import image_paths, read_image
+from cap_pretrain.data import images
+from cap_pretrain.data.views import View
 from cap_pretrain.errors import UserError
 
 Images: TypeAlias = Any
@@ -37,10 +37,10 @@ FLOATS = (
 
 
 class Item(NamedTuple):
-    """One image: its name for messages, and a function that returns its square or why not."""
+    """One image: its name for messages, and a function that returns what is seen or why not."""
 
     name: str
-    read: Callable[[ConfigDict], np.ndarray | str]
+    read: Callable[[View], np.ndarray | str]
 
 
 def listed(given: Images) -> list[Item]:
@@ -104,20 +104,20 @@ def _kind(given: Any) -> str:
     return f"{'an' if own[0] in 'aeiou' else 'a'} {own}"
 
 
-def _of_array(pixels: np.ndarray, data: ConfigDict) -> np.ndarray | str:
-    return pipeline.square(pixels, data.image_size, evaluation_crop(data))
+def _of_array(pixels: np.ndarray, view: View) -> np.ndarray | str:
+    return view(pixels)
 
 
-def _of_pillow(image: Image.Image, data: ConfigDict) -> np.ndarray | str:
+def _of_pillow(image: Image.Image, view: View) -> np.ndarray | str:
     try:
         pixels = images.upright(image)(images.rgb(image))
     except Exception as error:  # Pillow raises nearly anything on corrupt files
         return f"cannot be converted to RGB: {error}"
-    return _of_array(np.ascontiguousarray(pixels), data)
+    return _of_array(np.ascontiguousarray(pixels), view)
 
 
-def _of_file(content: bytes, data: ConfigDict) -> np.ndarray | str:
+def _of_file(content: bytes, view: View) -> np.ndarray | str:
     try:
-        return pipeline.square(content, data.image_size, evaluation_crop(data))
+        return view(content)
     except images.ImageError as error:
         return str(error)

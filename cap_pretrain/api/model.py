@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cap_pretrain import learners, rng, rules
+from cap_pretrain import inputs, learners, rng, rules
 from cap_pretrain.api import batches
 from cap_pretrain.api.batches import positive
 from cap_pretrain.api.images import Images, listed
@@ -367,7 +367,7 @@ class Model:
                 f"{self.path}: was trained on stored features ({self.config.data.name}) and has no "
                 "image encoder; load a run that has one."
             )
-        work = batches.Work(self.config.data, self._mesh, positive(batch_size), compute)
+        work = batches.Work(inputs.view(self.config), self._mesh, positive(batch_size), compute)
         yield from batches.computed(listed(images), work, unreadable)
 
 

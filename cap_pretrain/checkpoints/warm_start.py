@@ -197,6 +197,8 @@ def _take_fields(config: ConfigDict, saved: ConfigDict, given: Collection[str]) 
         config.data.update(saved.data.to_dict())
         config.data.update_from_flattened_dict({k: v for k, v in own.items() if k != "name"})
     config.data.image_size = saved.data.image_size
+    if "data.layout" not in given:
+        config.data.layout = saved.data.layout
     if whole:
         config.learner = saved.learner
         config.text.update(saved.text)

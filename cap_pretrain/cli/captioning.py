@@ -4,20 +4,20 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 from flax import nnx
-from ml_collections import ConfigDict
 
 from cap_pretrain import inputs, rng, untrusted
 from cap_pretrain.checkpoints.load import Learner
 from cap_pretrain.checkpoints.open import open_learner
 from cap_pretrain.cli import arguments, figures
-from cap_pretrain.data import images, pipeline
+from cap_pretrain.data import images, views
 from cap_pretrain.data.builders import files
 from cap_pretrain.data.text.tokenizers import encode_answer
+from cap_pretrain.data.views import View
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.inference.captioning import Caption, read_captions
 from cap_pretrain.learners.protocols import WritesCaptions
@@ -37,7 +37,7 @@ class Named(NamedTuple):
 
     Attributes:
         name: Name of the file, or id of the example.
-        image: What the learner reads, uint8 [S, S, 3].
+        image: What the learner reads, uint8 [S, S, 3] or patches [N, W] (`data.naflex`).
         photo: The image at its own size and aspect, but not above `PHOTO`, uint8 [H, W, 3].
     """
 
@@ -46,21 +46,12 @@ class Named(NamedTuple):
     photo: np.ndarray
 
 
-def evaluation_crop(data: ConfigDict) -> Literal["none", "center"]:
-    """Return how a run with this `config.data` crops images to squares for evaluation."""
-    return "none" if data.crop == "none" else "center"
+def read_image(path: str, view: View) -> np.ndarray | str:
+    """Read an image file as a learner with this view sees it in evaluation.
 
-
-def read_image(path: str, data: ConfigDict) -> np.ndarray | str:
-    """Read an image file and preprocess it as a run with this `config.data` does for evaluation.
-
-    Returns the image, uint8 [S, S, 3], or the reason it cannot be read.
+    Returns the image, uint8 [S, S, 3] or patches [N, W], or the reason it cannot be read.
     """
-    return _read(path, lambda file: _preprocessed(file, data))
-
-
-def _preprocessed(image: bytes | np.ndarray, data: ConfigDict) -> np.ndarray:
-    return pipeline.square(image, data.image_size, evaluation_crop(data))
+    return _read(path, view)
 
 
 def _read(path: str, use: Callable[[bytes], T]) -> T | str:
@@ -95,7 +86,7 @@ def dataset_images(learner: Learner, data: str, split: str, count: int) -> list[
     By default, "", data and split are those of the learner's run and its evaluation. Raises
     UserError if the dataset holds stored features instead of images.
     """
-    section = learner.config.data
+    section, view = learner.config.data, inputs.view(learner.config)
     source = inputs.open_data(learner.config, split or section.eval_split, data)
     found = []
     for index in range(min(count, len(source))):
@@ -103,17 +94,16 @@ def dataset_images(learner: Learner, data: str, split: str, count: int) -> list[
         image = example["image"]
         if not isinstance(image, bytes) and np.ndim(image) != 3:
             raise UserError(f"--data: {source} holds stored features; choose one with images.")
-        read = _preprocessed(image, section)
-        found.append(Named(example["id"], read, pipeline.photo(image, PHOTO)))
+        found.append(Named(example["id"], view(image), views.photo(image, PHOTO)))
     return found
 
 
 def file_images(learner: Learner, paths: Sequence[str]) -> list[Named]:
     """Return the images of files, preprocessed for evaluation; report unreadable ones on stderr."""
     found = []
-    data = learner.config.data
+    view = inputs.view(learner.config)
     for path in paths:
-        image = _read(path, lambda file: (_preprocessed(file, data), pipeline.photo(file, PHOTO)))
+        image = _read(path, lambda file: (view(file), views.photo(file, PHOTO)))
         if isinstance(image, str):
             print(f"{untrusted.printable(path)}: not drawn: {image}", file=sys.stderr)
         else:

@@ -25,13 +25,13 @@ from typing import Any
 
 import numpy as np
 from absl import logging
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from cap_pretrain import untrusted
+from cap_pretrain import inputs, untrusted
 from cap_pretrain.checkpoints.open import open_learner
 from cap_pretrain.cli import arguments
 from cap_pretrain.cli.captioning import ScoredCaptioner, image_paths, read_image, scored_captioner
+from cap_pretrain.data.views import View
 from cap_pretrain.errors import UserError
 from cap_pretrain.models.decoding import Decoding
 
@@ -39,11 +39,11 @@ BLANK = "the learner wrote no text; answers need a run that was trained on quest
 
 
 def caption_files(
-    paths: Sequence[str], captions: ScoredCaptioner, batch_size: int, data: ConfigDict
+    paths: Sequence[str], captions: ScoredCaptioner, batch_size: int, view: View
 ) -> Iterator[dict[str, Any]]:
     """Yield {"image": path} and "caption" with "captions", or "error", in the order of paths."""
     for start in range(0, len(paths), batch_size):
-        batch = [(path, read_image(path, data)) for path in paths[start : start + batch_size]]
+        batch = [(path, read_image(path, view)) for path in paths[start : start + batch_size]]
         pixels = [found for _, found in batch if not isinstance(found, str)]
         written = iter(captions(np.stack(pixels)) if pixels else ())
         for path, found in batch:
@@ -81,7 +81,7 @@ def _run(args: argparse.Namespace) -> int:
     captions = scored_captioner(learner, decoding, batch_size, args.seed, args.question)
     scores = args.scores or decoding.captions > 1
     failed = False
-    results = caption_files(paths, captions, batch_size, learner.config.data)
+    results = caption_files(paths, captions, batch_size, inputs.view(learner.config))
     # The lines themselves show the progress on a terminal.
     hidden = True if sys.stdout.isatty() else None
     for result in tqdm(results, total=len(paths), unit="img", disable=hidden):

@@ -25,7 +25,7 @@ from cap_pretrain.checkpoints.load import read_config
 from cap_pretrain.checkpoints.open import run_at
 from cap_pretrain.cli import arguments
 from cap_pretrain.cli.captioning import PHOTO
-from cap_pretrain.data import pipeline
+from cap_pretrain.data import views
 from cap_pretrain.data.scenes.source import Scenes
 from cap_pretrain.data.scenes.text import find_mentions, names_every_object
 from cap_pretrain.data.scenes.world import Scene
@@ -74,7 +74,7 @@ def of_dataset(data: str, split: str, size: int) -> Iterator[Picture]:
         example = source[index]
         captions = tuple(example["captions"])
         first = captions[0] if captions else ""
-        yield Picture(pipeline.photo(example["image"], PHOTO), first, captions[1:])
+        yield Picture(views.photo(example["image"], PHOTO), first, captions[1:])
 
 
 def of_run(run: str, evaluation: str) -> Iterator[Picture]:
@@ -96,7 +96,7 @@ def of_run(run: str, evaluation: str) -> Iterator[Picture]:
         caption = entry(sample, "caption", str, path)
         texts = checked(sample.get("references", []), "references", list, path)
         references = tuple(checked(text, "references", str, path) for text in texts)
-        image = pipeline.photo(source[index]["image"], PHOTO)
+        image = views.photo(source[index]["image"], PHOTO)
         if isinstance(source, Scenes):
             scene = source.scene(index)
             right, wrong = names_every_object(scene, caption), misnamed(scene, caption)

@@ -33,6 +33,7 @@ from cap_pretrain import config as configs
 from cap_pretrain import fingerprint, inputs, learners
 from cap_pretrain.checkpoints import warm_start
 from cap_pretrain.cli import arguments
+from cap_pretrain.data.naflex import SQUARE
 from cap_pretrain.data.regions import regions_of
 from cap_pretrain.data.requirements import has_regions
 from cap_pretrain.data.sources.base import Example, Source
@@ -42,6 +43,7 @@ from cap_pretrain.errors import UserError
 from cap_pretrain.evals.base import Context
 from cap_pretrain.evals.inference.portions import EveryImage
 from cap_pretrain.learners.protocols import Featurizes
+from cap_pretrain.models.build import image_shape
 from cap_pretrain.models.layers import normalize_images
 from cap_pretrain.training.step import init_state
 
@@ -69,6 +71,11 @@ def extract(args: argparse.Namespace) -> Iterator[str]:
 
     config, initial = warm_start.resolve(_config(args))
     assert initial, "--encoder is required"
+    if args.what == "tokens" and config.data.layout != SQUARE:
+        raise UserError(
+            "--what: tokens of images in their own aspect ratio are of different numbers, which "
+            f"stored features cannot be; use pooled, or an encoder with data.layout={SQUARE}."
+        )
     tokenizer = _tokenizer(config, args.what)
     splits = {split.partition("[")[0]: split for split in args.splits}
     if len(splits) < len(args.splits):
@@ -89,11 +96,10 @@ def extract(args: argparse.Namespace) -> Iterator[str]:
             lambda learner, images, _: (encode(learner, images, args.what, args.dtype),),
             args.batch_size,
         )
-        side = config.data.image_size
         shape = jax.eval_shape(
             lambda v, images: encode(nnx.merge(graphdef, *v), images, args.what, args.dtype),
             variables,
-            jax.ShapeDtypeStruct((1, side, side, 3), np.uint8),
+            image_shape(config, 1),
         ).shape[1:]
         first = next(iter(sources.values()))
         # A central square would move what boxes refer to.

@@ -28,8 +28,7 @@ from cap_pretrain import inputs
 from cap_pretrain.checkpoints.load import Learner
 from cap_pretrain.checkpoints.open import open_learner
 from cap_pretrain.cli import arguments, figures
-from cap_pretrain.cli.captioning import evaluation_crop
-from cap_pretrain.data import pipeline, prefetch
+from cap_pretrain.data import naflex, pipeline, prefetch, views
 from cap_pretrain.data.sources.base import Source
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.inference import word_maps
@@ -44,6 +43,7 @@ PERPLEXITY = 30  # of t-SNE; its authors recommend 5 to 50 (section 2)
 LEGEND = 20  # maximum classes in a legend: more colors cannot be told apart
 LABELS = 60  # maximum classes that are named at their centers
 COUNTS = {"images": 1000, "captions": 1000, "words": 150}
+THUMBNAIL = 64  # side in pixels of images that are no squares
 METHODS = ("tsne", "pca")
 EXAMPLES = 2000  # number of examples whose captions give the word frequencies
 
@@ -118,18 +118,25 @@ def _of_examples(
     dataset = pipeline.eval_batches(
         source,
         tokenizer,
-        image_size=config.data.image_size,
+        view=inputs.view(config),
         batch_size=BATCH,
-        crop=evaluation_crop(config.data),
         limit=count,
     )
     parts = []
     for batch in tqdm(prefetch.iterate(dataset), total=len(dataset), unit="batch", disable=None):
         vectors = compute(variables, {"image": batch["image"], "text": batch["text"]})
         real = batch["mask"]
-        parts.append([np.asarray(a)[real] for a in (vectors, batch["label"], batch["image"])])
+        found = vectors, batch["label"], _shown(batch["image"])
+        parts.append([np.asarray(array)[real] for array in found])
     vectors, labels, thumbnails = map(np.concatenate, zip(*parts, strict=True))
     return Points(vectors, labels, thumbnails)
+
+
+def _shown(images: np.ndarray) -> np.ndarray:
+    """Return images uint8 [B, H, W, 3] of a batch; those in their own aspect ratio as squares."""
+    if images.ndim != 3 or images.dtype != np.uint8:
+        return images
+    return np.stack([views.picture(naflex.unpacked(image), THUMBNAIL) for image in images])
 
 
 def _check_text(learner: Learner, source: Source) -> None:

@@ -23,9 +23,10 @@ import numpy as np
 from absl import logging
 from flax import nnx
 
+from cap_pretrain import inputs
 from cap_pretrain.checkpoints.load import Learner
 from cap_pretrain.cli import arguments, figures
-from cap_pretrain.cli.captioning import Named, captioner, draw_images, evaluation_crop
+from cap_pretrain.cli.captioning import Named, captioner, draw_images
 from cap_pretrain.evals.inference import word_maps
 from cap_pretrain.learners.protocols import Attends, learner_type
 from cap_pretrain.models.decoding import Decoding
@@ -87,7 +88,7 @@ def attend_words(
     found = []
     for one, ids, row in zip(named, text, attention, strict=True):
         _, words = word_maps.words_of(tokenizer, ids)
-        maps = word_maps.word_maps(row, words)
+        maps = word_maps.word_maps(row, words, one.image)
         titles = [word.text for word in words]
         found.append(Attended(one.name, one.image, titles, maps, one.photo))
     return found
@@ -180,7 +181,7 @@ def _run(args: argparse.Namespace) -> int:
     layer = {"layer": args.layer} if "layer" in args else {}
 
     def draw_attention(learner: Learner, named: list[Named]) -> Any:
-        crop = evaluation_crop(learner.config.data)
+        crop = inputs.view(learner.config).crop
         found = attend_words(learner, named, args.caption, layer)
         return draw(found, args.columns, crop, args.side)
 

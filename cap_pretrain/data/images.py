@@ -19,6 +19,7 @@ from PIL import Image
 
 from cap_pretrain.data import image_files
 from cap_pretrain.data.image_files import ImageError, UnsupportedError
+from cap_pretrain.data.resampling import resized
 
 # Each worker decodes one image at a time, so OpenCV's own threads would compete with workers.
 cv2.setNumThreads(0)
@@ -43,9 +44,9 @@ _COLOR_SPACES = ("YCbCr", "RGB", "Gray")  # simplejpeg's names of those of plain
 _EXIF = b"Exif\0\0"  # start of the segment that may hold a JPEG's orientation (Exif 2.32, 4.7.2)
 _JPEG = ("JPEG", "MPO")  # MPO: written by some cameras, a JPEG followed by further JPEGs
 _LOSSLESS = ("PNG", "GIF", "BMP", "TIFF", "PPM")
-_SMOOTHED = 5**0.5  # largest downscaling that three taps can smooth: there, their weights are equal
 
 _Box = tuple[int, int, int, int]  # top, left, height, width of a part of an image, in pixels
+_Sides = Callable[[int, int], tuple[int, int]]  # maps height and width to those of the result
 _Turn = Callable[[np.ndarray], np.ndarray]
 
 
@@ -102,12 +103,17 @@ def resize(image: bytes | np.ndarray, size: int) -> np.ndarray:
     Like all functions here that resize, it takes pixels [H, W, 3] or an encoded file. A file is
     decoded at no higher resolution than needed, and raises ImageError as `decode` does.
     """
-    return _resize_part(image, size, lambda height, width: (0, 0, height, width))
+    return _resize_part(image, _square(size), _whole)
+
+
+def fit(image: bytes | np.ndarray, sides: _Sides) -> np.ndarray:
+    """Resize the whole upright image to the height and width that `sides(height, width)` gives."""
+    return _resize_part(image, sides, _whole)
 
 
 def center_crop(image: bytes | np.ndarray, size: int) -> np.ndarray:
     """Resize the largest central square to [size, size, 3]."""
-    return _resize_part(image, size, _central)
+    return _resize_part(image, _square(size), _central)
 
 
 def random_resized_crop(
@@ -139,7 +145,7 @@ def random_resized_crop(
                 return top, left, crop_height, crop_width
         return _central(height, width)  # no such part fits into an extreme panorama
 
-    return _resize_part(image, size, draw)
+    return _resize_part(image, _square(size), draw)
 
 
 def random_window(
@@ -156,7 +162,7 @@ def random_window(
         top, left = (int(rng.integers(whole - side + 1)) for whole in (height, width))
         return top, left, side, side
 
-    return _resize_part(image, size, draw)
+    return _resize_part(image, _square(size), draw)
 
 
 def flip(image: np.ndarray) -> np.ndarray:
@@ -189,35 +195,47 @@ def _memory(data: bytes, image: Image.Image, scale: int = 1) -> contextlib.Abstr
     return image_files.memory(data, image.width * image.height, kind, scale)
 
 
+def _square(size: int) -> _Sides:
+    return lambda *_: (size, size)
+
+
+def _whole(height: int, width: int) -> _Box:
+    return 0, 0, height, width
+
+
 def _resize_part(
-    image: bytes | np.ndarray, size: int, choose: Callable[[int, int], _Box]
+    image: bytes | np.ndarray, sides: _Sides, choose: Callable[[int, int], _Box]
 ) -> np.ndarray:
-    """Resize the part `choose(height, width)` of the upright image to [size, size, 3].
+    """Resize the part `choose(height, width)` of the upright image to `sides` of that part.
 
     If a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, the edges of the part are rounded to its
     pixels, so no edge moves by more than half a pixel of the result.
     """
     if isinstance(image, bytes):
-        return image_files.mending(lambda data: _resize_file(data, size, choose), image)
-    return _resize(_part(image, choose(*image.shape[:2])), size)
+        return image_files.mending(lambda data: _resize_file(data, sides, choose), image)
+    box = choose(*image.shape[:2])
+    return resized(_part(image, box), *sides(*box[2:]))
 
 
-def _resize_file(data: bytes, size: int, choose: Callable[[int, int], _Box]) -> np.ndarray:
+def _resize_file(data: bytes, sides: _Sides, choose: Callable[[int, int], _Box]) -> np.ndarray:
     if whole := _size_of_common_jpeg(data):
         box = choose(whole[1], whole[0])
-        scale = _scale(min(box[2:]), size)
+        new = sides(*box[2:])
+        scale = min(map(_scale, box[2:], new))
         with image_files.memory(data, whole[0] * whole[1], scale=scale):
-            return _resize(_part(_decode_jpeg(data, whole, scale), box, scale), size)
+            return resized(_part(_decode_jpeg(data, whole, scale), box, scale), *new)
     with _open(data) as file:
         if not _is_plain_jpeg(file):
             with _memory(data, file):
-                return _resize_part(_decode_with_pillow(file), size, choose)
+                return _resize_part(_decode_with_pillow(file), sides, choose)
         turn = _turn_of_jpeg(file)
         box = _chosen(choose, file.size, turn)
-        scale = _scale(min(box[2:]), size)
+        upright_sides = turn(np.broadcast_to(np.uint8(0), box[2:])).shape
+        new = sides(*upright_sides)
+        scale = min(map(_scale, upright_sides, new))
         with _memory(data, file, scale):
             part = _part(_decode_jpeg(data, file.size, scale), box, scale)
-            return _resize(turn(part), size)
+            return resized(turn(part), *new)
 
 
 def _size_of_common_jpeg(data: bytes) -> tuple[int, int] | None:
@@ -261,46 +279,6 @@ def _central(height: int, width: int) -> _Box:
     """Return the largest central square."""
     side = min(height, width)
     return (height - side) // 2, (width - side) // 2, side, side
-
-
-def _resize(image: np.ndarray, size: int) -> np.ndarray:
-    """Resize [H, W, 3] to [size, size, 3], with antialiasing where it is downscaled.
-
-    For small factors the image is smoothed, then sampled bilinearly. For larger factors it is
-    sampled on a grid that is an integer number of times finer, and averaged. Both approximate
-    antialiasing as well as exact area averaging (INTER_AREA), which takes 2 to 3 times as long.
-    """
-    height, width = image.shape[:2]
-    if height == width == size:
-        return np.ascontiguousarray(image)
-    if max(height, width) <= _SMOOTHED * size:
-        if max(height, width) > size:
-            kernels = _smoothing(width / size), _smoothing(height / size)
-            image = cv2.sepFilter2D(image, -1, *kernels, borderType=cv2.BORDER_REPLICATE)
-        return cv2.resize(image, (size, size), interpolation=cv2.INTER_LINEAR)
-    columns, rows = _samples(width, size), _samples(height, size)
-    if columns * rows * size**2 > 2 * image_files.MAX_PIXELS:  # a line of a million pixels
-        return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA)
-    finer = cv2.resize(image, (columns * size, rows * size), interpolation=cv2.INTER_LINEAR)
-    # OpenCV averages pairs faster as bilinear sampling, which gives the same when halving one side.
-    method = cv2.INTER_LINEAR if max(columns, rows) <= 2 else cv2.INTER_AREA
-    return cv2.resize(finer, (size, size), interpolation=method)
-
-
-def _smoothing(factor: float) -> np.ndarray:
-    """Return the three taps that smooth a side before it is downscaled by `factor`, float32 [3].
-
-    Together with bilinear sampling they have the variance of the triangle filter for that factor:
-    (factor ** 2 - 1) / 6, in squared pixels of the image, for factors up to `_SMOOTHED`. They are
-    multiples of 1 / 256, so OpenCV computes with integers and constant regions stay constant.
-    """
-    outer = round(256 * max(0.0, factor**2 - 1) / 12) / 256
-    return np.array([outer, 1 - 2 * outer, outer], np.float32)
-
-
-def _samples(side: int, size: int) -> int:
-    """Return the number of samples to average along one side for each pixel of the result."""
-    return max(2, round(side / size)) if side > size else 1
 
 
 def _is_plain_jpeg(image: Image.Image) -> bool:

@@ -12,9 +12,8 @@ import functools
 import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal
 
-import cv2
 import grain
 import numpy as np
 
@@ -23,14 +22,10 @@ from cap_pretrain.data.origins import Origins, text_row
 from cap_pretrain.data.regions import check_augmentation, chosen, encoded, regions_of
 from cap_pretrain.data.sources.base import Example, Source
 from cap_pretrain.data.text.tokenizers import TextEncoder
+from cap_pretrain.data.views import RANDOM_CROPS, View, is_features, prepared
 from cap_pretrain.errors import UserError, did_you_mean
 
 BROKEN_IN_A_ROW = 100  # images that do not decode, after which a dataset is taken to be corrupt
-
-_RANDOM_CROPS: dict[str, Callable[..., np.ndarray]] = {  # by their name in a config
-    "random": images.random_resized_crop,
-    "window": images.random_window,
-}
 
 _GROUP = 32  # rows loaded together, so at most this many encoded images are in memory
 _ORDER, _DRAW = 0, 1  # purposes of derived seeds; `buckets` has 2 and 3
@@ -44,13 +39,15 @@ class ImageOptions:
 
     `crop` "none" squashes the whole image, as in the Cap recipe; "random" is a random resized crop;
     "window" is a square of most of the image at a random position. `regions` of each image are
-    drawn, which needs whole images without flips.
+    drawn, which needs whole images without flips. With `patch`, images keep their aspect ratio; see
+    `views.View`.
     """
 
     size: int
     crop: Literal["none", "random", "window"] = "none"
     flip: bool = False
     regions: int = 0
+    patch: int = 0
 
 
 def train_dataset(  # noqa: PLR0913  # what batches are made of
@@ -84,7 +81,8 @@ def train_dataset(  # noqa: PLR0913  # what batches are made of
 
     Returns:
         A dataset of dicts, with b = len(rows):
-            image: uint8 [b, S, S, 3]; of stored features float [b, 1 + N, D].
+            image: uint8 [b, S, S, 3]; of stored features float [b, 1 + N, D]; patches as of
+                `naflex.packed`, uint8 [b, N, W].
             text: int32 [b, T], one of the image's captions, drawn by weight if it has `weights`,
                 after its question, if any (see `tokenizers.encode_answer`); 0 if there is none.
             prompt: int32 [b], number of tokens of `text` that belong to the question, or 0.
@@ -119,13 +117,12 @@ def train_dataset(  # noqa: PLR0913  # what batches are made of
     return _batched(load, sys.maxsize // batch_size, batch_size, rows)
 
 
-def eval_batches(  # noqa: PLR0913  # what a batch holds
+def eval_batches(  # what a batch holds
     source: Source,
     tokenizer: TextEncoder,
     *,
-    image_size: int,
+    view: View,
     batch_size: int,
-    crop: Literal["none", "center"] = "none",
     limit: int | None = None,
     regions: int = 0,
     rows: Sequence[int] | np.ndarray | None = None,
@@ -137,11 +134,11 @@ def eval_batches(  # noqa: PLR0913  # what a batch holds
     all hosts see the same number of batches of equal size. Nothing is random: the text is the first
     caption, and `regions` are the first ones; all captions are in `source[index]["captions"]`.
 
-    Crop "none" squashes the whole image; "center" takes the largest centered square. `limit` shows
-    only the first examples; `rows` are those of each global batch to load, by default all. Raises
-    UserError if the source is empty. Use `prefetch.iterate` to prepare batches ahead of time.
+    `view` is how images are seen. `limit` shows only the first examples; `rows` are those of each
+    global batch to load, by default all. Raises UserError if the source is empty. Use
+    `prefetch.iterate` to prepare batches ahead of time.
     """
-    load = _EvalRow(source, tokenizer, image_size, crop, limit, regions)
+    load = _EvalRow(source, tokenizer, view, limit, regions)
     return _batched(functools.partial(map, load), -(-load.count // batch_size), batch_size, rows)
 
 
@@ -198,7 +195,7 @@ class _TrainRows:
         self._sources = list(sources)
         self._positions = positions
         self._tokenizer = tokenizer
-        _check_crop(image.crop, ("none", *_RANDOM_CROPS))
+        _check_crop(image.crop, ("none", *RANDOM_CROPS))
         self._options, self._origins, self._regions = image, origins, image.regions
         self._key = np.random.SeedSequence(seed).generate_state(2, np.uint64)
 
@@ -222,7 +219,8 @@ class _TrainRows:
         for number, position, rng, (which, side), shares, (source, index), example, text in zip(
             numbers, positions, rngs, drawn, where, places, examples, texts, strict=True
         ):
-            image, skipped = self._image(example, rng), 0
+            mirror = self._options.flip and side < 0.5
+            image, skipped = self._image(example, rng, mirror), 0
             while isinstance(image, images.ImageError):
                 skipped += 1
                 if skipped == BROKEN_IN_A_ROW:
@@ -232,9 +230,9 @@ class _TrainRows:
                         "dataset again."
                     )
                 example = source[(index + skipped) % len(source)]
-                image = self._image(example, rng)
+                image = self._image(example, rng, mirror)
             row = {
-                "image": images.flip(image) if self._options.flip and side < 0.5 else image,
+                "image": image,
                 **(self._text(example, which, number) if skipped else text),
                 "label": np.int32(example["label"]),
                 "index": np.int64(position),
@@ -257,9 +255,12 @@ class _TrainRows:
         """Return the generator of a row, the same that `grain.MapDataset.random_map` uses."""
         return np.random.Generator(np.random.Philox(key=self._key, counter=number << 192))
 
-    def _image(self, example: Example, rng: np.random.Generator) -> np.ndarray | images.ImageError:
+    def _image(
+        self, example: Example, rng: np.random.Generator, mirror: bool
+    ) -> np.ndarray | images.ImageError:
+        image, own = example["image"], self._options
         try:
-            return square(example["image"], self._options.size, self._options.crop, rng)
+            return prepared(image, own.size, own.crop, rng, patch=own.patch, mirror=mirror)
         except images.ImageError as error:
             return error
 
@@ -271,8 +272,7 @@ class _EvalRow:
         self,
         source: Source,
         tokenizer: TextEncoder,
-        image_size: int,
-        crop: str,
+        view: View,
         limit: int | None,
         regions: int,
     ):
@@ -281,11 +281,10 @@ class _EvalRow:
         self.count = len(source) if limit is None else min(limit, len(source))
         self._source = source
         self._tokenizer = tokenizer
-        self._size = image_size
-        _check_crop(crop, ("none", "center"))
-        self._crop = crop
+        _check_crop(view.crop, ("none", "center"))
+        self._view = view
         first = source[0]["image"]
-        blank = np.zeros((image_size, image_size, 3), np.uint8)
+        blank = view(np.zeros((view.size, view.size, 3), np.uint8))
         self._blank = np.zeros_like(first) if is_features(first) else blank
 
     def __call__(self, position: int) -> Row:
@@ -310,64 +309,11 @@ class _EvalRow:
         row["label"] = np.int32(example["label"])
         row["index"] = np.int64(position)
         try:
-            row["image"] = square(example["image"], self._size, self._crop)
+            row["image"] = self._view(example["image"])
         except images.ImageError:
             row["broken"] = np.bool_(True)
         row["mask"] = ~row["broken"]
         return row
-
-
-def is_features(image: bytes | np.ndarray) -> TypeGuard[np.ndarray]:
-    """Return whether an example's `image` holds features of an encoder: float [1 + N, D]."""
-    return isinstance(image, np.ndarray) and image.dtype.kind == "f"
-
-
-def picture(image: bytes | np.ndarray, size: int) -> np.ndarray:
-    """Return the whole image as uint8 [size, size, 3], for display.
-
-    Raises ImageError if it does not decode, UserError if it holds features.
-    """
-    _check_shows(image)
-    return square(image, size, "none")
-
-
-def photo(image: bytes | np.ndarray, longest: int) -> np.ndarray:
-    """Return the image as uint8 [H, W, 3] at its own size and aspect, for display.
-
-    It is scaled down if one side has more than `longest` pixels. Raises ImageError if it does not
-    decode, UserError if it holds features.
-    """
-    _check_shows(image)
-    pixels = images.decode(image, longest) if isinstance(image, bytes) else np.asarray(image)
-    scale = longest / max(pixels.shape[:2])
-    if scale >= 1:
-        return pixels
-    height, width = (max(1, round(side * scale)) for side in pixels.shape[:2])
-    return cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
-
-
-def _check_shows(image: bytes | np.ndarray) -> None:
-    if is_features(image):
-        raise UserError(
-            "data: the dataset holds features of an encoder, so there are no images to show; "
-            "name the dataset they were extracted from."
-        )
-
-
-def square(
-    image: bytes | np.ndarray, size: int, crop: str, rng: np.random.Generator | None = None
-) -> np.ndarray:
-    """Return an image as uint8 [size, size, 3], or features float [1 + N, D] unchanged.
-
-    `crop` is "none" (squash), "center", or "random" or "window", which need `rng`. Raises
-    ImageError if an encoded image does not decode.
-    """
-    if is_features(image):
-        return image
-    if crop in _RANDOM_CROPS:
-        assert rng is not None
-        return _RANDOM_CROPS[crop](image, size, rng)
-    return images.center_crop(image, size) if crop == "center" else images.resize(image, size)
 
 
 def _check_not_empty(source: Source) -> None:

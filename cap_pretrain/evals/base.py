@@ -120,9 +120,8 @@ class Context:
         dataset = pipeline.eval_batches(
             source,
             self.tokenizer,
-            image_size=self.config.data.image_size,
+            view=inputs.view(self.config),
             batch_size=batch_size,
-            crop="none" if self.config.data.crop == "none" else "center",
             limit=limit,
             regions=(regions := inputs.regions_read(self.config)),
             rows=sharding.batch_rows(self.mesh, batch_size).tolist(),

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cap_pretrain.data import pipeline
+from cap_pretrain.data import views
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals import examples, exhibits
 from cap_pretrain.evals.base import Context, DataOptions, PartOptions, Result
@@ -63,8 +63,8 @@ class Captions:
             sample |= {"caption": caption, "references": references}
             samples.append(sample | self._captioning.recorded(written))
             if len(samples) <= self._options.shown:
-                if not pipeline.is_features(example["image"]):
-                    pictures.append((pipeline.picture(example["image"], size), caption))
+                if not views.is_features(example["image"]):
+                    pictures.append((views.picture(example["image"], size), caption))
                 lines.append(" ".join(filter(None, (f"{example['id']}:", question, caption))))
                 lines += [f"    or: {one.text} (log p {one.log_prob:.2f})" for one in written[1:]]
                 lines += [f"    reference: {reference}" for reference in references[:1]]

@@ -10,7 +10,7 @@ import numpy as np
 from absl import logging
 
 from cap_pretrain import rng
-from cap_pretrain.data import pipeline
+from cap_pretrain.data import views
 from cap_pretrain.data.scenes.source import Scenes
 from cap_pretrain.data.scenes.text import names_every_object
 from cap_pretrain.data.sources.base import Source
@@ -107,19 +107,22 @@ class WordHeat:
             text = sharding.put_batch({"text": rows}, mesh)["text"]
             weights = np.asarray(self._attend(variables, batch["image"], text))
             for index, caption in enumerate(captions):
-                found[index] = tuple(self._panels(index, tokenizer.encode(caption), weights[index]))
+                ids = tokenizer.encode(caption)
+                found[index] = tuple(self._panels(index, ids, weights[index], own["image"][index]))
             break
         return found
 
-    def _panels(self, index: int, ids: np.ndarray, weights: np.ndarray) -> Iterator[Panel]:
+    def _panels(
+        self, index: int, ids: np.ndarray, weights: np.ndarray, seen: np.ndarray
+    ) -> Iterator[Panel]:
         words = word_maps.words_of(self._context.tokenizer, ids)[1][:WORDS]
-        maps = word_maps.word_maps(weights, words)
+        maps = word_maps.word_maps(weights, words, seen)
         image = self._source[index]["image"]
         data = self._context.config.data
         if data.crop == "none":
             image = original(image)
         else:  # the learner sees the central square only
-            image = pipeline.square(image, data.image_size, "center")
+            image = views.square(image, data.image_size, "center")
         brightest = max(float(np.max(maps, initial=0)), np.finfo(np.float32).tiny)
         for word, map_ in zip(words, maps, strict=True):
             yield Panel(heated(image, map_ / brightest), word.text)

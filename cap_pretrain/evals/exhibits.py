@@ -22,7 +22,7 @@ import simplejpeg
 from absl import logging
 
 from cap_pretrain import files, untrusted
-from cap_pretrain.data import images, pipeline
+from cap_pretrain.data import images, views
 from cap_pretrain.errors import UserError
 from cap_pretrain.untrusted import checked, entry
 
@@ -76,7 +76,7 @@ def original(image: bytes | np.ndarray) -> np.ndarray:
 
     Raises ImageError if it does not decode, UserError if it holds features.
     """
-    if pipeline.is_features(image):
+    if views.is_features(image):
         raise UserError("the dataset holds features of an encoder, so there are no images to show")
     return _fitted(images.decode(image, SIDE) if isinstance(image, bytes) else np.asarray(image))
 

@@ -29,6 +29,9 @@ batches in the same way. A learner whose options depend on the training data imp
 see `models.tokens.PLACES`. () is for one that needs all of them, and None for a part to which the
 field does not apply, and which may be trained beside others to which it does.
 
+`layouts` are the values of `data.layout` that a learner can read, ("square",) by default. One that
+reads "naflex" leaves out the padding of an encoder's tokens; see `models.native`.
+
 One whose form depends on its options, as that of `joint`, has the classmethods
 
     reads_of(options)       what it reads of a batch, in place of `reads`

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from cap_pretrain import learners
 from cap_pretrain.data import resolution
+from cap_pretrain.data.naflex import SQUARE
 from cap_pretrain.errors import UserError
 from cap_pretrain.learners.captioner import Captioner, shift_right
 from cap_pretrain.learners.token_losses import (
@@ -53,6 +54,7 @@ class AIM(Captioner):
     options: Any  # `AIM.Options`, which are not those of a `Captioner`
     reads_encoded = False  # without a causal mask, a token has seen the patches after it
     keeps_tokens_at = ()  # each patch has a loss
+    layouts = (SQUARE,)
 
     @dataclasses.dataclass(frozen=True)
     class Options:

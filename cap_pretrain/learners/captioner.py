@@ -9,6 +9,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from cap_pretrain import learners
+from cap_pretrain.data.naflex import LAYOUTS
 from cap_pretrain.errors import UserError
 from cap_pretrain.learners.parts import Part
 from cap_pretrain.learners.token_losses import (
@@ -28,8 +29,9 @@ from cap_pretrain.models.build import (
     encoder_width,
     kept_tokens,
 )
+from cap_pretrain.models.chunks import in_chunks
 from cap_pretrain.models.encoder import ImageEncoder
-from cap_pretrain.models.layers import EncoderOutput, in_chunks, normalize_images
+from cap_pretrain.models.layers import EncoderOutput, normalize_images
 from cap_pretrain.models.text import PAD, Cache, Decoder
 
 
@@ -62,6 +64,7 @@ class Captioner(Part):
     """
 
     keeps_tokens_at: tuple[str, ...] = tokens.PLACES
+    layouts: tuple[str, ...] = LAYOUTS
 
     @dataclasses.dataclass(frozen=True)
     class Options:

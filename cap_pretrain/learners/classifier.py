@@ -9,6 +9,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from cap_pretrain import learners
+from cap_pretrain.data.naflex import LAYOUTS
 from cap_pretrain.errors import UserError, did_you_mean
 from cap_pretrain.learners.token_losses import mean_where, token_loss
 from cap_pretrain.models import readout
@@ -72,6 +73,7 @@ class Classifier(nnx.Module):
                 )
 
     reads = ("image", "label")
+    layouts = LAYOUTS
 
     def __init__(
         self,

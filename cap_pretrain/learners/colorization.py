@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from cap_pretrain import learners
 from cap_pretrain.data import images as image_files
-from cap_pretrain.data import pipeline
+from cap_pretrain.data import views
 from cap_pretrain.data.sources.base import Source
 from cap_pretrain.errors import UserError
 from cap_pretrain.models import lab
@@ -247,7 +247,7 @@ def count_colours(mixture: Sequence[tuple[Source, float]]) -> np.ndarray:
         some = min(len(source), math.ceil(PRIOR_IMAGES * weight / total))
         for n in range(some):
             try:
-                image = pipeline.picture(source[n * len(source) // some]["image"], PRIOR_SIDE)
+                image = views.picture(source[n * len(source) // some]["image"], PRIOR_SIDE)
             except image_files.ImageError:
                 continue
             ab = lab.lab(image / 255)[..., 1:]

@@ -13,6 +13,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from cap_pretrain import learners
+from cap_pretrain.data.naflex import LAYOUTS
 from cap_pretrain.errors import UserError, did_you_mean
 from cap_pretrain.learners.matching import Matching, check_contrast, unit
 from cap_pretrain.learners.parts import Part
@@ -118,6 +119,7 @@ class DualEncoder(Matching, Part):
             return TextOptions(**{name: getattr(self, f"text_{name}") for name in names})
 
     reads = ("image", "text")
+    layouts = LAYOUTS
 
     def __init__(
         self,

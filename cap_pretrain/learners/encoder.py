@@ -6,6 +6,7 @@ from typing import Any
 from flax import nnx
 from ml_collections import ConfigDict
 
+from cap_pretrain.data.naflex import LAYOUTS
 from cap_pretrain.errors import UserError
 from cap_pretrain.models.build import build_encoder
 from cap_pretrain.models.encoder import ImageEncoder
@@ -19,6 +20,7 @@ class Encoder(nnx.Module):
         """There are no options."""
 
     reads = ("image",)
+    layouts = LAYOUTS
 
     def __init__(self, encoder: ImageEncoder):
         self.encoder = encoder

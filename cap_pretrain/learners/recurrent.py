@@ -9,6 +9,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from cap_pretrain import learners
+from cap_pretrain.data.naflex import SQUARE
 from cap_pretrain.distributed.sharding import gathered
 from cap_pretrain.errors import UserError
 from cap_pretrain.learners.captioner import Captioner, shift_right
@@ -31,6 +32,7 @@ class Recurrent(Captioner):
     """
 
     keeps_tokens_at = (tokens.ENCODER,)
+    layouts = (SQUARE,)
     joins = False  # its penalty is not a function of `rows`
     decoder: recurrent.Decoder  # type: ignore[assignment]  # replaces the transformer decoder
     options: Any  # `Recurrent.Options`, which are not those of a `Captioner`

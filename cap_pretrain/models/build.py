@@ -3,10 +3,13 @@
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
+from cap_pretrain.data import naflex
+from cap_pretrain.data.naflex import NAFLEX, SQUARE
 from cap_pretrain.distributed.platform import platform
 from cap_pretrain.errors import UserError, did_you_mean
 from cap_pretrain.models import alexnet, tokens
@@ -54,6 +57,23 @@ def check(config: ConfigDict) -> None:
                 "choose a divisor."
             )
     check_side(model, config.data.image_size, "data.image_size")
+    if config.data.layout == NAFLEX:
+        _check_naflex(config)
+
+
+def _check_naflex(config: ConfigDict) -> None:
+    """Raise UserError if images in their own aspect ratio do not fit the model."""
+    model, field = config.model, f"data.layout: {NAFLEX}"
+    if model.name in (*CONVNETS, STORED):
+        raise UserError(f"{field} is for a ViT, not for {model.name}; set it to {SQUARE}.")
+    for name, usual in {"colours": "rgb", "keep_tokens": 1.0}.items():
+        if model[name] != usual:
+            raise UserError(f"model.{name}: {model[name]!r} does not work with {field}.")
+    if config.data.crop != "none":
+        raise UserError(
+            f"data.crop: {config.data.crop!r} makes squares, and {field} keeps whole images; set "
+            "one of them to its default."
+        )
 
 
 def check_side(model: ConfigDict, side: int, field: str) -> None:
@@ -227,6 +247,22 @@ def notes(config: ConfigDict) -> list[str]:
         f"{part} the {model.keep_tokens_at} reads a share of {model.keep_tokens:.4g} of the patch "
         "tokens (model.keep_tokens)"
     ]
+
+
+def patch_of(config: ConfigDict) -> int:
+    """Return the side in pixels of the patches that images are stored as; 0 if they are squares."""
+    return parse_name(config.model.name)[1] if config.data.layout == NAFLEX else 0
+
+
+def image_shape(config: ConfigDict, count: int, side: int = 0) -> jax.ShapeDtypeStruct:
+    """Return the shape of `count` images of a batch, `side` (0: `data.image_size`) pixels high."""
+    model, side = config.model, side or config.data.image_size
+    if model.name == STORED:
+        return jax.ShapeDtypeStruct((count, 1 + model.tokens, model.width), jnp.float32)
+    if patch := patch_of(config):
+        shape = (count, (side // patch) ** 2, naflex.width_of(patch))
+        return jax.ShapeDtypeStruct(shape, jnp.uint8)
+    return jax.ShapeDtypeStruct((count, side, side, 3), jnp.uint8)
 
 
 def build_encoder(config: ConfigDict, rngs: nnx.Rngs) -> ImageEncoder:

@@ -18,19 +18,32 @@ def for_queries(keys: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Arra
     return keys.transpose(0, 2, 3, 1), values.transpose(0, 2, 1, 3)
 
 
-def padded(keys: jax.Array, values: jax.Array) -> tuple[jax.Array, ...]:
-    """Append zeros to keys and values of `for_queries`; return them and a mask bool [S].
+def padded(
+    keys: jax.Array, values: jax.Array, mask: jax.Array | None = None
+) -> tuple[jax.Array, ...]:
+    """Append zeros to keys and values of `for_queries`; return them and a mask bool [..., S].
 
     XLA's GPU compiler pads the operands of products in half precision to multiples of 8, here at
-    every position. In float32 nothing is appended, and no mask is returned.
+    every position. In float32 nothing is appended, and no mask is returned unless one is given.
     """
     length = keys.shape[-1]
     more = -length % 8 if keys.dtype.itemsize == 2 else 0
     if not more:
-        return keys, values
+        return (keys, values) if mask is None else (keys, values, mask)
     keys = jnp.pad(keys, [(0, 0)] * 3 + [(0, more)])
     values = jnp.pad(values, [(0, 0)] * 2 + [(0, more), (0, 0)])
-    return keys, values, jnp.arange(length + more) < length
+    mask = jnp.ones(length, bool) if mask is None else mask
+    return keys, values, jnp.pad(mask, [(0, 0)] * (mask.ndim - 1) + [(0, more)])
+
+
+def of_image(attention: Attention, tokens: jax.Array) -> tuple[jax.Array, ...]:
+    """Return keys and values of an encoder's tokens, of `for_queries`, for `attend_cached`.
+
+    If padding among the tokens is marked (`models.native`), they come with a mask.
+    """
+    tokens, mask = attention.seen(tokens)
+    found = for_queries(*attention.keys_values(tokens))
+    return found if mask is None else (*found, mask)
 
 
 def attend_cached(

@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from cap_pretrain.distributed.platform import platform
-from cap_pretrain.models import cpu
+from cap_pretrain.models import cpu, native
 from cap_pretrain.models.attention import (
     ATTENDED,
     explicit_attention,
@@ -36,7 +36,10 @@ XAVIER = nnx.initializers.xavier_uniform()
 
 
 class EncoderOutput(NamedTuple):
-    """Output of every encoder: `tokens` [B, N, D] and `pooled` [B, D]."""
+    """Output of every encoder: `tokens` [B, N, D] and `pooled` [B, D].
+
+    Of images in their own aspect ratio, tokens have one more channel; see `models.native`.
+    """
 
     tokens: jax.Array
     pooled: jax.Array
@@ -49,10 +52,16 @@ def constrain(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(("data", "fsdp")))
 
 
-def normalize_images(images: jax.Array, dtype: Any) -> jax.Array:
-    """Scale uint8 images [B, H, W, 3] to [-1, 1], the recipe's range; only cast stored features."""
+def normalize_images(images: jax.Array, dtype: Any) -> Any:
+    """Scale uint8 images [B, H, W, 3] to [-1, 1], the recipe's range.
+
+    Stored features are only cast, and packed images become `native.Patches`.
+    """
     if jnp.issubdtype(images.dtype, jnp.floating):
         return images.astype(dtype)
+    if native.is_packed(images):
+        pixels, grid = native.separate(images)
+        return native.Patches(normalize_images(pixels[..., None], dtype)[..., 0], grid)
     return (images.astype(jnp.float32) / 127.5 - 1.0).astype(dtype)
 
 
@@ -169,8 +178,13 @@ class Attention(nnx.Module):
     def _split_heads(self, x: jax.Array) -> jax.Array:
         return x.reshape(*x.shape[:-1], self.heads, -1)
 
+    def seen(self, context: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """Return context [B, S, E], and which of it is no padding, bool [B, 1, 1, S], or None."""
+        context, real = native.unmarked(context, self.key.in_features)
+        return context, None if real is None else real[:, None, None]
+
     def keys_values(self, context: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Return keys and values [B, S, heads, D / heads] of context [B, S, E]."""
+        """Return keys and values [B, S, heads, D / heads] of context [B, S, E] of `seen`."""
         keys, values = self._split_heads(self.key(context)), self._split_heads(self.value(context))
         return checkpoint_name(keys, "key"), checkpoint_name(values, "value")
 
@@ -183,7 +197,7 @@ class Attention(nnx.Module):
             x: [B, T, D].
             keys: [B, S, heads, D / heads].
             values: [B, S, heads, D / heads].
-            mask: bool [B | 1, 1, T, S], True where a position attends.
+            mask: bool [B | 1, 1, T | 1, S], True where a position attends.
 
         Returns:
             [B, T, D].
@@ -199,6 +213,8 @@ class Attention(nnx.Module):
             out = explicit_attention(query, keys, values, mask, kind == "keep")
         else:
             implementation = cast(Literal["xla", "cudnn"], kind)
+            if mask is not None:
+                mask = jnp.broadcast_to(mask, (*mask.shape[:2], query.shape[1], keys.shape[1]))
             out = jax.nn.dot_product_attention(
                 query, keys, values, mask=mask, implementation=implementation
             )
@@ -210,19 +226,31 @@ class Attention(nnx.Module):
 
         They are for inspection: `attend` uses the fastest kernel, which does not return weights.
         """
-        return self.weights_over(x, self._split_heads(self.key(context)))
+        context, real = self.seen(context)
+        return self.weights_over(x, self._split_heads(self.key(context)), real)
 
-    def weights_over(self, x: jax.Array, keys: jax.Array) -> jax.Array:
+    def weights_over(
+        self, x: jax.Array, keys: jax.Array, mask: jax.Array | None = None
+    ) -> jax.Array:
         """Return what `weights` does, over keys [B, S, heads, D / heads]."""
         query = self._split_heads(self.query(x))
         logits = jnp.einsum("bthd,bshd->bhts", query, keys, preferred_element_type=jnp.float32)
-        return jax.nn.softmax(logits * query.shape[-1] ** -0.5, axis=-1)
+        logits = logits * query.shape[-1] ** -0.5
+        if mask is not None:
+            logits = jnp.where(mask, logits, -jnp.inf)
+        return jax.nn.softmax(logits, axis=-1)
 
     def __call__(
         self, x: jax.Array, context: jax.Array | None = None, mask: jax.Array | None = None
     ) -> jax.Array:
-        """Attend from x [B, T, D] to context [B, S, E], or to x itself; return [B, T, D]."""
-        return self.attend(x, *self.keys_values(x if context is None else context), mask)
+        """Attend from x [B, T, D] to context [B, S, E], or to x itself; return [B, T, D].
+
+        The context may have a channel that marks padding, which is then not attended to.
+        """
+        if context is None:
+            return self.attend(x, *self.keys_values(x), mask)
+        context, real = self.seen(context)
+        return self.attend(x, *self.keys_values(context), real if mask is None else mask)
 
 
 class EncoderBlock(nnx.Module):
@@ -256,7 +284,7 @@ class EncoderBlock(nnx.Module):
             x: [B, N, D].
             key: Random key. None in evaluation.
             drop: Stochastic-depth rate of this layer.
-            mask: bool [B | 1, 1, N, N], True where a position attends. None is everywhere.
+            mask: bool [B | 1, 1, N | 1, N], True where a position attends. None is everywhere.
         """
         k1, k2, k3, k4 = split_optional(key, 4)
         y = dropout(self.attention(self.norm1(x), mask=mask), self.rate, k1)
@@ -312,45 +340,6 @@ def scan_layers(
         # recomputation with the original and so undo it.
         step = jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=unroll == depth)
     return jax.lax.scan(step, x, (params, per_layer), length=depth, unroll=unroll)
-
-
-def in_chunks(fn: Callable[..., Any], chunks: int, params: Any, *arrays: jax.Array) -> Any:
-    """Compute `fn(params, *arrays)` sequentially for chunks of the second axis.
-
-    Intermediate results of `fn` live only during their chunk, and the backward pass recomputes
-    them. Chunks of the second axis leave examples on their devices, unlike chunks of the first.
-
-    Args:
-        fn: Function of `params` and arrays [B, L, ...], for any L, that returns a tree of arrays
-            [B, L, ...].
-        chunks: Number of chunks; the last may be shorter.
-        params: Parameters that every chunk reads. They are gathered over the fsdp axis once, not
-            for each chunk. The last axis of a matrix stays sharded over the tensor axis.
-        *arrays: [B, T, ...] each.
-
-    Returns:
-        The tree of arrays [B, T, ...].
-    """
-    total = arrays[0].shape[1]
-    length = -(-total // chunks)
-    if length == total:
-        return fn(params, *arrays)
-    if not jax.sharding.get_abstract_mesh().empty:
-        params = jax.lax.with_sharding_constraint(params, P(None, P.UNCONSTRAINED))
-    count = -(-total // length)
-
-    def split(x):
-        x = jnp.pad(x, ((0, 0), (0, count * length - total), *((0, 0),) * (x.ndim - 2)))
-        return jnp.moveaxis(x.reshape(len(x), count, length, *x.shape[2:]), 1, 0)
-
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def one(parts):
-        return fn(params, *map(constrain, parts))
-
-    def join(x):
-        return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], count * length, *x.shape[3:])[:, :total]
-
-    return jax.tree.map(join, jax.lax.map(one, tuple(map(split, arrays))))
 
 
 def encoder_blocks(

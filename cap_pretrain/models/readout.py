@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from cap_pretrain.errors import UserError, did_you_mean
+from cap_pretrain.models import native
 from cap_pretrain.models.encoder import ImageEncoder
 
 POOLED, TOKENS = "pooled", "tokens"
@@ -47,7 +48,7 @@ def read(
         tokens = encoder(images, train=train, key=key).tokens
     else:
         tokens = encoder.tokens_at(layer, images)
-    return jnp.mean(tokens.astype(jnp.float32), axis=1)
+    return native.mean(tokens.astype(jnp.float32), width(encoder, layer))
 
 
 def read_tokens(
@@ -60,6 +61,7 @@ def read_tokens(
 ) -> jax.Array:
     """Return all tokens [B, N, D] of a layer; "tokens" are the encoder's last ones.
 
+    Padding may be marked in them, as `models.native` does.
     The arguments are those of `read`. Raises UserError if the encoder has no such layer, or for
     "pooled", which is one vector.
     """

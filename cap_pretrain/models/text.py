@@ -11,6 +11,7 @@ from cap_pretrain.models import cpu
 from cap_pretrain.models.caches import (
     attend_cached,
     for_queries,
+    of_image,
     padded,
     separated,
     written,
@@ -260,9 +261,7 @@ class Decoder(nnx.Module):
             and values of the T * C tokens, ordered by position, and those of the image.
         """
         batch, heads = len(encoded), self.size.heads
-        cross: list[tuple[jax.Array, ...]] = [
-            for_queries(*block.cross_attention.keys_values(encoded)) for block in self.layers()
-        ]
+        cross = [of_image(block.cross_attention, encoded) for block in self.layers()]
         if beams > 1:
             cross = [padded(*image) for image in cross]
         keys = jnp.zeros((batch, heads, self.size.width // heads, length * beams))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from cap_pretrain.distributed.determinism import rows_of
-from cap_pretrain.models import cpu, tokens
+from cap_pretrain.models import cpu, native, tokens
 from cap_pretrain.models.elementwise import LayerNorm
 from cap_pretrain.models.encoder import ImageEncoder
 from cap_pretrain.models.layers import (
@@ -83,7 +83,7 @@ class MapHead(nnx.Module):
         self.mlp = Mlp(size.width, size.mlp, bias=True, activation=details.activation, **kwargs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Pool tokens [B, N, D] to [B, D]."""
+        """Pool tokens [B, N, D], with padding perhaps marked (`models.native`), to [B, D]."""
         probe = jnp.broadcast_to(self.probe[...], (len(tokens), *self.probe.shape))
         x = self.attention(probe.astype(tokens.dtype), tokens)
         return (x + self.mlp(self.norm(x)))[:, 0]
@@ -104,7 +104,9 @@ def resample_positions(
 class ViT(ImageEncoder):
     """A Vision Transformer; its layers are block_1, block_2 and so on.
 
-    The tokens are the optional class token, then the patch tokens in row-major order.
+    The tokens are the optional class token, then the patch tokens in row-major order. Images may
+    also be `native.Patches`, whose positions are resampled to the grid of each image and whose
+    padding is marked in the tokens; all of these are kept in training.
 
     Args:
         size: shape of the transformer.
@@ -149,13 +151,13 @@ class ViT(ImageEncoder):
 
     def _encode(
         self,
-        images: jax.Array,
+        images: jax.Array | native.Patches,
         *,
         train: bool,  # noqa: ARG002  # `key` decides
         key: jax.Array | None,
     ) -> EncoderOutput:
         kept = None
-        if key is not None:
+        if key is not None and not isinstance(images, native.Patches):
             batch, height, width, _ = images.shape
             total = (height // self.patch) * (width // self.patch)
             kept = tokens.draw(key, batch, total, self.keep, self.leading)
@@ -178,23 +180,31 @@ class ViT(ImageEncoder):
 
     def _output(
         self,
-        images: jax.Array,
+        images: jax.Array | native.Patches,
         key: jax.Array | None,
         masks: Masks,
         kept: jax.Array | None = None,
     ) -> EncoderOutput:
+        real = self._real(images)
         x = run_encoder_blocks(
             self.blocks,
             self._embed(images, masks, kept),
             key,
             depth=self.size.depth,
             compute=self.compute,
-            mask=masks.attention,
+            mask=masks.attention if real is None else real[:, None, None],
         )
+        marked = x if real is None else native.marked(x, real)
         if self.options.final_norm == "pooled":
-            return EncoderOutput(x, self.norm(self._pool(x)))
-        x = self.norm(x)
-        return EncoderOutput(x, self._pool(x))
+            return EncoderOutput(marked, self.norm(self._pool(marked)))
+        marked = self.norm(x) if real is None else native.marked(self.norm(x), real)
+        return EncoderOutput(marked, self._pool(marked))
+
+    def _real(self, images: jax.Array | native.Patches) -> jax.Array | None:
+        """Return which tokens are no padding, bool [B, N], or None if all are."""
+        if not isinstance(images, native.Patches):
+            return None
+        return jnp.pad(images.real, ((0, 0), (self.leading, 0)), constant_values=True)
 
     @property
     def width(self) -> int:  # type: ignore[override]  # read-only here
@@ -211,29 +221,36 @@ class ViT(ImageEncoder):
         """Number of tokens before those of the patches."""
         return 1 + self.options.registers if self.options.class_token else 0
 
-    def _tokens_at(self, layer: str, images: jax.Array) -> jax.Array:
+    def _tokens_at(self, layer: str, images: jax.Array | native.Patches) -> jax.Array:
         depth = list(self.layers).index(layer) + 1
         graphdef, params = nnx.split(self.blocks)
         first = nnx.merge(graphdef, jax.tree.map(lambda p: p[:depth], params))
-        x = self._embed(images, Masks())
-        return run_encoder_blocks(first, x, None, depth=depth, compute=self.compute)
+        x, real = self._embed(images, Masks()), self._real(images)
+        mask = None if real is None else real[:, None, None]
+        x = run_encoder_blocks(first, x, None, depth=depth, compute=self.compute, mask=mask)
+        return x if real is None else native.marked(x, real)
 
     def _embed(
         self,
-        images: jax.Array,
+        images: jax.Array | native.Patches,
         masks: Masks,
         kept: jax.Array | None = None,
     ) -> jax.Array:
-        """Return the input [B, N, D] of the first block for images [B, H, W, 3].
+        """Return the input [B, N, D] of the first block for images [B, H, W, 3] or patches.
 
         With `kept`, int32 [B, K], only these patches are embedded, with their own positions.
         """
-        x = self.patchify(images.astype(self.compute.dtype))
+        if isinstance(images, native.Patches):
+            x = images.pixels.astype(self.compute.dtype)
+            table = self.positions[...].reshape(self.grid, self.grid, -1)
+            positions = native.positions(table, images.grid, x.shape[1])
+        else:
+            x = self.patchify(images.astype(self.compute.dtype))
+            positions = self._positions(*images.shape[1:3])
         x = self.patch_embedding(x if kept is None else tokens.take(x, kept))
         if masks.hidden is not None and masks.token is not None:
             x = jnp.where(masks.hidden[..., None], masks.token.astype(x.dtype), x)
-        _, height, width, _ = images.shape
-        positions = self._positions(height, width).astype(x.dtype)
+        positions = positions.astype(x.dtype)
         x = x + (positions if kept is None else rows_of(positions, kept))
         if self.options.class_token:
             token = self.class_token[...].astype(x.dtype)
@@ -241,12 +258,12 @@ class ViT(ImageEncoder):
         return self.pre_norm(x) if self.options.pre_norm else x
 
     def _pool(self, tokens: jax.Array) -> jax.Array:
-        """Pool tokens [B, N, D] to [B, D]."""
+        """Pool tokens [B, N, D], with padding perhaps marked, to [B, D]."""
         if self.options.pool == "map":
             return self.head(tokens)
         if self.options.pool == "class":
-            return tokens[:, 0]
-        return jnp.mean(tokens[:, self.leading :], axis=1)
+            return tokens[:, 0, : self.width]
+        return native.mean(tokens[:, self.leading :], self.width)
 
     def patchify(self, images: jax.Array) -> jax.Array:
         """Split [B, H, W, 3] into flat patches [B, N, patch * patch * 3] in row-major order."""

@@ -18,6 +18,7 @@ from cap_pretrain.errors import UserError
 from cap_pretrain.evals.base import data_parallel
 from cap_pretrain.evals.inference.portions import PORTION, in_portions
 from cap_pretrain.learners.protocols import Encodes, ScoresTexts, WritesCaptions
+from cap_pretrain.models.build import image_shape
 from cap_pretrain.models.decoding import Decoding, write_captions
 from cap_pretrain.telemetry import flops
 from cap_pretrain.topology import hlo
@@ -114,8 +115,7 @@ def text(report: dict[str, Any]) -> str:
 
 def _arrays(config: ConfigDict, what: str) -> tuple[jax.ShapeDtypeStruct, ...]:
     """Return what a batch has: images and, for `compare`, texts of each."""
-    side = config.data.image_size
-    images = jax.ShapeDtypeStruct((config.batch_size, side, side, 3), np.uint8)
+    images = image_shape(config, config.batch_size)
     texts = jax.ShapeDtypeStruct((config.batch_size, TEXTS, config.text.length), np.int32)
     return (images, texts) if what == "compare" else (images,)
 

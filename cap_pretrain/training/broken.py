@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from cap_pretrain import files, untrusted
-from cap_pretrain.data import images, pipeline
+from cap_pretrain.data import images
 from cap_pretrain.data.prefetch import Batch
 from cap_pretrain.data.sources.base import Source
+from cap_pretrain.data.views import View
 from cap_pretrain.errors import UserError
 
 LIMIT = 10_000
@@ -25,13 +25,13 @@ class BrokenList:
 
     A batch marks broken positions; the ids and reasons come from reading these examples again.
     Every host lists its own slices, hosts other than the first in `broken.HOST.jsonl`, and
-    continues an existing list. A line is {"step", "dataset", "index", "id", "reason"}. `data` is
-    the section of the config, `sources` the datasets of the mixture in order, `host` the index of
-    this process.
+    continues an existing list. A line is {"step", "dataset", "index", "id", "reason"}. `view` is
+    what evaluation sees of an image, `sources` the datasets of the mixture in order, `host` the
+    index of this process.
     """
 
-    def __init__(self, data: ConfigDict, sources: Sequence[Source], workdir: Path, host: int = 0):
-        self._size, self._crop, self._sources = data.image_size, data.crop, sources
+    def __init__(self, view: View, sources: Sequence[Source], workdir: Path, host: int = 0):
+        self._view, self._sources = view, sources
         self._bounds = [0, *itertools.accumulate(map(len, sources))]
         self._path = workdir / (f"broken.{host}.jsonl" if host else "broken.jsonl")
         self._known = {(line["dataset"], line["index"]) for line in _lines(self._path)}
@@ -58,7 +58,7 @@ class BrokenList:
 
     def _reason(self, image: bytes | np.ndarray) -> str:
         try:
-            pipeline.square(image, self._size, self._crop, np.random.default_rng(0))
+            self._view(image)
         except images.ImageError as error:
             return str(error)
         return "it decodes now"

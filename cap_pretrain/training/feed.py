@@ -13,6 +13,7 @@ from cap_pretrain.data import blocks, pipeline, prefetch, resolution
 from cap_pretrain.data.origins import Origins
 from cap_pretrain.data.sources import buckets, subset
 from cap_pretrain.data.text import tokenizers
+from cap_pretrain.models import build
 from cap_pretrain.telemetry import console
 from cap_pretrain.training.phases import Phase
 
@@ -104,6 +105,7 @@ def training_batches(
             config.data.crop,
             config.data.flip,
             inputs.regions_read(config),
+            build.patch_of(config),
         ),
         batch_size=config.batch_size,
         seed=config.seed,

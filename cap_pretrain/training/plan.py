@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from cap_pretrain import files, learners
 from cap_pretrain.data.resolution import training_side
 from cap_pretrain.distributed import sharding
-from cap_pretrain.models.sizes import STORED
+from cap_pretrain.models.build import image_shape
 from cap_pretrain.optim import optimizers
 from cap_pretrain.telemetry import flops
 from cap_pretrain.telemetry.tables import format_table
@@ -30,11 +30,8 @@ def abstract_batch(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
     The config may be a phase's.
     """
     b, s, t = config.batch_size, training_side(config), config.text.length
-    image = jax.ShapeDtypeStruct((b, s, s, 3), np.uint8)
-    if config.model.name == STORED:
-        image = jax.ShapeDtypeStruct((b, 1 + config.model.tokens, config.model.width), np.float32)
     everything = {
-        "image": image,
+        "image": image_shape(config, b, s),
         "text": jax.ShapeDtypeStruct((b, t), np.int32),
         "prompt": jax.ShapeDtypeStruct((b,), np.int32),
         "label": jax.ShapeDtypeStruct((b,), np.int32),

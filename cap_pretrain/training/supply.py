@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import jax
 
-from cap_pretrain import learners
+from cap_pretrain import inputs, learners
 from cap_pretrain.distributed import sharding
 from cap_pretrain.telemetry.timer import StepTimer
 from cap_pretrain.training import feed
@@ -29,7 +29,7 @@ def supply(
     batches = feed.prepared_batches(*args, setup.batches.offset, setup.phases)
     stack.callback(batches.close)
     members = [source for source, _ in setup.mixture]
-    broken = BrokenList(config.data, members, setup.workdir, jax.process_index())
+    broken = BrokenList(inputs.view(config), members, setup.workdir, jax.process_index())
     stack.callback(broken.close)
 
     def iterate() -> Iterator[tuple[int, dict[str, jax.Array]]]:

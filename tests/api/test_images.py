@@ -12,7 +12,7 @@ from cap_pretrain import config as configs
 from cap_pretrain.api import batches
 from cap_pretrain.api.images import listed
 from cap_pretrain.convert import crops_center
-from cap_pretrain.data import pipeline
+from cap_pretrain.data import views
 from cap_pretrain.errors import UserError
 
 RGB = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
@@ -59,7 +59,7 @@ def test_all_forms_of_one_image_are_the_same_square(data, folder):
     ]
     items = listed(listed(form) for form in forms)  # what is listed is taken again
     assert len(items) == len(forms) + 1 + 2  # the nested list holds two, the folder three
-    expected = pipeline.square(RGB, 8, "center")
+    expected = views.square(RGB, 8, "center")
     for item in items:
         np.testing.assert_array_equal(item.read(data), expected, err_msg=item.name)
     assert [item.name for item in items[-3:]] == [

@@ -11,7 +11,7 @@ from flax import nnx
 from PIL import Image
 
 import cap_pretrain
-from cap_pretrain import rules
+from cap_pretrain import inputs, rules
 from cap_pretrain.api.images import listed
 from cap_pretrain.api.model import Model
 from cap_pretrain.checkpoints.load import Learner, assemble, load_learner
@@ -128,7 +128,7 @@ def test_importing_the_package_is_light():
 def test_captions_are_those_of_the_command(tokenizer_path):
     model = made(tokenizer_path)
     learner = Learner(model.config, model._tokenizer, model._context.graphdef, model._variables)
-    pixels = np.stack([item.read(model.config.data) for item in listed(IMAGES)])
+    pixels = np.stack([item.read(inputs.view(model.config)) for item in listed(IMAGES)])
     for how, options in (
         (Decoding(), {"batch_size": 4}),
         (Decoding(method="sample"), {"method": "sample", "seed": 5, "batch_size": 4}),
@@ -152,7 +152,7 @@ def test_scores_and_classes_are_the_evaluators(learner, tokenizer_path):
     texts = ["a red circle", "two blue stars and a ring", "green"]
     found = model.score(IMAGES, texts)
     tokens = np.stack([model._tokenizer.encode(text) for text in texts])
-    pixels = np.stack([item.read(model.config.data) for item in listed(IMAGES)])
+    pixels = np.stack([item.read(inputs.view(model.config)) for item in listed(IMAGES)])
     whole = nnx.merge(model._context.graphdef, *model._variables)
     expected = jax.jit(whole.score)(pixels, np.tile(tokens, (11, 1, 1)))
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)

@@ -5,6 +5,7 @@ import pytest
 
 from cap_pretrain.data.pipeline import eval_batches
 from cap_pretrain.data.prefetch import iterate
+from cap_pretrain.data.views import View
 from tests.data.numbers import SIZE, Numbers, assert_same, rows_of_host
 
 
@@ -16,7 +17,7 @@ def test_evaluation_shows_every_example_once(tokenizer, count, limit, shown):
         return eval_batches(
             Numbers(count, files=True),
             tokenizer,
-            image_size=SIZE,
+            view=View(SIZE),
             batch_size=4,
             limit=limit,
             **options,
@@ -43,7 +44,7 @@ def test_evaluation_shows_every_example_once(tokenizer, count, limit, shown):
 
 
 def test_evaluation_masks_broken_images(tokenizer):
-    (batch,) = eval_batches(Numbers(4, broken=(2,)), tokenizer, image_size=SIZE, batch_size=4)
+    (batch,) = eval_batches(Numbers(4, broken=(2,)), tokenizer, view=View(SIZE), batch_size=4)
     assert batch["mask"].tolist() == [True, True, False, True]
     assert batch["broken"].tolist() == [False, False, True, False]
     assert batch["label"].tolist() == [0, 1, 2, 3]
@@ -52,7 +53,7 @@ def test_evaluation_masks_broken_images(tokenizer):
 def test_evaluation_crops_the_centre(tokenizer):
     def first(crop):
         source = Numbers(1, 240, files=True)
-        return eval_batches(source, tokenizer, image_size=SIZE, batch_size=1, crop=crop)[0]["image"]
+        return eval_batches(source, tokenizer, view=View(SIZE, crop), batch_size=1)[0]["image"]
 
     # The image is wider than high and darkest at the left edge, outside of a centered square.
     assert first("center")[0, 0, 0, 0] > first("none")[0, 0, 0, 0]

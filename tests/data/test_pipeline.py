@@ -7,6 +7,7 @@ import pytest
 from cap_pretrain.data import pipeline
 from cap_pretrain.data.pipeline import eval_batches
 from cap_pretrain.data.prefetch import iterate
+from cap_pretrain.data.views import View
 from cap_pretrain.errors import UserError
 from tests.data.numbers import SIZE, Numbers, assert_same, indices, rows_of_host
 
@@ -206,7 +207,7 @@ def test_questions_come_before_their_answers(build, tokenizer):
             else:
                 assert row["prompt"] == 0
     assert questions > 8
-    (batch,) = eval_batches(Questions(9), tokenizer, image_size=SIZE, batch_size=10)
+    (batch,) = eval_batches(Questions(9), tokenizer, view=View(SIZE), batch_size=10)
     for n in range(9):
         check({key: values[n] for key, values in batch.items()})
     assert batch["prompt"][9] == 0 and batch["prompt"].dtype == np.int32
@@ -240,4 +241,4 @@ def test_bad_arguments_raise(build, tokenizer):
     with pytest.raises(UserError, match="data.crop.*'randm'.*Did you mean 'random'"):
         build(crop="randm")
     with pytest.raises(UserError, match="'numbers' has no examples"):
-        eval_batches(Numbers(0), tokenizer, image_size=SIZE, batch_size=4)
+        eval_batches(Numbers(0), tokenizer, view=View(SIZE), batch_size=4)

@@ -21,6 +21,7 @@ from cap_pretrain.data.scenes.world import PLAIN, SHAPES, relation_holds
 from cap_pretrain.data.sources import subset
 from cap_pretrain.data.sources.layout import find_fields
 from cap_pretrain.data.text.tokenizers import SentencePieceTokenizer, source_captions
+from cap_pretrain.data.views import View
 from cap_pretrain.errors import UserError
 from cap_pretrain.learners import objectives
 from cap_pretrain.validation import validate
@@ -206,7 +207,7 @@ def test_images_without_regions_have_padding(tokenizer):
     assert np.array_equal(batch["phrases"].any((1, 2)), has)
     assert not batch["phrases"][:, 1].any() and not batch["boxes"][~has].any()
     assert batch["boxes"][has, 0].tolist() == [[0.25, 0.5, 0.75, 1.0]] * 4
-    last = pipeline.eval_batches(source, tokenizer, image_size=16, batch_size=8, regions=1)[1]
+    last = pipeline.eval_batches(source, tokenizer, view=View(16), batch_size=8, regions=1)[1]
     assert last["phrases"].any((1, 2)).tolist() == [False, True, False, False] + [False] * 4
     bad = pipeline.ImageOptions(16, flip=True, regions=1)
     with pytest.raises(UserError, match="data.flip: True"):

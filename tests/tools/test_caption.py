@@ -13,7 +13,7 @@ from PIL import Image
 
 from cap_pretrain.checkpoints.load import load_learner
 from cap_pretrain.commands import caption
-from cap_pretrain.data import pipeline
+from cap_pretrain.data import views
 from cap_pretrain.data.builders import files
 from cap_pretrain.evals.inference.captioning import Caption
 from cap_pretrain.models.decoding import Decoding, write_all, write_captions
@@ -81,7 +81,7 @@ def expected(run, paths, how=GREEDY, question=""):
     config, tokenizer, graphdef, variables = load_learner(run)
     learner = nnx.merge(graphdef, *variables)
     length, eos = config.text.length, tokenizer.eos_id
-    images = np.stack([pipeline.square(Path(p).read_bytes(), 16, "none") for p in paths])
+    images = np.stack([views.square(Path(p).read_bytes(), 16, "none") for p in paths])
     prompt = np.zeros((len(paths), length), np.int32)
     ids = tokenizer.encode(question)[: length // 2] if question else ()
     prompt[:, : len(ids)] = ids
@@ -207,7 +207,7 @@ def test_several_captions_come_with_their_scores(run, awkward, capsys):
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     config, tokenizer, graphdef, variables = load_learner(run)
     learner, how = nnx.merge(graphdef, *variables), Decoding("beam", captions=3)
-    images = np.stack([pipeline.square(Path(path).read_bytes(), 16, "none") for path in paths])
+    images = np.stack([views.square(Path(path).read_bytes(), 16, "none") for path in paths])
     options_of = dict(length=config.text.length, eos=tokenizer.eos_id)
     written = jax.jit(lambda images: write_all(learner, images, how, **options_of))(images)
     for row, (result, path) in enumerate(zip(found, paths, strict=True)):

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from cap_pretrain import train
+from cap_pretrain import inputs, train
 from cap_pretrain.data.pipeline import ImageOptions, train_dataset
 from cap_pretrain.data.scenes.source import Scenes
 from cap_pretrain.data.text.tokenizers import NoText
@@ -30,7 +30,7 @@ def batches(count=20, host=0, hosts=1):
 
 
 def see(workdir, batches, host=0):
-    seen = BrokenList(toy.config().data, [source for source, _ in MIXTURE], workdir, host)
+    seen = BrokenList(inputs.view(toy.config()), [source for source, _ in MIXTURE], workdir, host)
     for step, batch in enumerate(batches, 1):
         seen.see(step, batch)
 

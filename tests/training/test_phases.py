@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from cap_pretrain import inputs, train
-from cap_pretrain.data import resolution
+from cap_pretrain.data import resolution, views
 from cap_pretrain.errors import UserError
 from cap_pretrain.reports import sections, workdir
 from cap_pretrain.sweeps import results
@@ -137,7 +137,7 @@ def test_sizes_change_no_example_and_no_text(tokenizer_path):
             np.testing.assert_array_equal(a[name], b[name])
     np.testing.assert_array_equal(plain[3]["image"], phased[3]["image"])
     source, index = mixture[0][0], phased[0]["index"][0]
-    drawn = feed.pipeline.square(source[index]["image"], 8, "none")
+    drawn = views.square(source[index]["image"], 8, "none")
     np.testing.assert_array_equal(phased[0]["image"][0], drawn)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cap_pretrain.data import image_files, images
+from cap_pretrain.data import image_files, images, resampling
 
 FILE = "image_processing_cap.py"
 CLASS = "CapImageProcessor"
@@ -54,7 +54,7 @@ _CLASS = '''class CapImageProcessor(ImageProcessingMixin):
         scale = round(max(whole) / max(image.size))  # 1 if the pixels were there already
         part = _part(rgb(image), box, scale)
         part = np.asarray(ImageOps.exif_transpose(_like(image, part)))
-        pixels = _resize(part, side).astype(np.float32) * np.float32(self.rescale_factor)
+        pixels = resized(part, side, side).astype(np.float32) * np.float32(self.rescale_factor)
         pixels = (pixels - np.float32(self.image_mean)) / np.float32(self.image_std)
         return pixels.transpose(2, 0, 1)
 
@@ -73,11 +73,11 @@ def write(folder: Path) -> None:
         images._central,
         images._scale,
         images._part,
-        images._samples,
-        images._smoothing,
+        resampling._samples,
+        resampling._smoothing,
     )
     used += (images.rgb, images._gray_to_rgb)
-    functions = [inspect.getsource(function) for function in (*used, images._resize)]
+    functions = [inspect.getsource(function) for function in (*used, resampling.resized)]
     code = "\n\n".join([_HEAD, *functions, _CLASS])
     (folder / FILE).write_text(code, encoding="utf-8")
     path = folder / "preprocessor_config.json"

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cap_pretrain.data import naflex
 from cap_pretrain.data.text.tokenizers import Tokenizer
 from cap_pretrain.errors import UserError
 from cap_pretrain.learners.protocols import Attends
@@ -46,31 +47,41 @@ def words_of(tokenizer: Tokenizer, ids: Iterable[int]) -> tuple[str, list[Word]]
     return text, [word for word in found if word.tokens]
 
 
-def on_grid(attention: np.ndarray) -> np.ndarray:
+def on_grid(attention: np.ndarray, image: np.ndarray | None = None) -> np.ndarray:
     """Arrange attention [..., N] over encoder tokens as maps float32 [..., H, W] that sum to 1.
 
     The tokens form a square grid, row by row, which a class token may precede; the class token is
-    not part of the image and is left out. Raises UserError if they form no grid or there is only
-    one.
+    not part of the image and is left out. An `image` as patches (`data.naflex`) has a grid of its
+    own, and padding. Raises UserError if the tokens form no grid or there is only one.
     """
     count = attention.shape[-1]
+    if image is not None and naflex.is_packed(image):
+        grid = naflex.grid_of(image)
+        first = count - len(image)
+        return _normalized(attention[..., first : first + math.prod(grid)], grid)
     side = math.isqrt(count)
     if side < 2 or count - side**2 > 1:
         raise UserError(
             f"attention: {count} tokens do not form a map of the image; expected a square grid, "
             "with or without a class token before it."
         )
-    attention = attention[..., count - side**2 :]
-    maps = attention.reshape(*attention.shape[:-1], side, side).astype(np.float32)
+    return _normalized(attention[..., count - side**2 :], (side, side))
+
+
+def _normalized(attention: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    maps = attention.reshape(*attention.shape[:-1], *grid).astype(np.float32)
     return maps / np.maximum(maps.sum((-2, -1), keepdims=True), np.finfo(np.float32).tiny)
 
 
-def word_maps(attention: np.ndarray, words: Sequence[Word]) -> np.ndarray:
+def word_maps(
+    attention: np.ndarray, words: Sequence[Word], image: np.ndarray | None = None
+) -> np.ndarray:
     """Return a map for each word, the mean over its tokens: float32 [len(words), H, W].
 
-    `attention`, [T, N], is that of each text token over the encoder's; `words` are of `words_of`.
+    `attention`, [T, N], is that of each text token over the encoder's; `words` are of `words_of`,
+    and `image` is as for `on_grid`.
     """
-    maps = on_grid(attention)
+    maps = on_grid(attention, image)
     return np.array([maps[list(word.tokens)].mean(0) for word in words]).reshape(
         -1, *maps.shape[1:]
     )

@@ -17,6 +17,7 @@ import optax
 from flax import nnx
 
 from cap_pretrain.evals.probes.features import Labelled
+from cap_pretrain.models import native
 from cap_pretrain.models.compute import Compute
 from cap_pretrain.models.layers import ACTIVATIONS, Details
 from cap_pretrain.models.sizes import Size
@@ -46,15 +47,20 @@ class Scale(NamedTuple):
     deviation: np.ndarray
 
 
-def scale_of(tokens: np.ndarray) -> Scale:
-    """Return the scale of tokens [N, T, D], with a deviation of 1 for constant dimensions."""
-    rows = tokens.reshape(-1, tokens.shape[-1])
-    total, squares = np.zeros((2, rows.shape[1]))
+def scale_of(tokens: np.ndarray, width: int) -> Scale:
+    """Return the scale of tokens [N, T, D], with a deviation of 1 for constant dimensions.
+
+    D is `width`, or one more if padding is marked (`models.native`), which does not count.
+    """
+    rows, count = tokens.reshape(-1, tokens.shape[-1]), 0
+    total, squares = np.zeros((2, width))
     for start in range(0, len(rows), _CHUNK):
         part = rows[start : start + _CHUNK].astype(np.float64)
+        part = part[part[:, -1] > 0, :-1] if part.shape[1] > width else part
         total, squares = total + part.sum(0), squares + np.square(part).sum(0)
-    mean = total / len(rows)
-    deviation = np.sqrt(np.maximum(squares / len(rows) - mean**2, 0))
+        count += len(part)
+    mean = total / count
+    deviation = np.sqrt(np.maximum(squares / count - mean**2, 0))
     deviation = np.where(deviation > 1e-6 * np.abs(mean) + 1e-12, deviation, 1)
     return Scale(mean.astype(np.float32), deviation.astype(np.float32))
 
@@ -69,10 +75,11 @@ def initial(size: Size, classes: int, seed: int) -> dict[str, Any]:
 
 
 def logits(params: dict[str, Any], tokens: jax.Array, heads: int) -> jax.Array:
-    """Return the logits [B, classes] of a head for tokens [B, T, D]."""
+    """Return the logits [B, classes] of a head for tokens [B, T, D], padding perhaps marked."""
     attention = params["attention"]
     query = _linear(attention["query"], params["probe"][0])
     width = len(query)
+    tokens, real = native.unmarked(tokens, width)
 
     def by_head(kernel):  # [D, D] -> [D, heads, D / heads]
         return kernel.reshape(width, heads, -1)
@@ -80,7 +87,10 @@ def logits(params: dict[str, Any], tokens: jax.Array, heads: int) -> jax.Array:
     query = query.reshape(heads, -1) * (width // heads) ** -0.5
     # The bias of the keys adds the same number for all tokens, which softmax ignores.
     keys = jnp.einsum("dhe,he->hd", by_head(attention["key"]["kernel"]), query)
-    weights = jax.nn.softmax(jnp.einsum("btd,hd->bht", tokens, keys))
+    products = jnp.einsum("btd,hd->bht", tokens, keys)
+    if real is not None:
+        products = jnp.where(real[:, None], products, -jnp.inf)
+    weights = jax.nn.softmax(products)
     pooled = jnp.einsum("bht,btd->bhd", weights, tokens)
     values = jnp.einsum("bhd,dhe->bhe", pooled, by_head(attention["value"]["kernel"]))
     values = values.reshape(len(tokens), width) + attention["value"]["bias"]
@@ -226,4 +236,6 @@ def _scores(params, scale, tokens, heads):
 
 
 def _standardized(tokens: jax.Array, scale: Scale) -> jax.Array:
-    return (tokens.astype(jnp.float32) - scale.mean) / scale.deviation
+    tokens, real = native.unmarked(tokens, len(scale.mean))
+    found = (tokens.astype(jnp.float32) - scale.mean) / scale.deviation
+    return found if real is None else native.marked(found, real)

@@ -22,6 +22,7 @@ from jax.sharding import AxisType
 
 import cap_pretrain
 from cap_pretrain import files, fingerprint
+from cap_pretrain.data.naflex import NAFLEX, SQUARE
 from cap_pretrain.data.sources.base import Source
 from cap_pretrain.distributed import cluster, sharding
 from cap_pretrain.errors import UserError
@@ -75,6 +76,11 @@ class Features:
             raise UserError(
                 f"evals: layer: {source} holds features and has no pixels; choose another layer."
             )
+        if layer == "pixels" and context.config.data.layout != SQUARE:
+            raise UserError(
+                "evals: layer: pixels are those of squares, which do not depend on the encoder; "
+                f"set --config.data.layout={SQUARE} for them."
+            )
         if layer != "pixels":
             encoder = nnx.eval_shape(lambda: build_encoder(context.config, nnx.Rngs(0)))
             readout.width(encoder, layer)
@@ -85,6 +91,7 @@ class Features:
             "layer": layer,
             "image_size": context.config.data.image_size,
             "crop": context.config.data.crop,
+            **({} if context.config.data.layout == SQUARE else {"layout": NAFLEX}),
         }
 
         def encode(learner, images, labels):

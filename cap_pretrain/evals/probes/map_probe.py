@@ -23,9 +23,9 @@ from cap_pretrain.evals.probes.features import (
     small_images,
 )
 from cap_pretrain.models import readout
-from cap_pretrain.models.build import build_encoder, pooling_size
+from cap_pretrain.models.build import build_encoder, image_shape, pooling_size
 from cap_pretrain.models.layers import normalize_images
-from cap_pretrain.models.sizes import STORED, Size
+from cap_pretrain.models.sizes import Size
 from cap_pretrain.telemetry import console
 from cap_pretrain.telemetry.flops import count_flops
 
@@ -50,16 +50,16 @@ class Tokens(Features):
 
     def __init__(self, context: Context, source: Any, *, layer: str, batch_size: int):
         super().__init__(context, source, layer=layer, batch_size=batch_size)
-        side = context.config.data.image_size
-        model = context.config.model
-        self._image = jax.ShapeDtypeStruct((1, side, side, 3), np.uint8)
-        if model.name == STORED:
-            self._image = jax.ShapeDtypeStruct((1, 1 + model.tokens, model.width), np.float32)
+        self._image = image_shape(context.config, 1)
 
         def read(images):
             return self._read(build_encoder(context.config, nnx.Rngs(0)), images)
 
         self.shape: tuple[int, int] = jax.eval_shape(read, self._image).shape[1:]
+        self.width = self.shape[1]
+        if layer != "pixels":
+            encoder = nnx.eval_shape(lambda: build_encoder(context.config, nnx.Rngs(0)))
+            self.width = readout.width(encoder, layer)
         self.source = source
 
     def passes(self, flops: float) -> float:
@@ -200,7 +200,7 @@ class MapProbe:
         parts = [part for part in self._splits.features if part != "test"]
         data = self._splits.joined({part: self._reader(part)(variables) for part in parts})
         with on_one_device(), jax.default_matmul_precision("highest"):
-            scale = attentive.scale_of(data.train.features)
+            scale = attentive.scale_of(data.train.features, self._reader("train").width)
             fits = {"choose": data.final & ~data.choose, "final": data.final}
             steps = {name: self._steps(int(rows.sum())) for name, rows in fits.items()}
             setting, before = self._settings[0], 0
@@ -247,7 +247,7 @@ class MapProbe:
         return heads
 
     def _size(self) -> Size:
-        config, width = self._context.config, self._reader("train").shape[1]
+        config, width = self._context.config, self._reader("train").width
         if self._options.layer == "pixels":
             return Size(width, depth=1, mlp=4 * width, heads=1)
         return pooling_size(config, width)
