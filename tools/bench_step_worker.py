@@ -20,6 +20,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))  # for `tools`; PYT
 import numpy as np
 from ml_collections import ConfigDict
 
+from cap_pretrain.data import naflex
 from cap_pretrain.errors import UserError
 from cap_pretrain.sweeps.trials import Trial, parse_overrides
 
@@ -42,10 +43,13 @@ def configured(job: dict[str, Any]) -> ConfigDict:
 
 
 def synthetic(config: ConfigDict, batch: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Return random images and tokens for the shapes in `batch`; texts have their full length."""
+    """Return random images and tokens for the shapes in `batch`; texts have their full length.
+
+    Images in their own aspect ratio have ratios between 1 : 2 and 2 : 1.
+    """
     rng = np.random.default_rng(0)
     ends = {"image": 256, "text": config.text.vocab_size}
-    return {
+    made = {
         name: (
             rng.integers(name == "text", ends[name], x.shape, x.dtype)
             if name in ends and x.dtype.kind in "iu"
@@ -53,6 +57,13 @@ def synthetic(config: ConfigDict, batch: dict[str, Any]) -> dict[str, np.ndarray
         )
         for name, x in batch.items()
     }
+    if config.data.layout == naflex.NAFLEX:
+        for image in made["image"]:
+            height, width = (1000 * 2 ** rng.uniform(-0.5, 0.5, 2)).astype(int).tolist()
+            rows, columns = naflex.grid(height, width, len(image))
+            image[:, -naflex.GRID :] = rows, columns
+            image[rows * columns :] = 0
+    return made
 
 
 def ours(job: dict[str, Any]) -> Candidate:
@@ -267,6 +278,7 @@ def torch_shape(config: ConfigDict) -> Any:
         raise UserError(f"--compare torch: there is no {learner.name} in PyTorch here.")
     from cap_pretrain.config import get
 
+    needed["data.layout"] = naflex.SQUARE
     for field, value in needed.items():
         if get(config, field) != value:
             raise UserError(f"--compare torch: {field} must be {value!r} there.")

@@ -239,6 +239,8 @@ def from_import(
     defaults = {k: v for k, v in configs.default().model.items() if k not in OWN_FIELDS}
     config.model.update(defaults | found.model)
     config.data.image_size = found.image_size or config.data.image_size
+    if "data.layout" not in given:
+        config.data.layout = found.layout
     params, stats = (
         {f"encoder/{path}": array for path, array in rules.flatten(tree).items()}
         for tree in (found.params, found.stats)

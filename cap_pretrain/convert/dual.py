@@ -29,6 +29,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {  # of transformers, for fields that text
         "layer_norm_eps": 1e-6,
     },
 }
+DEFAULTS["siglip2"] = DEFAULTS["siglip"]
 
 
 def read(folder: Path, encoder: Pretrained) -> tuple[Whole | None, str]:
@@ -94,8 +95,8 @@ def _transformers(folder: Path, kind: str, encoder: Pretrained) -> tuple[Whole |
 
 
 def _text(folder: Path, kind: str, length: int) -> Text | None:
-    """Return how the texts of a CLIPModel or SiglipModel are encoded; None without a tokenizer."""
-    if kind == "siglip":
+    """Return how texts are encoded for a model of transformers; None without a tokenizer."""
+    if kind in ("siglip", "siglip2"):
         return towers.pieces(folder, length)
     file = towers.named(folder, towers.BYTE_PAIRS)
     return Text(file, length) if file else None

@@ -10,6 +10,7 @@ from flax import nnx
 from cap_pretrain import rules
 from cap_pretrain.convert.tables import Table, to_ours
 from cap_pretrain.convert.weights import Weights
+from cap_pretrain.data.naflex import SQUARE
 from cap_pretrain.errors import UserError
 from cap_pretrain.models.layers import Compute
 from cap_pretrain.models.sizes import SIZES, Size
@@ -44,6 +45,7 @@ class Pretrained:
     source: str  # what it is, for messages
     stats: dict[str, Any] = dataclasses.field(default_factory=dict)  # other variables
     resample: Resample = resample_positions  # for images of other sizes, of a ViT
+    layout: str = SQUARE  # `data.layout` of its images
     text: bool = False  # whether the weights include a text tower, where no config says so
 
 

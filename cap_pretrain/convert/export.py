@@ -1,6 +1,8 @@
 """Export of our models as folders that `transformers` loads: SiglipVisionModel and SiglipModel.
 
-`convert.export_clip` writes those that are CLIP's instead.
+Of models for images in their own aspect ratio these are Siglip2VisionModel and Siglip2Model, which
+differ in the patch embedding and the preprocessing. `convert.export_clip` writes those that are
+CLIP's instead.
 
 Our vision encoder is the same as SigLIP's. SiglipModel lacks our linear projection of the image
 vector, but with `pool=gap` (the mean) its pooling head can express it: with query and key zero its
@@ -16,7 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cap_pretrain import learners
-from cap_pretrain.convert import fast_tokenizer, siglip
+from cap_pretrain.convert import fast_tokenizer, siglip, siglip2
 from cap_pretrain.convert.encoder import OURS, Form
 from cap_pretrain.convert.huggingface import ACTIVATIONS
 from cap_pretrain.convert.layouts.base import (
@@ -28,9 +30,10 @@ from cap_pretrain.convert.layouts.base import (
     write_tensors,
 )
 from cap_pretrain.convert.tables import to_torch
+from cap_pretrain.data.naflex import NAFLEX, SQUARE
 from cap_pretrain.data.text import byte_pairs
 from cap_pretrain.errors import UserError
-from cap_pretrain.models.build import encoder_size, text_size
+from cap_pretrain.models.build import encoder_size, patch_of, text_size
 from cap_pretrain.models.sizes import Size
 
 _HIDDEN_ACTS = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
@@ -57,8 +60,13 @@ def write_vision_model(folder: Path, config: ConfigDict, encoder: Params) -> Non
     Raises UserError if it cannot express the encoder, or if `config` describes another one.
     """
     check_encoder(config, encoder, form(config))
-    architecture = {"architectures": ["SiglipVisionModel"], **vision_config(config)}
-    write_model(folder, config, architecture, _vision_tensors(encoder))
+    architecture = {"architectures": [f"{name(config)}VisionModel"], **vision_config(config)}
+    write_model(folder, config, architecture, _vision_tensors(config, encoder))
+
+
+def name(config: ConfigDict) -> str:
+    """Return how the names of the classes of a config's models begin."""
+    return "Siglip" if config.data.layout == SQUARE else "Siglip2"
 
 
 def why_not_whole(config: ConfigDict) -> str:
@@ -101,24 +109,24 @@ def write_dual_encoder(folder: Path, source: Source) -> None:
     size = encoder_size(config)
     projection = source.inside("text_projection")
     text = source.inside("text_tower") | {f"text_projection/{k}": v for k, v in projection.items()}
-    tensors = _vision_tensors(_with_head(source, size))
+    tensors = _vision_tensors(config, _with_head(source, size))
     tensors |= {f"text_model.{k}": v for k, v in to_torch(text, siglip.TEXT_NAMES).items()}
     tensors["logit_scale"] = np.reshape(params["log_scale"], 1)
     tensors["logit_bias"] = np.reshape(params.get("bias", np.float32(0)), 1)
 
     fields, special = text_config(source)
     architecture = {
-        "architectures": ["SiglipModel"],
-        "model_type": "siglip",
+        "architectures": [f"{name(config)}Model"],
+        "model_type": name(config).lower(),
         "text_config": {
-            "model_type": "siglip_text_model",
+            "model_type": f"{name(config).lower()}_text_model",
             **fields,
             "projection_size": len(projection["bias"]),
             **special,
         },
         "vision_config": vision_config(config) | {"vision_use_head": True},
     }
-    write_model(folder, config, architecture, tensors, processor_class="SiglipProcessor")
+    write_model(folder, config, architecture, tensors, processor_class=f"{name(config)}Processor")
     write_tokenizer(folder, source)
 
 
@@ -182,9 +190,13 @@ def _with_head(source: Source, size: Size) -> dict[str, np.ndarray]:
 def vision_config(config: ConfigDict) -> dict[str, Any]:
     """Return the config of a SiglipVisionModel; raises UserError like `form`."""
     made = form(config)
+    fields = vision_fields(made)
+    if config.data.layout == NAFLEX:
+        del fields["image_size"]
+        fields["num_patches"] = (made.image_size // made.patch) ** 2
     return {
-        "model_type": "siglip_vision_model",
-        **vision_fields(made),
+        "model_type": f"{name(config).lower()}_vision_model",
+        **fields,
         "vision_use_head": made.options.pool == "map",
     }
 
@@ -206,7 +218,14 @@ def preprocessor_config(config: ConfigDict) -> dict[str, Any]:
     side, (mean, std) = config.data.image_size, OURS
     square = {"height": side, "width": side}
     geometry: dict[str, Any]
-    if config.data.crop == "none":
+    if config.data.layout == NAFLEX:
+        patch = patch_of(config)
+        geometry = {
+            "image_processor_type": "Siglip2ImageProcessor",
+            "patch_size": patch,
+            "max_num_patches": (side // patch) ** 2,
+        }
+    elif config.data.crop == "none":
         geometry = {"image_processor_type": "SiglipImageProcessor", "size": square}
     else:  # the central square
         geometry = {
@@ -263,9 +282,12 @@ def sizes(size: Size) -> dict[str, int]:
     }
 
 
-def _vision_tensors(encoder: Params) -> dict[str, np.ndarray]:
+def _vision_tensors(config: ConfigDict, encoder: Params) -> dict[str, np.ndarray]:
     prefix = siglip.FAMILY.prefix  # which transformers 4 needs even for a vision model alone
-    return {prefix + name: tensor for name, tensor in to_torch(encoder, siglip.NAMES).items()}
+    tensors = to_torch(encoder, siglip.NAMES)
+    if config.data.layout == NAFLEX:
+        tensors[siglip2.PATCH_EMBEDDING] = siglip2.linear(encoder["patch_embedding/kernel"])
+    return {prefix + name: tensor for name, tensor in tensors.items()}
 
 
 def write_model(

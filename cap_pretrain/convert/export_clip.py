@@ -10,6 +10,7 @@ from cap_pretrain.convert import clip, export
 from cap_pretrain.convert.encoder import Form
 from cap_pretrain.convert.layouts.base import Params, Source, check_encoder, vit_form
 from cap_pretrain.convert.tables import Entry, to_torch
+from cap_pretrain.data.naflex import SQUARE
 from cap_pretrain.learners.dual_encoder import DualEncoder
 
 _VISION: dict[str, Entry] = clip.NAMES | {
@@ -20,7 +21,8 @@ _VISION: dict[str, Entry] = clip.NAMES | {
 
 def is_clip(config: ConfigDict) -> bool:
     """Return whether the encoder of a config is the ViT of CLIP, whatever its size."""
-    return clip.is_vision(vit_form(config, "transformers", export.NO_VIT).options)
+    is_square = config.data.layout == SQUARE  # otherwise `export.form` says what is wrong
+    return is_square and clip.is_vision(vit_form(config, "transformers", export.NO_VIT).options)
 
 
 def write_vision_model(folder: Path, config: ConfigDict, encoder: Params) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from cap_pretrain.convert.tables import Entry, Table
+from cap_pretrain.data.naflex import SQUARE
 from cap_pretrain.models.vit import Options, Resample, resample_positions
 
 _LAYER = "encoder.layers.{}."
@@ -40,3 +41,4 @@ class Family:
     # Fills in the fields of `huggingface.DEFAULTS` that such configs call otherwise.
     complete: Callable[[dict[str, Any], object], dict[str, Any]] = lambda config, _: config
     resample: Resample = resample_positions  # how it fits positions to other sizes of images
+    layout: str = SQUARE  # `data.layout` of its images

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from cap_pretrain.convert import clip, dinov2, siglip, vit
+from cap_pretrain.convert import clip, dinov2, siglip, siglip2, vit
 from cap_pretrain.convert.encoder import (
     MAX_DEPTH,
     MAX_GRID,
@@ -35,18 +35,17 @@ FAMILIES: dict[str, Family] = {  # by `model_type` in config.json
     "clip_vision_model": clip.FAMILY,
     "siglip": siglip.FAMILY,
     "siglip_vision_model": siglip.FAMILY,
+    "siglip2": siglip2.FAMILY,
+    "siglip2_vision_model": siglip2.FAMILY,
     "vit": vit.FAMILY,
     "dinov2": dinov2.FAMILY,
     "dinov2_with_registers": dinov2.WITH_REGISTERS,
 }
 
-_NAFLEX = "of SigLIP 2 in native aspect ratios and not supported; its other models are SigLIP's"
 _DINOV3 = "of DINOv3 and not supported: its attention rotates queries and keys by position"
 _AIMV2 = "of AIMv2 and not supported: it has RMSNorm and gated MLPs, which our ViT has not"
 
 REFUSED = {  # what is said of models that are like those above
-    "siglip2": _NAFLEX,
-    "siglip2_vision_model": _NAFLEX,
     "dinov3_vit": _DINOV3,
     "aimv2": _AIMV2,
     "aimv2_vision_model": _AIMV2,
@@ -93,7 +92,7 @@ def open_folder(folder: Path) -> Pretrained:
         )
     family = FAMILIES[kind]
     vision = DEFAULTS | dict(family.defaults)
-    if kind in ("clip", "siglip"):
+    if kind in ("clip", "siglip", "siglip2"):
         for section in ("vision_config", "vision_config_dict"):  # the second of old CLIP configs
             vision |= checked(config.get(section) or {}, section, dict, where)
     else:
@@ -112,7 +111,7 @@ def open_folder(folder: Path) -> Pretrained:
         std=std,
         source=f"{_class(config) or f'{family.name} encoder'} of transformers",
     )
-    return dataclasses.replace(found, resample=family.resample)
+    return dataclasses.replace(found, resample=family.resample, layout=family.layout)
 
 
 def _form(vision: dict[str, Any], options: Options, where: Path) -> Form:

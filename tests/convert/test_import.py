@@ -100,7 +100,6 @@ def test_relatives_that_our_vit_cannot_express_are_refused(tmp_path):
         open_encoder(tmp_path)
     for kind, message in (
         ("dinov3_vit", "of DINOv3 and not supported: its attention rotates"),
-        ("siglip2_vision_model", "of SigLIP 2 in native aspect ratios"),
         ("aimv2_vision_model", "of AIMv2 and not supported: it has RMSNorm and gated MLPs"),
     ):
         (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))

@@ -29,12 +29,12 @@ pytestmark = pytest.mark.parity
 def make_run(workdir, tokenizer_path, learner="captioner", options=None, steps=(5,), **fields):
     """Write a run whose (averaged) parameters differ between checkpoints.
 
-    `fields` are fields of the model section, or `optim__ema`. Return the config and the split
+    `fields` are fields of the model section, `optim__ema` or `data__layout`. Return the config and the split
     learner with the parameters to be exported.
     """
-    ema = fields.pop("optim__ema", 0.0)
+    ema, layout = fields.pop("optim__ema", 0.0), fields.pop("data__layout", "square")
     c = tiny.config(learner, options, **fields)
-    c.optim.ema = ema
+    c.optim.ema, c.data.layout = ema, layout
     vocabulary = SentencePieceTokenizer(tokenizer_path, c.text.length).vocab_size
     graphdef, params, stats = tiny.split(c, vocab=vocabulary)
     checkpoints = Checkpoints(workdir, c)

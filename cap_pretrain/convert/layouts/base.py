@@ -11,12 +11,15 @@ from ml_collections import ConfigDict
 
 from cap_pretrain import learners
 from cap_pretrain.convert.encoder import Form
+from cap_pretrain.data.naflex import SQUARE
 from cap_pretrain.errors import UserError
 from cap_pretrain.learners.dual_encoder import DualEncoder
 from cap_pretrain.models.build import encoder_options, encoder_size
 from cap_pretrain.models.sizes import CONVNETS, parse_name
 
 Params = Mapping[str, np.ndarray]  # by path
+
+TRANSFORMERS = "transformers"
 
 BILINEAR = "bilinear"  # resampling of the libraries' own preprocessing
 
@@ -100,6 +103,11 @@ def vit_form(config: ConfigDict, library: str, otherwise: str = "") -> Form:
             f"model.colours: the encoder takes {config.model.colours} only, which image processors "
             f"of {library} cannot compute, so it cannot be exported; pass its workdir as "
             "--config.encoder instead."
+        )
+    if config.data.layout != SQUARE and library != TRANSFORMERS:
+        raise UserError(
+            f"data.layout: {config.data.layout} has no counterpart in {library}; export for "
+            f"{TRANSFORMERS}, whose SigLIP 2 reads such images."
         )
     _, patch = parse_name(config.model.name)
     return Form(encoder_size(config), patch, config.data.image_size, encoder_options(config))

@@ -1,7 +1,8 @@
 """Export as folders that transformers loads: the encoder, and a dual encoder whole inside it.
 
 These are SiglipVisionModel and, in `siglip/`, SiglipModel; or for an encoder with all options of
-CLIP's, CLIPVisionModel and, in `clip/`, CLIPModel.
+CLIP's, CLIPVisionModel and, in `clip/`, CLIPModel. For images in their own aspect ratio they are
+Siglip2VisionModel and, in `siglip/`, Siglip2Model, with the processor of transformers.
 """
 
 from pathlib import Path
@@ -10,12 +11,16 @@ from cap_pretrain import learners
 from cap_pretrain.convert import export, export_clip
 from cap_pretrain.convert.layouts import processor
 from cap_pretrain.convert.layouts.base import Source, Written
+from cap_pretrain.data.naflex import SQUARE
 
 _POOLED = {
     "gap": "`outputs.last_hidden_state.mean(1)` (the model has no pooling head)",
     "map": "`outputs.pooler_output` (attention pooling)",
     "class": "`outputs.pooler_output` (the class token)",
 }
+_MASKED_MEAN = (
+    "the mean of `outputs.last_hidden_state` over the tokens that `pixel_attention_mask` marks"
+)
 
 
 def write(folder: Path, source: Source) -> Written:
@@ -25,26 +30,38 @@ def write(folder: Path, source: Source) -> Written:
     left_out = _left_out(source, is_clip)
     writer = export_clip if is_clip else export
     writer.write_vision_model(folder, config, source.inside("encoder"))
-    processor.write(folder)
-    model = f"{'CLIP' if is_clip else 'Siglip'}VisionModel"
+    trusted, pooled = "", _POOLED[config.model.pool]
+    if is_square := config.data.layout == SQUARE:
+        processor.write(folder)
+        trusted = ", trust_remote_code=True"
+    elif config.model.pool == "gap":
+        pooled = _MASKED_MEAN
+    kind = "CLIP" if is_clip else export.name(config)
+    model = f"{kind}VisionModel"
     usage = [
         f"```python\nfrom transformers import AutoImageProcessor, {model}\n\n"
-        "processor = AutoImageProcessor.from_pretrained(FOLDER, trust_remote_code=True)\n"
+        f"processor = AutoImageProcessor.from_pretrained(FOLDER{trusted})\n"
         f"model = {model}.from_pretrained(FOLDER)\n"
         'outputs = model(**processor(images=image, return_tensors="pt"))\n```',
         f"Tokens of the patches: `outputs.last_hidden_state`. The pooled vector that the run's own "
-        f"evaluations used: {_POOLED[config.model.pool]}. In cap_pretrain it is "
+        f"evaluations used: {pooled}. In cap_pretrain it is "
         "`--config.encoder=FOLDER`.",
+    ]
+    usage.append(
         f"`trust_remote_code` runs the short `{processor.FILE}` of this folder, which needs OpenCV "
         "and gives the very pixels of the run's own evaluations. Without it, a processor of "
-        "transformers interpolates where the run averaged areas, so pixels differ slightly.",
-    ]
+        "transformers interpolates where the run averaged areas, so pixels differ slightly."
+        if is_square
+        else "The processor interpolates where the run averaged areas, so pixels differ slightly. "
+        "Tokens beyond those that `pixel_attention_mask` marks are padding."
+    )
     parts: tuple[str, ...] = ()
     if not left_out:
         inside = "clip" if is_clip else "siglip"
         writer.write_dual_encoder(folder / inside, source)
-        processor.write(folder / inside)
-        usage += _dual_encoder(inside, config.learner.contrast, config.text.punctuation)
+        if is_square:
+            processor.write(folder / inside)
+        usage += _dual_encoder(inside, kind, config.learner.contrast, config.text.punctuation)
         parts = (f"{inside}: the same with text tower and tokenizer",)
     return Written("transformers", tuple(usage), parts, left_out)
 
@@ -68,8 +85,8 @@ def _left_out(source: Source, is_clip: bool) -> str:
     return ""
 
 
-def _dual_encoder(inside: str, contrast: str, punctuation: bool) -> list[str]:
-    model = {"clip": "CLIPModel", "siglip": "SiglipModel"}[inside]
+def _dual_encoder(inside: str, kind: str, contrast: str, punctuation: bool) -> list[str]:
+    model = f"{kind}Model"
     probabilities = (
         "`logits_per_image.softmax(-1)` over the texts"
         if contrast == "softmax"

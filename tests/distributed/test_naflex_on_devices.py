@@ -1,0 +1,36 @@
+"""Images in their own aspect ratio on several devices: the same losses."""
+
+import numpy as np
+import pytest
+
+from cap_pretrain.data import naflex
+from cap_pretrain.data.views import prepared
+from tests import toy
+from tests.layouts import SMALL, Training, config, on_eight_devices
+
+SQUARES = toy.batch
+
+
+def oblong(c, number, words):
+    """The batch of the square layout with images of other shapes."""
+    batch, rng = SQUARES(c, number, words), np.random.default_rng(number)
+    side = c.data.image_size
+    shapes = rng.integers(side // 2, 2 * side, (c.batch_size, 2))
+    pixels = [rng.integers(0, 256, (*shape, 3), np.uint8) for shape in shapes]
+    return batch | {"image": np.stack([prepared(image, side, patch=8) for image in pixels])}
+
+
+def losses_on(layout, attention):
+    c = config("cappa", **SMALL, data__image_size=32, accumulate=2, model__heads=8)
+    c.data.layout, c.model.attention = naflex.NAFLEX, attention
+    toy.batch = oblong
+    training = Training(c, layout)
+    return training.go_on(training.init(), 3)[1]
+
+
+@pytest.mark.slow
+def test_every_layout_and_form_of_attention_gives_the_same_losses():
+    calls = [("one", "auto"), ("all", "auto"), ("data", "keep"), ("fsdp", "recompute")]
+    one, *others = on_eight_devices(losses_on, calls)
+    for losses in others:
+        np.testing.assert_allclose(losses, one, rtol=1e-5)
