@@ -8,7 +8,6 @@ from ml_collections import ConfigDict
 from cap_pretrain import evals, files, learners
 from cap_pretrain.config import fields, get, trains
 from cap_pretrain.data import resolution
-from cap_pretrain.data.naflex import LAYOUTS, SQUARE
 from cap_pretrain.data.origins import Origins
 from cap_pretrain.data.regions import MAX_REGIONS, check_augmentation
 from cap_pretrain.data.sources.base import parse_mixture
@@ -19,6 +18,7 @@ from cap_pretrain.models.encoder import COLOURS
 from cap_pretrain.models.layers import ACTIVATIONS, REMAT_POLICIES
 from cap_pretrain.models.narrowing import narrowed
 from cap_pretrain.models.sizes import STORED, Size
+from cap_pretrain.naflex import LAYOUTS, SQUARE
 from cap_pretrain.optim import optimizers, schedule_free
 from cap_pretrain.optim.muon import Muon
 from cap_pretrain.optim.mup import Mup

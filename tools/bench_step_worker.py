@@ -20,7 +20,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))  # for `tools`; PYT
 import numpy as np
 from ml_collections import ConfigDict
 
-from cap_pretrain.data import naflex
+from cap_pretrain import naflex
 from cap_pretrain.errors import UserError
 from cap_pretrain.sweeps.trials import Trial, parse_overrides
 

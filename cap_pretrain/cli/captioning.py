@@ -37,7 +37,7 @@ class Named(NamedTuple):
 
     Attributes:
         name: Name of the file, or id of the example.
-        image: What the learner reads, uint8 [S, S, 3] or patches [N, W] (`data.naflex`).
+        image: What the learner reads, uint8 [S, S, 3] or patches [N, W] (`naflex`).
         photo: The image at its own size and aspect, but not above `PHOTO`, uint8 [H, W, 3].
     """
 

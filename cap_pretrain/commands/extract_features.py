@@ -33,7 +33,6 @@ from cap_pretrain import config as configs
 from cap_pretrain import fingerprint, inputs, learners
 from cap_pretrain.checkpoints import warm_start
 from cap_pretrain.cli import arguments
-from cap_pretrain.data.naflex import SQUARE
 from cap_pretrain.data.regions import regions_of
 from cap_pretrain.data.requirements import has_regions
 from cap_pretrain.data.sources.base import Example, Source
@@ -45,6 +44,7 @@ from cap_pretrain.evals.inference.portions import EveryImage
 from cap_pretrain.learners.protocols import Featurizes
 from cap_pretrain.models.build import image_shape
 from cap_pretrain.models.layers import normalize_images
+from cap_pretrain.naflex import SQUARE
 from cap_pretrain.training.step import init_state
 
 WHAT = ("pooled", "tokens", "head")

@@ -24,11 +24,11 @@ from absl import logging
 from flax import nnx
 from tqdm import tqdm
 
-from cap_pretrain import inputs
+from cap_pretrain import inputs, naflex
 from cap_pretrain.checkpoints.load import Learner
 from cap_pretrain.checkpoints.open import open_learner
 from cap_pretrain.cli import arguments, figures
-from cap_pretrain.data import naflex, pipeline, prefetch, views
+from cap_pretrain.data import pipeline, prefetch, views
 from cap_pretrain.data.sources.base import Source
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.inference import word_maps

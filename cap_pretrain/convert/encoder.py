@@ -10,11 +10,11 @@ from flax import nnx
 from cap_pretrain import rules
 from cap_pretrain.convert.tables import Table, to_ours
 from cap_pretrain.convert.weights import Weights
-from cap_pretrain.data.naflex import SQUARE
 from cap_pretrain.errors import UserError
 from cap_pretrain.models.layers import Compute
 from cap_pretrain.models.sizes import SIZES, Size
 from cap_pretrain.models.vit import Options, Resample, ViT, resample_positions
+from cap_pretrain.naflex import SQUARE
 from cap_pretrain.untrusted import bounded, checked
 
 MAX_WIDTH, MAX_DEPTH, MAX_MLP, MAX_HEADS = 2**15, 2**10, 2**17, 2**10

@@ -30,11 +30,11 @@ from cap_pretrain.convert.layouts.base import (
     write_tensors,
 )
 from cap_pretrain.convert.tables import to_torch
-from cap_pretrain.data.naflex import NAFLEX, SQUARE
 from cap_pretrain.data.text import byte_pairs
 from cap_pretrain.errors import UserError
 from cap_pretrain.models.build import encoder_size, patch_of, text_size
 from cap_pretrain.models.sizes import Size
+from cap_pretrain.naflex import NAFLEX, SQUARE
 
 _HIDDEN_ACTS = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
 NO_VIT = "is not a SiglipVisionModel, and cannot be exported"

@@ -10,8 +10,8 @@ from cap_pretrain.convert import clip, export
 from cap_pretrain.convert.encoder import Form
 from cap_pretrain.convert.layouts.base import Params, Source, check_encoder, vit_form
 from cap_pretrain.convert.tables import Entry, to_torch
-from cap_pretrain.data.naflex import SQUARE
 from cap_pretrain.learners.dual_encoder import DualEncoder
+from cap_pretrain.naflex import SQUARE
 
 _VISION: dict[str, Entry] = clip.NAMES | {
     "positions": "embeddings.position_embedding.weight",

@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from cap_pretrain.convert.tables import Entry, Table
-from cap_pretrain.data.naflex import SQUARE
 from cap_pretrain.models.vit import Options, Resample, resample_positions
+from cap_pretrain.naflex import SQUARE
 
 _LAYER = "encoder.layers.{}."
 

@@ -12,8 +12,8 @@ import numpy as np
 
 from cap_pretrain.convert import siglip
 from cap_pretrain.convert.encoder import MAX_GRID, MAX_PATCH
-from cap_pretrain.data.naflex import NAFLEX
 from cap_pretrain.errors import UserError
+from cap_pretrain.naflex import NAFLEX
 from cap_pretrain.untrusted import bounded
 
 PATCH_EMBEDDING = "embeddings.patch_embedding.weight"

@@ -7,7 +7,8 @@ from typing import Literal, TypeGuard
 import cv2
 import numpy as np
 
-from cap_pretrain.data import images, naflex
+from cap_pretrain import naflex
+from cap_pretrain.data import images
 from cap_pretrain.errors import UserError
 
 RANDOM_CROPS: dict[str, Callable[..., np.ndarray]] = {  # by their name in a config
@@ -24,7 +25,7 @@ class View:
         size: Side in pixels of the square.
         crop: "none" squashes the whole image; "center" takes the largest centered square.
         patch: If not 0, the whole image becomes patches of so many pixels a side, in its own aspect
-            ratio, at most as many as such a square has (`data.naflex`).
+            ratio, at most as many as such a square has (`naflex`).
     """
 
     size: int

@@ -17,7 +17,6 @@ from ml_collections import ConfigDict
 
 from cap_pretrain import learners
 from cap_pretrain.data import resolution
-from cap_pretrain.data.naflex import SQUARE
 from cap_pretrain.errors import UserError
 from cap_pretrain.learners.captioner import Captioner, shift_right
 from cap_pretrain.learners.token_losses import (
@@ -31,6 +30,7 @@ from cap_pretrain.models.build import build_encoder, compute, decoder_size
 from cap_pretrain.models.layers import EncoderOutput, normalize_images
 from cap_pretrain.models.multimodal import MultimodalDecoder
 from cap_pretrain.models.vit import Masks, ViT
+from cap_pretrain.naflex import SQUARE
 
 # Added to the variance of a patch (He et al. 2022, 2111.06377, in their code).
 PATCH_EPS = 1e-6

@@ -9,7 +9,6 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from cap_pretrain import learners
-from cap_pretrain.data.naflex import LAYOUTS
 from cap_pretrain.errors import UserError
 from cap_pretrain.learners.parts import Part
 from cap_pretrain.learners.token_losses import (
@@ -33,6 +32,7 @@ from cap_pretrain.models.chunks import in_chunks
 from cap_pretrain.models.encoder import ImageEncoder
 from cap_pretrain.models.layers import EncoderOutput, normalize_images
 from cap_pretrain.models.text import PAD, Cache, Decoder
+from cap_pretrain.naflex import LAYOUTS
 
 
 def shift_right(text: jax.Array, start: jax.Array | None = None) -> jax.Array:

@@ -9,7 +9,6 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from cap_pretrain import learners
-from cap_pretrain.data.naflex import LAYOUTS
 from cap_pretrain.errors import UserError, did_you_mean
 from cap_pretrain.learners.token_losses import mean_where, token_loss
 from cap_pretrain.models import readout
@@ -18,6 +17,7 @@ from cap_pretrain.models.convnet import BatchNorm
 from cap_pretrain.models.encoder import ImageEncoder
 from cap_pretrain.models.layers import normalize_images
 from cap_pretrain.models.vit import MapHead
+from cap_pretrain.naflex import LAYOUTS
 
 HEADS = ("linear", "map")
 

@@ -13,7 +13,6 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from cap_pretrain import learners
-from cap_pretrain.data.naflex import LAYOUTS
 from cap_pretrain.errors import UserError, did_you_mean
 from cap_pretrain.learners.matching import Matching, check_contrast, unit
 from cap_pretrain.learners.parts import Part
@@ -23,6 +22,7 @@ from cap_pretrain.models.layers import ACTIVATIONS, XAVIER, EncoderOutput, norma
 from cap_pretrain.models.sizes import Size
 from cap_pretrain.models.text_tower import POOLS, TextOptions, TextTower
 from cap_pretrain.models.vit import MapHead
+from cap_pretrain.naflex import LAYOUTS
 
 HEADS = ("linear", "none", "map")
 

@@ -6,10 +6,10 @@ from typing import Any
 from flax import nnx
 from ml_collections import ConfigDict
 
-from cap_pretrain.data.naflex import LAYOUTS
 from cap_pretrain.errors import UserError
 from cap_pretrain.models.build import build_encoder
 from cap_pretrain.models.encoder import ImageEncoder
+from cap_pretrain.naflex import LAYOUTS
 
 
 class Encoder(nnx.Module):

@@ -9,7 +9,6 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from cap_pretrain import learners
-from cap_pretrain.data.naflex import SQUARE
 from cap_pretrain.distributed.sharding import gathered
 from cap_pretrain.errors import UserError
 from cap_pretrain.learners.captioner import Captioner, shift_right
@@ -17,6 +16,7 @@ from cap_pretrain.learners.token_losses import is_target, token_weights, weighte
 from cap_pretrain.models import recurrent, tokens
 from cap_pretrain.models.build import build_encoder, compute, kept_tokens
 from cap_pretrain.models.encoder import ImageEncoder
+from cap_pretrain.naflex import SQUARE
 
 
 class Recurrent(Captioner):

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from cap_pretrain.data import naflex
-from cap_pretrain.data.naflex import NAFLEX, SQUARE
+from cap_pretrain import naflex
 from cap_pretrain.distributed.platform import platform
 from cap_pretrain.errors import UserError, did_you_mean
 from cap_pretrain.models import alexnet, tokens
@@ -29,6 +28,7 @@ from cap_pretrain.models.sizes import (
 )
 from cap_pretrain.models.stored import Stored
 from cap_pretrain.models.vit import MapHead, Options, ViT
+from cap_pretrain.naflex import NAFLEX, SQUARE
 
 
 def check(config: ConfigDict) -> None:

@@ -1,6 +1,6 @@
 """Images in their own aspect ratio: their patches, positions and padding.
 
-`data.naflex` makes them one array of bytes a batch; `read` separates it. An encoder marks which of
+`naflex` makes them one array of bytes a batch; `separate` parts it. An encoder marks which of
 its tokens are padding in one more channel, `marked`, which attention over the tokens and their mean
 leave out. So tokens remain one array, whether there is padding or not.
 """
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cap_pretrain.data.naflex import GRID
+from cap_pretrain.naflex import GRID
 
 
 class Patches(NamedTuple):
@@ -31,7 +31,7 @@ class Patches(NamedTuple):
 
 
 def is_packed(images: jax.Array) -> bool:
-    """Return whether images are those of `data.naflex`, uint8 [B, N, W]."""
+    """Return whether images are those of `naflex`, uint8 [B, N, W]."""
     return images.ndim == 3 and images.dtype == jnp.uint8
 
 

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 
 import cap_pretrain
-from cap_pretrain import rules
+from cap_pretrain import naflex, rules
 from cap_pretrain.commands import export_encoder
 from cap_pretrain.convert import open_encoder
-from cap_pretrain.data import naflex
 from cap_pretrain.data.text.tokenizers import SentencePieceTokenizer
 from cap_pretrain.data.views import View
 from cap_pretrain.errors import UserError

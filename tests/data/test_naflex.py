@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cap_pretrain.data import images, naflex
+from cap_pretrain import naflex
+from cap_pretrain.data import images
 from cap_pretrain.data.pipeline import ImageOptions, eval_batches, train_dataset
 from cap_pretrain.data.views import View, prepared
 from tests.data.numbers import Numbers

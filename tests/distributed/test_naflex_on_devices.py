@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cap_pretrain.data import naflex
+from cap_pretrain import naflex
 from cap_pretrain.data.views import prepared
 from tests import toy
 from tests.layouts import SMALL, Training, config, on_eight_devices

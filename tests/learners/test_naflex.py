@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from cap_pretrain.data import naflex
+from cap_pretrain import naflex
 from cap_pretrain.data.views import prepared
 from cap_pretrain.errors import UserError
 from cap_pretrain.learners import objectives

@@ -29,8 +29,8 @@ pytestmark = pytest.mark.parity
 def make_run(workdir, tokenizer_path, learner="captioner", options=None, steps=(5,), **fields):
     """Write a run whose (averaged) parameters differ between checkpoints.
 
-    `fields` are fields of the model section, `optim__ema` or `data__layout`. Return the config and the split
-    learner with the parameters to be exported.
+    `fields` are fields of the model section, `optim__ema` or `data__layout`. Return the config and
+    the split learner with the parameters to be exported.
     """
     ema, layout = fields.pop("optim__ema", 0.0), fields.pop("data__layout", "square")
     c = tiny.config(learner, options, **fields)

@@ -11,11 +11,11 @@ from ml_collections import ConfigDict
 
 from cap_pretrain import learners
 from cap_pretrain.convert.encoder import Form
-from cap_pretrain.data.naflex import SQUARE
 from cap_pretrain.errors import UserError
 from cap_pretrain.learners.dual_encoder import DualEncoder
 from cap_pretrain.models.build import encoder_options, encoder_size
 from cap_pretrain.models.sizes import CONVNETS, parse_name
+from cap_pretrain.naflex import SQUARE
 
 Params = Mapping[str, np.ndarray]  # by path
 

@@ -11,7 +11,7 @@ from cap_pretrain import learners
 from cap_pretrain.convert import export, export_clip
 from cap_pretrain.convert.layouts import processor
 from cap_pretrain.convert.layouts.base import Source, Written
-from cap_pretrain.data.naflex import SQUARE
+from cap_pretrain.naflex import SQUARE
 
 _POOLED = {
     "gap": "`outputs.last_hidden_state.mean(1)` (the model has no pooling head)",

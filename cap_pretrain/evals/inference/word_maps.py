@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cap_pretrain.data import naflex
+from cap_pretrain import naflex
 from cap_pretrain.data.text.tokenizers import Tokenizer
 from cap_pretrain.errors import UserError
 from cap_pretrain.learners.protocols import Attends
@@ -51,7 +51,7 @@ def on_grid(attention: np.ndarray, image: np.ndarray | None = None) -> np.ndarra
     """Arrange attention [..., N] over encoder tokens as maps float32 [..., H, W] that sum to 1.
 
     The tokens form a square grid, row by row, which a class token may precede; the class token is
-    not part of the image and is left out. An `image` as patches (`data.naflex`) has a grid of its
+    not part of the image and is left out. An `image` as patches (`naflex`) has a grid of its
     own, and padding. Raises UserError if the tokens form no grid or there is only one.
     """
     count = attention.shape[-1]

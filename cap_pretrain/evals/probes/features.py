@@ -22,7 +22,6 @@ from jax.sharding import AxisType
 
 import cap_pretrain
 from cap_pretrain import files, fingerprint
-from cap_pretrain.data.naflex import NAFLEX, SQUARE
 from cap_pretrain.data.sources.base import Source
 from cap_pretrain.distributed import cluster, sharding
 from cap_pretrain.errors import UserError
@@ -33,6 +32,7 @@ from cap_pretrain.models import readout
 from cap_pretrain.models.build import build_encoder
 from cap_pretrain.models.layers import normalize_images
 from cap_pretrain.models.sizes import STORED
+from cap_pretrain.naflex import NAFLEX, SQUARE
 from cap_pretrain.untrusted import check_stored
 
 PIXELS = 16
