@@ -110,7 +110,7 @@ def test_datasets_of_evaluators_keep_their_classes(monkeypatch):
     c = toy.config("classifier", data__class_max=1)
     c.data.name = "mine"
     monkeypatch.setattr(inputs, "open_source", lambda name, split, **_: [{"image": name}])
-    monkeypatch.setattr(inputs.pipeline, "is_features", lambda image: False)
+    monkeypatch.setattr(inputs.views, "is_features", lambda image: False)
     assert inputs.open_data(c, "val", "another") == [{"image": "another"}]
 
 

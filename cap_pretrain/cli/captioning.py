@@ -191,7 +191,7 @@ def scored_captioner(
         keys = jax.vmap(lambda i: rng.key(seed, i, "captions"))(done + np.arange(batch_size))
         done += len(pixels)
         # Every batch is padded to one shape, so only one program is compiled.
-        padding = [(0, batch_size - len(pixels)), *[(0, 0)] * 3]
+        padding = [(0, batch_size - len(pixels)), *[(0, 0)] * (pixels.ndim - 1)]
         written = jax.device_get(write(variables, np.pad(pixels, padding), keys))
         of_images = zip(written.tokens[: len(pixels)], written.log_p, strict=False)
         return [read_captions(tokenizer, tokens, log_p, given) for tokens, log_p in of_images]

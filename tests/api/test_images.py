@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from cap_pretrain import config as configs
+from cap_pretrain import inputs
 from cap_pretrain.api import batches
 from cap_pretrain.api.images import listed
 from cap_pretrain.convert import crops_center
@@ -19,10 +20,10 @@ RGB = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
 
 
 @pytest.fixture(scope="module")
-def data():
-    section = configs.default().data
-    section.image_size, section.crop = 8, "random"  # so evaluation takes the central square
-    return section
+def view():
+    c = configs.default()
+    c.data.image_size, c.data.crop = 8, "random"  # so evaluation takes the central square
+    return inputs.view(c)
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def encoded(image, kind="PNG", **options):
     return file.getvalue()
 
 
-def test_all_forms_of_one_image_are_the_same_square(data, folder):
+def test_all_forms_of_one_image_are_the_same_square(view, folder):
     image = Image.fromarray(RGB)
     turned = Image.Exif()
     turned[0x0112] = 3
@@ -61,17 +62,17 @@ def test_all_forms_of_one_image_are_the_same_square(data, folder):
     assert len(items) == len(forms) + 1 + 2  # the nested list holds two, the folder three
     expected = views.square(RGB, 8, "center")
     for item in items:
-        np.testing.assert_array_equal(item.read(data), expected, err_msg=item.name)
+        np.testing.assert_array_equal(item.read(view), expected, err_msg=item.name)
     assert [item.name for item in items[-3:]] == [
         str(folder / name) for name in ("a.png", "b.png", "inner/c.PNG")
     ]
 
 
-def test_gray_and_transparent_images_become_rgb(data):
+def test_gray_and_transparent_images_become_rgb(view):
     gray, clear = Image.fromarray(RGB).convert("L"), Image.new("RGBA", (9, 9), (0, 0, 0, 0))
     (one,), (two,) = listed(gray), listed(clear)
-    assert np.ptp(one.read(data), axis=-1).max() == 0
-    assert (two.read(data) == 255).all()  # on white, as files are
+    assert np.ptp(one.read(view), axis=-1).max() == 0
+    assert (two.read(view) == 255).all()  # on white, as files are
 
 
 @pytest.mark.parametrize(
@@ -96,11 +97,11 @@ def test_anything_else_is_refused(given, kind, message):
         listed(given)
 
 
-def test_unreadable_files_raise_with_their_name_or_are_left_out(data, folder, tmp_path):
+def test_unreadable_files_raise_with_their_name_or_are_left_out(view, folder, tmp_path):
     broken, gone = tmp_path / "text.jpg", tmp_path / "gone.png"
     broken.write_text("To whom it may concern")
     given = listed([folder / "a.png", broken, folder / "b.png", gone])
-    work = batches.Work(data, batches_mesh(), 2, lambda pixels, first: pixels[:, 0, 0] * 0 + first)
+    work = batches.Work(view, batches_mesh(), 2, lambda pixels, first: pixels[:, 0, 0] * 0 + first)
     with pytest.raises(UserError, match="text.jpg: not an image$"):
         list(batches.computed(given, work))
     unreadable = {}

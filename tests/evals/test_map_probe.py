@@ -15,6 +15,7 @@ from cap_pretrain.evals.metrics import classification
 from cap_pretrain.evals.probes import attentive
 from cap_pretrain.evals.probes.features import Labelled
 from cap_pretrain.evals.probes.map_probe import MapProbe, Tokens
+from cap_pretrain.models import native
 from cap_pretrain.models.compute import Compute
 from cap_pretrain.models.layers import Details
 from cap_pretrain.models.sizes import Size
@@ -98,7 +99,7 @@ def hidden(count, seed, length=12):
 def test_it_tells_apart_what_the_mean_of_the_tokens_does_not():
     train, test = hidden(512, 0), hidden(200, 1)
     settings = [attentive.Setting(3e-3, 0.01), attentive.Setting(1e-9, 0.0)]
-    scale = attentive.scale_of(train.features)
+    scale = attentive.scale_of(train.features, train.features.shape[-1])
     steps = []
     heads = attentive.Heads(scale, SIZE, 2, settings, seed=0)
     rows = np.arange(len(train.labels))
@@ -127,12 +128,24 @@ def test_the_scale_is_that_of_all_tokens_and_leaves_constants_alone(monkeypatch)
     monkeypatch.setattr(attentive, "_CHUNK", 4)
     x = tokens() * 5 + 3
     x[..., 2] = 0.1
-    scale = attentive.scale_of(x)
+    scale = attentive.scale_of(x, x.shape[-1])
     rows = x.reshape(-1, 16).astype(np.float64)
     np.testing.assert_allclose(scale.mean, rows.mean(0), rtol=1e-5)
     others = np.arange(16) != 2
     np.testing.assert_allclose(scale.deviation[others], rows.std(0)[others], rtol=1e-5)
     assert scale.deviation[2] == 1
+
+
+def test_padding_does_not_count():
+    x = tokens()
+    noise = np.random.default_rng(0).standard_normal((len(x), 3, 16)).astype(x.dtype)
+    real = np.concatenate([np.ones(x.shape[:2], bool), np.zeros(noise.shape[:2], bool)], axis=1)
+    padded = np.asarray(native.marked(np.concatenate([x, noise], axis=1), real))
+    for own, other in zip(attentive.scale_of(x, 16), attentive.scale_of(padded, 16), strict=True):
+        np.testing.assert_array_equal(own, other)
+    params = random_head()
+    found = attentive.logits(params, padded, 4)
+    np.testing.assert_allclose(found, attentive.logits(params, x, 4), atol=1e-5)
 
 
 @pytest.fixture
@@ -157,7 +170,7 @@ def test_it_chooses_on_held_out_images_and_tests_once(few_steps):
     (train, test) = (
         Tokens(made, s, layer="pixels", batch_size=64)(variables) for s in (TRAIN, TEST)
     )
-    scale = attentive.scale_of(train.features)
+    scale = attentive.scale_of(train.features, train.features.shape[-1])
     setting = attentive.Setting(*best[:2])
     heads = attentive.Heads(scale, probe._size(), 4, [setting], seed=0)
     heads.fit(train, np.arange(160), steps=25, batch_size=32, each=lambda _: None)
