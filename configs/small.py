@@ -9,7 +9,7 @@ follow from the size of the dataset and the devices. Each choice is printed with
 
 Arguments:
   data       dataset, or a mixture; default: scenes
-  objective  cap, cappa, clip or siglip; default: cap
+  objective  cap, cappa, clip, siglip or coca, or several joined by +; default: cap
   devices    cpu-CORES, gpu-NUMBER or tpu-NUMBER; default: those of this machine. Give those that
              are printed at the start to continue a run on another machine.
 """

@@ -88,11 +88,12 @@ def prepare(argv: Sequence[str]) -> list[str]:
     what = "CSV, TSV or Parquet with a row for each caption"
     parser.add_argument("table", type=arguments.local_path, help=what)
     parser.add_argument("--workdir", help="folder; default: runs/NAME_OF_THE_FOLDER")
-    what = "what to learn; default: cap"
-    parser.add_argument("--objective", choices=tuple(small.OBJECTIVES), default="cap", help=what)
+    what = f"what to learn: {', '.join(small.OBJECTIVES)}, or several joined by +; default: cap"
+    parser.add_argument("--objective", default="cap", help=what)
     parser.add_argument("--image", default="", help="column of image names; default: found")
     parser.add_argument("--caption", default="", help="column of captions; default: found")
     args, others = parser.parse_known_args(argv)
+    small.check_objective(args.objective)
     if files.is_url(args.workdir or ""):
         raise UserError(
             f"--workdir: {args.workdir} is a URL, and a dataset is built in it; give a folder."

@@ -9,7 +9,7 @@ import dataclasses
 import math
 from typing import Any
 
-CAPTIONERS = ("cap", "cappa")
+CAPTIONERS = ("cap", "cappa", "coca")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +119,11 @@ def choose(facts: Facts, devices: Devices, objective: str) -> list[Choice]:
     ]
 
 
+def _captions(objective: str) -> bool:
+    """Return whether an objective, or one of several joined by +, is that of a captioner."""
+    return any(name in CAPTIONERS for name in objective.split("+"))
+
+
 def held_out(images: int) -> int:
     """Return how many of all images validate, where a dataset has no split for that."""
     return min(1000, max(1, images // 10))
@@ -154,7 +159,7 @@ def _batch(facts: Facts, devices: Devices, objective: str, examples: float) -> i
     It leaves STEPS steps, and is at most a quarter of the dataset, so that a batch holds different
     images.
     """
-    kind, captions = "cpu" if devices.kind == "cpu" else "gpu", objective in CAPTIONERS
+    kind, captions = "cpu" if devices.kind == "cpu" else "gpu", _captions(objective)
     most = min(BATCH[captions][kind], examples / STEPS[captions], facts.images / 4)
     size = 2 ** int(math.log2(max(8, most)))
     return max(1, round(size / devices.parts)) * devices.parts
@@ -204,7 +209,7 @@ def _text_choice(facts: Facts) -> Choice:
 
 
 def _batch_choice(devices: Devices, objective: str, batch: int) -> Choice:
-    most = BATCH[objective in CAPTIONERS]["cpu" if devices.kind == "cpu" else "gpu"]
+    most = BATCH[_captions(objective)]["cpu" if devices.kind == "cpu" else "gpu"]
     why = (
         f"as many as {devices} is fast with" if batch >= most else "so that there are enough steps"
     )

@@ -6,6 +6,7 @@ import itertools
 import numpy as np
 import pytest
 
+from cap_pretrain.errors import UserError
 from cap_pretrain.optim import schedule
 from cap_pretrain.small import config, rules
 from cap_pretrain.small.rules import Devices, Facts
@@ -24,6 +25,25 @@ def facts(images=5_400, captions=5.0, **fields):
 
 def resolved(found, devices=DEVICES[1], objective="cap"):
     return config.resolve("data/mine", objective, found, devices)[0]
+
+
+def test_objectives_may_be_joined():
+    c = resolved(facts(), objective="cappa+siglip")
+    validate(c)
+    assert {name: part.name for name, part in c.learner.parts.items()} == {
+        "cappa": "captioner",
+        "siglip": "dual_encoder",
+    }
+    assert c.learner.parts.cappa.parallel_fraction == rules.PARALLEL
+    assert set(c.evals) == {"val", "samples", "retrieval"}
+    assert c.batch_size == resolved(facts(), objective="cap").batch_size
+    for objective, message in (
+        ("cap+sigli", "objective: 'sigli' is none of cap, .*Did you mean 'siglip'"),
+        ("cap+cap", "objective: 'cap.cap' names one twice"),
+        ("", "objective: '' is none of"),
+    ):
+        with pytest.raises(UserError, match=message):
+            config.check_objective(objective)
 
 
 @pytest.mark.parametrize("objective", config.OBJECTIVES)
