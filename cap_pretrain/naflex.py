@@ -22,8 +22,9 @@ def grid(height: int, width: int, budget: int) -> tuple[int, int]:
     """Return into how many rows and columns of patches an image of this size is resized.
 
     They are those of the largest scale at which the image, rounded up to whole patches, has at most
-    `budget` of them. So a square image with a square budget fills it. That is how the image
-    processor of SigLIP 2 in `transformers` does it, by bisection.
+    `budget` of them. So a square image with a square budget fills it. The image processor of SigLIP
+    2 in `transformers` does the same by bisection to 1e-5, which finds the next smaller grid for a
+    few of 10,000 sizes, but it enlarges images at most 100 times and has no limit of MOST.
     """
     rows = _most(height, width, budget)
     columns = _most(width, height, budget)

@@ -216,6 +216,7 @@ def _check_sizes(config: ConfigDict) -> None:
                 f"{STORED}; set it to ''."
             )
         build.check_side(config.model, side, resolution.FIELD)
+        build.check_budget(config, side, resolution.FIELD)
 
 
 def _check_learner(config: ConfigDict) -> None:
@@ -247,8 +248,7 @@ def _check_learner(config: ConfigDict) -> None:
 def _check_layout(config: ConfigDict) -> None:
     """Check that the learner can read images in the layout `data.layout`."""
     layout = config.data.layout
-    whole, *parts = learners.members(config)
-    for member in parts or [whole]:
+    for member in learners.members(config):
         if layout not in getattr(member.kind, "layouts", (SQUARE,)):
             named = member.config.learner.name + (f" ({member.name})" if member.name else "")
             raise UserError(f"data.layout: {layout!r} does not work with {named}; use {SQUARE!r}.")

@@ -44,6 +44,7 @@ from cap_pretrain.data.builders.formats import pairs
 from cap_pretrain.data.builders.units import Part
 from cap_pretrain.data.sources.base import DEFAULT_FIELDS
 from cap_pretrain.errors import UserError, did_you_mean
+from cap_pretrain.models import build as models
 from cap_pretrain.training import feed
 from tools import bench_data_layouts, bench_data_rivals
 from tools.bench_decode import generated
@@ -92,8 +93,9 @@ def stages(mixture: inputs.Mixture, tokenizer, config: ConfigDict, dataset) -> d
     rng = np.random.default_rng(0)
     smallest = data.image_size if data.crop == "none" else 0
     _, decode = _timed(lambda file: images.decode(file, smallest), files)
+    patch = models.patch_of(config)
     _, square = _timed(
-        lambda e: views.square(e["image"], data.image_size, data.crop, rng), examples
+        lambda e: views.prepared(e["image"], data.image_size, data.crop, rng, patch=patch), examples
     )
     texts = [caption for e in examples for caption in e["captions"][:1]]
     _, tokenize = _timed(tokenizer.encode, texts)

@@ -61,7 +61,7 @@ class Classified(NamedTuple):
 class Attention(NamedTuple):
     """The words of a caption, and the map of each: float32 [words, H, W], each summing to 1.
 
-    The maps cover the square that the model sees, row by row from its top left.
+    The maps cover what the model sees, a square or the whole image, row by row from its top left.
     """
 
     words: list[str]
@@ -81,7 +81,7 @@ class Model:
         path: Where the model comes from.
         config: The config of the run, locked.
         learner: Name of the learner, such as "captioner".
-        image_size: Side in pixels of the squares that the model sees.
+        image_size: Side in pixels of the squares that the model sees; see `View`.
         methods: Names of the methods that this learner has.
     """
 
@@ -304,7 +304,8 @@ class Model:
         program = self._compiled(("attention", layer), attend, Attends)
         rows = self._each(one, 1, lambda pixels, _: program(self._variables, pixels, text))
         _, words = word_maps.words_of(self._tokenizer, text)
-        return Attention([word.text for word in words], word_maps.word_maps(rows[0], words))
+        seen: Any = one[0].read(inputs.view(self.config))
+        return Attention([word.text for word in words], word_maps.word_maps(rows[0], words, seen))
 
     def _check(self, method: str) -> None:
         """Raise UserError if the learner lacks what a method needs."""

@@ -12,6 +12,7 @@ from cap_pretrain.checkpoints import warm_start
 from cap_pretrain.checkpoints.load import Learner, Say, assemble, load_learner, to_stderr
 from cap_pretrain.data.text.tokenizers import NoText, Tokenizer
 from cap_pretrain.errors import UserError
+from cap_pretrain.naflex import SQUARE
 
 
 class Run(NamedTuple):
@@ -82,7 +83,8 @@ def _imported(place: Path, mesh: Mesh | None, say: Say) -> Learner:
     with config.unlocked():
         config.learner = learners.defaults("pretrained")
         weights = warm_start.from_import(config, place, place, say)
-        config.data.crop = warm_start.evaluation_crop(place)
+        if config.data.layout == SQUARE:
+            config.data.crop = warm_start.evaluation_crop(place)
     tokenizer: Tokenizer = NoText()
     if "text" in learners.learner_class(config.learner.name).reads:
         tokenizer = inputs.open_tokenizer(config, config.text.tokenizer)

@@ -27,6 +27,7 @@ from cap_pretrain.convert import dual
 from cap_pretrain.errors import UserError
 from cap_pretrain.models.sizes import parse_name
 from cap_pretrain.models.vit import Resample, resample_positions
+from cap_pretrain.naflex import NAFLEX, SQUARE
 from cap_pretrain.optim import schedule_free
 from cap_pretrain.training.changes import fields
 from cap_pretrain.training.step import TrainState
@@ -197,11 +198,18 @@ def _take_fields(config: ConfigDict, saved: ConfigDict, given: Collection[str]) 
         config.data.update(saved.data.to_dict())
         config.data.update_from_flattened_dict({k: v for k, v in own.items() if k != "name"})
     config.data.image_size = saved.data.image_size
-    if "data.layout" not in given:
-        config.data.layout = saved.data.layout
+    _take_layout(config, saved.data.layout, given)
     if whole:
         config.learner = saved.learner
         config.text.update(saved.text)
+
+
+def _take_layout(config: ConfigDict, layout: str, given: Collection[str]) -> None:
+    """Set how images are laid out as for an encoder's training, and whole if it saw them whole."""
+    if "data.layout" not in given:
+        config.data.layout = layout
+    if config.data.layout == NAFLEX and "data.crop" not in given:
+        config.data.crop = "none"
 
 
 def _from_workdir(
@@ -239,8 +247,7 @@ def from_import(
     defaults = {k: v for k, v in configs.default().model.items() if k not in OWN_FIELDS}
     config.model.update(defaults | found.model)
     config.data.image_size = found.image_size or config.data.image_size
-    if "data.layout" not in given:
-        config.data.layout = found.layout
+    _take_layout(config, found.layout, given)
     params, stats = (
         {f"encoder/{path}": array for path, array in rules.flatten(tree).items()}
         for tree in (found.params, found.stats)
@@ -252,7 +259,8 @@ def from_import(
             config.learner = learners.defaults("dual_encoder", **whole.learner)
             config.text.update(whole.text | {"tokenizer": str(place / whole.text["tokenizer"])})
             params |= whole.params
-            if not configs.trains(config) and "data.crop" not in given:
+            square = config.data.layout == SQUARE
+            if square and not configs.trains(config) and "data.crop" not in given:
                 config.data.crop = evaluation_crop(copy)
         elif note:
             say(f"{note}.")

@@ -71,6 +71,10 @@ def extract(args: argparse.Namespace) -> Iterator[str]:
 
     config, initial = warm_start.resolve(_config(args))
     assert initial, "--encoder is required"
+    if args.crop == "center" and config.data.layout != SQUARE:
+        raise UserError(
+            f"--crop: the encoder keeps whole images (data.layout={config.data.layout}); use none."
+        )
     if args.what == "tokens" and config.data.layout != SQUARE:
         raise UserError(
             "--what: tokens of images in their own aspect ratio are of different numbers, which "
@@ -192,6 +196,7 @@ def _made(args: argparse.Namespace, config: ConfigDict, encoder: str, variables:
         "data": args.data,
         "image_size": config.data.image_size,
         "crop": args.crop,
+        "layout": config.data.layout,
     }
 
 

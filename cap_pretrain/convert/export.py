@@ -1,7 +1,7 @@
 """Export of our models as folders that `transformers` loads: SiglipVisionModel and SiglipModel.
 
-Of models for images in their own aspect ratio these are Siglip2VisionModel and Siglip2Model, which
-differ in the patch embedding and the preprocessing. `convert.export_clip` writes those that are
+Models for images in their own aspect ratio become Siglip2VisionModel and Siglip2Model, which differ
+in the patch embedding and the preprocessing. `convert.export_clip` writes those that are
 CLIP's instead.
 
 Our vision encoder is the same as SigLIP's. SiglipModel lacks our linear projection of the image

@@ -112,6 +112,8 @@ def prepared(
     Raises:
         ImageError: An encoded image does not decode.
     """
+    if patch and crop != "none":
+        raise ValueError(f"crop {crop!r} makes squares, and images with a patch stay whole")
     if not patch or is_features(image):
         found = square(image, size, crop, rng)
         return images.flip(found) if mirror else found

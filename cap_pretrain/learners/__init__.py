@@ -30,7 +30,8 @@ see `models.tokens.PLACES`. () is for one that needs all of them, and None for a
 field does not apply, and which may be trained beside others to which it does.
 
 `layouts` are the values of `data.layout` that a learner can read, ("square",) by default. One that
-reads "naflex" leaves out the padding of an encoder's tokens; see `models.native`.
+reads "naflex" leaves out the padding of an encoder's tokens; see `models.native`. Subclasses
+inherit it, so one that reads the tokens in another way sets it to ("square",).
 
 One whose form depends on its options, as that of `joint`, has the classmethods
 

@@ -136,7 +136,7 @@ class Captioner(Part):
     def encode(
         self, images: jax.Array, *, train: bool = False, key: jax.Array | None = None
     ) -> EncoderOutput:
-        """Encode uint8 images [B, H, W, 3]; `key` is for dropout in training."""
+        """Encode uint8 images [B, H, W, 3] or patches [B, N, W]; `key` is for dropout."""
         images = normalize_images(images, self.decoder.compute.dtype)
         return self.encoder(images, train=train, key=key)
 
@@ -274,7 +274,7 @@ class Captioner(Part):
         return loss, metrics
 
     def image_features(self, images: jax.Array) -> jax.Array:
-        """Encode uint8 images [B, H, W, 3] as tokens [B, N, D] for `compare`."""
+        """Encode images, as for `encode`, as tokens [B, N, D] for `compare`."""
         return self.encode(images).tokens
 
     def text_features(self, text: jax.Array) -> jax.Array:

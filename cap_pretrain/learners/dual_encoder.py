@@ -170,7 +170,7 @@ class DualEncoder(Matching, Part):
     def encode(
         self, images: jax.Array, *, train: bool = False, key: jax.Array | None = None
     ) -> EncoderOutput:
-        """Encode uint8 images [B, H, W, 3]; `key` is for dropout in training."""
+        """Encode uint8 images [B, H, W, 3] or patches [B, N, W]; `key` is for dropout."""
         images = normalize_images(images, self.text_tower.compute.dtype)
         return self.encoder(images, train=train, key=key)
 

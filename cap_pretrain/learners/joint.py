@@ -23,6 +23,7 @@ from cap_pretrain.learners.contrastive import Contrastive
 from cap_pretrain.learners.parts import Part
 from cap_pretrain.learners.weights import Weight
 from cap_pretrain.models.encoder import ImageEncoder
+from cap_pretrain.naflex import LAYOUTS
 
 RESERVED = ("data",)
 """What comes before "/" in metrics of a training step that are not those of a part."""
@@ -39,6 +40,8 @@ class Joint(Contrastive):
         parts: The parts by name; all have the same encoder.
         weights: Their weights.
     """
+
+    layouts = LAYOUTS  # each part has its own
 
     @dataclasses.dataclass(frozen=True)
     class Options:

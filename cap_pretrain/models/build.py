@@ -28,7 +28,7 @@ from cap_pretrain.models.sizes import (
 )
 from cap_pretrain.models.stored import Stored
 from cap_pretrain.models.vit import MapHead, Options, ViT
-from cap_pretrain.naflex import NAFLEX, SQUARE
+from cap_pretrain.naflex import MOST, NAFLEX, SQUARE
 
 
 def check(config: ConfigDict) -> None:
@@ -59,6 +59,7 @@ def check(config: ConfigDict) -> None:
     check_side(model, config.data.image_size, "data.image_size")
     if config.data.layout == NAFLEX:
         _check_naflex(config)
+        check_budget(config, config.data.image_size, "data.image_size")
 
 
 def _check_naflex(config: ConfigDict) -> None:
@@ -68,11 +69,24 @@ def _check_naflex(config: ConfigDict) -> None:
         raise UserError(f"{field} is for a ViT, not for {model.name}; set it to {SQUARE}.")
     for name, usual in {"colours": "rgb", "keep_tokens": 1.0}.items():
         if model[name] != usual:
-            raise UserError(f"model.{name}: {model[name]!r} does not work with {field}.")
+            raise UserError(
+                f"model.{name}: {model[name]!r} does not work with {field}; set it to {usual!r}, "
+                f"or data.layout to {SQUARE}."
+            )
     if config.data.crop != "none":
         raise UserError(
             f"data.crop: {config.data.crop!r} makes squares, and {field} keeps whole images; set "
             "one of them to its default."
+        )
+
+
+def check_budget(config: ConfigDict, side: int, field: str) -> None:
+    """Raise UserError, which names the field, if squares of `side` pixels have too many patches."""
+    patch = patch_of(config)
+    if patch and side // patch > MOST:
+        raise UserError(
+            f"{field}: {side} is more than {MOST} patches of {patch}, the most with data.layout: "
+            f"{NAFLEX}; use {MOST * patch} or less."
         )
 
 

@@ -38,12 +38,12 @@ class ImageEncoder(nnx.Module):
         """Encode images.
 
         Args:
-            images: float [B, H, W, 3] in [-1, 1].
+            images: float [B, H, W, 3] in [-1, 1]; a ViT also encodes `native.Patches`.
             train: Whether to use dropout and batch statistics.
             key: Random key for dropout and dropped tokens in training. None disables both.
 
         Returns:
-            tokens [B, N, D] and pooled [B, D].
+            tokens [B, N, D] and pooled [B, D]; see `EncoderOutput`.
         """
         train = train and not self.frozen
         return self._encode(self._seen(images), train=train, key=key if train else None)

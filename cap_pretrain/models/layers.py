@@ -38,7 +38,7 @@ XAVIER = nnx.initializers.xavier_uniform()
 class EncoderOutput(NamedTuple):
     """Output of every encoder: `tokens` [B, N, D] and `pooled` [B, D].
 
-    Of images in their own aspect ratio, tokens have one more channel; see `models.native`.
+    Tokens of images in their own aspect ratio have one more channel; see `models.native`.
     """
 
     tokens: jax.Array
@@ -250,7 +250,9 @@ class Attention(nnx.Module):
         if context is None:
             return self.attend(x, *self.keys_values(x), mask)
         context, real = self.seen(context)
-        return self.attend(x, *self.keys_values(context), real if mask is None else mask)
+        if real is not None:
+            mask = real if mask is None else mask & real
+        return self.attend(x, *self.keys_values(context), mask)
 
 
 class EncoderBlock(nnx.Module):

@@ -5,6 +5,7 @@ its tokens are padding in one more channel, `marked`, which attention over the t
 leave out. So tokens remain one array, whether there is padding or not.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -36,15 +37,20 @@ def is_packed(images: jax.Array) -> bool:
 
 
 def separate(images: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return the pixels uint8 [B, N, P * P * 3] and the grid int32 [B, 2] of packed images."""
-    return images[..., :-GRID], images[:, 0, -GRID:].astype(jnp.int32)
+    """Return the pixels uint8 [B, N, P * P * 3] and the grid int32 [B, 2] of packed images.
+
+    Rows of zeros, which fill a batch, are images of one patch.
+    """
+    return images[..., :-GRID], jnp.maximum(images[:, 0, -GRID:].astype(jnp.int32), 1)
 
 
+@functools.partial(jax.checkpoint, static_argnums=2)
 def positions(table: jax.Array, grid: jax.Array, count: int) -> jax.Array:
     """Resample position embeddings to the grid of each image.
 
     They are those of `jax.image.resize` ("bilinear", antialiased), and exactly those of the table
-    where the grids are equal.
+    where the grids are equal. The backward pass computes the weights again, float32 [B, N, G * G],
+    so that they need no memory in between.
 
     Args:
         table: [G, G, D].
@@ -57,9 +63,9 @@ def positions(table: jax.Array, grid: jax.Array, count: int) -> jax.Array:
     side, _, width = table.shape
     sizes = grid.astype(jnp.float32)[:, None]  # [B, 1, 2]
     index = jnp.arange(count)[None] * (jnp.arange(count) < jnp.prod(grid, axis=1, keepdims=True))
-    columns = jnp.maximum(grid[:, 1:], 1)
+    columns = grid[:, 1:]
     place = jnp.stack([index // columns, index % columns], axis=-1).astype(jnp.float32)
-    scale = side / jnp.maximum(sizes, 1)
+    scale = side / sizes
     center = (place + 0.5) * scale - 0.5  # in the table, [B, N, 2]
     away = jnp.abs(jnp.arange(side) - center[..., None]) / jnp.maximum(scale, 1)[..., None]
     weights = jnp.maximum(1 - away, 0)

@@ -11,9 +11,10 @@ Arguments, with lists joined by +:
   steps   the budget: that of so many steps of Cap; default: 2000
   size    encoder as WIDTHxDEPTH with patches of 12 pixels; default: 96x3
   data    dataset; default: scenes, of two large objects and 48 pixels
-  labels  dataset with labels for the probes; default: scenes with scenes, else none and no probes
+  labels  dataset with labels for the probes; default: that of `data`
   evals   evaluators at the end, joined by +; default: linear_probe+map_probe+retrieval+composition+
-          caption_scores. Variants that write no captions have no caption_scores.
+          caption_scores, without probes unless there are `labels` or scenes. Variants that write no
+          captions have no caption_scores, and composition is that of captions where they do.
 
 Each trial takes as many steps as the budget pays for, by the FLOPs of `--dry_run`, with a batch of
 64. The learning rate is constant and decays linearly in the last 40%, so that it is still high when
@@ -29,7 +30,7 @@ import numpy as np
 
 from cap_pretrain import config, learners
 from cap_pretrain.errors import UserError, did_you_mean
-from cap_pretrain.learners.protocols import WritesCaptions
+from cap_pretrain.learners.protocols import EmbedsText, WritesCaptions
 from cap_pretrain.sweeps.settings import EASY_SCENES, RECIPE, model, values
 from cap_pretrain.sweeps.trials import Trial
 from cap_pretrain.training import plan
@@ -94,7 +95,7 @@ def sweep(arg: str | None = None) -> Iterator[Trial]:
         size="96x3",
         data="scenes",
         labels="",
-        evals=EVALS,
+        evals="",
     )
     drawn = args.data == "scenes"
     names = args.what.split("/") if args.what else [n for n in VARIANTS if drawn or n != "locca"]
@@ -112,8 +113,8 @@ def sweep(arg: str | None = None) -> Iterator[Trial]:
         "optim.decay": "constant",
         "optim.cooldown_share": 0.4,
     }
-    labelled = drawn or args.labels
-    wanted = [e for e in args.evals.split("+") if labelled or e not in PROBES]
+    default = [e for e in EVALS.split("+") if drawn or args.labels or e not in PROBES]
+    wanted = args.evals.split("+") if args.evals else default
     training = functools.partial(_trial, shared, args.data, args.labels, wanted)
     (cap_steps,) = values("steps", args.steps, int)
     budget = cap_steps * _flops(training("cap", 0).resolved())
@@ -129,16 +130,20 @@ def _trial(
     objective, fields = VARIANTS[name]
     training = f"objective={objective},data={data}"
     plain = Trial(name, f"configs/pretrain.py:{training}").resolved()
-    writes = learners.able(plain, WritesCaptions)
-    fitting = [e for e in wanted if writes or e != "caption_scores"]
+    captioners = [
+        member.name
+        for member in learners.members(plain)
+        if issubclass(member.kind, WritesCaptions) and not issubclass(member.kind, EmbedsText)
+    ]
+    fitting = [e for e in wanted if captioners or e != "caption_scores"]
     overrides = {**shared, "seed": seed, **fields}
     for evaluator in fitting:
         for option, value in OPTIONS.get(evaluator, {}).items():
             overrides[f"evals.{evaluator}.{option}"] = value
         if evaluator in PROBES and labels:
             overrides[f"evals.{evaluator}.data"] = labels
-        if evaluator == "composition" and writes and writes.name:  # in a joint learner
-            overrides["evals.composition.part"] = writes.name
+        if evaluator == "composition" and any(captioners):  # in a joint learner, or in CoCa
+            overrides["evals.composition.part"] = min(captioners)
     return Trial(
         f"{name.replace('%', '')}_seed={seed}",
         f"configs/pretrain.py:{training},evals={'+'.join(fitting)}",

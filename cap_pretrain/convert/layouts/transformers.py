@@ -1,8 +1,8 @@
 """Export as folders that transformers loads: the encoder, and a dual encoder whole inside it.
 
 These are SiglipVisionModel and, in `siglip/`, SiglipModel; or for an encoder with all options of
-CLIP's, CLIPVisionModel and, in `clip/`, CLIPModel. For images in their own aspect ratio they are
-Siglip2VisionModel and, in `siglip/`, Siglip2Model, with the processor of transformers.
+CLIP's, CLIPVisionModel and, in `clip/`, CLIPModel. Siglip2VisionModel and, in `siglip/`,
+Siglip2Model take their place for images in their own aspect ratio, with transformers' processor.
 """
 
 from pathlib import Path

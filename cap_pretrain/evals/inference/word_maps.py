@@ -51,8 +51,9 @@ def on_grid(attention: np.ndarray, image: np.ndarray | None = None) -> np.ndarra
     """Arrange attention [..., N] over encoder tokens as maps float32 [..., H, W] that sum to 1.
 
     The tokens form a square grid, row by row, which a class token may precede; the class token is
-    not part of the image and is left out. An `image` as patches (`naflex`) has a grid of its
-    own, and padding. Raises UserError if the tokens form no grid or there is only one.
+    not part of the image and is left out. The grid of an `image` as patches (`naflex`) is that of
+    the image, and padding is left out. Raises UserError if the tokens form no grid or there is only
+    one.
     """
     count = attention.shape[-1]
     if image is not None and naflex.is_packed(image):
