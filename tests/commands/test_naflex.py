@@ -9,9 +9,11 @@ from PIL import Image
 
 import cap_pretrain
 from cap_pretrain import naflex, train
-from cap_pretrain.commands import caption, plot_embeddings, show_attention
+from cap_pretrain.checkpoints import warm_start
+from cap_pretrain.commands import caption, extract_features, plot_embeddings, show_attention
 from cap_pretrain.data.scenes.source import Scenes
 from cap_pretrain.data.sources import open as sources
+from cap_pretrain.validation import validate
 from tests import toy
 
 SHAPES = {"wide": (9, 40), "high": (50, 13), "square": (16, 16)}
@@ -41,6 +43,24 @@ def test_photos_of_all_shapes_are_captioned(run, photos, capsys):
     results = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [Path(result["image"]).stem for result in results] == sorted(SHAPES)
     assert {result.get("error", caption.BLANK) for result in results} == {caption.BLANK}
+
+
+def test_a_config_that_crops_takes_whole_images(run, capsys):
+    c = toy.load("finetune")
+    with c.unlocked():
+        c.encoder, c.learner.classes = str(run), 4
+    found, _ = warm_start.resolve(c)
+    assert (found.data.layout, found.data.crop) == (naflex.NAFLEX, "none")
+    validate(found)
+    assert "data.crop='random' (now 'none')" in capsys.readouterr().out
+    options = ["--encoder", str(run), "--data", "scenes", "--out", str(run), "--name", "f"]
+    cases = {
+        "different numbers": ["--what", "tokens"],
+        "use none": ["--what", "pooled", "--crop", "center"],
+    }
+    for message, more in cases.items():
+        assert extract_features.main([*options, "--splits", "val", *more]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_attention_maps_have_the_shape_of_the_image(run):
