@@ -11,8 +11,9 @@ block of steps in turn, so that changes of the machine's speed affect all alike.
 not suffice for all together, they run one after the other, and if one alone needs too much, the
 batch of a suite is halved; both are reported. A candidate given by --against has further settings,
 and perhaps environment variables: "XLA_FLAGS=… --config.model.remat=lean", or "PYTHONPATH=…" for
-another version of the package. --compare=torch is a plain PyTorch model of the same size and number
-of parameters (tools/torch_baseline.py), compiled by torch.compile on GPUs and eager on CPUs;
+another version of the package; "--config=configs/pretrain.py:objective=siglip" is another config,
+whose parameters may differ. --compare=torch is a plain PyTorch model of the same size and number of
+parameters (tools/torch_baseline.py), compiled by torch.compile on GPUs and eager on CPUs;
 torch-eager and torch-compiled choose. PyTorch has AdamW, and so have we, unless --config.optim.name
 is given.
 
@@ -66,7 +67,8 @@ SUITE_SECONDS = 240  # no case starts later than this
 def records(case: Case, workers: Sequence[Worker]) -> list[dict[str, Any]]:
     """Return what was measured of a case, JSON-compatible, a record for each candidate."""
     first = workers[0].facts
-    counts = {worker.name: worker.facts["parameters"] for worker in workers}
+    alike = [worker for worker in workers if not worker.variant.config]
+    counts = {worker.name: worker.facts["parameters"] for worker in alike}
     if len(set(counts.values())) > 1:
         raise UserError(f"{case.name}: the candidates differ in their parameters: {counts}.")
     reference = next((w for w in workers if w.variant.kind == "torch"), workers[0])
@@ -166,13 +168,16 @@ def candidates(args: argparse.Namespace, overrides: Sequence[str]) -> list[Varia
     for text in args.against:
         parts = shlex.split(text)
         given = tuple(part for part in parts if part.startswith("--config."))
-        variables = [part.partition("=") for part in parts if part not in given]
+        configs = [part for part in parts if part.startswith("--config=")]
+        variables = [part.partition("=") for part in parts if part not in (*given, *configs)]
         if not all(equals and name.isidentifier() for name, equals, _ in variables):
             raise UserError(
-                f"--against: {text!r} is not made of --config.FIELD=VALUE and NAME=VALUE."
+                f"--against: {text!r} is not made of --config.FIELD=VALUE, --config=FILE and "
+                "NAME=VALUE."
             )
         environment = tuple((name, value) for name, _, value in variables)
-        found.append(Variant(f"ours, {text}", "ours", (*ours, *given), environment))
+        config = "".join(configs[-1:]).removeprefix("--config=")
+        found.append(Variant(f"ours, {text}", "ours", (*ours, *given), environment, config=config))
     for name in args.compare:
         compiled = {"torch": None, "torch-eager": False, "torch-compiled": True}[name]
         found.append(Variant(name, "torch", (), (), compiled))

@@ -38,6 +38,7 @@ class Variant:
     overrides: tuple[str, ...] = ()
     environment: tuple[tuple[str, str], ...] = ()
     compiled: bool | None = None  # by torch.compile; None: on GPUs
+    config: str = ""  # in place of the case's
 
 
 class OutOfMemoryError(Exception):
@@ -64,7 +65,7 @@ class Worker:
         )
         self._send(
             kind=variant.kind,
-            config=case.config,
+            config=variant.config or case.config,
             overrides=[*overrides, *variant.overrides],
             batch_per_device=case.batch_per_device,
             compiled=variant.compiled,

@@ -75,9 +75,15 @@ def test_short_memory_separates_candidates_then_halves_the_batch(monkeypatch):
 def test_against_takes_settings_and_variables(capsys):
     arguments = ["--suite=cpu", "--against", "A='1 2' --config.model.unroll=2", "--compare=torch"]
     arguments += ["--against", "--config.model.remat=lean"]
-    _, ours, lean, torch = bench_step.candidates(*bench_step._parse(arguments))
+    arguments += [
+        "--against",
+        "--config=configs/pretrain.py:objective=clip --config.model.unroll=3",
+    ]
+    _, ours, lean, clip, torch = bench_step.candidates(*bench_step._parse(arguments))
     assert ours.overrides == ("--config.optim.name=adamw", "--config.model.unroll=2")
     assert lean.overrides[1:] == ("--config.model.remat=lean",) and not lean.environment
+    assert clip.config == "configs/pretrain.py:objective=clip" and not lean.config
+    assert clip.overrides[1:] == ("--config.model.unroll=3",) and not clip.environment
     assert ours.environment == (("A", "1 2"),) and torch.kind == "torch"
     assert bench_step.main(["--suite=cpu", "--against=unroll"]) == 2
     assert "--against: 'unroll'" in capsys.readouterr().err
