@@ -33,7 +33,7 @@ from cap_pretrain.data.sources.base import Source
 from cap_pretrain.errors import UserError
 from cap_pretrain.evals.inference import word_maps
 from cap_pretrain.learners.protocols import EmbedsText
-from cap_pretrain.models import readout
+from cap_pretrain.models import native, readout
 from cap_pretrain.models.layers import normalize_images
 
 MIN_POINTS = 5
@@ -134,7 +134,7 @@ def _of_examples(
 
 def _shown(images: np.ndarray) -> np.ndarray:
     """Return images uint8 [B, H, W, 3] of a batch; those in their own aspect ratio as squares."""
-    if images.ndim != 3 or images.dtype != np.uint8:
+    if not native.is_packed(images):
         return images
     return np.stack([views.picture(naflex.unpacked(image), THUMBNAIL) for image in images])
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cap_pretrain.naflex import GRID
 
@@ -31,8 +32,8 @@ class Patches(NamedTuple):
         return jnp.arange(self.pixels.shape[1]) < jnp.prod(self.grid, axis=1, keepdims=True)
 
 
-def is_packed(images: jax.Array) -> bool:
-    """Return whether images are those of `naflex`, uint8 [B, N, W]."""
+def is_packed(images: jax.Array | np.ndarray) -> bool:
+    """Return whether a batch of images is of `naflex.packed`, uint8 [B, N, W]."""
     return images.ndim == 3 and images.dtype == jnp.uint8
 
 
