@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -108,12 +109,23 @@ class Training:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
         self._take = step.make_train_step(graphdef, tx, rate, c, shardings)
 
-    def go_on(self, state: step.TrainState, steps: int) -> tuple[step.TrainState, list[float]]:
-        """Train for `steps` steps on different batches; return the new state and the losses."""
+    def go_on(
+        self,
+        state: step.TrainState,
+        steps: int,
+        batch_of: Callable[..., dict[str, np.ndarray]] = toy.batch,
+    ) -> tuple[step.TrainState, list[float]]:
+        """Train for `steps` steps on different batches; return the new state and the losses.
+
+        Args:
+            state: of the first step.
+            steps: number of steps.
+            batch_of: returns a batch of (config, number of the batch, size of the vocabulary).
+        """
         losses = []
         with jax.set_mesh(self.mesh):
             for number in range(int(state.step), int(state.step) + steps):
-                batch = toy.batch(self.config, number, WORDS)
+                batch = batch_of(self.config, number, WORDS)
                 batch = {k: batch[k] for k in READS if k in batch}
                 arrays = sharding.put_batch(batch, self.mesh)
                 state, metrics = self._take(state, arrays)

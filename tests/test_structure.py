@@ -112,3 +112,34 @@ def test_paths_of_runs_are_made_in_one_place():
                 where = f"{own}:{within[-1]}" if within else own
                 found.add(own if own in LOCAL_PATHS else where)
     assert found == LOCAL_PATHS.keys()
+
+
+def imported(tree):
+    """Return the names that the imports of a module bind."""
+    imports = [n for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom)]
+    return {(a.asname or a.name).partition(".")[0] for node in imports for a in node.names}
+
+
+def assigned_attributes(tree):
+    """Return (line, name) of each attribute of an imported name that is assigned."""
+    names = imported(tree)
+    return [
+        (node.lineno, node.value.id)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+        if isinstance(node.value, ast.Name) and node.value.id in names
+    ]
+
+
+def test_tests_change_no_module_for_good():
+    """Processes run several tests, in any order: only `monkeypatch` changes a module."""
+    files = {path: ast.parse(path.read_text()) for path in (ROOT / "tests").rglob("*.py")}
+    found = {str(path): assigned_attributes(tree) for path, tree in files.items()}
+    found = {path: lines for path, lines in found.items() if lines}
+    assert not found, f"use monkeypatch or an argument: {found}"
+
+
+def test_a_changed_module_is_found():
+    text = "import a.b, c as d\nfrom e import f\n"
+    text += "a.x = 1\nd.x, y = 1, 2\nf.x += 1\nc.x = 1\ny.x = 2\n"
+    assert sorted(assigned_attributes(ast.parse(text))) == [(3, "a"), (4, "d"), (5, "f")]

@@ -61,9 +61,9 @@ def there(name):
     return f"{name.partition(':')[0]}:{URL}"
 
 
-def test_examples_are_those_of_local_files(here, tmp_path):
+def test_examples_are_those_of_local_files(here, tmp_path, monkeypatch):
     expected = list(opened(here, tmp_path / "none"))
-    Faulty.rate = 0.3
+    monkeypatch.setattr(Faulty, "rate", 0.3)
     source = opened(there(here), tmp_path / "cache")
     assert [source[k] for k in random.Random(0).sample(range(18), 18)] == [
         expected[k] for k in random.Random(0).sample(range(18), 18)

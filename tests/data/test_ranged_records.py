@@ -159,7 +159,7 @@ def test_one_read_of_twenty_fails_and_the_batches_are_the_same(
 ):
     expected = batches(local, tokenizer)
     monkeypatch.setattr(Faulty, "random", random.Random(0))
-    Faulty.rate = 0.05
+    monkeypatch.setattr(Faulty, "rate", 0.05)
     for batch, other in zip(batches(ranged(tmp_path), tokenizer, threads=3), expected, strict=True):
         for name in batch:
             np.testing.assert_array_equal(batch[name], other[name])

@@ -8,12 +8,10 @@ from cap_pretrain.data.views import prepared
 from tests import toy
 from tests.layouts import SMALL, Training, config, on_eight_devices
 
-SQUARES = toy.batch
-
 
 def oblong(c, number, words):
     """The batch of the square layout with images of other shapes."""
-    batch, rng = SQUARES(c, number, words), np.random.default_rng(number)
+    batch, rng = toy.batch(c, number, words), np.random.default_rng(number)
     side = c.data.image_size
     shapes = rng.integers(side // 2, 2 * side, (c.batch_size, 2))
     pixels = [rng.integers(0, 256, (*shape, 3), np.uint8) for shape in shapes]
@@ -23,9 +21,8 @@ def oblong(c, number, words):
 def losses_on(layout, attention):
     c = config("cappa", **SMALL, data__image_size=32, accumulate=2, model__heads=8)
     c.data.layout, c.model.attention = naflex.NAFLEX, attention
-    toy.batch = oblong
     training = Training(c, layout)
-    return training.go_on(training.init(), 3)[1]
+    return training.go_on(training.init(), 3, oblong)[1]
 
 
 @pytest.mark.slow

@@ -240,13 +240,17 @@ def test_options_that_cannot_be(options, said):
 
 def metrics_of(shape, batch_size):
     """Return the metrics on a mesh, with parameters sharded as in training."""
-    attentive.LEAST_STEPS = 25
     c = tiny.config()
     c.mesh.data, c.mesh.fsdp, c.mesh.tensor = shape
     mesh = sharding.make_mesh(c, jax.devices()[: math.prod(shape)])
     made, (params, stats) = context(TRAIN, TEST, mesh=mesh)
     variables = jax.device_put(params, sharding.param_shardings(params, mesh)), stats
-    with jax.set_mesh(mesh), jax.transfer_guard("disallow"):
+    with (
+        pytest.MonkeyPatch.context() as monkeypatch,
+        jax.set_mesh(mesh),
+        jax.transfer_guard("disallow"),
+    ):
+        monkeypatch.setattr(attentive, "LEAST_STEPS", 25)
         result = MapProbe(made, MapProbe.Options(batch_size=batch_size, **FAST))(variables)
     return [result.metrics, result.details]
 
