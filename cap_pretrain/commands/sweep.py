@@ -4,6 +4,7 @@
     cap sweep status runs/sweep
     cap sweep table runs/sweep --figures val/loss:min scores/CIDEr --sort val/loss:min
     cap sweep table runs/sweep --figures val/loss:min --pivot optim.lr learner.layers
+    cap sweep table runs/sweep --figures val/loss linear_probe/top1 --over seed
     cap sweep plot runs/sweep --x parameters --y val/loss --by objective --out loss.svg
     cap sweep plot runs/sweep --pivot optim.lr batch_size --y val/loss:min --out a.png
 
@@ -11,16 +12,18 @@
 finished trials are skipped, interrupted ones resume exactly. Overrides after `--`, such as
 --config.seed=1, apply to all trials. --print prints the command of each, to run it on a cluster.
 `table` shows metrics of metrics.jsonl: the last value, or the best with ":min" or ":max"; 1-NAME is
-the error of an accuracy, as in 1-accuracy/top1. `plot` draws a metric against parameters,
-parameters/PART, examples, flops or any numeric field on logarithmic axes. Where x is a scale and
-has enough different values, it fits the power law y = a x^-b, or y = a x^-b + c with --offset;
-bands are 95% intervals from the fit's covariance. Other points, as over learning rates, are joined
-by lines. `plot --pivot` draws a heat map over two fields, one for each value of the others. Exit
-status: 0 done; 1 trials failed after all retries; 2 the user's mistake; 75 the bucket of OUT could
-not be reached; 143 stopped by SIGTERM after all trials saved a checkpoint (130 by Ctrl-C).
+the error of an accuracy, as in 1-accuracy/top1. --over seed shows means and standard deviations
+over seeds. `plot` draws metrics, one in each panel, against parameters, parameters/PART, examples,
+flops or any numeric field. Where x is a scale and has enough different values, it fits the power
+law y = a x^-b, or y = a x^-b + c with --offset, on logarithmic axes; bands are 95% intervals from
+the fit's covariance. Other points, as over learning rates, are joined by lines through their means.
+`plot --pivot` draws a heat map over two fields, one for each value of the others. Exit status: 0
+done; 1 trials failed after all retries; 2 the user's mistake; 75 the bucket of OUT could not be
+reached; 143 stopped by SIGTERM after all trials saved a checkpoint (130 by Ctrl-C).
 """
 
 import argparse
+import itertools
 import shlex
 import sys
 from collections.abc import Sequence
@@ -40,6 +43,7 @@ from cap_pretrain.telemetry.tables import format_table
 # What a loss can follow a power law of; parameters/PART as well.
 SCALES = ("parameters", "examples", "flops", "total_examples", "total_steps", "total_epochs")
 MIN_POINTS = 5  # of fewer points, the 95% band of an exponent is often wider than the exponent
+WIDE = 10.0  # largest over smallest value that a linear axis still shows well
 LUMA = (0.299, 0.587, 0.114)  # brightness of red, green and blue (ITU-R BT.601)
 
 
@@ -78,11 +82,18 @@ def status(args: argparse.Namespace) -> int:
 def table(args: argparse.Namespace) -> int:
     """Print metrics of the trials, sorted, or one metric by two fields."""
     rows = results.rows(_trials(args), args.out, args.figures)
+    if args.over:
+        rows = results.over(rows, args.over, args.figures)
     if args.sort:
         rows = results.ordered(rows, args.sort)
+    if args.over and args.format in ("text", "markdown"):
+        for row, name in itertools.product(rows, args.figures):
+            row[name] = tables.spread(row[name], row.pop(f"{name} sd"))
     if args.pivot:
         if len(args.figures) > 1:
             raise UserError("--pivot: shows one metric; name only one in --figures.")
+        if args.over:
+            raise UserError("--over: --pivot shows means over seeds already; drop one of the two.")
         down, across = args.pivot
         rows = results.pivot(rows, down, across, args.figures[0])
     print(tables.written(rows, args.format))
@@ -105,25 +116,38 @@ def plot(args: argparse.Namespace) -> int:
 
 
 def _curves(chosen: Sequence[Trial], args: argparse.Namespace) -> Any:
-    """Return a figure of the points of each group, with its power law or a line; report laws."""
-    points: dict[str, list[tuple[float, float]]] = {}
-    for trial, row in zip(chosen, results.rows(chosen, args.out, [args.y]), strict=True):
-        if row[args.y] is not None:
-            for field in args.by:
-                if field not in trial.fields:
-                    raise UserError(f"--by: {trial.name} has no field {field!r}.")
-            group = " ".join(f"{trial.fields[field]}" for field in args.by)
-            points.setdefault(group, []).append((_x(trial, args), row[args.y]))
+    """Return a figure with a panel for each metric, as `draw` makes it; report power laws."""
+    rows = results.rows(chosen, args.out, args.y)
+    for trial, field in itertools.product(chosen, args.by):
+        if field not in trial.fields:
+            raise UserError(f"--by: {trial.name} has no field {field!r}.")
+    size = (7, 5) if len(args.y) == 1 else (4 * len(args.y), 4)
+    figure = figures.new_figure(*size)
+    panels = figure.subplots(1, len(args.y), squeeze=False).flat
+    for axis, name in zip(panels, args.y, strict=True):
+        points: dict[str, list[tuple[float, float]]] = {}
+        for trial, row in zip(chosen, rows, strict=True):
+            if row[name] is not None:
+                group = " ".join(f"{trial.fields[field]}" for field in args.by)
+                points.setdefault(group, []).append((_x(trial, args), row[name]))
+        draw(axis, points, _laws(points, name, args), args.x, name)
+    return figure
+
+
+def _laws(
+    points: dict[str, list[tuple[float, float]]], name: str, args: argparse.Namespace
+) -> dict[str, power_law.PowerLaw]:
+    """Return the power law of each group that has one, and report all groups."""
     laws = {}
     for group, xy in points.items():
         try:
             fitted = power_law.frontier(xy) if args.frontier else xy
             _check_scales(args.x, fitted, args.min_points)
             laws[group] = power_law.fit(*np.array(fitted).T, offset=args.offset)
-            print(f"{group or args.y}: {laws[group]}")
+            print(f"{group or name}: {laws[group]}")
         except UserError as error:
-            print(f"{group or args.y}: no power law: {error}")
-    return draw(points, laws, args.x, args.y)
+            print(f"{group or name}: no power law: {error}")
+    return laws
 
 
 def _check_scales(x_name: str, points: Sequence[tuple[float, float]], least: int) -> None:
@@ -140,8 +164,11 @@ def _check_scales(x_name: str, points: Sequence[tuple[float, float]], least: int
 
 def _heat_maps(chosen: Sequence[Trial], args: argparse.Namespace) -> Any:
     """Return a figure with a heat map for each combination of the fields besides the two."""
+    if len(args.y) > 1:
+        raise UserError("--pivot: shows one metric; name only one in --y.")
+    (metric,) = args.y
     down, across = args.pivot
-    rows = results.pivot(results.rows(chosen, args.out, [args.y]), down, across, args.y)
+    rows = results.pivot(results.rows(chosen, args.out, args.y), down, across, metric)
     names = [name for name in rows[0] if name.startswith(f"{across}=")]
     others = [name for name in rows[0] if name not in (*names, down)]
     maps: dict[str, list[Row]] = {}
@@ -149,8 +176,8 @@ def _heat_maps(chosen: Sequence[Trial], args: argparse.Namespace) -> Any:
         maps.setdefault("  ".join(f"{name}={row[name]}" for name in others), []).append(row)
     every = [row[name] for row in rows for name in names if row[name] is not None]
     if not every:
-        raise UserError(f"--y: no trial has {args.y} yet.")
-    best = max if args.y.endswith(":max") else min
+        raise UserError(f"--y: no trial has {metric} yet.")
+    best = max if metric.endswith(":max") else min
     columns = min(len(maps), 3)
     tall = -(-len(maps) // columns)
     height = max(len(part) for part in maps.values()) * 0.45 + 1.2
@@ -173,7 +200,7 @@ def _heat_maps(chosen: Sequence[Trial], args: argparse.Namespace) -> Any:
         axis.set_xlabel(across)
         axis.set_ylabel(down)
         axis.set_title(title, fontsize=9)
-    figure.colorbar(shown, ax=axes, label=args.y)
+    figure.colorbar(shown, ax=axes, label=metric)
     return figure
 
 
@@ -208,22 +235,22 @@ def _x(trial: Trial, args: argparse.Namespace) -> float:
 
 
 def draw(
+    axis: Any,
     points: dict[str, list[tuple[float, float]]],
     laws: dict[str, power_law.PowerLaw],
     x_name: str,
     y_name: str,
-) -> Any:
-    """Return a figure of each group's points (x, y), with its power law and 95% band.
+) -> None:
+    """Draw each group's points (x, y), with its power law and 95% band.
 
     A group without a law has a line through the mean of the points at each x. The axes hold points,
-    curves and bands.
+    curves and bands. They are logarithmic for power laws and for positive values of which one is
+    `WIDE` times another, so that a curve over shares or accuracies is not bent.
     """
-    figure = figures.new_figure(7, 5)
-    axis = figure.subplots()
-    every = [number for xy in points.values() for number in np.array(xy).T]
-    for scale, values in ((axis.set_xscale, every[::2]), (axis.set_yscale, every[1::2])):
-        positive = all(np.all(own > 0) for own in values)
-        scale("log" if positive else "linear")
+    every = np.concatenate([np.array(xy) for xy in points.values()])
+    for scale, values in zip((axis.set_xscale, axis.set_yscale), every.T, strict=True):
+        wide = laws or values.max() >= WIDE * values.min()
+        scale("log" if values.min() > 0 and wide else "linear")
     held = []
     for number, (group, xy) in enumerate(points.items()):
         x, y = np.array(xy).T
@@ -248,7 +275,6 @@ def draw(
     axis.set_ylabel(y_name)
     axis.grid(True, which="both", alpha=0.2)
     axis.legend(fontsize=8)
-    return figure
 
 
 def _fit_y(axis: Any, values: np.ndarray) -> None:
@@ -310,13 +336,17 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
             sub.add_argument("--figures", nargs="+", required=True, help="NAME[:min|max|last] …")
             sub.add_argument("--sort", metavar="COLUMN", help='"-COLUMN" is descending')
             sub.add_argument("--pivot", nargs=2, metavar=("DOWN", "ACROSS"), help="two fields")
+            over = "mean ± standard deviation of trials that differ only in this field, as seed"
+            sub.add_argument("--over", metavar="FIELD", help=over)
             sub.add_argument("--format", choices=tables.FORMATS, default="text")
         if command is plot:
             sub.add_argument("--x", help="parameters, examples, flops or a field")
             sub.add_argument(
                 "--pivot", nargs=2, metavar=("DOWN", "ACROSS"), help="heat map over two fields"
             )
-            sub.add_argument("--y", required=True, help="metric: NAME[:min|max|last]")
+            sub.add_argument(
+                "--y", nargs="+", required=True, help="NAME[:min|max|last] …, a panel for each"
+            )
             sub.add_argument("--by", nargs="+", default=[], help="fields to group trials by")
             sub.add_argument("--offset", action="store_true", help="also fit an irreducible term")
             frontier = "fit only the lower envelope: points with no better one at smaller x"

@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -153,6 +154,29 @@ def pivot(table: Sequence[Row], down: str, across: str, metric: str) -> list[Row
         | {f"{across}={value}": _mean(cells.get((*key, value))) for value in values}
         for key in keys
     ]
+
+
+def over(table: Sequence[Row], field: str, metrics: Sequence[str]) -> list[dict[str, Any]]:
+    """Return rows of `rows` with trials that differ only in `field` as one row.
+
+    Such a row has the other fields, the number of trials as "trials", and for each metric its mean
+    and, as "METRIC sd", its standard deviation (of a sample; None for fewer than two values).
+    Raises UserError if there is no such column.
+    """
+    _check_column(table, field, "--over")
+    kept = [name for name in table[0] if name not in ("trial", field, *metrics)]
+    groups: dict[tuple, list[Row]] = {}
+    for row in table:
+        groups.setdefault(tuple(row[name] for name in kept), []).append(row)
+    found = []
+    for key, own in groups.items():
+        row = dict(zip(kept, key, strict=True)) | {"trials": len(own)}
+        for metric in metrics:
+            values = [r[metric] for r in own if r[metric] is not None]
+            row[metric] = _mean(values)
+            row[f"{metric} sd"] = statistics.stdev(values) if len(values) > 1 else None
+        found.append(row)
+    return found
 
 
 def _sorted(values: set) -> list:

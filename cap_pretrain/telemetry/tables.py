@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -33,6 +34,14 @@ def _cell(value: Any) -> str:
     if value is None:
         return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def spread(mean: float | None, deviation: float | None) -> str:
+    """Return "mean ± deviation" with two digits of the deviation, or the mean if that is None."""
+    if mean is None or not deviation or not math.isfinite(deviation):
+        return _cell(mean)
+    digits = max(0, 1 - math.floor(math.log10(deviation)))
+    return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
 
 
 def _text(columns: Sequence[str], rows: Sequence[Row]) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cap_pretrain.cli import figures
 from cap_pretrain.commands import sweep
 from cap_pretrain.errors import UserError
 from cap_pretrain.sweeps import power_law, runner, trials
@@ -332,7 +333,43 @@ def test_the_axes_hold_curves_and_bands():
     x = np.geomspace(1, 100, 6)
     points = {"a": [*zip(x, 5 * x**-0.5 * [1.5, 0.6, 1.2, 0.7, 1.6, 0.8], strict=True)]}
     law = power_law.fit(*np.array(points["a"]).T)
-    axis = sweep.draw(points, {"a": law}, "x", "y").axes[0]
+    axis = figures.new_figure(7, 5).subplots()
+    sweep.draw(axis, points, {"a": law}, "x", "y")
     low, high = law.band(x)
     bottom, top = axis.get_ylim()
     assert bottom < low.min() < min(y for _, y in points["a"]) and high.max() < top
+    assert (axis.get_xscale(), axis.get_yscale()) == ("log", "log")
+
+
+def test_settings_have_linear_axes_unless_they_span_a_decade():
+    for x, scale in (([0.25, 0.5, 1.0], "linear"), ([1e-4, 1e-3], "log"), ([0.0, 1.0], "linear")):
+        axis = figures.new_figure(7, 5).subplots()
+        sweep.draw(axis, {"": [(value, 0.5 + value / 10) for value in x]}, {}, "x", "y")
+        assert (axis.get_xscale(), axis.get_yscale()) == (scale, "linear")
+
+
+def test_means_over_seeds(tmp_path, capsys):
+    fields = [
+        (f"lr{lr}_s{seed}", {"optim.lr": lr, "seed": seed})
+        for lr, seed in itertools.product((0.1, 0.3), (0, 1, 2))
+    ]
+    finished(tmp_path / "sweep", fields, [1.5, 1.7, 1.6, 2.5, 2.5, 4.0])
+    table = ["table", str(tmp_path / "sweep"), "--figures=val/loss", "--over=seed"]
+    assert sweep.main([*table, "--sort=-val/loss", "--format=markdown"]) == 0
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "| 0.3 | 3 | 3.00 ± 0.87 |",
+        "| 0.1 | 3 | 1.60 ± 0.10 |",
+    ]
+    assert sweep.main([*table, "--format=json"]) == 0
+    row = json.loads(capsys.readouterr().out)[0]
+    assert row["val/loss sd"] == pytest.approx(0.1) and row["trials"] == 3
+    for wrong, message in {
+        "--over=sed": "--over: there is no column 'sed'. Did you mean 'seed'",
+        "--pivot optim.lr seed": "drop one of the two",
+    }.items():
+        assert sweep.main([*table, *wrong.split()]) == 2
+        assert message in capsys.readouterr().err
+    picture = tmp_path / "panels.svg"
+    plot = ["plot", str(tmp_path / "sweep"), "--x=optim.lr", f"--out={picture}", "--y", "val/loss"]
+    assert sweep.main([*plot, "val/loss:min"]) == 0
+    assert {"val/loss", "val/loss:min"} <= set(words_in(picture))
