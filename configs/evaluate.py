@@ -1,7 +1,7 @@
 """Evaluate a trained run or a pretrained encoder without further training.
 
-python -m cap_pretrain.main --workdir=runs/evaluated \
-    --config=configs/evaluate.py:evals=linear_probe+knn,data=imagenette --config.encoder=runs/cappa
+python -m cap_pretrain.main --workdir=runs/evaluated --config.encoder=runs/cappa \
+    --config=configs/evaluate.py:evals=linear_probe+knn,data=data/imagenette
 
 Arguments:
   evals  names of evaluators, joined by +; default: loss. `--config.evals.NAME.OPTION=…` changes

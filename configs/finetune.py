@@ -1,6 +1,6 @@
 """Fine-tune an encoder to classify, with all labels or a fraction of them.
 
-python -m cap_pretrain.main --config=configs/finetune.py:data=imagenette,fraction=0.1 \
+python -m cap_pretrain.main --config=configs/finetune.py:data=data/imagenette,fraction=0.1 \
     --workdir=runs/finetuned --config.encoder=runs/cappa
 
 Arguments:

@@ -1,6 +1,6 @@
 """Evaluate an encoder's features with linear probes and nearest neighbors.
 
-python -m cap_pretrain.main --config=configs/linear_probe.py:data=imagenette \
+python -m cap_pretrain.main --config=configs/linear_probe.py:data=data/imagenette \
     --workdir=runs/probed --config.encoder=runs/cappa
 
 Arguments:

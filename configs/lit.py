@@ -1,7 +1,7 @@
 """Tune a text tower to a frozen encoder: LiT, locked-image text tuning.
 
 python -m cap_pretrain.main --workdir=runs/lit \
-    --config=configs/lit.py:encoder=runs/cappa,data=cc12m,zero_shot=imagenette
+    --config=configs/lit.py:encoder=runs/cappa,data=data/cc12m,zero_shot=data/imagenette
 
 Arguments:
   encoder    PATH of a pretrained encoder (see `config.encoder`), which stays as it is; or

@@ -1,11 +1,12 @@
-"""Pretrain an encoder with Cap, CapPa, LocCa, CLIP, SigLIP, AIMv2 or several; all else is equal.
+"""Pretrain an encoder with Cap, CapPa, LocCa, CLIP, SigLIP, CoCa, AIMv2 or several of them.
 
 python -m cap_pretrain.main --workdir=runs/cappa \
-    --config=configs/pretrain.py:objective=cappa,model=B/16,data=cc12m
+    --config=configs/pretrain.py:objective=cappa,model=B/16,data=data/cc12m
 
 Arguments:
-  objective  cappa, cap, locca (docs/locca.md), clip, siglip, coca or aimv2, or several joined by +,
-             as cap+siglip, or cap+siglip:0.5 with a weight (docs/objectives.md); default: cappa
+  objective  cappa, cap, locca (docs/locca.md), clip, siglip, coca, aimv2, distill or masked, or
+             several joined by +, as cap+siglip, or cap+siglip:0.5 with a weight
+             (docs/objectives.md); default: cappa
   model      size of the encoder, with its patch size; default: S/16
   data       dataset; default: scenes
   evals      evaluators that run at the end besides the loss, joined by +; default: none

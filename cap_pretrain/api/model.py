@@ -184,7 +184,7 @@ class Model:
         self,
         images: Images,
         *,
-        beams: int = 1,
+        beams: int | None = None,
         question: str = "",
         seed: int = 0,
         batch_size: int = 32,
@@ -194,7 +194,7 @@ class Model:
 
         Args:
             images: See the class.
-            beams: Captions that beam search keeps; 1 is greedy decoding.
+            beams: Captions that beam search keeps; by default 4 with `method="beam"`, else 1.
             question: For runs that were trained on questions.
             seed: Of `method="sample"`. The captions of image i depend on the seed, i and the image.
             batch_size: Images at a time; affects speed and memory.
@@ -390,11 +390,11 @@ def _texts(given: str | Sequence[str], name: str) -> list[str]:
     return texts
 
 
-def _decoding(beams: int, options: dict[str, Any]) -> Decoding:
+def _decoding(beams: int | None, options: dict[str, Any]) -> Decoding:
     """Return the decoding that the arguments describe; raise TypeError for an unknown one."""
     known = [field.name for field in dataclasses.fields(Decoding)]
     for name in options:
         if name not in known:
             raise TypeError(f"caption: no option {name!r}.{did_you_mean(name, known)}")
-    method = "beam" if beams > 1 else "greedy"
-    return Decoding(**{"method": method, **options, "beams": beams})
+    given = {} if beams is None else {"beams": beams}
+    return Decoding(**{"method": "beam" if beams and beams > 1 else "greedy", **given, **options})

@@ -1,8 +1,8 @@
 """Evaluate a run or a pretrained encoder without training: the same as configs/evaluate.py.
 
     cap evaluate runs/cappa --evals=retrieval+composition
-    cap evaluate runs/cappa/checkpoints/300 --evals=linear_probe+knn --data=imagenette
-    cap evaluate exported/cappa --evals=knn --data=imagenette --workdir=runs/judged
+    cap evaluate runs/cappa/checkpoints/300 --evals=linear_probe+knn --data=data/imagenette
+    cap evaluate exported/cappa --evals=knn --data=data/imagenette --workdir=runs/judged
 
 RUN is a workdir, one of its checkpoints, an exported encoder, or one of another library; a folder
 or gs://BUCKET/FOLDER. Results are printed and written to WORKDIR/evals. Further arguments go to the

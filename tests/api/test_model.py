@@ -140,6 +140,8 @@ def test_captions_are_those_of_the_command(tokenizer_path):
     for ours, theirs in zip(model.captions(IMAGES, beams=2, captions=2), expected, strict=True):
         assert [one.text for one in ours] == [one.text for one in theirs] and len(ours) == 2
         np.testing.assert_allclose(ours[1].log_prob, theirs[1].log_prob, rtol=1e-4)
+    assert model.caption(IMAGES, method="beam") == model.caption(IMAGES, beams=4)
+    assert model.caption(IMAGES, beams=4) != model.caption(IMAGES, beams=1)
     question = "is it a red circle or a blue star"
     expected = captioner(learner, Decoding(), len(pixels), 0, question)(pixels)
     assert model.caption(IMAGES, question=question, batch_size=4) == expected
