@@ -274,7 +274,8 @@ def draw(
     axis.set_xlabel(x_name)
     axis.set_ylabel(y_name)
     axis.grid(True, which="both", alpha=0.2)
-    axis.legend(fontsize=8)
+    if laws or any(points):
+        axis.legend(fontsize=8)
 
 
 def _fit_y(axis: Any, values: np.ndarray) -> None:
