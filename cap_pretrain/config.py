@@ -100,21 +100,21 @@ def _model() -> ConfigDict:
     c.decoder_depth = 0
     c.decoder_mlp = 0
     c.decoder_heads = 0
-    # How a ViT pools its tokens: mean over patches (gap), attention pooling (map), class token
-    # (class).
+    # How a ViT pools its tokens: their mean (gap), attention pooling (map) or class token (class).
     c.pool = "gap"
     # The fields up to norm_eps distinguish ViTs of one size; importing an encoder sets them.
-    # A learned token before those of the patches.
-    c.class_token = False
+    c.class_token = False  # A learned token before those of the patches
     c.registers = 0  # Further learned tokens after it, as in DINOv2 with registers
-    c.pre_norm = False  # A LayerNorm before the first block, as in CLIP
-    # What the last LayerNorm is applied to: all tokens, or only the pooled vector, as in CLIP.
-    c.final_norm = "tokens"
-    # Of the encoder's MLPs: gelu_tanh (the authors' approximation), gelu, quick_gelu (CLIP).
-    c.activation = "gelu_tanh"
-    c.norm_eps = 1e-6  # Epsilon of the encoder's LayerNorms
-    # A ResNet's first convolution: imagenet (7 x 7 with stride 2, then max pooling) or small
-    # (3 x 3, for images of 32 to 64 pixels).
+    c.rope = 0.0  # Base of rotary positions in place of learned ones (DINOv3: 100); 0 is none
+    c.patch_norm = False  # A norm of the patches before positions are added, as in AIMv2
+    c.pre_norm = False  # A norm before the first block, as in CLIP
+    c.final_norm = "tokens"  # What the last norm is applied to; only the pooled vector in CLIP
+    c.activation = "gelu_tanh"  # Of MLPs: gelu_tanh (the authors'), gelu, quick_gelu (CLIP), silu
+    c.gated = False  # MLPs with a gate, activation(gate(x)) * up(x), as SwiGLU with silu (AIMv2)
+    c.bias = True  # Biases of the linear layers of the encoder's blocks
+    c.norm = "layer"  # The encoder's norms: layer, or rms (root mean square, AIMv2)
+    c.norm_eps = 1e-6  # Their epsilon
+    # A ResNet's first layer: imagenet (7 x 7, stride 2, max pooling) or small (3 x 3; 32 to 64 px).
     c.stem = "imagenet"
     # The encoder's input: rgb, or lightness, which turns any image gray in all three channels, as
     # encoders trained by colorization expect.

@@ -5,6 +5,7 @@ weights of that layer.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,7 +15,6 @@ from cap_pretrain.convert import vit
 from cap_pretrain.convert.encoder import MAX_MLP
 from cap_pretrain.convert.family import Family
 from cap_pretrain.convert.tables import Computed, Entry, Table
-from cap_pretrain.errors import UserError
 from cap_pretrain.models.vit import Options
 from cap_pretrain.untrusted import bounded
 
@@ -28,14 +28,14 @@ MEAN = (0.485, 0.456, 0.406)  # like STD of ImageNet, as in the authors' code (`
 STD = (0.229, 0.224, 0.225)
 
 
-def _scaled(layer: str, scale: str) -> dict[str, Entry]:
-    """Return the entries of a linear layer whose output is scaled."""
-    factors = f"{_LAYER}{scale}.lambda1"
+def scaled(ours: str, layer: str, scale: str) -> dict[str, Entry]:
+    """Return the entries of our linear layer, whose output is scaled in the torch model."""
+    factors = f"{scale}.lambda1"
     return {
-        "kernel": Computed(
-            (f"{_LAYER}{layer}.weight", factors), lambda weight, by: weight * by[:, None]
+        f"{ours}/kernel": Computed(
+            (f"{layer}.weight", factors), lambda weight, by: weight * by[:, None]
         ),
-        "bias": Computed((f"{_LAYER}{layer}.bias", factors), lambda bias, by: bias * by),
+        f"{ours}/bias": Computed((f"{layer}.bias", factors), lambda bias, by: bias * by),
     }
 
 
@@ -43,14 +43,23 @@ NAMES: dict[str, Entry] = vit.NAMES | {
     "blocks/norm1": _LAYER + "norm1",
     "blocks/norm2": _LAYER + "norm2",
     "blocks/mlp/up": _LAYER + "mlp.fc1",
+    **scaled("blocks/attention/out", _LAYER + "attention.output.dense", _LAYER + "layer_scale1"),
+    **scaled("blocks/mlp/down", _LAYER + "mlp.fc2", _LAYER + "layer_scale2"),
+}
+
+
+def _half(part: int) -> Callable[[Any], Any]:
+    """Return a function that takes the first (0) or second (1) half of a tensor's rows."""
+    return lambda tensor: jnp.split(tensor, 2)[part]
+
+
+GATED: dict[str, Entry] = {  # of the giant model
     **{
-        f"blocks/{ours}/{leaf}": entry
-        for ours, theirs, scale in (
-            ("attention/out", "attention.output.dense", "layer_scale1"),
-            ("mlp/down", "mlp.fc2", "layer_scale2"),
-        )
-        for leaf, entry in _scaled(theirs, scale).items()
+        f"blocks/mlp/{ours}/{leaf}": Computed((f"{_LAYER}mlp.weights_in.{theirs}",), _half(part))
+        for part, ours in enumerate(("gate", "up"))
+        for leaf, theirs in (("kernel", "weight"), ("bias", "bias"))
     },
+    **scaled("blocks/mlp/down", _LAYER + "mlp.weights_out", _LAYER + "layer_scale2"),
 }
 
 REGISTERS: dict[str, Entry] = {
@@ -65,25 +74,25 @@ REGISTERS: dict[str, Entry] = {
 
 def complete(config: dict[str, Any], where: object) -> dict[str, Any]:
     """Return a vision config with the fields that other families have in place of DINOv2's."""
-    if config.get("use_swiglu_ffn"):
-        raise UserError(
-            f"{where}: its MLPs are gated (use_swiglu_ffn), as in DINOv2 giant, which cannot be "
-            "read; the small, base and large models can."
-        )
     ratio = bounded(config.get("mlp_ratio", 4), "mlp_ratio", 0, MAX_MLP, where, (int, float))
     width = bounded(config["hidden_size"], "hidden_size", 1, MAX_MLP, where)
     registers = bounded(
         config.get("num_register_tokens", 0), "num_register_tokens", 0, MAX_REGISTERS, where
     )
-    return config | {"intermediate_size": int(width * ratio), "num_register_tokens": registers}
+    hidden, more = int(width * ratio), {"num_register_tokens": registers}
+    if config.get("use_swiglu_ffn"):  # has two thirds of the hidden units
+        hidden = -(-int(hidden * 2 / 3) // 8) * 8  # the next multiple of 8
+        more["hidden_act"] = "silu"
+    return config | more | {"intermediate_size": hidden}
 
 
 def describe(config: dict[str, Any]) -> tuple[Options, Table]:
     """Return the options of a vision model and the names of its weights."""
     registers = config["num_register_tokens"]
     names = NAMES | vit.NO_BIAS if not config.get("qkv_bias", True) else NAMES
-    options = Options(pool="class", class_token=True, registers=registers)
-    return options, names | REGISTERS if registers else names
+    gated = config.get("use_swiglu_ffn", False)
+    names = names | (GATED if gated else {}) | (REGISTERS if registers else {})
+    return Options(pool="class", class_token=True, registers=registers, gated=gated), names
 
 
 def resample(positions: Any, old: tuple[int, int], new: tuple[int, int]) -> Any:

@@ -88,6 +88,11 @@ class Form:
             raise UserError(
                 f"{where}: {size.heads} attention heads do not divide the width {size.width}."
             )
+        if self.options.rope and (head := size.width // size.heads) % 4:
+            raise UserError(
+                f"{where}: its heads have {head} channels, and rotary positions need a multiple "
+                "of 4."
+            )
 
     def fields(self) -> dict[str, Any]:
         """Return the fields of `config.model` that describe it, except for the image size."""

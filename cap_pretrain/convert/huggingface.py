@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from cap_pretrain.convert import clip, dinov2, siglip, siglip2, vit
+from cap_pretrain.convert import aimv2, clip, dinov2, dinov3, siglip, siglip2, vit
 from cap_pretrain.convert.encoder import (
     MAX_DEPTH,
     MAX_GRID,
@@ -40,15 +40,9 @@ FAMILIES: dict[str, Family] = {  # by `model_type` in config.json
     "vit": vit.FAMILY,
     "dinov2": dinov2.FAMILY,
     "dinov2_with_registers": dinov2.WITH_REGISTERS,
-}
-
-_DINOV3 = "of DINOv3 and not supported: its attention rotates queries and keys by position"
-_AIMV2 = "of AIMv2 and not supported: it has RMSNorm and gated MLPs, which our ViT has not"
-
-REFUSED = {  # what is said of models that are like those above
-    "dinov3_vit": _DINOV3,
-    "aimv2": _AIMV2,
-    "aimv2_vision_model": _AIMV2,
+    "dinov3_vit": dinov3.FAMILY,
+    "aimv2": aimv2.FAMILY,
+    "aimv2_vision_model": aimv2.FAMILY,
 }
 
 DEFAULTS = {  # of transformers, for fields that config.json of any family may omit
@@ -68,13 +62,17 @@ LIMITS = {
 }
 """Fields for a `Size`, and their largest values."""
 
-FLAGS = {"qkv_bias", "vision_use_head", "use_swiglu_ffn"}  # fields that are true or false
+FLAGS = {  # fields that are true or false
+    *("qkv_bias", "query_bias", "key_bias", "value_bias", "proj_bias", "mlp_bias"),
+    *("vision_use_head", "use_head", "is_native", "use_swiglu_ffn", "use_gated_mlp"),
+}
 
 ACTIVATIONS = {  # names in transformers, and ours
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
     "quick_gelu": "quick_gelu",
+    "silu": "silu",
 }
 
 
@@ -83,8 +81,6 @@ def open_folder(folder: Path) -> Pretrained:
     where = folder / CONFIG
     config = read_json(where)
     kind = entry(config, "model_type", str, where)
-    if kind in REFUSED:
-        raise UserError(f"{where}: model_type is {shown(kind)}, {REFUSED[kind]}.")
     if kind not in FAMILIES:
         raise UserError(
             f"{where}: model_type is {shown(kind)}, which is not supported."
@@ -92,12 +88,14 @@ def open_folder(folder: Path) -> Pretrained:
         )
     family = FAMILIES[kind]
     vision = DEFAULTS | dict(family.defaults)
-    if kind in ("clip", "siglip", "siglip2"):
+    if kind in ("clip", "siglip", "siglip2", "aimv2"):
         for section in ("vision_config", "vision_config_dict"):  # the second of old CLIP configs
             vision |= checked(config.get(section) or {}, section, dict, where)
     else:
         vision |= config
     vision = family.complete(vision, where)
+    for name, most in (("patch_size", MAX_PATCH), ("image_size", MAX_PATCH * MAX_GRID)):
+        vision[name] = _side(where, vision, name, most)
     for flag in FLAGS & vision.keys():
         entry(vision, flag, bool, where)
     options, names = family.describe(vision)
@@ -119,8 +117,7 @@ def _form(vision: dict[str, Any], options: Options, where: Path) -> Form:
     activation, eps = details(vision, where)
     if entry(vision, "num_channels", int, where) != 3:
         raise UserError(f"{where}: num_channels is {shown(vision['num_channels'])}, it must be 3.")
-    patch = _side(where, vision, "patch_size", MAX_PATCH)
-    side = _side(where, vision, "image_size", MAX_PATCH * MAX_GRID)
+    patch, side = vision["patch_size"], vision["image_size"]
     return Form(
         size(vision, where),
         patch=patch,

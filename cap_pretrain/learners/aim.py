@@ -4,7 +4,7 @@ Fini et al. 2024 (2411.14402). The encoder has prefix attention (AIM, El-Nouby e
 2024, 2401.08541): the first patches attend to each other, all others to the past only. A causal
 decoder reads its tokens and then the caption; it predicts the pixels of the next patch, and the
 next token.
-The blocks are those of the other learners here, not the paper's SwiGLU and RMSNorm.
+The encoder's blocks are set by `config.model`, whose default is not the paper's SwiGLU and RMSNorm.
 """
 
 import dataclasses

@@ -18,13 +18,20 @@ from cap_pretrain.learners.matching import Matching, check_contrast, unit
 from cap_pretrain.learners.parts import Part
 from cap_pretrain.models.build import build_encoder, build_pooling, compute, text_size
 from cap_pretrain.models.encoder import ImageEncoder
-from cap_pretrain.models.layers import ACTIVATIONS, XAVIER, EncoderOutput, normalize_images
+from cap_pretrain.models.layers import (
+    EncoderOutput,
+    normalize_images,
+)
+from cap_pretrain.models.mlp import ACTIVATIONS, XAVIER
 from cap_pretrain.models.sizes import Size
 from cap_pretrain.models.text_tower import POOLS, TextOptions, TextTower
 from cap_pretrain.models.vit import MapHead
 from cap_pretrain.naflex import LAYOUTS
 
 HEADS = ("linear", "none", "map")
+
+TEXT_OPTIONS = ("activation", "norm_eps", "causal", "pool")
+"""Options of the text tower that the learner has, with `text_` before their names."""
 
 
 class DualEncoder(Matching, Part):
@@ -115,8 +122,7 @@ class DualEncoder(Matching, Part):
 
         def text(self) -> TextOptions:
             """Return the options of the text tower."""
-            names = [f.name for f in dataclasses.fields(TextOptions)]
-            return TextOptions(**{name: getattr(self, f"text_{name}") for name in names})
+            return TextOptions(**{name: getattr(self, f"text_{name}") for name in TEXT_OPTIONS})
 
     reads = ("image", "text")
     layouts = LAYOUTS

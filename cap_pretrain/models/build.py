@@ -14,7 +14,10 @@ from cap_pretrain.errors import UserError, did_you_mean
 from cap_pretrain.models import alexnet, tokens
 from cap_pretrain.models.alexnet import AlexNet
 from cap_pretrain.models.encoder import ImageEncoder
-from cap_pretrain.models.layers import Compute, Details
+from cap_pretrain.models.layers import (
+    Compute,
+)
+from cap_pretrain.models.mlp import Details
 from cap_pretrain.models.resnet import STEMS, ResNet
 from cap_pretrain.models.sizes import (
     ALEXNET,
@@ -48,7 +51,7 @@ def check(config: ConfigDict) -> None:
         _check_convnet(model)
         sizes = {"decoder_": text_size(config)}
     else:
-        _check_vit(model)
+        _check_vit(config)
         sizes = {"": encoder_size(config), "decoder_": decoder_size(config)}
     for prefix, size in sizes.items():
         if size.width % size.heads:
@@ -106,12 +109,19 @@ def check_side(model: ConfigDict, side: int, field: str) -> None:
         )
 
 
-def _check_vit(model: ConfigDict) -> None:
+def _check_vit(config: ConfigDict) -> None:
+    model, size = config.model, encoder_size(config)
+    head = size.width // size.heads
     _refuse(model, {"stem": "imagenet"}, "for a ResNet")
     if model.pool == "class" and not model.class_token:
         raise UserError("model.pool: 'class' needs --config.model.class_token=True.")
     if model.registers and not model.class_token:
         raise UserError("model.registers: they need --config.model.class_token=True.")
+    if model.rope and head % 4:
+        raise UserError(
+            f"model.rope: heads have {head} channels, and rotary positions need a multiple of 4; "
+            "set model.heads or set model.rope to 0."
+        )
     if model.norm_eps <= 0:
         raise UserError(f"model.norm_eps: {model.norm_eps} must be positive.")
 

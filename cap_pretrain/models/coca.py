@@ -14,7 +14,6 @@ from flax import nnx
 from cap_pretrain.models.caches import separated, written
 from cap_pretrain.models.elementwise import LayerNorm
 from cap_pretrain.models.layers import (
-    XAVIER,
     Attention,
     Compute,
     constrain,
@@ -23,6 +22,7 @@ from cap_pretrain.models.layers import (
     split_optional,
     stack_layers,
 )
+from cap_pretrain.models.mlp import XAVIER
 from cap_pretrain.models.multimodal import MultimodalBlock
 from cap_pretrain.models.sizes import Size
 from cap_pretrain.models.text import PAD, Cache, Decoder

@@ -1,12 +1,10 @@
-"""Building blocks of the transformers: attention, MLP, blocks, and scanned stacks of blocks.
+"""Building blocks of the transformers: attention, blocks, and scanned stacks of blocks.
 
 Modules hold float32 parameters and compute in `Compute.dtype`. Softmax and layer-normalization
 statistics are float32. Initializers follow the authors' code (big_vision `vit.py`): Xavier uniform
 kernels, except LeCun normal (the default of Flax) for the patch embedding.
 """
 
-import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, cast
 
@@ -25,14 +23,13 @@ from cap_pretrain.models.attention import (
     usual_attention,
 )
 from cap_pretrain.models.compute import REMAT_POLICIES, Compute
-from cap_pretrain.models.elementwise import LayerNorm, gelu_tanh
+from cap_pretrain.models.mlp import XAVIER, Details, mlp_of
+from cap_pretrain.models.rotary import Rotation, rotate
 from cap_pretrain.models.sizes import Size
 
 # Depth from which layers are unrolled on CPUs: those of S/16 (12 and 6 layers) train 1.06 times as
 # fast unrolled, and compile 1.3 times as long (one core, commit 3307208).
 FEW_LAYERS = 6
-
-XAVIER = nnx.initializers.xavier_uniform()
 
 
 class EncoderOutput(NamedTuple):
@@ -86,66 +83,6 @@ def split_optional(key: jax.Array | None, n: int) -> tuple[jax.Array | None, ...
     return (None,) * n if key is None else tuple(jax.random.split(key, n))
 
 
-# By their names in a config. The default is the tanh approximation, as in the authors' code.
-# quick_gelu is CLIP's (Radford et al. 2021, `model.py` of their code).
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu_tanh": gelu_tanh,
-    "gelu": functools.partial(nnx.gelu, approximate=False),
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Details:
-    """Details in which encoder blocks of one size differ between model families.
-
-    Attributes:
-        activation: Activation of the MLP, one of ACTIVATIONS.
-        norm_eps: Constant that layer normalization adds to the variance.
-    """
-
-    activation: str = "gelu_tanh"
-    norm_eps: float = 1e-6
-
-
-class Mlp(nnx.Module):
-    """Two linear layers with an activation between them.
-
-    Args:
-        width: width of input and output.
-        hidden: number of hidden units.
-        bias: whether the linear layers have biases.
-        activation: one of ACTIVATIONS.
-        compute: precision.
-    """
-
-    def __init__(
-        self,
-        width: int,
-        hidden: int,
-        *,
-        bias: bool,
-        activation: str = Details.activation,
-        compute: Compute,
-        rngs: nnx.Rngs,
-    ):
-        kwargs = dict(
-            use_bias=bias,
-            dtype=compute.dtype,
-            kernel_init=XAVIER,
-            bias_init=nnx.initializers.normal(1e-6),
-            rngs=rngs,
-        )
-        self.up = cpu.Linear(width, hidden, **kwargs)
-        self.down = cpu.Linear(hidden, width, **kwargs)
-        self.activation = activation
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Map x [..., D] to [..., D]."""
-        hidden = checkpoint_name(self.up(x), "hidden")
-        return self.down(ACTIVATIONS[self.activation](hidden))
-
-
 class Attention(nnx.Module):
     """Multi-head self-attention or cross-attention; exposes its parts for decoding.
 
@@ -189,7 +126,12 @@ class Attention(nnx.Module):
         return checkpoint_name(keys, "key"), checkpoint_name(values, "value")
 
     def attend(
-        self, x: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array | None = None
+        self,
+        x: jax.Array,
+        keys: jax.Array,
+        values: jax.Array,
+        mask: jax.Array | None = None,
+        rotation: Rotation | None = None,
     ) -> jax.Array:
         """Attend to keys and values.
 
@@ -198,11 +140,12 @@ class Attention(nnx.Module):
             keys: [B, S, heads, D / heads].
             values: [B, S, heads, D / heads].
             mask: bool [B | 1, 1, T | 1, S], True where a position attends.
+            rotation: of the queries; `keys` are rotated already.
 
         Returns:
             [B, T, D].
         """
-        query = checkpoint_name(self._split_heads(self.query(x)), "query")
+        query = checkpoint_name(rotate(self._split_heads(self.query(x)), rotation), "query")
         kind = self.compute.attention
         if kind == "auto":
             fused = fused_attention_works(query, keys, mask is not None, self.compute.deterministic)
@@ -241,14 +184,20 @@ class Attention(nnx.Module):
         return jax.nn.softmax(logits, axis=-1)
 
     def __call__(
-        self, x: jax.Array, context: jax.Array | None = None, mask: jax.Array | None = None
+        self,
+        x: jax.Array,
+        context: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        rotation: Rotation | None = None,
     ) -> jax.Array:
         """Attend from x [B, T, D] to context [B, S, E], or to x itself; return [B, T, D].
 
-        The context may have a channel that marks padding, which is then not attended to.
+        The context may have a channel that marks padding, which is then not attended to. Queries
+        and keys of x itself are rotated by `rotation`.
         """
         if context is None:
-            return self.attend(x, *self.keys_values(x), mask)
+            keys, values = self.keys_values(x)
+            return self.attend(x, rotate(keys, rotation), values, mask, rotation)
         context, real = self.seen(context)
         if real is not None:
             mask = real if mask is None else mask & real
@@ -256,21 +205,20 @@ class Attention(nnx.Module):
 
 
 class EncoderBlock(nnx.Module):
-    """Pre-norm self-attention and MLP with biases, for ViTs and text towers.
+    """Pre-norm self-attention and MLP, for ViTs and text towers.
 
     Args:
         size: shape of the transformer.
-        details: activation and epsilon.
+        details: normalization, MLP and biases.
         compute: precision, kernels and dropout.
     """
 
     def __init__(self, size: Size, *, details: Details, compute: Compute, rngs: nnx.Rngs):
         kwargs: dict[str, Any] = dict(compute=compute, rngs=rngs)
-        norm = dict(epsilon=details.norm_eps, dtype=compute.dtype, rngs=rngs)
-        self.norm1 = LayerNorm(size.width, **norm)
-        self.attention = Attention(size.width, size.heads, bias=True, **kwargs)
-        self.norm2 = LayerNorm(size.width, **norm)
-        self.mlp = Mlp(size.width, size.mlp, bias=True, activation=details.activation, **kwargs)
+        self.norm1 = details.normalization(size.width, **kwargs)
+        self.attention = Attention(size.width, size.heads, bias=details.bias, **kwargs)
+        self.norm2 = details.normalization(size.width, **kwargs)
+        self.mlp = mlp_of(size.width, size.mlp, details, **kwargs)
         self.rate = compute.dropout
 
     def __call__(
@@ -279,6 +227,7 @@ class EncoderBlock(nnx.Module):
         key: jax.Array | None,
         drop: jax.Array,
         mask: jax.Array | None = None,
+        rotation: Rotation | None = None,
     ) -> jax.Array:
         """Map x [B, N, D] to [B, N, D].
 
@@ -287,9 +236,10 @@ class EncoderBlock(nnx.Module):
             key: Random key. None in evaluation.
             drop: Stochastic-depth rate of this layer.
             mask: bool [B | 1, 1, N | 1, N], True where a position attends. None is everywhere.
+            rotation: of queries and keys. None is none.
         """
         k1, k2, k3, k4 = split_optional(key, 4)
-        y = dropout(self.attention(self.norm1(x), mask=mask), self.rate, k1)
+        y = dropout(self.attention(self.norm1(x), mask=mask, rotation=rotation), self.rate, k1)
         x = constrain(x + drop_branch(y, drop, k2))
         y = dropout(self.mlp(self.norm2(x)), self.rate, k3)
         return constrain(x + drop_branch(y, drop, k4))
@@ -344,9 +294,7 @@ def scan_layers(
     return jax.lax.scan(step, x, (params, per_layer), length=depth, unroll=unroll)
 
 
-def encoder_blocks(
-    size: Size, *, details: Details = Details(), compute: Compute, rngs: nnx.Rngs
-) -> nnx.Module:
+def encoder_blocks(size: Size, *, details: Details, compute: Compute, rngs: nnx.Rngs) -> nnx.Module:
     """Return the stacked blocks of a transformer encoder for images or text."""
     return stack_layers(
         lambda rngs: EncoderBlock(size, details=details, compute=compute, rngs=rngs),
@@ -363,14 +311,15 @@ def run_encoder_blocks(
     depth: int,
     compute: Compute,
     mask: jax.Array | None = None,
+    rotation: Rotation | None = None,
 ) -> jax.Array:
     """Run `encoder_blocks` on x [B, N, D].
 
-    `key` is None in evaluation; `mask` is that of `EncoderBlock`.
+    `key` is None in evaluation; `mask` and `rotation` are those of `EncoderBlock`.
     """
     x, _ = scan_layers(
         blocks,
-        lambda block, x, inputs: (block(x, *inputs, mask), None),
+        lambda block, x, inputs: (block(x, *inputs, mask, rotation), None),
         x,
         layer_randomness(key, depth, compute),
         depth=depth,

@@ -17,16 +17,15 @@ from cap_pretrain.models.attention import causal
 from cap_pretrain.models.caches import attend_cached, for_queries, written
 from cap_pretrain.models.elementwise import LayerNorm
 from cap_pretrain.models.layers import (
-    XAVIER,
     Attention,
     Compute,
-    Mlp,
     constrain,
     dropout,
     layer_randomness,
     scan_layers,
     split_optional,
 )
+from cap_pretrain.models.mlp import XAVIER, Mlp
 from cap_pretrain.models.sizes import Size
 from cap_pretrain.models.text import Cache, Decoder
 

@@ -20,7 +20,6 @@ from cap_pretrain.models.elementwise import LayerNorm
 from cap_pretrain.models.layers import (
     Attention,
     Compute,
-    Mlp,
     constrain,
     dropout,
     layer_randomness,
@@ -28,6 +27,7 @@ from cap_pretrain.models.layers import (
     split_optional,
     stack_layers,
 )
+from cap_pretrain.models.mlp import Mlp
 from cap_pretrain.models.sizes import Size
 
 PAD = 0  # the padding token, which also serves as the start token

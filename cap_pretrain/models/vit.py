@@ -6,6 +6,7 @@ CLIP, of SigLIP or of the original paper (Dosovitskiy et al. 2020), so weights c
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,19 +15,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from cap_pretrain.distributed.determinism import rows_of
-from cap_pretrain.models import cpu, native, tokens
-from cap_pretrain.models.elementwise import LayerNorm
+from cap_pretrain.models import cpu, native, rotary, tokens
 from cap_pretrain.models.encoder import ImageEncoder
 from cap_pretrain.models.layers import (
-    XAVIER,
     Attention,
     Compute,
-    Details,
     EncoderOutput,
-    Mlp,
     encoder_blocks,
     run_encoder_blocks,
 )
+from cap_pretrain.models.mlp import XAVIER, Details, mlp_of
 from cap_pretrain.models.sizes import Size
 
 
@@ -40,8 +38,11 @@ class Options(Details):
         class_token: Whether there is a learned token before the patch tokens. It has no position
             embedding, which would only be added to it.
         registers: Further learned tokens after the class token (Darcet et al. 2023, 2309.16588).
-        pre_norm: Whether there is a LayerNorm before the first block (CLIP).
-        final_norm: Input of the last LayerNorm: "tokens", which are then pooled, or "pooled"
+        pre_norm: Whether there is a norm before the first block (CLIP).
+        patch_norm: Whether there is a norm of the patch embeddings, before positions are added.
+        rope: Base of rotary position embeddings (100 in DINOv3), which take the place of learned
+            ones; 0 is none. See `models.rotary`.
+        final_norm: Input of the last norm: "tokens", which are then pooled, or "pooled"
             (CLIP), so that the tokens are the output of the last block.
     """
 
@@ -49,6 +50,8 @@ class Options(Details):
     class_token: bool = False
     registers: int = 0
     pre_norm: bool = False
+    patch_norm: bool = False
+    rope: float = 0.0
     final_norm: str = "tokens"
 
 
@@ -71,7 +74,7 @@ class MapHead(nnx.Module):
 
     Args:
         size: shape of the transformer.
-        details: activation and epsilon.
+        details: normalization and MLP; all linear layers have biases.
         compute: precision and kernels.
     """
 
@@ -79,8 +82,9 @@ class MapHead(nnx.Module):
         kwargs: dict[str, Any] = dict(compute=compute, rngs=rngs)
         self.probe = nnx.Param(XAVIER(rngs.params(), (1, size.width)))
         self.attention = Attention(size.width, size.heads, bias=True, **kwargs)
-        self.norm = LayerNorm(size.width, epsilon=details.norm_eps, dtype=compute.dtype, rngs=rngs)
-        self.mlp = Mlp(size.width, size.mlp, bias=True, activation=details.activation, **kwargs)
+        self.norm = details.normalization(size.width, **kwargs)
+        own = dataclasses.replace(details, bias=True)
+        self.mlp = mlp_of(size.width, size.mlp, own, **kwargs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Pool tokens [B, N, D], with padding perhaps marked (`models.native`), to [B, D]."""
@@ -129,23 +133,25 @@ class ViT(ImageEncoder):
         compute: Compute,
         rngs: nnx.Rngs,
     ):
-        norm: dict[str, Any] = dict(epsilon=options.norm_eps, dtype=compute.dtype, rngs=rngs)
-        kwargs: dict[str, Any] = dict(details=options, compute=compute, rngs=rngs)
+        kwargs: dict[str, Any] = dict(compute=compute, rngs=rngs)
         self.patch_embedding = cpu.Linear(
             patch * patch * 3, size.width, dtype=compute.dtype, rngs=rngs
         )
         grid = image_size // patch
         init = nnx.initializers.normal(size.width**-0.5)
-        self.positions = nnx.Param(init(rngs.params(), (grid * grid, size.width)))
+        if not options.rope:
+            self.positions = nnx.Param(init(rngs.params(), (grid * grid, size.width)))
         if options.class_token:
             shape = (1 + options.registers, size.width)
             self.class_token = nnx.Param(init(rngs.params(), shape))
+        if options.patch_norm:
+            self.patch_norm = options.normalization(size.width, **kwargs)
         if options.pre_norm:
-            self.pre_norm = LayerNorm(size.width, **norm)
-        self.blocks = encoder_blocks(size, **kwargs)
-        self.norm = LayerNorm(size.width, **norm)
+            self.pre_norm = options.normalization(size.width, **kwargs)
+        self.blocks = encoder_blocks(size, details=options, **kwargs)
+        self.norm = options.normalization(size.width, **kwargs)
         if options.pool == "map":
-            self.head = MapHead(size, **kwargs)
+            self.head = MapHead(size, details=options, **kwargs)
         self.size, self.patch, self.grid, self.options = size, patch, grid, options
         self.keep, self.compute = keep, compute
 
@@ -158,9 +164,8 @@ class ViT(ImageEncoder):
     ) -> EncoderOutput:
         kept = None
         if key is not None and not isinstance(images, native.Patches):
-            batch, height, width, _ = images.shape
-            total = (height // self.patch) * (width // self.patch)
-            kept = tokens.draw(key, batch, total, self.keep, self.leading)
+            total = math.prod(self._grid(images))
+            kept = tokens.draw(key, len(images), total, self.keep, self.leading)
         return self._output(images, key, Masks(), kept)
 
     def masked(
@@ -193,6 +198,7 @@ class ViT(ImageEncoder):
             depth=self.size.depth,
             compute=self.compute,
             mask=masks.attention if real is None else real[:, None, None],
+            rotation=self._rotation(images, kept),
         )
         marked = x if real is None else native.marked(x, real)
         if self.options.final_norm == "pooled":
@@ -226,8 +232,15 @@ class ViT(ImageEncoder):
         graphdef, params = nnx.split(self.blocks)
         first = nnx.merge(graphdef, jax.tree.map(lambda p: p[:depth], params))
         x, real = self._embed(images, Masks()), self._real(images)
-        mask = None if real is None else real[:, None, None]
-        x = run_encoder_blocks(first, x, None, depth=depth, compute=self.compute, mask=mask)
+        x = run_encoder_blocks(
+            first,
+            x,
+            None,
+            depth=depth,
+            compute=self.compute,
+            mask=None if real is None else real[:, None, None],
+            rotation=self._rotation(images, None),
+        )
         return x if real is None else native.marked(x, real)
 
     def _embed(
@@ -240,18 +253,16 @@ class ViT(ImageEncoder):
 
         With `kept`, int32 [B, K], only these patches are embedded, with their own positions.
         """
-        if isinstance(images, native.Patches):
-            x = images.pixels.astype(self.compute.dtype)
-            table = self.positions[...].reshape(self.grid, self.grid, -1)
-            positions = native.positions(table, images.grid, x.shape[1])
-        else:
-            x = self.patchify(images.astype(self.compute.dtype))
-            positions = self._positions(*images.shape[1:3])
+        x = images.pixels if isinstance(images, native.Patches) else self.patchify(images)
+        x = x.astype(self.compute.dtype)
         x = self.patch_embedding(x if kept is None else tokens.take(x, kept))
+        if self.options.patch_norm:
+            x = self.patch_norm(x)
         if masks.hidden is not None and masks.token is not None:
             x = jnp.where(masks.hidden[..., None], masks.token.astype(x.dtype), x)
-        positions = positions.astype(x.dtype)
-        x = x + (positions if kept is None else rows_of(positions, kept))
+        if not self.options.rope:
+            positions = self._positions(images).astype(x.dtype)
+            x = x + (positions if kept is None else rows_of(positions, kept))
         if self.options.class_token:
             token = self.class_token[...].astype(x.dtype)
             x = jnp.concatenate([jnp.broadcast_to(token, (len(x), *token.shape)), x], axis=1)
@@ -272,9 +283,31 @@ class ViT(ImageEncoder):
         x = images.reshape(b, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5)
         return x.reshape(b, (h // p) * (w // p), p * p * c)
 
-    def _positions(self, height: int, width: int) -> jax.Array:
-        """Return the position embeddings [N, D] for images of this size in pixels."""
-        new = (height // self.patch, width // self.patch)
-        old = (self.grid, self.grid)
-        positions = self.positions[...]
+    def _positions(self, images: jax.Array | native.Patches) -> jax.Array:
+        """Return the learned position embeddings [N, D] of images, or [B, N, D] of patches."""
+        positions, old = self.positions[...], (self.grid, self.grid)
+        if isinstance(images, native.Patches):
+            return native.positions(positions.reshape(*old, -1), *images.sizes)
+        new = self._grid(images)
         return positions if new == old else resample_positions(positions, old, new)
+
+    def _rotation(
+        self, images: jax.Array | native.Patches, kept: jax.Array | None
+    ) -> rotary.Rotation | None:
+        """Return the rotation of the tokens, of which `kept`, int32 [B, K], or all are there."""
+        if not self.options.rope:
+            return None
+        if isinstance(images, native.Patches):
+            grid, count = images.sizes
+            places = rotary.places(grid[:, :1], grid[:, 1:], count)
+        else:
+            rows, columns = self._grid(images)
+            places = rotary.places(rows, columns, rows * columns)
+        if kept is not None:
+            places = rows_of(places[0], kept)
+        dim = self.width // self.size.heads
+        return rotary.rotation(places, self.options.rope, dim, self.leading)
+
+    def _grid(self, images: jax.Array) -> tuple[int, int]:
+        """Return rows and columns of the patches of images [B, H, W, 3]."""
+        return images.shape[1] // self.patch, images.shape[2] // self.patch

@@ -26,7 +26,7 @@ INPUTS = r"(.*/)?(positions|text_positions|class_token|probe|text_tower/embeddin
 QUERY = r"(.*/)?(cross_)?attention/query/(kernel|bias)"
 # What `models.layers.XAVIER` initializes, with a variance of 2 / (inputs + outputs).
 XAVIER = (
-    r"(.*/)?((cross_)?attention/(query|key|value|out)|mlp/(up|down)|connector|pixels"
+    r"(.*/)?((cross_)?attention/(query|key|value|out)|mlp/(up|gate|down)|connector|pixels"
     r"|(image|text)_projection|layer\d|prototypes)/kernel|(.*/)?probe"
 )
 

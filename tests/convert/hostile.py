@@ -1,4 +1,4 @@
-"""Small encoder folders in four layouts, and random damage to them."""
+"""Small encoder folders in six layouts, and random damage to them."""
 
 import copy
 import gzip
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from cap_pretrain.convert import clip, openai, siglip, vit
+from cap_pretrain.convert import aimv2, clip, dinov3, openai, siglip, vit
 from cap_pretrain.convert.tables import Fused
 
 WIDTH, DEPTH, MLP, HEADS, PATCH, SIDE = 8, 2, 12, 2, 4, 8
@@ -47,6 +47,10 @@ def folder(kind: str) -> dict[str, Any]:
     config = {"model_type": kind, "architectures": ["Model"], "layer_norm_eps": 1e-6}
     if kind == "vit":
         config |= SIZES | {"qkv_bias": True}
+    elif kind == "dinov3_vit":
+        config |= SIZES | {"num_register_tokens": 1, "rope_theta": 100.0, "key_bias": False}
+    elif kind == "aimv2_vision_model":
+        config |= SIZES | {"use_head": False, "rms_norm_eps": 1e-5}
     else:
         config["vision_config"] = SIZES | {"vision_use_head": False}
     processor = {"do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
@@ -55,9 +59,17 @@ def folder(kind: str) -> dict[str, Any]:
 
 def tensors(kind: str) -> dict[str, np.ndarray]:
     """Return random weights for such a folder."""
-    table = {"clip": clip.NAMES, "siglip": siglip.NAMES, "vit": vit.NAMES, "openai": openai.NAMES}
+    table = {
+        "clip": clip.NAMES,
+        "siglip": siglip.NAMES,
+        "vit": vit.NAMES,
+        "openai": openai.NAMES,
+        "dinov3_vit": {k: v for k, v in dinov3.NAMES.items() if not k.endswith("gate")},
+        "aimv2_vision_model": aimv2.NAMES,
+    }
     kernels = {
         "blocks/mlp/up": (MLP, WIDTH),
+        "blocks/mlp/gate": (MLP, WIDTH),
         "blocks/mlp/down": (WIDTH, MLP),
         "patch_embedding": (WIDTH, 3, PATCH, PATCH),
     }
@@ -74,6 +86,11 @@ def tensors(kind: str) -> dict[str, np.ndarray]:
             shapes |= {name + "weight": shape, name + "bias": shape[:1]}
     if kind in ("clip", "openai"):
         del shapes[{"clip": "embeddings.patch_embedding", "openai": "visual.conv1"}[kind] + ".bias"]
+    if kind == "dinov3_vit":
+        shapes = {k: v for k, v in shapes.items() if not k.endswith("k_proj.bias")}
+    if kind == "aimv2_vision_model":
+        without = {k for k in shapes if k.endswith(".bias") and "patch_embed" not in k}
+        shapes = {k: v for k, v in shapes.items() if k not in without}
     more = {
         "clip": {
             "embeddings.class_embedding": (WIDTH,),
@@ -88,6 +105,23 @@ def tensors(kind: str) -> dict[str, np.ndarray]:
             "embeddings.position_embeddings": (1, 1 + PATCHES, WIDTH),
         },
         "siglip": {"embeddings.position_embedding.weight": (PATCHES, WIDTH)},
+        "aimv2_vision_model": {"embeddings.position_embedding.weight": (PATCHES, WIDTH)},
+        "dinov3_vit": {
+            "embeddings.cls_token": (1, 1, WIDTH),
+            "embeddings.register_tokens": (1, 1, WIDTH),
+            **{
+                f"layer.{layer}.{name}": shape
+                for layer in range(DEPTH)
+                for name, shape in (
+                    ("attention.o_proj.weight", (WIDTH, WIDTH)),
+                    ("attention.o_proj.bias", (WIDTH,)),
+                    ("mlp.down_proj.weight", (WIDTH, MLP)),
+                    ("mlp.down_proj.bias", (WIDTH,)),
+                    ("layer_scale1.lambda1", (WIDTH,)),
+                    ("layer_scale2.lambda1", (WIDTH,)),
+                )
+            },
+        },
     }
     shapes = {k: v for k, v in shapes.items() if "position" not in k} | more[kind]
     rng = np.random.default_rng(0)

@@ -20,7 +20,7 @@ from tests.convert import hostile
 from tests.convert.hostile import ODD
 from tests.parity import require
 
-KINDS = ("siglip", "clip", "vit", "openai")
+KINDS = ("siglip", "clip", "vit", "openai", "dinov3_vit", "aimv2_vision_model")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -54,6 +54,27 @@ def test_the_undamaged_encoders_are_read(kind, tmp_path):
 def test_a_field_out_of_bounds_is_named(fields, message, tmp_path):
     files = hostile.folder("siglip")
     files["config.json"]["vision_config"] |= fields
+    refused(tmp_path, files, message)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "message"),
+    [
+        ("dinov3_vit", {"rope_theta": 0}, "'rope_theta' must be from 1 to"),
+        ("dinov3_vit", {"rope_theta": "100"}, "'rope_theta' must be int or float, found '100'"),
+        ("dinov3_vit", {"num_register_tokens": -1}, "'num_register_tokens' must be from 0 to"),
+        ("dinov3_vit", {"num_attention_heads": 4}, "heads have 2 channels, .* a multiple of 4"),
+        ("dinov3_vit", {"key_bias": 1}, "'key_bias' must be bool, found 1"),
+        ("aimv2_vision_model", {"is_native": "no"}, "'is_native' must be bool, found 'no'"),
+        ("aimv2_vision_model", {"image_size": [8, 4]}, r"image_size is \[8, 4\]; only squares"),
+        ("aimv2_vision_model", {"hidden_size": 6}, "which does not fit the rest"),
+        ("aimv2_vision_model", {"rms_norm_eps": -1}, "'layer_norm_eps' must be from 0 to 1"),
+        ("aimv2_vision_model", {"use_head": True}, "lacks head"),
+    ],
+)
+def test_a_field_of_rotary_or_gated_models_is_named(kind, fields, message, tmp_path):
+    files = hostile.folder(kind)
+    files["config.json"] |= fields
     refused(tmp_path, files, message)
 
 

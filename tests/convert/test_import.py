@@ -1,5 +1,6 @@
 """Imported encoders compute the same as the originals; unreadable input is reported."""
 
+import dataclasses
 import json
 import pickle
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from cap_pretrain import config as configs
+from cap_pretrain import rules
 from cap_pretrain.checkpoints import warm_start
 from cap_pretrain.convert import dual, encoder, open_encoder
 from cap_pretrain.errors import UserError
@@ -48,6 +50,20 @@ def dinov2(registers=0, **fields):
     return transformers.Dinov2Model(transformers.Dinov2Config(**fields, mlp_ratio=2))
 
 
+def dinov3(registers=0, **fields):
+    config = transformers.DINOv3ViTConfig(**VISION, num_register_tokens=registers, **fields)
+    return transformers.DINOv3ViTModel(config)
+
+
+def aimv2(**fields):
+    return transformers.Aimv2VisionModel(transformers.Aimv2VisionConfig(**VISION, **fields))
+
+
+def aimv2_pair():
+    config = transformers.Aimv2Config(text_config=TEXT, vision_config=VISION)
+    return transformers.Aimv2Model(config)
+
+
 # Each with a function that returns its vision model.
 MODELS = {
     "CLIPModel": (clip, lambda model: model.vision_model),
@@ -67,6 +83,23 @@ MODELS = {
     ),
     "Dinov2Model": (dinov2, lambda model: model),
     "Dinov2WithRegistersModel": (lambda: dinov2(3), lambda model: model),
+    "Dinov2Model with a gate": (lambda: dinov2(use_swiglu_ffn=True), lambda model: model),
+    "Dinov2WithRegistersModel with a gate": (
+        lambda: dinov2(3, use_swiglu_ffn=True),
+        lambda model: model,
+    ),
+    "DINOv3ViTModel": (dinov3, lambda model: model),
+    "DINOv3ViTModel with registers": (lambda: dinov3(4, rope_theta=50.0), lambda model: model),
+    "DINOv3ViTModel with a gate": (
+        lambda: dinov3(use_gated_mlp=True, hidden_act="silu", query_bias=False, mlp_bias=False),
+        lambda model: model,
+    ),
+    "Aimv2Model": (aimv2_pair, lambda model: model.vision_model),
+    "Aimv2VisionModel": (aimv2, lambda model: model),
+    "Aimv2VisionModel without a head": (lambda: aimv2(use_head=False), lambda model: model),
+    "Aimv2VisionModel, native": (lambda: aimv2(is_native=True), lambda model: model),
+    "Aimv2VisionModel with biases": (lambda: aimv2(qkv_bias=True), lambda model: model),
+    "Aimv2VisionModel with biases of MLPs": (lambda: aimv2(mlp_bias=True), lambda model: model),
     "ViTForImageClassification": (vit_classifier, lambda model: model.vit),
 }
 
@@ -94,17 +127,25 @@ def test_dinov2_sees_images_of_other_sizes_as_there(tmp_path):
         np.testing.assert_allclose(found, theirs[0, 1:], atol=1e-5)
 
 
-def test_relatives_that_our_vit_cannot_express_are_refused(tmp_path):
-    torch_models.save(dinov2(use_swiglu_ffn=True), tmp_path)
-    with pytest.raises(UserError, match="its MLPs are gated .use_swiglu_ffn., as in DINOv2 giant"):
-        open_encoder(tmp_path)
-    for kind, message in (
-        ("dinov3_vit", "of DINOv3 and not supported: its attention rotates"),
-        ("aimv2_vision_model", "of AIMv2 and not supported: it has RMSNorm and gated MLPs"),
-    ):
-        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
-        with pytest.raises(UserError, match=message):
-            open_encoder(tmp_path)
+@pytest.mark.parametrize("make", [lambda: dinov3(2), lambda: aimv2(is_native=True)])
+def test_models_with_computed_positions_see_images_of_other_sizes_as_there(make, tmp_path):
+    model = torch_models.randomised(make())
+    torch_models.save(model, tmp_path)
+    config = configs.default()
+    with config.unlocked():
+        weights = warm_start.from_import(config, tmp_path, tmp_path, print)
+    config.data.image_size = side = 40
+    images = tiny.images(2, side=side)
+    pretrained = dataclasses.replace(
+        open_encoder(tmp_path),
+        image_size=side,
+        params=encoder.nested(
+            {k.removeprefix("encoder/"): v for k, v in weights.for_images(config).params.items()}
+        ),
+    )
+    tokens, _ = expected(model, images, pretrained)
+    out = torch_models.encode(pretrained, images)
+    np.testing.assert_allclose(out.tokens, tokens, atol=1e-4)
 
 
 @pytest.mark.parametrize("case", MODELS)
@@ -224,8 +265,6 @@ def test_shards_and_half_precision_are_read_as_what_they_hold(tmp_path):
 
 
 def flat(pretrained):
-    from cap_pretrain import rules
-
     return rules.flatten(pretrained.params).items()
 
 
@@ -261,6 +300,8 @@ def test_defaults_that_published_configs_leave_out_are_those_of_transformers():
         ("clip", transformers.CLIPVisionConfig()),
         ("siglip", transformers.SiglipVisionConfig()),
         ("vit", transformers.ViTConfig()),
+        ("dinov3_vit", transformers.DINOv3ViTConfig()),
+        ("aimv2_vision_model", transformers.Aimv2VisionConfig()),
     ):
         defaults = huggingface.DEFAULTS | dict(huggingface.FAMILIES[kind].defaults)
         assert defaults == {k: getattr(config, k) for k in defaults}
@@ -360,7 +401,7 @@ def test_missing_and_unknown_weights_are_named(change, message, tmp_path):
             {"model_type": "siglp"},
             "model_type is 'siglp', which is not supported.*Did you mean 'siglip'",
         ),
-        ({"hidden_act": "silu"}, "hidden_act 'silu' is unknown"),
+        ({"hidden_act": "relu6"}, "hidden_act 'relu6' is unknown"),
         ({"num_channels": 1}, "num_channels is 1, it must be 3"),
         ({"image_size": [24, 32]}, r"image_size is \[24, 32\]; only squares"),
     ],

@@ -9,6 +9,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cap_pretrain.models import layers
+from cap_pretrain.models.mlp import Details
 from cap_pretrain.models.sizes import Size
 from tests.layouts import on_eight_devices
 
@@ -16,7 +17,9 @@ from tests.layouts import on_eight_devices
 def gradients(mesh_shape):
     """Loss and gradients of two blocks, kernels sharded over fsdp and tensor, as lists."""
     compute = layers.Compute(attention="auto")
-    blocks = layers.encoder_blocks(Size(16, 2, 32, 2), compute=compute, rngs=nnx.Rngs(0))
+    blocks = layers.encoder_blocks(
+        Size(16, 2, 32, 2), details=Details(), compute=compute, rngs=nnx.Rngs(0)
+    )
     graphdef, params = nnx.split(blocks)
     x = jax.random.normal(jax.random.key(1), (8, 5, 16))
 

@@ -17,7 +17,7 @@ from cap_pretrain.evals.probes.features import Labelled
 from cap_pretrain.evals.probes.map_probe import MapProbe, Tokens
 from cap_pretrain.models import native
 from cap_pretrain.models.compute import Compute
-from cap_pretrain.models.layers import Details
+from cap_pretrain.models.mlp import Details
 from cap_pretrain.models.sizes import Size
 from cap_pretrain.models.vit import MapHead
 from tests import tiny

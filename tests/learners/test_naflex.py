@@ -15,6 +15,7 @@ from cap_pretrain.models.layers import normalize_images
 from cap_pretrain.models.vit import resample_positions
 from cap_pretrain.validation import validate
 from tests import tiny, toy
+from tests.models.test_rotary import MODERN
 
 SHAPES = [(16, 16), (9, 40), (50, 13), (7, 30)]
 TEXTS = tiny.texts([7, 3, 5, 2])
@@ -26,6 +27,7 @@ OBJECTIVES = {
     "cap+siglip": {},
     "clip": {"class_token": True, "pool": "class"},
     "siglip": {"pool": "map"},
+    "cap": MODERN,
 }
 
 
@@ -93,9 +95,10 @@ def test_padding_changes_neither_loss_nor_gradient(objective):
     assert compute(batch(other))[0] != loss
 
 
-@pytest.mark.parametrize("pool", ["gap", "map", "class"])
+@pytest.mark.parametrize("pool", ["gap", "map", "class", "modern"])
 def test_square_images_have_the_bits_of_the_square_layout(pool):
-    split = tiny.split(config("cap", pool=pool, class_token=pool == "class"))
+    fields = MODERN if pool == "modern" else {"pool": pool, "class_token": pool == "class"}
+    split = tiny.split(config("cap", **fields))
     squares = tiny.images(4)
     patches = np.stack([prepared(image, tiny.SIDE, patch=tiny.PATCH) for image in squares])
     encode = tiny.jitted(split, lambda learner, images: learner.encode(images))

@@ -12,6 +12,7 @@ import pytest
 from cap_pretrain.distributed.platform import tracing_for
 from cap_pretrain.models import layers
 from cap_pretrain.models.attention import explicit_attention, usual_attention
+from cap_pretrain.models.mlp import Details
 from cap_pretrain.models.sizes import Size
 
 MASKS = {
@@ -49,7 +50,9 @@ def test_value_and_gradients(mask: str, dtype, tolerance: float, keep: bool):
 def gradients(remat: str, attention: str):
     compute = layers.Compute(remat=remat, attention=attention)
     size = Size(16, 3, 32, 2)
-    blocks = layers.encoder_blocks(size, compute=compute, rngs=layers.nnx.Rngs(0))
+    blocks = layers.encoder_blocks(
+        size, details=Details(), compute=compute, rngs=layers.nnx.Rngs(0)
+    )
     graphdef, params = layers.nnx.split(blocks)
     x = jax.random.normal(jax.random.key(1), (2, 5, 16))
 

@@ -12,13 +12,13 @@ from jax.extend.core import jaxprs_in_params
 from cap_pretrain.models.layers import (
     REMAT_POLICIES,
     Compute,
-    Mlp,
     drop_branch,
     dropout,
     layer_randomness,
     scan_layers,
     stack_layers,
 )
+from cap_pretrain.models.mlp import Mlp
 from cap_pretrain.telemetry.flops import count_flops
 from tests import tiny
 

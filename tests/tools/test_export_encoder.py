@@ -15,10 +15,12 @@ from cap_pretrain.commands import export_encoder
 from cap_pretrain.convert import open_encoder
 from cap_pretrain.convert.export import form
 from cap_pretrain.convert.layouts import card, hub
+from cap_pretrain.convert.layouts.base import vit_form
 from cap_pretrain.data.text.tokenizers import SentencePieceTokenizer
 from cap_pretrain.errors import UserError
 from cap_pretrain.training.step import TrainState
 from tests import tiny
+from tests.models.test_rotary import MODERN
 from tests.parity import require
 
 torch, transformers = require("torch"), require("transformers")
@@ -213,6 +215,13 @@ def test_the_folder_is_written_completely_or_not_at_all(run, tmp_path, capsys, m
 def test_an_encoder_that_siglip_lacks_is_refused(fields):
     with pytest.raises(UserError, match="is not a SiglipVisionModel, and cannot be exported"):
         form(tiny.config(**fields))
+
+
+@pytest.mark.parametrize("field", sorted(MODERN.keys() - {"activation"}))
+def test_blocks_that_no_layout_has_are_refused(field):
+    for library in ("transformers", "timm", "open_clip"):
+        with pytest.raises(UserError, match=f"model.{field}: .* cannot be exported for {library}"):
+            vit_form(tiny.config(**{field: MODERN[field]}), library)
 
 
 def test_the_card_has_config_and_metrics_but_no_paths(run, tmp_path):

@@ -15,6 +15,7 @@ from cap_pretrain.errors import UserError
 from cap_pretrain.learners.dual_encoder import DualEncoder
 from cap_pretrain.models.build import encoder_options, encoder_size
 from cap_pretrain.models.sizes import CONVNETS, parse_name
+from cap_pretrain.models.vit import Options
 from cap_pretrain.naflex import SQUARE
 
 Params = Mapping[str, np.ndarray]  # by path
@@ -109,8 +110,15 @@ def vit_form(config: ConfigDict, library: str, otherwise: str = "") -> Form:
             f"data.layout: {config.data.layout} has no counterpart in {library}; export for "
             f"{TRANSFORMERS}, whose SigLIP 2 reads such images."
         )
+    options = encoder_options(config)
+    for field in ("rope", "patch_norm", "gated", "bias", "norm"):
+        if getattr(options, field) != getattr(Options, field):
+            raise UserError(
+                f"model.{field}: an encoder with {getattr(options, field)!r} cannot be exported "
+                f"for {library}; pass its workdir as --config.encoder instead."
+            )
     _, patch = parse_name(config.model.name)
-    return Form(encoder_size(config), patch, config.data.image_size, encoder_options(config))
+    return Form(encoder_size(config), patch, config.data.image_size, options)
 
 
 def check_encoder(config: ConfigDict, encoder: Params, form: Form) -> None:

@@ -4,7 +4,6 @@ OpenCLIP's own ViT has a class token and no bias in its projection. Its image to
 every option of ours, so the image tower is one, whose config.json lies in the same folder.
 """
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +25,9 @@ from cap_pretrain.convert.layouts.base import (
 )
 from cap_pretrain.convert.tables import Entry, to_torch
 from cap_pretrain.errors import UserError
-from cap_pretrain.learners.dual_encoder import DualEncoder
+from cap_pretrain.learners.dual_encoder import TEXT_OPTIONS, DualEncoder
 from cap_pretrain.models.build import text_size
-from cap_pretrain.models.layers import Details
-from cap_pretrain.models.text_tower import TextOptions
+from cap_pretrain.models.mlp import Details
 
 # Of our text tower and the "projection" after it.
 TEXT_NAMES: dict[str, Entry] = {
@@ -52,7 +50,7 @@ def write(folder: Path, source: Source) -> Written:
             "projects the pooled vector of an image; use transformers."
         )
     options, usual = learners.options(config), DualEncoder.Options()
-    for name in ("bias", *(f"text_{field.name}" for field in dataclasses.fields(TextOptions))):
+    for name in ("bias", *(f"text_{name}" for name in TEXT_OPTIONS)):
         if getattr(options, name) != getattr(usual, name):
             raise UserError(
                 f"--layout=open_clip: learner.{name} is {getattr(options, name)!r}, and only text "

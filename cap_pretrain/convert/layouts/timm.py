@@ -41,7 +41,7 @@ from cap_pretrain.convert.tables import Computed, Entry, Fused, to_torch
 from cap_pretrain.convert.weights import open_folder as open_weights
 from cap_pretrain.convert.weights import read_json
 from cap_pretrain.errors import UserError
-from cap_pretrain.models.layers import ACTIVATIONS
+from cap_pretrain.models.mlp import ACTIVATIONS
 from cap_pretrain.models.sizes import Size
 from cap_pretrain.models.vit import Options
 from cap_pretrain.untrusted import bounded, entry, shown

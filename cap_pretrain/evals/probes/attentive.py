@@ -19,7 +19,7 @@ from flax import nnx
 from cap_pretrain.evals.probes.features import Labelled
 from cap_pretrain.models import native
 from cap_pretrain.models.compute import Compute
-from cap_pretrain.models.layers import ACTIVATIONS, Details
+from cap_pretrain.models.mlp import ACTIVATIONS, Details
 from cap_pretrain.models.sizes import Size
 from cap_pretrain.models.vit import MapHead
 from cap_pretrain.telemetry.flops import count_flops
