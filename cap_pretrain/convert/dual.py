@@ -51,6 +51,11 @@ def read(folder: Path, encoder: Pretrained) -> tuple[Whole | None, str]:
         kind = read_json(where).get("model_type")
         if kind in DEFAULTS:
             return _transformers(folder, str(kind), encoder)
+        if kind == "aimv2":
+            return None, (
+                f"{folder}: its text tower is left out, since ours has no RMSNorm and no gated "
+                "MLPs; the image encoder is read"
+            )
     if (folder / openai.CONFIG).is_file():
         return openai.read_whole(folder, _width(encoder))
     if encoder.text:

@@ -154,6 +154,7 @@ def test_a_model_of_transformers_computes_the_same(case, tmp_path):
     model = torch_models.randomised(make())
     pretrained = open_encoder(torch_models.save(model, tmp_path))
     assert pretrained.image_size == SIDE and type(model).__name__ in pretrained.source
+    assert (case == "Aimv2Model") == ("no gated MLPs" in dual.read(tmp_path, pretrained)[1])
     images = tiny.images(3, side=SIDE)
     tokens, pooled = expected(vision(model), images, pretrained)
     out = torch_models.encode(pretrained, images)
