@@ -45,9 +45,9 @@ def default() -> ConfigDict:
     # cost in speed; CPUs and TPUs are deterministic anyway.
     c.deterministic = False
     # Where compiled programs are kept, so that a restart need not compile: a folder, or "off".
-    # "auto": .compile_cache beside the workdir on GPUs and TPUs, off on CPUs and if the workdir is
-    # in a bucket. They are machine code, so name no folder that others may write to; it may be in
-    # a bucket, gs://BUCKET/FOLDER. JAX_COMPILATION_CACHE_DIR takes precedence.
+    # "auto": .compile_cache beside the workdir on GPUs and TPUs, off on CPUs and for a workdir in a
+    # bucket. They are machine code: name no folder that others may write to. It may be in a bucket,
+    # gs://BUCKET/FOLDER. JAX_COMPILATION_CACHE_DIR takes precedence.
     c.compile_cache = "auto"
     # Initialize from a workdir (its newest checkpoint, or WORKDIR/checkpoints/STEP), an exported
     # encoder, or one of another ecosystem (see convert). Weights, `model` fields and image size
@@ -85,8 +85,7 @@ def _model() -> ConfigDict:
     # resnet18, 34, 50, 101, 152; or alexnet; or stored, for datasets that hold the features of an
     # encoder (see tools/extract_features.py).
     c.name = "B/16"
-    # Stored features: vectors per example besides the pooled one. This and the width are read
-    # from the data.
+    # Stored features: vectors per example besides the pooled one; read from the data, like width.
     c.tokens = 0
     # Overrides of a ViT's named size; 0 keeps it. The width of a ResNet is that of its first stage,
     # 64, which each later stage doubles.
@@ -100,12 +99,13 @@ def _model() -> ConfigDict:
     c.decoder_depth = 0
     c.decoder_mlp = 0
     c.decoder_heads = 0
-    # How a ViT pools its tokens: their mean (gap), attention pooling (map) or class token (class).
+    # How a ViT pools its tokens: mean of the patches (gap), attention pooling (map), class token
+    # (class). Importing an encoder sets this and the fields up to norm_eps.
     c.pool = "gap"
-    # The fields up to norm_eps distinguish ViTs of one size; importing an encoder sets them.
     c.class_token = False  # A learned token before those of the patches
     c.registers = 0  # Further learned tokens after it, as in DINOv2 with registers
-    c.rope = 0.0  # Base of rotary positions in place of learned ones (DINOv3: 100); 0 is none
+    c.positions = "learned"  # Of patches: learned, sines (AIMv2 native) or rotary (DINOv3)
+    c.rope_base = 100.0  # Base of rotary positions
     c.patch_norm = False  # A norm of the patches before positions are added, as in AIMv2
     c.pre_norm = False  # A norm before the first block, as in CLIP
     c.final_norm = "tokens"  # What the last norm is applied to; only the pooled vector in CLIP
@@ -113,7 +113,7 @@ def _model() -> ConfigDict:
     c.gated = False  # MLPs with a gate, activation(gate(x)) * up(x), as SwiGLU with silu (AIMv2)
     c.bias = True  # Biases of the linear layers of the encoder's blocks
     c.norm = "layer"  # The encoder's norms: layer, or rms (root mean square, AIMv2)
-    c.norm_eps = 1e-6  # Their epsilon
+    c.norm_eps = 1e-6  # Epsilon of these norms
     # A ResNet's first layer: imagenet (7 x 7, stride 2, max pooling) or small (3 x 3; 32 to 64 px).
     c.stem = "imagenet"
     # The encoder's input: rgb, or lightness, which turns any image gray in all three channels, as

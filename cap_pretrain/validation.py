@@ -13,11 +13,9 @@ from cap_pretrain.data.regions import MAX_REGIONS, check_augmentation
 from cap_pretrain.data.sources.base import parse_mixture
 from cap_pretrain.data.text import tokenizers, words
 from cap_pretrain.errors import UserError, did_you_mean
-from cap_pretrain.models import build, tokens
+from cap_pretrain.models import build, positions, tokens
 from cap_pretrain.models.encoder import COLOURS
-from cap_pretrain.models.layers import (
-    REMAT_POLICIES,
-)
+from cap_pretrain.models.layers import REMAT_POLICIES
 from cap_pretrain.models.mlp import ACTIVATIONS, NORMS
 from cap_pretrain.models.narrowing import narrowed
 from cap_pretrain.models.sizes import STORED, Size
@@ -75,7 +73,7 @@ FIELDS = {
     "log.spikes": Field(minimum=0),
     "model.activation": Field(tuple(ACTIVATIONS)),
     "model.norm": Field(tuple(NORMS)),
-    "model.rope": Field(minimum=0),
+    "model.positions": Field(positions.KINDS),
     "model.attention": Field(("auto", "xla", "cudnn", "recompute", "keep"), free=True),
     "model.colours": Field(COLOURS),
     "model.final_norm": Field(("tokens", "pooled")),

@@ -120,26 +120,46 @@ def imported(tree):
     return {(a.asname or a.name).partition(".")[0] for node in imports for a in node.names}
 
 
-def assigned_attributes(tree):
-    """Return (line, name) of each attribute of an imported name that is assigned."""
-    names = imported(tree)
-    return [
-        (node.lineno, node.value.id)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
-        if isinstance(node.value, ast.Name) and node.value.id in names
-    ]
+def root_of(node):
+    """Return the name that a chain of attributes begins with, as "a" of a.b.c, or None."""
+    while isinstance(node, ast.Attribute):
+        node = node.value
+    return node.id if isinstance(node, ast.Name) else None
+
+
+def changed_attributes(tree):
+    """Return (line, name) of each attribute of an imported name that is assigned or deleted.
+
+    Names that a function has as parameters are not imported ones.
+    """
+    functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.Lambda)]
+    own = {arg.arg for f in functions for arg in ast.walk(f.args) if isinstance(arg, ast.arg)}
+    names, found = imported(tree) - own, []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load):
+            found.append((node.lineno, root_of(node)))
+        elif isinstance(node, ast.Call) and root_of(node.func) == "setattr":
+            found.append((node.lineno, root_of(node.args[0])))
+    return sorted((line, name) for line, name in found if name in names)
 
 
 def test_tests_change_no_module_for_good():
     """Processes run several tests, in any order: only `monkeypatch` changes a module."""
     files = {path: ast.parse(path.read_text()) for path in (ROOT / "tests").rglob("*.py")}
-    found = {str(path): assigned_attributes(tree) for path, tree in files.items()}
+    found = {str(path): changed_attributes(tree) for path, tree in files.items()}
     found = {path: lines for path, lines in found.items() if lines}
     assert not found, f"use monkeypatch or an argument: {found}"
 
 
 def test_a_changed_module_is_found():
-    text = "import a.b, c as d\nfrom e import f\n"
-    text += "a.x = 1\nd.x, y = 1, 2\nf.x += 1\nc.x = 1\ny.x = 2\n"
-    assert sorted(assigned_attributes(ast.parse(text))) == [(3, "a"), (4, "d"), (5, "f")]
+    text = """import a.b, c as d
+from e import f, g
+a.b.x = 1
+d.x, y = 1, 2
+f.x += 1
+del a.x
+setattr(f, "x", 1)
+def h(g): g.x = c.x = y.x = 2
+"""
+    expected = [(3, "a"), (4, "d"), (5, "f"), (6, "a"), (7, "f")]
+    assert changed_attributes(ast.parse(text)) == expected

@@ -7,6 +7,7 @@
     cap sweep table runs/sweep --figures val/loss linear_probe/top1 --over seed
     cap sweep plot runs/sweep --x parameters --y val/loss --by objective --out loss.svg
     cap sweep plot runs/sweep --pivot optim.lr batch_size --y val/loss:min --out a.png
+    cap sweep plot runs/sweep --x model.keep_tokens --y val/loss --y retrieval/rsum --out b.png
 
 `run` starts each trial in OUT/TRIAL, with its output in log.txt. The same command resumes a sweep:
 finished trials are skipped, interrupted ones resume exactly. Overrides after `--`, such as
@@ -81,21 +82,24 @@ def status(args: argparse.Namespace) -> int:
 
 def table(args: argparse.Namespace) -> int:
     """Print metrics of the trials, sorted, or one metric by two fields."""
-    rows = results.rows(_trials(args), args.out, args.figures)
+    names = list(dict.fromkeys(args.figures))
+    rows = results.rows(_trials(args), args.out, names)
     if args.over:
-        rows = results.over(rows, args.over, args.figures)
+        rows = results.over(rows, args.over, names)
     if args.sort:
         rows = results.ordered(rows, args.sort)
     if args.over and args.format in ("text", "markdown"):
-        for row, name in itertools.product(rows, args.figures):
+        for row, name in itertools.product(rows, names):
             row[name] = tables.spread(row[name], row.pop(f"{name} sd"))
+            if (count := row.pop(f"{name} n")) not in (0, row["trials"]):
+                row[name] += f" (of {count})"
     if args.pivot:
-        if len(args.figures) > 1:
+        if len(names) > 1:
             raise UserError("--pivot: shows one metric; name only one in --figures.")
         if args.over:
             raise UserError("--over: --pivot shows means over seeds already; drop one of the two.")
         down, across = args.pivot
-        rows = results.pivot(rows, down, across, args.figures[0])
+        rows = results.pivot(rows, down, across, names[0])
     print(tables.written(rows, args.format))
     return 0
 
@@ -130,6 +134,8 @@ def _curves(chosen: Sequence[Trial], args: argparse.Namespace) -> Any:
             if row[name] is not None:
                 group = " ".join(f"{trial.fields[field]}" for field in args.by)
                 points.setdefault(group, []).append((_x(trial, args), row[name]))
+        if not points:
+            raise UserError(f"--y: no trial has {name} yet.")
         draw(axis, points, _laws(points, name, args), args.x, name)
     return figure
 
@@ -140,13 +146,14 @@ def _laws(
     """Return the power law of each group that has one, and report all groups."""
     laws = {}
     for group, xy in points.items():
+        label = f"{name} {group}".rstrip()
         try:
             fitted = power_law.frontier(xy) if args.frontier else xy
             _check_scales(args.x, fitted, args.min_points)
             laws[group] = power_law.fit(*np.array(fitted).T, offset=args.offset)
-            print(f"{group or name}: {laws[group]}")
+            print(f"{label}: {laws[group]}")
         except UserError as error:
-            print(f"{group or name}: no power law: {error}")
+            print(f"{label}: no power law: {error}")
     return laws
 
 
@@ -346,7 +353,11 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
                 "--pivot", nargs=2, metavar=("DOWN", "ACROSS"), help="heat map over two fields"
             )
             sub.add_argument(
-                "--y", nargs="+", required=True, help="NAME[:min|max|last] …, a panel for each"
+                "--y",
+                action="append",
+                required=True,
+                metavar="METRIC",
+                help="NAME[:min|max|last]; several times for several panels",
             )
             sub.add_argument("--by", nargs="+", default=[], help="fields to group trials by")
             sub.add_argument("--offset", action="store_true", help="also fit an irreducible term")

@@ -1,26 +1,26 @@
 """AIMv2's vision models of `transformers` (Fini et al. 2024, arXiv 2411.14402).
 
 They have RMSNorm, MLPs with a gate and no biases. Models with a head pool by the attention of a
-learned query, without the query's projection and the MLP of our attention pooling: the one is set
-to the identity, the other to zero.
+learned query, without the query's projection and the MLP of our attention pooling. So that the
+pooling computes the same, and all of it can be trained, that projection is the identity, and the
+last layer of the MLP zero.
 """
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from cap_pretrain.convert import clip
-from cap_pretrain.convert.encoder import MAX_WIDTH
+from cap_pretrain.convert.encoder import MAX_MLP, MAX_WIDTH
 from cap_pretrain.convert.family import Family
 from cap_pretrain.convert.tables import Computed, Entry, Table
-from cap_pretrain.models.vit import Options, resample_positions
+from cap_pretrain.models.mlp import XAVIER
+from cap_pretrain.models.vit import Options
 from cap_pretrain.untrusted import bounded
 
 _LAYER = "encoder.layers.{}."
-TEMPERATURE = 10_000.0
-"""Of the sine-cosine positions of native models, as in their `modeling_aimv2.py`."""
 
 NAMES: dict[str, Entry] = {
     "patch_embedding": "embeddings.patch_embed",
@@ -47,16 +47,17 @@ HEAD: dict[str, Entry] = {
     "head/attention/key": "head.k_proj",
     "head/attention/value": "head.v_proj",
     "head/attention/out": "head.output_proj",
-    "head/norm/scale": None,
-    **dict.fromkeys(("head/mlp/up/kernel", "head/mlp/gate/kernel", "head/mlp/down/kernel")),
     **dict.fromkeys(("head/mlp/up/bias", "head/mlp/gate/bias", "head/mlp/down/bias")),
+    "head/mlp/down/kernel": None,
 }
 
 
 def complete(config: dict[str, Any], where: object) -> dict[str, Any]:
     """Return a vision config with the field that other families have in place of AIMv2's."""
-    bounded(config["hidden_size"], "hidden_size", 1, MAX_WIDTH, where)
-    return config | {"layer_norm_eps": config["rms_norm_eps"]}
+    for name, most in (("hidden_size", MAX_WIDTH), ("intermediate_size", MAX_MLP)):
+        bounded(config[name], name, 1, most, where)
+    eps = bounded(config["rms_norm_eps"], "rms_norm_eps", 0, 1, where, kind=(int, float))
+    return config | {"layer_norm_eps": eps}
 
 
 def describe(config: dict[str, Any]) -> tuple[Options, Table]:
@@ -69,11 +70,17 @@ def describe(config: dict[str, Any]) -> tuple[Options, Table]:
         names |= {f"head/attention/{part}/bias": None for part in ("key", "value")}
     if not mlp:
         names |= {f"blocks/mlp/{part}/bias": None for part in ("up", "gate", "down")}
-    if config.get("is_native", False):
-        grid, width = config["image_size"] // config["patch_size"], config["hidden_size"]
-        names |= {"positions": Computed((), lambda: sines((grid, grid), width))}
+    width, hidden = config["hidden_size"], config["intermediate_size"]
+    names |= {
+        "head/norm/scale": Computed((), lambda: jnp.ones(width)),
+        **{
+            f"head/mlp/{part}/kernel": Computed((), functools.partial(_drawn, n, (hidden, width)))
+            for n, part in enumerate(("up", "gate"))
+        },
+    }
     options = Options(
         pool="map" if config.get("use_head", True) else "gap",
+        positions="sines" if config.get("is_native", False) else "learned",
         patch_norm=True,
         norm="rms",
         gated=True,
@@ -82,23 +89,9 @@ def describe(config: dict[str, Any]) -> tuple[Options, Table]:
     return options, names
 
 
-def sines(grid: tuple[int, int], width: int) -> jax.Array:
-    """Return the positions of native models, float32 [H * W, width]: sines and cosines.
-
-    They are those of the column, then those of the row, as in the models' code.
-    """
-    rate = TEMPERATURE ** -(jnp.arange(width // 4) / (width // 4))
-    row, column = jnp.meshgrid(*(jnp.arange(side) for side in grid), indexing="ij")
-    angles = [place.reshape(-1, 1) * rate for place in (column, row)]
-    return jnp.concatenate([f(angle) for angle in angles for f in (jnp.sin, jnp.cos)], axis=1)
-
-
-def resample(positions: jax.Array, old: tuple[int, int], new: tuple[int, int]) -> jax.Array:
-    """Resize position embeddings [H * W, D]; compute those of native models for the new grid."""
-    width = positions.shape[-1]
-    if width % 4 == 0 and np.allclose(positions, sines(old, width), atol=1e-3):
-        return sines(new, width)
-    return resample_positions(positions, old, new)
+def _drawn(seed: int, shape: tuple[int, int]) -> jax.Array:
+    """Return initial weights in torch's layout."""
+    return XAVIER(jax.random.key(seed), shape)
 
 
 FAMILY = Family(
@@ -118,5 +111,4 @@ FAMILY = Family(
     },
     mean=clip.MEAN,
     std=clip.STD,
-    resample=resample,
 )

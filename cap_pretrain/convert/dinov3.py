@@ -11,11 +11,9 @@ import jax.numpy as jnp
 from cap_pretrain.convert.dinov2 import MAX_REGISTERS, MEAN, STD, scaled
 from cap_pretrain.convert.family import Family
 from cap_pretrain.convert.tables import Computed, Entry, Table
+from cap_pretrain.models.positions import MAX_BASE
 from cap_pretrain.models.vit import Options
 from cap_pretrain.untrusted import bounded
-
-MAX_BASE = 1e9
-"""Largest base of rotary positions; that of the published models is 100."""
 
 _LAYER = "layer.{}."
 _BIASES = {  # field of the config, its default -> our layers
@@ -28,7 +26,10 @@ _BIASES = {  # field of the config, its default -> our layers
 
 NAMES: dict[str, Entry] = {
     "patch_embedding": "embeddings.patch_embeddings",
-    "class_token": Computed(("embeddings.cls_token",), lambda token: token[0]),
+    "class_token": Computed(  # and the registers, of which there may be none
+        ("embeddings.cls_token", "embeddings.register_tokens"),
+        lambda token, registers: jnp.concatenate([token[0], registers[0]]),
+    ),
     "blocks/norm1": _LAYER + "norm1",
     "blocks/attention/query": _LAYER + "attention.q_proj",
     "blocks/attention/key": _LAYER + "attention.k_proj",
@@ -41,13 +42,6 @@ NAMES: dict[str, Entry] = {
     "norm": "norm",
 }
 
-REGISTERS: dict[str, Entry] = {
-    "class_token": Computed(
-        ("embeddings.cls_token", "embeddings.register_tokens"),
-        lambda token, registers: jnp.concatenate([token[0], registers[0]]),
-    )
-}
-
 
 def complete(config: dict[str, Any], where: object) -> dict[str, Any]:
     """Return a vision config whose further fields have been checked."""
@@ -58,18 +52,19 @@ def complete(config: dict[str, Any], where: object) -> dict[str, Any]:
 
 def describe(config: dict[str, Any]) -> tuple[Options, Table]:
     """Return the options of a vision model and the names of its weights."""
-    registers, names = config["num_register_tokens"], dict(NAMES)
+    names = dict(NAMES)
     for (field, usual), layers in _BIASES.items():
         if not config.get(field, usual):
             names |= {f"blocks/{layer}/bias": None for layer in layers}
     options = Options(
         pool="class",
         class_token=True,
-        registers=registers,
-        rope=float(config["rope_theta"]),
+        registers=config["num_register_tokens"],
+        positions="rotary",
+        rope_base=float(config["rope_theta"]),
         gated=config.get("use_gated_mlp", False),
     )
-    return options, names | REGISTERS if registers else names
+    return options, names
 
 
 FAMILY = Family(
@@ -77,7 +72,7 @@ FAMILY = Family(
     prefix="model.",
     describe=describe,
     complete=complete,
-    ignored=("classifier.", "embeddings.mask_token", "embeddings.register_tokens"),
+    ignored=("classifier.", "embeddings.mask_token"),
     defaults={
         "hidden_size": 384,
         "intermediate_size": 1536,

@@ -88,10 +88,14 @@ class Form:
             raise UserError(
                 f"{where}: {size.heads} attention heads do not divide the width {size.width}."
             )
-        if self.options.rope and (head := size.width // size.heads) % 4:
+        if self.options.positions == "rotary" and (head := size.width // size.heads) % 4:
             raise UserError(
                 f"{where}: its heads have {head} channels, and rotary positions need a multiple "
                 "of 4."
+            )
+        if self.options.positions == "sines" and size.width % 4:
+            raise UserError(
+                f"{where}: its width is {size.width}, and sine positions need a multiple of 4."
             )
 
     def fields(self) -> dict[str, Any]:

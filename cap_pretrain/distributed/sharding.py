@@ -35,8 +35,8 @@ Axes = str | Sequence[str] | None  # The mesh axes that shard one dimension: one
 # not sharded. Tensor parallelism shards heads, hidden units and the vocabulary. Everything is
 # sharded over fsdp, vectors included: with their moments they are a large part of a small model.
 RULES: tuple[tuple[str, tuple[Axes, ...]], ...] = (
-    (r".*/(query|key|value|up|gate|logits)/kernel", ("fsdp", "tensor")),
-    (r".*/(query|key|value|up|gate|logits)/bias", (("tensor", "fsdp"),)),
+    (r".*/(query|key|value|up|mlp/gate|logits)/kernel", ("fsdp", "tensor")),
+    (r".*/(query|key|value|up|mlp/gate|logits)/bias", (("tensor", "fsdp"),)),
     (r".*/(out|down)/kernel", ("tensor", "fsdp")),
     (r".*/embedding", ("tensor", "fsdp")),
     (r".*/conv\d*/kernel", ("fsdp",)),  # output channels; there may be only three input channels

@@ -46,7 +46,12 @@ class MaskedPatches(Taught):
 
     def __init__(self, encoder: ViT, *, options: Options, rngs: nnx.Rngs):
         super().__init__(encoder, options=options, rngs=rngs)
-        self.mask_token = nnx.Param(jnp.zeros(encoder.width))
+        # Rotary positions are not added to it, and the norm of a vector of zeros has a slope of
+        # 1 / sqrt(epsilon). So it begins as learned positions do.
+        token = jnp.zeros(encoder.width)
+        if encoder.options.positions == "rotary":
+            token = encoder.width**-0.5 * jax.random.normal(rngs.params(), token.shape)
+        self.mask_token = nnx.Param(token)
 
     def rows(
         self,

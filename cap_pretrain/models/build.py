@@ -18,6 +18,7 @@ from cap_pretrain.models.layers import (
     Compute,
 )
 from cap_pretrain.models.mlp import Details
+from cap_pretrain.models.positions import MAX_BASE
 from cap_pretrain.models.resnet import STEMS, ResNet
 from cap_pretrain.models.sizes import (
     ALEXNET,
@@ -117,11 +118,18 @@ def _check_vit(config: ConfigDict) -> None:
         raise UserError("model.pool: 'class' needs --config.model.class_token=True.")
     if model.registers and not model.class_token:
         raise UserError("model.registers: they need --config.model.class_token=True.")
-    if model.rope and head % 4:
+    if model.positions == "rotary" and head % 4:
         raise UserError(
-            f"model.rope: heads have {head} channels, and rotary positions need a multiple of 4; "
-            "set model.heads or set model.rope to 0."
+            f"model.positions: heads have {head} channels, and rotary positions need a multiple of "
+            "4; set model.heads or another kind of positions."
         )
+    if model.positions == "sines" and size.width % 4:
+        raise UserError(
+            f"model.positions: the width is {size.width}, and sines need a multiple of 4; set "
+            "model.width or another kind of positions."
+        )
+    if not 1 <= model.rope_base <= MAX_BASE:
+        raise UserError(f"model.rope_base: {model.rope_base} is not from 1 to {MAX_BASE:g}.")
     if model.norm_eps <= 0:
         raise UserError(f"model.norm_eps: {model.norm_eps} must be positive.")
 

@@ -24,7 +24,7 @@ from cap_pretrain.models.attention import (
 )
 from cap_pretrain.models.compute import REMAT_POLICIES, Compute
 from cap_pretrain.models.mlp import XAVIER, Details, mlp_of
-from cap_pretrain.models.rotary import Rotation, rotate
+from cap_pretrain.models.positions import Rotation, rotate
 from cap_pretrain.models.sizes import Size
 
 # Depth from which layers are unrolled on CPUs: those of S/16 (12 and 6 layers) train 1.06 times as

@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from cap_pretrain.models import cpu
 from cap_pretrain.models.compute import Compute
-from cap_pretrain.models.elementwise import LayerNorm, gelu_tanh
+from cap_pretrain.models.elementwise import LayerNorm, RMSNorm, gelu_tanh, silu
 
 XAVIER = nnx.initializers.xavier_uniform()
 
@@ -20,7 +20,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_tanh": gelu_tanh,
     "gelu": functools.partial(nnx.gelu, approximate=False),
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
-    "silu": jax.nn.silu,
+    "silu": silu,
 }
 
 
@@ -49,7 +49,7 @@ class Details:
         return NORMS[self.norm](width, epsilon=self.norm_eps, dtype=compute.dtype, rngs=rngs)
 
 
-NORMS: dict[str, Callable[..., nnx.Module]] = {"layer": LayerNorm, "rms": nnx.RMSNorm}
+NORMS: dict[str, Callable[..., nnx.Module]] = {"layer": LayerNorm, "rms": RMSNorm}
 
 
 class Mlp(nnx.Module):

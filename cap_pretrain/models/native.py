@@ -27,11 +27,6 @@ class Patches(NamedTuple):
     grid: jax.Array
 
     @property
-    def sizes(self) -> tuple[jax.Array, int]:
-        """The grid, and N, the number of patches with padding."""
-        return self.grid, self.pixels.shape[1]
-
-    @property
     def real(self) -> jax.Array:
         """Which patches are no padding, bool [B, N]."""
         return jnp.arange(self.pixels.shape[1]) < jnp.prod(self.grid, axis=1, keepdims=True)

@@ -1,4 +1,4 @@
-"""The Vision Transformer: patches, learned position embeddings, final LayerNorm.
+"""The Vision Transformer: patches with positions, blocks, a final norm, pooling.
 
 The default is that of the captioning paper, without a class token. Options turn it into the ViT of
 CLIP, of SigLIP or of the original paper (Dosovitskiy et al. 2020), so weights can be converted (see
@@ -6,7 +6,6 @@ CLIP, of SigLIP or of the original paper (Dosovitskiy et al. 2020), so weights c
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from cap_pretrain.distributed.determinism import rows_of
-from cap_pretrain.models import cpu, native, rotary, tokens
+from cap_pretrain.models import cpu, native, tokens
 from cap_pretrain.models.encoder import ImageEncoder
 from cap_pretrain.models.layers import (
     Attention,
@@ -25,6 +24,7 @@ from cap_pretrain.models.layers import (
     run_encoder_blocks,
 )
 from cap_pretrain.models.mlp import XAVIER, Details, mlp_of
+from cap_pretrain.models.positions import Grid, Rotation, centers, rotation, sines
 from cap_pretrain.models.sizes import Size
 
 
@@ -40,8 +40,9 @@ class Options(Details):
         registers: Further learned tokens after the class token (Darcet et al. 2023, 2309.16588).
         pre_norm: Whether there is a norm before the first block (CLIP).
         patch_norm: Whether there is a norm of the patch embeddings, before positions are added.
-        rope: Base of rotary position embeddings (100 in DINOv3), which take the place of learned
-            ones; 0 is none. See `models.rotary`.
+        positions: Positions of the patches: "learned" embeddings; or computed, "sines" that are
+            added, or "rotary" ones in attention. See `models.positions`.
+        rope_base: Base of rotary positions; that of DINOv3 by default.
         final_norm: Input of the last norm: "tokens", which are then pooled, or "pooled"
             (CLIP), so that the tokens are the output of the last block.
     """
@@ -51,7 +52,8 @@ class Options(Details):
     registers: int = 0
     pre_norm: bool = False
     patch_norm: bool = False
-    rope: float = 0.0
+    positions: str = "learned"
+    rope_base: float = 100.0
     final_norm: str = "tokens"
 
 
@@ -139,7 +141,7 @@ class ViT(ImageEncoder):
         )
         grid = image_size // patch
         init = nnx.initializers.normal(size.width**-0.5)
-        if not options.rope:
+        if options.positions == "learned":
             self.positions = nnx.Param(init(rngs.params(), (grid * grid, size.width)))
         if options.class_token:
             shape = (1 + options.registers, size.width)
@@ -164,7 +166,7 @@ class ViT(ImageEncoder):
     ) -> EncoderOutput:
         kept = None
         if key is not None and not isinstance(images, native.Patches):
-            total = math.prod(self._grid(images))
+            total = self._grid(images).patches
             kept = tokens.draw(key, len(images), total, self.keep, self.leading)
         return self._output(images, key, Masks(), kept)
 
@@ -260,7 +262,7 @@ class ViT(ImageEncoder):
             x = self.patch_norm(x)
         if masks.hidden is not None and masks.token is not None:
             x = jnp.where(masks.hidden[..., None], masks.token.astype(x.dtype), x)
-        if not self.options.rope:
+        if self.options.positions != "rotary":
             positions = self._positions(images).astype(x.dtype)
             x = x + (positions if kept is None else rows_of(positions, kept))
         if self.options.class_token:
@@ -284,30 +286,36 @@ class ViT(ImageEncoder):
         return x.reshape(b, (h // p) * (w // p), p * p * c)
 
     def _positions(self, images: jax.Array | native.Patches) -> jax.Array:
-        """Return the learned position embeddings [N, D] of images, or [B, N, D] of patches."""
+        """Return the position embeddings [N, D] of images, or [B, N, D] of patches."""
+        grid = self._grid(images)
+        if self.options.positions == "sines":
+            computed = sines(grid, self.width)
+            return computed if isinstance(images, native.Patches) else computed[0]
         positions, old = self.positions[...], (self.grid, self.grid)
         if isinstance(images, native.Patches):
-            return native.positions(positions.reshape(*old, -1), *images.sizes)
-        new = self._grid(images)
+            return native.positions(positions.reshape(*old, -1), images.grid, grid.patches)
+        new = self._sides(images)
         return positions if new == old else resample_positions(positions, old, new)
 
     def _rotation(
         self, images: jax.Array | native.Patches, kept: jax.Array | None
-    ) -> rotary.Rotation | None:
+    ) -> Rotation | None:
         """Return the rotation of the tokens, of which `kept`, int32 [B, K], or all are there."""
-        if not self.options.rope:
+        if self.options.positions != "rotary":
             return None
-        if isinstance(images, native.Patches):
-            grid, count = images.sizes
-            places = rotary.places(grid[:, :1], grid[:, 1:], count)
-        else:
-            rows, columns = self._grid(images)
-            places = rotary.places(rows, columns, rows * columns)
+        places = centers(self._grid(images))
         if kept is not None:
             places = rows_of(places[0], kept)
         dim = self.width // self.size.heads
-        return rotary.rotation(places, self.options.rope, dim, self.leading)
+        return rotation(places, self.options.rope_base, dim, self.leading)
 
-    def _grid(self, images: jax.Array) -> tuple[int, int]:
+    def _grid(self, images: jax.Array | native.Patches) -> Grid:
+        """Return rows, columns and number of the patches of images [B, H, W, 3] or patches."""
+        if isinstance(images, native.Patches):
+            return Grid(images.grid[:, :1], images.grid[:, 1:], images.pixels.shape[1])
+        rows, columns = self._sides(images)
+        return Grid(rows, columns, rows * columns)
+
+    def _sides(self, images: jax.Array) -> tuple[int, int]:
         """Return rows and columns of the patches of images [B, H, W, 3]."""
         return images.shape[1] // self.patch, images.shape[2] // self.patch

@@ -159,22 +159,25 @@ def pivot(table: Sequence[Row], down: str, across: str, metric: str) -> list[Row
 def over(table: Sequence[Row], field: str, metrics: Sequence[str]) -> list[dict[str, Any]]:
     """Return rows of `rows` with trials that differ only in `field` as one row.
 
-    Such a row has the other fields, the number of trials as "trials", and for each metric its mean
-    and, as "METRIC sd", its standard deviation (of a sample; None for fewer than two values).
-    Raises UserError if there is no such column.
+    Such a row has the other fields, the number of trials as "trials", and for each metric its mean,
+    as "METRIC sd" its standard deviation (of a sample; None for fewer than two values) and as
+    "METRIC n" the number of trials that have it. Raises UserError if there is no such field.
     """
-    _check_column(table, field, "--over")
-    kept = [name for name in table[0] if name not in ("trial", field, *metrics)]
-    groups: dict[tuple, list[Row]] = {}
+    fields = [name for name in table[0] if name not in ("trial", *metrics)]
+    if field not in fields:
+        raise UserError(f"--over: trials do not differ in {field!r}.{did_you_mean(field, fields)}")
+    kept = [name for name in fields if name != field]
+    groups: dict[str, list[Row]] = {}
     for row in table:
-        groups.setdefault(tuple(row[name] for name in kept), []).append(row)
+        groups.setdefault(repr([row[name] for name in kept]), []).append(row)
     found = []
-    for key, own in groups.items():
-        row = dict(zip(kept, key, strict=True)) | {"trials": len(own)}
+    for own in groups.values():
+        row = {name: own[0][name] for name in kept} | {"trials": len(own)}
         for metric in metrics:
             values = [r[metric] for r in own if r[metric] is not None]
             row[metric] = _mean(values)
             row[f"{metric} sd"] = statistics.stdev(values) if len(values) > 1 else None
+            row[f"{metric} n"] = len(values)
         found.append(row)
     return found
 

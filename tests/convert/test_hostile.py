@@ -68,7 +68,7 @@ def test_a_field_out_of_bounds_is_named(fields, message, tmp_path):
         ("aimv2_vision_model", {"is_native": "no"}, "'is_native' must be bool, found 'no'"),
         ("aimv2_vision_model", {"image_size": [8, 4]}, r"image_size is \[8, 4\]; only squares"),
         ("aimv2_vision_model", {"hidden_size": 6}, "which does not fit the rest"),
-        ("aimv2_vision_model", {"rms_norm_eps": -1}, "'layer_norm_eps' must be from 0 to 1"),
+        ("aimv2_vision_model", {"rms_norm_eps": -1}, "'rms_norm_eps' must be from 0 to 1"),
         ("aimv2_vision_model", {"use_head": True}, "lacks head"),
     ],
 )

@@ -4,17 +4,19 @@ import dataclasses
 import json
 import pickle
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from cap_pretrain import config as configs
-from cap_pretrain import rules
+from cap_pretrain import naflex, rules
 from cap_pretrain.checkpoints import warm_start
 from cap_pretrain.convert import dual, encoder, open_encoder
 from cap_pretrain.errors import UserError
 from tests import tiny
 from tests.convert import torch_models
-from tests.convert.torch_models import SIDE, TEXT, VISION
+from tests.convert.torch_models import PATCH, SIDE, TEXT, VISION
 from tests.parity import require
 
 torch, transformers = require("torch"), require("transformers")
@@ -128,24 +130,39 @@ def test_dinov2_sees_images_of_other_sizes_as_there(tmp_path):
 
 
 @pytest.mark.parametrize("make", [lambda: dinov3(2), lambda: aimv2(is_native=True)])
-def test_models_with_computed_positions_see_images_of_other_sizes_as_there(make, tmp_path):
+def test_models_with_computed_positions_see_other_images_as_there(make, tmp_path):
     model = torch_models.randomised(make())
-    torch_models.save(model, tmp_path)
-    config = configs.default()
-    with config.unlocked():
-        weights = warm_start.from_import(config, tmp_path, tmp_path, print)
-    config.data.image_size = side = 40
-    images = tiny.images(2, side=side)
-    pretrained = dataclasses.replace(
-        open_encoder(tmp_path),
-        image_size=side,
-        params=encoder.nested(
-            {k.removeprefix("encoder/"): v for k, v in weights.for_images(config).params.items()}
-        ),
-    )
+    pretrained = open_encoder(torch_models.save(model, tmp_path))
+    assert "positions" not in pretrained.params
+    images = np.random.default_rng(0).integers(0, 256, (2, 16, 40, 3), np.uint8)
     tokens, _ = expected(model, images, pretrained)
-    out = torch_models.encode(pretrained, images)
-    np.testing.assert_allclose(out.tokens, tokens, atol=1e-4)
+    np.testing.assert_allclose(torch_models.encode(pretrained, images).tokens, tokens, atol=1e-4)
+    packed = np.stack([naflex.packed(image, PATCH, budget=12) for image in images])
+    found = torch_models.encode(pretrained, packed).tokens[:, : tokens.shape[1], :-1]
+    np.testing.assert_allclose(found, tokens, atol=1e-4)
+
+
+def test_registers_that_the_config_does_not_have_are_not_left_out(tmp_path):
+    torch_models.save(dinov3(2), tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_register_tokens": 0}))
+    with pytest.raises(UserError, match="as class_token it would be .3, 64. instead of .1, 64."):
+        open_encoder(tmp_path)
+
+
+def test_the_pooling_of_an_imported_aimv2_can_be_trained(tmp_path):
+    pretrained = open_encoder(torch_models.save(torch_models.randomised(aimv2()), tmp_path))
+    images = tiny.images(3, side=SIDE)
+
+    def total(params, images):
+        own = dataclasses.replace(pretrained, params=params)
+        return jnp.sum(jnp.sin(torch_models.encode(own, images).pooled))
+
+    params, gradient = pretrained.params, jax.grad(total)(pretrained.params, images)["head"]
+    assert np.any(gradient["mlp"]["down"]["kernel"])
+    stepped = jax.tree.map(lambda p, g: p - 0.1 * g, params["head"], gradient)
+    gradient = jax.grad(total)(params | {"head": stepped}, images)["head"]
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(gradient))
 
 
 @pytest.mark.parametrize("case", MODELS)

@@ -7,7 +7,7 @@ from cap_pretrain import naflex
 from cap_pretrain.data.views import prepared
 from tests import toy
 from tests.layouts import SMALL, Training, config, on_eight_devices
-from tests.models.test_rotary import MODERN
+from tests.models.test_positions import MODERN
 
 
 def oblong(c, number, words):

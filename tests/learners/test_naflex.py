@@ -15,7 +15,7 @@ from cap_pretrain.models.layers import normalize_images
 from cap_pretrain.models.vit import resample_positions
 from cap_pretrain.validation import validate
 from tests import tiny, toy
-from tests.models.test_rotary import MODERN
+from tests.models.test_positions import MODERN
 
 SHAPES = [(16, 16), (9, 40), (50, 13), (7, 30)]
 TEXTS = tiny.texts([7, 3, 5, 2])

@@ -20,7 +20,7 @@ from cap_pretrain.data.text.tokenizers import SentencePieceTokenizer
 from cap_pretrain.errors import UserError
 from cap_pretrain.training.step import TrainState
 from tests import tiny
-from tests.models.test_rotary import MODERN
+from tests.models.test_positions import MODERN
 from tests.parity import require
 
 torch, transformers = require("torch"), require("transformers")

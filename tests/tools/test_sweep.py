@@ -364,12 +364,32 @@ def test_means_over_seeds(tmp_path, capsys):
     row = json.loads(capsys.readouterr().out)[0]
     assert row["val/loss sd"] == pytest.approx(0.1) and row["trials"] == 3
     for wrong, message in {
-        "--over=sed": "--over: there is no column 'sed'. Did you mean 'seed'",
+        "--over=sed": "--over: trials do not differ in 'sed'. Did you mean 'seed'",
+        "--over=trial": "--over: trials do not differ in 'trial'.",
+        "--over=val/loss": "--over: trials do not differ in 'val/loss'.",
         "--pivot optim.lr seed": "drop one of the two",
     }.items():
         assert sweep.main([*table, *wrong.split()]) == 2
         assert message in capsys.readouterr().err
     picture = tmp_path / "panels.svg"
-    plot = ["plot", str(tmp_path / "sweep"), "--x=optim.lr", f"--out={picture}", "--y", "val/loss"]
-    assert sweep.main([*plot, "val/loss:min"]) == 0
+    plot = ["plot", str(tmp_path / "sweep"), "--x=optim.lr", f"--out={picture}", "--y=val/loss"]
+    assert sweep.main([*plot, "--y=val/loss:min"]) == 0
     assert {"val/loss", "val/loss:min"} <= set(words_in(picture))
+
+
+def test_means_say_of_how_many_trials_they_are(tmp_path, capsys):
+    fields = [
+        (f"{k}_s{seed}", {"data.first_sizes": sizes, "seed": seed})
+        for k, sizes in enumerate(([8, 16], [32]))
+        for seed in (0, 1)
+    ]
+    finished(tmp_path / "sweep", fields, [1.5, None, 1.6, 1.8])
+    table = ["table", str(tmp_path / "sweep"), "--figures", "val/loss", "val/loss", "--over=seed"]
+    assert sweep.main([*table, "--format=markdown"]) == 0
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "| [8, 16] | 2 | 1.5 (of 1) |",
+        "| [32] | 2 | 1.70 ± 0.14 |",
+    ]
+    plot = ["plot", str(tmp_path / "sweep"), "--x=seed", "--y=val/loss", "--only=0_s1"]
+    assert sweep.main([*plot, f"--out={tmp_path}/plot.png"]) == 2
+    assert "--y: no trial has val/loss yet." in capsys.readouterr().err

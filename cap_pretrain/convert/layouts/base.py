@@ -111,7 +111,7 @@ def vit_form(config: ConfigDict, library: str, otherwise: str = "") -> Form:
             f"{TRANSFORMERS}, whose SigLIP 2 reads such images."
         )
     options = encoder_options(config)
-    for field in ("rope", "patch_norm", "gated", "bias", "norm"):
+    for field in ("positions", "patch_norm", "gated", "bias", "norm"):
         if getattr(options, field) != getattr(Options, field):
             raise UserError(
                 f"model.{field}: an encoder with {getattr(options, field)!r} cannot be exported "
