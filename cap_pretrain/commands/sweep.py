@@ -261,7 +261,7 @@ def draw(
     held = []
     for number, (group, xy) in enumerate(points.items()):
         x, y = np.array(xy).T
-        color, label = f"C{number}", group or y_name
+        color, label = f"C{number}", group
         held.append(y)
         if law := laws.get(group):
             grid = np.geomspace(x.min(), x.max(), 100)
@@ -272,7 +272,7 @@ def draw(
                 axis.fill_between(grid, low, high, color=color, alpha=0.15, linewidth=0)
                 held += [low, high]
             offset = f" + {law.c:.3g}" if len(law.covariance) == 3 else ""
-            label += f": {law.a:.3g} x^{-law.b:.3g}{offset}"
+            label = f"{label}: {law.a:.3g} x^{-law.b:.3g}{offset}".removeprefix(": ")
         else:
             steps = np.unique(x)
             axis.plot(steps, [y[x == step].mean() for step in steps], color=color, alpha=0.6)
@@ -286,18 +286,20 @@ def draw(
 
 
 def _fit_y(axis: Any, values: np.ndarray) -> None:
-    """Let the y axis hold the values, and label it with plain numbers."""
+    """Let the y axis hold the values, and label both axes with plain numbers."""
     low, high = values.min(), values.max()
     if axis.get_yscale() == "log":
         axis.set_ylim(low / 1.1, high * 1.1)
-        ticker = figures.imported("matplotlib.ticker")
-        axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5), numticks=20))
-        axis.yaxis.set_minor_locator(ticker.LogLocator(subs=range(1, 10), numticks=99))
-        axis.yaxis.set_minor_formatter(ticker.NullFormatter())
     else:
         margin = 0.05 * (high - low) or 1.0
         axis.set_ylim(low - margin, high + margin)
-    axis.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+    ticker = figures.imported("matplotlib.ticker")
+    for own in (axis.xaxis, axis.yaxis):
+        if own.get_scale() == "log":
+            own.set_major_locator(ticker.LogLocator(subs=(1, 2, 5), numticks=20))
+            own.set_minor_locator(ticker.LogLocator(subs=range(1, 10), numticks=99))
+            own.set_minor_formatter(ticker.NullFormatter())
+        own.set_major_formatter(lambda value, _: f"{value:g}")
 
 
 def _trials(args: argparse.Namespace) -> Sequence[Trial]:
