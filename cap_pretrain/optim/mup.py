@@ -24,7 +24,7 @@ OPTIMIZERS = ("adamw", "adafactor", "lion")
 INPUTS = r"(.*/)?(positions|text_positions|class_token|probe|text_tower/embedding/embedding)"
 # Of attention by products; that of recurrent decoders adds queries and keys.
 QUERY = r"(.*/)?(cross_)?attention/query/(kernel|bias)"
-# What `models.layers.XAVIER` initializes, with a variance of 2 / (inputs + outputs).
+# What `models.mlp.XAVIER` initializes, with a variance of 2 / (inputs + outputs).
 XAVIER = (
     r"(.*/)?((cross_)?attention/(query|key|value|out)|mlp/(up|gate|down)|connector|pixels"
     r"|(image|text)_projection|layer\d|prototypes)/kernel|(.*/)?probe"

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from cap_pretrain.learners import token_losses
-from cap_pretrain.models import elementwise, layers
+from cap_pretrain.models import elementwise, mlp
 from cap_pretrain.training.step import make_train_step
 from tests import tiny, toy
 
@@ -66,7 +66,7 @@ def plain():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(elementwise.LayerNorm, "__call__", nnx.LayerNorm.__call__)
-        patch.setitem(layers.ACTIVATIONS, "gelu_tanh", jax.nn.gelu)
+        patch.setitem(mlp.ACTIVATIONS, "gelu_tanh", jax.nn.gelu)
         patch.setattr(token_losses, "_cross_entropy", cross_entropy)
         fields = {"remat": "none", "unroll": 1, "attention": "xla"}
         return {objective: curve(objective, **fields) for objective in OBJECTIVES}
