@@ -7,7 +7,7 @@
     cap sweep table runs/sweep --figures val/loss linear_probe/top1 --over seed
     cap sweep plot runs/sweep --x parameters --y val/loss --by objective --out loss.svg
     cap sweep plot runs/sweep --pivot optim.lr batch_size --y val/loss:min --out a.png
-    cap sweep plot runs/sweep --x model.keep_tokens --y val/loss --y retrieval/rsum --out b.png
+    cap sweep plot runs/sweep --x model.keep_tokens --y val/loss --y linear_probe/top1 --out b.png
 
 `run` starts each trial in OUT/TRIAL, with its output in log.txt. The same command resumes a sweep:
 finished trials are skipped, interrupted ones resume exactly. Overrides after `--`, such as

@@ -24,9 +24,7 @@ from cap_pretrain.models.build import (
 )
 from cap_pretrain.models.coca import ContrastiveDecoder, Pooler
 from cap_pretrain.models.encoder import ImageEncoder
-from cap_pretrain.models.layers import (
-    EncoderOutput,
-)
+from cap_pretrain.models.layers import EncoderOutput
 from cap_pretrain.models.mlp import XAVIER
 
 

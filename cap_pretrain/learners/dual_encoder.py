@@ -18,10 +18,7 @@ from cap_pretrain.learners.matching import Matching, check_contrast, unit
 from cap_pretrain.learners.parts import Part
 from cap_pretrain.models.build import build_encoder, build_pooling, compute, text_size
 from cap_pretrain.models.encoder import ImageEncoder
-from cap_pretrain.models.layers import (
-    EncoderOutput,
-    normalize_images,
-)
+from cap_pretrain.models.layers import EncoderOutput, normalize_images
 from cap_pretrain.models.mlp import ACTIVATIONS, XAVIER
 from cap_pretrain.models.sizes import Size
 from cap_pretrain.models.text_tower import POOLS, TextOptions, TextTower

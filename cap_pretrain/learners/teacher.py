@@ -25,10 +25,7 @@ from cap_pretrain.learners.parts import Part
 from cap_pretrain.learners.token_losses import mean_where
 from cap_pretrain.models import cpu
 from cap_pretrain.models.build import build_encoder
-from cap_pretrain.models.layers import (
-    EncoderOutput,
-    normalize_images,
-)
+from cap_pretrain.models.layers import EncoderOutput, normalize_images
 from cap_pretrain.models.mlp import XAVIER
 from cap_pretrain.models.vit import ViT
 

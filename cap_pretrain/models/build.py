@@ -14,9 +14,7 @@ from cap_pretrain.errors import UserError, did_you_mean
 from cap_pretrain.models import alexnet, tokens
 from cap_pretrain.models.alexnet import AlexNet
 from cap_pretrain.models.encoder import ImageEncoder
-from cap_pretrain.models.layers import (
-    Compute,
-)
+from cap_pretrain.models.layers import Compute
 from cap_pretrain.models.mlp import Details
 from cap_pretrain.models.positions import MAX_BASE
 from cap_pretrain.models.resnet import STEMS, ResNet

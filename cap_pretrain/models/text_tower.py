@@ -8,12 +8,7 @@ from flax import nnx
 
 from cap_pretrain.models.attention import causal
 from cap_pretrain.models.elementwise import LayerNorm
-from cap_pretrain.models.layers import (
-    Compute,
-    constrain,
-    encoder_blocks,
-    run_encoder_blocks,
-)
+from cap_pretrain.models.layers import Compute, constrain, encoder_blocks, run_encoder_blocks
 from cap_pretrain.models.mlp import Details
 from cap_pretrain.models.sizes import Size
 from cap_pretrain.models.text import PAD, embed
